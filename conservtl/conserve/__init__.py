@@ -1,0 +1,1 @@
+"""What runs at each step: the pull on weights, and keeping frozen layers frozen."""

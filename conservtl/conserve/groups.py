@@ -1,0 +1,105 @@
+"""From the plan to an optimizer's parameter groups: real rates, every trained parameter in exactly one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from conservtl.errors import SpecError
+from conservtl.plan import Plan, Row
+
+__all__ = ["build_optimizer"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def build_optimizer(
+    cls: Callable[..., torch.optim.Optimizer],
+    plan: Plan,
+    parameters: Mapping[str, nn.Parameter],
+    scale: float,
+    options: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """Make an optimizer whose groups carry the plan's rates.
+
+    Args:
+        cls: an optimizer class that takes groups and dense gradients.
+        plan: rates and coverage.
+        parameters: parameter name -> tensor, as the model holds them now.
+        scale: the current phase's factor on all rates.
+        options: keyword arguments for ``cls``.
+
+    Raises:
+        SpecError: nothing is trained, the optimizer cannot take groups, weight decay is asked for on
+            parameters that alpha or beta covers, a pulled parameter is in half precision, or a
+            decoupled pull would overshoot.
+    """
+    rows = [plan[name] for name in plan.trained]
+    if not rows:
+        raise SpecError("the plan freezes every parameter, so there is nothing to optimize. Freeze fewer layers.")
+    name = getattr(cls, "__name__", str(cls))
+    known = inspect.signature(cls).parameters
+    defaults = {key: parameter.default for key, parameter in known.items()} | dict(options)
+    _check_class(cls, name, rows)
+    _check_decay(name, rows, options)
+    base = defaults.get("lr", inspect.Parameter.empty)
+    if base is inspect.Parameter.empty:
+        raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
+    for row in rows:
+        _check_row(row, parameters[row.name], float(base))
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for row in rows:
+        bare = row.covered or not row.weight_decay
+        groups.setdefault((row.rate(float(base)) * scale, bare), []).append((row.name, parameters[row.name]))
+    listed = [
+        {"params": members, "lr": lr, "initial_lr": lr}
+        | ({"weight_decay": 0.0} if bare and "weight_decay" in known else {})
+        for (lr, bare), members in groups.items()
+    ]
+    return cls(listed, **options)
+
+
+def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: list[Row]) -> None:
+    kind = getattr(cls, "func", cls)
+    if kind is torch.optim.LBFGS:
+        raise SpecError(
+            f"{name} takes no parameter groups, so it cannot give layers their own rates. Use AdamW or SGD."
+        )
+    if kind is torch.optim.SparseAdam:
+        raise SpecError(f"{name} takes sparse gradients only, and a pull is dense. Use AdamW or SGD.")
+    if kind is getattr(torch.optim, "Muon", None):
+        other = [row for row in rows if len(row.shape) != 2]
+        if other:
+            raise SpecError(
+                f"{name} takes matrices only, but {other[0].name!r} has shape {other[0].shape}. "
+                "Use AdamW or SGD, or freeze what is not a matrix."
+            )
+
+
+def _check_decay(name: str, rows: list[Row], options: Mapping[str, Any]) -> None:
+    covered = [row.name for row in rows if row.covered]
+    if covered and float(options.get("weight_decay", 0.0)) != 0.0:
+        raise SpecError(
+            f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that L2SP "
+            f"already pulls ({covered[0]!r}, …). Leave weight_decay out, or leave L2SP out."
+        )
+
+
+def _check_row(row: Row, parameter: nn.Parameter, base: float) -> None:
+    if not row.covered:
+        return
+    if parameter.dtype in _HALF:
+        raise SpecError(
+            f"{row.name!r} is {parameter.dtype}: steps as small as a pull's are lost in its rounding. Keep "
+            "parameters in float32 and use autocast for speed."
+        )
+    step = row.rate(base) * max(row.pull or 0.0, row.decay or 0.0)
+    if row.mode == "decoupled" and step > 1:
+        raise SpecError(
+            f"{row.name!r}: a decoupled pull of rate × strength = {step:g} overshoots the source (1 reaches it "
+            "in one step). Lower alpha, beta or the rate."
+        )

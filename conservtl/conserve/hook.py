@@ -1,0 +1,124 @@
+"""The pull inside an optimizer's step: where it acts, and that it acts exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from conservtl.conserve.pull import Pulled, add_to_gradients, move_weights
+from conservtl.plan import Plan, Row
+
+__all__ = ["StepHook"]
+
+
+class StepHook:
+    """Runs before each step of one optimizer.
+
+    The coupled pull is added to gradients that are unscaled and synchronised: the scaler has done
+    both before it steps an ordinary optimizer; a fused one divides the scale out inside its step, and
+    says so in ``grad_scale``, by which the pull is then multiplied. With a closure the pull follows
+    the closure's backward. The decoupled pull moves the weights at the same moment, unless the step
+    is about to be skipped (``found_inf``).
+
+    Args:
+        optimizer: made by ``build_optimizer``: its groups carry ``param_names``.
+        plan: strengths.
+        frozen: names frozen in the current phase; asked before every step.
+        anchor: (name, parameter) -> where it is pulled to, on its device.
+        pull: False leaves the pull to the caller's loss; frozen gradients are dropped all the same.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        frozen: Callable[[], frozenset[str]],
+        anchor: Callable[[str, Tensor], Tensor],
+        pull: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.rows: Mapping[str, Row] = {row.name: row for row in plan.rows}
+        self.frozen = frozen
+        self.anchor = anchor
+        self.pull = pull
+        self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def add(self, scaler: GradScaler | None = None) -> None:
+        """Add the coupled pull now; the step then adds nothing. A second call before it does nothing."""
+        if scaler is not None and scaler.is_enabled():
+            self._unscale(scaler)
+        self.drop_frozen()
+        token = self._token(scaler)
+        if self.pull and (self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True))):
+            self._couple(None)
+            self._added = self._token(scaler)  # gradients that were None have been made meanwhile
+
+    def drop_frozen(self) -> None:
+        """Forget gradients of parameters that this phase does not train."""
+        frozen = self.frozen()
+        for name, parameter, _ in self._members():
+            if name in frozen:
+                parameter.grad = None
+
+    def _before_step(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._act()
+            return None
+
+        def followed() -> Any:
+            loss = closure()
+            self._act()
+            return loss
+
+        return (args[0], followed, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _act(self) -> None:
+        self.drop_frozen()
+        added, self._added = self._added, None
+        if not self.pull:
+            return
+        if added is None:
+            self._couple(getattr(self.optimizer, "grad_scale", None))
+        move_weights(list(self._pulled("decoupled")), getattr(self.optimizer, "found_inf", None))
+
+    def _couple(self, scale: Tensor | None) -> None:
+        sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
+        add_to_gradients(list(self._pulled("coupled")), scale, sign)
+
+    def _pulled(self, mode: str) -> Iterator[Pulled]:
+        frozen = self.frozen()
+        for name, parameter, group in self._members():
+            row = self.rows[name]
+            if row.mode != mode or not row.covered or name in frozen or not parameter.requires_grad:
+                continue
+            if row.pull:
+                yield Pulled(parameter, self.anchor(name, parameter), row.pull, group["lr"])
+            elif row.decay:
+                yield Pulled(parameter, None, row.decay, group["lr"])
+
+    def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """By name, because what prepares a model for many processes replaces the tensors in the groups."""
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                yield name, parameter, group
+
+    def _unscale(self, scaler: GradScaler) -> None:
+        state = scaler._per_optimizer_states[id(self.optimizer)]  # noqa: SLF001 - no public way to ask
+        if state["stage"].name == "READY":
+            scaler.unscale_(self.optimizer)
+
+    def _token(self, scaler: GradScaler | None) -> tuple[Any, ...]:
+        """Objects that are replaced when a new step begins: the scaler's state and the gradients.
+
+        A scaler that skips a step never calls it, so only they tell that the pull must be added again.
+        """
+        state = scaler._per_optimizer_states[id(self.optimizer)] if scaler is not None else None  # noqa: SLF001
+        return (state, *(parameter.grad for _, parameter, _ in self._members()))

@@ -1,0 +1,21 @@
+"""The training loop, and what it stands on: batches, device and precision, checkpoints."""
+
+from __future__ import annotations
+
+from conservtl.engine.evaluate import Functions, Holdout, accuracy, cross_entropy, evaluate, forward, harmonic_mean
+from conservtl.engine.loop import FitResult, fit
+from conservtl.engine.training import Training, schedule_factor
+
+__all__ = [
+    "FitResult",
+    "Functions",
+    "Holdout",
+    "Training",
+    "accuracy",
+    "cross_entropy",
+    "evaluate",
+    "fit",
+    "forward",
+    "harmonic_mean",
+    "schedule_factor",
+]

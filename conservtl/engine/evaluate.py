@@ -1,0 +1,119 @@
+"""Evaluation, and what a step does by default: classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from conservtl.engine.data import as_batches
+from conservtl.errors import DataError
+
+__all__ = ["Functions", "Holdout", "accuracy", "cross_entropy", "evaluate", "forward", "harmonic_mean"]
+
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], Tensor]
+Metrics = Callable[[Any, Any], Mapping[str, "Tensor | float"]]
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The three functions that make a task.
+
+    Args:
+        forward: (model, batch) -> outputs.
+        loss: (outputs, batch) -> scalar, the mean over the batch.
+        metrics: (outputs, batch) -> name: mean over the batch.
+    """
+
+    forward: Forward
+    loss: Loss
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """A set to evaluate on in another way than the training set: another head, other labels.
+
+    Args:
+        data: whatever ``fit`` takes as data.
+        forward: replaces the run's forward.
+        loss: replaces the run's loss.
+        metrics: replaces the run's metrics.
+    """
+
+    data: Any
+    forward: Forward | None = None
+    loss: Loss | None = None
+    metrics: Metrics | None = None
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Outputs for a batch: (inputs, labels), or a dictionary with ``labels`` beside the model's arguments."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(batch[0])
+
+
+def cross_entropy(outputs: Any, batch: Any) -> Tensor:
+    """Mean cross-entropy of logits (N, classes) and labels (N,)."""
+    return F.cross_entropy(_logits(outputs), _labels(batch))
+
+
+def accuracy(outputs: Any, batch: Any) -> dict[str, Tensor]:
+    """Share of examples whose largest logit is at the label."""
+    return {"accuracy": (_logits(outputs).argmax(-1) == _labels(batch)).float().mean()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Any, functions: Functions, device: torch.device, batch_size: int = 256
+) -> dict[str, float]:
+    """Mean loss and metrics over a set; the model's mode is left as found.
+
+    Args:
+        model: evaluated in eval mode, on ``device``.
+        data: whatever ``fit`` takes as data, or a ``Holdout``.
+        functions: the run's functions.
+        device: where batches are moved.
+        batch_size: where batches are made here.
+    """
+    if isinstance(data, Holdout):
+        functions = Functions(
+            data.forward or functions.forward, data.loss or functions.loss, data.metrics or functions.metrics
+        )
+        data = data.data
+    training = model.training
+    model.eval()
+    sums: dict[str, Any] = {}
+    seen = 0
+    for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
+        outputs = functions.forward(model, batch.content)
+        found = {"loss": functions.loss(outputs, batch.content), **functions.metrics(outputs, batch.content)}
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value * batch.size
+        seen += batch.size
+    model.train(training)
+    if not seen:
+        raise DataError("a set to evaluate on has no examples; leave it out or give some.")
+    return {name: float(total) / seen for name, total in sums.items()}
+
+
+def harmonic_mean(values: list[float]) -> float:
+    """Of accuracies in [0, 1]; 0 where one is 0."""
+    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits = getattr(outputs, "logits", outputs)
+    if isinstance(logits, Mapping):
+        logits = logits["logits"]
+    return logits  # type: ignore[no-any-return]
+
+
+def _labels(batch: Any) -> Tensor:
+    return batch["labels"] if isinstance(batch, Mapping) else batch[1]  # type: ignore[no-any-return]

@@ -1,0 +1,84 @@
+"""How to train: the settings of a run, and the one factor that schedules all rates."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Training", "schedule_factor"]
+
+_CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+class Training(BaseModel):
+    """Settings of ``fit``. Practice's rates: 1e-5 to 1e-3 for fine-tuning, 1e-3 from scratch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training data, all phases together."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Examples a step and process, where ``fit`` makes the batches; a DataLoader brings its own."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """sgd has a momentum of 0.9."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """The optimizer's own rate, which the plan's ratios multiply."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The optimizer's own weight decay; None: its default, and 0 on what L2-SP covers."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """One factor on all groups, over all steps."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which the factor rises from 0 (constant and cosine)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are averaged into one step."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of all gradients together, the pull's included."""
+    batch_norm: Literal["train", "eval"] = "train"
+    """Whether batch norms of trained layers follow the target's statistics or keep the source's."""
+    keep: Literal["last", "target", "harmonic"] = "last"
+    """Which weights are kept: the last, or the best on the validation part, by target or by the
+    harmonic mean of target and source."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Evaluations without a better validation score after which training stops; None: never."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    deterministic: bool = False
+    """Refuse operations that are not deterministic on a GPU, while training."""
+
+    def make(self, **options: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """The optimizer class and its keyword arguments."""
+        options["lr"] = self.lr
+        if self.weight_decay is not None:
+            options["weight_decay"] = self.weight_decay
+        if self.optimizer == "sgd":
+            options["momentum"] = 0.9
+        return _CLASSES[self.optimizer], options
+
+
+def schedule_factor(training: Training, step: int, steps: int) -> float:
+    """Factor on all rates at a step, 0 to ``steps`` - 1.
+
+    one_cycle rises over 30 % of the steps from 1/25 to 1 and falls to 0, both along a cosine (Smith
+    and Topin 2018, as fastai has it).
+    """
+    if training.schedule == "one_cycle":
+        rise = max(1.0, 0.3 * steps)
+        if step < rise:
+            return 0.04 + 0.96 * _cosine(1 - step / rise)
+        return _cosine((step - rise) / max(1.0, steps - rise))
+    warm = training.warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 1.0 if training.schedule == "constant" else _cosine((step - warm) / max(1.0, steps - warm))
+
+
+def _cosine(share: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

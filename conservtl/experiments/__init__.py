@@ -1,0 +1,1 @@
+"""Whole runs from a spec: data, source model, adaptation, measurement, report."""

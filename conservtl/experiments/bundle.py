@@ -1,0 +1,121 @@
+"""What was adapted, in one folder: saved with its labels and preprocessing, loaded to predict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from conservtl.errors import DataError, SourceError
+from conservtl.experiments.setting import build_model, read_preprocessing
+from conservtl.experiments.spec import SpeechSpec, VisionSpec
+from conservtl.layers import unwrap
+from conservtl.tasks import speech, vision
+from conservtl.tasks.base import Domains, Preprocessing
+
+__all__ = ["Adapted", "Prediction", "load", "save_bundle"]
+
+_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one file.
+
+    Args:
+        file: the file.
+        label: the most probable label.
+        probability: of that label, in [0, 1].
+    """
+
+    file: Path
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapted model that predicts.
+
+    Args:
+        model: in eval mode.
+        labels: in the order of the model's outputs.
+        preprocessing: how files become inputs.
+    """
+
+    model: nn.Module
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    @torch.no_grad()
+    def probabilities(self, inputs: Tensor) -> Tensor:
+        """(N, labels), each row summing to 1, for inputs as the model takes them."""
+        device = next(self.model.parameters()).device
+        probabilities: Tensor = self.model(inputs.to(device)).float().softmax(-1)
+        return probabilities
+
+    def predict(self, files: Sequence[str | Path]) -> list[Prediction]:
+        """The most probable label of each file.
+
+        Raises:
+            DataError: a file is missing or cannot be read; the message names it.
+        """
+        paths = [Path(file) for file in files]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise DataError(f"file {str(missing[0])!r} is not there. Give paths of files to predict.")
+        if not paths:
+            return []
+        found = self.probabilities(self.preprocessing.read(paths)).cpu()
+        best, at = found.max(-1)
+        return [
+            Prediction(path, self.labels[i], p) for path, i, p in zip(paths, at.tolist(), best.tolist(), strict=True)
+        ]
+
+
+def save_bundle(folder: Path, model: nn.Module, spec: SpeechSpec | VisionSpec, domains: Domains) -> None:
+    """Write ``model.safetensors``; labels and preprocessing travel in its header."""
+    header = {
+        "task": spec.task,
+        "model": spec.model.model_dump(mode="json"),
+        "labels": domains.labels,
+        "preprocessing": domains.preprocessing.model_dump(mode="json"),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(model).state_dict().items()}
+    temporary = folder / f"{_FILE}.tmp"
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"conservtl": json.dumps(header)})
+    temporary.replace(folder / _FILE)
+
+
+def load(folder: str | Path) -> Adapted:
+    """Give back the model that a run adapted, ready to predict.
+
+    Args:
+        folder: what ``conservtl run --out`` wrote, or its ``model.safetensors``.
+
+    Raises:
+        SourceError: there is no such model, or it was not written by a run.
+    """
+    path = Path(folder)
+    path = path / _FILE if path.is_dir() else path
+    if not path.is_file():
+        raise SourceError(f"{str(path)!r} is not a file. Give the folder that `conservtl run --out` wrote.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get("conservtl")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise SourceError(f"{str(path)!r} cannot be read: {error}. Run the adaptation again.") from error
+    if header is None:
+        raise SourceError(f"{str(path)!r} was not written by a run: it carries no labels. Adapt with `conservtl run`.")
+    said = json.loads(header)
+    preprocessing = read_preprocessing(said["task"], said["preprocessing"])
+    kind = speech.ModelSpec if said["task"] == "speech" else vision.ModelSpec
+    model = build_model(said["task"], kind.model_validate(said["model"]), preprocessing, len(said["labels"]))
+    model.load_state_dict(tensors)
+    return Adapted(model.eval(), tuple(said["labels"]), preprocessing)

@@ -1,0 +1,33 @@
+"""Optional dependencies: imported where they are used, with an error that names the extra."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from conservtl.errors import MissingExtraError
+
+__all__ = ["require"]
+
+_TESTED = "torch 2.11.0, torchvision 0.26.0 and torchaudio 2.11.0 fit together"
+
+
+def require(module: str, extra: str) -> Any:
+    """Import ``module`` or say which extra brings it.
+
+    Args:
+        module: dotted name of the module to import.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        MissingExtraError: it is not installed, or it is and cannot be loaded beside this torch
+            (binary packages of torch's family then raise OSError or RuntimeError).
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        hint = f" ({_TESTED})" if module.startswith("torch") else ""
+        raise MissingExtraError(
+            f"{module} is needed here and cannot be imported: {error}. "
+            f"Install it with: pip install 'conservtl[{extra}]'{hint}"
+        ) from error

@@ -1,0 +1,108 @@
+"""Names of parameters: free of what wrappers prepend, and selected by globs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from conservtl.errors import SelectorError
+
+__all__ = ["WRAPPED", "canonical", "matches", "named_parameters", "nearest", "select", "unwrap"]
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""The attributes under which torch.compile, activation checkpointing and FSDP keep a module."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside DistributedDataParallel, DataParallel and torch.compile, in any nesting.
+
+    Args:
+        model: The model, wrapped or not.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := dict(model.named_children()).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def canonical(name: str) -> str:
+    """The name without the components that compile, checkpointing and FSDP put into it.
+
+    A leading `module.` stays, because a model may have an attribute of that name: `unwrap` knows.
+
+    Args:
+        name: The name of a parameter or module.
+
+    Examples:
+        >>> canonical("_orig_mod.encoder._checkpoint_wrapped_module.weight")
+        'encoder.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter, in registration order; a tied parameter once, by its first name.
+
+    Args:
+        model: The model, wrapped or not.
+    """
+    return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the glob selects the name, or a module that the name lies in.
+
+    Args:
+        pattern: A glob, case-sensitive; `*` crosses dots.
+        name: The canonical name of a parameter, a module or a layer.
+
+    Examples:
+        >>> matches("layer1", "layer1.0.weight"), matches("layer1", "layer10.weight")
+        (True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def select(patterns: Sequence[str], names: Sequence[str], what: str = "parameter") -> dict[str, tuple[str, ...]]:
+    """Pattern -> the names it matches, in the order of `names`.
+
+    Args:
+        patterns: Globs as in `matches`.
+        names: What there is to select from.
+        what: What the names stand for, for the error message.
+
+    Raises:
+        SelectorError: A pattern matches nothing, or `patterns` is one string.
+    """
+    if isinstance(patterns, str):
+        raise SelectorError(f"patterns: must be a list of globs, got the string {patterns!r}: write [{patterns!r}]")
+    chosen = {pattern: tuple(name for name in names if matches(pattern, name)) for pattern in patterns}
+    for pattern, found in chosen.items():
+        if not found:
+            close = ", ".join(nearest(pattern, names)) or "there are none"
+            raise SelectorError(
+                f"{pattern!r}: must match at least one {what}, matches none of {len(names)}; nearest names: {close}"
+            )
+    return chosen
+
+
+def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names, or modules they lie in, most like the pattern; best first.
+
+    Args:
+        pattern: The glob that was misspelt.
+        names: Names of parameters, modules or layers.
+        count: At most so many.
+    """
+    plain = pattern.strip("*.")
+    # A pattern may mean a module, so every prefix of a name is a candidate.
+    candidates = dict.fromkeys(
+        ".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts) + 1)
+    )
+    return difflib.get_close_matches(plain, candidates, n=count, cutoff=0.3) or list(candidates)[:count]

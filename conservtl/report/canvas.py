@@ -1,0 +1,154 @@
+"""Pictures as SVG that can stand inside a page: one look, no global state, no clashing ids."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from conservtl.extras import require
+
+__all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "shorten"]
+
+# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+TARGET = "#0072B2"
+SOURCE = "#D55E00"
+INK = "#333333"
+GREY = "#8A8A8A"
+PALE = "#DDDDDD"
+
+WIDTH = 9.6
+"""Inches: the page's column, so that 9 points here are 12 pixels there."""
+
+_STYLE = {
+    "font.family": ["sans-serif"],
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#EAEAEA",
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 2,
+    "lines.markersize": 5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    # Class and layer names are text, whatever signs of dollar or underscore they hold.
+    "text.parse_math": False,
+    "text.usetex": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "conservtl",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page.
+
+    Args:
+        title: what it answers, in a few words.
+        caption: how to read it.
+        svg: the drawing.
+    """
+
+    title: str
+    caption: str
+    svg: str
+
+
+def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> str:
+    """Draw on a figure of the page's width and return it as an ``<svg>`` element.
+
+    Args:
+        name: prefix of every id in the drawing, unique on the page.
+        alt: what a screen reader says in its place.
+        height: inches.
+        paint: draws on the figure it is given.
+    """
+    with _style():
+        figure = require("matplotlib.figure", "report").Figure(figsize=(WIDTH, height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0.1)
+        paint(figure)
+        out = io.StringIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=metadata)
+    return _embed(out.getvalue(), name, alt)
+
+
+def bare(axes: Any, *, grid: str) -> None:
+    """Leave only what carries information: a grid along one direction and no tick marks."""
+    axes.grid(visible=True, axis=grid)
+    axes.tick_params(length=0)
+    axes.spines["left" if grid == "x" else "bottom"].set_color(PALE)
+    axes.spines["bottom" if grid == "x" else "left"].set_visible(False)
+
+
+def shorten(name: str, length: int) -> str:
+    """A name of at most ``length`` characters.
+
+    Leading parts of a dotted name shrink to their first letter (numbers stay, for they tell layers
+    apart); if that is not enough, the middle goes.
+
+    Example:
+        >>> shorten("encoder.layers.11.attention.out_proj", 24)
+        'e.l.11.a.out_proj'
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= length:
+            break
+        parts[place] = part if part.isdigit() else part[:1]
+    name = ".".join(parts)
+    if len(name) <= length:
+        return name
+    end = (length - 1) * 2 // 3
+    return f"{name[: length - 1 - end]}…{name[-end:]}"
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """This look whatever the reader's own matplotlibrc says, which is as it was afterwards."""
+    matplotlib = require("matplotlib", "report")
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The reader's browser has the signs that the bundled font lacks; text stays text here.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _embed(svg: str, name: str, alt: str) -> str:
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # A style element inside the drawing would hold for the whole page; the page has it in its own.
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].strip()
+    # Text of the drawing has no angle brackets left in it, so only tags are rewritten.
+    svg = re.sub(r"<[^>]+>", lambda tag: _prefix(tag[0], name), svg)
+    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _prefix(tag: str, name: str) -> str:
+    if tag.startswith("<svg"):
+        # Inside HTML the name spaces are known, and the size is the page's to choose.
+        tag = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", tag)
+    tag = re.sub(r'(\sid=")', rf"\g<1>{name}-", tag)
+    tag = re.sub(r'(href="#)', rf"\g<1>{name}-", tag)
+    tag = re.sub(r"(url\(#)", rf"\g<1>{name}-", tag)
+    return re.sub(r"\s*font-family: [^;\"]*;?", "", tag)

@@ -1,0 +1,96 @@
+"""Files that are there in full or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["plain", "write_json", "write_text"]
+
+_ORDERED = frozenset({"drift", "spec"})
+"""Mappings whose own order says something: layers from the input side on, fields as they are documented."""
+
+
+def write_json(report: Mapping[str, Any], path: Path) -> None:
+    """Write a report as JSON: keys sorted, NaN and infinity as null, in one step.
+
+    Args:
+        report: what ``json`` can hold, and scalars of NumPy and PyTorch.
+        path: the file to write or replace.
+
+    Raises:
+        TypeError: a value is of a kind that JSON has no place for; it is named.
+    """
+    write_text(json.dumps(plain(_sort(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Replace a file in one step, so that a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: the folder cannot be written to; the old file is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, for a rename across file systems is no single step.
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with half.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def plain(value: Any, at: str = "report") -> Any:
+    """The same value in the types that JSON and YAML know.
+
+    Args:
+        value: mappings, sequences, paths, numbers; scalars with an ``item`` method.
+        at: where it stands, for the error.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is None or isinstance(value, bool | str | int):
+        # A subclass (an enum of strings, say) would be written by its own representation.
+        return value if value is None or isinstance(value, bool) else _base(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{at}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [plain(item, f"{at}[{index}]") for index, item in enumerate(items)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(item := getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        return plain(item(), at)
+    raise TypeError(
+        f"{at}: a report holds numbers, text, lists and mappings, but this is {type(value).__name__}. "
+        "Convert it before writing, a tensor with .tolist()."
+    )
+
+
+def _base(value: str | int) -> str | int:
+    return str.__str__(value) if isinstance(value, str) else int(value)
+
+
+def _sort(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Sorted at every level but below the keys whose order says something."""
+    return {
+        str(key): value if key in _ORDERED else _sorted_value(value)
+        for key, value in sorted(report.items(), key=lambda item: str(item[0]))
+    }
+
+
+def _sorted_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _sort(value)
+    return [_sorted_value(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,78 @@
+"""The report as one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conservtl.extras import require
+from conservtl.report.classes import per_class
+from conservtl.report.curves import learning_curves
+from conservtl.report.drift import drift_by_layer
+from conservtl.report.files import plain, write_text
+from conservtl.report.measures import Verdict, number
+from conservtl.report.summary import costly, duration, sentence, verdict
+from conservtl.report.tables import agreement, before_after, plan_table
+
+__all__ = ["write_html"]
+
+_NAMES = {"conservtl": "conservtl", "torch": "PyTorch", "python": "Python", "cuda": "CUDA", "os": "system"}
+
+
+def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a report as one page that needs nothing else: no script, no font, no address on the network.
+
+    Args:
+        report: what ``report.json`` holds. Parts that are missing are left out of the page.
+        history: one entry an epoch, as ``history.jsonl`` holds them; may be empty.
+        path: the file to write or replace.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    jinja2 = require("jinja2", "report")
+    lead = str(report.get("sentence") or sentence(report))
+    pictures = [learning_curves(report, history), drift_by_layer(report), per_class(report)]
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        title=f"Adapted to {report.get('target') or 'the target'}",
+        sentence=lead,
+        # A number and its unit stay on one line.
+        lead=lead.replace(" %", "\u00a0%").replace(" points", "\u00a0points"),
+        tone=_tone(report),
+        numbers=before_after(report),
+        pictures=[picture for picture in pictures if picture],
+        plan=plan_table(report),
+        agreement=agreement(report),
+        spec=_spec(report),
+        environment=_environment(report),
+        seconds=_seconds(report),
+    )
+    write_text(page, path)
+
+
+def _tone(report: Mapping[str, Any]) -> Verdict:
+    """What colours the sentence: a gain that cost more than it brought is no gain."""
+    return "worse" if costly(report) else verdict(report)
+
+
+def _spec(report: Mapping[str, Any]) -> str:
+    spec = report.get("spec")
+    return yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True) if spec else ""
+
+
+def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    given = report.get("environment") or {}
+    return [(_NAMES.get(str(key), str(key).replace("_", " ")), str(value)) for key, value in given.items()]
+
+
+def _seconds(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {"source": "training the source", "adapt": "adapting", "total": "all together"}
+    given = {key: number(value) for key, value in (report.get("seconds") or {}).items()}
+    return [(names.get(key, str(key)), duration(value)) for key, value in given.items() if value is not None]

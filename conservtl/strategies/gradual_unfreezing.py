@@ -1,0 +1,93 @@
+"""Gradual unfreezing: the same decisions, changing from phase to phase."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from conservtl.layers import select
+from conservtl.plan import Phase, Plan
+from conservtl.strategies.base import Order, Strategy
+
+__all__ = ["GradualUnfreezing", "Stage"]
+
+Epochs = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Stage(BaseModel):
+    """One phase, written out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    train: tuple[str, ...] | None = None
+    """Globs of the layers or parameters that are trained; None: all that are not frozen throughout."""
+    epochs: Epochs | None = None
+    """How long; None: to the end (the last stage only)."""
+    scale: Scale = 1.0
+    """Factor on all rates."""
+
+
+class GradualUnfreezing(Strategy):
+    """Train one end first, then more, then everything.
+
+    ``by="head"`` (the classic): the head, or whatever is fresh, for ``epochs``, then everything.
+    ``by="layer"``: one layer more every ``epochs``, starting ``at`` the output or the input side.
+    ``phases``: written out stage by stage. What another strategy freezes throughout stays frozen.
+
+    Reference:
+        Howard and Ruder 2018, "Universal language model fine-tuning for text classification", 3.3.
+    """
+
+    kind: Literal["gradual_unfreezing"] = "gradual_unfreezing"
+    order: ClassVar[Order] = Order.TIME
+    by: Literal["head", "layer"] = "head"
+    """What is unfrozen at a time."""
+    epochs: Epochs = 1
+    """Length of every phase but the last, which goes on to the end."""
+    at: Literal["output", "input"] = "output"
+    """Which side comes first, for ``by="layer"``."""
+    scales: tuple[Scale, Scale] = (1.0, 1.0)
+    """Factors on the rates in the first phases and in the last; fastai's fine_tune has (1, 0.5)."""
+    phases: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = None
+    """Explicit stages instead of ``by``."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.phases and any(stage.epochs is None for stage in self.phases[:-1]):
+            raise ValueError("every stage of phases but the last needs a number of epochs")
+        clash = {"by", "epochs", "at", "scales"} & self.model_fields_set if self.phases else set()
+        if clash:
+            raise ValueError(f"phases are written out, so {sorted(clash)} would be ignored: leave them out")
+        return self
+
+    def apply(self, plan: Plan) -> Plan:
+        """Replace the plan's single phase."""
+        free = {row.layer for row in plan.rows if not row.frozen}
+        if self.phases is not None:
+            stages = [self._written(plan, stage, number) for number, stage in enumerate(self.phases)]
+        elif self.by == "head":
+            stages = [self._phase(plan, "head", plan.head), self._last()]
+        else:
+            order = [layer for layer in plan.layers if layer in free]
+            order = order[::-1] if self.at == "output" else order
+            stages = [self._phase(plan, f"{n} layers", order[:n]) for n in range(1, len(order))] + [self._last()]
+        return plan.with_phases(self.label, stages)
+
+    def _phase(self, plan: Plan, name: str, layers: tuple[str, ...] | list[str]) -> Phase:
+        frozen = tuple(row.name for row in plan.rows if row.layer not in layers)
+        return Phase(name=name, epochs=self.epochs, frozen=frozen, scale=self.scales[0])
+
+    def _last(self) -> Phase:
+        return Phase(name="all", scale=self.scales[1])
+
+    @staticmethod
+    def _written(plan: Plan, stage: Stage, number: int) -> Phase:
+        if stage.train is None:
+            return Phase(name="all", epochs=stage.epochs, scale=stage.scale)
+        layers = [glob for glob in stage.train if glob in plan.layers]
+        others = tuple(glob for glob in stage.train if glob not in plan.layers)
+        found = {n for names in select(others, [row.name for row in plan.rows]).values() for n in names}
+        frozen = tuple(row.name for row in plan.rows if row.layer not in layers and row.name not in found)
+        return Phase(name=f"stage {number + 1}", epochs=stage.epochs, frozen=frozen, scale=stage.scale)

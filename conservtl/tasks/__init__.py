@@ -1,0 +1,1 @@
+"""The tasks: how data of a domain becomes labelled inputs, and the models for them."""

@@ -1,0 +1,31 @@
+"""Word recognition: recordings of several speakers, one of them the target to adapt to."""
+
+from __future__ import annotations
+
+from conservtl.tasks.speech.augment import SpeechAugment
+from conservtl.tasks.speech.compact import TCResNet
+from conservtl.tasks.speech.data import DataSpec, EspeakData, FolderData, SpeechCommandsData, load
+from conservtl.tasks.speech.espeak import SOURCE_VOICES, TARGET_VOICES
+from conservtl.tasks.speech.features import Features, SpeechPreprocessing
+from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, SPEECH_COMMANDS
+from conservtl.tasks.speech.models import ModelSpec, build
+from conservtl.tasks.speech.wrapped import FrameClassifier
+
+__all__ = [
+    "FREE_SPOKEN_DIGITS",
+    "SOURCE_VOICES",
+    "SPEECH_COMMANDS",
+    "TARGET_VOICES",
+    "DataSpec",
+    "EspeakData",
+    "Features",
+    "FolderData",
+    "FrameClassifier",
+    "ModelSpec",
+    "SpeechAugment",
+    "SpeechCommandsData",
+    "SpeechPreprocessing",
+    "TCResNet",
+    "build",
+    "load",
+]

@@ -1,0 +1,142 @@
+"""Random changes of inputs: for adapting from few recordings, and for a source that must carry over."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+__all__ = ["SpeechAugment", "mask", "mix_noise", "warp"]
+
+
+class SpeechAugment(BaseModel):
+    """Random changes of a batch; every draw comes from the generator handed in.
+
+    Reference:
+        Park et al., "SpecAugment", 2019 (masks); Jaitly and Hinton, "Vocal Tract Length Perturbation",
+        2013 (stretch of the frequency axis); Ko et al., "Audio Augmentation for Speech Recognition",
+        2015 (stretch of the time axis).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    time_shift: Annotated[float, Field(ge=0, le=0.5)] = 0.08
+    """Furthest shift in time, as a part of the length."""
+    time_stretch: Annotated[float, Field(ge=0, lt=0.9)] = 0.0
+    """Furthest change of speed: 0.2 draws factors between 0.8 and 1.2. Log-mel inputs only."""
+    frequency_shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Furthest shift along the mel axis, as a part of it. Log-mel inputs only."""
+    frequency_stretch: Annotated[float, Field(ge=0, lt=0.9)] = 0.0
+    """Furthest stretch of the mel axis, as `time_stretch`. Log-mel inputs only."""
+    time_masks: Annotated[int, Field(ge=0, le=20)] = 1
+    """How many spans of frames (or samples) are blanked."""
+    time_mask: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Longest span, as a part of the length."""
+    frequency_masks: Annotated[int, Field(ge=0, le=20)] = 1
+    """How many spans of mel bands are blanked. Log-mel inputs only."""
+    frequency_mask: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Widest span, as a part of the bands."""
+    tilt: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Standard deviation of a random smooth change of the balance between bands (another
+    microphone, another room), in units of the input. Log-mel inputs only."""
+    noise: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Largest standard deviation of the noise added, in units of the input."""
+
+    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """A changed copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""
+        draw = _Draw(generator, inputs)
+        if inputs.ndim == 2:
+            shifted = shift_wave(inputs, draw.symmetric(len(inputs)) * self.time_shift)
+            return mix_noise(mask(shifted, -1, self.time_masks, self.time_mask, draw), self.noise, draw)
+        return self._spectrogram(inputs, draw)
+
+    def _spectrogram(self, inputs: Tensor, draw: _Draw) -> Tensor:
+        n = len(inputs)
+        out = warp(
+            inputs,
+            time=(draw.symmetric(n) * self.time_stretch, draw.symmetric(n) * self.time_shift),
+            frequency=(draw.symmetric(n) * self.frequency_stretch, draw.symmetric(n) * self.frequency_shift),
+        )
+        out = mix_noise(tilt(out, self.tilt, draw), self.noise, draw)
+        out = mask(out, -1, self.time_masks, self.time_mask, draw)
+        return mask(out, -2, self.frequency_masks, self.frequency_mask, draw)
+
+
+class _Draw:
+    """Random numbers for one batch: drawn on the generator's device, moved to the inputs'."""
+
+    def __init__(self, generator: torch.Generator, like: Tensor) -> None:
+        self.generator, self.like = generator, like
+
+    def uniform(self, *shape: int) -> Tensor:
+        drawn = torch.rand(*shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.like)
+
+    def symmetric(self, *shape: int) -> Tensor:
+        return 2 * self.uniform(*shape) - 1
+
+    def normal(self, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.like)
+
+
+def warp(inputs: Tensor, time: tuple[Tensor, Tensor], frequency: tuple[Tensor, Tensor]) -> Tensor:
+    """Stretch and shift both axes of spectrograms about their centre; the edge is repeated beyond it.
+
+    Args:
+        inputs: (N, bands, frames).
+        time: (N,) relative changes of speed and (N,) shifts as a part of the length.
+        frequency: the same for the mel axis.
+    """
+    matrix = inputs.new_zeros(len(inputs), 2, 3)
+    matrix[:, 0, 0], matrix[:, 0, 2] = 1 + time[0], 2 * time[1]
+    matrix[:, 1, 1], matrix[:, 1, 2] = 1 + frequency[0], 2 * frequency[1]
+    size = [len(inputs), 1, *inputs.shape[1:]]
+    grid = torch.nn.functional.affine_grid(matrix, size, align_corners=False)
+    warped = torch.nn.functional.grid_sample(
+        inputs.unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return warped.squeeze(1)
+
+
+def shift_wave(inputs: Tensor, parts: Tensor) -> Tensor:
+    """Shift (N, samples) by (N,) parts of the length; silence comes in at the side left behind."""
+    samples = inputs.shape[-1]
+    at = torch.arange(samples, device=inputs.device) - (parts * samples).round().long().unsqueeze(1)
+    inside = (at >= 0) & (at < samples)
+    return torch.where(inside, inputs.gather(1, at.clamp(0, samples - 1)), inputs.new_zeros(()))
+
+
+def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _Draw) -> Tensor:
+    """Replace ``count`` random spans along ``dim``, each at most ``widest`` of it, by the example's mean."""
+    if count == 0 or widest == 0:
+        return inputs
+    size, n = inputs.shape[dim], len(inputs)
+    width = draw.uniform(n, count, 1) * widest * size
+    start = draw.uniform(n, count, 1) * (size - width)
+    at = torch.arange(size, device=inputs.device)
+    blank = ((at >= start) & (at < start + width)).any(dim=1)
+    shape = [n] + [1] * (inputs.ndim - 1)
+    shape[dim] = size
+    mean = inputs.mean(dim=tuple(range(1, inputs.ndim)), keepdim=True)
+    return torch.where(blank.view(shape), mean, inputs)
+
+
+def tilt(inputs: Tensor, strength: float, draw: _Draw) -> Tensor:
+    """Add to each band a smooth random offset: a sum of three cosines along the mel axis."""
+    if strength == 0:
+        return inputs
+    bands = inputs.shape[1]
+    place = (torch.arange(bands, device=inputs.device, dtype=inputs.dtype) + 0.5) / bands
+    waves = torch.stack([torch.cos(torch.pi * k * place) / k for k in (1, 2, 3)])
+    return inputs + (strength * draw.normal(len(inputs), 3) @ waves).unsqueeze(-1)
+
+
+def mix_noise(inputs: Tensor, strongest: float, draw: _Draw) -> Tensor:
+    """Add white noise whose standard deviation is drawn between 0 and ``strongest`` for each example."""
+    if strongest == 0:
+        return inputs
+    level = strongest * draw.uniform(len(inputs), *[1] * (inputs.ndim - 1))
+    return inputs + level * draw.normal(*inputs.shape)

@@ -1,0 +1,85 @@
+"""A compact keyword network: temporal convolutions with mel bands as channels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+__all__ = ["TCResNet", "TCResNetArgs", "TemporalBlock"]
+
+Norm = Literal["batch", "group"]
+
+
+class TCResNetArgs(BaseModel):
+    """What can be set of a TC-ResNet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    width: Annotated[float, Field(gt=0, le=16)] = 1.5
+    """Factor on the channels 16, 24, 32, 48 (the paper's k)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Before the head."""
+    norm: Norm = "batch"
+    """Batch norm as in the paper, or group norm, which knows no running statistics."""
+
+
+class TCResNet(nn.Module):
+    """TC-ResNet: each mel band is a channel, and every convolution runs over time alone.
+
+    Args:
+        bands: mel bands.
+        classes: words.
+        blocks_a_width: 1 for TC-ResNet8, 2 for TC-ResNet14.
+        args: width, dropout and norm.
+
+    Reference:
+        Choi et al., "Temporal Convolution for Real-time Keyword Spotting on Mobile Devices",
+        Interspeech 2019, figure 2.
+    """
+
+    def __init__(self, bands: int, classes: int, blocks_a_width: int, args: TCResNetArgs) -> None:
+        super().__init__()
+        stem, *widths = (max(1, round(args.width * channels)) for channels in (16, 24, 32, 48))
+        self.stem = nn.Sequential(nn.Conv1d(bands, stem, 3, padding=1, bias=False), _norm(args.norm, stem), nn.ReLU())
+        blocks, before = [], stem
+        for width in widths:
+            for index in range(blocks_a_width):
+                blocks.append(TemporalBlock(before, width, 2 if index == 0 else 1, args.norm))
+                before = width
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(args.dropout)
+        self.head = nn.Linear(before, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, bands, frames) to (N, classes) logits."""
+        return self.head(self.dropout(self.blocks(self.stem(inputs)).mean(dim=-1)))  # type: ignore[no-any-return]
+
+
+class TemporalBlock(nn.Module):
+    """Two convolutions of nine frames and a shortcut; the first takes every ``stride``-th frame."""
+
+    def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(before, after, 9, stride, padding=4, bias=False)
+        self.norm1 = _norm(norm, after)
+        self.conv2 = nn.Conv1d(after, after, 9, padding=4, bias=False)
+        self.norm2 = _norm(norm, after)
+        self.shortcut = (
+            nn.Sequential()
+            if stride == 1 and before == after
+            else nn.Sequential(nn.Conv1d(before, after, 1, stride, bias=False), _norm(norm, after), nn.ReLU())
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, before, frames) to (N, after, frames / stride)."""
+        inner = self.norm1(self.conv1(inputs)).relu()
+        return (self.norm2(self.conv2(inner)) + self.shortcut(inputs)).relu()  # type: ignore[no-any-return]
+
+
+def _norm(kind: Norm, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm1d(channels)
+    groups = next(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)

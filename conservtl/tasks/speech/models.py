@@ -1,0 +1,70 @@
+"""Networks by name: the compact keyword networks, and any of torchaudio's."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from conservtl.errors import SpecError
+from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
+from conservtl.tasks.speech.features import SpeechPreprocessing
+from conservtl.tasks.speech.wrapped import torchaudio_names, wrap
+
+__all__ = ["ModelSpec", "build"]
+
+_BLOCKS = {"tc_resnet8": 1, "tc_resnet14": 2}
+
+
+class ModelSpec(BaseModel):
+    """A network by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(min_length=1)] = "tc_resnet8"
+    """`tc_resnet8`, `tc_resnet14`, or a name in `torchaudio.models` (`Wav2Letter`, `Conformer`,
+    `wav2vec2_base`, ...)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the network: `width`, `dropout` and `norm` of a TC-ResNet, or torchaudio's own."""
+
+
+def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) -> nn.Module:
+    """A network with random weights that maps inputs of ``preprocessing`` to (N, classes) logits.
+
+    Raises:
+        SpecError: the name is unknown, the arguments do not fit, or the network does not turn these
+            inputs into a sequence of vectors.
+        MissingExtraError: torchaudio is not installed.
+    """
+    if model.name in _BLOCKS:
+        return _compact(model, preprocessing, classes)
+    known = torchaudio_names()
+    if model.name not in known:
+        names = [*_BLOCKS, *known]
+        near = difflib.get_close_matches(model.name.lower(), [n.lower() for n in names], n=5, cutoff=0.4)
+        nearest = [n for n in names if n.lower() in near] or names
+        raise SpecError(
+            f"model.name is a compact network ({', '.join(_BLOCKS)}) or a name in torchaudio.models; "
+            f"got {model.name!r}. Nearest: {', '.join(nearest)}."
+        )
+    return wrap(model.name, model.args, preprocessing.features, classes)
+
+
+def _compact(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) -> TCResNet:
+    features = preprocessing.features
+    if features.kind != "logmel":
+        raise SpecError(
+            f"model.name: {model.name} takes log-mel inputs; data.features.kind is {features.kind!r}. "
+            f"Set it to 'logmel'."
+        )
+    try:
+        args = TCResNetArgs.model_validate(model.args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(
+            f"model.args.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}; "
+            f"got {first['input']!r}. {model.name} takes {', '.join(TCResNetArgs.model_fields)}."
+        ) from error
+    return TCResNet(features.n_mels, classes, _BLOCKS[model.name], args)

@@ -1,0 +1,31 @@
+"""Classification of images: two domains of labelled images, models by name, and how images are read.
+
+Importing this loads neither torchvision nor timm, Pillow or scikit-learn; what needs them asks for them.
+"""
+
+from conservtl.tasks.vision.augment import VisionAugment
+from conservtl.tasks.vision.cifar_resnet import CifarResNet
+from conservtl.tasks.vision.corruptions import Corruption, corrupt
+from conservtl.tasks.vision.data import DataSpec, DigitsData, ImageFolderData, TorchvisionData
+from conservtl.tasks.vision.loading import load, preprocessing_for
+from conservtl.tasks.vision.models import ModelSpec, build, published_settings
+from conservtl.tasks.vision.preprocessing import VisionPreprocessing
+from conservtl.tasks.vision.settings import ImageSettings
+
+__all__ = [
+    "CifarResNet",
+    "Corruption",
+    "DataSpec",
+    "DigitsData",
+    "ImageFolderData",
+    "ImageSettings",
+    "ModelSpec",
+    "TorchvisionData",
+    "VisionAugment",
+    "VisionPreprocessing",
+    "build",
+    "corrupt",
+    "load",
+    "preprocessing_for",
+    "published_settings",
+]

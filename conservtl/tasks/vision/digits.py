@@ -1,0 +1,51 @@
+"""scikit-learn's digits as two domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conservtl.extras import require
+from conservtl.tasks.vision.data import DigitsData
+from conservtl.tasks.vision.parts import ImagePart, Parts, split
+
+__all__ = ["digits_parts"]
+
+
+def digits_parts(data: DigitsData) -> Parts:
+    """Source and target digits; the target's test part is whatever the shots leave.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    found = require("sklearn.datasets", "vision").load_digits()
+    # 17 levels of ink, stretched to 8 bits
+    images = np.round(found.images * (255 / 16)).astype(np.uint8)
+    source = _of(images, found.target, data.source)
+    train, test = split(source, data.test_fraction, data.split_seed, "data.source")
+    return Parts(_of(images, found.target, data.target), None, source.classes, train, test)
+
+
+class _Opener:
+    """From a digit's number to an image of Pillow; picklable, for loaders with workers."""
+
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self.images = images
+
+    def __call__(self, number: int) -> Any:
+        return require("PIL.Image", "vision").fromarray(self.images[number])
+
+
+def _of(images: NDArray[np.uint8], values: NDArray[np.int64], digits: Sequence[int]) -> ImagePart:
+    classes = sorted(digits)
+    ids = tuple(i for i, value in enumerate(values.tolist()) if value in classes)
+    return ImagePart(
+        tuple(str(digit) for digit in classes),
+        tuple(classes.index(int(values[i])) for i in ids),
+        tuple(f"digit_{int(values[i])}_{i:04d}" for i in ids),
+        ids,
+        _Opener(images),
+    )

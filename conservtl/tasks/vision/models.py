@@ -1,0 +1,179 @@
+"""Models by name, never with downloaded weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import nn
+
+from conservtl.errors import SpecError
+from conservtl.extras import require
+from conservtl.tasks.vision._names import nearest
+from conservtl.tasks.vision.cifar_resnet import CIFAR_DEPTHS, CifarResNet
+from conservtl.tasks.vision.preprocessing import VisionPreprocessing
+from conservtl.tasks.vision.settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
+
+__all__ = ["ModelSpec", "build", "published_settings"]
+
+_WEIGHTS = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "progress", "weights", "weights_backbone"})
+_TIMM = "timm/"
+
+
+class ModelSpec(BaseModel):
+    """A network by name. Its weights are the source's business."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(default="cifar_resnet20", min_length=1)
+    """`cifar_resnet20`, `32`, `44` or `56`; a classifier of torchvision (`resnet18`); or one of timm
+    (`timm/resnet18`, where the prefix can be left out if torchvision has no such name)."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the model's constructor."""
+
+    @field_validator("args")
+    @classmethod
+    def _no_weights(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted(args):
+            if name in _WEIGHTS:
+                raise ValueError(
+                    f"model.args must not ask for weights, which are never downloaded; got {name}. "
+                    f"Give a file as source.weights."
+                )
+            if name in {"num_classes", "classes"}:
+                raise ValueError(f"model.args must leave the classes to the data; got {name}. Leave it out.")
+        return args
+
+
+def build(model: ModelSpec, preprocessing: VisionPreprocessing, classes: int) -> nn.Module:
+    """The named network with fresh weights.
+
+    Args:
+        model: its name and arguments.
+        preprocessing: its image size is handed to networks that are built for one size.
+        classes: number of outputs.
+
+    Raises:
+        SpecError: no such name (the nearest are listed), or the arguments do not fit.
+        MissingExtraError: torchvision or timm is needed and not installed.
+    """
+    library, name = _find(model.name)
+    size = preprocessing.images.size
+    try:
+        if library == "cifar":
+            return CifarResNet(CIFAR_DEPTHS[name], classes, **model.args)
+        if library == "torchvision":
+            return _build_torchvision(name, size, classes, model.args)
+        return _build_timm(name, size, classes, model.args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise SpecError(
+            f"model.args must fit the constructor of {model.name}; got {model.args} for images of {size} "
+            f"pixels, and it fails with: {error}. Change model.args or data.images.size."
+        ) from error
+
+
+def published_settings(model: ModelSpec) -> ImageSettings:
+    """The image settings of the model's published weights (ImageNet's usual ones where there are none).
+
+    Raises:
+        SpecError: no such name; the nearest are listed.
+        MissingExtraError: torchvision or timm is needed and not installed.
+    """
+    library, name = _find(model.name)
+    if library == "cifar":
+        return CIFAR_IMAGES
+    return _torchvision_settings(name) if library == "torchvision" else _timm_settings(name)
+
+
+def _find(name: str) -> tuple[str, str]:
+    """The library that has the model, and its name there."""
+    if name in CIFAR_DEPTHS:
+        return "cifar", name
+    classifiers: list[str] = []
+    if not name.startswith(_TIMM):
+        models = require("torchvision.models", "vision")
+        classifiers = models.list_models(module=models)  # without detection, segmentation and video
+        if name in classifiers:
+            return "torchvision", name
+    timm = require("timm", "vision")
+    bare = name.removeprefix(_TIMM)
+    if timm.is_model(bare):
+        if "." in bare:
+            _timm_tag(timm, bare)
+        return "timm", bare
+    prefixed = [_TIMM + one for one in timm.list_models()]
+    known = prefixed if name.startswith(_TIMM) else [*CIFAR_DEPTHS, *classifiers, *timm.list_models()]
+    raise SpecError(
+        f"model.name must be a cifar_resnet, or a classifier of torchvision or timm; got {name!r}. "
+        f"{nearest(name, known)}"
+    )
+
+
+def _timm_tag(timm: Any, name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{architecture}.*")]
+        raise SpecError(
+            f"model.name: {architecture} has no published weights tagged {tag!r}. {nearest(tag, tags)} "
+            f"Without a tag the default one's settings apply."
+        ) from error
+
+
+def _build_torchvision(name: str, size: int, classes: int, args: dict[str, Any]) -> nn.Module:
+    models = require("torchvision.models", "vision")
+    fitting: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        fitting = {"image_size": size}
+    if name in {"googlenet", "inception_v3"}:
+        # side outputs would turn the scores into a tuple in training
+        fitting = {"aux_logits": False, "init_weights": True}
+    network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **(fitting | args))
+    return network
+
+
+def _build_timm(name: str, size: int, classes: int, args: dict[str, Any]) -> nn.Module:
+    timm = require("timm", "vision")
+    published = timm.get_pretrained_cfg(name)
+    built_for_one_size = published is not None and published.fixed_input_size
+    fitting = {"img_size": size} if built_for_one_size and published.input_size[-1] != size else {}
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, **(fitting | args))
+    return network
+
+
+def _torchvision_settings(name: str) -> ImageSettings:
+    try:
+        weights = require("torchvision.models", "vision").get_model_weights(name).DEFAULT
+    except (AttributeError, ValueError):  # a model without published weights
+        return IMAGENET_IMAGES
+    preset = weights.transforms()
+    size, resize = preset.crop_size[0], preset.resize_size[0]
+    return ImageSettings(
+        size=size,
+        resize=None if resize == size else resize,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
+
+
+def _timm_settings(name: str) -> ImageSettings:
+    published = require("timm", "vision").get_pretrained_cfg(name)
+    if published is None:
+        return IMAGENET_IMAGES
+    resolve = require("timm.data", "vision").resolve_data_config
+    found = resolve({}, pretrained_cfg=published.to_dict())
+    channels, size = found["input_size"][0], found["input_size"][-1]
+    if channels != 3:
+        raise SpecError(f"model.name must take RGB images; {name} takes {channels} channels. Choose another model.")
+    resize = int(size / found["crop_pct"])
+    return ImageSettings(
+        size=size,
+        resize=resize if resize > size and found["crop_mode"] == "center" else None,
+        crop="squash" if found["crop_mode"] == "squash" else "center",
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=found["interpolation"] if found["interpolation"] != "random" else "bilinear",
+    )

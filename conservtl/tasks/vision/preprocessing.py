@@ -1,0 +1,94 @@
+"""From image files to model inputs, and the record of it that travels with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from conservtl.errors import DataError
+from conservtl.extras import require
+from conservtl.tasks.vision.settings import ImageSettings
+
+__all__ = ["VisionPreprocessing", "open_image"]
+
+
+def open_image(path: Path) -> Any:
+    """The file as an RGB image of Pillow.
+
+    Raises:
+        DataError: it cannot be read; the message names it.
+    """
+    pillow = require("PIL.Image", "vision")
+    try:
+        with pillow.open(path) as image:
+            return _rgb(image)
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} must be an image that Pillow can read; it fails with: {error}. "
+            f"Replace the file or take it out of the folder."
+        ) from error
+
+
+class VisionPreprocessing(BaseModel):
+    """Opens images, brings them to size and normalises them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["vision"] = "vision"
+    """Tells this record from other tasks' in a saved model."""
+
+    images: ImageSettings
+    """Size, crop, interpolation and normalisation."""
+
+    def read(self, files: Sequence[Path]) -> Tensor:
+        """Inputs for these image files, (N, 3, size, size) float32.
+
+        Raises:
+            DataError: a file cannot be read; the message names it.
+        """
+        pixels = [self.pixels(open_image(Path(file))) for file in files]
+        size = self.images.size
+        return self.normalise(torch.stack(pixels) if pixels else torch.empty(0, 3, size, size))
+
+    def pixels(self, image: Any) -> Tensor:
+        """One image of Pillow brought to size, (3, size, size) float32, RGB in [0, 1].
+
+        The steps and their rounding are torchvision's: resize the shorter side, cut out the centre.
+        """
+        pillow = require("PIL.Image", "vision")
+        method = pillow.Resampling[self.images.interpolation.upper()]
+        size, image = self.images.size, _rgb(image)
+        if self.images.crop == "squash":
+            image = image if image.size == (size, size) else image.resize((size, size), method)
+        else:
+            target = _shorter_side(image.size, self.images.resize or size)
+            image = image if image.size == target else image.resize(target, method)
+            left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+            image = image.crop((left, top, left + size, top + size))
+        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return values.view(size, size, 3).permute(2, 0, 1).contiguous().float().div(255)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """From (..., 3, H, W) in [0, 1] to what the model takes."""
+        mean = pixels.new_tensor(self.images.mean).view(3, 1, 1)
+        std = pixels.new_tensor(self.images.std).view(3, 1, 1)
+        return (pixels - mean) / std
+
+
+def _shorter_side(size: tuple[int, int], length: int) -> tuple[int, int]:
+    """The size with the shorter side of this length and the same proportions (rounded down)."""
+    width, height = size
+    if width <= height:
+        return length, int(length * height / width)
+    return int(length * width / height), length
+
+
+def _rgb(image: Any) -> Any:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns where transparency is dropped from a palette
+    return image.convert("RGB")

@@ -1,0 +1,52 @@
+"""How a photograph becomes an input: size, crop, interpolation and normalisation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["CIFAR_IMAGES", "IMAGENET_IMAGES", "ImageSettings"]
+
+_Unit = Annotated[float, Field(ge=0, le=1)]
+_Positive = Annotated[float, Field(gt=0, le=10)]
+
+
+class ImageSettings(BaseModel):
+    """Size, crop and normalisation of images, as a model's weights expect them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    size: int = Field(default=224, ge=4, le=4096)
+    """Height and width of the input in pixels."""
+
+    resize: int | None = Field(default=None, ge=4, le=8192)
+    """Length of the shorter side, in pixels, before the centre is cut out; null means `size`."""
+
+    crop: Literal["center", "squash"] = "center"
+    """`center` keeps the proportions and cuts the centre out; `squash` changes both sides to `size`."""
+
+    mean: tuple[_Unit, _Unit, _Unit] = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue, subtracted from values in [0, 1]."""
+
+    std: tuple[_Positive, _Positive, _Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue, by which the difference is divided."""
+
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bilinear"
+    """How pixels are interpolated where the size changes."""
+
+    @model_validator(mode="after")
+    def _the_crop_fits(self) -> Self:
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(
+                f"images.resize must not be smaller than images.size (the crop is cut out of it); got "
+                f"resize {self.resize} and size {self.size}. Raise resize, or leave it out."
+            )
+        return self
+
+
+CIFAR_IMAGES = ImageSettings(size=32)
+"""What the published CIFAR weights of He et al.'s small residual networks were trained with."""
+
+IMAGENET_IMAGES = ImageSettings(size=224, resize=256)
+"""ImageNet's usual settings, for models without published weights."""
