@@ -1,5 +1,7 @@
 """Domain adaptation with regularized transfer."""
 
+from typing import TYPE_CHECKING, Any
+
 from conservtl.adapt import Adaptation, adapt
 from conservtl.engine import FitResult, Holdout, Training, fit
 from conservtl.errors import (
@@ -26,11 +28,15 @@ from conservtl.strategies import (
     Strategy,
 )
 
+if TYPE_CHECKING:
+    from conservtl.experiments import Adapted, Prediction, load
+
 __version__ = "0.1.0"
 
 __all__ = [
     "L2SP",
     "Adaptation",
+    "Adapted",
     "ConservtlError",
     "DataError",
     "DiscriminativeLR",
@@ -45,6 +51,7 @@ __all__ = [
     "Phase",
     "Plan",
     "PlanError",
+    "Prediction",
     "Row",
     "SelectorError",
     "SourceError",
@@ -57,4 +64,14 @@ __all__ = [
     "adapt",
     "find_layers",
     "fit",
+    "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names that need the tasks, which a loop of one's own does not: imported when first asked for."""
+    if name in ("Adapted", "Prediction", "load"):
+        from conservtl import experiments
+
+        return getattr(experiments, name)
+    raise AttributeError(f"module 'conservtl' has no attribute {name!r}")

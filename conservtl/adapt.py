@@ -37,6 +37,7 @@ def adapt(
     """Prepares and never trains: draws up the plan, copies the source's weights, fixes the anchors.
 
     The model is changed in place (``adaptation.model is model``), after everything has been checked.
+    Many processes: initialise the process group first, adapt, then wrap.
 
     Args:
         model: built for the target task, on any device.
@@ -121,6 +122,7 @@ class Adaptation:
         Raises:
             SpecError: the optimizer cannot carry the plan out; the message says why.
         """
+        self.keep_frozen()  # a process group may have come since
         scale = self.plan.phases[self.phase].scale
         optimizer = build_optimizer(cls, self.plan, named_parameters(self.model), scale, options)
         self._anchors.clear()
@@ -182,6 +184,8 @@ class Adaptation:
     def start_phase(self, phase: int) -> None:
         """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates.
 
+        A scheduler of torch's keeps the rates it began with: make a new one after this.
+
         Args:
             phase: position in ``plan.phases``.
 
@@ -191,13 +195,14 @@ class Adaptation:
         phases = self.plan.phases
         if not 0 <= phase < len(phases):
             raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase}.")
-        factor = phases[phase].scale / phases[self.phase].scale
         self.phase = phase
         self._frozen = self.plan.frozen_in(phase)
         self.keep_frozen()
+        scale = phases[phase].scale
         for group in self._hook.optimizer.param_groups if self._hook else ():
-            group["lr"] *= factor
-            group["initial_lr"] *= factor
+            # The group says what is in its rates: its state may have been loaded before this one's.
+            factor = scale / group["phase_scale"]
+            group |= {"lr": group["lr"] * factor, "initial_lr": group["initial_lr"] * factor, "phase_scale": scale}
 
     def keep_frozen(self) -> None:
         """Freeze again what the current phase freezes, after something else has touched it."""

@@ -55,7 +55,7 @@ def run(
     from conservtl.experiments.spec import load_spec
 
     report = run_spec(load_spec(spec, overrides or ()), out, resume=resume, progress=Console(stderr=True).is_terminal)
-    _show(_table(report))
+    Console().print(_table(report))
     sys.stdout.write(report["sentence"] + "\n")
     if note := report.get("note"):
         sys.stderr.write(f"report.html was not written: {note}\n")
@@ -111,12 +111,13 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _show(renderable: Any) -> None:
+def _show(drawn: Any) -> None:
+    """A plan in colour on a terminal; in a pipe or a file as plain text, whatever the width."""
     console = Console()
     if console.is_terminal:
-        console.print(renderable)
-    else:  # a pipe or a file gets every column, whatever the width
-        Console(width=200).print(renderable) if not hasattr(renderable, "rows") else sys.stdout.write(f"{renderable}\n")
+        console.print(drawn)
+    else:
+        sys.stdout.write(f"{drawn}\n")
 
 
 def _table(report: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer
@@ -44,13 +44,13 @@ class Row(_Frozen):
     """Why it is fresh; None for a row from the source."""
     frozen: bool = False
     """Frozen throughout; phases can freeze more for a while."""
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Absolute learning rate; None takes the optimizer's own, times ``scale``."""
-    scale: Annotated[float, Field(gt=0)] = 1.0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Ratio to the optimizer's own learning rate; used where ``lr`` is None."""
-    pull: Annotated[float, Field(ge=0)] | None = None
+    pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """alpha: strength of the pull toward the source value; None: not covered."""
-    decay: Annotated[float, Field(ge=0)] | None = None
+    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
     mode: Literal["coupled", "decoupled"] = "coupled"
     """Whether pull and decay are part of the gradient or a step of their own before it."""
@@ -85,7 +85,7 @@ class Phase(_Frozen):
     """How long; None: as long as training goes on (the last phase only)."""
     frozen: tuple[str, ...] = ()
     """Parameters frozen during this phase, beside those frozen throughout."""
-    scale: Annotated[float, Field(gt=0)] = 1.0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Multiplies every learning rate."""
 
 
@@ -206,7 +206,8 @@ class Plan(_Frozen):
             explicit: whether the strategy named these rows, or means everything.
 
         Raises:
-            PlanError: another strategy has chosen this already; both are named.
+            PlanError: another strategy has chosen this already, and both are named; or a value is none that
+                a row can hold.
         """
         new = Choice(by=by, explicit=explicit)
         rows = []
@@ -223,7 +224,7 @@ class Plan(_Frozen):
                         f"{by} and {old.by} both choose the {column} of {row.name!r} (layer {row.layer!r}). "
                         "Name each parameter in one of them only, or leave one strategy out."
                     )
-            rows.append(row.model_copy(update={**fields, "chosen": {**row.chosen, column: new}}))
+            rows.append(_changed(row, by, {**fields, "chosen": {**row.chosen, column: new}}))
         return self.with_rows(rows)
 
     def with_rows(self, rows: Iterable[Row]) -> Plan:
@@ -260,6 +261,19 @@ class Plan(_Frozen):
         from conservtl.table import as_rich
 
         return as_rich(self)
+
+
+def _changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
+    """The row with other fields, validated as a new one is."""
+    try:
+        return Row(**{**dict(row), **fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise PlanError(
+            f"{by} gives {row.name!r} {field}={first['input']!r}, which no row can hold: {first['msg']}. "
+            "Mend the strategy's fields."
+        ) from error
 
 
 def _check_row(row: Row) -> None:

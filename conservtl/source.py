@@ -139,12 +139,16 @@ def _load(path: Path) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SourceError(
-            f"source {str(path)!r} cannot be read as weights: {str(error).splitlines()[0]} Files are read with "
+            f"source {str(path)!r} cannot be read as weights: {_first_line(error)} Files are read with "
             "weights_only=True; save the state dict alone (torch.save(model.state_dict(), path)) or as safetensors."
         ) from error
     if not isinstance(loaded, Mapping):
         raise SourceError(f"source {str(path)!r} holds a {type(loaded).__name__}; a state dict is needed.")
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _unwrapped(found: Mapping[str, Any], where: str) -> Source:
@@ -187,7 +191,7 @@ def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = 
     Raises:
         SourceError: a layer with parameters, or a norm, is missing or differs; the message names it.
     """
-    ours = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    ours = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
     for raw, theirs in unwrap(source).named_modules():
         name = canonical(raw)
         holds = bool(list(theirs.parameters(recurse=False))) or isinstance(theirs, _NORMS)

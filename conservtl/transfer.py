@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from conservtl.layers import Layer, canonical, named_parameters, unwrap
 from conservtl.plan import Plan
@@ -48,6 +49,7 @@ def transfer(
         for info in layer.parameters
         if plan[info.name].origin == "source"
         for name in (info.name, *info.aliases)
+        if name in source.tensors and _same(source.tensors[name], values[info.name])
     }
     unused = tuple(name for name in source.tensors if name not in spent)
     reasons = {row.name: row.reason for row in plan.rows if row.reason is not None}
@@ -59,10 +61,11 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Copy the buffers (running statistics) of what came from the source."""
+    """Copy the buffers of what came from the source; a fresh norm does not keep the source's statistics."""
     origin = {row.name: row.origin for row in plan.rows}
     parts = {module: layer for layer in layers for module in layer.modules}
-    copied = []
+    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    copied, stale = [], []
     for key, buffer in model.state_dict(keep_vars=True).items():
         name = canonical(key)
         if isinstance(buffer, nn.Parameter) or name not in tensors or tensors[name].shape != buffer.shape:
@@ -75,6 +78,11 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
         if "fresh" not in beside:
             buffer.copy_(tensors[name])
             copied.append(name)
+        elif name.rpartition(".")[2] == "running_mean" and _same(buffer, tensors[name]):
+            stale.append(modules.get(owner))
+    for module in dict.fromkeys(stale):
+        if isinstance(module, _NormBase):
+            module.reset_running_stats()
     return copied
 
 
@@ -91,11 +99,13 @@ def _initialise(model: nn.Module, names: Collection[str]) -> None:
         return
     modules = {canonical(name): module for name, module in model.named_modules()}
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    keep = [
+    keep: list[tuple[Tensor, Tensor]] = [
         (parameter, parameter.detach().clone())
         for name, parameter in named_parameters(model).items()
         if name not in names and any(name.startswith(f"{owner}.") or not owner for owner in owners)
     ]
+    norms = [module for owner in owners if isinstance(module := modules[owner], _NormBase)]
+    keep += [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     for owner in owners:
         module = modules[owner]
         own = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == owner}
@@ -110,8 +120,8 @@ def _initialise(model: nn.Module, names: Collection[str]) -> None:
         else:
             for short in own:
                 _initialise_loose(getattr(module, short))
-    for parameter, value in keep:
-        parameter.copy_(value)
+    for kept, value in keep:
+        kept.copy_(value)
 
 
 def _initialise_loose(parameter: nn.Parameter) -> None:

@@ -24,7 +24,7 @@ def build_optimizer(
     scale: float,
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """Make an optimizer whose groups carry the plan's rates.
+    """Make an optimizer whose groups carry the plan's rates, and the phase's factor that is in them.
 
     Args:
         cls: an optimizer class that takes groups and dense gradients.
@@ -45,18 +45,19 @@ def build_optimizer(
     known = inspect.signature(cls).parameters
     defaults = {key: parameter.default for key, parameter in known.items()} | dict(options)
     _check_class(cls, name, rows)
-    _check_decay(name, rows, options)
+    _check_decay(name, rows, {**getattr(cls, "keywords", {}), **options})
     base = defaults.get("lr", inspect.Parameter.empty)
     if base is inspect.Parameter.empty:
         raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
+    most = max(phase.scale for phase in plan.phases)
     for row in rows:
-        _check_row(row, parameters[row.name], float(base))
+        _check_row(row, parameters[row.name], row.rate(float(base)) * most)
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for row in rows:
         bare = row.covered or not row.weight_decay
         groups.setdefault((row.rate(float(base)) * scale, bare), []).append((row.name, parameters[row.name]))
     listed = [
-        {"params": members, "lr": lr, "initial_lr": lr}
+        {"params": members, "lr": lr, "initial_lr": lr, "phase_scale": scale}
         | ({"weight_decay": 0.0} if bare and "weight_decay" in known else {})
         for (lr, bare), members in groups.items()
     ]
@@ -89,7 +90,7 @@ def _check_decay(name: str, rows: list[Row], options: Mapping[str, Any]) -> None
         )
 
 
-def _check_row(row: Row, parameter: nn.Parameter, base: float) -> None:
+def _check_row(row: Row, parameter: nn.Parameter, rate: float) -> None:
     if not row.covered:
         return
     if parameter.dtype in _HALF:
@@ -97,7 +98,7 @@ def _check_row(row: Row, parameter: nn.Parameter, base: float) -> None:
             f"{row.name!r} is {parameter.dtype}: steps as small as a pull's are lost in its rounding. Keep "
             "parameters in float32 and use autocast for speed."
         )
-    step = row.rate(base) * max(row.pull or 0.0, row.decay or 0.0)
+    step = rate * max(row.pull or 0.0, row.decay or 0.0)
     if row.mode == "decoupled" and step > 1:
         raise SpecError(
             f"{row.name!r}: a decoupled pull of rate × strength = {step:g} overshoots the source (1 reaches it "

@@ -45,18 +45,20 @@ class StepHook:
         self.frozen = frozen
         self.anchor = anchor
         self.pull = pull
+        self._scaler: GradScaler | None = None
         self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
         optimizer.register_step_pre_hook(self._before_step)
 
     def add(self, scaler: GradScaler | None = None) -> None:
         """Add the coupled pull now; the step then adds nothing. A second call before it does nothing."""
-        if scaler is not None and scaler.is_enabled():
-            self._unscale(scaler)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if self._scaler is not None:
+            self._unscale(self._scaler)
         self.drop_frozen()
-        token = self._token(scaler)
+        token = self._token()
         if self.pull and (self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True))):
             self._couple(None)
-            self._added = self._token(scaler)  # gradients that were None have been made meanwhile
+            self._added = self._token()  # gradients that were None have been made meanwhile
 
     def drop_frozen(self) -> None:
         """Forget gradients of parameters that this phase does not train."""
@@ -85,7 +87,7 @@ class StepHook:
         added, self._added = self._added, None
         if not self.pull:
             return
-        if added is None:
+        if added is None or added[0] is not self._state():  # none yet, or in a step that the scaler skipped
             self._couple(getattr(self.optimizer, "grad_scale", None))
         move_weights(list(self._pulled("decoupled")), getattr(self.optimizer, "found_inf", None))
 
@@ -111,14 +113,19 @@ class StepHook:
                 yield name, parameter, group
 
     def _unscale(self, scaler: GradScaler) -> None:
-        state = scaler._per_optimizer_states[id(self.optimizer)]  # noqa: SLF001 - no public way to ask
-        if state["stage"].name == "READY":
+        state = self._state()
+        if state is not None and state["stage"].name == "READY":
             scaler.unscale_(self.optimizer)
 
-    def _token(self, scaler: GradScaler | None) -> tuple[Any, ...]:
+    def _state(self) -> dict[str, Any] | None:
+        """The scaler's notes on this step, a new object after each ``update()``."""
+        if self._scaler is None:
+            return None
+        return self._scaler._per_optimizer_states[id(self.optimizer)]  # noqa: SLF001 - no public way to ask
+
+    def _token(self) -> tuple[Any, ...]:
         """Objects that are replaced when a new step begins: the scaler's state and the gradients.
 
         A scaler that skips a step never calls it, so only they tell that the pull must be added again.
         """
-        state = scaler._per_optimizer_states[id(self.optimizer)] if scaler is not None else None  # noqa: SLF001
-        return (state, *(parameter.grad for _, parameter, _ in self._members()))
+        return (self._state(), *(parameter.grad for _, parameter, _ in self._members()))

@@ -48,6 +48,8 @@ def add_to_gradients(pulled: Sequence[Pulled], scale: Tensor | None = None, sign
         for item in group:
             if item.parameter.grad is None:
                 item.parameter.grad = torch.zeros_like(item.parameter)
+            elif item.parameter.grad.is_sparse:
+                item.parameter.grad = item.parameter.grad.to_dense()
         for chunk in _chunks(group):
             gradients = [_local(item.parameter.grad) for item in chunk]
             weights = [_local(item.parameter) for item in chunk]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from conservtl.engine.evaluate import Functions, Holdout, accuracy, cross_entropy, evaluate, forward, harmonic_mean
+from conservtl.engine.evaluate import Functions, Holdout, accuracy, cross_entropy, evaluate, forward
 from conservtl.engine.loop import FitResult, fit
-from conservtl.engine.training import Training, schedule_factor
+from conservtl.engine.schedule import schedule_factor
+from conservtl.engine.selection import harmonic_mean
+from conservtl.engine.training import Training
 
 __all__ = [
     "FitResult",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from conservtl.engine.randomness import generator_states, restore_generators
+from conservtl.engine.selection import Selection
+from conservtl.engine.session import Session
 from conservtl.errors import SpecError
+from conservtl.layers import unwrap
 
-__all__ = ["Checkpoints", "Interruption", "State", "generator_states", "restore_generators"]
+__all__ = ["Checkpoints", "State", "restore", "snapshot"]
 
 _OVERHEAD = 20  # a checkpoint waits this many times as long as the last one took to write
 
@@ -31,19 +31,23 @@ class State:
         epoch: epochs finished.
         batch: batches of the current epoch done.
         step: optimizer steps done.
+        seconds: time spent before the run was last resumed.
+        total: sum of the current epoch's losses over its examples so far.
+        seen: the number of those examples.
         history: a line an epoch.
-        best: best validation score so far.
-        weights: the weights that had it.
-        stale: evaluations since.
+        selection: the best evaluation so far.
+        drawn: states of the random generators when the current epoch began.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    seconds: float = 0.0
+    total: float = 0.0
+    seen: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-    best: float | None = None
-    weights: dict[str, Tensor] | None = None
-    stale: int = 0
+    selection: Selection = field(default_factory=Selection)
+    drawn: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -56,82 +60,91 @@ class Checkpoints:
 
     def __init__(self, folder: Path | None, main: bool = True) -> None:
         self.folder = folder
-        self.main = main
+        self._writes = main and folder is not None
         self._due = 0.0
 
-    @property
-    def path(self) -> Path | None:
-        """Where the checkpoint is."""
-        return self.folder / "checkpoint.pt" if self.folder else None
+    def save(self, content: Callable[[], Mapping[str, Any]], *, now: bool = False) -> None:
+        """Write a checkpoint, unless the last one is so recent that writing would cost the run much.
 
-    def save(self, content: Mapping[str, Any], *, now: bool = False) -> None:
-        """Write a checkpoint, unless the last one is so recent that writing would cost the run much."""
-        if self.path is None or not self.main or (not now and time.perf_counter() < self._due):
+        Args:
+            content: makes what is written; called only if it is.
+            now: write in any case.
+        """
+        if not self._writes or (not now and time.perf_counter() < self._due):
             return
         begun = time.perf_counter()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(dict(content), temporary)
-        temporary.replace(self.path)
+        temporary = self._path().with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(content()), temporary)
+        temporary.replace(self._path())
         self._due = time.perf_counter() + _OVERHEAD * (time.perf_counter() - begun)
 
     def load(self) -> dict[str, Any]:
         """The checkpoint to resume from.
 
         Raises:
-            SpecError: there is none.
+            SpecError: there is none, or it cannot be read.
         """
-        if self.path is None or not self.path.is_file():
+        if self.folder is None:
+            raise SpecError("resume: the checkpoint is looked for in out, which is None. Pass the folder of the run.")
+        if not self._path().is_file():
             raise SpecError(f"resume: there is no checkpoint in {self.folder}. Run without resume to begin.")
-        loaded: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            loaded: dict[str, Any] = torch.load(self._path(), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+            raise SpecError(f"resume: {self._path()} cannot be read: {error} Run without resume to begin.") from error
         return loaded
 
     def write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``history.jsonl``, one line an epoch."""
-        if self.folder is not None and self.main:
+        if self._writes and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / "history.tmp"
             temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
             temporary.replace(self.folder / "history.jsonl")
 
-
-class Interruption:
-    """Remembers Ctrl-C, so that a run stops between two steps with its state whole."""
-
-    asked = False
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While inside, Ctrl-C is remembered; a second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def remember(number: int, frame: Any) -> None:
-            if self.asked and callable(before):
-                before(number, frame)
-            self.asked = True
-
-        signal.signal(signal.SIGINT, remember)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _path(self) -> Path:
+        return (self.folder or Path()) / "checkpoint.pt"
 
 
-def generator_states() -> dict[str, Any]:
-    """States of all global random generators."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+def snapshot(session: Session, state: State, own: Sequence[torch.Generator]) -> dict[str, Any]:
+    """Everything that ``restore`` needs.
+
+    Args:
+        session: the model and its optimizer.
+        state: where the run stands.
+        own: generators the run draws from beside the global ones.
+    """
+    scaler = session.accelerator.scaler
+    return {
+        "state": {**vars(state), "selection": vars(state.selection)},
+        "settings": session.training.model_dump(mode="json"),
+        "model": unwrap(session.adaptation.model).state_dict(),
+        "adaptation": session.adaptation.state_dict(),
+        "optimizer": session.raw.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "generators": generator_states(own),
+    }
 
 
-def restore_generators(states: Mapping[str, Any]) -> None:
-    """Bring back what ``generator_states`` gave."""
-    torch.set_rng_state(states["torch"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+def restore(session: Session, found: Mapping[str, Any], own: Sequence[torch.Generator]) -> State:
+    """Go on from a snapshot.
+
+    Raises:
+        SpecError: it was made with other settings.
+        PlanError: it was made by another plan.
+    """
+    settings = session.training.model_dump(mode="json")
+    if differing := [key for key, value in settings.items() if found["settings"].get(key) != value]:
+        key = differing[0]
+        raise SpecError(
+            f"resume: the checkpoint was made with training.{key}={found['settings'].get(key)!r}, but now it is "
+            f"{settings[key]!r}. Use the same spec."
+        )
+    unwrap(session.adaptation.model).load_state_dict(found["model"])
+    session.adaptation.load_state_dict(found["adaptation"])
+    session.raw.load_state_dict(found["optimizer"])  # after the adaptation, which scales rates as it begins a phase
+    if found["scaler"] is not None and session.accelerator.scaler is not None:
+        session.accelerator.scaler.load_state_dict(found["scaler"])
+    restore_generators(found["generators"], own)
+    return State(**{**found["state"], "selection": Selection(**found["state"]["selection"])})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.engine.data import as_batches
+from conservtl.engine.randomness import undisturbed
 from conservtl.errors import DataError
 
-__all__ = ["Functions", "Holdout", "accuracy", "cross_entropy", "evaluate", "forward", "harmonic_mean"]
+__all__ = ["Functions", "Holdout", "accuracy", "cross_entropy", "evaluate", "forward"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -73,7 +75,7 @@ def accuracy(outputs: Any, batch: Any) -> dict[str, Tensor]:
 def evaluate(
     model: nn.Module, data: Any, functions: Functions, device: torch.device, batch_size: int = 256
 ) -> dict[str, float]:
-    """Mean loss and metrics over a set; the model's mode is left as found.
+    """Mean loss and metrics over a set; the mode of every module, and every random generator, is left as found.
 
     Args:
         model: evaluated in eval mode, on ``device``.
@@ -81,31 +83,38 @@ def evaluate(
         functions: the run's functions.
         device: where batches are moved.
         batch_size: where batches are made here.
+
+    Raises:
+        DataError: there is nothing in it.
     """
     if isinstance(data, Holdout):
         functions = Functions(
             data.forward or functions.forward, data.loss or functions.loss, data.metrics or functions.metrics
         )
         data = data.data
-    training = model.training
-    model.eval()
     sums: dict[str, Any] = {}
     seen = 0
-    for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
-        outputs = functions.forward(model, batch.content)
-        found = {"loss": functions.loss(outputs, batch.content), **functions.metrics(outputs, batch.content)}
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value * batch.size
-        seen += batch.size
-    model.train(training)
+    with _evaluating(model), undisturbed():  # a DataLoader draws a seed even when it does not shuffle
+        for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
+            outputs = functions.forward(model, batch.content)
+            found = {"loss": functions.loss(outputs, batch.content), **functions.metrics(outputs, batch.content)}
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value * batch.size
+            seen += batch.size
     if not seen:
         raise DataError("a set to evaluate on has no examples; leave it out or give some.")
     return {name: float(total) / seen for name, total in sums.items()}
 
 
-def harmonic_mean(values: list[float]) -> float:
-    """Of accuracies in [0, 1]; 0 where one is 0."""
-    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _logits(outputs: Any) -> Tensor:

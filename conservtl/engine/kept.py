@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.engine.data import Held
+from conservtl.engine.randomness import undisturbed
 from conservtl.layers import Layer, canonical, unwrap
 
 __all__ = ["KeptOutputs", "keep_outputs"]
 
 _LIMIT = 2 << 30  # bytes of kept outputs; beyond it a step computes them again
-_CHUNK = 64
+_CHUNK = 64  # examples at a time while they are computed
+_ROUNDING = 1e-2  # of the largest value; bfloat16 is the coarsest, anything else that differs differs by far more
 
 Run = Callable[[Any], Any]
+Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass at the boundary
@@ -35,57 +39,53 @@ class KeptOutputs:
         boundary: the module whose outputs are kept.
         skipped: modules that run before it -> (shape behind the batch, type) of their outputs.
         outputs: (N, ...) the boundary's output for every example.
-        light: whether placeholders have no storage at all; some code between modules cannot take that.
     """
 
-    def __init__(
-        self,
-        boundary: nn.Module,
-        skipped: dict[nn.Module, tuple[tuple[int, ...], torch.dtype]],
-        outputs: Tensor,
-        light: bool,
-    ) -> None:
+    def __init__(self, boundary: nn.Module, skipped: Mapping[nn.Module, Kind], outputs: Tensor) -> None:
         self.outputs = outputs
         self.index: Tensor | None = None
-        self._light = light
-        self._replaced = [boundary, *skipped]
-        self._replace(boundary, lambda: self.outputs[self.index])
-        for module, (shape, dtype) in skipped.items():
-            self._replace(module, partial(self._placeholder, shape, dtype))
-
-    def _replace(self, module: nn.Module, stand_in: Callable[[], Tensor]) -> None:
-        original = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs) if self.index is None else stand_in()
-
-        module.forward = forward
-
-    def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        assert self.index is not None
-        size = (len(self.index), *shape)
-        if self._light:
-            return torch.empty(size, dtype=dtype, device="meta")
-        return torch.zeros((), dtype=dtype, device=self.outputs.device).expand(size)
+        self.light = False  # whether placeholders have no storage; else they are NaN, which spoils whatever uses it
+        self._own = {module: module.__dict__.get("forward") for module in (boundary, *skipped)}
+        self._replace(boundary, self._kept)
+        for module, kind in skipped.items():
+            self._replace(module, partial(self._placeholder, *kind))
 
     def remove(self) -> None:
         """Give every module its own forward back."""
-        for module in self._replaced:
-            module.__dict__.pop("forward", None)
+        for module, own in self._own.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+    def _replace(self, module: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> None:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if self.index is None else stand_in(self.index)
+
+        module.forward = forward
+
+    def _kept(self, index: Tensor) -> Tensor:
+        return self.outputs.index_select(0, index.to(self.outputs.device))
+
+    def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
+        device = torch.device("meta") if self.light else self.outputs.device
+        return torch.full((), torch.nan, dtype=dtype, device=device).expand(len(index), *shape)
 
 
-@torch.no_grad()
 def keep_outputs(
     model: nn.Module, run: Run, layers: Sequence[Layer], frozen: frozenset[str], batches: Held
 ) -> KeptOutputs | None:
     """Compute the frozen input side once over all examples, if that changes nothing.
 
-    It would where something random stands in it, where a module runs more than once or its output is
-    not one tensor with an example a row, or where code between the modules cannot do without it; the
-    outputs with and without are compared before anything is trusted.
+    It would where something random, or something that depends on the other examples of a batch, stands
+    in it; where it has a state of its own or hooks; where a module runs more than once or gives anything but
+    one tensor with an example a row; where what is trained takes something from before the boundary. None
+    of this is guessed from names: the model is run on a few examples with and without, in the mode it
+    trains in, with placeholders that spoil any output they reach.
 
     Args:
-        model: in training mode, on its device.
+        model: in training mode, on its device. Its buffers and the random generators are left as found.
         run: batch content -> model outputs, under the run's autocast.
         layers: the model's layers, input side first.
         frozen: parameters that the current phase does not train.
@@ -96,42 +96,58 @@ def keep_outputs(
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     prefix, rest = _split(layers, frozen, modules)
-    if not prefix:
+    if not prefix or unwrap(model) is not model or any(_has_hooks(module) for module in prefix):
         return None
-    first = batches.take(torch.arange(min(_CHUNK, batches.length)))
-    with _evaluating(model):
-        calls, reference = _trace(run, first, [*prefix, *rest])
-    order = [module for module, _ in calls]
-    ahead = order[: next((i for i, module in enumerate(order) if module in rest), len(order))]
-    ahead = [module for module in ahead if module in prefix]
-    if not ahead or any(order.count(module) != 1 for module in ahead) or not isinstance(reference, Tensor):
-        return None
-    shapes = {m: _shape(out, len(reference)) for m, out in calls if m in ahead}
-    if any(shape is None for shape in shapes.values()):
-        return None
-    boundary = ahead[-1]
-    outputs = _features(run, boundary, batches)
-    if outputs is None:
-        return None
-    skipped = {m: shape for m, shape in shapes.items() if m is not boundary and shape is not None}
-    for light in (True, False):
-        kept = KeptOutputs(boundary, skipped, outputs, light)
-        if _agrees(kept, model, run, first, reference):
-            return kept
-        kept.remove()
-    return None
+    probe = torch.arange(0, min(_CHUNK, batches.length), 2 if batches.length > 2 else 1)
+    content = batches.take(probe)
+    with undisturbed(), _buffers_restored(model):
+        start = _generators(batches.device)
+        calls, reference = _trace(run, content, [*prefix, *rest])
+        ahead = _ahead(calls, prefix, rest, len(probe))
+        if not ahead or not _tensors(reference):
+            return None
+        boundary = next(reversed(ahead))
+        kinds = {module: (tuple(output.shape[1:]), output.dtype) for module, output in ahead.items()}
+        outputs = _features(model, run, boundary, batches)
+        if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [ahead.pop(boundary)]):
+            return None
+        kept = KeptOutputs(boundary, {module: kinds[module] for module in ahead}, outputs)
+
+        def agrees() -> bool:
+            _set_generators(batches.device, start)
+            kept.index = probe
+            try:
+                with torch.no_grad():
+                    return _alike(_tensors(run(content)), _tensors(reference))
+            except Exception:  # noqa: BLE001 - code between the modules may do anything to a placeholder
+                return False
+            finally:
+                kept.index = None
+
+        # NaN first: nothing that reaches an output survives it, but `real.add_(meta)` does nothing and says nothing.
+        if not agrees():
+            kept.remove()
+            return None
+        kept.light = True
+        kept.light = agrees()
+        return kept
 
 
 def _split(
-    layers: Sequence[Layer], frozen: frozenset[str], modules: dict[str, nn.Module]
+    layers: Sequence[Layer], frozen: frozenset[str], modules: Mapping[str, nn.Module]
 ) -> tuple[list[nn.Module], list[nn.Module]]:
     """Modules of the frozen input side, and of everything behind it."""
-    prefix: list[nn.Module] = []
-    rest: list[nn.Module] = []
+    prefix: dict[nn.Module, None] = {}
+    rest: dict[nn.Module, None] = {}
     for layer in layers:
         held = not rest and all(info.name in frozen for info in layer.parameters)
-        (prefix if held else rest).extend(modules[name] for name in layer.modules)
-    return prefix, rest
+        (prefix if held else rest).update(dict.fromkeys(modules[name] for name in layer.modules))
+    return [module for module in prefix if module not in rest], list(rest)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to what a placeholder would be."""
+    return any(inner._forward_hooks for inner in module.modules())  # noqa: SLF001
 
 
 def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[tuple[nn.Module, Any]], Any]:
@@ -145,22 +161,39 @@ def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[t
             hook.remove()
 
 
-def _shape(output: Any, size: int) -> tuple[tuple[int, ...], torch.dtype] | None:
-    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != size:
-        return None
-    return tuple(output.shape[1:]), output.dtype
+def _ahead(
+    calls: Sequence[tuple[nn.Module, Any]], prefix: Sequence[nn.Module], rest: Sequence[nn.Module], size: int
+) -> dict[nn.Module, Tensor]:
+    """The frozen modules that run before any other and once only, with outputs of an example a row."""
+    order = [module for module, _ in calls]
+
+    def plain(call: tuple[nn.Module, Any]) -> bool:
+        module, output = call
+        return (
+            module in prefix
+            and module not in rest
+            and order.count(module) == 1
+            and isinstance(output, Tensor)
+            and output.is_floating_point()
+            and not output.requires_grad
+            and output.ndim > 0
+            and len(output) == size
+        )
+
+    return dict(takewhile(plain, calls))
 
 
-def _features(run: Run, boundary: nn.Module, batches: Held) -> Tensor | None:
-    """The boundary's outputs for all examples, or None where they are random or too large."""
-    caught: list[Tensor] = []
+@torch.no_grad()
+def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) -> Tensor | None:
+    """The boundary's outputs for all examples, or None where something else changes or they are too large."""
+    caught: list[Any] = []
 
-    def catch(_: nn.Module, __: Any, output: Tensor) -> None:
+    def catch(_: nn.Module, __: Any, output: Any) -> None:
         caught.append(output)
         raise _Reached
 
     hook = boundary.register_forward_hook(catch)
-    state = _generators(batches.device)
+    states = [*_generators(batches.device), *(buffer.clone() for buffer in model.buffers())]
     try:
         for index in torch.split(torch.arange(batches.length), _CHUNK):
             try:
@@ -169,13 +202,34 @@ def _features(run: Run, boundary: nn.Module, batches: Held) -> Tensor | None:
                 pass
             else:
                 return None
-            if caught[0].nbytes / len(caught[0]) * batches.length > _LIMIT:
+            if caught[0].nbytes / len(index) * batches.length > _LIMIT:
                 return None
-        if any(not torch.equal(a, b) for a, b in zip(state, _generators(batches.device), strict=True)):
-            return None
     finally:
         hook.remove()
+    now = [*_generators(batches.device), *model.buffers()]
+    if any(not torch.equal(a, b) for a, b in zip(states, now, strict=True)):
+        return None
     return torch.cat(caught)
+
+
+def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether tensors are the same to the rounding of another batch size or precision, and finite."""
+    if [(a.shape, a.device) for a in found] != [(b.shape, b.device) for b in expected]:
+        return False
+    for a, b in zip(found, expected, strict=True):
+        error = (a.detach().double() - b.detach().double()).abs()
+        if error.numel() and not error.max() <= _ROUNDING * b.detach().double().abs().max():
+            return False
+    return True
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """All tensors in a model's outputs."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return [t for part in outputs for t in _tensors(part)] if isinstance(outputs, (tuple, list)) else []
 
 
 def _generators(device: torch.device) -> list[Tensor]:
@@ -183,24 +237,17 @@ def _generators(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _agrees(kept: KeptOutputs, model: nn.Module, run: Run, content: Any, reference: Tensor) -> bool:
-    """Whether the model says the same with the kept outputs as without."""
-    kept.index = torch.arange(len(reference), device=kept.outputs.device)
-    try:
-        with _evaluating(model):
-            found = run(content)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return False  # code between the modules needs what the placeholders do not have
-    finally:
-        kept.index = None
-    return found.device == reference.device and torch.allclose(found, reference, rtol=1e-3, atol=1e-5)
+def _set_generators(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        model.train(training)
+        for buffer, value in before:
+            buffer.copy_(value)

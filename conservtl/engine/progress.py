@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 __all__ = ["Progress"]
 
+_EVERY = 0.1  # seconds between updates of the bar
+
 
 class Progress:
-    """Shows steps, steps a second and the last evaluation; nothing at all where it is not shown.
+    """Shows steps, steps a second and the last evaluation on stderr; nothing where it is not shown.
 
     Args:
         steps: steps in all, 0 where unknown.
+        done: steps done before, where a run is resumed.
         shown: whether to show it.
     """
 
-    def __init__(self, steps: int, *, shown: bool) -> None:
+    def __init__(self, steps: int, done: int = 0, *, shown: bool) -> None:
         self._bar: Any = None
+        self._done = done
+        self._due = 0.0
         if shown:
+            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -29,8 +36,9 @@ class Progress:
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=steps or None, rate="", note="")
+            self._task = self._bar.add_task("", total=steps or None, completed=done, rate="", note="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -45,10 +53,11 @@ class Progress:
 
     def advance(self) -> None:
         """One step more."""
-        if self._bar is not None:
-            task = self._bar.tasks[0]
-            rate = f"{task.speed:.1f} steps/s" if task.speed else ""
-            self._bar.update(self._task, advance=1, rate=rate)
+        self._done += 1
+        if self._bar is not None and time.perf_counter() >= self._due:
+            self._due = time.perf_counter() + _EVERY
+            speed = self._bar.tasks[0].speed
+            self._bar.update(self._task, completed=self._done, rate=f"{speed:.1f} steps/s" if speed else "")
 
     def show(self, line: Mapping[str, Any]) -> None:
         """The last line of the history."""
@@ -58,7 +67,6 @@ class Progress:
         for name in ("target", "source"):
             for metric, value in line.get(name, {}).items():
                 if metric != "loss":
-                    parts.append(
-                        f"{name} {100 * value:.1f} %" if metric == "accuracy" else f"{name} {metric} {value:.3f}"
-                    )
-        self._bar.update(self._task, note="  ".join(parts))
+                    shown = f"{100 * value:.1f} %" if metric == "accuracy" else f"{metric} {value:.3f}"
+                    parts.append(f"{name} {shown}")
+        self._bar.update(self._task, completed=self._done, note="  ".join(parts))

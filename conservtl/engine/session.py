@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.adapt import Adaptation
+from conservtl.conserve.freeze import tracks_statistics
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 
-__all__ = ["Session"]
+__all__ = ["Session", "open_session"]
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class Session:
-    """What a training step needs of the machine.
-
-    Leaving it gives the model its own ``forward`` and the process its settings back.
+    """What a training step needs of the machine. Made by ``open_session``.
 
     Args:
         adaptation: its model is moved to the device.
-        training: device, precision, optimizer.
-        accelerator: your own ``accelerate.Accelerator``, which then decides device and precision.
+        training: the optimizer, and what a step does beside it.
+        accelerator: decides device, precision and processes.
     """
 
-    def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any = None) -> None:
+    def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any) -> None:
         self.adaptation = adaptation
         self.training = training
-        self.accelerator = accelerator if accelerator is not None else _accelerator(training)
-        self.device: torch.device = self.accelerator.device
-        self.part: tuple[int, int] = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.clip = training.clip
-
-    def __enter__(self) -> Self:
-        self._deterministic = torch.are_deterministic_algorithms_enabled()
-        self._training = self.adaptation.model.training
-        torch.use_deterministic_algorithms(self.training.deterministic or self._deterministic)
-        self.adaptation.model.to(self.device)
-        cls, options = self.training.make()
-        self.raw = self.adaptation.optimizer(cls, **options)
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.part: tuple[int, int] = (accelerator.process_index, accelerator.num_processes)
+        adaptation.model.to(self.device)
+        cls, options = training.make()
+        self.raw = adaptation.optimizer(cls, **options)
         self.model: nn.Module
-        self.model, self.optimizer = self.accelerator.prepare(self.adaptation.model, self.raw)
-        self.adaptation.keep_frozen()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
-        self.adaptation.model.train(self._training)
-        torch.use_deterministic_algorithms(self._deterministic)
+        self.model, self.optimizer = accelerator.prepare(adaptation.model, self.raw)
+        adaptation.keep_frozen()
+        self._factor: float | None = None
 
     @property
     def precision(self) -> str:
@@ -60,42 +49,142 @@ class Session:
         mixed = str(self.accelerator.mixed_precision)
         return "fp32" if mixed == "no" else mixed
 
+    def train(self) -> None:
+        """Put the model into training mode, and all of its norms back into eval mode where the settings say so."""
+        self.model.train()
+        if self.training.batch_norm == "eval":
+            for module in self.model.modules():
+                if tracks_statistics(module):
+                    module.eval()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """For a backward that is not followed by a step: processes need not exchange gradients yet."""
+        return self.accelerator.no_sync(self.model) if self.part[1] > 1 else nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss, scaled where the precision asks for it."""
         self.accelerator.backward(loss)
 
     def step(self) -> None:
         """Pull and clip where clipping is on, then the optimizer's step, then no gradients."""
-        if self.clip is not None:
+        if self.training.clip is not None:
             self.accelerator.unscale_gradients(self.optimizer)
             self.adaptation.pull(self.accelerator.scaler)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.raw.zero_grad()
 
     def rate(self, factor: float) -> None:
         """Schedule: each group's rate is its own times one factor."""
+        if factor == self._factor:
+            return  # a new phase has scaled both rates of a group alike
         for group in self.raw.param_groups:
             group["lr"] = group["initial_lr"] * factor
+        self._factor = factor
 
 
-def _accelerator(training: Training) -> Any:
+@contextmanager
+def open_session(adaptation: Adaptation, training: Training, accelerator: Any = None) -> Iterator[Session]:
+    """A session; the model's methods and modes, and the process's settings, are afterwards as they were found.
+
+    Args:
+        adaptation: its model is moved to the device, and stays there.
+        training: device, precision, optimizer.
+        accelerator: your own ``accelerate.Accelerator``, which then decides device and precision.
+
+    Raises:
+        SpecError: settings that this machine or this accelerator cannot serve.
+    """
+    if accelerator is None:
+        machine = _own_accelerator(training)
+    else:
+        machine = nullcontext(_checked(accelerator))
+    with machine as ready, _determinism(training.deterministic), _as_found(adaptation, ready):
+        session = Session(adaptation, training, ready)
+        try:
+            yield session
+        finally:
+            session.raw.zero_grad()
+
+
+@contextmanager
+def _own_accelerator(training: Training) -> Iterator[Any]:
+    """An Accelerator beside any that the process has: Accelerate shares one state a process among them all."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    shared = [AcceleratorState._shared_state, GradientState._shared_state]  # noqa: SLF001
+    if not distributed:
+        shared.append(PartialState._shared_state)  # noqa: SLF001
+    found = [dict(state) for state in shared]
+    precision, cpu = _precision(training)
+    for state in shared:
+        state.clear()
+    try:
+        yield Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    finally:
+        for state, before in zip(shared, found, strict=True):
+            state.clear()
+            state.update(before)
+
+
+def _precision(training: Training) -> tuple[str, bool]:
+    """The precision, and whether to stay on the CPU."""
     cpu = training.device == "cpu" or not torch.cuda.is_available()
     if training.device == "cuda" and cpu:
         raise SpecError("training.device is cuda, but torch finds no GPU here. Set it to auto or cpu.")
-    precision = training.precision
-    if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and cpu:
+    if training.precision == "fp16" and cpu:
         raise SpecError("training.precision is fp16, which needs a GPU. Set it to bf16 or fp32 on a CPU.")
-    mixed = "no" if precision == "fp32" else precision
-    # Accelerate keeps one state a process; a run with another device or precision needs a new one.
-    state = PartialState._shared_state  # noqa: SLF001
-    if state and (state.get("_cpu") != cpu) and not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-    else:
-        AcceleratorState._reset_state()  # noqa: SLF001
-    return Accelerator(mixed_precision=mixed, cpu=cpu)
+    if training.precision == "auto":
+        return ("bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"), cpu
+    return training.precision, cpu
+
+
+def _checked(accelerator: Any) -> Any:
+    if accelerator.gradient_accumulation_steps != 1:
+        raise SpecError(
+            f"accelerator.gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}, but fit accumulates "
+            "by itself. Leave it at 1 and set training.accumulate."
+        )
+    return accelerator
+
+
+@contextmanager
+def _determinism(asked: bool) -> Iterator[None]:
+    if not asked:
+        yield
+        return
+    refused = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
+    os.environ.setdefault(_CUBLAS, ":4096:8")  # without it torch refuses every matrix product on a GPU
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(refused[0], warn_only=refused[1])
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            del os.environ[_CUBLAS]
+
+
+@contextmanager
+def _as_found(adaptation: Adaptation, accelerator: Any) -> Iterator[None]:
+    """Give the model its own ``forward`` and modes back, and take what was prepared out of the accelerator."""
+    model = adaptation.model
+    modes = {module: module.training for module in model.modules()}
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    own = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    prepared = [(list(kept), kept) for kept in (accelerator._models, accelerator._optimizers)]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(own)
+        for before, now in prepared:
+            now[:] = before
+        for module, mode in modes.items():
+            module.training = mode
+        adaptation.keep_frozen()

@@ -1,14 +1,13 @@
-"""How to train: the settings of a run, and the one factor that schedules all rates."""
+"""How to train: the settings of a run."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Training", "schedule_factor"]
+__all__ = ["Training"]
 
 _CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -28,6 +27,8 @@ class Training(BaseModel):
     """The optimizer's own rate, which the plan's ratios multiply."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """The optimizer's own weight decay; None: its default, and 0 on what L2-SP covers."""
+    fused: bool = False
+    """One kernel for all of a step's weights: faster, and equal to the plain step to rounding."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     """One factor on all groups, over all steps."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -46,39 +47,20 @@ class Training(BaseModel):
     """Which weights are kept: the last, or the best on the validation part, by target or by the
     harmonic mean of target and source."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Evaluations without a better validation score after which training stops; None: never."""
+    """Evaluations without a better validation score after which training stops; None: never. Only the
+    last phase can be cut short."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     deterministic: bool = False
     """Refuse operations that are not deterministic on a GPU, while training."""
 
-    def make(self, **options: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    def make(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """The optimizer class and its keyword arguments."""
-        options["lr"] = self.lr
+        options: dict[str, Any] = {"lr": self.lr}
         if self.weight_decay is not None:
             options["weight_decay"] = self.weight_decay
         if self.optimizer == "sgd":
             options["momentum"] = 0.9
+        if self.fused:
+            options["fused"] = True
         return _CLASSES[self.optimizer], options
-
-
-def schedule_factor(training: Training, step: int, steps: int) -> float:
-    """Factor on all rates at a step, 0 to ``steps`` - 1.
-
-    one_cycle rises over 30 % of the steps from 1/25 to 1 and falls to 0, both along a cosine (Smith
-    and Topin 2018, as fastai has it).
-    """
-    if training.schedule == "one_cycle":
-        rise = max(1.0, 0.3 * steps)
-        if step < rise:
-            return 0.04 + 0.96 * _cosine(1 - step / rise)
-        return _cosine((step - rise) / max(1.0, steps - rise))
-    warm = training.warmup * steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return 1.0 if training.schedule == "constant" else _cosine((step - warm) / max(1.0, steps - warm))
-
-
-def _cosine(share: float) -> float:
-    """From 1 at 0 to 0 at 1."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

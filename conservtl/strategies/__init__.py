@@ -37,6 +37,6 @@ AnyStrategy = Annotated[
 
 def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
     """The plan after all strategies; their order in the list does not matter."""
-    for strategy in sorted(strategies, key=lambda strategy: strategy.order):
+    for strategy in sorted(strategies, key=lambda strategy: (strategy.order, strategy.kind, repr(strategy))):
         plan = strategy.apply(plan)
     return plan

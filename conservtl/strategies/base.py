@@ -18,9 +18,11 @@ class Order(IntEnum):
 
     ORIGIN = 0
     """Decides what comes from the source and what is frozen."""
-    STRENGTH = 1
+    HEAD = 1
+    """Reads what others made fresh; decides the head and what is frozen below it."""
+    STRENGTH = 2
     """Reads the origins; decides rates and pulls."""
-    TIME = 2
+    TIME = 3
     """Reads all of it; decides phases."""
 
 

@@ -50,7 +50,7 @@ class DiscriminativeLR(Strategy):
     source: Rate | None = None
     """Absolute rate of what came from the source."""
     fresh: Rate | None = None
-    """Absolute rate of what is fresh; combines with any of the other rules."""
+    """Absolute rate of what is fresh; combines with any of the other rules, and gives way to ``groups``."""
     toward: Literal["output", "input"] = "output"
     """Which side changes most: output for new labels, input for a new speaker or noise."""
     decay_biases_and_norms: bool = True
@@ -70,27 +70,27 @@ class DiscriminativeLR(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Choose rates, and where weight decay may act."""
-        rates = self._rates(plan)
-        explicit = self.groups is not None
-        values = {name: self._fields(rate) for name, rate in rates.items()}
+        values = {name: self._fields(rate) for name, rate in self._rates(plan).items()}
         if self.source is not None:
             values = {row.name: {"lr": self.source} for row in plan.rows if row.origin == "source"}
         if self.fresh is not None:
             values |= {row.name: {"lr": self.fresh} for row in plan.rows if row.origin == "fresh"}
-        plan = plan.choose(self.label, "rate", values, explicit=explicit)
+        plan = plan.choose(self.label, "rate", values, explicit=False)
+        named = {name: self._fields(rate) for name, rate in self._by_glob(plan).items()}
+        plan = plan.choose(self.label, "rate", named)
         if self.decay_biases_and_norms:
             return plan
         bare = {row.name: {"weight_decay": False} for row in plan.rows if row.kind != "weight"}
-        return plan.choose(self.label, "weight_decay", bare)
+        return plan.choose(self.label, "weight_decay", bare, explicit=False)
 
     def _fields(self, rate: float) -> dict[str, float | None]:
         return {"lr": None, "scale": rate} if self.lr is None else {"lr": rate, "scale": 1.0}
 
     def _rates(self, plan: Plan) -> dict[str, float]:
-        """Parameter name -> rate, by the rule that was given."""
+        """Parameter name -> rate, by the rule that was given; what a glob of ``groups`` names comes after."""
         full = 1.0 if self.lr is None else self.lr
         if self.groups is not None:
-            return self._by_glob(plan) if self.lr is None else dict.fromkeys(_names(plan), full) | self._by_glob(plan)
+            return dict.fromkeys(_names(plan), full)
         if self.thirds is not None:
             return self._by_third(plan)
         if self.decay is None and self.lowest is None:

@@ -22,7 +22,7 @@ class FeatureExtraction(Strategy):
     """
 
     kind: Literal["feature_extraction"] = "feature_extraction"
-    order: ClassVar[Order] = Order.ORIGIN
+    order: ClassVar[Order] = Order.HEAD
 
     def apply(self, plan: Plan) -> Plan:
         """Freeze the body; the head is fresh and trained."""

@@ -48,7 +48,8 @@ class LayerTransfer(Strategy):
         """Choose origins and what is frozen."""
         chosen = self.transferred(plan)
         for row in plan.rows:
-            if row.layer in chosen and row.origin == "fresh":
+            # What another strategy made fresh fits; whether it may be claimed is for ``choose`` to say.
+            if row.layer in chosen and row.origin == "fresh" and "origin" not in row.chosen:
                 raise SourceError(
                     f"{self.label}(side={self.side!r}): layer {row.layer!r} is to be transferred, but {row.name!r} "
                     f"cannot be: {row.reason}. Transfer fewer layers, or name those that fit."

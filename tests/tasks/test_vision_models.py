@@ -83,8 +83,8 @@ def test_models_built_for_one_size_get_the_size_of_the_images():
     pytest.importorskip("timm")
     small = VisionPreprocessing(images=ImageSettings(size=64))
     args = {"patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    for spec in (ModelSpec(name="timm/vit_tiny_patch16_224", args=args),):
-        assert build(spec, small, 3)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    spec = ModelSpec(name="timm/vit_tiny_patch16_224", args=args)
+    assert build(spec, small, 3)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(

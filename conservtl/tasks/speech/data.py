@@ -86,7 +86,7 @@ class EspeakData(_SpeechData):
     kind: Literal["espeak"] = "espeak"
     """Synthetic recordings."""
     target: str = TARGET_VOICES[0]
-    """The voice to adapt to, as espeak-ng names it (`en-us+whisper`)."""
+    """The voice to adapt to, as espeak-ng names it: `de+f4` is the German voice, fourth female variant."""
     voices: Annotated[tuple[str, ...], Field(min_length=1)] = SOURCE_VOICES
     """The voices of the source model."""
     words: Words = DIGITS

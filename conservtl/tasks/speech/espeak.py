@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ SOURCE_VOICES = (
 )
 """Men and women with seven accents."""
 
-TARGET_VOICES = ("en-us+whisper", "en+croak", "hi+f1", "fr+m2", "de+f4")
-"""Voices that a model trained on the source voices finds hard: a whisper, a croak, foreign readers."""
+TARGET_VOICES = ("de+f4", "pl", "fr+m2", "sv+m1", "it+f2", "en-us+whisperf")
+"""Voices that a model trained on the source voices finds hard: readers who pronounce English words by the
+rules of their own language, and a whisper."""
 
 _LONGEST = 120  # seconds a process may take for one voice
 
@@ -125,14 +127,16 @@ def _in_fresh_process(utterances: Sequence[Utterance], library: str, data: Path)
         check=False,
     )
     head, _, body = done.stdout.partition(b"\n")
-    answer = json.loads(head) if done.returncode == 0 and head else {"error": done.stderr.decode()[-500:]}
+    failed = done.returncode != 0 or not head
+    answer: dict[str, Any] = {"error": done.stderr.decode()[-500:]} if failed else json.loads(head)
     if "error" in answer:
         raise DataError(
             f"data: espeak-ng cannot say {utterances[0].word!r} with {utterances[0].voice!r}: "
             f"{answer['error'] or f'its process ended with code {done.returncode}'}. Name another voice."
         )
+    lengths: list[int] = answer["lengths"]
     samples = torch.frombuffer(bytearray(body), dtype=torch.int16).float() / 32768
-    return [(part, int(answer["rate"])) for part in torch.split(samples, answer["lengths"])]
+    return [(part, int(answer["rate"])) for part in torch.split(samples, lengths)]
 
 
 def _as_recorded(utterance: Utterance, wave: Tensor, rate: int) -> tuple[Tensor, int]:

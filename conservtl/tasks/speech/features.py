@@ -34,11 +34,11 @@ class Features(BaseModel):
     """Seconds. Longer recordings lose both ends, shorter ones are padded with silence, equally."""
     n_mels: Annotated[int, Field(ge=1, le=512)] = 40
     """Mel bands."""
-    window: Annotated[float, Field(gt=0, le=1)] = 0.025
+    window: Annotated[float, Field(gt=0, le=1)] = 0.040
     """Seconds of the analysis window."""
-    hop: Annotated[float, Field(gt=0, le=1)] = 0.010
+    hop: Annotated[float, Field(gt=0, le=1)] = 0.020
     """Seconds from one frame to the next."""
-    range_db: Annotated[float, Field(gt=0, le=200)] = 60.0
+    range_db: Annotated[float, Field(gt=0, le=200)] = 40.0
     """Bands more than this many dB below the loudest of their recording count as silence, so that
     the level of the noise a microphone adds weighs less."""
     normalise: Literal["none", "mean", "mean_variance"] = "mean_variance"

@@ -60,7 +60,7 @@ def _parts_of(root: Path, field: str, data: ImageFolderData) -> tuple[ImagePart,
                 f"two for: {unmatched}. Add or remove these folders."
             )
         return train, test
-    if "train" in folders or (tests and len(folders) == len(tests)):
+    if "train" in folders or tests:
         raise DataError(
             f"{field} must have a training and a test part; {root} has only {', '.join(folders)}. {_LAYOUTS}."
         )

@@ -1,0 +1,57 @@
+"""Random generators: seeded, saved and brought back together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["generator_states", "restore_generators", "seed_all", "undisturbed"]
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is the one datasets draw from
+    torch.manual_seed(seed)
+
+
+def generator_states(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """States of all global generators, and of some that a run uses beside them; as a checkpoint can hold them."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "own": [generator.get_state() for generator in own],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_generators(states: Mapping[str, Any], own: Sequence[torch.Generator] = ()) -> None:
+    """Bring back what ``generator_states`` gave for the same generators."""
+    torch.set_rng_state(states["torch"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    for generator, state in zip(own, states["own"], strict=True):
+        generator.set_state(state)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is drawn inside is not missed afterwards."""
+    states = generator_states()
+    try:
+        yield
+    finally:
+        restore_generators(states)

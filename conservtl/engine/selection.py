@@ -1,0 +1,76 @@
+"""Selection: which weights are kept, and when training stops early. Looks at validation parts only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from conservtl.engine.training import Training
+from conservtl.errors import SpecError
+from conservtl.layers import unwrap
+
+__all__ = ["Selection", "check_selection", "harmonic_mean", "score"]
+
+
+@dataclass
+class Selection:
+    """The best evaluation so far.
+
+    Args:
+        best: its score.
+        weights: the model's state dict then, on the CPU; None where the last weights are kept.
+        stale: evaluations since.
+    """
+
+    best: float | None = None
+    weights: dict[str, Tensor] | None = None
+    stale: int = 0
+
+    def look(self, found: Mapping[str, Mapping[str, float]], model: nn.Module, training: Training) -> None:
+        """Compare an evaluation with the best one, and remember the weights if they are to be kept."""
+        value = score(found, training.keep)
+        if self.best is not None and not value > self.best:
+            self.stale += 1
+            return
+        self.best, self.stale = value, 0
+        if training.keep != "last":
+            tensors = unwrap(model).state_dict()
+            self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def score(found: Mapping[str, Mapping[str, float]], keep: str) -> float:
+    """What is selected on: accuracy where there is one, else the loss; higher is better.
+
+    Args:
+        found: {"target": metrics, "source": metrics}; without a source the target stands alone.
+        keep: ``training.keep``; ``target`` looks at the target alone even where there is a source.
+    """
+    names = ["target"] if keep == "target" or "source" not in found else ["target", "source"]
+    if all("accuracy" in found[name] for name in names):
+        value = harmonic_mean([found[name]["accuracy"] for name in names])
+    else:
+        value = -sum(found[name]["loss"] for name in names)
+    return -math.inf if math.isnan(value) else value
+
+
+def harmonic_mean(values: list[float]) -> float:
+    """Of accuracies in [0, 1]; 0 where one is 0."""
+    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
+
+
+def check_selection(training: Training, valid: Mapping[str, object]) -> None:
+    """Whether there is what is to be selected on.
+
+    Raises:
+        SpecError: there is not; the message says where to get it.
+    """
+    asked = training.keep != "last" or training.patience is not None
+    missing = [name for name in ("target", "source")[: 2 if training.keep == "harmonic" else 1] if name not in valid]
+    if asked and missing:
+        raise SpecError(
+            f"training.keep={training.keep} and patience={training.patience} look at a validation part, but "
+            f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
+        )

@@ -1,0 +1,32 @@
+"""For your own tests: generators of models, weights, strategies and specs, and the contract of a strategy.
+
+Needs hypothesis, which the extra ``dev`` brings. The generators draw by seed, leave torch's random state
+alone, and shrink.
+
+Example:
+    >>> from hypothesis import given, settings, strategies as st
+    >>> from conservtl.testing import models, state_dicts
+    >>> @settings(max_examples=5, deadline=None)
+    ... @given(st.data())
+    ... def test_whatever_is_saved_can_be_a_source(data):
+    ...     model, example = data.draw(models())
+    ...     weights = data.draw(state_dicts(model))
+    ...     adaptation = ctl.adapt(model, weights.saved, example=example)
+    ...     assert all(name in weights.plain for name in adaptation.transfer.copied)
+    >>> test_whatever_is_saved_can_be_a_source()
+
+    A strategy of your own is held to the contract in one line:
+
+    >>> import conservtl as ctl
+    >>> from conservtl.testing import check_strategy
+    >>> check_strategy(ctl.L2SP(alpha=0.1))
+"""
+
+from conservtl.testing import _needs  # noqa: F401 - before anything imports hypothesis
+from conservtl.testing.contract import check_strategy
+from conservtl.testing.instances import instances, specs
+from conservtl.testing.models import models
+from conservtl.testing.strategies import strategies
+from conservtl.testing.weights import Weights, state_dicts
+
+__all__ = ["Weights", "check_strategy", "instances", "models", "specs", "state_dicts", "strategies"]

@@ -1,0 +1,250 @@
+"""The contract of a strategy, which a user's own can be held to in one line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from conservtl.adapt import Adaptation, adapt
+from conservtl.conserve.freeze import tracks_statistics
+from conservtl.errors import InputError
+from conservtl.layers import canonical, find_layers, named_parameters, unwrap
+from conservtl.plan import Plan
+from conservtl.source import SourceLike
+from conservtl.strategies import L2SP, DiscriminativeLR, GradualUnfreezing, LayerTransfer, Strategy, apply_all
+from conservtl.testing.weights import random_weights
+
+__all__ = ["check_strategy"]
+
+_KEPT = ("name", "layer", "depth", "shape", "kind", "source_shape")
+_COMPANIONS: tuple[Strategy, ...] = (
+    LayerTransfer(layers=1),
+    L2SP(alpha=0.1),
+    DiscriminativeLR(decay=0.5),
+    GradualUnfreezing(),
+)
+_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class _Case:
+    model: nn.Module
+    source: SourceLike
+    example: Any
+
+    def adapted(self, strategies: Sequence[Strategy]) -> Adaptation:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            return adapt(copy.deepcopy(self.model), self.source, strategies, example=self.example)
+
+
+def check_strategy(
+    strategy: Strategy, *, model: nn.Module | None = None, source: SourceLike | None = None, example: Any = None
+) -> None:
+    """Hold a strategy to the contract that every strategy keeps.
+
+    It is a frozen spec (no unknown fields, a ``kind``, a description under every field, the same after
+    JSON); ``apply`` is a pure function of the plan, keeps its rows, and does not depend on the strategy's
+    place in the list; a model adapted by it trains, what is frozen stays bit for bit, what is trained is in
+    one group each, and no model is affected by another.
+
+    Args:
+        strategy: the one to check.
+        model: what to apply it to; it is copied. None: a small convolutional network of nine layers, once
+            with a head that the source does not fit and once with one that it does.
+        source: None: random weights for all of the model.
+        example: an input, needed to try batch norms of a model of your own.
+
+    Raises:
+        AssertionError: the contract is broken; the message says where.
+        InputError: the strategy cannot be applied to the model, whichever; pass one that it fits.
+
+    Example:
+        >>> from conservtl import DiscriminativeLR
+        >>> check_strategy(DiscriminativeLR(decay=0.8))
+    """
+    _check_spec(strategy)
+    refusals = []
+    cases = list(_cases(model, source, example))
+    for case in cases:
+        try:
+            plan = case.adapted([]).plan
+            strategy.apply(plan)
+        except InputError as error:
+            refusals.append(error)
+            continue
+        _check_pure(strategy, plan)
+        _check_place(strategy, plan)
+        _check_memory(strategy, plan)
+        _check_training(strategy, case)
+    if len(refusals) == len(cases):
+        raise refusals[0]
+
+
+def _cases(model: nn.Module | None, source: SourceLike | None, example: Any) -> Iterator[_Case]:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        if model is not None:
+            yield _Case(model, random_weights(model, 1) if source is None else source, example)
+            return
+        weights = random_weights(_network(3), 1)
+        for classes in (2, 3):
+            yield _Case(_network(classes), weights if source is None else source, torch.randn(4, 2, 5, 5))
+
+
+def _network(classes: int) -> nn.Module:
+    parts: list[nn.Module] = []
+    for channels in (2, *[3] * 7):
+        parts += [nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+
+
+def _require(holds: bool, strategy: Strategy, rule: str) -> None:
+    if not holds:
+        raise AssertionError(f"{strategy.label}: {rule}")
+
+
+def _refused(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except ValidationError:
+        return True
+    except (AttributeError, TypeError):
+        return True
+    return False
+
+
+def _check_spec(strategy: Strategy) -> None:
+    cls = type(strategy)
+    fields = strategy.model_dump()
+    _require(bool(fields.get("kind")), strategy, "has no kind; give it kind: Literal['...'] = '...'.")
+    default = cls.model_fields["kind"].default
+    _require(default == fields["kind"], strategy, "kind must be a constant with its value as the default.")
+    _require(_refused(lambda: setattr(strategy, "kind", fields["kind"])), strategy, "is not frozen; keep frozen=True.")
+    extra = {**fields, "no_such_field": 1}
+    _require(_refused(lambda: cls(**extra)), strategy, "takes fields that it does not have; keep extra='forbid'.")
+    again = cls.model_validate_json(strategy.model_dump_json())
+    _require(again == strategy, strategy, f"is another after JSON: {again!r}.")
+    _require(copy.deepcopy(strategy) == strategy, strategy, "a deep copy of it differs.")
+    schema = cls.model_json_schema()
+    for place, definition in {cls.__name__: schema, **schema.get("$defs", {})}.items():
+        for name, field in definition.get("properties", {}).items():
+            described = name == "kind" or "description" in field
+            _require(described, strategy, f"{place}.{name} has no description; write a docstring under the field.")
+
+
+def _check_pure(strategy: Strategy, plan: Plan) -> None:
+    before, state = plan.model_dump_json(), torch.get_rng_state()
+    result = strategy.apply(plan)
+    _require(isinstance(result, Plan), strategy, f"apply must return a Plan; it returned {type(result).__name__}.")
+    _require(plan.model_dump_json() == before, strategy, "apply changed the plan it was given; return a new one.")
+    _require(torch.equal(state, torch.get_rng_state()), strategy, "apply drew random numbers; a plan has none.")
+    _require(strategy.apply(plan) == result, strategy, "apply gives another plan the second time.")
+    _require(len(result.rows) == len(plan.rows), strategy, "apply added or dropped rows.")
+    for old, new in zip(plan.rows, result.rows, strict=True):
+        for field in _KEPT:
+            rule = f"apply changed {field} of row {old.name!r}, which describes the model and is no decision."
+            _require(getattr(old, field) == getattr(new, field), strategy, rule)
+    again = Plan(**result.model_dump(mode="json"))
+    _require(again == result, strategy, "its plan is another after JSON.")
+
+
+def _check_place(strategy: Strategy, plan: Plan) -> None:
+    for other in _COMPANIONS:
+        first, last = _outcome(plan, [strategy, other]), _outcome(plan, [other, strategy])
+        rule = f"gives another plan before {other.label} than after it; declare in order what it reads."
+        _require(first == last, strategy, rule)
+
+
+def _outcome(plan: Plan, strategies: Sequence[Strategy]) -> Plan | str:
+    try:
+        return apply_all(plan, strategies)
+    except InputError:
+        return "refused"
+
+
+def _check_memory(strategy: Strategy, plan: Plan) -> None:
+    result = strategy.apply(plan)
+    layers = find_layers(nn.Sequential(*(nn.Linear(2, 2) for _ in range(9))))
+    other = Plan.draw(layers, {info.name: info.shape for layer in layers for info in layer.parameters}, {})
+    _outcome(other, [strategy])
+    _require(strategy.apply(plan) == result, strategy, "remembers the plans it was applied to before.")
+
+
+def _check_training(strategy: Strategy, case: _Case) -> None:
+    first, second = case.adapted([strategy]), case.adapted([strategy])
+    start = {name: tensor.clone() for name, tensor in second.model.state_dict().items()}
+    copied = copy.deepcopy(first)
+    if not first.plan.trained:
+        return
+    _train(strategy, first, case.example)
+    held = all(torch.equal(start[name], tensor) for name, tensor in second.model.state_dict().items())
+    _require(held, strategy, "training one model changed another.")
+    _train(strategy, copied, case.example)
+    theirs = named_parameters(copied.model)
+    same = all(torch.equal(p, theirs[name]) for name, p in named_parameters(first.model).items())
+    _require(same, strategy, "a deep copy of the adaptation trains otherwise than it.")
+    _require(case.adapted([strategy]).plan == second.plan, strategy, "plans otherwise after a model has been trained.")
+
+
+def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
+    """Two steps in every phase, with the laws of each checked."""
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=_RATE, momentum=0.9)
+    listed = [name for group in optimizer.param_groups for name in group["param_names"]]
+    rule = "the optimizer's groups must hold each parameter trained in some phase once."
+    _require(sorted(listed) == sorted(adaptation.plan.trained), strategy, rule)
+    for phase in range(len(adaptation.plan.phases)):
+        adaptation.start_phase(phase)
+        adaptation.model.train()
+        held = {name: tensor.clone() for name, tensor in _held(adaptation).items()}
+        for step in range(2):
+            optimizer.zero_grad()
+            _backward(adaptation.model, example, step)
+            optimizer.step()
+        for name, tensor in _held(adaptation).items():
+            _require(torch.equal(tensor, held[name]), strategy, f"{name!r} is frozen in phase {phase + 1} and moved.")
+
+
+def _held(adaptation: Adaptation) -> dict[str, Tensor]:
+    """What must not move in this phase: frozen parameters, and statistics of norms whose parameters are."""
+    frozen = adaptation.frozen
+    found: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(adaptation.model).items() if n in frozen}
+    for raw, norm in unwrap(adaptation.model).named_modules():
+        own = {canonical(f"{raw}.{name}") for name, _ in norm.named_parameters(recurse=False)}
+        if tracks_statistics(norm) and own and own <= frozen:
+            found |= {canonical(f"{raw}.{name}"): buffer for name, buffer in norm.named_buffers()}
+    return found
+
+
+def _backward(model: nn.Module, example: Any, step: int) -> None:
+    """Gradients of some loss; random ones where there is no input to have a loss of."""
+    if example is None:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        return
+    loss = sum((tensor.square().mean() for tensor in _tensors(_call(model, example))), torch.zeros(()))
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        if found.is_floating_point():
+            yield found
+        return
+    for part in found.values() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ():
+        yield from _tensors(part)

@@ -1,0 +1,38 @@
+"""A small world of recordings: three speakers who hum three words at their own pitch."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = ("low", "mid", "top")
+PITCH = {"anna": 1.0, "ben": 0.9, "cleo": 1.25}
+
+
+@pytest.fixture(scope="session")
+def humming(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    soundfile = pytest.importorskip("soundfile")
+    pytest.importorskip("torchaudio")
+    root = tmp_path_factory.mktemp("humming")
+    generator = torch.Generator().manual_seed(0)
+    seconds = torch.arange(4000) / 8000
+    for speaker, pitch in PITCH.items():
+        for number, word in enumerate(WORDS):
+            for take in range(8):
+                tone = torch.sin(2 * math.pi * 300 * 2**number * pitch * seconds * (1 + 0.01 * take))
+                noise = 0.05 * torch.randn(4000, generator=generator)
+                soundfile.write(root / f"{word}_{speaker}_{take}.wav", (0.3 * tone + noise).numpy(), 8000)
+    return root
+
+
+@pytest.fixture
+def speech_fields(humming: Path, tmp_path: Path) -> dict:
+    """A spec of a run that takes a second."""
+    return {
+        "task": "speech",
+        "data": {"kind": "folder", "root": str(humming), "target": "cleo", "shots": 2},
+        "source": {"training": {"epochs": 3, "lr": 3e-3, "evaluate_every": 100}, "cache": str(tmp_path / "cache")},
+        "strategies": [{"kind": "l2_sp", "mode": "decoupled"}],
+        "training": {"epochs": 3, "lr": 1e-3},
+    }

@@ -1,0 +1,166 @@
+"""A run writes what later work relies on, and measures what it says it measures."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import conservtl as ctl
+from conservtl.experiments.measure import agreement, per_class, scores
+from conservtl.experiments.run import plan_of, run
+from conservtl.experiments.setting import prepare
+from conservtl.experiments.source_model import obtain_source
+from conservtl.experiments.spec import load_spec, parse_spec
+
+
+@pytest.fixture
+def done(speech_fields, tmp_path):
+    out = tmp_path / "out"
+    return run(parse_spec(speech_fields), out), out, parse_spec(speech_fields)
+
+
+def test_a_run_leaves_a_folder_with_everything(done):
+    report, out, spec = done
+    assert {p.name for p in out.iterdir()} >= {
+        "report.json",
+        "report.html",
+        "model.safetensors",
+        "spec.yaml",
+        "history.jsonl",
+    }
+    stored = json.loads((out / "report.json").read_text())
+    assert stored.keys() >= {"before", "after", "drift", "plan", "spec", "environment", "seconds"}
+    for when in ("before", "after"):
+        for domain in ("target", "source"):
+            assert 0 <= stored[when][domain]["accuracy"] <= 1
+    assert stored["agreement"]["before"] == {"agreement": 1.0, "kl": 0.0}
+    assert load_spec(out / "spec.yaml") == spec
+    assert len((out / "history.jsonl").read_text().splitlines()) == spec.training.epochs
+    assert list(stored["drift"]) == list(ctl.Plan(**stored["plan"]).layers)
+    assert all(value > 0 for value in stored["drift"].values())
+    assert report["sentence"] in (out / "report.html").read_text()
+
+
+def test_the_numbers_are_those_of_the_saved_model(done):
+    report, out, spec = done
+    domains = prepare(spec).domains
+    adapted = ctl.load(out)
+    right = adapted.probabilities(domains.target_test.inputs).argmax(-1) == domains.target_test.labels
+    assert report["after"]["target"]["accuracy"] == pytest.approx(right.float().mean().item())
+
+
+def test_the_saved_model_predicts_files_with_its_labels(done, humming):
+    _, out, _ = done
+    adapted = ctl.load(out)
+    assert adapted.labels == ("low", "mid", "top")
+    found = adapted.predict([humming / "low_cleo_0.wav", humming / "top_anna_3.wav"])
+    assert [f.file.name for f in found] == ["low_cleo_0.wav", "top_anna_3.wav"]
+    assert all(f.label in adapted.labels and 1 / 3 <= f.probability <= 1 for f in found)
+    with pytest.raises(ctl.DataError, match="nowhere"):
+        adapted.predict(["nowhere.wav"])
+
+
+def test_the_same_spec_gives_the_same_model_and_finds_the_source_in_the_cache(done, tmp_path):
+    _, out, spec = done
+    again = run(spec, tmp_path / "again")
+    assert again["transfer"]["source"] == "cached"
+    first, second = load_file(out / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_data_or_training_is_another_cached_source(speech_fields):
+    first = obtain_source(prepare(parse_spec(speech_fields)))
+    other = {**speech_fields, "data": {**speech_fields["data"], "target": "ben"}}
+    assert (first.origin, obtain_source(prepare(parse_spec(other))).origin) == ("trained", "trained")
+    assert obtain_source(prepare(parse_spec(speech_fields))).origin == "cached"
+
+
+def test_the_test_part_selects_nothing(speech_fields, tmp_path):
+    """Other test labels change the report, never the model."""
+    spec = parse_spec({**speech_fields, "training": {"epochs": 3, "lr": 1e-3, "keep": "last"}})
+    run(spec, tmp_path / "a")
+    watched = parse_spec({**speech_fields, "training": {"epochs": 3, "lr": 1e-3, "evaluate_every": 3}})
+    run(watched, tmp_path / "b")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_keeping_the_best_needs_a_validation_part(speech_fields, tmp_path):
+    fields = {**speech_fields, "training": {"epochs": 2, "keep": "target"}}
+    with pytest.raises(ctl.SpecError, match=r"data\.validation"):
+        run(parse_spec(fields), tmp_path / "out")
+    fields["data"] = {**fields["data"], "shots": 4, "validation": 0.5}
+    assert run(parse_spec(fields), tmp_path / "out")["after"]["target"]["accuracy"] >= 0
+
+
+def test_without_source_data_agreement_stands_in(done, speech_fields, tmp_path):
+    _, out, _ = done
+    fields = {**speech_fields, "source": {"data": None, "weights": str(out / "model.safetensors")}}
+    report = run(parse_spec(fields), tmp_path / "blind")
+    assert report["before"]["source"] is None
+    assert report["after"]["source"] is None
+    assert 0 <= report["agreement"]["after"]["agreement"] <= 1
+    assert "agreement" in report["sentence"]
+
+
+def test_neither_weights_nor_source_data_is_refused(speech_fields, tmp_path):
+    with pytest.raises(ctl.SpecError, match=r"source\.weights"):
+        run(parse_spec({**speech_fields, "source": {"data": None}}), tmp_path / "out")
+
+
+def test_weights_of_another_model_are_refused(done, speech_fields, tmp_path):
+    _, out, _ = done
+    weights = load_file(out / "model.safetensors")
+    path = tmp_path / "cut.pt"
+    torch.save({name: tensor for name, tensor in weights.items() if "head" not in name}, path)
+    with pytest.raises(ctl.SourceError, match="head"):
+        run(parse_spec({**speech_fields, "source": {"weights": str(path)}}), tmp_path / "out")
+
+
+DIGITS = {
+    "task": "vision",
+    "data": {"kind": "digits", "shots": 2},
+    "training": {"epochs": 1, "lr": 1e-3, "evaluate_every": 5},
+}
+
+
+def test_changed_labels_make_the_head_fresh_and_keep_the_sources_head_aside(tmp_path):
+    source = {"training": {"epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(tmp_path)}
+    spec = parse_spec({**DIGITS, "source": source, "strategies": [{"kind": "feature_extraction"}]})
+    report = run(spec, tmp_path / "out")
+    plan = ctl.Plan(**report["plan"])
+    assert {row.layer for row in plan.rows if row.origin == "fresh"} == {"linear"}
+    assert report["agreement"] is None
+    # The body is frozen, so under its own head the source model must be exactly what it was.
+    assert report["after"]["source"] == report["before"]["source"]
+    assert set(report["drift"].values()) == {0.0}
+
+
+def test_output_side_transfer_between_label_lists_is_refused():
+    spec = parse_spec({**DIGITS, "strategies": [{"kind": "layer_transfer", "side": "output", "layers": 2}]})
+    with pytest.raises(ctl.SourceError, match=r"'linear'.*labels differ"):
+        plan_of(spec)
+
+
+def test_planning_trains_nothing(speech_fields, tmp_path):
+    plan = plan_of(parse_spec(speech_fields))
+    assert plan.totals()["fresh"] == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_agreement_is_the_kl_divergence_from_the_source():
+    source = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log()
+    adapted = torch.tensor([[0.6, 0.4], [0.4, 0.6]]).log()
+    by_hand = [0.2 * math.log(0.2 / 0.6) + 0.8 * math.log(0.8 / 0.4), 0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6)]
+    assert agreement(adapted, source)["kl"] == pytest.approx(sum(by_hand) / 2, abs=1e-6)
+    assert agreement(adapted[:1], source[:1])["agreement"] == 0.0
+
+
+def test_accuracy_by_class_counts_each_class_on_its_own():
+    labels = torch.tensor([0, 0, 1])
+    before, after = torch.eye(3)[[0, 1, 1]], torch.eye(3)[[0, 0, 0]]
+    found = per_class(before, after, labels, ["a", "b", "c"])
+    assert found == {"labels": ["a", "b", "c"], "before": [0.5, 1.0, None], "after": [1.0, 0.0, None], "counts": [2, 1, 0]}
+    assert scores(before, labels)["accuracy"] == pytest.approx(2 / 3)

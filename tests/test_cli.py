@@ -1,0 +1,119 @@
+"""The command line: what it prints, and its exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conservtl import cli
+
+ROOT = Path(__file__).parents[1]
+DIGITS = {
+    "task": "vision",
+    "data": {"kind": "digits", "shots": 2},
+    "source": {"training": {"epochs": 1, "lr": 3e-3, "evaluate_every": 9}},
+    "training": {"epochs": 2, "lr": 1e-3},
+}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({**DIGITS, "source": {**DIGITS["source"], "cache": str(tmp_path / "cache")}}))
+    return path
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["conservtl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    found = capsys.readouterr()
+    return left.value.code, found.out, found.err
+
+
+def test_plan_prints_the_table_and_json(spec, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "plan", spec, "--set", "strategies=[{kind: l2_sp}]")
+    assert code == 0
+    assert "linear" in out
+    assert "269,397 parameters: 269,397 trained" in out
+    code, out, _ = call(monkeypatch, capsys, "plan", spec, "--json")
+    assert len(json.loads(out)["rows"]) > 50
+
+
+def test_run_then_predict(spec, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "run", spec, "--out", tmp_path / "out")
+    assert code == 0
+    assert "target accuracy" in out
+    assert "report.html" in out
+    pillow = pytest.importorskip("PIL.Image")
+    image = tmp_path / "digit.png"
+    pillow.new("RGB", (8, 8)).save(image)
+    code, out, _ = call(monkeypatch, capsys, "predict", tmp_path / "out", image)
+    file, label, probability = out.strip().split("\t")
+    assert (code, file) == (0, str(image))
+    assert label in "56789"
+    assert 0.2 <= float(probability) <= 1
+
+
+def test_schema_is_json(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "schema")
+    assert code == 0
+    assert "L2SP" in json.loads(out)["$defs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "data.shotz=3"], "did you mean 'shots'"),
+        (["--set", "training.epochs=0"], "training.epochs"),
+        (["--set", "data.shots=100000"], "shots"),
+        (["--set", "source.weights=nowhere.pt"], "nowhere.pt"),
+        (["--set", "model.name=resnot18"], "resnot18"),
+        (["--resume"], "checkpoint"),
+    ],
+)
+def test_bad_input_exits_with_2_and_names_the_field(spec, tmp_path, monkeypatch, capsys, arguments, message):
+    code, _, err = call(monkeypatch, capsys, "run", spec, "--out", tmp_path / "out", *arguments)
+    assert code == 2
+    assert message.lower() in err.lower()
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["predict"], ["nonsense"], ["run", "nowhere.yaml"]])
+def test_a_wrong_command_line_exits_with_2(monkeypatch, capsys, arguments):
+    assert call(monkeypatch, capsys, *arguments)[0] == 2
+
+
+def test_an_unforeseen_failure_is_not_bad_input(spec, tmp_path, monkeypatch, capsys):
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("conservtl.experiments.run.run", fail)
+    monkeypatch.setattr(sys, "argv", ["conservtl", "run", str(spec), "--out", str(tmp_path / "out")])
+    with pytest.raises(ZeroDivisionError):  # Python itself then exits with 1
+        cli.main()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_does(spec, tmp_path):
+    command = [sys.executable, "-m", "conservtl.cli", "run", str(spec), "--set", "training.epochs=12", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    history = tmp_path / "cut" / "history.jsonl"
+    for _ in range(600):
+        if history.is_file() and len(history.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err.decode()
+    assert b"--resume" in err
+    subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, capture_output=True, timeout=300)
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
