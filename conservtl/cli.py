@@ -14,6 +14,8 @@ from conservtl.errors import ConservtlError, InputError
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = "interrupted; the same command with --resume goes on from the checkpoint in --out"
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -91,13 +93,14 @@ def main() -> None:
 def _guarded(call: Callable[..., Any]) -> int:
     """Turn what is raised into a message and an exit code."""
     try:
-        return int(call(standalone_mode=False) or 0)
+        code = int(call(standalone_mode=False) or 0)
+        return _say(_INTERRUPTED, 130) if code == 130 else code  # typer's own answer to Ctrl-C
     except InputError as error:
         return _say(str(error), 2)
     except ConservtlError as error:
         return _say(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted; --resume with the same --out goes on from the checkpoint", 130)
+        return _say(_INTERRUPTED, 130)
     except Exception as error:
         show = getattr(error, "show", None)  # errors of the command line itself
         if show is None:

@@ -15,7 +15,7 @@ __all__ = ["Choice", "Phase", "Plan", "Row"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
 
 class Choice(_Frozen):

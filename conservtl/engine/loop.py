@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch.utils.data import DataLoader
 
 from conservtl.adapt import Adaptation
-from conservtl.engine.checkpoint import Checkpoints, State, restore, snapshot
-from conservtl.engine.data import Batch, Held, Streamed, as_batches
+from conservtl.engine.checkpoint import Checkpoints, restore, snapshot
+from conservtl.engine.data import Held, Streamed, as_batches
+from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.evaluate import Forward, Functions, Holdout, Loss, Metrics, accuracy, cross_entropy, evaluate
 from conservtl.engine.evaluate import forward as plain_forward
-from conservtl.engine.finite import Losses, check_weights
-from conservtl.engine.interruption import Interruption, interruptible
-from conservtl.engine.kept import KeptOutputs, keep_outputs
+from conservtl.engine.interruption import interruptible
 from conservtl.engine.progress import Progress
-from conservtl.engine.randomness import generator_states, restore_generators, seed_all
-from conservtl.engine.schedule import phase_of_epoch, schedule_factor, total_steps
+from conservtl.engine.randomness import seed_all
+from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.training import Training
-from conservtl.errors import DataError
 from conservtl.layers import unwrap
 
 __all__ = ["FitResult", "fit"]
-
-Augment = Callable[[Any, torch.Generator], Any]
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def fit(
         for each epoch, in the phase the plan gives it:
             for each group of ``accumulate`` batches:
                 for each batch: loss(forward(model, batch), batch) / batches in the group, backward
-                pull, clip, step, next rate
+                pull, clip, step
             evaluate; remember the best; checkpoint; stop early
 
     Args:
@@ -99,8 +93,8 @@ def fit(
             loss where there is none.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
         augment: (batch, generator) -> batch, drawn anew for each batch from that generator alone.
-        keep_frozen_outputs: compute a frozen input side once where that changes nothing but rounding: held data,
-            no ``augment``, nothing random in it.
+        keep_frozen_outputs: compute a frozen input side once, where that changes nothing but rounding: on held
+            data, without ``augment``, with nothing random in it.
         out: folder for ``history.jsonl`` and ``checkpoint.pt``.
         resume: go on from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
         seed: seeds torch, NumPy and Python first; None leaves the generators as they are.
@@ -113,62 +107,103 @@ def fit(
         TrainingDivergedError: the loss is NaN or infinite; the last good checkpoint is kept.
         KeyboardInterrupt: interrupted, after a checkpoint was written to ``out``.
     """
+    begun = time.perf_counter()
     settings = training or Training()
+    functions = Functions(forward, loss, metrics)
     check_selection(settings, valid or {})
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
-    store = Checkpoints(Path(out) if out is not None else None)
-    found = store.load() if resume else None
+    folder = Path(out) if out is not None else None
     if seed is not None:
         seed_all(seed)
     with open_session(adaptation, settings, accelerator) as session:
-        store.main = main = session.part[0] == 0
-        run = _Run(session, Functions(forward, loss, metrics), train, valid or {}, watch or {}, augment)
-        run.keeps = keep_frozen_outputs
-        if found is not None:
-            run.state = restore(session, found, run.generators)
-        with (
-            Progress(run.steps, run.state.step, shown=progress and main) as bar,
-            interruptible(store.folder is not None) as stop,
-        ):
-            try:
-                while run.goes_on(phases):
-                    run.begin(phases[run.state.epoch])
-                    run.epoch(bar, stop, store)
-                    run.close(bar)
-                    store.write_history(run.state.history)
-                    store.save(run.snapshot, now=stop.asked or not run.goes_on(phases))
+        main = session.part[0] == 0
+        store = Checkpoints(folder, main)
+        batches = _training_batches(session, train)
+        steps = total_steps(settings, batches.count())
+        learner = Learner(session, functions, batches, steps, augment, keep_frozen_outputs)
+        held_out = _held_out(session, valid or {}), _held_out(session, watch or {})
+        if resume:
+            learner.go_on_from(restore(session, store.load(), learner.generators))
+        state = learner.state
+        begun -= state.seconds
+
+        def save(*, now: bool) -> None:
+            state.seconds = time.perf_counter() - begun
+            store.save(lambda: snapshot(session, state, learner.generators), now=now)
+
+        bar = Progress(steps, state.step, shown=progress and main)
+        try:
+            with bar, interruptible(folder is not None) as stop:
+                while _goes_on(learner, phases):
+                    learner.begin(phases[state.epoch])
+                    for _ in learner.epoch():
+                        bar.advance()
+                        if stop.asked:
+                            learner.check()
+                            save(now=True)
+                            raise KeyboardInterrupt
+                    _close(learner, *held_out, time.perf_counter() - begun)
+                    bar.show(state.history[-1])
+                    store.write_history(state.history)
+                    save(now=stop.asked or not _goes_on(learner, phases))
                     if stop.asked:
                         raise KeyboardInterrupt
-            finally:
-                run.forget()
-        return run.finish()
+        finally:
+            learner.forget()
+        if state.selection.weights is not None:
+            unwrap(adaptation.model).load_state_dict(state.selection.weights)
+        return FitResult(
+            history=tuple(state.history),
+            steps=state.step,
+            best=state.selection.best,
+            seconds=time.perf_counter() - begun,
+            precision=session.precision,
+            device=str(session.device),
+            kept_outputs=learner.ever_kept,
+        )
 
 
-class _Run:
-    """The state of one ``fit``, what it acts on, and its steps."""
+def _training_batches(session: Session, train: Any) -> Held | Streamed:
+    if isinstance(train, DataLoader) and session.part[1] > 1:
+        train = session.accelerator.prepare_data_loader(train)  # each process its own part
+    return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
 
-    def __init__(
-        self,
-        session: Session,
-        functions: Functions,
-        train: Any,
-        valid: Mapping[str, Any],
-        watch: Mapping[str, Any],
-        augment: Augment | None,
-    ) -> None:
-        self.session, self.settings, self.functions, self.augment = session, session.training, functions, augment
-        self.batches = _training_batches(session, train)
-        self.valid = {name: _held_out(session, data) for name, data in valid.items()}
-        self.watch = {name: _held_out(session, data) for name, data in watch.items()}
-        self.state = State()
-        self.steps = total_steps(self.settings, self.batches.count())
-        self.generators = list(self.batches.generators)
-        if augment is not None:
-            self.generator = torch.Generator(session.device)
-            self.generator.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
-            self.generators.append(self.generator)
-        self.begun = time.perf_counter()
-        self.phase: int | None = None
-        self.keeps = True
-        self.kept: KeptOutputs | None = None
-        self.ever_kept = False
+
+def _held_out(session: Session, sets: Mapping[str, Any]) -> dict[str, Holdout]:
+    """Sets to evaluate on, placed once for all evaluations."""
+    found = {name: data if isinstance(data, Holdout) else Holdout(data) for name, data in sets.items()}
+    return {
+        name: replace(one, data=as_batches(one.data, 256, session.device, shuffle=False)) for name, one in found.items()
+    }
+
+
+def _goes_on(learner: Learner, phases: list[int]) -> bool:
+    """Whether epochs are left, and the last phase has not gone stale."""
+    state, patience = learner.state, learner.settings.patience
+    stale = patience is not None and state.selection.stale >= patience and phases[state.epoch - 1] == phases[-1]
+    return state.epoch < len(phases) and not stale
+
+
+def _close(learner: Learner, valid: Mapping[str, Holdout], watch: Mapping[str, Holdout], seconds: float) -> None:
+    """End an epoch: its line in the history, with evaluations where they are due."""
+    session, settings, state = learner.session, learner.settings, learner.state
+    state.epoch, state.batch = state.epoch + 1, 0
+    line: dict[str, Any] = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "phase": session.adaptation.plan.phases[session.adaptation.phase].name,
+        "loss": state.total / state.seen,
+        "lr": max(group["lr"] for group in session.raw.param_groups),
+        "seconds": seconds,
+    }
+    state.total, state.seen = 0.0, 0
+    if state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs:
+        found, seen = (
+            {name: evaluate(session.model, data, learner.functions, session.device) for name, data in sets.items()}
+            for sets in (valid, watch)
+        )
+        line |= found | seen
+        if found:
+            line["valid"] = found
+            state.selection.look(found, session.adaptation.model, settings)
+    state.history.append(line)

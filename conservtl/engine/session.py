@@ -57,6 +57,12 @@ class Session:
                 if tracks_statistics(module):
                     module.eval()
 
+    def start_phase(self, phase: int) -> None:
+        """Freeze and scale as the plan's phase says, in training mode."""
+        self.adaptation.start_phase(phase)
+        self._factor = None  # the rates have changed, so the next factor is applied even if it is the same
+        self.train()
+
     def no_sync(self) -> AbstractContextManager[Any]:
         """For a backward that is not followed by a step: processes need not exchange gradients yet."""
         return self.accelerator.no_sync(self.model) if self.part[1] > 1 else nullcontext()
@@ -77,7 +83,7 @@ class Session:
     def rate(self, factor: float) -> None:
         """Schedule: each group's rate is its own times one factor."""
         if factor == self._factor:
-            return  # a new phase has scaled both rates of a group alike
+            return
         for group in self.raw.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self._factor = factor
@@ -95,10 +101,7 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
     Raises:
         SpecError: settings that this machine or this accelerator cannot serve.
     """
-    if accelerator is None:
-        machine = _own_accelerator(training)
-    else:
-        machine = nullcontext(_checked(accelerator))
+    machine = _own_accelerator(training) if accelerator is None else nullcontext(_checked(accelerator))
     with machine as ready, _determinism(training.deterministic), _as_found(adaptation, ready):
         session = Session(adaptation, training, ready)
         try:
@@ -142,10 +145,10 @@ def _precision(training: Training) -> tuple[str, bool]:
 
 
 def _checked(accelerator: Any) -> Any:
-    if accelerator.gradient_accumulation_steps != 1:
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise SpecError(
-            f"accelerator.gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}, but fit accumulates "
-            "by itself. Leave it at 1 and set training.accumulate."
+            f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates by itself. Leave it at 1 and "
+            "set training.accumulate."
         )
     return accelerator
 

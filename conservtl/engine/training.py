@@ -15,7 +15,7 @@ _CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.o
 class Training(BaseModel):
     """Settings of ``fit``. Practice's rates: 1e-5 to 1e-3 for fine-tuning, 1e-3 from scratch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training data, all phases together."""

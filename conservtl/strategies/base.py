@@ -34,7 +34,7 @@ class Strategy(BaseModel, ABC):
     the contract.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     kind: str
     order: ClassVar[Order] = Order.STRENGTH

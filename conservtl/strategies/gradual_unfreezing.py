@@ -19,7 +19,7 @@ Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Stage(BaseModel):
     """One phase, written out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     train: tuple[str, ...] | None = None
     """Globs of the layers or parameters that are trained; None: all that are not frozen throughout."""

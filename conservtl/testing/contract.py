@@ -37,11 +37,14 @@ class _Case:
     model: nn.Module
     source: SourceLike
     example: Any
+    ordered: bool = False
+    """Whether the order of registration is that of use, so that the example need not show it."""
 
     def adapted(self, strategies: Sequence[Strategy]) -> Adaptation:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            return adapt(copy.deepcopy(self.model), self.source, strategies, example=self.example)
+            example = None if self.ordered else self.example
+            return adapt(copy.deepcopy(self.model), self.source, strategies, example=example)
 
 
 def check_strategy(
@@ -95,14 +98,17 @@ def _cases(model: nn.Module | None, source: SourceLike | None, example: Any) -> 
             return
         weights = random_weights(_network(3), 1)
         for classes in (2, 3):
-            yield _Case(_network(classes), weights if source is None else source, torch.randn(4, 2, 5, 5))
+            yield _Case(_network(classes), weights if source is None else source, torch.randn(4, 2, 5, 5), ordered=True)
 
 
 def _network(classes: int) -> nn.Module:
     parts: list[nn.Module] = []
-    for channels in (2, *[3] * 7):
+    for channels in (2, 3, 3):
         parts += [nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()]
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+    parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(5):
+        parts += [nn.Linear(3, 3), nn.Tanh()]
+    return nn.Sequential(*parts, nn.Linear(3, classes))
 
 
 def _require(holds: bool, strategy: Strategy, rule: str) -> None:

@@ -43,7 +43,7 @@ def strategies(draw: st.DrawFn, model: nn.Module, example: Any = None, *, max_si
     """
     plan = whole_plan(model, example)
     kept: list[Strategy] = []
-    for one in draw(st.lists(_any(plan), max_size=max_size)):
+    for one in draw(st.lists(_any(plan), min_size=1, max_size=max_size)):
         try:
             agreed = apply_all(plan, [*kept, one])
         except InputError:
@@ -85,11 +85,12 @@ def _any(plan: Plan) -> st.SearchStrategy[Strategy]:
     pull = instances(
         L2SP, alpha=st.none() | st.floats(0, 2), beta=st.floats(0, 1), depth=st.none() | st.tuples(_SHARE, _SHARE)
     )
-    return st.one_of(
+    ends = instances(GradualUnfreezing, phases=st.none(), epochs=st.integers(1, 3), scales=st.tuples(_SHARE, _SHARE))
+    kinds: list[st.SearchStrategy[Any]] = [
         pull,
-        *rates,
+        st.one_of(rates),
         instances(LayerTransfer, layers=st.one_of(count, _SHARE, globs)),
         instances(FeatureExtraction),
-        instances(GradualUnfreezing, phases=st.none(), epochs=st.integers(1, 3), scales=st.tuples(_SHARE, _SHARE)),
-        stages.map(lambda phases: GradualUnfreezing(phases=phases)),
-    )
+        ends | stages.map(lambda phases: GradualUnfreezing(phases=phases)),
+    ]
+    return st.sampled_from(kinds).flatmap(lambda kind: kind)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from conservtl.errors import DataError
-from conservtl.tasks.speech import SPEECH_COMMANDS, DataSpec, FolderData, SpeechCommandsData, load
+from conservtl.errors import DataError, SpecError
+from conservtl.tasks.speech import SPEECH_COMMANDS, DataSpec, EspeakData, FolderData, SpeechCommandsData, load
 from conservtl.tasks.speech.folder import find_recordings, in_held_out_part
 from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 
@@ -154,8 +154,8 @@ def test_pattern_must_match_a_whole_name(tmp_path):
     ],
 )
 def test_pattern_is_checked(tmp_path, pattern, message):
-    with pytest.raises(ValidationError, match=message):
-        folder(tmp_path, pattern=pattern)
+    with pytest.raises(SpecError, match=message):
+        load(folder(tmp_path, pattern=pattern), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,13 @@ def test_kind_picks_the_spec():
     assert spec.held_out_takes == (0, 1, 2, 3, 4)
     with pytest.raises(ValidationError, match="shotz"):
         TypeAdapter(DataSpec).validate_python({"kind": "folder", "root": "x", "target": "theo", "shotz": 1})
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.from_type(FolderData) | st.from_type(EspeakData) | st.from_type(SpeechCommandsData))
+def test_any_spec_survives_json(spec):
+    """Bounds are in the types, so that every spec drawn from them is one."""
+    assert TypeAdapter(DataSpec).validate_json(spec.model_dump_json()) == spec
 
 
 @needs_digits

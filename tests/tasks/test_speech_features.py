@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from conservtl.errors import DataError, SpecError
 from conservtl.tasks.speech import Features, ModelSpec, SpeechAugment, SpeechPreprocessing, build
@@ -117,11 +116,19 @@ def test_preprocessing_survives_json():
     assert SpeechPreprocessing.model_validate_json(chosen.model_dump_json()) == chosen
 
 
-def test_settings_that_cannot_be():
-    with pytest.raises(ValidationError, match="Lower the hop"):
-        Features(hop=0.05)
-    with pytest.raises(ValidationError, match="Lower the window"):
-        Features(length=0.01)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        Features(length=0.01),
+        Features(hop=0.5),
+        Features(sample_rate=2000, n_mels=8),
+        Features(window=0.001, hop=0.001, n_mels=4, length=0.1),
+    ],
+)
+def test_unusual_settings_work(chosen):
+    got = features(sine(440, 8000), settings=chosen)
+    assert got.shape == chosen.shape
+    assert got.isfinite().all()
 
 
 STRONG = SpeechAugment(time_stretch=0.3, frequency_stretch=0.2, frequency_shift=0.1, tilt=0.3, noise=0.3, time_masks=2)
@@ -166,16 +173,16 @@ def test_masks_blank_at_most_what_is_allowed():
         ("tc_resnet14", {"norm": "group", "width": 1.0}),
         ("Wav2Letter", {}),
         ("DeepSpeech", {"n_hidden": 16}),
+        ("Emformer", {"num_heads": 4, "ffn_dim": 32, "num_layers": 1, "segment_length": 4}),
         ("Conformer", {"num_heads": 4, "ffn_dim": 32, "num_layers": 1, "depthwise_conv_kernel_size": 7}),
     ],
 )
 def test_networks_give_logits(name, args):
     preprocessing = SpeechPreprocessing()
     model = build(ModelSpec(name=name, args=args), preprocessing, 7)
-    logits = model(torch.randn(3, *preprocessing.features.shape))
-    assert logits.shape == (3, 7)
     assert model.training
-    logits.sum().backward()
+    with torch.no_grad():
+        assert model(torch.randn(2, *preprocessing.features.shape)).shape == (2, 7)
     assert "head" in dict(model.named_children())
 
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from conservtl.errors import SpecError
 from conservtl.tasks.base import Domains
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
 from conservtl.tasks.speech.folder import (
     FREE_SPOKEN_DIGITS,
-    check_pattern,
     find_recordings,
     speech_commands_recordings,
 )
@@ -23,13 +23,14 @@ from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 
 __all__ = ["DataSpec", "EspeakData", "FolderData", "SpeechCommandsData", "load"]
 
+# Mild: stronger changes cost the compact network accuracy on source and target alike.
 _SOURCE_AUGMENT = SpeechAugment(
     time_shift=0.1,
-    time_stretch=0.2,
-    frequency_shift=0.05,
-    frequency_stretch=0.15,
-    tilt=0.2,
-    noise=0.2,
+    time_stretch=0.12,
+    frequency_shift=0.03,
+    frequency_stretch=0.1,
+    tilt=0.1,
+    noise=0.1,
 )
 
 Words = Annotated[tuple[str, ...], Field(min_length=2)]
@@ -65,7 +66,7 @@ class FolderData(_SpeechData):
     """Recordings in files."""
     root: Path
     """The folder; all below it is searched."""
-    pattern: Annotated[str, AfterValidator(check_pattern)] = FREE_SPOKEN_DIGITS
+    pattern: str = FREE_SPOKEN_DIGITS
     """Regular expression for the end of a file's path, with the groups `label`, `speaker` and, where
     there is one, `take`. The default fits free spoken digits, `{label}_{speaker}_{take}.wav`."""
     target: str
@@ -97,17 +98,6 @@ class EspeakData(_SpeechData):
     """As many more, to measure what is kept."""
     target_takes: Annotated[int, Field(ge=2, le=1000)] = 25
     """Recordings of a word by the target voice, shots and test part together."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> EspeakData:
-        if self.target in self.voices:
-            raise ValueError(f"target and voices are disjoint; {self.target!r} is in both. Take it out of voices.")
-        if self.target_takes <= self.shots:
-            raise ValueError(
-                f"target_takes is more than shots, or nothing is left to test on; got {self.target_takes} "
-                f"and {self.shots}. Raise target_takes."
-            )
-        return self
 
 
 class SpeechCommandsData(_SpeechData):
@@ -148,6 +138,7 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
 
     Raises:
         DataError: recordings are missing, unreadable, or contradict the spec.
+        SpecError: the pattern is none, or the espeak-ng voices contradict each other.
         MissingExtraError: an optional dependency is needed.
     """
     if isinstance(data, EspeakData):
@@ -167,7 +158,21 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
     )
 
 
+def _check_voices(data: EspeakData) -> None:
+    if data.target in data.voices:
+        raise SpecError(
+            f"data.voices: source and target are disjoint, and the target {data.target!r} is listed. "
+            f"Take it out of the list."
+        )
+    if data.target_takes <= data.shots:
+        raise SpecError(
+            f"data.target_takes is more than data.shots, or nothing is left to test on; got {data.target_takes} "
+            f"and {data.shots}. Raise data.target_takes."
+        )
+
+
 def _load_espeak(data: EspeakData, seed: int, *, source: bool) -> Domains:
+    _check_voices(data)
     said = takes_of(data.target, data.words, data.target_takes)
     for voice in data.voices:
         said += takes_of(voice, data.words, data.takes + data.held_out)

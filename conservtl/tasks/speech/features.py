@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from conservtl.errors import DataError
@@ -43,19 +43,6 @@ class Features(BaseModel):
     the level of the noise a microphone adds weighs less."""
     normalise: Literal["none", "mean", "mean_variance"] = "mean_variance"
     """Per recording: take away the mean (of all bands and frames), or scale to unit variance as well."""
-
-    @model_validator(mode="after")
-    def _window_fits(self) -> Features:
-        if self.hop > self.window:
-            raise ValueError(
-                f"features.hop is at most features.window, or samples between frames are never seen; "
-                f"got hop {self.hop} and window {self.window} s. Lower the hop."
-            )
-        if self.window > self.length:
-            raise ValueError(
-                f"features.window is at most features.length; got {self.window} and {self.length} s. Lower the window."
-            )
-        return self
 
     @property
     def samples(self) -> int:
@@ -158,6 +145,7 @@ def log_mel(waves: Tensor, features: Features) -> Tensor:
         f_min=20.0,
         n_mels=features.n_mels,
         power=2.0,
+        pad_mode="constant",  # silence: reflecting fails where a recording is shorter than the window
     )
     level = spectrogram(waves).clamp_min(_TINY).log10()
     floor = level.amax(dim=(-2, -1), keepdim=True) - features.range_db / 10

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
 from conservtl.tasks.speech.recordings import Recording
 
@@ -30,31 +30,30 @@ SPEECH_COMMANDS = r"(?P<label>[^/]+)/(?P<speaker>[^/_]+)_nohash_(?P<take>\d+)\.(
 _AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au"}
 
 
-def check_pattern(pattern: str) -> str:
-    """The pattern itself, once it is a regular expression with the groups `label` and `speaker`.
+def check_pattern(pattern: str) -> None:
+    """Check that a pattern is a regular expression with the groups `label` and `speaker`.
 
     Raises:
-        ValueError: it is not.
+        SpecError: it is none.
     """
     try:
         groups = re.compile(pattern).groupindex
     except re.error as error:
-        raise ValueError(
-            f"pattern is a regular expression; {pattern!r} is none ({error}). Mend it; the default is "
+        raise SpecError(
+            f"data.pattern is a regular expression; {pattern!r} is none ({error}). Mend it; the default is "
             f"{FREE_SPOKEN_DIGITS!r}."
         ) from error
     for group in ("label", "speaker"):
         if group not in groups:
-            raise ValueError(
-                f"pattern needs the named groups 'label' and 'speaker' ('take' is optional); {pattern!r} has "
+            raise SpecError(
+                f"data.pattern needs the named groups 'label' and 'speaker' ('take' is optional); {pattern!r} has "
                 f"no '{group}'. Add (?P<{group}>...)."
             )
     if unknown := set(groups) - {"label", "speaker", "take"}:
-        raise ValueError(
-            f"pattern knows the groups 'label', 'speaker' and 'take'; got {sorted(unknown)} as well. "
+        raise SpecError(
+            f"data.pattern knows the groups 'label', 'speaker' and 'take'; got {sorted(unknown)} as well. "
             f"Write (?:...) for a group without a name."
         )
-    return pattern
 
 
 def find_recordings(
@@ -75,8 +74,10 @@ def find_recordings(
         words: labels to keep; all where None.
 
     Raises:
+        SpecError: the pattern is none, or lacks a group.
         DataError: the folder is missing, nothing matches, a take is no number, or a word is not found.
     """
+    check_pattern(pattern)
     if not root.is_dir():
         raise DataError(f"data.root: a folder of recordings is needed; {root} is none. Mend the path.")
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _AUDIO and f.is_file())

@@ -1,0 +1,162 @@
+"""One epoch: groups of batches, and for each group forward, loss, backward and a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conservtl.engine.checkpoint import State
+from conservtl.engine.data import Batch, Held, Streamed
+from conservtl.engine.evaluate import Functions
+from conservtl.engine.finite import Losses, check_weights
+from conservtl.engine.kept import KeptOutputs, keep_outputs
+from conservtl.engine.randomness import generator_states, restore_generators
+from conservtl.engine.schedule import schedule_factor
+from conservtl.engine.session import Session
+from conservtl.errors import DataError, SpecError
+from conservtl.layers import named_parameters
+
+__all__ = ["Augment", "Learner"]
+
+Augment = Callable[[Any, torch.Generator], Any]
+
+
+class Learner:
+    """What an epoch acts on.
+
+    Args:
+        session: the model, its optimizer and their machine.
+        functions: forward and loss.
+        batches: the training data.
+        steps: optimizer steps of the whole run, 0 where nobody knows.
+        augment: changes each batch, or None.
+        keeps: whether a frozen input side may be computed once.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        functions: Functions,
+        batches: Held | Streamed,
+        steps: int,
+        augment: Augment | None,
+        keeps: bool,
+    ) -> None:
+        self.session, self.settings = session, session.training
+        self.functions, self.batches, self.steps, self.augment = functions, batches, steps, augment
+        self.generators = list(batches.generators)
+        if augment is not None:
+            own = torch.Generator(session.device)
+            own.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
+            self.generators.append(own)
+        self._keeps = keeps and augment is None and session.part[1] == 1
+        self._kept: KeptOutputs | None = None
+        self._phase: int | None = None
+        self.ever_kept = False
+        self.go_on_from(State())
+
+    def go_on_from(self, state: State) -> None:
+        """Take up a state: a new one, or a restored one."""
+        self.state = state
+        self.losses = Losses(state, self.session.device)
+
+    def begin(self, phase: int) -> None:
+        """Freeze and scale as a phase says; compute a frozen input side once, where that is possible."""
+        if phase == self._phase:
+            return
+        if phase != self.session.adaptation.phase:
+            self.state.selection.stale = 0
+        self.forget()
+        self._phase = phase
+        self.session.start_phase(phase)
+        if self._keeps and isinstance(self.batches, Held):
+            adaptation = self.session.adaptation
+            self._kept = keep_outputs(
+                self.session.model, self._forward, adaptation.layers, adaptation.frozen, self.batches
+            )
+            self.ever_kept |= self._kept is not None
+
+    def epoch(self) -> Iterator[None]:
+        """The steps of an epoch that are left; yields after each, when the state is whole.
+
+        Raises:
+            TrainingDivergedError: a loss or a weight is not finite.
+            DataError: there are no batches.
+        """
+        state, settings, session = self.state, self.settings, self.session
+        session.train()
+        for group in _groups(self._batches_left(), settings.accumulate):
+            session.rate(schedule_factor(settings, state.step, self.steps))
+            for number, batch in enumerate(group, 1):
+                if number == len(group):
+                    self._backward(batch, number, len(group))
+                else:
+                    with session.no_sync():
+                        self._backward(batch, number, len(group))
+            session.step()
+            state.batch += len(group)
+            state.step += 1
+            yield
+        if not state.batch:
+            raise DataError(
+                "train: the data gave no batches. Give some, in an iterable to be gone through more than once."
+            )
+        self.check()
+
+    def check(self) -> None:
+        """Whether all is finite so far.
+
+        Raises:
+            TrainingDivergedError: it is not.
+        """
+        self.losses.look()
+        check_weights(named_parameters(self.session.adaptation.model), self.state.step)
+
+    def forget(self) -> None:
+        """Let the frozen input side compute again."""
+        if self._kept is not None:
+            self._kept.remove()
+            self._kept = None
+
+    def _batches_left(self) -> Iterator[Batch]:
+        """The epoch's batches; in an epoch gone on with, its order is drawn again before time goes on."""
+        state = self.state
+        if not state.batch:
+            state.drawn = generator_states(self.generators)
+            return self.batches.epoch()
+        now = generator_states(self.generators)
+        restore_generators(state.drawn, self.generators)
+        left = self.batches.epoch(skip=state.batch)
+        restore_generators(now, self.generators)
+        return left
+
+    def _backward(self, batch: Batch, number: int, size: int) -> None:
+        """Gradients of the ``number``-th batch of a group of ``size``."""
+        loss = self._loss(batch)
+        if loss.ndim:
+            raise SpecError(f"loss must return a scalar, the mean over the batch; received shape {tuple(loss.shape)}.")
+        self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
+        self.session.backward(loss if size == 1 else loss / size)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        content = batch.content if self.augment is None else self.augment(batch.content, self.generators[-1])
+        if self._kept is None:
+            return self.functions.loss(self._forward(content), content)
+        self._kept.index = batch.index
+        try:
+            return self.functions.loss(self._forward(content), content)
+        finally:
+            self._kept.index = None
+
+    def _forward(self, content: Any) -> Any:
+        return self.functions.forward(self.session.model, content)
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Batches whose gradients make one step; the last group may be smaller, whether or not a length is known."""
+    while group := list(islice(batches, size)):
+        yield group

@@ -1,0 +1,170 @@
+"""A run that was interrupted and resumed is the run that was not, bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import conservtl as ctl
+
+UNFREEZING = ctl.GradualUnfreezing(by="layer", scales=(1.0, 0.5))
+SETTINGS = {"epochs": 4, "batch_size": 16, "lr": 0.01}
+
+
+def noise(batch, generator):
+    inputs, labels = batch
+    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator), labels
+
+
+class Noisy(Dataset):
+    """Draws from the global generators of torch and NumPy as it is read."""
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        shift = 0.1 * float(np.random.rand())  # noqa: NPY002
+        return self.inputs[index] + 0.1 * torch.randn(3, 12) + shift, self.labels[index]
+
+
+CASES = {
+    "held": {},
+    "augmented": {"augment": noise},
+    "accumulated": {"training": {"accumulate": 3, "clip": 0.5}},
+    "scheduled": {"training": {"schedule": "one_cycle", "optimizer": "sgd"}},
+    "shuffled loader": {"data": lambda data: DataLoader(TensorDataset(*data), 16, shuffle=True)},
+    "loader with a generator of its own": {
+        "data": lambda data: DataLoader(
+            TensorDataset(*data), 16, shuffle=True, generator=torch.Generator().manual_seed(5)
+        )
+    },
+    "random dataset": {"data": lambda data: Noisy(*data)},
+    "kept best": {"training": {"keep": "target", "patience": 3}},
+    "unfreezing": {"strategies": [UNFREEZING, ctl.L2SP(alpha=0.1)]},
+    "frozen input side": {"strategies": [ctl.LayerTransfer(side="input", layers=1)]},
+    "statistics held": {"training": {"batch_norm": "eval"}},
+}
+
+
+def _run(plain, data, case, **options):
+    adaptation = plain(*case.get("strategies", ()))
+    settings = {**SETTINGS, **case.get("training", {})}
+    if "strategies" in case and UNFREEZING in case["strategies"]:
+        settings["epochs"] = max(settings["epochs"], len(adaptation.plan.phases))
+    made = case.get("data", lambda data: data)(data)
+    result = ctl.fit(
+        adaptation, made, {"target": data}, ctl.Training(**settings), augment=case.get("augment"), seed=3, **options
+    )
+    return adaptation, result
+
+
+def _without_time(history):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("at", [1, 6, 12], ids=["first batch", "within an epoch", "end of an epoch"])
+def test_resume_equals_uninterrupted(plain, data, same, interrupting, tmp_path, name, at):
+    """Weights, statistics, history and best score, wherever Ctrl-C was pressed."""
+    whole, expected = _run(plain, data, CASES[name])
+    with pytest.raises(KeyboardInterrupt):
+        _run(plain, data, CASES[name], out=tmp_path, forward=interrupting(at))
+    resumed, result = _run(plain, data, CASES[name], out=tmp_path, resume=True)
+    assert same(resumed.model, whole.model)
+    assert _without_time(result.history) == _without_time(expected.history)
+    assert (result.steps, result.best) == (expected.steps, expected.best)
+
+
+def test_interrupted_again_and_again(plain, data, same, interrupting, tmp_path):
+    """A run that is stopped after every few batches ends as if it never had been."""
+    whole, _ = _run(plain, data, CASES["augmented"])
+    stops = 0
+    while True:
+        try:
+            resumed, _ = _run(
+                plain, data, CASES["augmented"], out=tmp_path, resume=stops > 0, forward=interrupting(3)
+            )
+        except KeyboardInterrupt:
+            stops += 1
+        else:
+            break
+    assert stops == 5
+    assert same(resumed.model, whole.model)
+
+
+def test_a_finished_run_resumes_to_itself(plain, data, same, tmp_path):
+    """The checkpoint of a finished run brings its weights back, the best ones where they are kept."""
+    case = {"training": {"keep": "target", "lr": 0.1}}
+    whole, expected = _run(plain, data, case, out=tmp_path)
+    again, result = _run(plain, data, case, out=tmp_path, resume=True)
+    assert same(again.model, whole.model)
+    assert result.history == expected.history
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == list(expected.history)
+
+
+def test_ctrl_c_during_evaluation_ends_the_run_after_it(plain, data, same, tmp_path):
+    """Ctrl-C outside a step is not lost: the epoch is closed, saved, and the run stops."""
+
+    def pressing(outputs, batch):
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+    whole, _ = _run(plain, data, {})
+    with pytest.raises(KeyboardInterrupt):
+        _run(plain, data, {}, out=tmp_path, watch={"source": ctl.Holdout(data, metrics=pressing)})
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
+    resumed, _ = _run(plain, data, {}, out=tmp_path, resume=True)
+    assert same(resumed.model, whole.model)
+
+
+def test_ctrl_c_is_the_callers_again_afterwards(plain, data, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    _run(plain, data, {}, out=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_another_setting_is_refused(plain, data, tmp_path):
+    """A checkpoint goes on under its own settings only; the message names the first that differs."""
+    _run(plain, data, {}, out=tmp_path)
+    with pytest.raises(ctl.SpecError, match=r"training\.lr=0\.01, but now it is 0\.02"):
+        _run(plain, data, {"training": {"lr": 0.02}}, out=tmp_path, resume=True)
+
+
+def test_another_plan_is_refused(plain, data, tmp_path):
+    _run(plain, data, {}, out=tmp_path)
+    with pytest.raises(ctl.PlanError, match="another plan"):
+        _run(plain, data, {"strategies": [ctl.L2SP(alpha=0.1)]}, out=tmp_path, resume=True)
+
+
+def test_no_checkpoint(plain, data, tmp_path):
+    with pytest.raises(ctl.SpecError, match="there is no checkpoint in"):
+        _run(plain, data, {}, out=tmp_path, resume=True)
+    with pytest.raises(ctl.SpecError, match="out, which is None"):
+        _run(plain, data, {}, resume=True)
+
+
+def test_a_torn_checkpoint_is_named(plain, data, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ctl.SpecError, match=r"checkpoint\.pt cannot be read"):
+        _run(plain, data, {}, out=tmp_path, resume=True)
+
+
+def test_seeds_make_runs_repeatable(plain, data, same):
+    """The same seed gives the same weights, whatever was drawn before; another one gives others."""
+    first, _ = _run(plain, data, CASES["random dataset"])
+    torch.rand(3)
+    np.random.rand(3)  # noqa: NPY002
+    second, _ = _run(plain, data, CASES["random dataset"])
+    assert same(first.model, second.model)
+    other = plain()
+    ctl.fit(other, data, training=ctl.Training(**SETTINGS), seed=4)
+    assert not same(first.model, other.model)

@@ -1,0 +1,244 @@
+"""One contract over all strategies, and that it catches who breaks it."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import random
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ConfigDict
+from torch import nn
+
+import conservtl as ctl
+import conservtl.testing
+from conservtl.strategies import Order
+from conservtl.testing import check_strategy, instances, models, state_dicts, strategies
+
+BUILT_IN = [
+    ctl.L2SP(),
+    ctl.L2SP(mode="decoupled", on="all", depth=(1, 0.1)),
+    ctl.LayerTransfer(layers=8),
+    ctl.LayerTransfer(layers=0.4, freeze=False, rest="fresh"),
+    ctl.LayerTransfer(layers=3, side="output", rest="fresh"),
+    ctl.DiscriminativeLR(decay=0.8),
+    ctl.DiscriminativeLR(lowest=1e-5, lr=1e-3, toward="input"),
+    ctl.DiscriminativeLR(thirds=(0.01, 0.1, 1.0), decay_biases_and_norms=False),
+    ctl.DiscriminativeLR(source=1e-5, fresh=1e-3),
+    ctl.DiscriminativeLR(groups={"*.bias": 0.5}),
+    ctl.GradualUnfreezing(),
+    ctl.GradualUnfreezing(by="layer", at="input", epochs=2, scales=(1, 0.5)),
+    ctl.GradualUnfreezing(phases=[ctl.Stage(train=["*.weight"], epochs=1), ctl.Stage(scale=0.5)]),
+    ctl.FeatureExtraction(),
+]
+
+
+@pytest.mark.parametrize("strategy", BUILT_IN, ids=repr)
+def test_built_in_strategies_keep_the_contract(strategy):
+    check_strategy(strategy)
+
+
+def test_every_kind_is_checked():
+    listed = {cls for cls in vars(ctl).values() if isinstance(cls, type) and issubclass(cls, ctl.Strategy)}
+    assert {type(strategy) for strategy in BUILT_IN} == listed - {ctl.Strategy}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_whatever_is_drawn_keeps_it_on_a_model_of_its_own(data):
+    model, example = data.draw(models())
+    before = copy.deepcopy(model.state_dict())
+    for strategy in data.draw(strategies(model, example, max_size=1)):
+        check_strategy(strategy, model=model, example=example)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Good(ctl.Strategy):
+    kind: Literal["good"] = "good"
+    strength: float = 0.5
+    """How hard."""
+
+    def apply(self, plan):
+        rows = {row.name: {"pull": self.strength} for row in plan.rows if row.origin == "source"}
+        return plan.choose(self.label, "pull", rows)
+
+
+SEEN = []
+
+
+class NoDescription(Good):
+    kind: Literal["x"] = "x"
+    bare: int = 0
+
+
+class TakesAnything(Good):
+    model_config = ConfigDict(extra="allow")
+    kind: Literal["x"] = "x"
+
+
+class Thawed(Good):
+    model_config = ConfigDict(frozen=False)
+    kind: Literal["x"] = "x"
+
+
+class AnyKind(Good):
+    kind: str
+
+
+class Forgets(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return None
+
+
+class Random(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return plan.choose(self.label, "pull", {plan.rows[0].name: {"pull": random.random()}})
+
+
+class DrawsTensors(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        torch.rand(1)
+        return super().apply(plan)
+
+
+class Mutates(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        plan.rows[0].chosen["pull"] = ctl.plan.Choice(by="me", explicit=False)
+        return plan
+
+
+class DropsRows(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return plan.with_rows(plan.rows[:-1])
+
+
+class MovesRows(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return plan.with_rows([row.model_copy(update={"depth": 0.5}) for row in plan.rows])
+
+
+class Remembers(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        SEEN.append(len(plan.rows))
+        return plan if SEEN[0] == SEEN[-1] and len(set(SEEN)) == 1 else super().apply(plan)
+
+
+class ReadsTooEarly(Good):
+    """Freezes by whether a pull is there already, without declaring that it comes later."""
+
+    kind: Literal["x"] = "a"
+    order: ClassVar[Order] = Order.STRENGTH
+
+    def apply(self, plan):
+        return plan.choose(self.label, "frozen", {r.name: {"frozen": True} for r in plan.rows if r.pull})
+
+
+class NotJSON(Good):
+    kind: Literal["x"] = "x"
+    strength: float = float("inf")
+    """How hard."""
+
+
+class Typo(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return plan.choose(self.label, "pull", {plan.rows[0].name: {"pul": 1.0}})
+
+
+class TestBroken:
+    def test_a_good_one_passes(self):
+        check_strategy(Good())
+
+    @pytest.mark.parametrize(
+        ("strategy", "message"),
+        [
+            (NoDescription(), r"NoDescription: NoDescription\.bare has no description"),
+            (TakesAnything(), "takes fields that it does not have"),
+            (Thawed(), "is not frozen"),
+            (AnyKind(kind="x"), "kind must be a constant"),
+            (Forgets(), "must return a Plan; it returned NoneType"),
+            (Random(), "another plan the second time"),
+            (DrawsTensors(), "drew random numbers"),
+            (Mutates(), "changed the plan it was given"),
+            (DropsRows(), "added or dropped rows"),
+            (MovesRows(), r"changed depth of row"),
+            (Remembers(), "remembers"),
+            (NotJSON(), "after JSON"),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, ctl.Strategy) else "",
+    )
+    def test_says_how(self, strategy, message):
+        SEEN.clear()
+        with pytest.raises(AssertionError, match=message):
+            check_strategy(strategy)
+
+    def test_a_field_that_no_row_has(self):
+        with pytest.raises(ctl.PlanError, match=r"Typo gives '0\.weight' pul=1\.0"):
+            check_strategy(Typo())
+
+    def test_one_that_does_not_fit_the_model(self):
+        with pytest.raises(ctl.SpecError, match="layers=99 asks for more"):
+            check_strategy(ctl.LayerTransfer(layers=99))
+        with pytest.raises(ctl.SpecError, match="layers=2 asks for more"):
+            check_strategy(ctl.LayerTransfer(layers=2), model=nn.Linear(2, 2))
+
+    def test_a_model_without_an_example_is_trained_on_random_gradients(self):
+        check_strategy(ctl.L2SP(), model=nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+
+
+class TestGenerators:
+    def test_the_documented_example_runs(self):
+        found = doctest.testmod(conservtl.testing, extraglobs={"ctl": ctl})
+        assert found.attempted >= 7
+        assert not found.failed
+
+    def test_every_module_of_it(self):
+        import conservtl.testing.contract
+        import conservtl.testing.instances
+
+        for module in (conservtl.testing.contract, conservtl.testing.instances):
+            found = doctest.testmod(module, extraglobs={"st": st, "instances": instances})
+            assert found.attempted
+            assert not found.failed
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data())
+    def test_models_leave_the_random_state_alone(self, data):
+        state = torch.get_rng_state()
+        model, example = data.draw(models())
+        data.draw(state_dicts(model))
+        assert torch.equal(state, torch.get_rng_state())
+        assert model(example).shape == (4, 3)
+
+    def test_optional_fields_are_drawn(self):
+        """st.builds leaves them at their defaults."""
+        drawn = []
+
+        @settings(max_examples=60, deadline=None, database=None)
+        @given(instances(ctl.L2SP))
+        def collect(strategy):
+            drawn.append(strategy)
+
+        collect()
+        assert {s.mode for s in drawn} == {"coupled", "decoupled"}
+        assert {s.depth is None for s in drawn} == {True, False}
+        assert len({s.alpha for s in drawn}) > 5

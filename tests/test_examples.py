@@ -1,0 +1,32 @@
+"""What the examples promise: short scripts over the import API, and READMEs that name what is there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*/*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_at_most_60_lines_and_a_loop_by_hand(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= 60
+    assert {"backward", "step"} <= {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("folder", ["speech", "vision"])
+def test_a_readme_names_every_file_beside_it(folder):
+    text = (EXAMPLES / folder / "README.md").read_text()
+    assert all(path.name in text for path in (EXAMPLES / folder).iterdir() if path.name != "README.md")
+
+
+def test_the_speech_script_adapts_to_a_folders_speaker(humming):
+    script = EXAMPLES / "speech" / "adapt_speaker.py"
+    command = [sys.executable, str(script), str(humming), "cleo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert "after:  target" in done.stdout
+    assert "frozen" in done.stdout

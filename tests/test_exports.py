@@ -1,0 +1,94 @@
+"""The public face: names, docstrings, and what importing it brings along."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import conservtl
+
+HEAVY = (
+    "torchvision",
+    "torchaudio",
+    "accelerate",
+    "matplotlib",
+    "sklearn",
+    "timm",
+    "soundfile",
+    "hypothesis",
+    "jinja2",
+)
+MODULES = [found.name for found in pkgutil.walk_packages(conservtl.__path__, "conservtl.")]
+DESIGNED = {"adapt", "fit", "Training", "LayerTransfer", "L2SP", "DiscriminativeLR", "GradualUnfreezing"}
+
+
+def test_all_is_sorted_and_complete():
+    # Constants, classes and functions apart, as ruff sorts them.
+    def place(name):
+        return (not name.isupper(), not name[0].isupper(), name)
+
+    def constant(name):
+        return name.upper() == name
+
+    listed = conservtl.__all__
+    assert listed == sorted(listed, key=lambda n: (not constant(n), not n[0].isupper(), n))
+    assert len(set(listed)) == len(listed)
+    public = {
+        name for name, value in vars(conservtl).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(listed)
+    assert set(listed) >= DESIGNED
+
+
+@pytest.mark.parametrize("name", conservtl.__all__)
+def test_every_public_name_is_documented(name):
+    value = getattr(conservtl, name)
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        for member, found in vars(value).items():
+            if not member.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):
+                assert inspect.getdoc(found), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if "_worker" not in m])
+def test_every_module_says_what_it_is(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    missing = [public for public in getattr(module, "__all__", []) if not hasattr(module, public)]
+    assert not missing
+
+
+def test_import_is_light():
+    """Extras are imported where they are used, none by importing the package."""
+    code = f"import sys, conservtl; print([m for m in {HEAVY!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
+
+
+def test_testing_names_the_extra_that_is_missing():
+    code = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import conservtl\n"
+        "try:\n    import conservtl.testing\n"
+        "except conservtl.MissingExtraError as error:\n    print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "hypothesis is needed here" in found.stdout
+    assert "conservtl[dev]" in found.stdout
+
+
+def test_errors_are_what_they_stand_for():
+    """Who catches ValueError or ImportError catches ours; exit code 2 is InputError's."""
+    for name in conservtl.__all__:
+        value = getattr(conservtl, name)
+        if inspect.isclass(value) and issubclass(value, Exception):
+            assert issubclass(value, conservtl.ConservtlError)
+    assert issubclass(conservtl.InputError, ValueError)
+    assert issubclass(conservtl.MissingExtraError, ImportError)
+    for name in ("SpecError", "SelectorError", "PlanError", "SourceError", "DataError"):
+        assert issubclass(getattr(conservtl, name), conservtl.InputError)
