@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from conservtl.conserve.freeze import freeze, hold_statistics, tracks_statistics
 from conservtl.conserve.groups import build_optimizer
 from conservtl.conserve.hook import StepHook
-from conservtl.conserve.pull import place_like
+from conservtl.conserve.pull import place_like, whole
 from conservtl.errors import PlanError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.plan import Plan
@@ -147,7 +147,8 @@ class Adaptation:
     def penalty(self) -> Tensor:
         """The penalty, alpha/2 |w_S - w0|^2 + beta/2 |w_N|^2, over what is trained now; a scalar with gradient.
 
-        For a log, or for the loss of a loop whose optimizer was made with ``pull=False``.
+        For a log, or for the loss of a loop whose optimizer was made with ``pull=False``. Where parameters
+        are sharded, all processes call it together, and ``drift()`` too.
         """
         terms = []
         parameters = named_parameters(self.model)
@@ -161,7 +162,7 @@ class Adaptation:
                 terms.append(row.decay / 2 * parameter.square().sum())
         if not terms:
             return next(iter(parameters.values())).new_zeros(())
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return whole(torch.stack([term.to(terms[0].device) for term in terms]).sum())
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
@@ -169,7 +170,7 @@ class Adaptation:
         parameters = named_parameters(self.model)
         out = {}
         for layer, rows in self.plan.by_layer():
-            pairs = [(parameters[r.name].cpu(), self._start[r.name]) for r in rows if r.origin == "source"]
+            pairs = [(whole(parameters[r.name]).cpu(), self._start[r.name]) for r in rows if r.origin == "source"]
             if pairs:
                 moved = sum(float((w.double() - w0.double()).square().sum()) for w, w0 in pairs)
                 size = sum(float(w0.double().square().sum()) for _, w0 in pairs)

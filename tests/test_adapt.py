@@ -425,8 +425,18 @@ class TestPenalty:
             model[0].weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 2.0]]))
             model[1].weight.copy_(torch.tensor([[3.0, 1.0]]))
         assert adaptation.penalty().item() == pytest.approx(0.25 * 9 + 0.05 * 10)
-        frozen = ctl.adapt(copy.deepcopy(model), source, [ctl.L2SP(alpha=0.5, beta=0.1), ctl.LayerTransfer(layers=1)])
-        assert frozen.penalty().item() == pytest.approx(0.05 * 10)
+
+    def test_is_over_what_is_trained_now(self):
+        """Moved in one phase and held in the next, a parameter adds nothing: its gradient would be dropped."""
+        model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+        stages = [ctl.Stage(epochs=1), ctl.Stage(train=["1"], epochs=1), ctl.Stage(train=["0"])]
+        strategies = [ctl.L2SP(alpha=0.5, beta=0.1), ctl.GradualUnfreezing(phases=stages)]
+        adaptation = ctl.adapt(model, {"0.weight": torch.zeros(1, 2)}, strategies)
+        nn.init.ones_(model[0].weight)
+        nn.init.ones_(model[1].weight)
+        for phase, expected in enumerate([0.25 * 2 + 0.05, 0.05, 0.25 * 2]):
+            adaptation.start_phase(phase)
+            assert adaptation.penalty().item() == pytest.approx(expected)
 
     def test_without_a_pull(self):
         penalty = adapted(None).penalty()

@@ -46,6 +46,7 @@ class StepHook:
         self.anchor = anchor
         self.pull = pull
         self._scaler: GradScaler | None = None
+        self._modes = {row.mode for row in plan.rows if row.pull or row.decay}
         self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
         optimizer.register_step_pre_hook(self._before_step)
 
@@ -63,6 +64,8 @@ class StepHook:
     def drop_frozen(self) -> None:
         """Forget gradients of parameters that this phase does not train."""
         frozen = self.frozen()
+        if not frozen:
+            return
         for name, parameter, _ in self._members():
             if name in frozen:
                 parameter.grad = None
@@ -96,6 +99,8 @@ class StepHook:
         add_to_gradients(list(self._pulled("coupled")), scale, sign)
 
     def _pulled(self, mode: str) -> Iterator[Pulled]:
+        if mode not in self._modes:
+            return
         frozen = self.frozen()
         for name, parameter, group in self._members():
             row = self.rows[name]

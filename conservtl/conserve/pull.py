@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pulled", "add_to_gradients", "move_weights", "place_like"]
+__all__ = ["Pulled", "add_to_gradients", "move_weights", "place_like", "whole"]
 
 _CHUNK = 1 << 19  # elements; a buffer of this size stays in cache while it is subtracted and added
 
@@ -79,11 +79,13 @@ def move_weights(pulled: Sequence[Pulled], skip: Tensor | None = None) -> None:
         amount: Any = group[0].rate * group[0].strength
         if skip is not None:
             amount = amount * (1 - skip.to(weights[0].device).clamp(max=1))
+        if isinstance(amount, Tensor):
+            amount = amount.reshape(())
         if group[0].anchor is None:
             torch._foreach_mul_(weights, 1 - amount)
         elif isinstance(amount, Tensor):
             for weight, item in zip(weights, group, strict=True):
-                weight.lerp_(_local(item.anchor), amount.to(weight.dtype).reshape(()))
+                weight.lerp_(_local(item.anchor), amount.to(weight.dtype))
         else:
             torch._foreach_lerp_(weights, [_local(item.anchor) for item in group], amount)
 
@@ -135,6 +137,12 @@ def place_like(tensor: Tensor, parameter: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, gathered from all processes where it is sharded, which all of them then must call."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 def _local(tensor: Any) -> Any:

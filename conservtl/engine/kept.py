@@ -70,7 +70,7 @@ class KeptOutputs:
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
         device = torch.device("meta") if self.light else self.outputs.device
-        return torch.full((), torch.nan, dtype=dtype, device=device).expand(len(index), *shape)
+        return torch.full((len(index), *shape), torch.nan, dtype=dtype, device=device)  # whole: it may be written to
 
 
 def keep_outputs(
@@ -153,7 +153,12 @@ def _has_hooks(module: nn.Module) -> bool:
 def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[tuple[nn.Module, Any]], Any]:
     """Which of these modules run, in order, with their outputs; and the model's output."""
     calls: list[tuple[nn.Module, Any]] = []
-    hooks = [m.register_forward_hook(lambda module, _, out: calls.append((module, out))) for m in modules]
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        # A copy: what comes next may write into it, as ReLU(inplace=True) does.
+        calls.append((module, output.clone() if isinstance(output, Tensor) else output))
+
+    hooks = [module.register_forward_hook(note) for module in modules]
     try:
         return calls, run(content)
     finally:

@@ -18,6 +18,7 @@ from conservtl.errors import SpecError
 __all__ = ["Session", "open_session"]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_TORCH = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # where gradients and steps are torch's own
 
 
 class Session:
@@ -39,8 +40,10 @@ class Session:
         cls, options = training.make()
         self.raw = adaptation.optimizer(cls, **options)
         self.model: nn.Module
-        self.model, self.optimizer = accelerator.prepare(adaptation.model, self.raw)
+        self.model, self._prepared = accelerator.prepare(adaptation.model, self.raw)
         adaptation.keep_frozen()
+        # Accelerate's own step looks for an optional package in the file system each time, a tenth of a millisecond.
+        self._direct = str(accelerator.distributed_type.value) in _TORCH
         self._factor: float | None = None
 
     @property
@@ -69,15 +72,27 @@ class Session:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss, scaled where the precision asks for it."""
-        self.accelerator.backward(loss)
+        scaler = self.accelerator.scaler
+        if not self._direct:
+            self.accelerator.backward(loss)
+        elif scaler is not None:
+            scaler.scale(loss).backward()
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Pull and clip where clipping is on, then the optimizer's step, then no gradients."""
+        scaler = self.accelerator.scaler
         if self.training.clip is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-            self.adaptation.pull(self.accelerator.scaler)
+            self.adaptation.pull(scaler)  # unscales first
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
-        self.optimizer.step()
+        if not self._direct:
+            self._prepared.step()
+        elif scaler is not None:
+            scaler.step(self.raw)
+            scaler.update()
+        else:
+            self.raw.step()
         self.raw.zero_grad()
 
     def rate(self, factor: float) -> None:

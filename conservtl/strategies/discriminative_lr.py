@@ -90,7 +90,7 @@ class DiscriminativeLR(Strategy):
         """Parameter name -> rate, by the rule that was given; what a glob of ``groups`` names comes after."""
         full = 1.0 if self.lr is None else self.lr
         if self.groups is not None:
-            return dict.fromkeys(_names(plan), full)
+            return {} if self.lr is None else dict.fromkeys(_names(plan), full)
         if self.thirds is not None:
             return self._by_third(plan)
         if self.decay is None and self.lowest is None:

@@ -57,9 +57,11 @@ class GradualUnfreezing(Strategy):
     def _ends(self) -> Self:
         if self.phases and any(stage.epochs is None for stage in self.phases[:-1]):
             raise ValueError("every stage of phases but the last needs a number of epochs")
-        clash = {"by", "epochs", "at", "scales"} & self.model_fields_set if self.phases else set()
-        if clash:
-            raise ValueError(f"phases are written out, so {sorted(clash)} would be ignored: leave them out")
+        # By value: a spec with every default written out is the same spec.
+        fields = type(self).model_fields
+        clash = [name for name in ("by", "epochs", "at", "scales") if getattr(self, name) != fields[name].default]
+        if self.phases and clash:
+            raise ValueError(f"phases are written out, so {clash} would be ignored: leave them out")
         return self
 
     def apply(self, plan: Plan) -> Plan:

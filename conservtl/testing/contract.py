@@ -76,12 +76,15 @@ def check_strategy(
     refusals = []
     cases = list(_cases(model, source, example))
     for case in cases:
+        plan = case.adapted([]).plan
+        before = plan.model_dump_json()
         try:
-            plan = case.adapted([]).plan
             strategy.apply(plan)
         except InputError as error:
             refusals.append(error)
             continue
+        rule = "apply changed the plan it was given; return a new one."
+        _require(plan.model_dump_json() == before, strategy, rule)
         _check_pure(strategy, plan)
         _check_place(strategy, plan)
         _check_memory(strategy, plan)
@@ -135,8 +138,11 @@ def _check_spec(strategy: Strategy) -> None:
     _require(_refused(lambda: setattr(strategy, "kind", fields["kind"])), strategy, "is not frozen; keep frozen=True.")
     extra = {**fields, "no_such_field": 1}
     _require(_refused(lambda: cls(**extra)), strategy, "takes fields that it does not have; keep extra='forbid'.")
-    again = cls.model_validate_json(strategy.model_dump_json())
-    _require(again == strategy, strategy, f"is another after JSON: {again!r}.")
+    try:
+        again: Strategy | str = cls.model_validate_json(strategy.model_dump_json())
+    except ValidationError as error:
+        again = str(error)
+    _require(again == strategy, strategy, f"is another after JSON: {again}")
     _require(copy.deepcopy(strategy) == strategy, strategy, "a deep copy of it differs.")
     schema = cls.model_json_schema()
     for place, definition in {cls.__name__: schema, **schema.get("$defs", {})}.items():
@@ -146,10 +152,9 @@ def _check_spec(strategy: Strategy) -> None:
 
 
 def _check_pure(strategy: Strategy, plan: Plan) -> None:
-    before, state = plan.model_dump_json(), torch.get_rng_state()
+    state = torch.get_rng_state()
     result = strategy.apply(plan)
     _require(isinstance(result, Plan), strategy, f"apply must return a Plan; it returned {type(result).__name__}.")
-    _require(plan.model_dump_json() == before, strategy, "apply changed the plan it was given; return a new one.")
     _require(torch.equal(state, torch.get_rng_state()), strategy, "apply drew random numbers; a plan has none.")
     _require(strategy.apply(plan) == result, strategy, "apply gives another plan the second time.")
     _require(len(result.rows) == len(plan.rows), strategy, "apply added or dropped rows.")

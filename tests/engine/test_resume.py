@@ -89,9 +89,7 @@ def test_interrupted_again_and_again(plain, data, same, interrupting, tmp_path):
     stops = 0
     while True:
         try:
-            resumed, _ = _run(
-                plain, data, CASES["augmented"], out=tmp_path, resume=stops > 0, forward=interrupting(3)
-            )
+            resumed, _ = _run(plain, data, CASES["augmented"], out=tmp_path, resume=stops > 0, forward=interrupting(3))
         except KeyboardInterrupt:
             stops += 1
         else:

@@ -254,7 +254,10 @@ def test_kind_picks_the_spec():
         TypeAdapter(DataSpec).validate_python({"kind": "folder", "root": "x", "target": "theo", "shotz": 1})
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+st.register_type_strategy(Path, st.sampled_from([Path("recordings"), Path("/data/digits")]))
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
 @given(st.from_type(FolderData) | st.from_type(EspeakData) | st.from_type(SpeechCommandsData))
 def test_any_spec_survives_json(spec):
     """Bounds are in the types, so that every spec drawn from them is one."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from annotated_types import MinLen
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from conservtl.errors import SpecError
@@ -33,7 +34,7 @@ _SOURCE_AUGMENT = SpeechAugment(
     noise=0.1,
 )
 
-Words = Annotated[tuple[str, ...], Field(min_length=2)]
+Words = Annotated[tuple[str, ...], MinLen(2)]
 
 
 class _SpeechData(BaseModel):
@@ -71,13 +72,13 @@ class FolderData(_SpeechData):
     there is one, `take`. The default fits free spoken digits, `{label}_{speaker}_{take}.wav`."""
     target: str
     """The speaker to adapt to."""
-    source_speakers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
     """The speakers of the source model; all others found where null."""
-    held_out_takes: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2, 3, 4)
+    held_out_takes: tuple[NonNegativeInt, ...] = (0, 1, 2, 3, 4)
     """Takes of the source speakers that measure what is kept; never trained on."""
     words: Words | None = None
     """Labels to use; all found where null."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: PositiveInt | None = None
     """Most source recordings a word to train on, and to test on; all where null."""
 
 
@@ -111,13 +112,13 @@ class SpeechCommandsData(_SpeechData):
     """Which release."""
     target: str
     """The speaker to adapt to: the eight hexadecimal digits before `_nohash_`."""
-    source_speakers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
     """The speakers of the source model; all others found where null."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Part of the source's recordings that measures what is kept: always the same one."""
     words: Words | None = None
     """Labels to use; all found where null."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: PositiveInt | None = None
     """Most source recordings a word to train on, and to test on; all where null."""
 
 

@@ -1,0 +1,381 @@
+"""The engine beside loops written by hand and beside other libraries, in one run.
+
+``python benchmarks/engine.py`` prints the tables and writes ``benchmarks/results/engine.{json,md}``.
+Every round runs every variant once, in an order drawn anew, so that what else the machine does meets all
+alike; a ratio is formed within a round, and the median over rounds is reported with its quartiles. The clock
+runs from the first step of the second epoch to the last step of the last, so that nobody's setting up counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import conservtl as ctl
+from conservtl.engine.data import Held
+from conservtl.engine.kept import keep_outputs
+from conservtl.tasks.speech.features import SpeechPreprocessing
+from conservtl.tasks.speech.models import ModelSpec, build
+
+RECORDINGS, BATCH, CLASSES, LR = 2048, 64, 10, 1e-4
+RESULTS = Path(__file__).parent / "results"
+
+Variant = Callable[[nn.Module, int], None]
+
+
+def keyword_network() -> nn.Module:
+    return build(ModelSpec(), SpeechPreprocessing(), CLASSES)
+
+
+def small_cnn() -> nn.Module:
+    bands = SpeechPreprocessing().features.shape[0]
+    return nn.Sequential(
+        nn.Conv1d(bands, 16, 9, 2, 4), nn.ReLU(), nn.Conv1d(16, 32, 9, 2, 4), nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, CLASSES),
+    )  # fmt: skip
+
+
+def recordings() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = SpeechPreprocessing().features.shape
+    inputs = torch.randn(RECORDINGS, *shape, generator=generator)
+    return inputs, torch.randint(0, CLASSES, (RECORDINGS,), generator=generator)
+
+
+DATA = recordings()
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*DATA), BATCH, shuffle=True)
+
+
+def by_index(model: nn.Module, epochs: int, **options: Any) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **options)
+    inputs, labels = DATA
+    model.train()
+    for _ in range(epochs):
+        for index in torch.randperm(RECORDINGS).split(BATCH):
+            loss = F.cross_entropy(model(inputs[index]), labels[index])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def by_index_fused(model: nn.Module, epochs: int) -> None:
+    by_index(model, epochs, fused=True)
+
+
+def by_loader(model: nn.Module, epochs: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    batches = loader()
+    model.train()
+    for _ in range(epochs):
+        for inputs, labels in batches:
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def fit(
+    model: nn.Module, epochs: int, data: Any = DATA, frozen: int = 0, *, fused: bool = False, **options: Any
+) -> Any:
+    strategies = [ctl.LayerTransfer(side="input", layers=frozen)] if frozen else []
+    adaptation = ctl.adapt(model, copy.deepcopy(model), strategies)
+    training = ctl.Training(epochs=epochs, batch_size=BATCH, lr=LR, device="cpu", precision="fp32", fused=fused)
+    return ctl.fit(adaptation, data, training=training, **options)
+
+
+def fit_fused(model: nn.Module, epochs: int) -> None:
+    fit(model, epochs, fused=True)
+
+
+def fit_loader(model: nn.Module, epochs: int) -> None:
+    fit(model, epochs, loader())
+
+
+def fit_pull(model: nn.Module, epochs: int) -> None:
+    adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.L2SP(alpha=0.01)])
+    training = ctl.Training(epochs=epochs, batch_size=BATCH, lr=LR, device="cpu", precision="fp32")
+    ctl.fit(adaptation, DATA, training=training)
+
+
+def fit_frozen(model: nn.Module, epochs: int) -> None:
+    fit(model, epochs, frozen=half(model), keep_frozen_outputs=False)
+
+
+def fit_kept(model: nn.Module, epochs: int) -> None:
+    if not fit(model, epochs, frozen=half(model)).kept_outputs:
+        raise RuntimeError("the outputs of the frozen input side were not kept")
+
+
+def half(model: nn.Module) -> int:
+    return len(ctl.find_layers(model)) // 2
+
+
+def accelerate_loop(model: nn.Module, epochs: int) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, batches = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR), loader())
+    model.train()
+    for _ in range(epochs):
+        for inputs, labels in batches:
+            loss = F.cross_entropy(model(inputs), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def lightning_trainer(model: nn.Module, epochs: int) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=LR)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    shown = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, logger=False, **shown)
+    trainer.fit(Module(), loader())
+
+
+def transformers_trainer(model: nn.Module, epochs: int) -> None:
+    import transformers
+
+    class Items(Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return RECORDINGS
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"inputs": DATA[0][index], "labels": DATA[1][index]}
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.model(inputs)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, num_train_epochs=epochs, per_device_train_batch_size=BATCH, learning_rate=LR, weight_decay=0.01,
+            lr_scheduler_type="constant", max_grad_norm=0.0, optim="adamw_torch", use_cpu=True, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(Module(), arguments, train_dataset=Items()).train()
+
+
+LOADER = "DataLoader loop by hand"
+INDEX = "indexing loop by hand"
+KEPT, FROZEN = "fit, half frozen, outputs kept", "fit, half frozen, computed each step"
+VARIANTS: dict[str, tuple[Variant, str | None]] = {
+    LOADER: (by_loader, None),
+    INDEX: (by_index, None),
+    "indexing loop by hand, fused AdamW": (by_index_fused, None),
+    "fit, held": (fit, None),
+    "fit, held, fused AdamW": (fit_fused, None),
+    "fit, held, L2-SP": (fit_pull, None),
+    "fit, the same DataLoader": (fit_loader, None),
+    "Accelerate loop": (accelerate_loop, "accelerate"),
+    "Lightning Trainer": (lightning_trainer, "lightning"),
+    "Hugging Face Trainer": (transformers_trainer, "transformers"),
+    FROZEN: (fit_frozen, None),
+    KEPT: (fit_kept, None),
+}
+RATIOS = [
+    ("fit, held", INDEX, 0.98),
+    ("fit, the same DataLoader", LOADER, 0.98),
+    ("fit, held, fused AdamW", "indexing loop by hand, fused AdamW", None),
+    ("fit, held, L2-SP", INDEX, None),
+    (KEPT, FROZEN, None),
+]
+
+
+def steps_a_second(variant: Variant, model: nn.Module, epochs: int) -> float:
+    """From the first step of the second epoch to the last step of the last."""
+    stamps: list[float] = []
+    hook = model.register_forward_pre_hook(lambda *_: stamps.append(time.perf_counter()))
+    torch.manual_seed(0)
+    variant(model, epochs)
+    hook.remove()
+    stamps = stamps[-epochs * (RECORDINGS // BATCH) :][RECORDINGS // BATCH :]
+    return (len(stamps) - 1) / (stamps[-1] - stamps[0])
+
+
+def measure(make: Callable[[], nn.Module], epochs: int, rounds: int) -> tuple[dict[str, list[float]], list[str]]:
+    missing = [name for name, (_, needs) in VARIANTS.items() if needs and not importlib.util.find_spec(needs)]
+    names = [name for name in VARIANTS if name not in missing]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-1, rounds):
+        random.shuffle(names)
+        for name in names:
+            torch.manual_seed(0)
+            rate = steps_a_second(VARIANTS[name][0], make(), 2 if number < 0 else epochs)
+            if number >= 0:  # the first round warms up
+                found[name].append(rate)
+    return {name: found[name] for name in VARIANTS if name in found}, missing
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def ratio(found: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
+    return summary([a / b for a, b in zip(found[name], found[base], strict=True)])
+
+
+def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
+    """Multiply-adds of a step, counted over convolutions and matrix products, forward and backward."""
+    torch.manual_seed(0)
+    model = make()
+    counts = {"all layers trained": _count(model, lambda: model(DATA[0][:BATCH]))}
+    adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.LayerTransfer(side="input", layers=half(model))])
+    model.train()
+    counts[FROZEN] = _count(model, lambda: model(DATA[0][:BATCH]))
+    held = Held(DATA, BATCH, torch.device("cpu"), shuffle=False)
+    kept = keep_outputs(model, lambda batch: model(batch[0]), adaptation.layers, adaptation.frozen, held)
+    if kept is None:
+        raise RuntimeError("the outputs of the frozen input side were not kept")
+    kept.index = torch.arange(BATCH)
+    counts[KEPT] = _count(model, lambda: model(DATA[0][:BATCH]))
+    kept.remove()
+    return counts
+
+
+def _count(model: nn.Module, run: Callable[[], Tensor]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(run(), DATA[1][:BATCH]).backward()
+    model.zero_grad()
+    return counter.get_total_flops() / 2
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    packages = ("conservtl", "torch", "accelerate", "lightning", "transformers")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load before": round(os.getloadavg()[0], 2),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions,
+    }
+
+
+def table(name: str, part: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## {name}",
+        "",
+        f"| variant | steps/s | of the {LOADER} (quartiles) |",
+        "| --- | ---: | ---: |",
+        *(
+            f"| {variant} | {row['rate']['median']:.1f} | "
+            f"{row['ratio']['median']:.3f} ({row['ratio']['low']:.3f} to {row['ratio']['high']:.3f}) |"
+            for variant, row in part["variants"].items()
+        ),
+        *(f"| {variant} | not installed | |" for variant in part["missing"]),
+        "",
+        "| what | of what | ratio (quartiles) | asked for |",
+        "| --- | --- | ---: | ---: |",
+        *(
+            f"| {row['of']} | {row['base']} | {row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | "
+            f"{row['asked'] or ''} |"
+            for row in part["ratios"]
+        ),
+        "",
+    ]
+    count = part["operations"]
+    return [
+        *lines,
+        f"With {part['frozen']} layers frozen on the input side, keeping their outputs makes a step "
+        f"{part['ratios'][-1]['median']:.2f} times as fast. The operation count allows "
+        f"{count[FROZEN] / count[KEPT]:.2f}: {count[FROZEN] / 1e6:.0f} million multiply-adds a step without, "
+        f"{count[KEPT] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} where all layers are trained.",
+        "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
+    report["out"] = str(options.out)
+    report["networks"] = {}
+    place = report["machine"]
+    lines = [
+        "# The engine beside other loops",
+        "",
+        f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before; "
+        + ", ".join(f"{package} {version}" for package, version in place["versions"].items())
+        + f"; {place['date']}.",
+        "",
+        f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}, AdamW, fp32. Medians over "
+        f"{options.rounds} rounds of {options.epochs} epochs; all variants in every round, in an order drawn anew. "
+        "Made by `python benchmarks/engine.py`.",
+        "",
+    ]
+    for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items():
+        found, missing = measure(make, options.epochs, options.rounds)
+        report["networks"][name] = {
+            "variants": {v: {"rate": summary(r), "ratio": ratio(found, v, LOADER)} for v, r in found.items()},
+            "missing": missing,
+            "ratios": [
+                {"of": a, "base": b, "asked": asked, **ratio(found, a, b)} for a, b, asked in RATIOS if a in found
+            ],
+            "operations": operations(make),
+            "frozen": f"{half(make())} of {len(ctl.find_layers(make()))}",
+        }
+        lines += table(name, report["networks"][name])
+    print("\n".join(lines))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "engine.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (options.out / "engine.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Two processes on one machine train what one would on both their batches."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import conservtl as ctl
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def _data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(30, 6, generator=generator), torch.randint(0, 3, (30,), generator=generator)
+
+
+def _adaptation():
+    model = _model()
+    strategies = [ctl.L2SP(alpha=0.5), ctl.GradualUnfreezing(by="layer")]
+    return ctl.adapt(model, copy.deepcopy(model), strategies)
+
+
+def _train(adaptation, batch_size, data=None, **options):
+    training = ctl.Training(
+        epochs=3, batch_size=batch_size, optimizer="sgd", lr=0.05, accumulate=2, clip=1.0, device="cpu"
+    )
+    return ctl.fit(adaptation, data or _data(), {"target": _data()}, training, seed=2, **options)
+
+
+def _process(rank, port, folder):
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+    adaptation = _adaptation()
+    result = _train(adaptation, 4, out=folder)
+    loader = DataLoader(TensorDataset(*_data()), 4, shuffle=True)
+    streamed = _train(_adaptation(), 4, loader)
+    torch.save((adaptation.model.state_dict(), result.steps, streamed.steps), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_two_processes_equal_one(tmp_path):
+    """Each gets its part of the order that one process would draw; the pull and the phases act in both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    alone = _adaptation()
+    result = _train(alone, 8)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for weights, steps, streamed in parts:
+        assert steps == streamed == result.steps
+        for name, tensor in alone.model.state_dict().items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(torch.equal(a, b) for a, b in zip(parts[0][0].values(), parts[1][0].values(), strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "history.jsonl",
+        "rank0.pt",
+        "rank1.pt",
+    ]

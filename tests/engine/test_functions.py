@@ -1,0 +1,205 @@
+"""Any task by three functions; classification by default."""
+
+from __future__ import annotations
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import conservtl as ctl
+from conservtl.engine import Functions, accuracy, cross_entropy, evaluate, forward
+
+CPU = torch.device("cpu")
+
+
+class Transcriber(nn.Module):
+    """(N, T, 5) frames to (N, T, 4) scores; 0 is the blank."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(5, 16, batch_first=True)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, frames):
+        return self.out(self.rnn(frames)[0])
+
+
+def utterances(count=24):
+    """Each sound lasts three frames, then one of silence; lengths differ."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(count):
+        text = torch.randint(1, 4, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
+        codes = torch.stack([text, text, text, torch.zeros_like(text)], 1).reshape(-1)
+        noise = 0.1 * torch.randn(len(codes), 5, generator=generator)
+        found.append((F.one_hot(codes, 5).float() + noise, text))
+    return found
+
+
+def padded(items):
+    frames, texts = zip(*items, strict=True)
+    return {
+        "frames": nn.utils.rnn.pad_sequence(frames, batch_first=True),
+        "lengths": torch.tensor([len(f) for f in frames]),
+        "texts": nn.utils.rnn.pad_sequence(texts, batch_first=True),
+        "text_lengths": torch.tensor([len(t) for t in texts]),
+    }
+
+
+def ctc(outputs, batch):
+    scores = outputs.log_softmax(-1).transpose(0, 1)
+    return F.ctc_loss(scores, batch["texts"], batch["lengths"], batch["text_lengths"], zero_infinity=True)
+
+
+def exact(outputs, batch):
+    """Share of utterances transcribed without an error."""
+    right = 0
+    for best, frames, text, length in zip(
+        outputs.argmax(-1), batch["lengths"], batch["texts"], batch["text_lengths"], strict=True
+    ):
+        collapsed = torch.unique_consecutive(best[:frames])
+        right += collapsed[collapsed != 0].tolist() == text[:length].tolist()
+    return {"exact": right / len(outputs)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ctc_with_padding(precision):
+    """A transcription task: sequences of any length, padded in batches by a DataLoader of one's own."""
+    torch.manual_seed(0)
+    adaptation = ctl.adapt(Transcriber(), Transcriber(), [ctl.L2SP(alpha=1e-4)])
+    loader = DataLoader(utterances(), 8, shuffle=True, collate_fn=padded)
+    result = ctl.fit(
+        adaptation,
+        loader,
+        {"target": loader},
+        ctl.Training(epochs=30, lr=0.02, precision=precision, clip=1.0, keep="target"),
+        forward=lambda model, batch: model(batch["frames"]),
+        loss=ctc,
+        metrics=exact,
+        seed=1,
+    )
+    assert result.history[-1]["target"]["exact"] > 0.9
+    assert result.best == pytest.approx(-min(line["target"]["loss"] for line in result.history))
+
+
+def test_ctc_over_held_tensors():
+    """The same task, padded once and held: a dictionary of tensors with an example a row."""
+    adaptation = ctl.adapt(Transcriber(), Transcriber())
+    result = ctl.fit(
+        adaptation,
+        padded(utterances()),
+        training=ctl.Training(epochs=3, batch_size=8, lr=0.02),
+        forward=lambda model, batch: model(batch["frames"]),
+        loss=ctc,
+        metrics=exact,
+    )
+    assert result.steps == 9
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+class HuggingFaceStyle(nn.Module):
+    """Called with keywords; returns an object, or a dictionary, with logits."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, input_values, attention_mask):
+        logits = self.head(input_values * attention_mask)
+        return {"object": Output(logits), "dictionary": {"logits": logits}, "tensor": logits}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["object", "dictionary", "tensor"])
+@pytest.mark.parametrize("way", ["held", "loader", "batch encoding"])
+def test_dictionary_batches(kind, way):
+    """labels stands beside the model's keyword arguments; outputs have .logits, ["logits"] or are logits."""
+    torch.manual_seed(0)
+    batch = {
+        "input_values": torch.randn(20, 6),
+        "attention_mask": torch.ones(20, 6),
+        "labels": torch.randint(0, 3, (20,)),
+    }
+    train = {"held": batch, "loader": [batch], "batch encoding": [UserDict(batch)]}[way]
+    model = HuggingFaceStyle(kind)
+    adaptation = ctl.adapt(model, HuggingFaceStyle(kind))
+    result = ctl.fit(adaptation, train, {"target": train}, ctl.Training(epochs=30, lr=0.1))
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert set(result.history[-1]["target"]) == {"loss", "accuracy"}
+
+
+def test_named_tuples_stay_named():
+    Pair = namedtuple("Pair", "sound word")  # noqa: PYI024
+    adaptation = ctl.adapt(nn.Linear(4, 2), nn.Linear(4, 2))
+    ctl.fit(
+        adaptation,
+        [Pair(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))],
+        training=ctl.Training(epochs=1),
+        forward=lambda model, batch: model(batch.sound),
+        loss=lambda outputs, batch: F.cross_entropy(outputs, batch.word),
+    )
+
+
+def test_a_metric_on_two_sets(plain, data):
+    """A Holdout is evaluated in its own way: another head, other labels, its own metrics."""
+    adaptation = plain()
+    old_head = nn.Linear(8, 7)
+
+    def source_view(model, batch):
+        return old_head(model.body(model.stem(batch[0])).mean(-1))
+
+    source = (data[0], torch.randint(0, 7, (50,)))
+    result = ctl.fit(
+        adaptation,
+        data,
+        {"target": data, "source": ctl.Holdout(source, forward=source_view)},
+        ctl.Training(epochs=2, keep="harmonic"),
+    )
+    with torch.no_grad():
+        adaptation.model.eval()
+        right = source_view(adaptation.model, source).argmax(-1) == source[1]
+    best = max(result.history, key=lambda line: ctl.engine.selection.score(line["valid"], "harmonic"))
+    assert best["source"]["accuracy"] == pytest.approx(float(right.float().mean()))
+    assert set(best["valid"]) == {"target", "source"}
+
+
+def test_metrics_are_means_over_examples(net):
+    """A short last batch counts by its examples; the mode of every module is left as found."""
+    model = net().train()
+    model.body.eval()
+    inputs, labels = torch.randn(10, 3, 12), torch.randint(0, 4, (10,))
+    found = evaluate(model, (inputs, labels), Functions(forward, cross_entropy, accuracy), CPU, batch_size=4)
+    assert model.training
+    assert not model.body.training
+    assert model.stem.training
+    model.eval()
+    with torch.no_grad():
+        outputs = model(inputs)
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(outputs, labels)), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float((outputs.argmax(-1) == labels).float().mean()))
+
+
+def test_an_empty_set_is_named(plain, data):
+    with pytest.raises(ctl.DataError, match="a set to evaluate on has no examples"):
+        ctl.fit(plain(), data, {"target": []}, ctl.Training(epochs=1))
+
+
+def test_a_loss_is_a_scalar(plain, data):
+    with pytest.raises(ctl.SpecError, match=r"loss must return a scalar.*\(16,\)"):
+        ctl.fit(
+            plain(),
+            data,
+            training=ctl.Training(batch_size=16),
+            loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1], reduction="none"),
+        )

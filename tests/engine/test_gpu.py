@@ -1,0 +1,91 @@
+"""What only a GPU shows: loss scaling, held data, looks that wait for nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import conservtl as ctl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def _trained(precision, alpha, **settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 4))
+    source = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(7)
+    data = torch.randn(50, 3, 12, generator=generator), torch.randint(0, 4, (50,), generator=generator)
+    adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=alpha)])
+    training = ctl.Training(epochs=10, batch_size=16, lr=0.1, optimizer="sgd", precision=precision, **settings)
+    return adaptation, ctl.fit(adaptation, data, training=training, seed=1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_fp16_pulls_as_fp32_does(fused, clip):
+    """A scaler multiplies gradients by 65536; a fused optimizer divides inside its step, after the pull."""
+    exact, _ = _trained("fp32", 1.0, clip=clip)
+    free, _ = _trained("fp32", 0.0, clip=clip)
+    scaled, result = _trained("fp16", 1.0, fused=fused, clip=clip)
+    assert result.precision == "fp16"
+    assert result.device.startswith("cuda")
+    for layer, drift in scaled.drift().items():
+        assert drift == pytest.approx(exact.drift()[layer], rel=0.05)
+        assert drift < 0.9 * free.drift()[layer]
+
+
+def test_bf16_is_what_auto_means():
+    adaptation, result = _trained("auto", 0.1)
+    assert result.precision == ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+    assert {p.dtype for p in adaptation.model.parameters()} == {torch.float32}
+
+
+def test_held_data_lives_on_the_device(plain, data):
+    devices = set()
+
+    def loss(outputs, batch):
+        found = {batch[0].device.type, batch[1].device.type, outputs.device.type}
+        devices.update(found)
+        return F.cross_entropy(outputs, batch[1])
+
+    ctl.fit(plain(), data, {"target": data}, ctl.Training(epochs=2, batch_size=16), loss=loss)
+    assert devices == {"cuda"}
+
+
+def test_kept_outputs(plain, data):
+    ours, theirs = plain(ctl.LayerTransfer(side="input", layers=1)), plain(ctl.LayerTransfer(side="input", layers=1))
+    training = ctl.Training(epochs=3, batch_size=16, lr=0.05, optimizer="sgd", precision="fp32")
+    result = ctl.fit(ours, data, training=training, seed=1)
+    ctl.fit(theirs, data, training=training, seed=1, keep_frozen_outputs=False)
+    assert result.kept_outputs
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_a_loss_looked_at_late_is_named_all_the_same(plain, data):
+    """Losses are looked at every 50 steps and at the end of an epoch; the place is the right one."""
+    calls = 0
+
+    def loss(outputs, batch):
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(outputs, batch[1]) * (float("nan") if calls == 6 else 1.0)
+
+    with pytest.raises(ctl.TrainingDivergedError, match=r"batch 2 of epoch 2 \(step 6"):
+        ctl.fit(plain(), data, training=ctl.Training(epochs=3, batch_size=16), loss=loss)
+
+
+def test_deterministic(plain, data, same):
+    first, second = plain(), plain()
+    for adaptation in (first, second):
+        training = ctl.Training(epochs=2, batch_size=16, deterministic=True, precision="fp32")
+        ctl.fit(adaptation, data, training=training, seed=1)
+    assert same(first.model, second.model)

@@ -1,0 +1,357 @@
+"""A frozen input side is computed once where that changes nothing but rounding, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import conservtl as ctl
+from conservtl.layers import select
+from conservtl.tasks.vision.cifar_resnet import CifarResNet
+
+
+class Flow(nn.Module):
+    """stem, body, head: what the tests' models share. Example inputs are (N, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)))
+
+
+class DropoutInside(Flow):
+    def forward(self, x):
+        return self.head(self.body(nn.functional.dropout(self.stem(x), 0.3, self.training)))
+
+
+class DropoutBehind(Flow):
+    def forward(self, x):
+        return self.head(nn.functional.dropout(self.body(self.stem(x)), 0.3, self.training))
+
+
+class Skip(Flow):
+    def forward(self, x):
+        inner = self.stem(x)
+        return self.head(self.body(inner) + inner)
+
+
+class SilentSkip(Flow):
+    """A skip behind a gate that is closed at first: it shows in no output, and its gradient is all that opens it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        inner = self.stem(x)
+        out = self.head(self.body(inner))
+        out += self.gate * inner[:, :3]
+        return out
+
+
+class SkipInTraining(Flow):
+    """An auxiliary output that only training has, as in GoogLeNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Linear(8, 3)
+
+    def forward(self, x):
+        inner = self.stem(x)
+        out = self.head(self.body(inner))
+        return out + self.side(inner) if self.training else out
+
+
+class Twice(Flow):
+    def forward(self, x):
+        return self.head(self.body(self.body(self.stem(x))))
+
+
+class TwiceFarApart(Flow):
+    """The frozen body runs again behind what is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.body(self.middle(self.body(self.stem(x)))))
+
+
+class Remembering(Flow):
+    """Passes its skip through an attribute, which a placeholder would leave stale."""
+
+    def __init__(self):
+        super().__init__()
+        self.body.register_module("tap", Tap())
+
+    def forward(self, x):
+        out = self.body(self.stem(x))
+        return self.head(out + self.body.tap.seen)
+
+
+class Tap(nn.Module):
+    def forward(self, x):
+        self.seen = x
+        return x
+
+
+class BatchDependent(Flow):
+    """A norm over the batch that keeps no statistics: an example's output depends on its neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem.add_module("norm", nn.BatchNorm1d(8, track_running_stats=False))
+
+
+class Spectral(Flow):
+    """Power iteration: the frozen weight's norm changes with every step it is used in."""
+
+    def __init__(self):
+        super().__init__()
+        torch.nn.utils.parametrizations.spectral_norm(self.body[0])
+
+
+class TrainedFirst(Flow):
+    """A trained shift of the inputs, used before anything frozen, registered last."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return super().forward(x + self.late)
+
+
+class Norms(Flow):
+    def __init__(self):
+        super().__init__()
+        self.stem.add_module("norm", nn.BatchNorm1d(8))
+        self.body.add_module("norm", nn.BatchNorm1d(8))
+        self.head = nn.Sequential(nn.BatchNorm1d(8), self.head)
+
+
+class Recurrent(nn.Module):
+    """Two layers in one LSTM module, which gives a tuple; what stands before it can be kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(2, 8), nn.Tanh())
+        self.lstm = nn.LSTM(8, 8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.stem(x.view(len(x), 3, 2)))[0][:, -1])
+
+
+class TimeFirst(Recurrent):
+    """The same, with time before the batch: as many steps as the probe has examples would not make it rows."""
+
+    def forward(self, x):
+        inner = self.stem(x.view(len(x), 3, 2).repeat(1, 8, 1).transpose(0, 1))
+        return self.head(inner.mean(0))
+
+
+CASES = [
+    (Flow, ["stem*", "body*"], True),
+    (Norms, ["stem*", "body*"], True),
+    (DropoutBehind, ["stem*", "body*"], True),
+    (Recurrent, ["stem*", "lstm*"], True),
+    (Recurrent, ["stem*", "lstm.*_l0"], True),
+    (DropoutInside, ["stem*", "body*"], False),
+    (Skip, ["stem*"], True),  # the skip begins at the boundary
+    (Skip, ["stem*", "body*"], False),
+    (SilentSkip, ["stem*", "body*"], False),
+    (SkipInTraining, ["stem*", "body*"], False),
+    (Twice, ["stem*", "body*"], True),  # as far as the stem
+    (TwiceFarApart, ["stem*", "body*"], True),
+    (Remembering, ["stem*", "body*"], False),
+    (BatchDependent, ["stem*", "body*"], False),
+    (Spectral, ["stem*", "body*"], False),
+    (TrainedFirst, ["stem*", "body*"], False),
+    (TimeFirst, ["stem*"], False),
+]
+
+
+def train(model, frozen, keep, *, epochs=3, data=None, **options):
+    """Train a copy of a model with these parameters frozen; its source is itself."""
+    model = copy.deepcopy(model)
+    names = [name for name, _ in model.named_parameters()]
+    held = select(frozen, names)
+    stage = ctl.Stage(train=[name for name in names if not any(name in found for found in held.values())])
+    adaptation = ctl.adapt(
+        model, copy.deepcopy(model), [ctl.GradualUnfreezing(phases=[stage]), *options.pop("also", ())]
+    )
+    if data is None:
+        generator = torch.Generator().manual_seed(1)
+        data = torch.randn(40, 6, generator=generator), torch.randint(0, 3, (40,), generator=generator)
+    training = ctl.Training(epochs=epochs, batch_size=16, **{"optimizer": "sgd", "lr": 0.05, **options.pop("set", {})})
+    result = ctl.fit(adaptation, data, training=training, keep_frozen_outputs=keep, seed=2, **options)
+    return adaptation, result
+
+
+def close(a, b, rtol=1e-4, atol=1e-5):
+    theirs = b.state_dict()
+    for name, tensor in a.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("kind", "frozen", "kept"), CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_training_is_the_same(kind, frozen, kept):
+    """With kept outputs and without, to rounding; and they are kept where that is so."""
+    torch.manual_seed(0)
+    model = kind()
+    ours, result = train(model, frozen, keep=True)
+    theirs, without = train(model, frozen, keep=False)
+    assert (result.kept_outputs, without.kept_outputs) == (kept, False)
+    close(ours.model, theirs.model)
+    assert [line["loss"] for line in result.history] == pytest.approx([line["loss"] for line in without.history])
+
+
+def _vision(name):
+    if name == "cifar_resnet":
+        return CifarResNet(20, 3), 16
+    if name == "vit_b_16":
+        return torchvision.models.VisionTransformer(32, 16, 4, 2, 24, 48, num_classes=3), 32
+    return torchvision.models.get_model(name, num_classes=3), 32
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "vit_b_16", "mobilenet_v3_small", "cifar_resnet"])
+def test_networks_for_images(name):
+    """Half of the layers frozen on the input side: trained as without, and frozen norms untouched."""
+    torch.manual_seed(0)
+    model, size = _vision(name)
+    if name == "vgg11_bn":
+        model.avgpool, model.classifier = (
+            nn.AdaptiveAvgPool2d(1),
+            nn.Sequential(nn.Flatten(), nn.Linear(512, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3)),
+        )
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(6, 3, size, size, generator=generator), torch.randint(0, 3, (6,), generator=generator)
+    results = {}
+    for keep in (True, False):
+        copied = copy.deepcopy(model)
+        layers = len(ctl.find_layers(copied)) // 2
+        transfer = ctl.LayerTransfer(side="input", layers=layers)
+        adaptation = ctl.adapt(copied, copy.deepcopy(model), [transfer])
+        training = ctl.Training(epochs=2, batch_size=3, optimizer="sgd", lr=1e-3)
+        result = ctl.fit(adaptation, data, training=training, keep_frozen_outputs=keep, seed=2)
+        results[keep] = adaptation
+        assert result.kept_outputs == keep
+    close(results[True].model, results[False].model, rtol=1e-3, atol=1e-4)
+    frozen = results[True].frozen
+    before = model.state_dict()
+    norms = {name.rpartition(".")[0] for name in frozen if results[True].plan[name].kind == "norm"}
+    for key, tensor in results[True].model.state_dict().items():
+        if key in frozen or key.rpartition(".")[0] in norms:
+            assert torch.equal(tensor, before[key]), key
+
+
+def test_the_saving_is_real():
+    """What is frozen runs once an example, whatever the number of epochs."""
+    seen = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+
+    class Counted(Flow):
+        def __init__(self):
+            super().__init__()
+            self.body.add_module("counting", Counting())
+
+    torch.manual_seed(0)
+    train(Counted(), ["stem*", "body*"], keep=True, epochs=10)
+    assert sum(seen) <= 40 + 2 * 20  # all examples once, and the probe
+    seen.clear()
+    train(Counted(), ["stem*", "body*"], keep=False, epochs=10)
+    assert sum(seen) == 400
+
+
+def test_placeholders_cost_nothing_where_they_can():
+    """Code between frozen modules runs on tensors without storage, unless it cannot."""
+    devices = set()
+
+    class Between(Flow):
+        def forward(self, x):
+            inner = self.stem(x)
+            devices.add(inner.device.type)
+            return self.head(self.body(inner.relu()))
+
+    torch.manual_seed(0)
+    _, result = train(Between(), ["stem*", "body*"], keep=True)
+    assert result.kept_outputs
+    assert devices == {"cpu", "meta"}
+
+
+def test_augmented_data_is_not_kept():
+    torch.manual_seed(0)
+    model = Flow()
+    augment = lambda batch, generator: (batch[0] + torch.randn(batch[0].shape, generator=generator), batch[1])  # noqa: E731
+    assert not train(model, ["stem*"], keep=True, augment=augment)[1].kept_outputs
+
+
+def test_streamed_data_is_not_kept():
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.long))]
+    assert not train(Flow(), ["stem*"], keep=True, data=batches)[1].kept_outputs
+
+
+def test_a_hook_of_the_users_keeps_seeing_what_it_listens_to():
+    torch.manual_seed(0)
+    model = Flow()
+    model.stem[0].register_forward_hook(lambda *_: None)
+    assert not train(model, ["stem*"], keep=True)[1].kept_outputs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precisions(precision):
+    torch.manual_seed(0)
+    model = Norms()
+    settings = {"precision": precision}
+    ours, result = train(model, ["stem*", "body*"], keep=True, set=settings)
+    theirs, _ = train(model, ["stem*", "body*"], keep=False, set=settings)
+    assert result.kept_outputs
+    close(ours.model, theirs.model, *((1e-4, 1e-5) if precision == "fp32" else (2e-2, 2e-3)))
+
+
+def test_methods_are_given_back():
+    """Afterwards every module computes for itself again, and a forward put on an object is still there."""
+    torch.manual_seed(0)
+    model = Flow()
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    adaptation, result = train(model, ["stem*", "body*"], keep=True)
+    assert result.kept_outputs
+    assert {name: set(module.__dict__) for name, module in adaptation.model.named_modules()} == attributes
+
+
+def test_each_phase_keeps_its_own():
+    """What is unfrozen is computed again, and what stays frozen is kept."""
+    torch.manual_seed(0)
+    data = torch.randn(40, 6), torch.randint(0, 3, (40,))
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        model = Norms()
+        adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.GradualUnfreezing(by="layer", epochs=2)])
+        training = ctl.Training(epochs=6, batch_size=16, lr=0.05, optimizer="sgd")
+        result = ctl.fit(adaptation, data, training=training, seed=1, keep_frozen_outputs=keep)
+        assert result.kept_outputs == keep
+        results.append(adaptation.model)
+    close(*results)
+
+
+def test_one_example():
+    """A probe of one example, in a batch of one."""
+    torch.manual_seed(0)
+    data = torch.randn(1, 6), torch.zeros(1, dtype=torch.long)
+    assert train(Flow(), ["stem*"], keep=True, data=data)[1].kept_outputs

@@ -1,0 +1,168 @@
+"""Two processes on the CPU (gloo): replicas stay equal, and equal to one process on all of the data."""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import conservtl as ctl
+from conservtl.testing.weights import random_weights
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(16) % 2
+PULLS = {
+    "coupled": ctl.L2SP(alpha=0.5, beta=0.3),
+    "decoupled": ctl.L2SP(alpha=0.5, beta=0.3, mode="decoupled"),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def adapted(mode, *others):
+    model = network()
+    adaptation = ctl.adapt(model, random_weights(model, 1), [PULLS[mode], *others], fresh=["4"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3)
+    return adaptation
+
+
+def train(adaptation, model, optimizer, rows, phases, *, clip=False, term=False):
+    """Three steps in each phase; with clipping, of gradients that hold the pull."""
+    for phase in phases:
+        adaptation.start_phase(phase)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(X[rows]), Y[rows])
+            (loss + adaptation.penalty() if term else loss).backward()
+            if clip:
+                adaptation.pull()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+
+
+def weights(adaptation):
+    full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in adaptation.model.parameters()]
+    return torch.cat([p.detach().flatten() for p in full])
+
+
+def alone(mode, phases, *others, clip=False):
+    adaptation = adapted(mode, *others)
+    optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.05)
+    train(adaptation, adaptation.model, optimizer, slice(None), phases, clip=clip)
+    return adaptation
+
+
+def start(rank, folder, case):
+    path = f"file://{folder}/{case}"
+    dist.init_process_group("gloo", init_method=path, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+
+
+def replicated(rank, folder, case):
+    """Gradual unfreezing under DDP, adapted after or before the process group was there."""
+    mode, early, clip = REPLICATED[case]
+    if not early:
+        start(rank, folder, case)
+    adaptation = adapted(mode, ctl.GradualUnfreezing())
+    if early:
+        start(rank, folder, case)
+        optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.05)  # before wrapping, as `fit` does it
+    model = nn.parallel.DistributedDataParallel(adaptation.model)
+    if not early:
+        optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.05)
+    body = weights(adaptation)[:-18].clone()
+    train(adaptation, model, optimizer, slice(rank, None, 2), [0], clip=clip)
+    assert torch.equal(body, weights(adaptation)[:-18])
+    train(adaptation, model, optimizer, slice(rank, None, 2), [1], clip=clip)
+    return weights(adaptation)
+
+
+def sharded(rank, folder, case):
+    """FSDP2, with the pull in the step, clipped, or in the loss."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    start(rank, folder, case)
+    mode, how = SHARDED[case]
+    mesh = init_device_mesh("cpu", (2,))
+    adaptation = adapted(mode)
+    for layer in adaptation.model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(adaptation.model, mesh=mesh)
+    optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.05, pull=how != "loss")
+    rows = slice(rank, None, 2)
+    train(adaptation, adaptation.model, optimizer, rows, [0], clip=how == "clip", term=how == "loss")
+    return weights(adaptation), adaptation.penalty().detach(), adaptation.drift()
+
+
+REPLICATED = {
+    "coupled": ("coupled", False, False),
+    "decoupled, adapted before the process group": ("decoupled", True, False),
+    "clipped": ("coupled", True, True),
+}
+SHARDED = {
+    "sharded, coupled": ("coupled", "step"),
+    "sharded, decoupled": ("decoupled", "step"),
+    "sharded, clipped": ("coupled", "clip"),
+    "sharded, in the loss": ("coupled", "loss"),
+}
+
+
+def in_process(rank, folder):
+    """All cases in one pair of processes, as starting them is what takes time."""
+    torch.set_num_threads(1)
+    found = {}
+    for case in [*REPLICATED, *SHARDED]:
+        try:
+            found[case] = (replicated if case in REPLICATED else sharded)(rank, folder, case)
+        except Exception:  # noqa: BLE001 - told by the test of this case
+            found[case] = traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each process has at the end of each case."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(in_process, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", REPLICATED)
+def test_replicas_are_equal_across_a_change_of_phase(found, case):
+    """A parameter unfrozen after wrapping is never reduced: replicas 0.026 apart after 5 steps."""
+    one, two = (process[case] for process in found)
+    assert not isinstance(one, str), one
+    assert not isinstance(two, str), two
+    assert torch.equal(one, two)
+    mode, _, clip = REPLICATED[case]
+    expected = weights(alone(mode, [0, 1], ctl.GradualUnfreezing(), clip=clip))
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_parameters_are_pulled_as_whole_ones(found, case):
+    """The penalty and the drift are those of the whole too."""
+    mode, how = SHARDED[case]
+    reference = alone(mode, [0], clip=how == "clip")
+    for process in found:
+        assert not isinstance(process[case], str), process[case]
+        tensors, penalty, drift = process[case]
+        torch.testing.assert_close(tensors, weights(reference), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(penalty, reference.penalty().detach(), rtol=1e-4, atol=1e-5)
+        assert drift == pytest.approx(reference.drift(), rel=1e-4)

@@ -1,0 +1,53 @@
+"""README's blocks run as they stand."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_a_python_block_runs(code, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+    assert "trained" in capsys.readouterr().out
+
+
+def test_the_result_stands_within_the_first_30_lines():
+    assert "target accuracy" in "\n".join(README.splitlines()[:30])
+
+
+def test_the_two_commands_install_and_do_what_they_say():
+    commands = [line for block in blocks(README, "sh") for line in block.splitlines() if "pip install" in line]
+    assert len(commands) == 2
+    assert "conservtl run examples/speech/spec.yaml" in commands[0]
+    assert commands[1].endswith("pytest")
+
+
+def test_the_plan_is_shown_as_it_prints():
+    command = [sys.executable, "-m", "conservtl.cli", "plan", "examples/vision/spec.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() in README
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
+def test_every_command_of_ours_names_a_spec_and_fields_that_exist(document):
+    from conservtl.experiments.spec import load_spec
+
+    lines = [line for block in blocks(document.read_text(), "sh") for line in block.splitlines()]
+    ours = [shlex.split(line) for line in lines if line.startswith("conservtl ")]
+    assert ours or document == ROOT / "README.md"
+    for _, verb, *words in ours:
+        assert verb in {"plan", "run", "predict", "schema"}
+        if verb in ("plan", "run"):
+            load_spec(ROOT / words[0], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
