@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
+import datetime as dt
 import importlib.metadata
 import importlib.util
 import json
@@ -135,7 +135,7 @@ def half(model: nn.Module) -> int:
 
 
 def accelerate_loop(model: nn.Module, epochs: int) -> None:
-    from accelerate import Accelerator
+    from accelerate import Accelerator  # noqa: PLC0415 - may be missing
 
     accelerator = Accelerator(cpu=True)
     model, optimizer, batches = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR), loader())
@@ -149,7 +149,7 @@ def accelerate_loop(model: nn.Module, epochs: int) -> None:
 
 
 def lightning_trainer(model: nn.Module, epochs: int) -> None:
-    import lightning
+    import lightning  # noqa: PLC0415 - may be missing
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -169,7 +169,7 @@ def lightning_trainer(model: nn.Module, epochs: int) -> None:
 
 
 def transformers_trainer(model: nn.Module, epochs: int) -> None:
-    import transformers
+    import transformers  # noqa: PLC0415 - may be missing
 
     class Items(Dataset[dict[str, Tensor]]):
         def __len__(self) -> int:
@@ -193,7 +193,9 @@ def transformers_trainer(model: nn.Module, epochs: int) -> None:
             lr_scheduler_type="constant", max_grad_norm=0.0, optim="adamw_torch", use_cpu=True, report_to="none",
             save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        transformers.Trainer(Module(), arguments, train_dataset=Items()).train()
+        trainer = transformers.Trainer(Module(), arguments, train_dataset=Items())
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
 
 
 LOADER = "DataLoader loop by hand"
@@ -298,7 +300,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load before": round(os.getloadavg()[0], 2),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "versions": versions,
     }
 
@@ -326,39 +328,41 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
         "",
     ]
     count = part["operations"]
-    return [
-        *lines,
+    saving = (
         f"With {part['frozen']} layers frozen on the input side, keeping their outputs makes a step "
         f"{part['ratios'][-1]['median']:.2f} times as fast. The operation count allows "
         f"{count[FROZEN] / count[KEPT]:.2f}: {count[FROZEN] / 1e6:.0f} million multiply-adds a step without, "
-        f"{count[KEPT] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} where all layers are trained.",
-        "",
-    ]
+        f"{count[KEPT] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} where all layers are trained."
+    )
+    return [*lines, saving, ""]
+
+
+def head(report: dict[str, Any]) -> list[str]:
+    place = report["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
+    made = (
+        f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}, AdamW, fp32. Medians "
+        f"over {report['rounds']} rounds of {report['epochs']} epochs; all variants in every round, in an order "
+        "drawn anew. Made by `python benchmarks/engine.py`."
+    )
+    on = (
+        f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before "
+        f"and {place['load after']} after; {versions}; {place['date']}."
+    )
+    return ["# The engine beside other loops", "", on, "", made, ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
     report["out"] = str(options.out)
     report["networks"] = {}
-    place = report["machine"]
-    lines = [
-        "# The engine beside other loops",
-        "",
-        f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before; "
-        + ", ".join(f"{package} {version}" for package, version in place["versions"].items())
-        + f"; {place['date']}.",
-        "",
-        f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}, AdamW, fp32. Medians over "
-        f"{options.rounds} rounds of {options.epochs} epochs; all variants in every round, in an order drawn anew. "
-        "Made by `python benchmarks/engine.py`.",
-        "",
-    ]
+    lines: list[str] = []
     for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items():
         found, missing = measure(make, options.epochs, options.rounds)
         report["networks"][name] = {
@@ -371,6 +375,8 @@ def main() -> None:
             "frozen": f"{half(make())} of {len(ctl.find_layers(make()))}",
         }
         lines += table(name, report["networks"][name])
+    report["machine"]["load after"] = round(os.getloadavg()[0], 2)
+    lines = head(report) + lines
     print("\n".join(lines))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "engine.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

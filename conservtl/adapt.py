@@ -15,7 +15,7 @@ from conservtl.conserve.groups import build_optimizer
 from conservtl.conserve.hook import StepHook
 from conservtl.conserve.pull import place_like, whole
 from conservtl.errors import PlanError, SpecError
-from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
+from conservtl.layers import Layer, canonical, find_layers, layer_of, named_parameters, select, unwrap
 from conservtl.plan import Plan
 from conservtl.source import SourceLike, TransferReport, check_structure, read_source
 from conservtl.strategies import AnyStrategy, Strategy, apply_all
@@ -69,11 +69,12 @@ def adapt(
     read = read_source(source)
     if read.module is not None and read.module is not unwrap(model):
         check_structure(model, read.module, allow)
-    read = read.matched(unwrap(model).state_dict())
-    read.check_finite()
-    values = _values(parts, read.tensors)
+    read = read.matched(map(canonical, unwrap(model).state_dict()))
+    read.check_finite(other_than=_masks(model))
+    values = read.values_of(parts)
     shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
-    plan = apply_all(Plan.draw(parts, shapes, _declared(parts, fresh)), chosen)
+    fixed = [name for name, parameter in named_parameters(model).items() if not parameter.is_floating_point()]
+    plan = apply_all(Plan.draw(parts, shapes, _declared(parts, fresh), fixed), chosen)
     report = transfer(model, parts, plan, values, read)
     return Adaptation(model, plan, report, parts)
 
@@ -161,7 +162,7 @@ class Adaptation:
             elif row.decay is not None:
                 terms.append(row.decay / 2 * parameter.square().sum())
         if not terms:
-            return next(iter(parameters.values())).new_zeros(())
+            return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
         return whole(torch.stack([term.to(terms[0].device) for term in terms]).sum())
 
     @torch.no_grad()
@@ -202,8 +203,9 @@ class Adaptation:
         scale = phases[phase].scale
         for group in self._hook.optimizer.param_groups if self._hook else ():
             # The group says what is in its rates: its state may have been loaded before this one's.
-            factor = scale / group["phase_scale"]
-            group |= {"lr": group["lr"] * factor, "initial_lr": group["initial_lr"] * factor, "phase_scale": scale}
+            factor = scale / group.get("phase_scale", scale)
+            first = group.get("initial_lr", group["lr"])
+            group |= {"lr": group["lr"] * factor, "initial_lr": first * factor, "phase_scale": scale}
 
     def keep_frozen(self) -> None:
         """Freeze again what the current phase freezes, after something else has touched it."""
@@ -212,7 +214,8 @@ class Adaptation:
         freeze(named_parameters(self.model), self._frozen, keep)
         model = unwrap(self.model)
         norms = {canonical(name): norm for name, norm in model.named_modules() if tracks_statistics(norm)}
-        held = [norm for name, norm in norms.items() if self._holds(name, norm)]
+        names = {id(parameter): name for name, parameter in named_parameters(self.model).items()}
+        held = [norm for name, norm in norms.items() if self._holds(name, norm, names)]
         hold_statistics(norms.values(), held, model.training)
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,7 +228,10 @@ class Adaptation:
         Raises:
             PlanError: the state belongs to another plan; the message names the first row that differs.
         """
-        plan = Plan(**state["plan"])
+        try:
+            plan, start, phase = Plan(**state["plan"]), state["start"], state["phase"]
+        except (KeyError, TypeError, ValidationError) as error:
+            raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
         if plan != self.plan:
             ours = {row.name: row for row in self.plan.rows}
             other = next((row.name for row in plan.rows if ours.get(row.name) != row), "the phases")
@@ -233,9 +239,11 @@ class Adaptation:
                 f"this state belongs to another plan: {other!r} differs. Load it into an adaptation made "
                 "from the same model, source and strategies."
             )
-        self._start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state["start"].items()}
+        if {n: t.shape for n, t in start.items()} != {n: t.shape for n, t in self._start.items()}:
+            raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
+        self._start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in start.items()}
         self._anchors.clear()
-        self.start_phase(state["phase"])
+        self.start_phase(phase)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hook": None, "_anchors": {}}
@@ -252,13 +260,11 @@ class Adaptation:
             self._anchors[name] = anchor
         return anchor
 
-    def _holds(self, name: str, norm: nn.Module) -> bool:
+    def _holds(self, module: str, norm: nn.Module, names: Mapping[int, str]) -> bool:
         """Whether a norm's statistics stand still: its own parameters are frozen, or else its layer's."""
-        own = [f"{name}.{short}" for short, _ in norm.named_parameters(recurse=False)]
+        own = [names[id(parameter)] for parameter in norm.parameters(recurse=False)]
         if not own:
-            layer = next(
-                (p for p in self.layers if any(name == m or name.startswith(f"{m}.") for m in p.modules)), None
-            )
+            layer = layer_of(self.layers, module)
             own = [info.name for info in layer.parameters] if layer else []
         return bool(own) and all(parameter in self._frozen for parameter in own)
 
@@ -270,24 +276,23 @@ def _as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
         try:
             found: Strategy = TypeAdapter(AnyStrategy).validate_python(dict(strategy))
         except ValidationError as error:
-            raise SpecError(f"strategies: {error.errors()[0]['msg']}; received {dict(strategy)}.") from error
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
         return found
     raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")
 
 
-def _values(layers: Sequence[Layer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter name -> its source tensor; a tied parameter may stand there under any of its names."""
-    found = {}
-    for layer in layers:
-        for info in layer.parameters:
-            name = next((name for name in (info.name, *info.aliases) if name in tensors), None)
-            if name is not None:
-                found[info.name] = tensors[name]
-    return found
+def _masks(model: nn.Module) -> set[str]:
+    """Buffers that may hold infinities by design: all but running statistics."""
+    buffers = {canonical(name) for name, _ in unwrap(model).named_buffers()}
+    return {name for name in buffers if not name.endswith(("running_mean", "running_var"))}
 
 
 def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Parameters declared fresh by a glob of parameter or layer names -> the reason."""
+    if isinstance(fresh, str):
+        raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
     reasons = fresh if isinstance(fresh, Mapping) else dict.fromkeys(fresh, "not asked for")
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
     globs = [glob for glob in reasons if glob not in inside]

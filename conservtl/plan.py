@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conservtl.errors import PlanError
-from conservtl.layers import Layer
+from conservtl.layers import Layer, matches, select
 
-__all__ = ["Choice", "Phase", "Plan", "Row"]
+__all__ = ["COLUMNS", "Choice", "Phase", "Plan", "Row"]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "origin": ("origin", "reason"),
+    "frozen": ("frozen",),
+    "rate": ("lr", "scale"),
+    "pull": ("pull", "mode"),
+    "decay": ("decay", "mode"),
+    "weight_decay": ("weight_decay",),
+}
+"""The decisions about a row, each with the fields that hold it."""
 
 
 class _Frozen(BaseModel):
@@ -129,13 +139,20 @@ class Plan(_Frozen):
                 )
 
     @classmethod
-    def draw(cls, layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], fresh: Mapping[str, str]) -> Plan:
+    def draw(
+        cls,
+        layers: Sequence[Layer],
+        shapes: Mapping[str, tuple[int, ...]],
+        fresh: Mapping[str, str],
+        fixed: Collection[str] = (),
+    ) -> Plan:
         """The plan before any strategy: what fits is copied, everything is trained at the full rate.
 
         Args:
             layers: the model's layers, input side first.
             shapes: parameter name -> shape of its source tensor, where there is one.
             fresh: parameter name -> why it must not come from the source even where it would fit.
+            fixed: parameters that have no gradient (integers), and so are frozen.
         """
         rows = []
         for number, layer in enumerate(layers):
@@ -156,6 +173,7 @@ class Plan(_Frozen):
                         source_shape=theirs,
                         origin="source" if reason is None else "fresh",
                         reason=reason,
+                        frozen=info.name in fixed,
                     )
                 )
         return cls(rows=tuple(rows))
@@ -167,9 +185,21 @@ class Plan(_Frozen):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The layers that hold anything fresh, or else the last layer."""
-        fresh = {row.layer for row in self.rows if row.origin == "fresh"}
-        return tuple(layer for layer in self.layers if layer in fresh) or self.layers[-1:]
+        """Parameters of the last weight's module: the classifier, without the norm that joined its layer."""
+        last = [row for row in self.rows if row.layer == self.layers[-1]]
+        weights = [row for row in last if row.kind == "weight"]
+        owner = _module((weights or last)[-1].name)
+        return tuple(row.name for row in last if _module(row.name) == owner)
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Parameters that do not come from the source."""
+        return tuple(row.name for row in self.rows if row.origin == "fresh")
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """What has most to learn: whatever is fresh, or else the head."""
+        return self.fresh or self.head
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -183,6 +213,18 @@ class Plan(_Frozen):
             if row.name == name:
                 return row
         raise KeyError(name)
+
+    def select(self, globs: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Glob -> the parameters it means: those of the layers it matches, or else parameters by name.
+
+        Raises:
+            SelectorError: a glob matches neither; the message names it and the nearest names.
+        """
+        layers = {glob: [name for name in self.layers if matches(glob, name)] for glob in globs}
+        others = select([glob for glob in globs if not layers[glob]], [row.name for row in self.rows])
+        return {
+            glob: others.get(glob, tuple(row.name for row in self.rows if row.layer in layers[glob])) for glob in globs
+        }
 
     def by_layer(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
         """Layers with their rows, input side first."""
@@ -201,35 +243,40 @@ class Plan(_Frozen):
 
         Args:
             by: name of the strategy.
-            column: the decision: ``origin``, ``frozen``, ``rate``, ``pull``, ``decay`` or ``weight_decay``.
-            values: parameter name -> fields of the row to set.
+            column: the decision, one of ``COLUMNS``.
+            values: parameter name -> fields of the row to set, all of that column; others of it return to
+                their defaults.
             explicit: whether the strategy named these rows, or means everything.
 
         Raises:
             PlanError: another strategy has chosen this already, and both are named; or a value is none that
                 a row can hold.
         """
+        known = {row.name for row in self.rows}
+        for name, fields in values.items():
+            if name not in known or not fields.keys() <= set(COLUMNS.get(column, ())):
+                raise PlanError(
+                    f"{by} chooses the {column} of {name!r} as {fields}. It must name a parameter of the plan, a "
+                    f"column of {tuple(COLUMNS)} and fields of that column {COLUMNS.get(column, ())}."
+                )
         new = Choice(by=by, explicit=explicit)
         rows = []
         for row in self.rows:
             old = row.chosen.get(column)
-            fields = values.get(row.name)
-            if fields is None or (old is not None and old.explicit and not explicit):
+            chosen = values.get(row.name)
+            if chosen is None or (old is not None and old.explicit and not explicit):
                 rows.append(row)
                 continue
             if old is not None and old.explicit == explicit:
-                same = all(getattr(row, field) == value for field, value in fields.items())
+                same = all(getattr(row, field) == value for field, value in chosen.items())
                 if explicit or not same:
                     raise PlanError(
                         f"{by} and {old.by} both choose the {column} of {row.name!r} (layer {row.layer!r}). "
                         "Name each parameter in one of them only, or leave one strategy out."
                     )
-            rows.append(_changed(row, by, {**fields, "chosen": {**row.chosen, column: new}}))
-        return self.with_rows(rows)
-
-    def with_rows(self, rows: Iterable[Row]) -> Plan:
-        """The same phases over other rows, invariants checked."""
-        return Plan(rows=tuple(rows), phases=self.phases)
+            defaults: dict[str, Any] = {field: Row.model_fields[field].default for field in COLUMNS[column]}
+            rows.append(_changed(row, by, {**defaults, **chosen, "chosen": {**row.chosen, column: new}}))
+        return self._with(rows=tuple(rows))
 
     def with_phases(self, by: str, phases: Sequence[Phase]) -> Plan:
         """The same rows in other phases.
@@ -239,7 +286,11 @@ class Plan(_Frozen):
         """
         if self.phases != (Phase(),):
             raise PlanError(f"{by} sets phases, but another strategy has set {[p.name for p in self.phases]}.")
-        return Plan(rows=self.rows, phases=tuple(phases))
+        return self._with(phases=tuple(phases))
+
+    def _with(self, **changes: Any) -> Plan:
+        """The same plan but for these fields, invariants checked."""
+        return Plan(**{**dict(self), **changes})
 
     def totals(self) -> dict[str, int]:
         """Numbers of elements: all, trained, frozen, copied, fresh."""
@@ -261,6 +312,11 @@ class Plan(_Frozen):
         from conservtl.table import as_rich
 
         return as_rich(self)
+
+
+def _module(name: str) -> str:
+    """The module that owns a parameter, also where it is parametrised."""
+    return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
 
 
 def _changed(row: Row, by: str, fields: dict[str, Any]) -> Row:

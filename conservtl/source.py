@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SourceError
-from conservtl.layers import canonical, matches, unwrap
+from conservtl.layers import Layer, canonical, matches, unwrap
+from conservtl.layers.units import is_norm
 
 __all__ = ["Source", "SourceLike", "TransferReport", "check_structure", "read_source"]
 
@@ -20,9 +21,8 @@ SourceLike = str | Path | Mapping[str, Any] | nn.Module
 """A path to weights, a state dict (wrapped or not), or a model."""
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # noqa: SLF001
-_STRUCTURE = ("stride", "dilation", "groups", "num_groups", "transposed")
+_PREFIXES = ("module.", "model.")  # torch.compile's is gone by then: names are canonical
+_STRUCTURE = ("stride", "dilation", "groups", "num_groups", "num_heads", "transposed")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Source:
         known = set(names)
         best, hits = "", -1
         for prefix in _candidates(self.tensors):
-            count = sum(name.removeprefix(prefix) in known for name in self.tensors)
+            count = len({name.removeprefix(prefix) for name in self.tensors} & known)
             if count > hits:
                 best, hits = prefix, count
         if hits <= 0:
@@ -63,17 +63,37 @@ class Source:
                 f"Rename the keys, or load it into the model it was saved from and pass that."
             )
         notes = self.notes + ((f"stripped the prefix {best!r}",) if best else ())
-        tensors = {name.removeprefix(best): tensor for name, tensor in self.tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            short = name.removeprefix(best)
+            if short in tensors:
+                raise SourceError(
+                    f"{self.where}: {short!r} and {best + short!r} both stand for {short!r}. "
+                    "Keep the one that is meant, and pass that state dict."
+                )
+            tensors[short] = tensor
         return Source(tensors, self.where, notes, self.module)
 
-    def check_finite(self) -> None:
+    def values_of(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """Parameter name -> its source tensor; a tied parameter may stand there under any of its names."""
+        found = {}
+        for info in (info for layer in layers for info in layer.parameters):
+            name = next((name for name in (info.name, *info.aliases) if name in self.tensors), None)
+            if name is not None:
+                found[info.name] = self.tensors[name]
+        return found
+
+    def check_finite(self, other_than: Collection[str] = ()) -> None:
         """Refuse NaN and infinity.
+
+        Args:
+            other_than: names that may hold them: an attention mask is infinite by design.
 
         Raises:
             SourceError: a tensor holds one; the message names it.
         """
         for name, tensor in self.tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if name not in other_than and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise SourceError(
                     f"{self.where}: tensor {name!r} holds {bad} values that are NaN or infinite. A model cannot "
@@ -116,8 +136,7 @@ def read_source(source: SourceLike) -> Source:
     """
     if isinstance(source, nn.Module):
         model = unwrap(source)
-        tensors = {canonical(name): tensor.detach() for name, tensor in model.state_dict().items()}
-        return Source(tensors, f"source {type(model).__name__}", module=model)
+        return Source(_tensors(model.state_dict()), f"source {type(model).__name__}", module=model)
     if isinstance(source, Mapping):
         return _unwrapped(source, "source state dict")
     if isinstance(source, (str, Path)):
@@ -160,12 +179,16 @@ def _unwrapped(found: Mapping[str, Any], where: str) -> Source:
         beside = sorted(str(k) for k in found if k != key)
         notes.append(f"took the entry {key!r}" + (f", left {', '.join(beside[:6])}" if beside else ""))
         found = found[key]
-    tensors = {canonical(str(k)): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
+    tensors = _tensors(found)
     if stray := sorted(str(k) for k, v in found.items() if not isinstance(v, Tensor)):
         notes.append(f"left entries that are not tensors: {', '.join(stray[:6])}")
     if not tensors:
         raise SourceError(f"{where}: no tensors in it (entries: {_some(map(str, found))}); a state dict is needed.")
     return Source(tensors, where, tuple(notes))
+
+
+def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {canonical(str(name)): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _candidates(names: Iterable[str]) -> list[str]:
@@ -194,7 +217,7 @@ def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = 
     ours = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
     for raw, theirs in unwrap(source).named_modules():
         name = canonical(raw)
-        holds = bool(list(theirs.parameters(recurse=False))) or isinstance(theirs, _NORMS)
+        holds = bool(list(theirs.parameters(recurse=False))) or is_norm(theirs)
         if not holds or any(matches(glob, name) for glob in allow):
             continue
         if name not in ours:
@@ -212,7 +235,7 @@ def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = 
 def _difference(ours: nn.Module, theirs: nn.Module) -> str | None:
     if _family(ours) is not _family(theirs):
         return f"norm {type(ours).__name__} here, {type(theirs).__name__} in the source"
-    if not isinstance(ours, _NORMS) and not list(ours.parameters()):
+    if not is_norm(ours) and not list(ours.parameters()):
         return f"{type(ours).__name__} without parameters here, {type(theirs).__name__} in the source"
     for attribute in _STRUCTURE:
         a, b = getattr(ours, attribute, None), getattr(theirs, attribute, None)
@@ -225,7 +248,7 @@ def _family(module: nn.Module) -> type | None:
     """The kind of norm; a synchronised batch norm computes what the plain one does."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
         return nn.modules.batchnorm._BatchNorm  # noqa: SLF001
-    return type(module) if isinstance(module, _NORMS) else None
+    return type(module) if is_norm(module) else None
 
 
 def _some(names: Iterable[str]) -> str:

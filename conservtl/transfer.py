@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from conservtl.layers import Layer, canonical, named_parameters, unwrap
+from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
 from conservtl.plan import Plan
 from conservtl.source import Source, TransferReport
 
@@ -33,27 +33,41 @@ def transfer(
         source: where buffers come from too.
     """
     parameters = named_parameters(model)
-    stale = {
-        row.name
-        for row in plan.rows
-        if row.origin == "fresh" and row.source_shape == row.shape and _same(parameters[row.name], values[row.name])
-    }
-    _initialise(unwrap(model), stale)
+    kinds = {row.name: row.kind for row in plan.rows if row.origin == "fresh"}
+    _initialise(unwrap(model), {name: kinds[name] for name in _stale(plan, parameters, values)})
     copied = [row.name for row in plan.rows if row.origin == "source"]
     for name in copied:
         parameters[name].copy_(values[name])
     copied += _copy_buffers(unwrap(model), layers, plan, source.tensors)
-    spent = set(copied) | {
-        name
+    taken = set(copied)
+    spent = taken | {
+        alias
         for layer in layers
         for info in layer.parameters
-        if plan[info.name].origin == "source"
-        for name in (info.name, *info.aliases)
-        if name in source.tensors and _same(source.tensors[name], values[info.name])
+        for alias in info.aliases
+        if info.name in taken and alias in source.tensors and _same(source.tensors[alias], values[info.name])
     }
     unused = tuple(name for name in source.tensors if name not in spent)
     reasons = {row.name: row.reason for row in plan.rows if row.reason is not None}
     return TransferReport(tuple(copied), reasons, unused, source.notes)
+
+
+def _stale(plan: Plan, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
+    """Fresh parameters that hold the source's own value.
+
+    A constant (a bias of zeros) says nothing where its module's weights differ.
+    """
+    same = [
+        row.name
+        for row in plan.rows
+        if row.origin == "fresh" and row.source_shape == row.shape and _same(parameters[row.name], values[row.name])
+    ]
+    other = {name.rpartition(".")[0] for name in plan.fresh if name not in same}
+    return [name for name in same if name.rpartition(".")[0] not in other or not _constant(parameters[name])]
+
+
+def _constant(tensor: Tensor) -> bool:
+    return bool((tensor == tensor.flatten()[:1]).all())
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
@@ -63,7 +77,6 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
     """Copy the buffers of what came from the source; a fresh norm does not keep the source's statistics."""
     origin = {row.name: row.origin for row in plan.rows}
-    parts = {module: layer for layer in layers for module in layer.modules}
     modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
     copied, stale = [], []
     for key, buffer in model.state_dict(keep_vars=True).items():
@@ -73,7 +86,7 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
         owner = name.rpartition(".")[0]
         beside = [origin[n] for n in origin if n.rpartition(".")[0] == owner]
         if not beside:
-            holder = _holder(owner, parts)
+            holder = layer_of(layers, owner)
             beside = [origin[info.name] for info in holder.parameters] if holder else []
         if "fresh" not in beside:
             buffer.copy_(tensors[name])
@@ -86,47 +99,42 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
     return copied
 
 
-def _holder(module: str, parts: Mapping[str, Layer]) -> Layer | None:
-    """The layer that a module stands in."""
-    while module and module not in parts:
-        module = module.rpartition(".")[0]
-    return parts.get(module)
+def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
+    """Initialise these parameters anew, each as its module does, and leave all others as they are.
 
-
-def _initialise(model: nn.Module, names: Collection[str]) -> None:
-    """Initialise these parameters anew, each as its module does, and leave all others as they are."""
-    if not names:
-        return
+    Args:
+        model: changed in place.
+        kinds: parameter name -> its kind.
+    """
     modules = {canonical(name): module for name, module in model.named_modules()}
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    keep: list[tuple[Tensor, Tensor]] = [
-        (parameter, parameter.detach().clone())
-        for name, parameter in named_parameters(model).items()
-        if name not in names and any(name.startswith(f"{owner}.") or not owner for owner in owners)
-    ]
-    norms = [module for owner in owners if isinstance(module := modules[owner], _NormBase)]
-    keep += [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    for owner in owners:
-        module = modules[owner]
-        own = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == owner}
+    parameters = named_parameters(model)
+    owners = {owner: modules[owner] for owner in dict.fromkeys(name.rpartition(".")[0] for name in kinds)}
+    anew = {id(parameters[name]) for name in kinds}
+    touched: list[Tensor] = [p for module in owners.values() for p in module.parameters() if id(p) not in anew]
+    touched += [b for module in owners.values() if isinstance(module, _NormBase) for b in module.buffers()]
+    keep = [(tensor, tensor.detach().clone()) for tensor in touched]
+    for owner, module in owners.items():
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
-            parent, _, tensor = owner.partition(".parametrizations.")
-            new = torch.empty_like(getattr(modules[parent], tensor))
+            parent, _, tensor_name = owner.rpartition("parametrizations.")
+            holder = modules[parent.rstrip(".")]
+            new = torch.empty_like(getattr(holder, tensor_name))
             nn.init.kaiming_uniform_(new, a=math.sqrt(5))
-            setattr(modules[parent], tensor, new)
+            setattr(holder, tensor_name, new)
         elif reset is not None:
             reset()
         else:
-            for short in own:
-                _initialise_loose(getattr(module, short))
-    for kept, value in keep:
-        kept.copy_(value)
+            for name in (name for name in kinds if name.rpartition(".")[0] == owner):
+                _initialise_loose(parameters[name], kinds[name], name)
+    for tensor, value in keep:
+        tensor.copy_(value)
 
 
-def _initialise_loose(parameter: nn.Parameter) -> None:
-    """A parameter whose module does not say how: tokens and positions as in ViT, vectors zero."""
+def _initialise_loose(parameter: nn.Parameter, kind: str, name: str) -> None:
+    """A parameter whose module does not say how: as in ViT for tokens and positions, in RMSNorm for gains."""
     if parameter.ndim >= 2:
         nn.init.trunc_normal_(parameter, std=0.02)
+    elif kind == "norm" and "bias" not in name:
+        nn.init.ones_(parameter)
     else:
         nn.init.zeros_(parameter)

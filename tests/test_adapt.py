@@ -406,6 +406,8 @@ class TestRefused:
             ctl.adapt(model, model.state_dict(), [{"kind": "l2_ps"}])
         with pytest.raises(ctl.SelectorError, match=r"'headd'"):
             ctl.adapt(model, model.state_dict(), fresh=["headd"])
+        with pytest.raises(ctl.SpecError, match=r"fresh=\['head'\]"):
+            ctl.adapt(model, model.state_dict(), fresh="head")
         with pytest.raises(ctl.SpecError, match=r"phase must be one of 0 to 0; received 1"):
             adapted().start_phase(1)
 
@@ -596,6 +598,21 @@ class TestState:
             ctl.adapt(network(), network().state_dict(), [COUPLED]).load_state_dict(self.two_phases().state_dict())
         with pytest.raises(ctl.PlanError, match=r"'0\.weight' differs"):
             ctl.adapt(network(), network().state_dict()).load_state_dict(adapted().state_dict())
+
+    @pytest.mark.parametrize("broken", ["no plan", "another type", "an anchor less", "an anchor of another shape"])
+    def test_of_nothing_of_ours(self, broken):
+        ours = self.two_phases()
+        state = ours.state_dict()
+        if broken == "no plan":
+            del state["plan"]
+        elif broken == "another type":
+            state["plan"] = {"rows": 3}
+        elif broken == "an anchor less":
+            del state["start"]["0.weight"]
+        else:
+            state["start"]["0.weight"] = torch.zeros(1)
+        with pytest.raises(ctl.PlanError, match=r"Load what state_dict\(\) gave"):
+            ours.load_state_dict(state)
 
     def test_does_not_change_with_the_model(self):
         adaptation = adapted(off=0.0)

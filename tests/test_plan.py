@@ -10,7 +10,7 @@ from torch import nn
 import conservtl as ctl
 from conservtl.plan import Phase, Plan, Row
 from conservtl.strategies import apply_all
-from conservtl.testing.strategies import whole_plan
+from conservtl.testing.choices import whole_plan
 
 TABLE = """\
 layer  parameters  origin  state                 rate   pull  decay
@@ -179,11 +179,30 @@ class TestChoose:
         assert plan["a.weight"].scale == 0.5
         assert plan.trained == ("b.weight",)
 
-    @pytest.mark.parametrize("fields", [{"scale": 0.0}, {"pull": float("inf")}, {"pul": 1.0}])
+    @pytest.mark.parametrize("fields", [{"scale": 0.0}, {"lr": float("inf")}, {"scale": "fast"}])
     def test_values_that_no_row_can_hold(self, fields):
         """A rate that has underflowed to 0 is found here and not by the optimizer."""
         with pytest.raises(ctl.PlanError, match=rf"Mine gives 'a\.weight' {next(iter(fields))}="):
             self.plan.choose("Mine", "rate", {"a.weight": fields})
+
+    @pytest.mark.parametrize(
+        ("column", "values"),
+        [
+            ("rate", {"c": {"scale": 0.5}}),
+            ("rat", {"a.weight": {"scale": 0.5}}),
+            ("rate", {"a.weight": {"sclae": 1.0}}),
+        ],
+    )
+    def test_what_the_plan_does_not_have(self, column, values):
+        """A strategy's typing error is no silence."""
+        with pytest.raises(ctl.PlanError, match=rf"Mine chooses the {column} of '{next(iter(values))}'"):
+            self.plan.choose("Mine", column, values)
+
+    def test_what_wins_starts_from_the_defaults_of_its_column(self):
+        """An absolute rate for everything does not shine through a ratio that names the row."""
+        plan = self.plan.choose("All", "rate", {"a.weight": {"lr": 1e-3}}, explicit=False)
+        plan = plan.choose("One", "rate", {"a.weight": {"scale": 0.5}})
+        assert plan["a.weight"].rate(0.1) == 0.05
 
     def test_phases_are_set_once(self):
         plan = self.plan.with_phases("One", [Phase(name="head", epochs=1, frozen=("a.weight",)), Phase()])
@@ -197,9 +216,25 @@ class TestReading:
         phases=(Phase(epochs=1, frozen=("a.weight",)), Phase(epochs=1), Phase(frozen=("c.weight",))),
     )
 
-    def test_head_is_what_is_fresh_or_else_last(self):
-        assert self.plan.head == ("c",)
-        assert Plan(rows=(row(), row("b.weight", depth=1.0))).head == ("b",)
+    def test_head_and_what_has_most_to_learn(self):
+        """The head is the last weight's module, without the norm that joined its layer."""
+        assert self.plan.head == ("c.weight",)
+        assert self.plan.new == self.plan.fresh == ("c.weight",)
+        model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"norm": nn.LayerNorm(2), "out": nn.Linear(2, 2)}))
+        plan = whole_plan(model)
+        assert plan.head == plan.new == ("1.out.weight", "1.out.bias")
+        assert plan.fresh == ()
+
+    @pytest.mark.parametrize("module", [nn.LayerNorm(3), nn.PReLU()])
+    def test_the_head_of_a_model_without_weights(self, module):
+        """A norm alone is adapted too."""
+        assert whole_plan(nn.Sequential(module)).head
+
+    def test_select_layers_or_else_parameters(self):
+        found = self.plan.select(["[ab]", "c.weight"])
+        assert found == {"[ab]": ("a.weight", "b.weight"), "c.weight": ("c.weight",)}
+        with pytest.raises(ctl.SelectorError, match="'d'"):
+            self.plan.select(["d"])
 
     def test_frozen_in_a_phase(self):
         assert self.plan.frozen_in(0) == {"a.weight", "b.weight"}

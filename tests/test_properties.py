@@ -22,7 +22,7 @@ from conservtl.layers import named_parameters
 from conservtl.plan import Plan
 from conservtl.strategies import apply_all
 from conservtl.testing import models, specs, state_dicts, strategies
-from conservtl.testing.strategies import whole_plan
+from conservtl.testing.choices import whole_plan
 from conservtl.testing.weights import random_weights
 
 LABELS = torch.tensor([0, 1, 2, 0])

@@ -159,6 +159,15 @@ class TestWrappings:
         model = nn.ModuleDict({"module": network()})
         assert holds(adapted_from({f"module.{name}": t for name, t in source.items()}, model), source)
 
+    def test_two_entries_for_one_tensor(self):
+        """Under the prefix that fits less, they are left and reported; where both claim a name, refused."""
+        prefixed = {f"module.{name}": tensor + 1 for name, tensor in saved().items()}
+        adaptation = adapted_from({**saved(), **prefixed})
+        assert holds(adaptation, saved())
+        assert set(adaptation.transfer.unused) == set(prefixed)
+        with pytest.raises(ctl.SourceError, match=r"'0\.bias' and 'module\.0\.bias' both stand for '0\.bias'"):
+            adapted_from({"0.bias": saved()["0.bias"], **prefixed})
+
     @pytest.mark.parametrize("prefix", ["net.", "encoder.module."])
     def test_nothing_loaded_at_all_is_an_error(self, prefix):
         source = {prefix + name: tensor for name, tensor in saved().items()}
@@ -236,6 +245,14 @@ class TestFinite:
         with pytest.raises(ctl.SourceError, match=rf"tensor '{name}' holds 1 values that are NaN or infinite"):
             adapted_from(source, model)
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+    def test_masks_are_infinite_by_design(self):
+        def masked():
+            model = network()
+            model.register_buffer("mask", torch.full((2, 2), -torch.inf))
+            return model
+
+        assert "mask" in adapted_from(masked().state_dict(), masked()).transfer.copied
 
 
 class TestStructure:

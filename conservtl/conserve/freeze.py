@@ -34,7 +34,7 @@ def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep
             (under DDP a parameter unfrozen after wrapping would never be reduced).
     """
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name not in frozen or name in keep)
+        parameter.requires_grad_((name not in frozen or name in keep) and parameter.is_floating_point())
         if name in frozen:
             parameter.grad = None
 

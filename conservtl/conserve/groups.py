@@ -47,7 +47,7 @@ def build_optimizer(
     _check_class(cls, name, rows)
     _check_decay(name, rows, {**getattr(cls, "keywords", {}), **options})
     base = defaults.get("lr", inspect.Parameter.empty)
-    if base is inspect.Parameter.empty:
+    if base is inspect.Parameter.empty or base is None:
         raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
     most = max(phase.scale for phase in plan.phases)
     for row in rows:
@@ -57,11 +57,13 @@ def build_optimizer(
         bare = row.covered or not row.weight_decay
         groups.setdefault((row.rate(float(base)) * scale, bare), []).append((row.name, parameters[row.name]))
     listed = [
-        {"params": members, "lr": lr, "initial_lr": lr, "phase_scale": scale}
-        | ({"weight_decay": 0.0} if bare and "weight_decay" in known else {})
-        for (lr, bare), members in groups.items()
+        {"params": members, "lr": lr, "initial_lr": lr, "phase_scale": scale} for (lr, _), members in groups.items()
     ]
-    return cls(listed, **options)
+    optimizer = cls(listed, **options)
+    for group, (_, bare) in zip(optimizer.param_groups, groups, strict=True):
+        if bare and "weight_decay" in group:  # its default may stand anywhere, so it is mended where it ends up
+            group["weight_decay"] = 0.0
+    return optimizer
 
 
 def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: list[Row]) -> None:
@@ -82,11 +84,12 @@ def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: lis
 
 
 def _check_decay(name: str, rows: list[Row], options: Mapping[str, Any]) -> None:
-    covered = [row.name for row in rows if row.covered]
+    covered = [row for row in rows if row.covered]
     if covered and float(options.get("weight_decay", 0.0)) != 0.0:
+        by = covered[0].chosen["decay" if covered[0].pull is None else "pull"].by
         raise SpecError(
-            f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that L2SP "
-            f"already pulls ({covered[0]!r}, …). Leave weight_decay out, or leave L2SP out."
+            f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that "
+            f"{by} already pulls ({covered[0].name!r}, …). Leave weight_decay out, or leave {by} out."
         )
 
 

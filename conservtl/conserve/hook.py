@@ -103,18 +103,19 @@ class StepHook:
             return
         frozen = self.frozen()
         for name, parameter, group in self._members():
-            row = self.rows[name]
-            if row.mode != mode or not row.covered or name in frozen or not parameter.requires_grad:
+            row = self.rows.get(name)  # a group of the user's own is none of ours
+            if row is None or row.mode != mode or not row.covered or name in frozen or not parameter.requires_grad:
                 continue
+            rate = group["lr"] if mode == "decoupled" else 0.0  # so that one call serves all rates when coupled
             if row.pull:
-                yield Pulled(parameter, self.anchor(name, parameter), row.pull, group["lr"])
+                yield Pulled(parameter, self.anchor(name, parameter), row.pull, rate)
             elif row.decay:
-                yield Pulled(parameter, None, row.decay, group["lr"])
+                yield Pulled(parameter, None, row.decay, rate)
 
     def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """By name, because what prepares a model for many processes replaces the tensors in the groups."""
         for group in self.optimizer.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
                 yield name, parameter, group
 
     def _unscale(self, scaler: GradScaler) -> None:

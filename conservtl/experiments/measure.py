@@ -25,10 +25,10 @@ class SourceView:
 
     Args:
         source: the source model; not changed.
-        head: name of its last layer.
+        head: names of its classifier's parameters.
     """
 
-    def __init__(self, source: nn.Module, head: str) -> None:
+    def __init__(self, source: nn.Module, head: Sequence[str]) -> None:
         self.source = source
         self.head = head
 
@@ -38,7 +38,7 @@ class SourceView:
         body = {
             name: tensor
             for name, tensor in model.state_dict().items()
-            if not name.startswith(f"{self.head}.") and name in own and tensor.shape == own[name].shape
+            if name not in self.head and name in own and tensor.shape == own[name].shape
         }
         tensors = {name: body.get(name, tensor.to(inputs.device)) for name, tensor in own.items()}
         self.source.eval()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adapt import Adaptation, adapt
+from conservtl.errors import SpecError
 from conservtl.experiments.spec import SpeechSpec, VisionSpec
 from conservtl.layers import find_layers
+from conservtl.plan import Plan
 from conservtl.source import SourceLike
 from conservtl.tasks import speech, vision
 from conservtl.tasks.base import Data, Domains, Examples, Preprocessing
@@ -44,7 +46,7 @@ class Setting:
         """The spec's strategies on a model for the target, from this source."""
         model = self.model(len(self.domains.labels))
         spec = self.spec
-        fresh = {} if self.shared else {self.head(model): "its labels differ from the source's"}
+        fresh = {} if self.shared else dict.fromkeys(self.head(model), "its labels differ from the source's")
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             return adapt(
@@ -54,7 +56,6 @@ class Setting:
                 example=self.example,
                 layers=spec.layers,
                 fresh=fresh,
-                allow=spec.source.allow,
             )
 
     @property
@@ -69,9 +70,9 @@ class Setting:
             return f"{corruption.name} (severity {corruption.severity})" if corruption else name
         return data.target
 
-    def head(self, model: nn.Module) -> str:
-        """Name of the last layer."""
-        return find_layers(model, self.example, self.spec.layers)[-1].name
+    def head(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the classifier's parameters."""
+        return Plan.draw(find_layers(model, self.example, self.spec.layers), {}, {}).head
 
 
 def prepare(spec: SpeechSpec | VisionSpec) -> Setting:
@@ -79,8 +80,14 @@ def prepare(spec: SpeechSpec | VisionSpec) -> Setting:
 
     Raises:
         DataError: it is missing, or contradicts the spec.
+        SpecError: neither weights nor source data are given.
     """
     source = spec.source.data is not None
+    if not source and spec.source.weights is None:
+        raise SpecError(
+            "source: with data null there is nothing to train a source model on. Give source.weights, "
+            "or leave source.data at auto."
+        )
     if isinstance(spec, SpeechSpec):
         domains = speech.load(spec.data, seed=spec.seed, source=source)
     else:

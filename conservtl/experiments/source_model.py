@@ -54,8 +54,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
     data = setting.domains.source_train
     if data is None:
         raise SpecError(
-            "source: with data null there is nothing to train a source model on. Give source.weights, "
-            "or leave source.data at auto."
+            "source: the data names no source to train a model on. Give source.weights, or data with a source part."
         )
     classes = len(setting.domains.source_labels)
     model = setting.model(classes)
@@ -85,9 +84,8 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
     found.check_finite()
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     theirs = {name: tuple(found.tensors[name].shape) for name in own if name in found.tensors}
-    biases = [name for name in own if name.startswith(f"{head}.") and len(own[name]) == 1]
-    if biases and theirs.get(biases[-1], own[biases[-1]]) != own[biases[-1]]:
-        classes = theirs[biases[-1]][0]
+    if theirs.get(head[0], own[head[0]])[0] != own[head[0]][0]:  # a head's weight has a row for each class
+        classes = theirs[head[0]][0]
         model = setting.model(classes)
         own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name, shape in own.items():

@@ -36,8 +36,6 @@ class SourceSection(BaseModel):
     """How a source model is trained where no weights are given."""
     cache: Path | None = None
     """Folder for trained source models, keyed by content. None: ``.cache/conservtl`` in the home folder."""
-    allow: tuple[str, ...] = ()
-    """Globs of modules that may differ from the source's structure."""
 
 
 class _Common(BaseModel):

@@ -5,7 +5,7 @@ its norm and activation, a recurrent layer, the classifier. `find_layers` cuts a
 the other functions name parameters and select them by name.
 """
 
-from conservtl.layers.find import Layer, ParameterInfo, find_layers
+from conservtl.layers.find import Layer, ParameterInfo, find_layers, layer_of
 from conservtl.layers.names import canonical, matches, named_parameters, select, unwrap
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ParameterInfo",
     "canonical",
     "find_layers",
+    "layer_of",
     "matches",
     "named_parameters",
     "select",

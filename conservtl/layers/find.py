@@ -14,7 +14,7 @@ from conservtl.layers.first_use import first_use
 from conservtl.layers.names import canonical, matches, named_parameters, select, unwrap
 from conservtl.layers.units import Node, Unit, is_norm, tree, units
 
-__all__ = ["Layer", "ParameterInfo", "find_layers"]
+__all__ = ["Layer", "ParameterInfo", "find_layers", "layer_of"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,14 @@ def find_layers(model: nn.Module, example: Any = None, layers: Sequence[str] | N
     if example is not None:
         found = _by_use(found, first_use(model, example))
     return tuple(_layer(group, infos, place) for group in _groups(found))
+
+
+def layer_of(layers: Sequence[Layer], module: str) -> Layer | None:
+    """The layer that a module stands in, by canonical name; None for one that stands above layers."""
+    parts = {part: layer for layer in layers for part in layer.modules}
+    while module not in parts and module:
+        module = module.rpartition(".")[0]
+    return parts.get(module)
 
 
 def _describe(model: nn.Module) -> dict[str, ParameterInfo]:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from conservtl.errors import SelectorError
-from conservtl.layers import select
 from conservtl.plan import Plan
 from conservtl.strategies.base import Strategy
 
@@ -46,7 +45,7 @@ class DiscriminativeLR(Strategy):
     thirds: tuple[Rate, Rate, Rate] | None = None
     """Rates of the body's input half, its output half, and the head or whatever is fresh."""
     groups: dict[str, Rate] | None = None
-    """Parameter name glob -> rate."""
+    """Glob of layers or parameters -> rate."""
     source: Rate | None = None
     """Absolute rate of what came from the source."""
     fresh: Rate | None = None
@@ -90,7 +89,7 @@ class DiscriminativeLR(Strategy):
         """Parameter name -> rate, by the rule that was given; what a glob of ``groups`` names comes after."""
         full = 1.0 if self.lr is None else self.lr
         if self.groups is not None:
-            return {} if self.lr is None else dict.fromkeys(_names(plan), full)
+            return {} if self.lr is None else {row.name: full for row in plan.rows}
         if self.thirds is not None:
             return self._by_third(plan)
         if self.decay is None and self.lowest is None:
@@ -102,15 +101,16 @@ class DiscriminativeLR(Strategy):
 
     def _by_third(self, plan: Plan) -> dict[str, float]:
         assert self.thirds is not None
-        body = [layer for layer in plan.layers if layer not in plan.head]
+        new = set(plan.new)
+        body = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in new))
         near = set(body[: (len(body) + 1) // 2])
         low, middle, high = self.thirds
-        return {row.name: high if row.layer in plan.head else low if row.layer in near else middle for row in plan.rows}
+        return {row.name: high if row.name in new else low if row.layer in near else middle for row in plan.rows}
 
     def _by_glob(self, plan: Plan) -> dict[str, float]:
         groups = self.groups or {}
         rates: dict[str, float] = {}
-        for pattern, names in select(tuple(groups), _names(plan)).items():
+        for pattern, names in plan.select(tuple(groups)).items():
             if twice := sorted(set(names) & set(rates)):
                 raise SelectorError(
                     f"{self.label}: {twice[0]!r} is matched by {pattern!r} and by another glob of groups. "
@@ -118,7 +118,3 @@ class DiscriminativeLR(Strategy):
                 )
             rates |= dict.fromkeys(names, groups[pattern])
         return rates
-
-
-def _names(plan: Plan) -> list[str]:
-    return [row.name for row in plan.rows]

@@ -13,9 +13,10 @@ __all__ = ["FeatureExtraction"]
 class FeatureExtraction(Strategy):
     """Freeze everything and train a new head.
 
-    The head is whatever is fresh (other labels, another shape), or else the last layer, which is
-    then made fresh. The frozen body's features are computed once and reused by ``fit`` where nothing
-    random stands before them (no augmentation, no active dropout).
+    The head is the classifier: fresh already where its labels or its shape differ, and made fresh
+    where it would fit. Whatever else is fresh is trained with it; the norm before it stays the
+    source's. The frozen body's features are computed once and reused by ``fit`` where nothing random
+    stands before them (no augmentation, no active dropout).
 
     Reference:
         Donahue et al. 2014, "DeCAF"; Sharif Razavian et al. 2014, "CNN features off-the-shelf".
@@ -26,10 +27,8 @@ class FeatureExtraction(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Freeze the body; the head is fresh and trained."""
-        head = plan.head
-        inside = {row.name: row for row in plan.rows if row.layer in head}
-        body = {row.name: {"frozen": True} for row in plan.rows if row.name not in inside}
-        made = {name: {"origin": "fresh", "reason": "not asked for"} for name, row in inside.items() if not row.reason}
+        made = [name for name in plan.head if name not in plan.fresh]
+        plan = plan.choose(self.label, "origin", {n: {"origin": "fresh", "reason": "not asked for"} for n in made})
+        body = {row.name: {"frozen": True} for row in plan.rows if row.origin == "source"}
         plan = plan.choose(self.label, "frozen", body, explicit=False)
-        plan = plan.choose(self.label, "frozen", {name: {"frozen": False} for name in inside})
-        return plan.choose(self.label, "origin", made)
+        return plan.choose(self.label, "frozen", {name: {"frozen": False} for name in plan.fresh})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from conservtl.layers import select
 from conservtl.plan import Phase, Plan
 from conservtl.strategies.base import Order, Strategy
 
@@ -62,24 +62,28 @@ class GradualUnfreezing(Strategy):
         clash = [name for name in ("by", "epochs", "at", "scales") if getattr(self, name) != fields[name].default]
         if self.phases and clash:
             raise ValueError(f"phases are written out, so {clash} would be ignored: leave them out")
+        if self.phases is None and self.by == "head" and self.at != "output":
+            raise ValueError("at belongs to by='layer': the head is where it is. Leave at out, or set by='layer'")
         return self
 
     def apply(self, plan: Plan) -> Plan:
         """Replace the plan's single phase."""
-        free = {row.layer for row in plan.rows if not row.frozen}
         if self.phases is not None:
             stages = [self._written(plan, stage, number) for number, stage in enumerate(self.phases)]
-        elif self.by == "head":
-            stages = [self._phase(plan, "head", plan.head), self._last()]
-        else:
-            order = [layer for layer in plan.layers if layer in free]
-            order = order[::-1] if self.at == "output" else order
-            stages = [self._phase(plan, f"{n} layers", order[:n]) for n in range(1, len(order))] + [self._last()]
-        return plan.with_phases(self.label, stages)
+            return plan.with_phases(self.label, stages)
+        if self.by == "head":
+            return plan.with_phases(self.label, [self._phase(plan, "head", plan.new), self._last()])
+        free = {row.layer for row in plan.rows if not row.frozen}
+        order = [layer for layer in plan.layers if layer in free]
+        order = order[::-1] if self.at == "output" else order
+        stages = [
+            self._phase(plan, f"{n} layers", [row.name for row in plan.rows if row.layer in order[:n]])
+            for n in range(1, len(order))
+        ]
+        return plan.with_phases(self.label, [*stages, self._last()])
 
-    def _phase(self, plan: Plan, name: str, layers: tuple[str, ...] | list[str]) -> Phase:
-        frozen = tuple(row.name for row in plan.rows if row.layer not in layers)
-        return Phase(name=name, epochs=self.epochs, frozen=frozen, scale=self.scales[0])
+    def _phase(self, plan: Plan, name: str, trained: Sequence[str]) -> Phase:
+        return Phase(name=name, epochs=self.epochs, frozen=_others(plan, trained), scale=self.scales[0])
 
     def _last(self) -> Phase:
         return Phase(name="all", scale=self.scales[1])
@@ -88,8 +92,10 @@ class GradualUnfreezing(Strategy):
     def _written(plan: Plan, stage: Stage, number: int) -> Phase:
         if stage.train is None:
             return Phase(name="all", epochs=stage.epochs, scale=stage.scale)
-        layers = [glob for glob in stage.train if glob in plan.layers]
-        others = tuple(glob for glob in stage.train if glob not in plan.layers)
-        found = {n for names in select(others, [row.name for row in plan.rows]).values() for n in names}
-        frozen = tuple(row.name for row in plan.rows if row.layer not in layers and row.name not in found)
-        return Phase(name=f"stage {number + 1}", epochs=stage.epochs, frozen=frozen, scale=stage.scale)
+        trained = [name for names in plan.select(stage.train).values() for name in names]
+        return Phase(name=f"stage {number + 1}", epochs=stage.epochs, frozen=_others(plan, trained), scale=stage.scale)
+
+
+def _others(plan: Plan, trained: Sequence[str]) -> tuple[str, ...]:
+    kept = set(trained)
+    return tuple(row.name for row in plan.rows if row.name not in kept)

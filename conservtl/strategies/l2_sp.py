@@ -11,7 +11,7 @@ from conservtl.strategies.base import Strategy
 
 __all__ = ["L2SP"]
 
-_ALPHA = {"coupled": 0.1, "decoupled": 1.0}
+_ALPHA = {"coupled": 0.1, "decoupled": 10.0}
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -26,8 +26,8 @@ class L2SP(Strategy):
     ``coupled`` adds the gradient alpha (w - w0), exactly as the term in the loss would: Adam then
     rescales it with the rest. ``decoupled`` moves w by lr alpha (w0 - w) before the gradient step
     and leaves Adam's statistics alone. Under plain SGD the two are equal; under Adam they are
-    different methods, hence two defaults: 0.1 coupled (the authors' for SGD at 0.01), 1.0 decoupled
-    (with Adam's rates of 1e-4 to 1e-3).
+    different methods, hence two defaults: 0.1 coupled (the authors' for SGD at 0.01), 10 decoupled
+    (at Adam's 1e-3 each step goes one percent of the way back).
 
     The optimizer's own weight decay is 0 on every parameter covered by alpha or beta.
 
@@ -39,7 +39,7 @@ class L2SP(Strategy):
 
     kind: Literal["l2_sp"] = "l2_sp"
     alpha: NonNegative | None = None
-    """Strength on parameters from the source. None: 0.1 coupled, 1.0 decoupled."""
+    """Strength on parameters from the source. None: 0.1 coupled, 10 decoupled."""
     beta: NonNegative = 0.01
     """Strength of plain L2 on fresh parameters."""
     mode: Literal["coupled", "decoupled"] = "coupled"
@@ -56,7 +56,7 @@ class L2SP(Strategy):
         covered = [row for row in plan.rows if self.on == "all" or row.kind == "weight"]
         pull = {row.name: {"pull": self._at(row), "mode": self.mode} for row in covered if row.origin == "source"}
         decay = {row.name: {"decay": self.beta, "mode": self.mode} for row in covered if row.origin == "fresh"}
-        return plan.choose(self.label, "pull", pull).choose(self.label, "decay", decay)
+        return plan.choose(self.label, "pull", pull, explicit=False).choose(self.label, "decay", decay, explicit=False)
 
     def _at(self, row: Row) -> float:
         alpha = _ALPHA[self.mode] if self.alpha is None else self.alpha

@@ -23,10 +23,10 @@ Example:
 """
 
 from conservtl.testing import _needs  # noqa: F401 - before anything imports hypothesis
+from conservtl.testing.choices import strategies
 from conservtl.testing.contract import check_strategy
-from conservtl.testing.instances import instances, specs
-from conservtl.testing.models import models
-from conservtl.testing.strategies import strategies
+from conservtl.testing.fields import instances, specs
+from conservtl.testing.networks import models
 from conservtl.testing.weights import Weights, state_dicts
 
 __all__ = ["Weights", "check_strategy", "instances", "models", "specs", "state_dicts", "strategies"]

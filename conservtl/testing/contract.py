@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from conservtl.adapt import Adaptation, adapt
-from conservtl.conserve.freeze import tracks_statistics
 from conservtl.errors import InputError
-from conservtl.layers import canonical, find_layers, named_parameters, unwrap
+from conservtl.layers import find_layers, named_parameters
 from conservtl.plan import Plan
 from conservtl.source import SourceLike
 from conservtl.strategies import L2SP, DiscriminativeLR, GradualUnfreezing, LayerTransfer, Strategy, apply_all
+from conservtl.testing.steps import backward, held
 from conservtl.testing.weights import random_weights
 
 __all__ = ["check_strategy"]
@@ -213,49 +213,10 @@ def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
     for phase in range(len(adaptation.plan.phases)):
         adaptation.start_phase(phase)
         adaptation.model.train()
-        held = {name: tensor.clone() for name, tensor in _held(adaptation).items()}
+        before = {name: tensor.clone() for name, tensor in held(adaptation).items()}
         for step in range(2):
             optimizer.zero_grad()
-            _backward(adaptation.model, example, step)
+            backward(adaptation.model, example, step)
             optimizer.step()
-        for name, tensor in _held(adaptation).items():
-            _require(torch.equal(tensor, held[name]), strategy, f"{name!r} is frozen in phase {phase + 1} and moved.")
-
-
-def _held(adaptation: Adaptation) -> dict[str, Tensor]:
-    """What must not move in this phase: frozen parameters, and statistics of norms whose parameters are."""
-    frozen = adaptation.frozen
-    found: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(adaptation.model).items() if n in frozen}
-    for raw, norm in unwrap(adaptation.model).named_modules():
-        own = {canonical(f"{raw}.{name}") for name, _ in norm.named_parameters(recurse=False)}
-        if tracks_statistics(norm) and own and own <= frozen:
-            found |= {canonical(f"{raw}.{name}"): buffer for name, buffer in norm.named_buffers()}
-    return found
-
-
-def _backward(model: nn.Module, example: Any, step: int) -> None:
-    """Gradients of some loss; random ones where there is no input to have a loss of."""
-    if example is None:
-        generator = torch.Generator().manual_seed(step)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
-        return
-    loss = sum((tensor.square().mean() for tensor in _tensors(_call(model, example))), torch.zeros(()))
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
-
-
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        if found.is_floating_point():
-            yield found
-        return
-    for part in found.values() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ():
-        yield from _tensors(part)
+        for name, tensor in held(adaptation).items():
+            _require(torch.equal(tensor, before[name]), strategy, f"{name!r} is frozen in phase {phase + 1} and moved.")

@@ -8,7 +8,7 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.strategies import apply_all
-from conservtl.testing.strategies import whole_plan
+from conservtl.testing.choices import whole_plan
 from conservtl.testing.weights import random_weights
 
 

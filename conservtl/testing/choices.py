@@ -20,7 +20,7 @@ from conservtl.strategies import (
     Strategy,
     apply_all,
 )
-from conservtl.testing.instances import instances
+from conservtl.testing.fields import instances
 
 __all__ = ["strategies"]
 

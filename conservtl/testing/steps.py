@@ -1,0 +1,54 @@
+"""What the contract needs of a training step: gradients of any model, and what must stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.adapt import Adaptation
+from conservtl.conserve.freeze import tracks_statistics
+from conservtl.layers import canonical, named_parameters, unwrap
+
+__all__ = ["backward", "held"]
+
+
+def held(adaptation: Adaptation) -> dict[str, Tensor]:
+    """What must not move in this phase: frozen parameters, and statistics of norms whose parameters are."""
+    frozen = adaptation.frozen
+    found: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(adaptation.model).items() if n in frozen}
+    for raw, norm in unwrap(adaptation.model).named_modules():
+        own = {canonical(f"{raw}.{name}") for name, _ in norm.named_parameters(recurse=False)}
+        if tracks_statistics(norm) and own and own <= frozen:
+            found |= {canonical(f"{raw}.{name}"): buffer for name, buffer in norm.named_buffers()}
+    return found
+
+
+def backward(model: nn.Module, example: Any, step: int) -> None:
+    """Gradients of some loss; random ones where there is no input to have a loss of."""
+    if example is None:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        return
+    loss = sum((tensor.square().mean() for tensor in _tensors(_call(model, example))), torch.zeros(()))
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        if found.is_floating_point():
+            yield found
+        return
+    for part in found.values() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ():
+        yield from _tensors(part)
