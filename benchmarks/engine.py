@@ -4,6 +4,8 @@
 Every round runs every variant once, in an order drawn anew, so that what else the machine does meets all
 alike; a ratio is formed within a round, and the median over rounds is reported with its quartiles. The clock
 runs from the first step of the second epoch to the last step of the last, so that nobody's setting up counts.
+Two rates come of it: by the median step, which a busy machine disturbs least, and over the whole stretch,
+which counts what happens between epochs too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ RECORDINGS, BATCH, CLASSES, LR = 2048, 64, 10, 1e-4
 RESULTS = Path(__file__).parent / "results"
 
 Variant = Callable[[nn.Module, int], None]
+Found = dict[str, list[tuple[float, float]]]
 
 
 def keyword_network() -> nn.Module:
@@ -224,21 +228,22 @@ RATIOS = [
 ]
 
 
-def steps_a_second(variant: Variant, model: nn.Module, epochs: int) -> float:
-    """From the first step of the second epoch to the last step of the last."""
+def steps_a_second(variant: Variant, model: nn.Module, epochs: int) -> tuple[float, float]:
+    """By the median step, and over the whole stretch from the second epoch's first step to the last one."""
     stamps: list[float] = []
     hook = model.register_forward_pre_hook(lambda *_: stamps.append(time.perf_counter()))
     torch.manual_seed(0)
     variant(model, epochs)
     hook.remove()
     stamps = stamps[-epochs * (RECORDINGS // BATCH) :][RECORDINGS // BATCH :]
-    return (len(stamps) - 1) / (stamps[-1] - stamps[0])
+    steps = [later - earlier for earlier, later in pairwise(stamps)]
+    return 1 / statistics.median(steps), len(steps) / sum(steps)
 
 
-def measure(make: Callable[[], nn.Module], epochs: int, rounds: int) -> tuple[dict[str, list[float]], list[str]]:
+def measure(make: Callable[[], nn.Module], epochs: int, rounds: int) -> tuple[Found, list[str]]:
     missing = [name for name, (_, needs) in VARIANTS.items() if needs and not importlib.util.find_spec(needs)]
     names = [name for name in VARIANTS if name not in missing]
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: Found = {name: [] for name in names}
     for number in range(-1, rounds):
         random.shuffle(names)
         for name in names:
@@ -254,8 +259,16 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def ratio(found: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
-    return summary([a / b for a, b in zip(found[name], found[base], strict=True)])
+def ratio(found: Found, name: str, base: str, way: int) -> dict[str, float]:
+    return summary([a[way] / b[way] for a, b in zip(found[name], found[base], strict=True)])
+
+
+def ratios(found: Found, name: str, base: str) -> dict[str, dict[str, float]]:
+    return {"step": ratio(found, name, base, 0), "whole": ratio(found, name, base, 1)}
+
+
+def shown(row: dict[str, float]) -> str:
+    return f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
 def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
@@ -309,20 +322,18 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
     lines = [
         f"## {name}",
         "",
-        f"| variant | steps/s | of the {LOADER} (quartiles) |",
-        "| --- | ---: | ---: |",
+        f"| variant | steps/s, median step | of the {LOADER}: by step | whole stretch |",
+        "| --- | ---: | ---: | ---: |",
         *(
-            f"| {variant} | {row['rate']['median']:.1f} | "
-            f"{row['ratio']['median']:.3f} ({row['ratio']['low']:.3f} to {row['ratio']['high']:.3f}) |"
+            f"| {variant} | {row['rate']['median']:.1f} | {shown(row['step'])} | {shown(row['whole'])} |"
             for variant, row in part["variants"].items()
         ),
-        *(f"| {variant} | not installed | |" for variant in part["missing"]),
+        *(f"| {variant} | not installed | | |" for variant in part["missing"]),
         "",
-        "| what | of what | ratio (quartiles) | asked for |",
-        "| --- | --- | ---: | ---: |",
+        "| what | of what | by step | whole stretch | asked for |",
+        "| --- | --- | ---: | ---: | ---: |",
         *(
-            f"| {row['of']} | {row['base']} | {row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | "
-            f"{row['asked'] or ''} |"
+            f"| {row['of']} | {row['base']} | {shown(row['step'])} | {shown(row['whole'])} | {row['asked'] or ''} |"
             for row in part["ratios"]
         ),
         "",
@@ -330,7 +341,7 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
     count = part["operations"]
     saving = (
         f"With {part['frozen']} layers frozen on the input side, keeping their outputs makes a step "
-        f"{part['ratios'][-1]['median']:.2f} times as fast. The operation count allows "
+        f"{part['ratios'][-1]['step']['median']:.2f} times as fast. The operation count allows "
         f"{count[FROZEN] / count[KEPT]:.2f}: {count[FROZEN] / 1e6:.0f} million multiply-adds a step without, "
         f"{count[KEPT] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} where all layers are trained."
     )
@@ -343,7 +354,7 @@ def head(report: dict[str, Any]) -> list[str]:
     made = (
         f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}, AdamW, fp32. Medians "
         f"over {report['rounds']} rounds of {report['epochs']} epochs; all variants in every round, in an order "
-        "drawn anew. Made by `python benchmarks/engine.py`."
+        "drawn anew; quartiles in brackets. Made by `python benchmarks/engine.py`."
     )
     on = (
         f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before "
@@ -357,7 +368,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, help="torch threads; as many as torch takes by default")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
     report["out"] = str(options.out)
@@ -366,10 +380,13 @@ def main() -> None:
     for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items():
         found, missing = measure(make, options.epochs, options.rounds)
         report["networks"][name] = {
-            "variants": {v: {"rate": summary(r), "ratio": ratio(found, v, LOADER)} for v, r in found.items()},
+            "variants": {
+                v: {"rate": summary([step for step, _ in rates])} | ratios(found, v, LOADER)
+                for v, rates in found.items()
+            },
             "missing": missing,
             "ratios": [
-                {"of": a, "base": b, "asked": asked, **ratio(found, a, b)} for a, b, asked in RATIOS if a in found
+                {"of": a, "base": b, "asked": asked} | ratios(found, a, b) for a, b, asked in RATIOS if a in found
             ],
             "operations": operations(make),
             "frozen": f"{half(make())} of {len(ctl.find_layers(make()))}",

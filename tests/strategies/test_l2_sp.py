@@ -45,7 +45,7 @@ def test_all_is_all():
     assert set(pulls(ctl.L2SP(on="all"), model)) == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("mode", "alpha"), [("coupled", 0.1), ("decoupled", 1.0)])
+@pytest.mark.parametrize(("mode", "alpha"), [("coupled", 0.1), ("decoupled", 10.0)])
 def test_two_methods_two_defaults(mode, alpha):
     plan = apply_all(whole_plan(deep()), [ctl.L2SP(mode=mode)])
     assert {row.pull for row in plan.rows if row.kind == "weight"} == {alpha}
