@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -91,14 +92,12 @@ class Learner:
         session.train()
         for group in _groups(self._batches_left(), settings.accumulate):
             session.rate(schedule_factor(settings, state.step, self.steps))
-            for number, batch in enumerate(group, 1):
-                if number == len(group):
-                    self._backward(batch, number, len(group))
-                else:
-                    with session.no_sync():
-                        self._backward(batch, number, len(group))
+            size = len(group)
+            for number in range(1, size + 1):
+                with nullcontext() if number == size else session.no_sync():
+                    self._backward(group.pop(0), number, size)  # out of the list: its memory serves the next batch
             session.step()
-            state.batch += len(group)
+            state.batch += size
             state.step += 1
             yield
         if not state.batch:
