@@ -117,7 +117,12 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
         SpecError: settings that this machine or this accelerator cannot serve.
     """
     machine = _own_accelerator(training) if accelerator is None else nullcontext(_checked(accelerator))
-    with machine as ready, _determinism(training.deterministic), _as_found(adaptation, ready):
+    with (
+        machine as ready,
+        _determinism(training.deterministic),
+        _threads(training.threads),
+        _as_found(adaptation, ready),
+    ):
         session = Session(adaptation, training, ready)
         try:
             yield session
@@ -185,6 +190,16 @@ def _determinism(asked: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             del os.environ[_CUBLAS]
+
+
+@contextmanager
+def _threads(asked: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(asked or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -37,6 +37,9 @@ class Training(BaseModel):
     """auto: bf16 on a GPU that has it, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads that torch may use; None: as many as it likes. One is best for a network so small that
+    threads mostly wait for each other, on a busy machine above all."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged into one step."""
     clip: Annotated[float, Field(gt=0)] | None = None

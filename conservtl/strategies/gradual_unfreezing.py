@@ -77,7 +77,9 @@ class GradualUnfreezing(Strategy):
         order = [layer for layer in plan.layers if layer in free]
         order = order[::-1] if self.at == "output" else order
         stages = [
-            self._phase(plan, "1 layer" if n == 1 else f"{n} layers", [row.name for row in plan.rows if row.layer in order[:n]])
+            self._phase(
+                plan, "1 layer" if n == 1 else f"{n} layers", [row.name for row in plan.rows if row.layer in order[:n]]
+            )
             for n in range(1, len(order))
         ]
         return plan.with_phases(self.label, [*stages, self._last()])
