@@ -1,5 +1,6 @@
 """README's blocks run as they stand."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -32,6 +33,20 @@ def test_the_two_commands_install_and_do_what_they_say():
     assert len(commands) == 2
     assert "conservtl run examples/speech/spec.yaml" in commands[0]
     assert commands[1].endswith("pytest")
+
+
+def test_the_first_command_adapts_to_the_voice(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    line = next(line for block in blocks(README, "sh") for line in block.splitlines() if "conservtl run" in line)
+    words = shlex.split(line.partition("&& conservtl ")[2])
+    words[words.index("--out") + 1] = str(tmp_path / "out")
+    command = [sys.executable, "-m", "conservtl.cli", *words, "--set", f"source.cache={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=600)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    before, after = report["before"], report["after"]
+    assert before["target"]["accuracy"] < 0.6
+    assert after["target"]["accuracy"] > 0.95
+    assert after["source"]["accuracy"] > 0.9
 
 
 def test_the_plan_is_shown_as_it_prints():

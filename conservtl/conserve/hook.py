@@ -44,9 +44,9 @@ class StepHook:
         self.rows: Mapping[str, Row] = {row.name: row for row in plan.rows}
         self.frozen = frozen
         self.anchor = anchor
-        self.pull = pull
         self._scaler: GradScaler | None = None
         self._modes = {row.mode for row in plan.rows if row.pull or row.decay}
+        self.pull = pull and bool(self._modes)
         self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
         optimizer.register_step_pre_hook(self._before_step)
 

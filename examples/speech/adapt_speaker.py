@@ -1,7 +1,7 @@
 """Adapt a keyword network to one speaker, in a training loop written by hand.
 
-    python adapt_speaker.py                  synthetic voices, no data needed
-    python adapt_speaker.py ROOT SPEAKER     free spoken digits or the like under ROOT
+python adapt_speaker.py                  synthetic voices, no data needed
+python adapt_speaker.py ROOT SPEAKER     free spoken digits or the like under ROOT
 """
 
 import sys
@@ -15,41 +15,42 @@ from conservtl.tasks import speech
 from conservtl.tasks.base import Examples
 
 
-def accuracy(model: nn.Module, examples: Examples) -> float:
+def accuracy(model: nn.Module, examples: Examples) -> str:
     """In percent."""
     model.eval()
     with torch.no_grad():
-        return 100 * (model(examples.inputs).argmax(1) == examples.labels).float().mean().item()
+        return f"{100 * (model(examples.inputs).argmax(1) == examples.labels).float().mean().item():.1f} %"
 
 
 def main() -> None:
     torch.manual_seed(0)
-    chosen = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if len(sys.argv) > 2 else speech.EspeakData()
+    given = len(sys.argv) > 2
+    chosen = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if given else speech.EspeakData()
     data = speech.load(chosen, seed=0)
 
     # The source model: trained on all other speakers. A file of weights of your own serves as well.
     source = speech.build(speech.ModelSpec(), data.preprocessing, len(data.labels))
-    settings = ctl.Training(epochs=15, lr=3e-3, schedule="one_cycle", evaluate_every=1000)
+    settings = ctl.Training(epochs=15, lr=3e-3, schedule="one_cycle", threads=1)
     ctl.fit(ctl.adapt(source, source), data.source_train, training=settings, progress=True)
-    print(f"before: target {accuracy(source, data.target_test):.1f} %, source {accuracy(source, data.source_test):.1f} %")
+    print(f"before: target {accuracy(source, data.target_test)}, source {accuracy(source, data.source_test)}")
 
-    # The adaptation: speech keeps the output side, and everything is pulled back to where it started.
+    # The adaptation: speech keeps the output side, and the rest is pulled back to where it started.
     model = speech.build(speech.ModelSpec(), data.preprocessing, len(data.labels))
     adaptation = ctl.adapt(
         model,
         source,
-        [ctl.LayerTransfer(side="output", layers=1), ctl.L2SP(mode="decoupled")],
+        [ctl.LayerTransfer(side="output", layers=1), ctl.L2SP(mode="decoupled", alpha=30)],
         example=data.shots.inputs[:2],
     )
     print(adaptation.plan)
     optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3)
+    model.eval()  # batch norm keeps the source's statistics: fifty recordings are too few for new ones
     for _ in range(100):
-        model.train()
         cross_entropy(model(data.shots.inputs), data.shots.labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    print(f"after:  target {accuracy(model, data.target_test):.1f} %, source {accuracy(model, data.source_test):.1f} %")
+    print(f"after:  target {accuracy(model, data.target_test)}, source {accuracy(model, data.source_test)}")
     for layer, moved in adaptation.drift().items():
         print(f"{layer:12} moved by {100 * moved:.1f} %")
 

@@ -1,7 +1,7 @@
 """Fine-tune an image classifier for new labels, in a training loop written by hand.
 
-    python finetune.py                scikit-learn's digits: five classes are the source, the others the target
-    python finetune.py ROOT WEIGHTS   an ImageFolder with train/ and test/, and CIFAR ResNet-20 weights
+python finetune.py                scikit-learn's digits: five classes are the source, the others the target
+python finetune.py ROOT WEIGHTS   an ImageFolder with train/ and test/, and CIFAR ResNet-20 weights
 """
 
 import sys
