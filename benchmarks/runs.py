@@ -85,29 +85,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows, done = {}, {}
+    rows: dict[str, dict[str, list[float]]] = {}
+    done: dict[tuple[str, tuple[str, ...], int], dict[str, float]] = {}
     for row, runs in cases(given.fsdd, given.cifar, given.weights).items():
-        for key in ((str(spec), tuple(overrides), seed) for spec, overrides in runs for seed in range(given.seeds)):
+        keys = [(str(spec), tuple(overrides), seed) for spec, overrides in runs for seed in range(given.seeds)]
+        for key in keys:
             if key not in done:
                 done[key] = measure(Path(key[0]), list(key[1]), key[2])
-        keys = [(str(spec), tuple(overrides), seed) for spec, overrides in runs for seed in range(given.seeds)]
         rows[row] = {name: [done[key][name] for key in keys] for name in done[keys[0]]}
         print(row, {name: spread(values) for name, values in rows[row].items()}, flush=True)
-    said = {
-        "machine": f"{platform.machine()}, CPU, 1 thread",
-        "versions": {"conservtl": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
-        "seeds": given.seeds,
-        "rows": rows,
-    }
+        store(rows, given.seeds)
+
+
+def store(rows: dict[str, dict[str, list[float]]], seeds: int) -> None:
+    """Write what is known so far."""
+    versions = {"conservtl": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = f"{platform.machine()}, CPU, 1 thread"
+    date = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    said = {"machine": machine, "versions": versions, "date": date, "seeds": seeds, "rows": rows}
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     (results / "runs.json").write_text(json.dumps(said, indent=1) + "\n")
-    names = ("target before", "target after", "source before", "source after", "seconds")
+    names = ("target before", "target after", "source before", "source after")
     table = [
         "# What the shipped specs reach, and which side to keep\n",
-        f"{said['machine']}; {said['versions']}; {said['date']}.\n",
-        f"Accuracy in percent: mean ± standard deviation over {given.seeds} seeds (and speakers).\n",
+        f"{machine}; {', '.join(f'{name} {version}' for name, version in versions.items())}; {date}.\n",
+        f"Accuracy in percent: mean ± standard deviation over {seeds} seeds (and speakers).\n",
         f"| | {' | '.join(names)} | runs |",
         "| --- |" + " ---: |" * (len(names) + 1),
     ]
