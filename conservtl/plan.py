@@ -4,102 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
+from conservtl.row import COLUMNS, Choice, Frozen, Phase, Row, changed, check_row
 
 __all__ = ["COLUMNS", "Choice", "Phase", "Plan", "Row"]
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "origin": ("origin", "reason"),
-    "frozen": ("frozen",),
-    "rate": ("lr", "scale"),
-    "pull": ("pull", "mode"),
-    "decay": ("decay", "mode"),
-    "weight_decay": ("weight_decay",),
-}
-"""The decisions about a row, each with the fields that hold it."""
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
-
-
-class Choice(_Frozen):
-    """Which strategy filled in a column of a row, and whether it named the row or meant everything."""
-
-    by: str
-    explicit: bool
-
-
-class Row(_Frozen):
-    """What happens to one parameter."""
-
-    name: str
-    """Canonical parameter name: wrapper prefixes stripped, tied parameters under their first name."""
-    layer: str
-    """The layer it belongs to."""
-    depth: Annotated[float, Field(ge=0, le=1)]
-    """0 at the input side, 1 at the output side; counted over all layers, frozen ones included."""
-    shape: tuple[int, ...]
-    kind: Literal["weight", "bias", "norm"]
-    """norm: owned by a normalisation; weight: any other with two dimensions or more; bias: the rest."""
-    source_shape: tuple[int, ...] | None = None
-    """Shape of the source tensor of this name, None where the source has none."""
-    origin: Literal["source", "fresh"] = "source"
-    reason: str | None = None
-    """Why it is fresh; None for a row from the source."""
-    frozen: bool = False
-    """Frozen throughout; phases can freeze more for a while."""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Absolute learning rate; None takes the optimizer's own, times ``scale``."""
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Ratio to the optimizer's own learning rate; used where ``lr`` is None."""
-    pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """alpha: strength of the pull toward the source value; None: not covered."""
-    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
-    mode: Literal["coupled", "decoupled"] = "coupled"
-    """Whether pull and decay are part of the gradient or a step of their own before it."""
-    weight_decay: bool = True
-    """Whether the optimizer's own weight decay may act on it."""
-    chosen: dict[str, Choice] = {}
-    """Column -> the strategy that filled it in; a column not here holds its default."""
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        product = 1
-        for length in self.shape:
-            product *= length
-        return product
-
-    @property
-    def covered(self) -> bool:
-        """Whether alpha or beta acts on it, so that the optimizer's weight decay must not."""
-        return self.pull is not None or self.decay is not None
-
-    def rate(self, base: float) -> float:
-        """Learning rate, given the optimizer's own ``base`` rate."""
-        return self.lr if self.lr is not None else self.scale * base
-
-
-class Phase(_Frozen):
-    """A stretch of training: for how long, what is frozen meanwhile, and a scale on the rates."""
-
-    name: str = "all"
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    """How long; None: as long as training goes on (the last phase only)."""
-    frozen: tuple[str, ...] = ()
-    """Parameters frozen during this phase, beside those frozen throughout."""
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Multiplies every learning rate."""
-
-
-class Plan(_Frozen):
+class Plan(Frozen):
     """All decisions about a model, before anything is trained. ``print(plan)`` is a table by layer.
 
     Raises:
@@ -125,7 +39,7 @@ class Plan(_Frozen):
         if any(a.depth > b.depth for a, b in zip(self.rows, self.rows[1:], strict=False)):
             raise PlanError("plan: rows must be ordered by depth, input side first.")
         for row in self.rows:
-            _check_row(row)
+            check_row(row)
         if not self.phases or any(phase.epochs is None for phase in self.phases[:-1]):
             raise PlanError("plan: every phase but the last needs a number of epochs.")
         free = {row.name for row in self.rows if not row.frozen}
@@ -275,7 +189,7 @@ class Plan(_Frozen):
                         "Name each parameter in one of them only, or leave one strategy out."
                     )
             defaults: dict[str, Any] = {field: Row.model_fields[field].default for field in COLUMNS[column]}
-            rows.append(_changed(row, by, {**defaults, **chosen, "chosen": {**row.chosen, column: new}}))
+            rows.append(changed(row, by, {**defaults, **chosen, "chosen": {**row.chosen, column: new}}))
         return self._with(rows=tuple(rows))
 
     def with_phases(self, by: str, phases: Sequence[Phase]) -> Plan:
@@ -317,27 +231,3 @@ class Plan(_Frozen):
 def _module(name: str) -> str:
     """The module that owns a parameter, also where it is parametrised."""
     return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
-
-
-def _changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
-    """The row with other fields, validated as a new one is."""
-    try:
-        return Row(**{**dict(row), **fields})
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise PlanError(
-            f"{by} gives {row.name!r} {field}={first['input']!r}, which no row can hold: {first['msg']}. "
-            "Mend the strategy's fields."
-        ) from error
-
-
-def _check_row(row: Row) -> None:
-    if (row.origin == "fresh") != (row.reason is not None):
-        raise PlanError(f"plan: {row.name!r} is {row.origin} with reason {row.reason!r}; only fresh rows have one.")
-    if row.origin == "fresh" and row.pull is not None:
-        raise PlanError(f"plan: {row.name!r} is fresh, so there is no source value to pull it to.")
-    if row.origin == "source" and row.decay is not None:
-        raise PlanError(f"plan: {row.name!r} comes from the source; beta acts on fresh parameters only.")
-    if row.origin == "source" and row.source_shape != row.shape:
-        raise PlanError(f"plan: {row.name!r} has shape {row.shape}, its source {row.source_shape}.")

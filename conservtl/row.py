@@ -1,0 +1,127 @@
+"""A row of the plan: one parameter and what is decided about it; and a phase, a stretch of training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from conservtl.errors import PlanError
+
+__all__ = ["COLUMNS", "Choice", "Frozen", "Phase", "Row", "changed", "check_row"]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "origin": ("origin", "reason"),
+    "frozen": ("frozen",),
+    "rate": ("lr", "scale"),
+    "pull": ("pull", "mode"),
+    "decay": ("decay", "mode"),
+    "weight_decay": ("weight_decay",),
+}
+"""The decisions about a row, each with the fields that hold it."""
+
+
+class Frozen(BaseModel):
+    """What is drawn up once and never changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+
+class Choice(Frozen):
+    """Which strategy filled in a column of a row, and whether it named the row or meant everything."""
+
+    by: str
+    explicit: bool
+
+
+class Row(Frozen):
+    """What happens to one parameter."""
+
+    name: str
+    """Canonical parameter name: wrapper prefixes stripped, tied parameters under their first name."""
+    layer: str
+    """The layer it belongs to."""
+    depth: Annotated[float, Field(ge=0, le=1)]
+    """0 at the input side, 1 at the output side; counted over all layers, frozen ones included."""
+    shape: tuple[int, ...]
+    kind: Literal["weight", "bias", "norm"]
+    """norm: owned by a normalisation; weight: any other with two dimensions or more; bias: the rest."""
+    source_shape: tuple[int, ...] | None = None
+    """Shape of the source tensor of this name, None where the source has none."""
+    origin: Literal["source", "fresh"] = "source"
+    reason: str | None = None
+    """Why it is fresh; None for a row from the source."""
+    frozen: bool = False
+    """Frozen throughout; phases can freeze more for a while."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Absolute learning rate; None takes the optimizer's own, times ``scale``."""
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Ratio to the optimizer's own learning rate; used where ``lr`` is None."""
+    pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """alpha: strength of the pull toward the source value; None: not covered."""
+    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
+    mode: Literal["coupled", "decoupled"] = "coupled"
+    """Whether pull and decay are part of the gradient or a step of their own before it."""
+    weight_decay: bool = True
+    """Whether the optimizer's own weight decay may act on it."""
+    chosen: dict[str, Choice] = {}
+    """Column -> the strategy that filled it in; a column not here holds its default."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        product = 1
+        for length in self.shape:
+            product *= length
+        return product
+
+    @property
+    def covered(self) -> bool:
+        """Whether alpha or beta acts on it, so that the optimizer's weight decay must not."""
+        return self.pull is not None or self.decay is not None
+
+    def rate(self, base: float) -> float:
+        """Learning rate, given the optimizer's own ``base`` rate."""
+        return self.lr if self.lr is not None else self.scale * base
+
+
+class Phase(Frozen):
+    """A stretch of training: for how long, what is frozen meanwhile, and a scale on the rates."""
+
+    name: str = "all"
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """How long; None: as long as training goes on (the last phase only)."""
+    frozen: tuple[str, ...] = ()
+    """Parameters frozen during this phase, beside those frozen throughout."""
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Multiplies every learning rate."""
+
+
+def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
+    """The row with other fields, validated as a new one is."""
+    try:
+        return Row(**{**dict(row), **fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise PlanError(
+            f"{by} gives {row.name!r} {field}={first['input']!r}, which no row can hold: {first['msg']}. "
+            "Mend the strategy's fields."
+        ) from error
+
+
+def check_row(row: Row) -> None:
+    """Hold one row to its invariants.
+
+    Raises:
+        PlanError: one does not hold.
+    """
+    if (row.origin == "fresh") != (row.reason is not None):
+        raise PlanError(f"plan: {row.name!r} is {row.origin} with reason {row.reason!r}; only fresh rows have one.")
+    if row.origin == "fresh" and row.pull is not None:
+        raise PlanError(f"plan: {row.name!r} is fresh, so there is no source value to pull it to.")
+    if row.origin == "source" and row.decay is not None:
+        raise PlanError(f"plan: {row.name!r} comes from the source; beta acts on fresh parameters only.")
+    if row.origin == "source" and row.source_shape != row.shape:
+        raise PlanError(f"plan: {row.name!r} has shape {row.shape}, its source {row.source_shape}.")
