@@ -374,7 +374,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
-    report["out"] = str(options.out)
+    del report["out"]  # where it lay says nothing
     report["networks"] = {}
     lines: list[str] = []
     for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items():

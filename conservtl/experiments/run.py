@@ -53,6 +53,7 @@ def run(
     folder = Path(out)
     setting = prepare(spec)
     source = obtain_source(setting, progress=progress)
+    source.model.to(_device(spec))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +85,11 @@ def run(
     except MissingExtraError as error:
         report["note"] = str(error)
     return report
+
+
+def _device(spec: SpeechSpec | VisionSpec) -> str:
+    """Where ``fit`` will train, so that measuring before and after happens there too."""
+    return "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _watch(setting: Setting, source: SourceModel) -> dict[str, Any]:
