@@ -68,6 +68,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Names that need the tasks, which a loop of one's own does not: imported when first asked for."""
     if name in ("Adapted", "Prediction", "load"):

@@ -64,6 +64,8 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
+    if isinstance(strategies, (Strategy, str)):
+        raise SpecError(f"strategies must be a list: write [{strategies!r}].")
     chosen = [_as_strategy(strategy) for strategy in strategies]
     parts = find_layers(model, example, layers)
     read = read_source(source)

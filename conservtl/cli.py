@@ -31,7 +31,11 @@ Overrides = Annotated[
 
 
 @app.command()
-def plan(spec: SpecFile, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def plan(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one row a parameter.")] = False,
+) -> None:
     """Show what will happen to every layer; train nothing."""
     from conservtl.experiments.run import plan_of
     from conservtl.experiments.spec import load_spec

@@ -107,7 +107,7 @@ def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
         field = ".".join(str(part) for part in first["loc"])
         raise PlanError(
             f"{by} gives {row.name!r} {field}={first['input']!r}, which no row can hold: {first['msg']}. "
-            "Mend the strategy's fields."
+            "Correct the strategy's fields."
         ) from error
 
 

@@ -146,8 +146,10 @@ def read_source(source: SourceLike) -> Source:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"  # what a run left
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 3)
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*") if p.is_file()], 3)
         hint = f" Beside it: {', '.join(near)}." if near else ""
         raise SourceError(f"source {str(path)!r} is not a file.{hint} Give the path of the source weights.")
     try:
@@ -158,16 +160,13 @@ def _load(path: Path) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SourceError(
-            f"source {str(path)!r} cannot be read as weights: {_first_line(error)} Files are read with "
-            "weights_only=True; save the state dict alone (torch.save(model.state_dict(), path)) or as safetensors."
+            f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. It is damaged, another kind of file, "
+            "or holds more than weights, and nothing in a file is executed here. Save the state dict alone, with "
+            "torch.save(model.state_dict(), path) or as safetensors."
         ) from error
     if not isinstance(loaded, Mapping):
         raise SourceError(f"source {str(path)!r} holds a {type(loaded).__name__}; a state dict is needed.")
     return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _unwrapped(found: Mapping[str, Any], where: str) -> Source:

@@ -18,10 +18,17 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"))
-def test_a_python_block_runs(code, capsys):
+def test_the_loop_in_the_readme_runs(capsys):
+    (code,) = blocks(README, "python")
     exec(compile(code, "README.md", "exec"), {})
-    assert "trained" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fresh" in out
+    assert "× 0.8" in out
+
+
+def test_the_strategy_in_the_architecture_keeps_the_contract():
+    (code,) = blocks((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), "python")
+    exec(compile(code, "ARCHITECTURE.md", "exec"), {"__name__": "hold_norms"})
 
 
 def test_the_result_stands_within_the_first_30_lines():

@@ -41,6 +41,11 @@ def build_optimizer(
     rows = [plan[name] for name in plan.trained]
     if not rows:
         raise SpecError("the plan freezes every parameter, so there is nothing to optimize. Freeze fewer layers.")
+    if not callable(cls):
+        raise SpecError(
+            f"optimizer() makes the optimizer: pass the class and its arguments, such as optimizer(torch.optim.AdamW, "
+            f"lr=1e-3); received an instance of {type(cls).__name__}."
+        )
     name = getattr(cls, "__name__", str(cls))
     known = inspect.signature(cls).parameters
     defaults = {key: parameter.default for key, parameter in known.items()} | dict(options)

@@ -23,6 +23,7 @@ from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.training import Training
+from conservtl.errors import SpecError
 from conservtl.layers import unwrap
 
 __all__ = ["FitResult", "fit"]
@@ -109,6 +110,7 @@ def fit(
     """
     begun = time.perf_counter()
     settings = training or Training()
+    _check(adaptation, settings, valid, watch)
     functions = Functions(forward, loss, metrics)
     check_selection(settings, valid or {})
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
@@ -207,3 +209,13 @@ def _close(learner: Learner, valid: Mapping[str, Holdout], watch: Mapping[str, H
             line["valid"] = found
             state.selection.look(found, session.adaptation.model, settings)
     state.history.append(line)
+
+
+def _check(adaptation: Any, settings: Any, valid: Any, watch: Any) -> None:
+    if not isinstance(adaptation, Adaptation):
+        raise SpecError(f"fit trains what adapt(model, source, ...) gives; received {type(adaptation).__name__}.")
+    if not isinstance(settings, Training):
+        raise SpecError(f"training must be a Training, such as Training(epochs=10); received {settings!r}.")
+    for name, sets in (("valid", valid), ("watch", watch)):
+        if sets is not None and not isinstance(sets, Mapping):
+            raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(sets).__name__}.")

@@ -60,15 +60,15 @@ class Adapted:
         probabilities: Tensor = self.model(inputs.to(device)).float().softmax(-1)
         return probabilities
 
-    def predict(self, files: Sequence[str | Path]) -> list[Prediction]:
-        """The most probable label of each file.
+    def predict(self, files: str | Path | Sequence[str | Path]) -> list[Prediction]:
+        """The most probable label of each file, or of one.
 
         Raises:
             DataError: a file is missing or cannot be read; the message names it.
         """
-        paths = [Path(file) for file in files]
+        paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
         if missing := [path for path in paths if not path.is_file()]:
-            raise DataError(f"file {str(missing[0])!r} is not there. Give paths of files to predict.")
+            raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
         if not paths:
             return []
         found = self.probabilities(self.preprocessing.read(paths)).cpu()
@@ -89,6 +89,7 @@ def save_bundle(folder: Path, model: nn.Module, spec: SpeechSpec | VisionSpec, d
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(model).state_dict().items()}
     temporary = folder / f"{_FILE}.tmp"
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"conservtl": json.dumps(header)})
+    temporary.chmod((folder / "spec.yaml").stat().st_mode)  # safetensors leaves it to its owner alone
     temporary.replace(folder / _FILE)
 
 
@@ -104,7 +105,7 @@ def load(folder: str | Path) -> Adapted:
     path = Path(folder)
     path = path / _FILE if path.is_dir() else path
     if not path.is_file():
-        raise SourceError(f"{str(path)!r} is not a file. Give the folder that `conservtl run --out` wrote.")
+        raise SourceError(f"there is no model in {str(folder)!r}. Give the folder that `conservtl run --out` wrote.")
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get("conservtl")

@@ -13,7 +13,7 @@ from torch import nn
 
 from conservtl.adapt import Adaptation
 from conservtl.engine import Holdout, fit
-from conservtl.errors import MissingExtraError
+from conservtl.errors import MissingExtraError, SpecError
 from conservtl.experiments.bundle import save_bundle
 from conservtl.experiments.measure import SourceView, agreement, outputs_of, per_class, scores
 from conservtl.experiments.setting import Setting, augmentation, prepare
@@ -24,6 +24,8 @@ from conservtl.report import sentence, write_html, write_json
 from conservtl.tasks.base import Data
 
 __all__ = ["plan_of", "run"]
+
+_RESULTS = ("report.json", "report.html", "model.safetensors")
 
 
 def plan_of(spec: SpeechSpec | VisionSpec) -> Plan:
@@ -42,7 +44,7 @@ def run(
     Args:
         spec: what to do.
         out: folder for ``report.json``, ``report.html``, ``model.safetensors``, ``spec.yaml`` and
-            ``history.jsonl``; a checkpoint while it runs.
+            ``history.jsonl``; a checkpoint while it runs. An earlier run's files in it give way.
         resume: go on from the checkpoint in ``out``.
         progress: show bars.
 
@@ -51,12 +53,14 @@ def run(
     """
     begun = time.perf_counter()
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(f"out: {str(folder)!r} is a file. Give a folder.")
     setting = prepare(spec)
     source = obtain_source(setting, progress=progress)
     source.model.to(_device(spec))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.model)
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder, resume=resume)
     (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
     before = _measure(setting, source, adaptation.model if not setting.shared else source.model)
     result = fit(
@@ -85,6 +89,13 @@ def run(
     except MissingExtraError as error:
         report["note"] = str(error)
     return report
+
+
+def _begin(folder: Path, *, resume: bool) -> None:
+    """Make the folder, and take an earlier run's results out of it: an interrupted run must not look finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _RESULTS if resume else (*_RESULTS, "checkpoint.pt", "history.jsonl"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _device(spec: SpeechSpec | VisionSpec) -> str:

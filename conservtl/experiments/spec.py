@@ -76,6 +76,7 @@ class VisionSpec(_Common):
 Spec = Annotated[SpeechSpec | VisionSpec, Field(discriminator="task")]
 """What ``conservtl run`` takes."""
 
+_TASKS = ("speech", "vision")
 _ADAPTER: TypeAdapter[SpeechSpec | VisionSpec] = TypeAdapter(Spec)
 
 
@@ -170,17 +171,43 @@ def _position(at: list[Any], key: str, text: str) -> int:
 
 def _explain(error: Any) -> str:
     """One line: field, rule, value received, fix."""
-    tags = {"speech", "vision"} | _kinds()
+    kinds = _kinds()
     place = [str(part) for part in error["loc"]]
-    shown = [part for i, part in enumerate(place) if part not in tags or i == len(place) - 1]
+    shown = [part for i, part in enumerate(place) if part not in (*_TASKS, *kinds) or i == len(place) - 1]
     field = ".".join(shown) or "spec"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(shown[-1], _fields(), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{field}: there is no such field.{hint}"
     received = error.get("input")
+    if error["type"] == "extra_forbidden":
+        return f"{field}: there is no such field.{_hint(shown[-1], _siblings(place[:-1]))}"
+    if error["type"] == "union_tag_invalid":
+        tag = str(error["ctx"]["tag"])
+        known = [word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")]
+        return f"{field}: {tag!r} is none of {', '.join(known)}.{_hint(tag, known)}"
+    message = error["msg"].replace("valid tuple", "list")
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = f"must hold fields of its own, such as {field}.{(_siblings(place) or ['kind'])[0]}"
     short = "" if isinstance(received, (dict, list)) or error["type"] == "missing" else f"; received {received!r}"
-    return f"{field}: {error['msg']}{short}"
+    return f"{field}: {message}{short}"
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(known)}." if known else ""
+
+
+def _siblings(place: Sequence[str]) -> list[str]:
+    """The fields of the section at a place: of the kind that stands there, or of what a field refers to."""
+    definitions = _definitions()
+    last = next((part for part in reversed(place) if not part.isdigit()), "")
+    for definition in definitions.values():
+        fields = definition.get("properties", {})
+        tags = {fields.get(tag, {}).get("const") for tag in ("kind", "task")}
+        if last in tags - {None}:
+            return [name for name in fields if name != "kind"]
+    for definition in definitions.values():
+        reference = definition.get("properties", {}).get(last, {}).get("$ref", "").rpartition("/")[2]
+        if reference:
+            return list(definitions[reference].get("properties", {}))
+    return []
 
 
 def _definitions() -> dict[str, Any]:
@@ -195,7 +222,3 @@ def _kinds() -> set[str]:
         for fields in (definition.get("properties", {}) for definition in _definitions().values())
         if "const" in fields.get("kind", {})
     }
-
-
-def _fields() -> list[str]:
-    return sorted({name for definition in _definitions().values() for name in definition.get("properties", {})})

@@ -166,3 +166,24 @@ def test_accuracy_by_class_counts_each_class_on_its_own():
     assert found["after"] == [1.0, 0.0, None]
     assert (found["labels"], found["counts"]) == (["a", "b", "c"], [2, 1, 0])
     assert scores(before, labels)["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_new_run_does_not_leave_an_earlier_ones_results_beside_its_own(done, speech_fields):
+    _, out, _ = done
+    (out / "notes.txt").write_text("mine")
+    diverging = {**speech_fields, "strategies": [], "training": {"epochs": 9, "lr": 1e30, "optimizer": "sgd"}}
+    with pytest.raises(ctl.TrainingDivergedError):
+        run(parse_spec(diverging), out)
+    assert not {"report.json", "report.html", "model.safetensors"} & {p.name for p in out.iterdir()}
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_out_must_be_a_folder(speech_fields, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ctl.SpecError, match="is a file"):
+        run(parse_spec(speech_fields), tmp_path / "file")
+
+
+def test_one_file_predicts_as_well_as_a_list(done, humming):
+    _, out, _ = done
+    assert ctl.load(out).predict(humming / "0_cleo_0.wav") == ctl.load(out).predict([humming / "0_cleo_0.wav"])

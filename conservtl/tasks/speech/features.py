@@ -95,11 +95,13 @@ def read_audio(file: Path) -> tuple[Tensor, int]:
     try:
         samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
-        raise DataError(f"{file} cannot be read as audio: {error}. Mend or remove it.") from error
+        raise DataError(
+            f"{file} cannot be read as audio: {str(error).rstrip(chr(46))}. Replace it, or leave it out."
+        ) from error
     wave = torch.from_numpy(samples).mean(dim=1)
     if wave.numel() == 0 or not bool(wave.isfinite().all()):
         what = "holds no sample" if wave.numel() == 0 else "holds samples that are not finite"
-        raise DataError(f"{file} {what}. Mend or remove it.")
+        raise DataError(f"{file} {what}. Replace it, or leave it out.")
     return wave, int(rate)
 
 

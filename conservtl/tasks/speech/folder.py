@@ -40,7 +40,7 @@ def check_pattern(pattern: str) -> None:
         groups = re.compile(pattern).groupindex
     except re.error as error:
         raise SpecError(
-            f"data.pattern is a regular expression; {pattern!r} is none ({error}). Mend it; the default is "
+            f"data.pattern is a regular expression; {pattern!r} is not one ({error}). Correct it; the default is "
             f"{FREE_SPOKEN_DIGITS!r}."
         ) from error
     for group in ("label", "speaker"):
@@ -79,7 +79,7 @@ def find_recordings(
     """
     check_pattern(pattern)
     if not root.is_dir():
-        raise DataError(f"data.root: a folder of recordings is needed; {root} is none. Mend the path.")
+        raise DataError(f"data.root must be a folder of recordings; {root} is not one. Set data.root to yours.")
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _AUDIO and f.is_file())
     expression = re.compile(rf"(?:.*/)?(?:{pattern})")
     matches = [(f, m) for f in files if (m := expression.fullmatch(f.relative_to(root).as_posix()))]

@@ -80,7 +80,7 @@ def wrap(name: str, args: dict[str, Any], features: Features, classes: int) -> F
         raise SpecError(
             f"model.name: torchaudio's {name} does not turn inputs of shape {features.shape} "
             f"({features.kind}) into frames: {error}. "
-            f"Mend model.args or data.features, or name another network."
+            f"Change model.args or data.features, or name another network."
         ) from error
     finally:
         backbone.train(training)
