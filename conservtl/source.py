@@ -160,7 +160,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SourceError(
-            f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. It is damaged, another kind of file, "
+            f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. It is damaged, of another kind, "
             "or holds more than weights, and nothing in a file is executed here. Save the state dict alone, with "
             "torch.save(model.state_dict(), path) or as safetensors."
         ) from error

@@ -88,18 +88,16 @@ class TestFiles:
                 return Path.touch, (tmp_path / "executed",)
 
         torch.save({"state_dict": saved(), "extra": Attack()}, tmp_path / "a.pt")
-        with pytest.raises(
-            ctl.SourceError, match="UnpicklingError.*nothing in a file is executed.*Save the state dict alone"
-        ):
+        with pytest.raises(ctl.SourceError, match="nothing in a file is executed"):
             adapted_from(tmp_path / "a.pt")
         (tmp_path / "b.pt").write_bytes(pickle.dumps(Attack()))
-        with pytest.raises(ctl.SourceError, match="weights_only=True"):
+        with pytest.raises(ctl.SourceError, match="nothing in a file is executed"):
             adapted_from(tmp_path / "b.pt")
         assert not (tmp_path / "executed").exists()
 
     def test_a_whole_model_is_refused(self, tmp_path):
         torch.save(network(), tmp_path / "a.pt")
-        with pytest.raises(ctl.SourceError, match="save the state dict alone"):
+        with pytest.raises(ctl.SourceError, match="Save the state dict alone"):
             adapted_from(tmp_path / "a.pt")
 
     def test_not_a_dictionary(self, tmp_path):
