@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from conservtl.adapt import Adaptation, adapt
-from conservtl.engine import FitResult, Holdout, Training, fit
 from conservtl.errors import (
     ConservtlError,
     DataError,
@@ -29,9 +28,13 @@ from conservtl.strategies import (
 )
 
 if TYPE_CHECKING:
+    from conservtl.engine import FitResult, Holdout, Training, fit
     from conservtl.experiments import Adapted, Prediction, load
 
 __version__ = "0.1.0"
+
+_ENGINE = ("FitResult", "Holdout", "Training", "fit")
+_EXPERIMENTS = ("Adapted", "Prediction", "load")
 
 __all__ = [
     "L2SP",
@@ -73,8 +76,12 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need the tasks, which a loop of one's own does not: imported when first asked for."""
-    if name in ("Adapted", "Prediction", "load"):
+    """Names that a loop of one's own does without: imported when first asked for, so that importing is quick."""
+    if name in _ENGINE:
+        from conservtl import engine
+
+        return getattr(engine, name)
+    if name in _EXPERIMENTS:
         from conservtl import experiments
 
         return getattr(experiments, name)

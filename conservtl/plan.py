@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from pydantic import Field
+
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
 from conservtl.row import COLUMNS, Choice, Frozen, Phase, Row, changed, check_row
@@ -22,7 +24,7 @@ class Plan(Frozen):
     """
 
     rows: tuple[Row, ...]
-    phases: tuple[Phase, ...] = (Phase(),)
+    phases: tuple[Phase, ...] = Field(default_factory=lambda: (Phase(),))  # made when asked for: imports stay quick
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.
