@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
@@ -18,7 +18,7 @@ from conservtl.errors import PlanError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, layer_of, named_parameters, select, unwrap
 from conservtl.plan import Plan
 from conservtl.source import SourceLike, TransferReport, check_structure, read_source
-from conservtl.strategies import AnyStrategy, Strategy, apply_all
+from conservtl.strategies import Strategy, apply_all, as_strategy
 from conservtl.transfer import transfer
 
 __all__ = ["Adaptation", "adapt"]
@@ -66,7 +66,7 @@ def adapt(
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
     if isinstance(strategies, (Strategy, str)):
         raise SpecError(f"strategies must be a list: write [{strategies!r}].")
-    chosen = [_as_strategy(strategy) for strategy in strategies]
+    chosen = [as_strategy(strategy) for strategy in strategies]
     parts = find_layers(model, example, layers)
     read = read_source(source)
     if read.module is not None and read.module is not unwrap(model):
@@ -269,20 +269,6 @@ class Adaptation:
             layer = layer_of(self.layers, module)
             own = [info.name for info in layer.parameters] if layer else []
         return bool(own) and all(parameter in self._frozen for parameter in own)
-
-
-def _as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
-    if isinstance(strategy, Strategy):
-        return strategy
-    if isinstance(strategy, Mapping):
-        try:
-            found: Strategy = TypeAdapter(AnyStrategy).validate_python(dict(strategy))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
-        return found
-    raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")
 
 
 def _masks(model: nn.Module) -> set[str]:

@@ -233,7 +233,7 @@ class TestGenerators:
         """st.builds leaves them at their defaults."""
         drawn = []
 
-        @settings(max_examples=60, deadline=None, database=None)
+        @settings(max_examples=200, deadline=None, database=None, derandomize=True)  # a fixed draw: chance fails no one
         @given(instances(ctl.L2SP))
         def collect(strategy):
             drawn.append(strategy)

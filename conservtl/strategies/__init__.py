@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
+from conservtl.errors import SpecError
 from conservtl.plan import Plan
 from conservtl.strategies.base import Order, Strategy
 from conservtl.strategies.discriminative_lr import DiscriminativeLR
@@ -26,6 +27,7 @@ __all__ = [
     "Stage",
     "Strategy",
     "apply_all",
+    "as_strategy",
 ]
 
 AnyStrategy = Annotated[
@@ -40,3 +42,22 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
     for strategy in sorted(strategies, key=lambda strategy: (strategy.order, strategy.kind, repr(strategy))):
         plan = strategy.apply(plan)
     return plan
+
+
+def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
+    """A strategy as it is, or made from the fields that a spec would hold.
+
+    Raises:
+        SpecError: it is neither, or a field is wrong.
+    """
+    if isinstance(strategy, Strategy):
+        return strategy
+    if isinstance(strategy, Mapping):
+        try:
+            found: Strategy = TypeAdapter(AnyStrategy).validate_python(dict(strategy))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
+        return found
+    raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from conservtl.errors import SpecError
+
 __all__ = ["instances", "specs"]
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -107,7 +109,7 @@ def _scalars(kind: Any, rules: Iterable[Any]) -> st.SearchStrategy[Any]:
     elif kind is Any:
         return _SCALARS
     else:
-        raise NotImplementedError(f"instances: no values are known for fields of type {kind!r}. Pass how to draw them.")
+        raise SpecError(f"instances: no values are known for fields of type {kind!r}. Pass how to draw them.")
     over, under = _bound(rules, "gt"), _bound(rules, "lt")
     return found.filter(lambda value: (over is None or value > over) and (under is None or value < under))
 
