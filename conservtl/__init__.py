@@ -23,6 +23,7 @@ from conservtl.strategies import (
     FeatureExtraction,
     GradualUnfreezing,
     LayerTransfer,
+    OutputConservation,
     Stage,
     Strategy,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Layer",
     "LayerTransfer",
     "MissingExtraError",
+    "OutputConservation",
     "Phase",
     "Plan",
     "PlanError",

@@ -1,4 +1,4 @@
-"""The plan: one row a parameter, and phases. Everything that will happen, readable before it does."""
+"""The plan: rows, phases, and what else is decided. Everything that will happen, readable before it does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from conservtl.decision import After, Afters, Decision, Measure, Measures, Term, Terms, Update, Updates
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
 from conservtl.row import COLUMNS, Choice, Frozen, Phase, Row, changed, check_row
@@ -20,11 +21,24 @@ class Plan(Frozen):
 
     Raises:
         PlanError: an invariant does not hold (a parameter twice, layers out of order, a phase that
-            names an unknown parameter or trains nothing, a pull on a fresh parameter, ...).
+            names an unknown parameter or trains nothing, a pull on a fresh parameter, two decisions of
+            one name, one that names an unknown parameter or layer, ...).
     """
 
     rows: tuple[Row, ...]
+    """One a parameter."""
     phases: tuple[Phase, ...] = Field(default_factory=lambda: (Phase(),))  # made when asked for: imports stay quick
+    """What changes over time."""
+    terms: Terms = ()
+    """What is added to the loss."""
+    updates: Updates = ()
+    """What is done to weights at each step beside the gradient."""
+    measures: Measures = ()
+    """What must be measured before training."""
+    after: Afters = ()
+    """What is done to the weights once training is over, in order."""
+    facts: dict[str, str] = Field(default_factory=dict)
+    """What was found out before training, for strategies to read."""
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.
@@ -44,6 +58,7 @@ class Plan(Frozen):
             check_row(row)
         if not self.phases or any(phase.epochs is None for phase in self.phases[:-1]):
             raise PlanError("plan: every phase but the last needs a number of epochs.")
+        self._check_decisions(set(names))
         free = {row.name for row in self.rows if not row.frozen}
         for phase in self.phases:
             if unknown := sorted(set(phase.frozen) - set(names)):
@@ -53,6 +68,27 @@ class Plan(Frozen):
                     f"plan: phase {phase.name!r} trains nothing: all that it would train is frozen throughout "
                     "by another strategy. Unfreeze it there, or leave the phase out."
                 )
+
+    def _check_decisions(self, names: set[str]) -> None:
+        everything: tuple[tuple[Decision, ...], ...] = (self.terms, self.updates, self.measures, self.after)
+        for decisions in everything:
+            seen: dict[str, Decision] = {}
+            for one in decisions:
+                if one.name in seen:
+                    raise PlanError(
+                        f"{one.by} and {seen[one.name].by} both decide {one.name!r}. Leave one of the two out."
+                    )
+                seen[one.name] = one
+        for update in self.updates:
+            if unknown := sorted(set(update.names) - names):
+                raise PlanError(f"plan: {update.by} acts on {unknown}, which the plan does not have.")
+        for term in self.terms:
+            if unknown := sorted(set(term.taps) - set(self.layers)):
+                raise PlanError(f"plan: {term.by} taps {unknown}, which are no layers of the plan.")
+        measured = {measure.name for measure in self.measures}
+        for row in self.rows:
+            if row.importance is not None and row.importance not in measured:
+                raise PlanError(f"plan: {row.name!r} is weighed by {row.importance!r}, which no measure gives.")
 
     @classmethod
     def draw(
@@ -203,6 +239,42 @@ class Plan(Frozen):
         if self.phases != (Phase(),):
             raise PlanError(f"{by} sets phases, but another strategy has set {[p.name for p in self.phases]}.")
         return self._with(phases=tuple(phases))
+
+    def with_term(self, term: Term) -> Plan:
+        """The plan with one more part of the loss.
+
+        Raises:
+            PlanError: there is one of its name, or it taps what is no layer.
+        """
+        return self._with(terms=(*self.terms, term))
+
+    def with_update(self, update: Update) -> Plan:
+        """The plan with one more update of the weights.
+
+        Raises:
+            PlanError: there is one of its name, or it names what is no parameter.
+        """
+        return self._with(updates=(*self.updates, update))
+
+    def with_measure(self, measure: Measure) -> Plan:
+        """The plan with one more thing to measure before training.
+
+        Raises:
+            PlanError: there is one of its name.
+        """
+        return self._with(measures=(*self.measures, measure))
+
+    def with_after(self, after: After) -> Plan:
+        """The plan with one more thing to do once training is over.
+
+        Raises:
+            PlanError: there is one of its name.
+        """
+        return self._with(after=(*self.after, after))
+
+    def with_facts(self, facts: Mapping[str, str]) -> Plan:
+        """The plan with what was found out before training; a new fact replaces an old one of its name."""
+        return self._with(facts={**self.facts, **facts})
 
     def _with(self, **changes: Any) -> Plan:
         """The same plan but for these fields, invariants checked."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conservtl.errors import PlanError
 
-__all__ = ["COLUMNS", "Choice", "Frozen", "Phase", "Row", "changed", "check_row"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Frozen", "Phase", "Row", "changed", "check_row"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
     "frozen": ("frozen",),
     "rate": ("lr", "scale"),
-    "pull": ("pull", "mode"),
+    "pull": ("pull", "mode", "importance", "anchor", "anneal"),
     "decay": ("decay", "mode"),
     "weight_decay": ("weight_decay",),
+    "statistics": ("statistics",),
 }
 """The decisions about a row, each with the fields that hold it."""
 
@@ -32,6 +34,34 @@ class Choice(Frozen):
 
     by: str
     explicit: bool
+
+
+class Anneal(Frozen):
+    """A factor on a pull that changes over the optimizer's steps, from ``start`` to ``end``."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """linear: over how many steps. sigmoid: the step at which it is half way."""
+    start: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Factor at the first step."""
+    end: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Factor at the end; it stays there."""
+    shape: Literal["linear", "sigmoid"] = "linear"
+    """linear, or 1 / (1 + exp(-rate (t - steps))), as RecAdam's."""
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    """How steep the sigmoid is, for each step."""
+
+    def factor(self, step: int) -> float:
+        """The factor at a step, counted from 0.
+
+        Reference:
+            Chen et al. 2020, "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
+            equation 6.
+        """
+        if self.shape == "linear":
+            done = min(1.0, step / self.steps)
+        else:
+            done = 1 / (1 + math.exp(min(700.0, -self.rate * (step - self.steps))))
+        return self.start + (self.end - self.start) * done
 
 
 class Row(Frozen):
@@ -63,8 +93,17 @@ class Row(Frozen):
     """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
     mode: Literal["coupled", "decoupled"] = "coupled"
     """Whether pull and decay are part of the gradient or a step of their own before it."""
+    importance: str | None = None
+    """Name of the measurement that weighs each element's pull (a Fisher); None: all alike."""
+    anchor: Literal["fp32", "bf16", "cpu"] = "fp32"
+    """How the source value is held for the pull: on the device as the parameter is, in half the memory, or on the
+    CPU and sent to the device at each step."""
+    anneal: Anneal | None = None
+    """A factor on the pull over the steps; None: 1."""
     weight_decay: bool = True
     """Whether the optimizer's own weight decay may act on it."""
+    statistics: Literal["follow", "hold"] = "follow"
+    """Of a norm that tracks statistics: whether they follow the batches it is trained on, or stand still."""
     chosen: dict[str, Choice] = {}
     """Column -> the strategy that filled it in; a column not here holds its default."""
 

@@ -47,6 +47,8 @@ def summary(plan: Plan) -> list[str]:
             shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
             length = f"{phase.epochs} epoch{'s' * (phase.epochs > 1)}" if phase.epochs else "to the end"
             out.append(f"phase {number + 1}  {phase.name}: {length}, rates × {phase.scale:g}, trains {shown}")
+    moments = (("before", plan.measures), ("loss", plan.terms), ("each step", plan.updates), ("after", plan.after))
+    out += [f"{moment}  {one.by}: {one.describe()}" for moment, decisions in moments for one in decisions]
     return out
 
 

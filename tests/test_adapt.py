@@ -594,7 +594,7 @@ class TestState:
         assert torch.equal(weights(ours), weights(twin))
 
     def test_of_another_plan(self):
-        with pytest.raises(ctl.PlanError, match="another plan: 'the phases' differs"):
+        with pytest.raises(ctl.PlanError, match="another plan: its phases differs"):
             ctl.adapt(network(), network().state_dict(), [COUPLED]).load_state_dict(self.two_phases().state_dict())
         with pytest.raises(ctl.PlanError, match=r"'0\.weight' differs"):
             ctl.adapt(network(), network().state_dict()).load_state_dict(adapted().state_dict())

@@ -1,4 +1,4 @@
-"""The pull inside an optimizer's step: where it acts, and that it acts exactly once."""
+"""The pull and the updates around an optimizer's step: where they act, and that they act exactly once."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from conservtl.conserve.pull import Pulled, add_to_gradients, move_weights
+from conservtl.conserve.updates import UpdateRunner
+from conservtl.decision import Moving, Update
 from conservtl.plan import Plan, Row
 
 __all__ = ["StepHook"]
 
 
 class StepHook:
-    """Runs before each step of one optimizer.
+    """Runs before and after each step of one optimizer.
 
     The coupled pull is added to gradients that are unscaled and synchronised: the scaler has done
     both before it steps an ordinary optimizer; a fused one divides the scale out inside its step, and
     says so in ``grad_scale``, by which the pull is then multiplied. With a closure the pull follows
     the closure's backward. The decoupled pull moves the weights at the same moment, unless the step
-    is about to be skipped (``found_inf``).
+    is about to be skipped (``found_inf``). Then the plan's updates act, before and after the step.
 
     Args:
         optimizer: made by ``build_optimizer``: its groups carry ``param_names``.
         plan: strengths.
         frozen: names frozen in the current phase; asked before every step.
         anchor: (name, parameter) -> where it is pulled to, on its device.
-        pull: False leaves the pull to the caller's loss; frozen gradients are dropped all the same.
+        importance: (name, parameter) -> what weighs the pull of each of its elements, or None.
+        updates: the plan's updates.
+        pull: False leaves the pull to the caller's loss; all else is done all the same.
     """
 
     def __init__(
@@ -38,17 +42,22 @@ class StepHook:
         plan: Plan,
         frozen: Callable[[], frozenset[str]],
         anchor: Callable[[str, Tensor], Tensor],
+        importance: Callable[[str, Tensor], Tensor | None],
+        updates: UpdateRunner,
         pull: bool,
     ) -> None:
         self.optimizer = optimizer
         self.rows: Mapping[str, Row] = {row.name: row for row in plan.rows}
         self.frozen = frozen
         self.anchor = anchor
+        self.importance = importance
+        self.updates = updates
         self._scaler: GradScaler | None = None
         self._modes = {row.mode for row in plan.rows if row.pull or row.decay}
         self.pull = pull and bool(self._modes)
         self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
         optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
     def add(self, scaler: GradScaler | None = None) -> None:
         """Add the coupled pull now; the step then adds nothing. A second call before it does nothing."""
@@ -57,9 +66,13 @@ class StepHook:
             self._unscale(self._scaler)
         self.drop_frozen()
         token = self._token()
-        if self.pull and (self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True))):
+        if self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True)):
             self._couple(None)
             self._added = self._token()  # gradients that were None have been made meanwhile
+
+    def prepare(self, *, training: bool) -> None:
+        """Before a forward pass of the model."""
+        self.updates.prepare(self._moving, training=training)
 
     def drop_frozen(self) -> None:
         """Forget gradients of parameters that this phase does not train."""
@@ -88,15 +101,36 @@ class StepHook:
     def _act(self) -> None:
         self.drop_frozen()
         added, self._added = self._added, None
-        if not self.pull:
-            return
+        skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
         if added is None or added[0] is not self._state():  # none yet, or in a step that the scaler skipped
-            self._couple(getattr(self.optimizer, "grad_scale", None))
-        move_weights(list(self._pulled("decoupled")), getattr(self.optimizer, "found_inf", None))
+            self._couple(scale)
+        if self.pull:
+            move_weights(list(self._pulled("decoupled")), skip)
+        self.updates.act("before", self._moving, skip, scale)
+
+    def _after_step(self, *_: Any) -> None:
+        self.updates.act("after", self._moving, getattr(self.optimizer, "found_inf", None))
+        self.updates.number += 1
 
     def _couple(self, scale: Tensor | None) -> None:
-        sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
-        add_to_gradients(list(self._pulled("coupled")), scale, sign)
+        """What is done to complete gradients, once a step."""
+        self.updates.act("gradients", self._moving, scale=scale)
+        if self.pull:
+            sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
+            add_to_gradients(list(self._pulled("coupled")), scale, sign)
+
+    def _moving(self, update: Update) -> list[Moving]:
+        frozen, wanted = self.frozen(), set(update.names)
+        return [
+            Moving(
+                name,
+                parameter,
+                self.anchor(name, parameter) if self.rows[name].origin == "source" else None,
+                group,
+            )
+            for name, parameter, group in self._members()
+            if name in wanted and name not in frozen and parameter.requires_grad
+        ]
 
     def _pulled(self, mode: str) -> Iterator[Pulled]:
         if mode not in self._modes:
@@ -108,7 +142,9 @@ class StepHook:
                 continue
             rate = group["lr"] if mode == "decoupled" else 0.0  # so that one call serves all rates when coupled
             if row.pull:
-                yield Pulled(parameter, self.anchor(name, parameter), row.pull, rate)
+                strength = row.pull if row.anneal is None else row.pull * row.anneal.factor(self.updates.number)
+                anchor, importance = self.anchor(name, parameter), self.importance(name, parameter)
+                yield Pulled(parameter, anchor, strength, rate, importance)
             elif row.decay:
                 yield Pulled(parameter, None, row.decay, rate)
 

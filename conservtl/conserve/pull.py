@@ -23,12 +23,14 @@ class Pulled:
         anchor: where it is pulled to, of its shape and on its device; None is zero.
         strength: alpha, or beta for a pull to zero.
         rate: learning rate of its group; used by the decoupled pull alone.
+        importance: weighs each element, of the parameter's shape; None: all alike.
     """
 
     parameter: Tensor
     anchor: Tensor | None
     strength: float
     rate: float | Tensor = 0.0
+    importance: Tensor | None = None
 
 
 @torch.no_grad()
@@ -55,11 +57,13 @@ def add_to_gradients(pulled: Sequence[Pulled], scale: Tensor | None = None, sign
             weights = [_local(item.parameter) for item in chunk]
             if chunk[0].anchor is None:
                 differences = list(weights)
-            elif len(chunk) == 1 and weights[0].numel() > _CHUNK:
+            elif len(chunk) == 1 and weights[0].numel() > _CHUNK and chunk[0].importance is None:
                 _add_large(gradients[0], weights[0], _local(chunk[0].anchor), strength, scale)
                 continue
             else:
-                differences = list(torch._foreach_sub(weights, [_local(item.anchor) for item in chunk]))  # noqa: SLF001
+                differences = list(torch._foreach_sub(weights, _anchors(chunk)))  # noqa: SLF001
+            if chunk[0].importance is not None:
+                torch._foreach_mul_(differences, [_local(item.importance) for item in chunk])
             if scale is not None:
                 differences = [difference * scale.to(difference.device) for difference in differences]
             torch._foreach_add_(gradients, differences, alpha=strength)
@@ -83,21 +87,31 @@ def move_weights(pulled: Sequence[Pulled], skip: Tensor | None = None) -> None:
             amount = amount.reshape(())
         if group[0].anchor is None:
             torch._foreach_mul_(weights, 1 - amount)
+        elif group[0].importance is not None:
+            for weight, anchor, item in zip(weights, _anchors(group), group, strict=True):
+                share = (_local(item.importance) * amount).clamp_(max=1)  # no element goes beyond the source
+                weight.addcmul_(anchor - weight, share)
         elif isinstance(amount, Tensor):
-            for weight, item in zip(weights, group, strict=True):
-                weight.lerp_(_local(item.anchor), amount.to(weight.dtype))
+            for weight, anchor in zip(weights, _anchors(group), strict=True):
+                weight.lerp_(anchor, amount.to(weight.dtype))
         else:
-            torch._foreach_lerp_(weights, [_local(item.anchor) for item in group], amount)
+            torch._foreach_lerp_(weights, _anchors(group), amount)
 
 
 def _alike(pulled: Sequence[Pulled]) -> Iterator[list[Pulled]]:
-    """Groups that one fused call can take: same strength, rate, device, type and kind of anchor."""
+    """Groups that one fused call can take: same strength, rate, device, type, kind of anchor and of weighing."""
     groups: dict[Any, list[Pulled]] = {}
     for item in pulled:
         rate = item.rate if isinstance(item.rate, float) else id(item.rate)
-        key = (item.strength, rate, item.anchor is None, item.parameter.device, item.parameter.dtype)
+        kind = (item.anchor is None, item.importance is None)
+        key = (item.strength, rate, *kind, item.parameter.device, item.parameter.dtype)
         groups.setdefault(key, []).append(item)
     return iter(groups.values())
+
+
+def _anchors(group: Sequence[Pulled]) -> list[Tensor]:
+    """Anchors as their parameters are: one held in half precision is widened for the moment."""
+    return [_local(item.anchor).to(item.parameter.dtype) for item in group]
 
 
 def _chunks(group: Sequence[Pulled]) -> Iterator[list[Pulled]]:
@@ -129,9 +143,9 @@ def _add_large(gradient: Tensor, weight: Tensor, anchor: Tensor, strength: float
         g.add_(difference if factor is None else difference.mul_(factor), alpha=strength)
 
 
-def place_like(tensor: Tensor, parameter: Any) -> Tensor:
+def place_like(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on the parameter's device, sharded as it is; every process holds the whole, so none sends."""
-    tensor = tensor.to(parameter.device, parameter.dtype)
+    tensor = tensor.to(parameter.device, dtype or parameter.dtype)
     if not hasattr(parameter, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from conservtl.engine.evaluate import Functions, Holdout, accuracy, cross_entropy, evaluate, forward
+from conservtl.engine.evaluate import Functions, Holdout, evaluate
 from conservtl.engine.loop import FitResult, fit
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.selection import harmonic_mean
 from conservtl.engine.training import Training
+from conservtl.functions import accuracy, cross_entropy, forward
 
 __all__ = [
     "FitResult",

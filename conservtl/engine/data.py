@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from conservtl.engine.randomness import undisturbed
 from conservtl.errors import DataError
 from conservtl.tasks.base import Examples
 
-__all__ = ["Batch", "Held", "Streamed", "as_batches"]
+__all__ = ["Batch", "Contents", "Held", "Streamed", "as_batches"]
 
 _SHARE = 0.5  # of the device's free memory that held data may take
 
@@ -31,6 +32,22 @@ class Batch:
     content: Any
     size: int
     index: Tensor | None = None
+
+
+class Contents:
+    """The contents of batches, to be gone through again; the order that training draws is not touched.
+
+    Args:
+        batches: as ``as_batches`` gives them.
+    """
+
+    def __init__(self, batches: Held | Streamed) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        with undisturbed():
+            batches = self._batches.epoch()
+        return (batch.content for batch in batches)
 
 
 class Held:

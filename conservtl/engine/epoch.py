@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.decision import View
 from conservtl.engine.checkpoint import State
 from conservtl.engine.data import Batch, Held, Streamed
 from conservtl.engine.evaluate import Functions
 from conservtl.engine.finite import Losses, check_weights
 from conservtl.engine.kept import KeptOutputs, keep_outputs
+from conservtl.engine.kept_source import KeptSource, keep_source
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
@@ -56,6 +58,9 @@ class Learner:
             self.generators.append(own)
         self._keeps = keeps and augment is None and session.part[1] == 1
         self._kept: KeptOutputs | None = None
+        self._source: KeptSource | None = None
+        if keeps and augment is None and isinstance(batches, Held):
+            self._source = keep_source(session.adaptation.terms.looks, self._source_view, batches)
         self._phase: int | None = None
         self.ever_kept = False
         self.go_on_from(State())
@@ -143,16 +148,30 @@ class Learner:
 
     def _loss(self, batch: Batch) -> Tensor:
         content = batch.content if self.augment is None else self.augment(batch.content, self.generators[-1])
+        outputs = self._outputs(batch, content)
+        loss = self.functions.loss(outputs, content)
+        terms = self.session.adaptation.terms
+        if not terms.terms:
+            return loss
+        source = self._source.of(batch) if self._source is not None else self._source_view(content)
+        return terms.objective(loss, outputs, source, self.session.adaptation.measured)
+
+    def _outputs(self, batch: Batch, content: Any) -> Any:
         if self._kept is None:
-            return self.functions.loss(self._forward(content), content)
+            return self._forward(content)
         self._kept.index = batch.index
         try:
-            return self.functions.loss(self._forward(content), content)
+            return self._forward(content)
         finally:
             self._kept.index = None
 
     def _forward(self, content: Any) -> Any:
         return self.functions.forward(self.session.model, content)
+
+    def _source_view(self, content: Any) -> View | None:
+        """What the source model makes of the very inputs that the adapted model got."""
+        with self.session.autocast():
+            return self.session.adaptation.source_view(content, self.functions.forward)
 
 
 def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

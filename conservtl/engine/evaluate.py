@@ -1,25 +1,21 @@
-"""Evaluation, and what a step does by default: classification."""
+"""Evaluation: mean loss and metrics over a set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch import nn
 
 from conservtl.engine.data import as_batches
 from conservtl.engine.randomness import undisturbed
 from conservtl.errors import DataError
+from conservtl.functions import Forward, Loss, Metrics
 
-__all__ = ["Functions", "Holdout", "accuracy", "cross_entropy", "evaluate", "forward"]
-
-Forward = Callable[[nn.Module, Any], Any]
-Loss = Callable[[Any, Any], Tensor]
-Metrics = Callable[[Any, Any], Mapping[str, "Tensor | float"]]
+__all__ = ["Functions", "Holdout", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -52,23 +48,6 @@ class Holdout:
     forward: Forward | None = None
     loss: Loss | None = None
     metrics: Metrics | None = None
-
-
-def forward(model: nn.Module, batch: Any) -> Any:
-    """Outputs for a batch: (inputs, labels), or a dictionary with ``labels`` beside the model's arguments."""
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key != "labels"})
-    return model(batch[0])
-
-
-def cross_entropy(outputs: Any, batch: Any) -> Tensor:
-    """Mean cross-entropy of logits (N, classes) and labels (N,)."""
-    return F.cross_entropy(_logits(outputs), _labels(batch))
-
-
-def accuracy(outputs: Any, batch: Any) -> dict[str, Tensor]:
-    """Share of examples whose largest logit is at the label."""
-    return {"accuracy": (_logits(outputs).argmax(-1) == _labels(batch)).float().mean()}
 
 
 @torch.no_grad()
@@ -115,14 +94,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _logits(outputs: Any) -> Tensor:
-    logits = getattr(outputs, "logits", outputs)
-    if isinstance(logits, Mapping):
-        logits = logits["logits"]
-    return logits  # type: ignore[no-any-return]
-
-
-def _labels(batch: Any) -> Tensor:
-    return batch["labels"] if isinstance(batch, Mapping) else batch[1]  # type: ignore[no-any-return]

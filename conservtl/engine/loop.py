@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ from torch.utils.data import DataLoader
 
 from conservtl.adapt import Adaptation
 from conservtl.engine.checkpoint import Checkpoints, restore, snapshot
-from conservtl.engine.data import Held, Streamed, as_batches
+from conservtl.engine.data import Contents, Held, Streamed, as_batches
 from conservtl.engine.epoch import Augment, Learner
-from conservtl.engine.evaluate import Forward, Functions, Holdout, Loss, Metrics, accuracy, cross_entropy, evaluate
-from conservtl.engine.evaluate import forward as plain_forward
+from conservtl.engine.evaluate import Functions, Holdout, evaluate
 from conservtl.engine.interruption import interruptible
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
-from conservtl.engine.selection import check_selection
+from conservtl.engine.selection import check_selection, score
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
+from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
 
 __all__ = ["FitResult", "fit"]
@@ -42,6 +43,7 @@ class FitResult:
         precision: fp32, bf16 or fp16.
         device: where it ran.
         kept_outputs: whether a frozen input side was computed once only, in some phase.
+        after: what was done once training was over, by its name in the plan.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -51,6 +53,7 @@ class FitResult:
     precision: str
     device: str
     kept_outputs: bool
+    after: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -63,6 +66,7 @@ def fit(
     loss: Loss = cross_entropy,
     metrics: Metrics = accuracy,
     watch: Mapping[str, Any] | None = None,
+    source: Any = None,
     augment: Augment | None = None,
     keep_frozen_outputs: bool = True,
     out: str | Path | None = None,
@@ -93,9 +97,11 @@ def fit(
         metrics: (outputs, batch) -> {name: mean over the batch}; ``accuracy`` is what is selected on, or the
             loss where there is none.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
+        source: source data, for what the plan must measure on it (a Fisher, say). Data as for ``train``.
         augment: (batch, generator) -> batch, drawn anew for each batch from that generator alone.
-        keep_frozen_outputs: compute a frozen input side once, where that changes nothing but rounding: on held
-            data, without ``augment``, with nothing random in it.
+        keep_frozen_outputs: compute a frozen input side once, and the source model's outputs where a strategy
+            compares with them, where that changes nothing but rounding: on held data, without ``augment``, with
+            nothing random in it.
         out: folder for ``history.jsonl`` and ``checkpoint.pt``.
         resume: go on from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
         seed: seeds torch, NumPy and Python first; None leaves the generators as they are.
@@ -112,7 +118,7 @@ def fit(
     settings = training or Training()
     _check(adaptation, settings, valid, watch)
     functions = Functions(forward, loss, metrics)
-    check_selection(settings, valid or {})
+    check_selection(settings, valid or {}, adaptation.plan)
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
     folder = Path(out) if out is not None else None
     if seed is not None:
@@ -121,11 +127,16 @@ def fit(
         main = session.part[0] == 0
         store = Checkpoints(folder, main)
         batches = _training_batches(session, train)
+        found = store.load() if resume else None
+        if found is not None:
+            adaptation.load_state_dict(found["adaptation"])  # with what was measured
+        _measure(session, functions, batches, source)
+        session.begin()
         steps = total_steps(settings, batches.count())
         learner = Learner(session, functions, batches, steps, augment, keep_frozen_outputs)
         held_out = _held_out(session, valid or {}), _held_out(session, watch or {})
-        if resume:
-            learner.go_on_from(restore(session, store.load(), learner.generators))
+        if found is not None:
+            learner.go_on_from(restore(session, found, learner.generators))
         state = learner.state
         begun -= state.seconds
 
@@ -155,6 +166,7 @@ def fit(
         if state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(state.selection.weights)
         return FitResult(
+            after=_finish(session, functions, batches, held_out[0]),
             history=tuple(state.history),
             steps=state.step,
             best=state.selection.best,
@@ -169,6 +181,44 @@ def _training_batches(session: Session, train: Any) -> Held | Streamed:
     if isinstance(train, DataLoader) and session.part[1] > 1:
         train = session.accelerator.prepare_data_loader(train)  # each process its own part
     return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
+
+
+def _measure(session: Session, functions: Functions, batches: Held | Streamed, source: Any) -> None:
+    """Measure what the plan needs before an optimizer can be made.
+
+    Raises:
+        SpecError: it needs source data, and there is none.
+    """
+    adaptation = session.adaptation
+    for one in adaptation.outstanding():
+        if one.data == "source" and source is None:
+            raise SpecError(
+                f"{one.by} is measured on source data ({one.describe()}), but fit was given none. Pass source=data, or "
+                "choose what is measured on the target's."
+            )
+        wanted = batches if one.data == "target" else as_batches(source, 64, session.device, shuffle=False)
+        adaptation.measure(
+            Contents(wanted),
+            on=one.data,
+            forward=functions.forward,
+            loss=functions.loss,
+            autocast=session.autocast,
+        )
+
+
+def _finish(
+    session: Session, functions: Functions, batches: Held | Streamed, valid: Mapping[str, Holdout]
+) -> dict[str, Any]:
+    """What the plan asks for once training is over."""
+    adaptation, training = session.adaptation, session.training
+
+    def score_now() -> float:
+        found = {name: evaluate(session.model, data, functions, session.device) for name, data in valid.items()}
+        return score(found, training.keep)
+
+    return adaptation.finish(
+        Contents(batches), forward=functions.forward, score=score_now if "target" in valid else None
+    )
 
 
 def _held_out(session: Session, sets: Mapping[str, Any]) -> dict[str, Holdout]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.layers import unwrap
+from conservtl.plan import Plan
 
 __all__ = ["Selection", "check_selection", "harmonic_mean", "score"]
 
@@ -61,7 +62,7 @@ def harmonic_mean(values: list[float]) -> float:
     return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
 
 
-def check_selection(training: Training, valid: Mapping[str, object]) -> None:
+def check_selection(training: Training, valid: Mapping[str, object], plan: Plan) -> None:
     """Whether there is what is to be selected on.
 
     Raises:
@@ -74,3 +75,9 @@ def check_selection(training: Training, valid: Mapping[str, object]) -> None:
             f"training.keep={training.keep} and patience={training.patience} look at a validation part, but "
             f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
         )
+    for one in plan.after:
+        if type(one).scored and "target" not in valid:
+            raise SpecError(
+                f"{one.by} chooses on a validation part, but there is none. Carve one from the shots "
+                "(data.validation), or pass valid={'target': ...}."
+            )

@@ -30,6 +30,9 @@ class Session:
         accelerator: decides device, precision and processes.
     """
 
+    model: nn.Module
+    raw: torch.optim.Optimizer
+
     def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any) -> None:
         self.adaptation = adaptation
         self.training = training
@@ -37,14 +40,22 @@ class Session:
         self.device: torch.device = accelerator.device
         self.part: tuple[int, int] = (accelerator.process_index, accelerator.num_processes)
         adaptation.model.to(self.device)
-        cls, options = training.make()
-        self.raw = adaptation.optimizer(cls, **options)
-        self.model: nn.Module
-        self.model, self._prepared = accelerator.prepare(adaptation.model, self.raw)
-        adaptation.keep_frozen()
+        self.model = adaptation.model
         # Accelerate's own step looks for an optional package in the file system each time, a tenth of a millisecond.
         self._direct = str(accelerator.distributed_type.value) in _TORCH
         self._factor: float | None = None
+
+    def begin(self) -> None:
+        """Make the optimizer and prepare both, once all that the plan needs to know is measured."""
+        cls, options = self.training.make()
+        self.raw = self.adaptation.optimizer(cls, **options)
+        self.model, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
+        self.adaptation.keep_frozen()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the model's own forward pass runs under."""
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
 
     @property
     def precision(self) -> str:
@@ -127,7 +138,7 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
         try:
             yield session
         finally:
-            session.raw.zero_grad()
+            adaptation.model.zero_grad()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from conservtl.errors import SpecError
 from conservtl.plan import Plan
@@ -15,6 +15,7 @@ from conservtl.strategies.feature_extraction import FeatureExtraction
 from conservtl.strategies.gradual_unfreezing import GradualUnfreezing, Stage
 from conservtl.strategies.l2_sp import L2SP
 from conservtl.strategies.layer_transfer import LayerTransfer
+from conservtl.strategies.output_conservation import OutputConservation
 
 __all__ = [
     "L2SP",
@@ -24,15 +25,34 @@ __all__ = [
     "GradualUnfreezing",
     "LayerTransfer",
     "Order",
+    "OutputConservation",
     "Stage",
     "Strategy",
     "apply_all",
     "as_strategy",
 ]
 
+ALIASES: dict[str, dict[str, Any]] = {
+    "l2sp": {"kind": "l2_sp"},
+    "kld": {"kind": "output_conservation", "rho": 0.5},
+    "lwf": {"kind": "output_conservation", "weight": 1.0},
+}
+"""Short names of ``kind`` in specs -> the fields they stand for; fields given beside one win."""
+
+
+def _spelled_out(value: Any) -> Any:
+    """Fields with a short name for their kind, spelled out."""
+    if isinstance(value, Mapping) and value.get("kind") in ALIASES:
+        return {**ALIASES[value["kind"]], **{key: field for key, field in value.items() if key != "kind"}}
+    return value
+
+
 AnyStrategy = Annotated[
-    DiscriminativeLR | FeatureExtraction | GradualUnfreezing | L2SP | LayerTransfer,
-    Field(discriminator="kind"),
+    Annotated[
+        DiscriminativeLR | FeatureExtraction | GradualUnfreezing | L2SP | LayerTransfer | OutputConservation,
+        Field(discriminator="kind"),
+    ],
+    BeforeValidator(_spelled_out),
 ]
 """Every strategy a spec can name, told apart by ``kind``."""
 

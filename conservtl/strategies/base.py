@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
+from conservtl.layers import Layer
 from conservtl.plan import Plan
 
 __all__ = ["Order", "Strategy"]
@@ -29,19 +32,41 @@ class Order(IntEnum):
 class Strategy(BaseModel, ABC):
     """Base of all strategies, a user's own included.
 
-    A subclass has a ``kind``, fields with bounds in their types, an ``order`` and ``apply``. It
-    touches no tensor and does no input or output; ``conservtl.testing.check_strategy`` holds it to
-    the contract.
+    A subclass has a ``kind``, fields with bounds in their types, an ``order`` and ``apply``, which
+    touches no tensor and does no input or output. One that adds parameters to the model sets ``extends``.
+    ``conservtl.testing.check_strategy`` holds it to the contract.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     kind: str
     order: ClassVar[Order] = Order.STRENGTH
+    extends: ClassVar[bool] = False
+    """Whether it adds parameters to the model, in ``extend``."""
 
     @abstractmethod
     def apply(self, plan: Plan) -> Plan:
         """The plan with this strategy's decisions filled in."""
+
+    def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:
+        """Add parameters to the model in place, such that it computes what it did; before the plan is drawn up.
+
+        Args:
+            model: wrapped or not.
+            layers: its layers, input side first.
+            example: an input, where the caller gave one.
+
+        Returns:
+            Name of each added parameter -> what it is, as the plan's reason for a fresh one.
+        """
+        raise NotImplementedError(f"{self.label} sets extends, so it needs extend().")
+
+    def retract(self, model: nn.Module) -> None:
+        """Take away what ``extend`` added, whatever its values; nothing where there is nothing."""
+
+    def merge(self, model: nn.Module) -> bool:  # noqa: ARG002
+        """Move what ``extend`` added into the model's own weights, where that is exact; whether nothing is left."""
+        return not type(self).extends
 
     @property
     def label(self) -> str:

@@ -1,0 +1,97 @@
+"""The plan's terms on a model: what is added to the task's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from conservtl.conserve.teacher import Taps, Teacher
+from conservtl.decision import Term, View
+from conservtl.plan import Plan
+
+__all__ = ["TermRunner"]
+
+
+class TermRunner:
+    """Adds the terms of a plan to a loss.
+
+    Args:
+        plan: whose terms are carried out.
+        model: the model that is trained; hooks are put on what is tapped.
+        layers: layer -> name of the module whose output is the layer's.
+        teacher: the source model, None where no term looks at it.
+        head: name of the head's module where the target has labels of its own.
+    """
+
+    def __init__(
+        self, plan: Plan, model: nn.Module, layers: Mapping[str, str], teacher: nn.Module | None, head: str | None
+    ) -> None:
+        self.terms: tuple[Term, ...] = plan.terms
+        self._layers = {layer: layers[layer] for term in self.terms for layer in term.taps}
+        self._head = head if any(term.heads for term in self.terms) else None
+        self.teacher = None if teacher is None else Teacher(teacher, self._layers, self._head)
+        self._taps: Taps | None = None
+        self.attach(model)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the source model must be run on each batch."""
+        return any(term.source for term in self.terms)
+
+    def attach(self, model: nn.Module) -> None:
+        """Listen to a model: the one it was made for, or its copy."""
+        if self._layers or self._head is not None:
+            self._taps = Taps(model, self._layers, self._head)
+
+    def detach(self) -> None:
+        """Stop listening."""
+        if self._taps is not None:
+            self._taps.remove()
+
+    def source_view(self, run: Callable[[nn.Module], Any], device: Any) -> View | None:
+        """What the source model makes of a batch; None where no term looks at it.
+
+        Args:
+            run: calls a model with the batch.
+            device: where the batch is.
+        """
+        if self.teacher is None or not self.looks:
+            return None
+        self.teacher.move(device)
+        return self.teacher.view(run)
+
+    def objective(
+        self, loss: Tensor, outputs: Any, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]
+    ) -> Tensor:
+        """The loss with all terms.
+
+        Args:
+            loss: the task's own, a scalar.
+            outputs: of the adapted model, from the forward pass just made.
+            source: what the source model makes of the same inputs.
+            measured: measurements by name.
+        """
+        if not loss.requires_grad:
+            return loss
+        features, entered = self._taps.take() if self._taps is not None else ({}, None)
+        if entered is not None and self.teacher is not None:
+            self.teacher.move(entered.device)
+            outputs = self.teacher.head(entered)
+        view = View(outputs, features)
+        total = loss
+        for term in self.terms:
+            total = total * term.task
+        for term in self.terms:
+            total = total + term.value(view, source if term.source else None, measured)
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TermRunner:
+        new = object.__new__(TermRunner)
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__, _taps=None)  # the teacher never changes, so copies share it
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taps": None}

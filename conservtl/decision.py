@@ -1,0 +1,236 @@
+"""What a strategy can decide beside the rows: a term of the loss, an update, a measurement, an ending.
+
+Each is a frozen spec that stands in the plan, is printed and saved with it, and knows how to carry itself
+out on the tensors it is handed. The built-in ones are in ``conserve``; a strategy of a user's own brings
+its own class in the same file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, model_validator
+from torch import Tensor, nn
+
+from conservtl.functions import Forward, Loss
+from conservtl.row import Frozen
+
+__all__ = ["After", "Afters", "Decision", "Ending", "Measure", "Measures", "Moving", "Probe", "Step", "Term", "Terms"]
+__all__ += ["Update", "Updates", "View"]
+
+
+class Decision(Frozen, ABC):
+    """Base of what stands in a plan beside its rows. A subclass has a ``kind`` with its value as the default."""
+
+    kind: str
+    """Tells it apart in a file."""
+    by: str
+    """The strategy that decided it."""
+
+    kinds: ClassVar[dict[str, type[Decision]]] = {}
+    """Every class by its kind, so that a plan can be read back from JSON."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        kind = cls.model_fields["kind"].default
+        if isinstance(kind, str):
+            Decision.kinds[kind] = cls
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_kind(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        own = Decision.kinds.get(value.get("kind", "")) if isinstance(value, dict) else None
+        if own is not None and own is not cls and issubclass(own, cls):
+            return own.model_validate(value)
+        return handler(value)
+
+    @property
+    def name(self) -> str:
+        """What it is called in a plan, which holds no two of one name."""
+        return self.kind
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the plan's table."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What one model makes of a batch.
+
+    Args:
+        outputs: the model's outputs. Where the target has labels of its own: those of the source's head, on
+            the adapted body's features or on the source's.
+        features: layer -> its output, (N, ...), for the layers that a term taps.
+    """
+
+    outputs: Any
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Term(Decision):
+    """A part of the loss that needs outputs or activations: loss × share of the task + value."""
+
+    taps: tuple[str, ...] = ()
+    """Layers whose outputs it needs."""
+    task: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Factor on the task's own loss."""
+
+    source: ClassVar[bool] = True
+    """Whether it looks at the source model; a frozen copy is then kept, and run on each batch."""
+    heads: ClassVar[bool] = False
+    """Whether it compares outputs, so that the source's head is kept where the target has labels of its own."""
+
+    @abstractmethod
+    def value(self, adapted: View, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The term, a scalar with its strength in it, the mean over the batch.
+
+        Args:
+            adapted: of the model that is trained, with gradient.
+            source: of the source model on the same inputs, without; None where ``source`` is False.
+            measured: what was measured before training, by the measures' names.
+        """
+
+
+@dataclass(frozen=True)
+class Moving:
+    """One trained parameter in a step.
+
+    Args:
+        name: its canonical name.
+        parameter: the tensor, this process's shard of it where it is sharded.
+        anchor: where it started, placed as it is; None where it is fresh.
+        group: the optimizer's group it stands in; ``lr`` is its rate.
+    """
+
+    name: str
+    parameter: Tensor
+    anchor: Tensor | None
+    group: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an update sees of a step of the optimizer.
+
+    Args:
+        moving: the parameters it acts on that are trained now, in the plan's order.
+        number: steps done before this one.
+        skip: scalar tensor, non-zero where the step is going to be skipped (a scaler's ``found_inf``); to be read on
+            the device. None where nobody can skip.
+        scale: the factor that the gradients still carry, which a fused optimizer divides out. None: none.
+    """
+
+    moving: Sequence[Moving]
+    number: int
+    skip: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class Update(Decision):
+    """Something done to weights at each step beside the gradient.
+
+    Its moments, all without gradient: ``prepare`` before a forward pass, ``gradients`` when they are complete and
+    unscaled (or carry ``step.scale``) and before any pull, ``before`` and ``after`` the optimizer's step. What it
+    must remember from one moment or step to the next stands in ``state``, which is saved with the adaptation.
+    Nothing here may wait for the device: no ``item()``, no comparison on the host.
+    """
+
+    names: tuple[str, ...]
+    """Parameters it acts on."""
+
+    forward: ClassVar[bool] = False
+    """Whether ``prepare`` is wanted, before each forward pass of the model."""
+    layered: ClassVar[bool] = False
+    """Whether each layer needs groups of its own in the optimizer, so that the update can set its rate."""
+
+    def prepare(self, step: Step, state: dict[str, Tensor], training: bool) -> None:
+        """Before a forward pass; ``training``: in train mode and with gradients."""
+
+    def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
+        """Once a step, before the pull."""
+
+    def before(self, step: Step, state: dict[str, Tensor]) -> None:
+        """Right before the optimizer's step, after the pull."""
+
+    def after(self, step: Step, state: dict[str, Tensor]) -> None:
+        """Right after it."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a measurement has to go by.
+
+    Args:
+        model: the model at its starting point, or the source model; in eval mode, on its device.
+        batches: batches on the model's device, to be gone through as often as needed.
+        forward: (model, batch) -> outputs.
+        loss: (outputs, batch) -> scalar, the mean over the batch.
+        modules: layer -> its module in the model.
+        parameters: canonical name -> parameter of the model.
+        autocast: makes the context that the run's forward passes are under.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    forward: Forward
+    loss: Loss
+    modules: Mapping[str, nn.Module]
+    parameters: Mapping[str, nn.Parameter]
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+class Measure(Decision):
+    """Something measured once before training, kept by its name and saved with the run."""
+
+    data: Literal["target", "source"] = "target"
+    """target: on the adaptation data, with the model at its starting point. source: on source data, with the source
+    model and its own head."""
+
+    @abstractmethod
+    def compute(self, probe: Probe) -> dict[str, Tensor]:
+        """The measurement: name -> tensor. Changes nothing; modes and generators are put back for it."""
+
+    def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
+        """Act on the model by it, right after it was measured; by default nothing."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What there is when training is over.
+
+    Args:
+        model: as trained; weights that were selected are loaded.
+        start: the starting point: name in the state dict -> tensor on the CPU, for what came from the source, and
+            statistics.
+        batches: the training data's batches, or None in a loop of one's own that gave none.
+        forward: (model, batch) -> outputs.
+        score: () -> score of the model as it is now on the validation part, higher is better; None without one.
+    """
+
+    model: nn.Module
+    start: Mapping[str, Tensor]
+    batches: Iterable[Any] | None
+    forward: Forward
+    score: Callable[[], float] | None
+
+
+class After(Decision):
+    """Something done to the weights once training is over."""
+
+    scored: ClassVar[bool] = False
+    """Whether it needs a validation part; refused before training where there is none."""
+
+    @abstractmethod
+    def finish(self, ending: Ending) -> dict[str, Any]:
+        """Change ``ending.model`` in place; returns facts for the report."""
+
+
+Terms = tuple[SerializeAsAny[Term], ...]
+Updates = tuple[SerializeAsAny[Update], ...]
+Measures = tuple[SerializeAsAny[Measure], ...]
+Afters = tuple[SerializeAsAny[After], ...]
