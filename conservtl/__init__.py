@@ -15,10 +15,11 @@ from conservtl.errors import (
     TrainingDivergedError,
 )
 from conservtl.layers import Layer, find_layers
-from conservtl.plan import Phase, Plan, Row
+from conservtl.plan import Anneal, Phase, Plan, Row
 from conservtl.source import TransferReport
 from conservtl.strategies import (
     L2SP,
+    LPFT,
     DiscriminativeLR,
     FeatureExtraction,
     GradualUnfreezing,
@@ -39,8 +40,10 @@ _EXPERIMENTS = ("Adapted", "Prediction", "load")
 
 __all__ = [
     "L2SP",
+    "LPFT",
     "Adaptation",
     "Adapted",
+    "Anneal",
     "ConservtlError",
     "DataError",
     "DiscriminativeLR",

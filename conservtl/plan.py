@@ -11,9 +11,9 @@ from pydantic import Field
 from conservtl.decision import After, Afters, Decision, Measure, Measures, Term, Terms, Update, Updates
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
-from conservtl.row import COLUMNS, Choice, Frozen, Phase, Row, changed, check_row
+from conservtl.row import COLUMNS, Anneal, Choice, Frozen, Phase, Row, changed, check_row
 
-__all__ = ["COLUMNS", "Choice", "Phase", "Plan", "Row"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Phase", "Plan", "Row"]
 
 
 class Plan(Frozen):

@@ -24,6 +24,10 @@ from conservtl.testing import check_strategy, instances, models, state_dicts, st
 BUILT_IN = [
     ctl.L2SP(),
     ctl.L2SP(mode="decoupled", on="all", depth=(1, 0.1)),
+    ctl.L2SP(alpha=100, normalize="per_parameter", anchors="bf16", anneal=ctl.Anneal(steps=5)),
+    ctl.LPFT(epochs=2, probe=10),
+    ctl.OutputConservation(),
+    ctl.OutputConservation(weight=1.0),
     ctl.LayerTransfer(layers=8),
     ctl.LayerTransfer(layers=0.4, freeze=False, rest="fresh"),
     ctl.LayerTransfer(layers=3, side="output", rest="fresh"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,19 @@ class KeptSource:
         outputs: (N, ...) its outputs.
         features: layer -> (N, ...).
         device: of the batches.
-        folder: where a mapped file lies; it goes with this object.
+        folder: where mapped files lie; it goes with this object.
     """
 
     def __init__(
-        self, outputs: Tensor, features: Mapping[str, Tensor], device: torch.device, folder: Any = None
+        self,
+        outputs: Tensor,
+        features: Mapping[str, Tensor],
+        device: torch.device,
+        folder: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
-        self._outputs, self._features, self._device, self._folder = outputs, features, device, folder
+        self._outputs, self._features, self._device = outputs, features, device
+        if folder is not None:
+            weakref.finalize(self, folder.cleanup)
 
     def of(self, batch: Batch) -> View:
         """The examples of a batch."""

@@ -15,10 +15,12 @@ from conservtl.strategies.feature_extraction import FeatureExtraction
 from conservtl.strategies.gradual_unfreezing import GradualUnfreezing, Stage
 from conservtl.strategies.l2_sp import L2SP
 from conservtl.strategies.layer_transfer import LayerTransfer
+from conservtl.strategies.lp_ft import LPFT
 from conservtl.strategies.output_conservation import OutputConservation
 
 __all__ = [
     "L2SP",
+    "LPFT",
     "AnyStrategy",
     "DiscriminativeLR",
     "FeatureExtraction",
@@ -49,7 +51,7 @@ def _spelled_out(value: Any) -> Any:
 
 AnyStrategy = Annotated[
     Annotated[
-        DiscriminativeLR | FeatureExtraction | GradualUnfreezing | L2SP | LayerTransfer | OutputConservation,
+        DiscriminativeLR | FeatureExtraction | GradualUnfreezing | L2SP | LPFT | LayerTransfer | OutputConservation,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_spelled_out),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from conservtl.plan import Plan, Row
+from conservtl.plan import Anneal, Plan, Row
 from conservtl.strategies.base import Strategy
 
 __all__ = ["L2SP"]
@@ -31,10 +32,14 @@ class L2SP(Strategy):
 
     The optimizer's own weight decay is 0 on every parameter covered by alpha or beta.
 
+    Cost: one pass over the trained weights a step, and one copy of them on the device, unless ``anchors`` says
+    otherwise; with another optimizer than SGD nothing else.
+
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with
         convolutional networks", equation 3. Decoupled: as Loshchilov and Hutter 2019 for weight
-        decay, toward the source instead of zero.
+        decay, toward the source instead of zero. Annealed: Chen et al. 2020, "Recall and Learn" (RecAdam), whose
+        pull fades while the target's loss fades in; here the target's loss has its full weight throughout.
     """
 
     kind: Literal["l2_sp"] = "l2_sp"
@@ -50,13 +55,35 @@ class L2SP(Strategy):
     depth: tuple[NonNegative, NonNegative] | None = None
     """Factors on alpha at the input and at the output side, linear in between. None: flat. Vision
     wants more at the input side, (1, 0.1) say; speech at the output side, (0.1, 1)."""
+    normalize: Literal["none", "per_parameter"] = "none"
+    """none: the paper's sum. per_parameter: alpha and beta are divided by the number of elements they cover, so
+    that a strength can be carried from one model size to another; alpha must then be given, and is larger by that
+    number."""
+    anchors: Literal["fp32", "bf16", "cpu"] = "fp32"
+    """How the source values are held for the pull: as the parameters are; in half the memory, rounded by up to
+    2^-9 of each value, which is then where the pull leads; or on the CPU, sent to the device at each step."""
+    anneal: Anneal | None = None
+    """A factor on alpha that changes over the optimizer's steps. None: alpha stays."""
+
+    @model_validator(mode="after")
+    def _scale(self) -> Self:
+        if self.normalize == "per_parameter" and self.alpha is None:
+            raise ValueError("normalize='per_parameter' changes the scale of alpha, which has no default then: give it")
+        return self
 
     def apply(self, plan: Plan) -> Plan:
         """Choose pulls for source rows and decays for fresh ones."""
         covered = [row for row in plan.rows if self.on == "all" or row.kind == "weight"]
-        pull = {row.name: {"pull": self._at(row), "mode": self.mode} for row in covered if row.origin == "source"}
-        decay = {row.name: {"decay": self.beta, "mode": self.mode} for row in covered if row.origin == "fresh"}
+        old = [row for row in covered if row.origin == "source"]
+        new = [row for row in covered if row.origin == "fresh"]
+        held = {"mode": self.mode, "anchor": self.anchors, "anneal": self.anneal}
+        pull = {row.name: {"pull": self._at(row) / self._count(old), **held} for row in old}
+        decay = {row.name: {"decay": self.beta / self._count(new), "mode": self.mode} for row in new}
         return plan.choose(self.label, "pull", pull, explicit=False).choose(self.label, "decay", decay, explicit=False)
+
+    def _count(self, rows: Sequence[Row]) -> int:
+        """What a strength is divided by."""
+        return sum(row.size for row in rows) if self.normalize == "per_parameter" else 1
 
     def _at(self, row: Row) -> float:
         alpha = _ALPHA[self.mode] if self.alpha is None else self.alpha

@@ -90,3 +90,60 @@ def test_two_are_refused():
 def test_bounds(fields):
     with pytest.raises(ValidationError):
         ctl.L2SP(**fields)
+
+
+def test_per_parameter_is_a_mean():
+    """Twice the model with the same alpha: half the pull on each of its weights."""
+    small, large = pulls(ctl.L2SP(alpha=8, normalize="per_parameter"), deep()), None
+    assert set(small.values()) == {8 / 20}
+    large = pulls(ctl.L2SP(alpha=8, normalize="per_parameter"), nn.Sequential(deep(), deep()))
+    assert set(large.values()) == {8 / 40}
+    with pytest.raises(ValidationError, match="changes the scale of alpha"):
+        ctl.L2SP(normalize="per_parameter")
+
+
+@pytest.mark.parametrize(("mode", "alpha"), [("coupled", 0.5), ("decoupled", 5.0)])
+@pytest.mark.parametrize("anchors", ["bf16", "cpu"])
+def test_anchors_held_otherwise(anchors, mode, alpha):
+    """On the CPU they change nothing; in bf16 they lead to the rounded source, 2^-9 of each value away at most."""
+    model = nn.Sequential(nn.Linear(600, 1000), nn.Linear(1000, 2))  # one tensor beyond a chunk, one within
+    source = {name: t.clone() for name, t in model.state_dict().items()}
+    adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=alpha, mode=mode, anchors=anchors)])
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        optimizer.step()  # no task: nothing but the pull
+    for name in ("0.weight", "1.weight"):
+        goal = source[name] if anchors == "cpu" else source[name].bfloat16().float()
+        torch.testing.assert_close(model.state_dict()[name], goal, rtol=1e-6, atol=1e-9)
+    assert (model[0].weight - source["0.weight"]).abs().le(source["0.weight"].abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize(
+    ("anneal", "expected"),
+    [
+        (ctl.Anneal(steps=4), [1, 0.75, 0.5, 0.25, 0, 0]),
+        (ctl.Anneal(steps=2, start=0, end=1), [0, 0.5, 1, 1, 1, 1]),
+        (ctl.Anneal(steps=2, shape="sigmoid", rate=1.0), [0.8808, 0.7311, 0.5, 0.2689, 0.1192, 0.0474]),
+    ],
+)
+def test_annealed_alpha(anneal, expected):
+    """The gradient of the pull alone, step by step; a checkpoint goes on counting."""
+    model = nn.Linear(1, 1, bias=False)
+    adaptation = ctl.adapt(model, {"weight": torch.zeros(1, 1)}, [ctl.L2SP(alpha=2.0, anneal=anneal)])
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    found = []
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        model.weight.grad = None
+        penalty = adaptation.penalty().item()
+        optimizer.step()
+        found.append(1 - model.weight.item())
+        assert penalty == pytest.approx(found[-1] / 0.1 / 2, abs=1e-6)
+        if step == 2:
+            state = adaptation.state_dict()
+            adaptation = ctl.adapt(model, {"weight": torch.zeros(1, 1)}, [ctl.L2SP(alpha=2.0, anneal=anneal)])
+            adaptation.load_state_dict(state)
+            optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    assert found == pytest.approx([0.2 * factor for factor in expected], abs=1e-4)

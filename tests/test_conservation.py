@@ -1,0 +1,441 @@
+"""One contract over every way of staying close to the source.
+
+A new member is one row in ``MEMBERS``: a strategy strong enough to be seen, the same at zero strength, and what one
+step of SGD must give, computed by the obvious code from the formula in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import conservtl as ctl
+from conservtl.layers import named_parameters
+from conservtl.testing import models, state_dicts, strategies
+
+RATE = 0.05
+X = torch.randn(8, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+
+
+def network() -> nn.Module:
+    """Three layers with norms, in float64."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).double()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a reference has to go by: plain tensors, nothing of the library.
+
+    Args:
+        weights: all parameters before the step.
+        start: the same where the model started, which is where the source stands.
+        x, y: the batch.
+        rate: of plain SGD.
+    """
+
+    weights: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]
+    x: torch.Tensor
+    y: torch.Tensor
+    rate: float
+
+    def outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of the plain network with these weights, norms in eval mode."""
+        return functional_call(network().eval(), weights, (self.x,))
+
+    def task(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy."""
+        return F.cross_entropy(self.outputs(weights), self.y)
+
+    def descend(self, objective: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights after one step of SGD on an objective of all weights."""
+        leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items()}
+        gradients = torch.autograd.grad(objective(leaves), list(leaves.values()))
+        return {name: w.detach() - self.rate * g for (name, w), g in zip(leaves.items(), gradients, strict=True)}
+
+    def pulled(self, weights: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(w, w0) of what L2-SP covers by default: weights of two dimensions or more."""
+        return [(w, self.start[name]) for name, w in weights.items() if w.ndim >= 2]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A method under the contract.
+
+    Args:
+        name: of the test.
+        strategy: strong enough to be seen after a step.
+        zero: the same at zero strength, which must change nothing at all; None where there is none.
+        reference: what one step of SGD gives.
+        duplicates: whether a batch given twice over gives the same step (means, not sums, over the batch).
+        accumulates: whether two halves give the step of the whole.
+        why: why a law is not asked for.
+    """
+
+    name: str
+    strategy: ctl.Strategy
+    zero: ctl.Strategy | None
+    reference: Callable[[Case], dict[str, torch.Tensor]]
+    duplicates: bool = True
+    accumulates: bool = True
+    why: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def plain(case):
+    return case.descend(case.task)
+
+
+def l2_sp(case):
+    return case.descend(lambda w: case.task(w) + sum(0.3 / 2 * (a - b).square().sum() for a, b in case.pulled(w)))
+
+
+def l2_sp_decoupled(case):
+    moved = {n: w + case.rate * 3 * (case.start[n] - w) if w.ndim >= 2 else w for n, w in case.weights.items()}
+    first = plain(case)
+    return {n: moved[n] + (first[n] - case.weights[n]) for n in moved}
+
+
+def l2_sp_per_parameter(case):
+    def objective(w):
+        pulled = case.pulled(w)
+        count = sum(a.numel() for a, _ in pulled)
+        return case.task(w) + sum(30 / count / 2 * (a - b).square().sum() for a, b in pulled)
+
+    return case.descend(objective)
+
+
+def l2_sp_annealed(case):
+    """The first of ten steps from 0.5 to 0."""
+    return case.descend(lambda w: case.task(w) + sum(0.5 * 0.3 / 2 * (a - b).square().sum() for a, b in case.pulled(w)))
+
+
+def kld(case):
+    p = case.outputs(case.start).softmax(-1).detach()
+    return case.descend(
+        lambda w: 0.4 * case.task(w) - 0.6 * (p * case.outputs(w).log_softmax(-1)).sum(-1).mean(),
+    )
+
+
+def lwf(case):
+    p = (case.outputs(case.start) / 2).softmax(-1).detach()
+    return case.descend(
+        lambda w: case.task(w) + 0.7 * 4 * (p * (p.log() - (case.outputs(w) / 2).log_softmax(-1))).sum(-1).mean(),
+    )
+
+
+MEMBERS = [
+    Member("l2_sp", ctl.L2SP(alpha=0.3), ctl.L2SP(alpha=0.0, beta=0.0), l2_sp),
+    Member(
+        "l2_sp decoupled",
+        ctl.L2SP(alpha=3, mode="decoupled"),
+        ctl.L2SP(alpha=0.0, beta=0.0, mode="decoupled"),
+        l2_sp_decoupled,
+    ),
+    Member(
+        "l2_sp per parameter",
+        ctl.L2SP(alpha=30, normalize="per_parameter"),
+        ctl.L2SP(alpha=0.0, beta=0.0, normalize="per_parameter"),
+        l2_sp_per_parameter,
+    ),
+    Member(
+        "l2_sp annealed",
+        ctl.L2SP(alpha=0.3, anneal=ctl.Anneal(steps=10, start=0.5)),
+        ctl.L2SP(alpha=0.3, beta=0.0, anneal=ctl.Anneal(steps=10, start=0.0)),
+        l2_sp_annealed,
+    ),
+    Member("l2_sp anchors on the CPU", ctl.L2SP(alpha=0.3, anchors="cpu"), None, l2_sp),
+    Member("kld", ctl.OutputConservation(rho=0.6), ctl.OutputConservation(rho=0.0), kld),
+    Member("lwf", ctl.OutputConservation(weight=0.7), ctl.OutputConservation(weight=0.0), lwf),
+    Member("lp_ft", ctl.LPFT(epochs=1), None, lambda case: {**case.weights, **_head(plain(case))}),
+]
+every = pytest.mark.parametrize("member", MEMBERS, ids=str)
+weighable = pytest.mark.parametrize("member", [m for m in MEMBERS if m.zero is not None], ids=str)
+
+
+def _head(weights):
+    return {name: w for name, w in weights.items() if name.startswith("8.")}
+
+
+def adapted(*chosen, displaced=True):
+    """An adaptation measured and ready, whose weights have moved away from the source."""
+    model = network()
+    adaptation = ctl.adapt(model, copy.deepcopy(model), chosen)
+    ready(adaptation)
+    if displaced:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, p in sorted(named_parameters(model).items()):
+                if name in adaptation.start:
+                    p.add_(torch.randn(p.shape, dtype=p.dtype, generator=generator), alpha=0.1)
+    return adaptation
+
+
+def ready(adaptation):
+    """Measure what the plan asks for."""
+    adaptation.measure([(X, Y)])
+    adaptation.measure([(X, Y)], on="source")
+
+
+def train(model):
+    """Training mode, but for the norms: a step must not depend on how a batch is cut."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def step(adaptation, optimizer, x=X, y=Y, parts=1, scaler=None, clip=None):
+    train(adaptation.model)
+    for inputs, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        outputs = adaptation.model(inputs)
+        loss = adaptation.loss(F.cross_entropy(outputs, labels), outputs, inputs) / parts
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if clip is not None:
+        adaptation.pull(scaler)
+        torch.nn.utils.clip_grad_norm_(adaptation.model.parameters(), clip)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+
+
+def weights(adaptation):
+    return {name: p.detach().clone() for name, p in named_parameters(adaptation.model).items()}
+
+
+def alike(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, w in ours.items():
+        torch.testing.assert_close(w, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def exactly(ours, theirs):
+    assert [name for name, w in ours.items() if not torch.equal(w, theirs[name])] == []
+
+
+@every
+def test_a_step_is_what_the_formula_says(member):
+    """Value and gradient, against code that knows only the formula."""
+    adaptation = adapted(member.strategy)
+    start = {name: t.double() for name, t in adaptation.start.items()}
+    before = weights(adaptation)
+    own = {name: before[name] for name in before if name in start}
+    expected = member.reference(Case(own, start, X, Y, RATE))
+    step(adaptation, adaptation.optimizer(torch.optim.SGD, lr=RATE))
+    alike({name: w for name, w in weights(adaptation).items() if name in expected}, expected, rtol=1e-6, atol=1e-9)
+    assert any(not torch.equal(before[name], w) for name, w in weights(adaptation).items())
+
+
+@every
+def test_it_is_seen(member):
+    """The strength used here does something: else the other laws would say nothing."""
+    ours, theirs = adapted(member.strategy), adapted()
+    for adaptation in (ours, theirs):
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=RATE)
+        for _ in range(2):
+            step(adaptation, optimizer)
+    assert any(not torch.allclose(w, weights(theirs).get(name, w), rtol=1e-4) for name, w in weights(ours).items()) or (
+        weights(ours).keys() != weights(theirs).keys()
+    )
+
+
+@weighable
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_zero_strength_is_plain_fine_tuning(member, cls):
+    ours, theirs = adapted(member.zero), adapted()
+    for adaptation in (ours, theirs):
+        optimizer = adaptation.optimizer(cls, lr=RATE, weight_decay=0.0)
+        for _ in range(3):
+            step(adaptation, optimizer)
+    alike(weights(ours), weights(theirs), rtol=1e-12, atol=1e-14)
+
+
+@every
+def test_a_batch_twice_over_gives_the_same_step(member):
+    """Means over the batch: alpha does not depend on its size."""
+    if not member.duplicates:
+        assert member.why
+        pytest.skip(member.why)
+    once, twice = adapted(member.strategy), adapted(member.strategy)
+    step(once, once.optimizer(torch.optim.SGD, lr=RATE))
+    step(twice, twice.optimizer(torch.optim.SGD, lr=RATE), torch.cat([X, X]), torch.cat([Y, Y]))
+    alike(weights(once), weights(twice), rtol=1e-9, atol=1e-12)
+
+
+@every
+def test_accumulation_is_exact(member):
+    if not member.accumulates:
+        assert member.why
+        pytest.skip(member.why)
+    whole, halves = adapted(member.strategy), adapted(member.strategy)
+    for adaptation, parts in ((whole, 1), (halves, 2)):
+        optimizer = adaptation.optimizer(torch.optim.AdamW, lr=RATE)
+        for _ in range(3):
+            step(adaptation, optimizer, parts=parts)
+    alike(weights(whole), weights(halves), rtol=1e-7, atol=1e-10)
+
+
+@every
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_scaler_changes_nothing(member, clip):
+    """Powers of two are exact, so is the pull under them; with ``pull()`` and clipping and without."""
+    bare, scaled = adapted(member.strategy), adapted(member.strategy)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for adaptation, own in ((bare, None), (scaled, scaler)):
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=RATE, momentum=0.9)
+        for _ in range(3):
+            step(adaptation, optimizer, scaler=own, clip=clip)
+    alike(weights(bare), weights(scaled), rtol=1e-9, atol=1e-12)
+
+
+@every
+def test_state_round_trips(member):
+    """Saved after two steps and loaded elsewhere, the third step is the same bit for bit."""
+    ours = adapted(member.strategy)
+    optimizer = ours.optimizer(torch.optim.AdamW, lr=RATE)
+    for _ in range(2):
+        step(ours, optimizer)
+    file = io.BytesIO()
+    torch.save([ours.model.state_dict(), ours.state_dict(), optimizer.state_dict()], file)
+    step(ours, optimizer)
+    file.seek(0)
+    model, state, other = torch.load(file, weights_only=True)
+    again = ctl.adapt(network(), copy.deepcopy(network()), [member.strategy])
+    again.model.load_state_dict(model)
+    again.load_state_dict(state)
+    resumed = again.optimizer(torch.optim.AdamW, lr=RATE)
+    resumed.load_state_dict(other)
+    step(again, resumed)
+    exactly(weights(ours), weights(again))
+
+
+@every
+def test_a_deep_copy_goes_its_own_way(member):
+    ours = adapted(member.strategy)
+    theirs = copy.deepcopy(ours)
+    before = weights(theirs)
+    mine, yours = (a.optimizer(torch.optim.AdamW, lr=RATE) for a in (ours, theirs))
+    step(ours, mine)
+    exactly(before, weights(theirs))
+    step(theirs, yours)
+    exactly(weights(ours), weights(theirs))
+
+
+@every
+def test_a_copy_of_the_model_alone_trains_plainly(member):
+    """It keeps nothing of the adaptation: no hook listens, nothing is mixed in."""
+    adaptation = adapted(member.strategy)
+    adaptation.optimizer(torch.optim.SGD, lr=RATE)
+    model = copy.deepcopy(adaptation.model)
+    train(model)
+    model(X).square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in named_parameters(model).items() if p.grad is not None}
+    bare = network()
+    own = {name: t for name, t in model.state_dict().items() if name in bare.state_dict()}
+    bare.load_state_dict(own)
+    train(bare)
+    bare(X).square().mean().backward()
+    theirs = {name: p.grad for name, p in named_parameters(bare).items()}
+    alike(expected, {name: theirs.get(name, g) for name, g in expected.items()})
+
+
+@every
+def test_a_second_model_does_not_remember_the_first(member):
+    first = adapted(member.strategy)
+    step(first, first.optimizer(torch.optim.SGD, lr=2 * RATE))
+    second, alone = adapted(member.strategy), adapted(copy.deepcopy(member.strategy))
+    for adaptation in (second, alone):
+        step(adaptation, adaptation.optimizer(torch.optim.SGD, lr=RATE))
+    exactly(weights(second), weights(alone))
+
+
+@every
+def test_composes_with_transfer_and_rates(member):
+    """What layer transfer freezes stands still bit for bit; what remains trains."""
+    held = ctl.LayerTransfer(side="input", layers=1)
+    try:
+        adaptation = adapted(member.strategy, held, ctl.DiscriminativeLR(decay=0.5))
+    except ctl.PlanError as error:  # it decides the same thing, and both are named
+        assert "LayerTransfer" in str(error) or "DiscriminativeLR" in str(error)  # noqa: PT017
+        return
+    before = weights(adaptation)
+    optimizer = adaptation.optimizer(torch.optim.AdamW, lr=RATE)
+    for phase in range(len(adaptation.plan.phases)):
+        adaptation.start_phase(phase)
+        step(adaptation, optimizer)
+        step(adaptation, optimizer)
+    frozen = {row.name for row in adaptation.plan.rows if row.frozen}
+    exactly({n: w for n, w in weights(adaptation).items() if n in frozen}, before)
+    assert any(not torch.equal(w, before[n]) for n, w in weights(adaptation).items())
+
+
+@every
+def test_what_is_frozen_costs_nothing(member):
+    """No anchor is placed for a frozen parameter, and a loss without gradient asks the source nothing."""
+    try:
+        adaptation = adapted(member.strategy, ctl.LayerTransfer(side="input", layers=1))
+    except ctl.PlanError:
+        pytest.skip("decides what is frozen itself")
+    step(adaptation, adaptation.optimizer(torch.optim.SGD, lr=RATE))
+    assert not {name for _, name in adaptation._placed} & adaptation.frozen
+    loss = torch.tensor(1.0)
+    assert adaptation.loss(loss, None, None if not adaptation.plan.terms else X) is loss
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_stacks_of_strategies_train(data):
+    """Whatever is drawn together trains three steps, stays finite, and leaves what is frozen as it was."""
+    model, x = data.draw(models())
+    weights_of_source = data.draw(state_dicts(model))
+    chosen = data.draw(strategies(model, x, max_size=4))
+    try:
+        adaptation = ctl.adapt(model, weights_of_source, chosen, example=x)
+        adaptation.measure([(x, torch.tensor([0, 1, 2, 0]))])
+        adaptation.measure([(x, torch.tensor([0, 1, 2, 0]))], on="source")
+    except ctl.InputError:
+        return
+    if not adaptation.plan.trained:
+        return
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=1e-3)
+    for phase in range(len(adaptation.plan.phases)):
+        adaptation.start_phase(phase)
+        before = {n: w for n, w in weights(adaptation).items() if n in adaptation.frozen}
+        for _ in range(3):
+            adaptation.model.train()
+            outputs = adaptation.model(x)
+            loss = F.cross_entropy(outputs, torch.tensor([0, 1, 2, 0]))
+            total = adaptation.loss(loss, outputs, x)
+            if total.requires_grad:
+                total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        exactly(before, {n: w for n, w in weights(adaptation).items() if n in before})
+    assert all(torch.isfinite(w).all() for w in weights(adaptation).values())
