@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from conservtl.adapt import Adaptation, adapt
+from conservtl.conserve.interpolation import interpolate, path
+from conservtl.conserve.soup import soup
+from conservtl.conserve.statistics import recompute_statistics
 from conservtl.errors import (
     ConservtlError,
     DataError,
@@ -18,61 +21,96 @@ from conservtl.layers import Layer, find_layers
 from conservtl.plan import Anneal, Phase, Plan, Row
 from conservtl.source import TransferReport
 from conservtl.strategies import (
+    L1SP,
     L2SP,
+    LHUC,
     LPFT,
+    AutoRGN,
     DiscriminativeLR,
+    FeatureConservation,
     FeatureExtraction,
+    FisherSP,
     GradualUnfreezing,
+    GroupLassoSP,
+    InputTransform,
     LayerTransfer,
+    Mixout,
+    NormAdaptation,
     OutputConservation,
+    Projection,
+    SelectiveDecay,
+    SpectralShrinkage,
     Stage,
     Strategy,
+    SurgicalFineTuning,
+    WeightInterpolation,
 )
 
 if TYPE_CHECKING:
-    from conservtl.engine import FitResult, Holdout, Training, fit
-    from conservtl.experiments import Adapted, Prediction, load
+    from conservtl.engine import FitResult, Holdout, Training, best_block, fit
+    from conservtl.experiments import Adapted, Prediction, Recommendation, load, recommend
 
 __version__ = "0.1.0"
 
-_ENGINE = ("FitResult", "Holdout", "Training", "fit")
-_EXPERIMENTS = ("Adapted", "Prediction", "load")
+_ENGINE = ("FitResult", "Holdout", "Training", "best_block", "fit")
+_EXPERIMENTS = ("Adapted", "Prediction", "Recommendation", "load", "recommend")
 
 __all__ = [
+    "L1SP",
     "L2SP",
+    "LHUC",
     "LPFT",
     "Adaptation",
     "Adapted",
     "Anneal",
+    "AutoRGN",
     "ConservtlError",
     "DataError",
     "DiscriminativeLR",
+    "FeatureConservation",
     "FeatureExtraction",
+    "FisherSP",
     "FitResult",
     "GradualUnfreezing",
+    "GroupLassoSP",
     "Holdout",
     "InputError",
+    "InputTransform",
     "Layer",
     "LayerTransfer",
     "MissingExtraError",
+    "Mixout",
+    "NormAdaptation",
     "OutputConservation",
     "Phase",
     "Plan",
     "PlanError",
     "Prediction",
+    "Projection",
+    "Recommendation",
     "Row",
+    "SelectiveDecay",
     "SelectorError",
     "SourceError",
     "SpecError",
+    "SpectralShrinkage",
     "Stage",
     "Strategy",
+    "SurgicalFineTuning",
     "Training",
     "TrainingDivergedError",
     "TransferReport",
+    "WeightInterpolation",
     "adapt",
+    "best_block",
     "find_layers",
     "fit",
+    "interpolate",
     "load",
+    "path",
+    "recommend",
+    "recompute_statistics",
+    "soup",
 ]
 
 

@@ -1,35 +1,20 @@
-"""The plan bound to a model: weights copied, anchors kept, optimizers made. Prepares, never trains."""
+"""The entry for people with a loop of their own: a plan drawn up, weights copied. Prepares, never trains."""
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import torch
-from pydantic import ValidationError
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import nn
 
-from conservtl.conserve.freeze import freeze, hold_statistics, tracks_statistics
-from conservtl.conserve.groups import build_optimizer
-from conservtl.conserve.hook import StepHook
-from conservtl.conserve.measures import measure
-from conservtl.conserve.pull import place_like, whole
+from conservtl.adaptation import Adaptation, Origin
 from conservtl.conserve.teacher import source_model
-from conservtl.conserve.terms import TermRunner
-from conservtl.conserve.updates import UpdateRunner
-from conservtl.decision import Ending, Measure, View
-from conservtl.errors import PlanError, SpecError
-from conservtl.functions import Forward, Loss, cross_entropy
-from conservtl.functions import forward as plain_forward
-from conservtl.layers import Layer, canonical, find_layers, layer_of, named_parameters, select, unwrap
+from conservtl.errors import SourceError, SpecError
+from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.plan import Plan
-from conservtl.source import SourceLike, TransferReport, check_structure, read_source
-from conservtl.strategies import Strategy, apply_all, as_strategy
+from conservtl.source import Source, SourceLike, check_structure, read_source
+from conservtl.strategies import Strategy, apply_all, as_strategy, extend_all, retract_all
 from conservtl.transfer import transfer
 
 __all__ = ["Adaptation", "adapt"]
@@ -83,463 +68,28 @@ def adapt(
         check_structure(model, read.module, allow)
     read = read.matched(map(canonical, unwrap(model).state_dict()))
     read.check_finite(other_than=_masks(model))
-    bare = copy.deepcopy(unwrap(model)) if any(type(one).extends for one in chosen) else unwrap(model)
-    added: dict[str, str] = {}
+    bare = copy.deepcopy(unwrap(model)) if any(one.extends for one in chosen) else unwrap(model)
+    added, layers = extend_all(model, chosen, example, layers)
     try:
-        for one in chosen:
-            if type(one).extends:
-                added |= one.extend(model, find_layers(model, example, layers), example)
+        _check_merged(read, added)
         parts = find_layers(model, example, layers)
         values = read.values_of(parts)
         shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
         fixed = [name for name, parameter in named_parameters(model).items() if not parameter.is_floating_point()]
         declared = _declared(parts, fresh)
-        drawn = Plan.draw(parts, shapes, added | declared, fixed)
+        drawn = Plan.draw(parts, shapes, declared | added, fixed, added)
         plan = apply_all(drawn, chosen)
+        for needed in plan.measures:
+            needed.check(unwrap(model))
         head = _own_head(plan, declared)
         names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(one.data == "source" for one in plan.measures)
         teacher = source_model(bare, read, names) if compared else None
     except BaseException:
-        for one in chosen:
-            one.retract(model)
+        retract_all(model, chosen)
         raise
     report = transfer(model, parts, plan, values, read)
     return Adaptation(model, plan, report, parts, Origin(drawn, chosen, teacher, head))
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a plan was drawn up from.
-
-    Args:
-        drawn: the plan before any strategy.
-        strategies: in the order they were given.
-        teacher: the source model, where a term or a measurement looks at it.
-        head: name of the head's module, where the target has labels of its own.
-    """
-
-    drawn: Plan
-    strategies: tuple[Strategy, ...] = ()
-    teacher: nn.Module | None = None
-    head: str | None = None
-
-
-class Adaptation:
-    """A model with its plan, and what is needed to train it by it.
-
-    Args:
-        model: the model, already at its starting point.
-        plan: the decisions.
-        transfer: what was copied.
-        layers: the model's layers.
-        origin: what the plan was drawn up from.
-
-    A deep copy, or one reloaded from a pickle, goes on with its own model, anchors and phase, and makes
-    its own optimizer: an optimizer that was copied has lost the pull, as torch drops its hooks.
-    """
-
-    def __init__(
-        self, model: nn.Module, plan: Plan, transfer: TransferReport, layers: tuple[Layer, ...], origin: Origin
-    ) -> None:
-        self.model = model
-        self.plan = plan
-        self.transfer = transfer
-        self.layers = layers
-        self.origin = origin
-        self.phase = 0
-        self.measured: dict[str, dict[str, Tensor]] = {}
-        parameters = named_parameters(model)
-        self._start = {
-            row.name: parameters[row.name].detach().to("cpu", copy=True) for row in plan.rows if row.origin == "source"
-        }
-        self._statistics = {
-            canonical(name): buffer.detach().to("cpu", copy=True) for name, buffer in unwrap(model).named_buffers()
-        }
-        self._placed: dict[tuple[str, str], Tensor] = {}
-        self._hook: StepHook | None = None
-        self._bind()
-        self.start_phase(0)
-
-    def _bind(self) -> None:
-        """Make what carries the plan's terms and updates out."""
-        self._terms = TermRunner(self.plan, self.model, self._modules(), self.origin.teacher, self.origin.head)
-        self._updates = UpdateRunner(self.plan.updates)
-        self._listen()
-
-    def optimizer(
-        self, cls: Callable[..., torch.optim.Optimizer], *, pull: bool = True, **options: Any
-    ) -> torch.optim.Optimizer:
-        """An optimizer with the plan's rates in its groups and the pull in its step.
-
-        The pull acts before the step, after any clipping of your own; call ``pull()`` before you clip
-        to have it clipped with the rest, as a term in the loss would be. Call this after the model has
-        been moved, wrapped or sharded.
-
-        Args:
-            cls: any optimizer class that takes groups and dense gradients.
-            pull: False for those who put ``penalty()`` into their loss.
-            options: passed to ``cls``; ``lr`` is the rate that the plan's ratios multiply.
-
-        Raises:
-            SpecError: the optimizer cannot carry the plan out, or something must be measured first; the message says
-                why.
-        """
-        if outstanding := self.outstanding():
-            one = outstanding[0]
-            raise SpecError(
-                f"{one.by} needs a measurement first ({one.describe()}). Call adaptation.measure(batches"
-                f"{', on=' + repr(one.data) if one.data == 'source' else ''}) before optimizer(...)."
-            )
-        self.keep_frozen()  # a process group may have come since
-        scale = self.plan.phases[self.phase].scale
-        optimizer = build_optimizer(cls, self.plan, named_parameters(self.model), scale, options)
-        self._placed.clear()
-        self._hook = StepHook(
-            optimizer, self.plan, lambda: self.frozen, self._anchor, self._importance, self._updates, pull
-        )
-        return optimizer
-
-    def loss(self, loss: Tensor, outputs: Any, inputs: Any = None, *, source: View | None = None) -> Tensor:
-        """The task's loss with the plan's terms on outputs and features: what to call ``backward`` on.
-
-        Without such terms it is the loss as it is.
-
-        Args:
-            loss: of the task, a scalar, the mean over the batch.
-            outputs: what the model gave in the forward pass just made.
-            inputs: what it was given: a tensor, a tuple of positional or a dictionary of keyword arguments. The
-                source model is run on the same, in eval mode, under the autocast that is active here.
-            source: instead of ``inputs``: what ``source_view(inputs)`` gave, kept from an earlier epoch.
-
-        Raises:
-            SpecError: the source's view is needed and neither is given, or the model made no forward pass.
-        """
-        if not self.plan.terms:
-            return loss
-        if source is None and self._terms.looks:
-            if inputs is None:
-                by = next(term.by for term in self.plan.terms if term.source)
-                raise SpecError(
-                    f"{by} compares with the source model on the same inputs: pass loss(loss, outputs, inputs)."
-                )
-            source = self.source_view(inputs)
-        return self._terms.objective(loss, outputs, source, self.measured)
-
-    def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
-        """What the source model makes of inputs: outputs and tapped features; None where no term looks at it.
-
-        Args:
-            inputs: as the model takes them, or a batch that ``forward`` takes.
-            forward: (model, batch) -> outputs; None calls the model with ``inputs``.
-        """
-        device = next(iter(named_parameters(self.model).values())).device
-        return self._terms.source_view(lambda model: (forward or _call)(model, inputs), device)
-
-    @property
-    def terms(self) -> TermRunner:
-        """What adds the plan's terms to a loss."""
-        return self._terms
-
-    def outstanding(self) -> tuple[Measure, ...]:
-        """What must be measured before an optimizer can be made."""
-        return tuple(one for one in self.plan.measures if one.name not in self.measured)
-
-    def measure(
-        self,
-        batches: Iterable[Any],
-        *,
-        on: Literal["target", "source"] = "target",
-        forward: Forward = plain_forward,
-        loss: Loss = cross_entropy,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        """Measure what the plan asks for on this data, once, before training.
-
-        Args:
-            batches: (inputs, labels) or what ``forward`` and ``loss`` take, to be gone through more than once.
-            on: whether they are the target's or the source's; the plan says what it needs.
-            forward: (model, batch) -> outputs.
-            loss: (outputs, batch) -> scalar, the mean over the batch.
-            autocast: makes the context of each forward pass.
-
-        Raises:
-            DataError: there are no batches.
-            SpecError: the model cannot be measured so; the message says why.
-        """
-        for one in self.outstanding():
-            if one.data == on:
-                source = on == "source" and self.origin.teacher is not None
-                model = self.origin.teacher if source and self.origin.teacher is not None else self.model
-                self.measured[one.name] = measure(one, model, batches, self._modules(), forward, loss, autocast)
-                one.use(unwrap(self.model), self.measured[one.name])
-
-    def decide(self, **facts: str) -> None:
-        """Draw the plan up again with what was found out; before an optimizer is made.
-
-        Args:
-            facts: name -> what strategies read in ``plan.facts``.
-
-        Raises:
-            PlanError: the new plan copies other layers than were copied.
-        """
-        plan = apply_all(self.origin.drawn.with_facts({**self.plan.facts, **facts}), self.origin.strategies)
-        if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
-            raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
-        self.plan = plan
-        self._terms.detach()
-        self._bind()
-        self.start_phase(0)
-
-    def finish(
-        self,
-        batches: Iterable[Any] | None = None,
-        *,
-        forward: Forward = plain_forward,
-        score: Callable[[], float] | None = None,
-    ) -> dict[str, Any]:
-        """Do what the plan asks for once training is over; ``fit`` does so by itself.
-
-        Args:
-            batches: the training data's, for what recomputes statistics.
-            forward: (model, batch) -> outputs.
-            score: () -> score of the model as it is, on a validation part; higher is better.
-
-        Returns:
-            What a report may want to say.
-        """
-        found: dict[str, Any] = {}
-        for one in self.plan.after:
-            if type(one).scored and score is None:
-                raise SpecError(f"{one.by} chooses on a validation part: pass score, or give fit valid={{...}}.")
-            ending = Ending(unwrap(self.model), self.start, batches, forward, score)
-            with torch.no_grad():
-                found[one.name] = one.finish(ending)
-        return found
-
-    @property
-    def start(self) -> dict[str, Tensor]:
-        """The starting point on the CPU, by name: parameters from the source, and all buffers."""
-        return {**self._statistics, **self._start}
-
-    def merged(self) -> nn.Module:
-        """A copy of the model without what strategies added to it, where that can be merged into the weights exactly.
-
-        What cannot be merged stays in it. Where nothing was added it is a plain copy.
-        """
-        model = copy.deepcopy(unwrap(self.model))
-        for one in self.origin.strategies:
-            one.merge(model)
-        return model
-
-    def pull(self, scaler: GradScaler | None = None) -> None:
-        """Add the coupled pull to the gradients now, for those who clip: backward, pull, clip, step.
-
-        The next step then adds nothing. A decoupled pull is no gradient, and stays in the step.
-
-        Args:
-            scaler: the GradScaler of an fp16 loop; gradients still scaled are unscaled first.
-
-        Raises:
-            SpecError: no optimizer has been made yet.
-        """
-        if self._hook is None:
-            raise SpecError("pull() acts before a step of adaptation.optimizer(...): make that optimizer first.")
-        self._hook.add(scaler)
-
-    def penalty(self) -> Tensor:
-        """The penalty, alpha/2 |w_S - w0|^2 + beta/2 |w_N|^2, over what is trained now; a scalar with gradient.
-
-        For a log, or for the loss of a loop whose optimizer was made with ``pull=False``. Where parameters
-        are sharded, all processes call it together, and ``drift()`` too.
-        """
-        terms = []
-        parameters = named_parameters(self.model)
-        for row in self.plan.rows:
-            if row.name in self.frozen:
-                continue
-            parameter = parameters[row.name]
-            if row.pull is not None:
-                strength = row.pull if row.anneal is None else row.pull * row.anneal.factor(self._updates.number)
-                square = (parameter - self._anchor(row.name, parameter)).square()
-                importance = self._importance(row.name, parameter)
-                terms.append(strength / 2 * (square if importance is None else square * importance).sum())
-            elif row.decay is not None:
-                terms.append(row.decay / 2 * parameter.square().sum())
-        if not terms:
-            return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-        return whole(torch.stack([term.to(terms[0].device) for term in terms]).sum())
-
-    @torch.no_grad()
-    def drift(self) -> dict[str, float]:
-        """How far each layer has moved: |w - w0| / |w0| over its parameters from the source; fresh layers left out."""
-        parameters = named_parameters(self.model)
-        out = {}
-        for layer, rows in self.plan.by_layer():
-            pairs = [(whole(parameters[r.name]).cpu(), self._start[r.name]) for r in rows if r.origin == "source"]
-            if pairs:
-                moved = sum(float((w.double() - w0.double()).square().sum()) for w, w0 in pairs)
-                size = sum(float(w0.double().square().sum()) for _, w0 in pairs)
-                out[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
-        return out
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Parameters that the current phase does not train."""
-        return self._frozen
-
-    def start_phase(self, phase: int) -> None:
-        """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates.
-
-        A scheduler of torch's keeps the rates it began with: make a new one after this.
-
-        Args:
-            phase: position in ``plan.phases``.
-
-        Raises:
-            SpecError: the plan has no such phase.
-        """
-        phases = self.plan.phases
-        if not 0 <= phase < len(phases):
-            raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase}.")
-        self.phase = phase
-        self._frozen = self.plan.frozen_in(phase)
-        self.keep_frozen()
-        scale = phases[phase].scale
-        for group in self._hook.optimizer.param_groups if self._hook else ():
-            # The group says what is in its rates: its state may have been loaded before this one's.
-            factor = scale / group.get("phase_scale", scale)
-            first = group.get("initial_lr", group["lr"])
-            group |= {"lr": group["lr"] * factor, "initial_lr": first * factor, "phase_scale": scale}
-
-    def keep_frozen(self) -> None:
-        """Freeze again what the current phase freezes, after something else has touched it."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
-        freeze(named_parameters(self.model), self._frozen, keep)
-        model = unwrap(self.model)
-        norms = {canonical(name): norm for name, norm in model.named_modules() if tracks_statistics(norm)}
-        names = {id(parameter): name for name, parameter in named_parameters(self.model).items()}
-        held = [norm for name, norm in norms.items() if self._holds(name, norm, names)]
-        hold_statistics(norms.values(), held, model.training)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What brings this adaptation back, beside the model's and the optimizer's own state dicts."""
-        return {
-            "start": dict(self._start),
-            "statistics": dict(self._statistics),
-            "phase": self.phase,
-            "plan": self.plan.model_dump(mode="json"),
-            "measured": {name: dict(found) for name, found in self.measured.items()},
-            "updates": self._updates.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Bring back anchors, phase and frozen state, by name.
-
-        Raises:
-            PlanError: the state belongs to another plan; the message names the first row that differs.
-        """
-        try:
-            plan, start, phase = Plan(**state["plan"]), state["start"], state["phase"]
-        except (KeyError, TypeError, ValidationError) as error:
-            raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
-        if plan.facts != self.plan.facts:
-            self.decide(**plan.facts)
-        if plan != self.plan:
-            ours = {row.name: row for row in self.plan.rows}
-            fields = (name for name in Plan.model_fields if getattr(plan, name) != getattr(self.plan, name))
-            other = next((repr(row.name) for row in plan.rows if ours.get(row.name) != row), f"its {next(fields)}")
-            raise PlanError(
-                f"this state belongs to another plan: {other} differs. Load it into an adaptation made "
-                "from the same model, source and strategies."
-            )
-        if {n: t.shape for n, t in start.items()} != {n: t.shape for n, t in self._start.items()}:
-            raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
-        self._start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in start.items()}
-        self._statistics = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state["statistics"].items()}
-        self.measured = {name: dict(found) for name, found in state["measured"].items()}
-        self._updates.load_state_dict(state["updates"])
-        self._placed.clear()
-        self.start_phase(phase)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None, "_placed": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._terms.attach(self.model)
-        self._listen()
-
-    def __repr__(self) -> str:
-        total = self.plan.totals()
-        return f"<Adaptation of {type(unwrap(self.model)).__name__}: {total['trained']:,} of {total['all']:,} trained>"
-
-    def _anchor(self, name: str, parameter: Tensor) -> Tensor:
-        """Where a parameter started, placed as the parameter is and held as the plan says."""
-        held = self.plan[name].anchor
-        if held == "cpu":
-            return place_like(self._start[name], parameter)
-        return self._kept("anchor", name, self._start[name], parameter, torch.bfloat16 if held == "bf16" else None)
-
-    def _importance(self, name: str, parameter: Tensor) -> Tensor | None:
-        """What weighs the pull of a parameter's elements."""
-        measured = self.plan[name].importance
-        return None if measured is None else self._kept(measured, name, self.measured[measured][name], parameter, None)
-
-    def _kept(self, what: str, name: str, value: Tensor, parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-        placed = self._placed.get((what, name))
-        if placed is None or placed.device != parameter.device:
-            placed = place_like(value, parameter, dtype)
-            self._placed[what, name] = placed
-        return placed
-
-    def _modules(self) -> dict[str, str]:
-        """Layer -> the module whose output is the layer's: the last of those that make it up."""
-        return {layer.name: layer.modules[-1] for layer in self.layers if layer.modules}
-
-    def _listen(self) -> None:
-        """Let updates act before each forward pass, where one wants to."""
-        if self._updates.listens:
-            unwrap(self.model).register_forward_pre_hook(_BeforeForward(self))
-
-    def _before_forward(self, *, training: bool) -> None:
-        if self._hook is not None:
-            self._hook.prepare(training=training)
-
-    def _holds(self, module: str, norm: nn.Module, names: Mapping[int, str]) -> bool:
-        """Whether a norm's statistics stand still: its own parameters are frozen, or else its layer's."""
-        own = [names[id(parameter)] for parameter in norm.parameters(recurse=False)]
-        if not own:
-            layer = layer_of(self.layers, module)
-            own = [info.name for info in layer.parameters] if layer else []
-        held = {row.name for row in self.plan.rows if row.statistics == "hold"}
-        return bool(own) and (all(name in self._frozen for name in own) or bool(held.intersection(own)))
-
-
-class _BeforeForward:
-    """A forward pre-hook of the model that knows its adaptation. A copy of it, with a copied model, does nothing."""
-
-    def __init__(self, adaptation: Adaptation | None) -> None:
-        self._adaptation = None if adaptation is None else weakref.ref(adaptation)
-
-    def __call__(self, module: nn.Module, _: Any) -> None:
-        adaptation = self._adaptation() if self._adaptation is not None else None
-        if adaptation is not None:
-            adaptation._before_forward(training=module.training and torch.is_grad_enabled())  # noqa: SLF001
-
-    def __deepcopy__(self, _: Any) -> _BeforeForward:
-        return _BeforeForward(None)
-
-    def __reduce__(self) -> Any:
-        return _BeforeForward, (None,)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    """The model on inputs as a caller gives them."""
-    if isinstance(inputs, Mapping):
-        return plain_forward(model, inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:
@@ -547,6 +97,15 @@ def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:
     rows = [plan[name] for name in plan.head]
     other = any(row.name in declared or (row.source_shape or row.shape) != row.shape for row in rows)
     return rows[0].name.rpartition(".")[0] if other else None
+
+
+def _check_merged(source: Source, added: Iterable[str]) -> None:
+    """Refuse a source that was adapted and still holds what was added to it: it would be left behind."""
+    if left := [name for name in added if name in source.tensors]:
+        raise SourceError(
+            f"{source.where} holds {left[0]!r}, which a strategy added to it when it was adapted. Merge it into its "
+            "weights first: adaptation.merged() gives a model to adapt from."
+        )
 
 
 def _masks(model: nn.Module) -> set[str]:

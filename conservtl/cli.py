@@ -1,4 +1,4 @@
-"""The command line: plan, run, predict, schema."""
+"""The command line: plan, run, compare, sweep, tune, predict, schema, and more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from conservtl.errors import ConservtlError, InputError
+from conservtl.errors import ConservtlError, InputError, MissingExtraError
 
 __all__ = ["app", "main"]
 
@@ -69,6 +69,113 @@ def run(
     sys.stdout.write(f"{page}\n")
 
 
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results; what is in it already is not run again.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Runs done at the same time.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say how many runs there are and about how long they take.")
+]
+
+
+@app.command()
+def compare(
+    spec: SpecFile,
+    out: Out = Path("runs/compare"),
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+) -> None:
+    """Hold the spec's variants against honest baselines over targets, seeds and shots."""
+    from conservtl.experiments.compare import compare as compare_all
+    from conservtl.experiments.spec import load_spec
+    from conservtl.report import write_compare
+
+    found = compare_all(load_spec(spec, overrides or ()), out, processes=processes, dry_run=dry_run, say=_progress)
+    if dry_run:
+        return _estimated(found)
+    for table in found["tables"]:
+        Console().print(_compared(table))
+    sys.stdout.write("\n".join([*found["verdict"], *(f"Left out: {text}" for text in found["left_out"])]) + "\n")
+    return _written(found, out, "compare", write_compare)
+
+
+@app.command()
+def sweep(
+    spec: SpecFile,
+    out: Out = Path("runs/sweep"),
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+) -> None:
+    """How transferable each layer is from either side, and how strong a conservation should be."""
+    from conservtl.experiments.spec import load_spec
+    from conservtl.experiments.sweep import sweep as sweep_all
+    from conservtl.report import write_sweep
+
+    found = sweep_all(load_spec(spec, overrides or ()), out, processes=processes, dry_run=dry_run, say=_progress)
+    return _estimated(found) if dry_run else _written(found, out, "sweep", write_sweep)
+
+
+@app.command()
+def tune(
+    spec: SpecFile,
+    out: Out = Path("runs/tune"),
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Search the fields that the spec marks with a range: alpha: {range: [1, 100], log: true}."""
+    from conservtl.experiments.spec import read_content
+    from conservtl.experiments.tune import tune as tune_all
+    from conservtl.report import write_tune
+
+    found = tune_all(read_content(spec, overrides or ()), out, dry_run=dry_run, say=_progress)
+    if dry_run:
+        return _estimated(found)
+    for trial in found["trials"]:
+        if trial["number"] in found["best"]:
+            sys.stdout.write(f"best: trial {trial['number']}, {trial['values']}, {trial['params']}\n")
+    return _written(found, out, "tune", write_tune)
+
+
+@app.command()
+def recommend(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    write: Annotated[Path | None, typer.Option("--write", help="File for the recommended spec.")] = None,
+) -> None:
+    """Say which strategies fit this data, and why: measured, not guessed."""
+    from conservtl.experiments.recommend import recommend as recommend_for
+    from conservtl.experiments.spec import load_spec
+
+    found = recommend_for(load_spec(spec, overrides or ()))
+    sys.stdout.write(f"{found}\n")
+    if write is not None:
+        found.write(write)
+        sys.stdout.write(f"{write}\n")
+
+
+@app.command("lr-find")
+def lr_find(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the picture: .html or .png.")] = None,
+) -> None:
+    """Suggest a learning rate: a range test on a copy of the model; nothing is changed."""
+    from dataclasses import asdict
+
+    from conservtl.experiments.lr_find import lr_find as find
+    from conservtl.experiments.spec import load_spec
+    from conservtl.report import check_picture, range_test_sentence, write_range_test
+
+    if out is not None:
+        check_picture(out)
+    given = load_spec(spec, overrides or ())
+    result = {**asdict(find(given)), "spec": given.model_dump(mode="json")}
+    sys.stdout.write(range_test_sentence(result) + "\n")
+    if out is not None:
+        write_range_test(result, out)
+        sys.stdout.write(f"{out}\n")
+
+
 @app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What run --out wrote.", show_default=False)],
@@ -87,6 +194,32 @@ def schema() -> None:
     from conservtl.experiments.spec import schema as spec_schema
 
     sys.stdout.write(spec_schema() + "\n")
+
+
+def _progress(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _estimated(found: dict[str, Any]) -> None:
+    minutes = found["seconds"] / 60
+    sys.stdout.write(
+        f"{found['runs']} runs, about {minutes:.0f} minutes here, beside training up to {found['sources']} source "
+        "models, which are then kept\n"
+    )
+
+
+def _written(found: dict[str, Any], out: Path, name: str, write: Callable[[Any, Path], None]) -> None:
+    """The results as JSON and, where the extra is there, as a page."""
+    from conservtl.report import write_json
+
+    write_json(found, out / f"{name}.json")
+    page = out / "report.html"
+    try:
+        write(found, page)
+    except MissingExtraError as error:
+        sys.stderr.write(f"report.html was not written: {error}\n")
+        page = out / f"{name}.json"
+    sys.stdout.write(f"{page}\n")
 
 
 def main() -> None:
@@ -144,6 +277,25 @@ def _table(report: dict[str, Any]) -> Any:
         table.add_row("agreement with the source model", "", f"{100 * found['agreement']:.1f} %", "")
         table.add_row("KL from the source model", "", f"{found['kl']:.3f}", "nats")
     return table
+
+
+def _compared(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, title=f"{found['shots']} shots a class")
+    for name in ("", "target", "source", "harmonic mean", "difference"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for row in found["rows"]:
+        cells = [_interval(row[name]) for name in ("target", "source", "harmonic", "difference")]
+        table.add_row(row["variant"], *cells, style="dim" if row["baseline"] else "")
+    return table
+
+
+def _interval(found: dict[str, Any] | None) -> str:
+    """Mean and ends of an interval, in percent."""
+    if found is None:
+        return ""
+    return f"{100 * found['mean']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
 if __name__ == "__main__":

@@ -66,10 +66,12 @@ class View:
         outputs: the model's outputs. Where the target has labels of its own: those of the source's head, on
             the adapted body's features or on the source's.
         features: layer -> its output, (N, ...), for the layers that a term taps.
+        entering: module -> its input, (N, ...), for the modules that a term asks for; of the adapted model only.
     """
 
     outputs: Any
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    entering: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Term(Decision):
@@ -77,6 +79,10 @@ class Term(Decision):
 
     taps: tuple[str, ...] = ()
     """Layers whose outputs it needs."""
+    enters: tuple[str, ...] = ()
+    """Modules whose inputs it needs, the head's say."""
+    reads: tuple[str, ...] = ()
+    """Measurements it needs, by name."""
     task: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Factor on the task's own loss."""
 
@@ -92,7 +98,7 @@ class Term(Decision):
         Args:
             adapted: of the model that is trained, with gradient.
             source: of the source model on the same inputs, without; None where ``source`` is False.
-            measured: what was measured before training, by the measures' names.
+            measured: what it reads of what was measured before training, by the measures' names, on the device.
         """
 
 
@@ -155,10 +161,10 @@ class Update(Decision):
         """Once a step, before the pull."""
 
     def before(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Right before the optimizer's step, after the pull."""
+        """Right before the optimizer's step and a decoupled pull."""
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Right after it."""
+        """Right after it; updates act in the reverse of their order here, as contexts nest."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +197,24 @@ class Measure(Decision):
     """target: on the adaptation data, with the model at its starting point. source: on source data, with the source
     model and its own head."""
 
+    tried: ClassVar[bool] = False
+    """Whether it is found by trying on a validation part, which must be there, and not by ``compute``."""
+
+    @property
+    def remedy(self) -> str:
+        """What to call in a loop of one's own, as a sentence."""
+        on = ", on='source'" if self.data == "source" else ""
+        return f"Call adaptation.measure(batches{on}) before optimizer(...)."
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse, before anything is changed, a model on which it can never be measured; by default none."""
+
     @abstractmethod
     def compute(self, probe: Probe) -> dict[str, Tensor]:
         """The measurement: name -> tensor. Changes nothing; modes and generators are put back for it."""
+
+    def verify(self, found: Mapping[str, Tensor]) -> None:
+        """Refuse with a ``SpecError`` what cannot be this measurement, where it was made before; by default nothing."""
 
     def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
         """Act on the model by it, right after it was measured; by default nothing."""
@@ -205,11 +226,13 @@ class Ending:
 
     Args:
         model: as trained; weights that were selected are loaded.
-        start: the starting point: name in the state dict -> tensor on the CPU, for what came from the source, and
-            statistics.
+        start: the starting point: name -> tensor on the CPU, for parameters and buffers that came from the source.
         batches: the training data's batches, or None in a loop of one's own that gave none.
         forward: (model, batch) -> outputs.
         score: () -> score of the model as it is now on the validation part, higher is better; None without one.
+        valid: the validation part's batches, None without one.
+        objective: (model, batch of ``valid``) -> its loss, a scalar.
+        margin: differences of the score up to this are chance.
     """
 
     model: nn.Module
@@ -217,6 +240,9 @@ class Ending:
     batches: Iterable[Any] | None
     forward: Forward
     score: Callable[[], float] | None
+    valid: Iterable[Any] | None = None
+    objective: Callable[[nn.Module, Any], Tensor] | None = None
+    margin: float = 0.0
 
 
 class After(Decision):
@@ -227,7 +253,12 @@ class After(Decision):
 
     @abstractmethod
     def finish(self, ending: Ending) -> dict[str, Any]:
-        """Change ``ending.model`` in place; returns facts for the report."""
+        """Change ``ending.model`` in place.
+
+        Returns:
+            Facts for the report. ``t`` among them, where there is one, says that the weights now lie on the line from
+            the start (0) to those after training (1), and where.
+        """
 
 
 Terms = tuple[SerializeAsAny[Term], ...]

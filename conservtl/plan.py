@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -86,6 +87,9 @@ class Plan(Frozen):
             if unknown := sorted(set(term.taps) - set(self.layers)):
                 raise PlanError(f"plan: {term.by} taps {unknown}, which are no layers of the plan.")
         measured = {measure.name for measure in self.measures}
+        for term in self.terms:
+            if unknown := sorted(set(term.reads) - measured):
+                raise PlanError(f"plan: {term.by} reads {unknown}, which no measure gives.")
         for row in self.rows:
             if row.importance is not None and row.importance not in measured:
                 raise PlanError(f"plan: {row.name!r} is weighed by {row.importance!r}, which no measure gives.")
@@ -97,6 +101,7 @@ class Plan(Frozen):
         shapes: Mapping[str, tuple[int, ...]],
         fresh: Mapping[str, str],
         fixed: Collection[str] = (),
+        added: Collection[str] = (),
     ) -> Plan:
         """The plan before any strategy: what fits is copied, everything is trained at the full rate.
 
@@ -105,6 +110,7 @@ class Plan(Frozen):
             shapes: parameter name -> shape of its source tensor, where there is one.
             fresh: parameter name -> why it must not come from the source even where it would fit.
             fixed: parameters that have no gradient (integers), and so are frozen.
+            added: parameters that a strategy added to the model.
         """
         rows = []
         for number, layer in enumerate(layers):
@@ -123,6 +129,7 @@ class Plan(Frozen):
                         shape=info.shape,
                         kind=info.kind,
                         source_shape=theirs,
+                        added=info.name in added,
                         origin="source" if reason is None else "fresh",
                         reason=reason,
                         frozen=info.name in fixed,
@@ -136,12 +143,22 @@ class Plan(Frozen):
         return tuple(dict.fromkeys(row.layer for row in self.rows))
 
     @property
+    def own_layers(self) -> tuple[str, ...]:
+        """Names of the layers that the model had before a strategy added any, input side first."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows if not row.added))
+
+    @property
     def head(self) -> tuple[str, ...]:
         """Parameters of the last weight's module: the classifier, without the norm that joined its layer."""
         last = [row for row in self.rows if row.layer == self.layers[-1]]
         weights = [row for row in last if row.kind == "weight"]
         owner = _module((weights or last)[-1].name)
         return tuple(row.name for row in last if _module(row.name) == owner)
+
+    @property
+    def head_module(self) -> str:
+        """Name of the last weight's module."""
+        return _module(self.head[0])
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -161,10 +178,11 @@ class Plan(Frozen):
 
     def __getitem__(self, name: str) -> Row:
         """The row of a parameter."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return self._rows_by_name[name]
+
+    @cached_property
+    def _rows_by_name(self) -> dict[str, Row]:
+        return {row.name: row for row in self.rows}
 
     def select(self, globs: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Glob -> the parameters it means: those of the layers it matches, or else parameters by name.
@@ -212,6 +230,7 @@ class Plan(Frozen):
                     f"column of {tuple(COLUMNS)} and fields of that column {COLUMNS.get(column, ())}."
                 )
         new = Choice(by=by, explicit=explicit)
+        defaults: dict[str, Any] = {field: Row.model_fields[field].default for field in COLUMNS.get(column, ())}
         rows = []
         for row in self.rows:
             old = row.chosen.get(column)
@@ -220,13 +239,12 @@ class Plan(Frozen):
                 rows.append(row)
                 continue
             if old is not None and old.explicit == explicit:
-                same = all(getattr(row, field) == value for field, value in chosen.items())
+                same = all(getattr(row, field) == value for field, value in {**defaults, **chosen}.items())
                 if explicit or not same:
                     raise PlanError(
                         f"{by} and {old.by} both choose the {column} of {row.name!r} (layer {row.layer!r}). "
                         "Name each parameter in one of them only, or leave one strategy out."
                     )
-            defaults: dict[str, Any] = {field: Row.model_fields[field].default for field in COLUMNS[column]}
             rows.append(changed(row, by, {**defaults, **chosen, "chosen": {**row.chosen, column: new}}))
         return self._with(rows=tuple(rows))
 

@@ -78,6 +78,9 @@ class Row(Frozen):
     """norm: owned by a normalisation; weight: any other with two dimensions or more; bias: the rest."""
     source_shape: tuple[int, ...] | None = None
     """Shape of the source tensor of this name, None where the source has none."""
+    added: bool = False
+    """Whether a strategy added it to the model, as the identity: it is fresh, but there is nothing it should have been
+    copied from."""
     origin: Literal["source", "fresh"] = "source"
     reason: str | None = None
     """Why it is fresh; None for a row from the source."""

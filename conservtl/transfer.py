@@ -76,7 +76,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
     """Copy the buffers of what came from the source; a fresh norm does not keep the source's statistics."""
-    origin = {row.name: row.origin for row in plan.rows}
+    origin = {row.name: row.origin for row in plan.rows if not row.added}
     modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
     copied, stale = [], []
     for key, buffer in model.state_dict(keep_vars=True).items():
@@ -87,7 +87,7 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
         beside = [origin[n] for n in origin if n.rpartition(".")[0] == owner]
         if not beside:
             holder = layer_of(layers, owner)
-            beside = [origin[info.name] for info in holder.parameters] if holder else []
+            beside = [origin[info.name] for info in holder.parameters if info.name in origin] if holder else []
         if "fresh" not in beside:
             buffer.copy_(tensors[name])
             copied.append(name)

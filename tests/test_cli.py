@@ -53,6 +53,24 @@ def test_run_then_predict(spec, humming, tmp_path, monkeypatch, capsys):
     assert 1 / 3 <= float(probability) <= 1
 
 
+def test_recommend_writes_a_spec_that_runs(spec, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "recommend", spec, "--write", tmp_path / "better.yaml")
+    assert code == 0
+    assert "strategies:" in out
+    code, _, _ = call(monkeypatch, capsys, "plan", tmp_path / "better.yaml")
+    assert code == 0
+
+
+def test_lr_find_draws_its_picture_and_refuses_another_kind(spec, tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "lr-find", spec, "--out", tmp_path / "range.html")
+    assert code == 0
+    assert "is suggested" in out
+    assert (tmp_path / "range.html").is_file()
+    code, _, err = call(monkeypatch, capsys, "lr-find", spec, "--out", tmp_path / "range.bmp")
+    assert code == 2
+    assert ".html or .png" in err
+
+
 def test_schema_is_json(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "schema")
     assert code == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class Member:
         duplicates: whether a batch given twice over gives the same step (means, not sums, over the batch).
         accumulates: whether two halves give the step of the whole.
         why: why a law is not asked for.
+        optimizer: with which it is seen after two steps.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Member:
     duplicates: bool = True
     accumulates: bool = True
     why: str = ""
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
 
     def __str__(self) -> str:
         return self.name
@@ -148,6 +151,207 @@ def lwf(case):
     )
 
 
+def surgical(case):
+    return {n: w if n.startswith(("3.", "4.")) else case.weights[n] for n, w in plain(case).items()}
+
+
+def auto_rgn(case):
+    """Layers are a convolution with its norm, twice, and the head."""
+    stepped = plain(case)
+    ratios = {}
+    for layer in (("0.", "1."), ("3.", "4."), ("8.",)):
+        own = [n for n in case.weights if n.startswith(layer)]
+        g = sum(((case.weights[n] - stepped[n]) / case.rate).square().sum() for n in own).sqrt()
+        ratios |= dict.fromkeys(own, g / sum(case.weights[n].square().sum() for n in own).sqrt())
+    top = max(ratios.values())
+    return {n: w + ratios[n] / top * (stepped[n] - w) for n, w in case.weights.items()}
+
+
+def toward_source(case, change):
+    """A plain step, then ``change`` of d = v - w0 where it is a weight."""
+    return {n: case.start[n] + change(v - case.start[n], n) if v.ndim >= 2 else v for n, v in plain(case).items()}
+
+
+def projection(case):
+    return toward_source(case, lambda d, n: d * min(1.0, float(0.1 * case.start[n].norm() / d.norm())))
+
+
+def mars_rows(case):
+    def shrink(d, _):
+        rows = d.flatten(1)
+        return (rows * (0.2 / rows.abs().sum(1)).clamp(max=1)[:, None]).view_as(d)
+
+    return toward_source(case, shrink)
+
+
+def selective_decay(case):
+    stepped = plain(case)
+
+    def shrink(d, n):
+        before = case.weights[n] - case.start[n]
+        if (before * (case.weights[n] - stepped[n])).sum() <= 0:  # the step is minus rate × gradient
+            return d
+        return d * (1 - max(0.0, float((d.norm() - before.norm()) / d.norm())))
+
+    return toward_source(case, shrink)
+
+
+def l1_sp(case):
+    return toward_source(case, lambda d, _: d.sign() * (d.abs() - case.rate * 0.8).clamp(min=0))
+
+
+def group_lasso_sp(case):
+    def shrink(d, _):
+        rows = d.flatten(1)
+        return (rows * (1 - case.rate * 0.8 * rows.shape[1] ** 0.5 / rows.norm(dim=1)).clamp(min=0)[:, None]).view_as(d)
+
+    return toward_source(case, shrink)
+
+
+def mixout(case):
+    """Its own masks are the only thing it is told: a generator of the step's number, tensor by tensor."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        n: torch.empty_like(w, dtype=torch.bool).bernoulli_(0.4, generator=generator).double() if w.ndim >= 2 else 1
+        for n, w in case.weights.items()
+    }
+    share = {n: 0.4 if w.ndim >= 2 else 1 for n, w in case.weights.items()}
+
+    def mixed(n, w):
+        return ((1 - masks[n]) * case.start[n] + masks[n] * w - (1 - share[n]) * case.start[n]) / share[n]
+
+    return case.descend(lambda w: case.task({n: mixed(n, one) for n, one in w.items()}))
+
+
+def _information(case, shares):
+    """Diagonal Fisher at the start, label by label and example by example."""
+    start = {n: case.start[n] for n in case.weights}
+    found = {n: torch.zeros_like(w) for n, w in start.items() if w.ndim >= 2}
+    for x, share in zip(case.x, shares, strict=True):
+        for label in range(3):
+            leaves = {n: w.detach().clone().requires_grad_() for n, w in start.items()}
+            outputs = functional_call(network().eval(), leaves, (x[None],))
+            gradients = torch.autograd.grad(outputs.log_softmax(-1)[0, label], list(leaves.values()))
+            for (n, w), g in zip(leaves.items(), gradients, strict=True):
+                if w.ndim >= 2:
+                    found[n] += share[label] * g**2 / len(case.x)
+    return found
+
+
+def fisher_sp(case):
+    f = _information(case, F.one_hot(case.y, 3))
+    return case.descend(lambda w: case.task(w) + sum(3 / 2 * (f[n] * (w[n] - case.start[n]) ** 2).sum() for n in f))
+
+
+def fisher_sp_decoupled(case):
+    f = _information(case, case.outputs(case.start).softmax(-1).detach())
+    mean = torch.cat([one.flatten() for one in f.values()]).mean()
+    share = {n: (case.rate * 4 * (one / mean).clamp(0.1, 8)).clamp(max=1) for n, one in f.items()}
+    first = plain(case)
+    return {
+        n: w + share.get(n, 0) * (case.start[n] - w) + (first[n] - case.weights[n]) for n, w in case.weights.items()
+    }
+
+
+def _features(case, weights):
+    """Of the three layers' last modules, and what the head gets."""
+    model = network().eval()
+    parts = [(model[:end], {n: w for n, w in weights.items() if int(n[0]) < end}) for end in (2, 5, 8)]
+    return [functional_call(part, own, (case.x,)) for part, own in parts]
+
+
+def delta(case, attention=False):
+    theirs = _features(case, case.start)
+
+    def weights(layer):
+        """Softmax of the rise of the loss with a channel zeroed."""
+        rest = {n.split(".", 1)[1]: w for n, w in case.start.items() if n.startswith("8.")}
+        features = theirs[layer]
+        after = network().eval()[2 if layer == 0 else 5 : 8]
+        own = {n: w for n, w in case.start.items() if layer == 0 and n[0] in "34"}
+        losses = []
+        for zeroed in range(features.shape[1]):
+            some = features.clone()
+            some[:, zeroed] = 0
+            losses.append(F.cross_entropy(F.linear(functional_call(after, own, (some,)), **rest), case.y))
+        return (torch.stack(losses).softmax(0) * len(losses)).view(-1, 1, 1)
+
+    weighed = [weights(layer) if attention else 1 for layer in (0, 1)]
+
+    def objective(w):
+        ours = _features(case, w)
+        parts = [(weighed[i] * (ours[i] - theirs[i]) ** 2).sum() / (2 * 25 * len(case.x)) for i in (0, 1)]
+        return case.task(w) + 0.9 * sum(parts)
+
+    return case.descend(objective)
+
+
+def ldifs(case):
+    theirs = _features(case, case.start)
+
+    def objective(w):
+        ours = _features(case, w)
+        parts = [
+            (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum() / (25 * len(case.x))
+            for a, b in zip(ours[:2], theirs[:2], strict=True)
+        ]
+        return case.task(w) + 0.9 * sum(parts)
+
+    return case.descend(objective)
+
+
+def bss(case):
+    return case.descend(
+        lambda w: case.task(w) + 0.5 * torch.linalg.eigvalsh(_features(case, w)[2].T @ _features(case, w)[2])[:2].sum()
+    )
+
+
+def norms_alone(case):
+    return {n: w if n[0] in "14" else case.weights[n] for n, w in plain(case).items()}
+
+
+def norms_on_the_target(case):
+    """Statistics at the start, half the source's (8 examples) and half those of the 8; then norms alone."""
+    model, x = network().eval(), case.x
+    for part in (0, 1, 2, 3, 4):
+        if part in (1, 4):
+            model[part].running_mean.mul_(0.5).add_(0.5 * x.mean((0, 2, 3)))
+            model[part].running_var.mul_(0.5).add_(0.5 * x.transpose(0, 1).flatten(1).var(1))
+        own = {n[2:]: w for n, w in case.start.items() if n.startswith(f"{part}.") and n in case.weights}
+        x = functional_call(model[part], own, (x,)).detach()
+    objective = case.descend(lambda w: F.cross_entropy(functional_call(model, w, (case.x,)), case.y))
+    return {n: w if n[0] in "14" else case.weights[n] for n, w in objective.items()}
+
+
+def added(case, start, outputs):
+    """A step of what was added, which starts at zero, and of nothing else."""
+    leaves = {name: torch.zeros(shape, dtype=case.x.dtype, requires_grad=True) for name, shape in start.items()}
+    gradients = torch.autograd.grad(F.cross_entropy(outputs(leaves), case.y), list(leaves.values()))
+    return case.weights | {name: -case.rate * g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def lhuc(case):
+    def outputs(r):
+        x, model = case.x, network().eval()
+        for first, last, name in ((0, 3, "1.lhuc"), (3, 6, "4.lhuc"), (6, 9, None)):
+            inside = {n: w for n, w in case.weights.items() if first <= int(n[0]) < last}
+            parts = nn.Sequential(OrderedDict(list(model.named_children())[first:last]))
+            x = functional_call(parts, inside, (x,))
+            x = x if name is None else x * (2 / (1 + torch.exp(-r[name]))).view(-1, 1, 1)
+        return x
+
+    return added(case, {"1.lhuc": 3, "4.lhuc": 4}, outputs)
+
+
+def input_transform(case):
+    def outputs(leaves):
+        weight, bias = leaves.values()
+        x = case.x + torch.einsum("ij,njhw->nihw", weight, case.x) + bias.view(-1, 1, 1)
+        return functional_call(network().eval(), case.weights, (x,))
+
+    return added(case, {"input_transform.weight": (2, 2), "input_transform.bias": (2,)}, outputs)
+
+
 MEMBERS = [
     Member("l2_sp", ctl.L2SP(alpha=0.3), ctl.L2SP(alpha=0.0, beta=0.0), l2_sp),
     Member(
@@ -172,6 +376,63 @@ MEMBERS = [
     Member("kld", ctl.OutputConservation(rho=0.6), ctl.OutputConservation(rho=0.0), kld),
     Member("lwf", ctl.OutputConservation(weight=0.7), ctl.OutputConservation(weight=0.0), lwf),
     Member("lp_ft", ctl.LPFT(epochs=1), None, lambda case: {**case.weights, **_head(plain(case))}),
+    Member("surgical", ctl.SurgicalFineTuning(block=-1), None, surgical),
+    Member("auto_rgn", ctl.AutoRGN(), ctl.AutoRGN(floor=1.0), auto_rgn),
+    Member("projection", ctl.Projection(radius=0.1), ctl.Projection(radius=1e9), projection),
+    Member(
+        "projection of rows",
+        ctl.Projection(radius=0.2, relative=False, by="row", norm="mars"),
+        ctl.Projection(radius=1e9, relative=False, by="row", norm="mars"),
+        mars_rows,
+    ),
+    Member(
+        "selective_decay",
+        ctl.SelectiveDecay(strength=1.0),
+        ctl.SelectiveDecay(strength=0.0),
+        selective_decay,
+        optimizer=torch.optim.AdamW,  # SGD without momentum goes inward by itself where the decay looks
+    ),
+    Member("l1_sp", ctl.L1SP(alpha=0.8), ctl.L1SP(alpha=0.0, beta=0.0), l1_sp),
+    Member("group_lasso_sp", ctl.GroupLassoSP(alpha=0.8), ctl.GroupLassoSP(alpha=0.0, beta=0.0), group_lasso_sp),
+    Member("mixout", ctl.Mixout(p=0.6), ctl.Mixout(p=0.0), mixout),
+    Member(
+        "fisher_sp",
+        ctl.FisherSP(alpha=3, normalize="none", data="source"),
+        ctl.FisherSP(alpha=0.0, beta=0.0),
+        fisher_sp,
+    ),
+    Member(
+        "fisher_sp decoupled, true",
+        ctl.FisherSP(alpha=4, mode="decoupled", fisher="true", floor=0.1, clip=8),
+        ctl.FisherSP(alpha=0.0, beta=0.0, mode="decoupled"),
+        fisher_sp_decoupled,
+    ),
+    Member("norm_adaptation, norms alone", ctl.NormAdaptation(statistics="source"), None, norms_alone),
+    Member("norm_adaptation", ctl.NormAdaptation(prior=8), None, norms_on_the_target),
+    Member("lhuc", ctl.LHUC(), None, lhuc),
+    Member("input_transform", ctl.InputTransform(), None, input_transform),
+    Member("delta", ctl.FeatureConservation(alpha=0.9), ctl.FeatureConservation(alpha=0.0), delta),
+    Member(
+        "delta with attention",
+        ctl.FeatureConservation(alpha=0.9, attention=True),
+        ctl.FeatureConservation(alpha=0.0, attention=True),
+        lambda case: delta(case, attention=True),
+    ),
+    Member(
+        "ldifs",
+        ctl.FeatureConservation(alpha=0.9, metric="ldifs"),
+        ctl.FeatureConservation(alpha=0.0, metric="ldifs"),
+        ldifs,
+    ),
+    Member(
+        "spectral_shrinkage",
+        ctl.SpectralShrinkage(eta=0.5, k=2),
+        ctl.SpectralShrinkage(eta=0.0),
+        bss,
+        duplicates=False,
+        accumulates=False,
+        why="singular values are those of a batch, as in the paper: two halves have others than the whole",
+    ),
 ]
 every = pytest.mark.parametrize("member", MEMBERS, ids=str)
 weighable = pytest.mark.parametrize("member", [m for m in MEMBERS if m.zero is not None], ids=str)
@@ -258,7 +519,7 @@ def test_it_is_seen(member):
     """The strength used here does something: else the other laws would say nothing."""
     ours, theirs = adapted(member.strategy), adapted()
     for adaptation in (ours, theirs):
-        optimizer = adaptation.optimizer(torch.optim.SGD, lr=RATE)
+        optimizer = adaptation.optimizer(member.optimizer, lr=RATE)
         for _ in range(2):
             step(adaptation, optimizer)
     assert any(not torch.allclose(w, weights(theirs).get(name, w), rtol=1e-4) for name, w in weights(ours).items()) or (
@@ -415,7 +676,7 @@ def test_stacks_of_strategies_train(data):
     """Whatever is drawn together trains three steps, stays finite, and leaves what is frozen as it was."""
     model, x = data.draw(models())
     weights_of_source = data.draw(state_dicts(model))
-    chosen = data.draw(strategies(model, x, max_size=4))
+    chosen = data.draw(strategies(model, x, max_size=4, measured=True))
     try:
         adaptation = ctl.adapt(model, weights_of_source, chosen, example=x)
         adaptation.measure([(x, torch.tensor([0, 1, 2, 0]))])

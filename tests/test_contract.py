@@ -40,6 +40,36 @@ BUILT_IN = [
     ctl.GradualUnfreezing(by="layer", at="input", epochs=2, scales=(1, 0.5)),
     ctl.GradualUnfreezing(phases=[ctl.Stage(train=["*.weight"], epochs=1), ctl.Stage(scale=0.5)]),
     ctl.FeatureExtraction(),
+    ctl.FeatureExtraction(classifier="svm", C=0.5),
+    ctl.FeatureExtraction(classifier="ncm", layers=("0", "15")),
+    ctl.FeatureExtraction(layers=("3", "19")),
+    ctl.NormAdaptation(),
+    ctl.NormAdaptation(train="all", statistics="target"),
+    ctl.NormAdaptation(train="nothing", statistics="source", head=True),
+    ctl.LHUC(),
+    ctl.LHUC(on=["0", "15"], freeze=False),
+    ctl.InputTransform(),
+    ctl.InputTransform(dim=-3, bias=False, freeze=False),
+    ctl.FeatureConservation(),
+    ctl.FeatureConservation(metric="ldifs", layers=("0", "3")),
+    ctl.FeatureConservation(attention=True, layers=2),
+    ctl.SpectralShrinkage(),
+    ctl.SpectralShrinkage(k=2, layer="0"),
+    ctl.FisherSP(),
+    ctl.FisherSP(fisher="true", mode="decoupled", on="all", floor=0.1, clip=10),
+    ctl.SurgicalFineTuning(),
+    ctl.SurgicalFineTuning(block="best", trial_epochs=2),
+    ctl.SurgicalFineTuning(block="?", head=True),
+    ctl.AutoRGN(every=1),
+    ctl.Projection(),
+    ctl.Projection(radius="learn", steps=2),
+    ctl.Projection(radius=1e-4, relative=False, by="row", norm="mars", on="all"),
+    ctl.SelectiveDecay(strength=2.0, on="all"),
+    ctl.L1SP(),
+    ctl.GroupLassoSP(on="all", beta=None),
+    ctl.Mixout(on="all"),
+    ctl.WeightInterpolation(),
+    ctl.WeightInterpolation(t=None, points=3, batch_norm="recompute"),
 ]
 
 
@@ -170,9 +200,95 @@ class Typo(Good):
         return plan.choose(self.label, "pull", {plan.rows[0].name: {"pul": 1.0}})
 
 
+def look_on(module, _, output):
+    pass
+
+
+def gain(module, _, output):
+    return output * (1 + module.gain)
+
+
+class Gain(Good):
+    """Adds a factor on what the first module puts out."""
+
+    kind: Literal["gain"] = "gain"
+    extends: ClassVar[bool] = True
+    start: ClassVar[float] = 0.0
+
+    def apply(self, plan):
+        return plan
+
+    def extend(self, model, layers, example):
+        model[0].register_parameter("gain", nn.Parameter(torch.full((1,), self.start)))
+        model[0].register_forward_hook(gain)
+        return {"0.gain": "a gain"}
+
+    def retract(self, model):
+        model[0]._forward_hooks.clear()
+        model[0]._parameters.pop("gain", None)
+
+    def merge(self, model):
+        with torch.no_grad():
+            for parameter in (model[0].weight, model[0].bias):
+                parameter.mul_(1 + model[0].gain)
+        self.retract(model)
+        return True
+
+
+class StartsElsewhere(Gain):
+    kind: Literal["x"] = "x"
+    start: ClassVar[float] = 1.0
+
+
+class NamesNothing(Gain):
+    kind: Literal["x"] = "x"
+
+    def extend(self, model, layers, example):
+        super().extend(model, layers, example)
+        return {}
+
+
+class HasNoEffect(Gain):
+    kind: Literal["x"] = "x"
+
+    def extend(self, model, layers, example):
+        found = super().extend(model, layers, example)
+        model[0]._forward_hooks.clear()
+        model[0].register_forward_hook(look_on)
+        return found
+
+
+class LeavesItsHook(Gain):
+    kind: Literal["x"] = "x"
+
+    def retract(self, model):
+        model[0]._parameters.pop("gain", None)
+
+    def merge(self, model):
+        return False
+
+
+class MergesHalf(Gain):
+    kind: Literal["x"] = "x"
+
+    def merge(self, model):
+        with torch.no_grad():
+            model[0].weight.mul_(1 + model[0].gain)
+        self.retract(model)
+        return True
+
+
+class SaysItMerged(Gain):
+    kind: Literal["x"] = "x"
+
+    def merge(self, model):
+        return True
+
+
 class TestBroken:
     def test_a_good_one_passes(self):
         check_strategy(Good())
+        check_strategy(Gain())
 
     @pytest.mark.parametrize(
         ("strategy", "message"),
@@ -189,6 +305,12 @@ class TestBroken:
             (MovesRows(), r"changed depth of row"),
             (Remembers(), "remembers"),
             (NotJSON(), "after JSON"),
+            (StartsElsewhere(), "extend changed what the model computes"),
+            (NamesNothing(), "must return what it added"),
+            (HasNoEffect(), "no effect on what the model computes"),
+            (LeavesItsHook(), "retract leaves something"),
+            (MergesHalf(), "merge changed what the model computes"),
+            (SaysItMerged(), "merge says True, but something is left"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, ctl.Strategy) else "",
     )

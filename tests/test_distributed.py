@@ -107,6 +107,18 @@ def sharded(rank, folder, case):
     return weights(adaptation), adaptation.penalty().detach(), adaptation.drift()
 
 
+def fitted(rank, folder, case):
+    """A classifier of class means, each process with its own half of the examples."""
+    if rank is not None:
+        start(rank, folder, case)
+    rows = slice(rank, None, 2) if rank is not None else slice(None)
+    model = network()
+    adaptation = ctl.adapt(model, random_weights(model, 1), [ctl.FeatureExtraction(classifier="ncm")])
+    labels = (torch.arange(16) // 2) % 2
+    adaptation.finish([(X[rows], labels[rows])])
+    return weights(adaptation)
+
+
 REPLICATED = {
     "coupled": ("coupled", False, False),
     "decoupled, adapted before the process group": ("decoupled", True, False),
@@ -124,9 +136,10 @@ def in_process(rank, folder):
     """All cases in one pair of processes, as starting them is what takes time."""
     torch.set_num_threads(1)
     found = {}
-    for case in [*REPLICATED, *SHARDED]:
+    for case in [*REPLICATED, *SHARDED, "fitted"]:
+        run = replicated if case in REPLICATED else sharded if case in SHARDED else fitted
         try:
-            found[case] = (replicated if case in REPLICATED else sharded)(rank, folder, case)
+            found[case] = run(rank, folder, case)
         except Exception:  # noqa: BLE001 - told by the test of this case
             found[case] = traceback.format_exc()
         finally:
@@ -166,3 +179,9 @@ def test_sharded_parameters_are_pulled_as_whole_ones(found, case):
         torch.testing.assert_close(tensors, weights(reference), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(penalty, reference.penalty().detach(), rtol=1e-4, atol=1e-5)
         assert drift == pytest.approx(reference.drift(), rel=1e-4)
+
+
+def test_a_classifier_is_fitted_to_the_examples_of_all_processes(found):
+    for process in found:
+        assert not isinstance(process["fitted"], str), process["fitted"]
+        torch.testing.assert_close(process["fitted"], fitted(None, None, None))

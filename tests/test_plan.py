@@ -249,6 +249,7 @@ class TestReading:
         assert self.plan["b.weight"].frozen
         with pytest.raises(KeyError):
             self.plan["d"]
+        assert self.plan == Plan(**dict(self.plan))  # looking a row up leaves no trace
         assert [(layer, len(rows)) for layer, rows in self.plan.by_layer()] == [("a", 1), ("b", 1), ("c", 1)]
 
     def test_rates(self):

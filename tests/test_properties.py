@@ -28,6 +28,17 @@ from conservtl.testing.weights import random_weights
 LABELS = torch.tensor([0, 1, 2, 0])
 SGD = torch.optim.SGD, {"momentum": 0.9}
 ADAMW = torch.optim.AdamW, {}
+# What pulls too, or does to a step what depends on whether the pull is in the gradient.
+PULLS_OF_THEIR_OWN = (
+    ctl.L2SP,
+    ctl.FisherSP,
+    ctl.AutoRGN,
+    ctl.GroupLassoSP,
+    ctl.L1SP,
+    ctl.Mixout,
+    ctl.Projection,
+    ctl.SelectiveDecay,
+)
 EVERY_OPTIMIZER = [
     (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
     (torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True}),
@@ -94,7 +105,7 @@ class TestPull:
     def test_coupled_is_the_term_in_the_loss(self, cls, options, drawn, on, alpha, beta):
         """Gradients and weights are those that autograd gives for loss + penalty, step after step."""
         model, x, weights, others = drawn
-        kept = [s for s in others if not isinstance(s, ctl.L2SP)]
+        kept = [s for s in others if not isinstance(s, PULLS_OF_THEIR_OWN)]
         ours = ctl.adapt(model, weights, [*kept, ctl.L2SP(alpha=alpha, beta=beta, on=on)])
         theirs = copy.deepcopy(ours)
         a = ours.optimizer(cls, lr=0.05, **options)
@@ -124,7 +135,7 @@ class TestPull:
     def test_decoupled_is_its_formula(self, cls, drawn, on, alpha, beta):
         """w moves by rate alpha (w0 - w), or -rate beta w, and then takes the plain optimizer's step."""
         model, x, weights, others = drawn
-        kept = [s for s in others if not isinstance(s, ctl.L2SP)]
+        kept = [s for s in others if not isinstance(s, PULLS_OF_THEIR_OWN)]
         pull = ctl.L2SP(alpha=alpha, beta=beta, on=on, mode="decoupled")
         ours = ctl.adapt(model, weights, [*kept, pull])
         twin = copy.deepcopy(ours)
@@ -147,13 +158,14 @@ class TestPull:
                         p.sub_(rates[name] * row.decay * p)
             b.step()
         for name, p in trained(ours).items():
-            torch.testing.assert_close(p, trained(twin)[name], rtol=1e-9, atol=1e-11)
+            # A bias ahead of a norm has no gradient but rounding, which Adam magnifies by rate / eps = 1e7.
+            torch.testing.assert_close(p, trained(twin)[name], rtol=1e-9, atol=1e-7)
 
     @some(25)
     @given(settings_of(), st.sampled_from(["coupled", "decoupled"]))
     def test_zero_at_the_start_and_not_one_step_later(self, drawn, mode):
         model, x, weights, others = drawn
-        kept = [s for s in others if not isinstance(s, ctl.L2SP)]
+        kept = [s for s in others if not isinstance(s, PULLS_OF_THEIR_OWN)]
         adaptation = ctl.adapt(model, weights, [*kept, ctl.L2SP(alpha=0.5, beta=0, on="all", mode=mode)])
         assert adaptation.penalty().item() == 0
         assert set(adaptation.drift().values()) <= {0.0}
@@ -302,15 +314,16 @@ class TestPlan:
     @given(st.data())
     def test_order_of_strategies_does_not_matter(self, data):
         model, _ = data.draw(models())
-        plan = whole_plan(model)
         chosen = data.draw(strategies(model, max_size=4))
+        plan = whole_plan(model, None, chosen)
         assert apply_all(plan, data.draw(st.permutations(chosen))) == apply_all(plan, chosen)
 
     @some(60)
     @given(st.data())
     def test_json_there_and_back(self, data):
         model, _ = data.draw(models())
-        plan = apply_all(whole_plan(model), data.draw(strategies(model)))
+        chosen = data.draw(strategies(model))
+        plan = apply_all(whole_plan(model, None, chosen), chosen)
         assert Plan(**json.loads(plan.model_dump_json())) == plan
         assert Plan.model_validate_json(plan.model_dump_json()) == plan
         assert str(Plan(**json.loads(plan.model_dump_json()))) == str(plan)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conservtl.decision import Update
 from conservtl.errors import SpecError
 from conservtl.plan import Plan, Row
 
@@ -57,15 +58,20 @@ def build_optimizer(
     most = max(phase.scale for phase in plan.phases)
     for row in rows:
         _check_row(row, parameters[row.name], row.rate(float(base)) * most)
-    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for update in plan.updates:
+        _check_update(update, parameters)
+    layered = {name for update in plan.updates if update.layered for name in update.names}
+    groups: dict[tuple[float, bool, str | None], list[tuple[str, nn.Parameter]]] = {}
     for row in rows:
         bare = row.covered or not row.weight_decay
-        groups.setdefault((row.rate(float(base)) * scale, bare), []).append((row.name, parameters[row.name]))
+        key = (row.rate(float(base)) * scale, bare, row.layer if row.name in layered else None)
+        groups.setdefault(key, []).append((row.name, parameters[row.name]))
     listed = [
-        {"params": members, "lr": lr, "initial_lr": lr, "phase_scale": scale} for (lr, _), members in groups.items()
+        {"params": members, "lr": lr, "initial_lr": lr, "phase_scale": scale, **({"layer": layer} if layer else {})}
+        for (lr, _, layer), members in groups.items()
     ]
     optimizer = cls(listed, **options)
-    for group, (_, bare) in zip(optimizer.param_groups, groups, strict=True):
+    for group, (_, bare, _) in zip(optimizer.param_groups, groups, strict=True):
         if bare and "weight_decay" in group:  # its default may stand anywhere, so it is mended where it ends up
             group["weight_decay"] = 0.0
     return optimizer
@@ -96,6 +102,20 @@ def _check_decay(name: str, rows: list[Row], options: Mapping[str, Any]) -> None
             f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that "
             f"{by} already pulls ({covered[0].name!r}, …). Leave weight_decay out, or leave {by} out."
         )
+
+
+def _check_update(update: Update, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name in update.names:
+        if hasattr(parameters[name], "placements"):
+            raise SpecError(
+                f"{update.by} acts on whole tensors, but {name!r} is sharded over processes. Train with DDP instead of "
+                f"FSDP, or leave {update.by} out."
+            )
+        if parameters[name].dtype in _HALF:
+            raise SpecError(
+                f"{update.by} acts on {name!r}, which is {parameters[name].dtype}: steps as small as its are lost in "
+                "that rounding. Keep parameters in float32 and use autocast for speed."
+            )
 
 
 def _check_row(row: Row, parameter: nn.Parameter, rate: float) -> None:

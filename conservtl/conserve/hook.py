@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from conservtl.conserve.pull import Pulled, add_to_gradients, move_weights
+from conservtl.conserve.members import Members
 from conservtl.conserve.updates import UpdateRunner
-from conservtl.decision import Moving, Update
-from conservtl.plan import Plan, Row
+from conservtl.plan import Plan
 
 __all__ = ["StepHook"]
 
@@ -30,8 +29,9 @@ class StepHook:
         optimizer: made by ``build_optimizer``: its groups carry ``param_names``.
         plan: strengths.
         frozen: names frozen in the current phase; asked before every step.
-        anchor: (name, parameter) -> where it is pulled to, on its device.
+        anchor: (name, parameter) -> where it is pulled to, as its row says it is held.
         importance: (name, parameter) -> what weighs the pull of each of its elements, or None.
+        placed: an object that is replaced when anchors have to be asked for again.
         updates: the plan's updates.
         pull: False leaves the pull to the caller's loss; all else is done all the same.
     """
@@ -43,18 +43,16 @@ class StepHook:
         frozen: Callable[[], frozenset[str]],
         anchor: Callable[[str, Tensor], Tensor],
         importance: Callable[[str, Tensor], Tensor | None],
+        placed: Callable[[], object],
         updates: UpdateRunner,
         pull: bool,
     ) -> None:
         self.optimizer = optimizer
-        self.rows: Mapping[str, Row] = {row.name: row for row in plan.rows}
         self.frozen = frozen
-        self.anchor = anchor
-        self.importance = importance
         self.updates = updates
+        self.members = Members(optimizer, {row.name: row for row in plan.rows}, frozen, anchor, importance, placed)
         self._scaler: GradScaler | None = None
-        self._modes = {row.mode for row in plan.rows if row.pull or row.decay}
-        self.pull = pull and bool(self._modes)
+        self._modes = {row.mode for row in plan.rows if row.pull or row.decay} if pull else set()
         self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -72,14 +70,14 @@ class StepHook:
 
     def prepare(self, *, training: bool) -> None:
         """Before a forward pass of the model."""
-        self.updates.prepare(self._moving, training=training)
+        self.updates.prepare(self.members.moving, training=training)
 
     def drop_frozen(self) -> None:
         """Forget gradients of parameters that this phase does not train."""
         frozen = self.frozen()
         if not frozen:
             return
-        for name, parameter, _ in self._members():
+        for name, parameter, _ in self.members:
             if name in frozen:
                 parameter.grad = None
 
@@ -104,55 +102,22 @@ class StepHook:
         skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
         if added is None or added[0] is not self._state():  # none yet, or in a step that the scaler skipped
             self._couple(scale)
-        if self.pull:
-            move_weights(list(self._pulled("decoupled")), skip)
-        self.updates.act("before", self._moving, skip, scale)
+        self.updates.act("before", self.members.moving, skip, scale)  # first: it may set the rate that the pull goes by
+        if "decoupled" in self._modes:
+            for pull in self.members.pulls("decoupled"):
+                pull.move(self.updates.number, skip)
 
     def _after_step(self, *_: Any) -> None:
-        self.updates.act("after", self._moving, getattr(self.optimizer, "found_inf", None))
+        self.updates.act("after", self.members.moving, getattr(self.optimizer, "found_inf", None))
         self.updates.number += 1
 
     def _couple(self, scale: Tensor | None) -> None:
         """What is done to complete gradients, once a step."""
-        self.updates.act("gradients", self._moving, scale=scale)
-        if self.pull:
+        self.updates.act("gradients", self.members.moving, scale=scale)
+        if "coupled" in self._modes:
             sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
-            add_to_gradients(list(self._pulled("coupled")), scale, sign)
-
-    def _moving(self, update: Update) -> list[Moving]:
-        frozen, wanted = self.frozen(), set(update.names)
-        return [
-            Moving(
-                name,
-                parameter,
-                self.anchor(name, parameter) if self.rows[name].origin == "source" else None,
-                group,
-            )
-            for name, parameter, group in self._members()
-            if name in wanted and name not in frozen and parameter.requires_grad
-        ]
-
-    def _pulled(self, mode: str) -> Iterator[Pulled]:
-        if mode not in self._modes:
-            return
-        frozen = self.frozen()
-        for name, parameter, group in self._members():
-            row = self.rows.get(name)  # a group of the user's own is none of ours
-            if row is None or row.mode != mode or not row.covered or name in frozen or not parameter.requires_grad:
-                continue
-            rate = group["lr"] if mode == "decoupled" else 0.0  # so that one call serves all rates when coupled
-            if row.pull:
-                strength = row.pull if row.anneal is None else row.pull * row.anneal.factor(self.updates.number)
-                anchor, importance = self.anchor(name, parameter), self.importance(name, parameter)
-                yield Pulled(parameter, anchor, strength, rate, importance)
-            elif row.decay:
-                yield Pulled(parameter, None, row.decay, rate)
-
-    def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """By name, because what prepares a model for many processes replaces the tensors in the groups."""
-        for group in self.optimizer.param_groups:
-            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
-                yield name, parameter, group
+            for pull in self.members.pulls("coupled"):
+                pull.couple(self.updates.number, scale, sign)
 
     def _unscale(self, scaler: GradScaler) -> None:
         state = self._state()
@@ -170,4 +135,4 @@ class StepHook:
 
         A scaler that skips a step never calls it, so only they tell that the pull must be added again.
         """
-        return (self._state(), *(parameter.grad for _, parameter, _ in self._members()))
+        return (self._state(), *(parameter.grad for _, parameter, _ in self.members))

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.conserve.batches import each
 from conservtl.decision import Measure, Probe
-from conservtl.errors import DataError
+from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.layers import canonical, named_parameters, unwrap
+from conservtl.plan import Plan
 
-__all__ = ["measure"]
+__all__ = ["Placed", "check_importance", "measure"]
 
 
 def measure(
@@ -49,27 +51,50 @@ def measure(
     device = next(iter(parameters.values())).device
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     found = {layer: modules[name] for layer, name in layers.items() if name in modules}
-    probe = Probe(model, _Placed(batches, device), forward, loss, found, parameters, autocast)
+    probe = Probe(model, Placed(batches, device), forward, loss, found, parameters, autocast)
     with _as_found(model, parameters), torch.random.fork_rng():
-        return {name: tensor.detach().cpu() for name, tensor in one.compute(probe).items()}
+        return {name: _agreed(tensor.detach(), device) for name, tensor in one.compute(probe).items()}
 
 
-class _Placed:
+def _agreed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the CPU; of many processes the first one's, so that rounding does not drive them apart."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        tensor = tensor.to(device).contiguous()
+        torch.distributed.broadcast(tensor, 0)
+    return tensor.cpu()
+
+
+def check_importance(plan: Plan, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Hold what weighs the pull of each row to its shape.
+
+    Raises:
+        SpecError: a tensor is missing, of another shape, negative or not finite.
+    """
+    for row in plan.rows:
+        if row.importance is None or row.importance not in measured:
+            continue
+        found = measured[row.importance].get(row.name)
+        if found is None or tuple(found.shape) != row.shape:
+            what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise SpecError(
+                f"{row.importance!r} must weigh each element of {row.name!r}, of shape {row.shape}; it has {what} for "
+                "it. Measure it on this model."
+            )
+        if not bool(((found >= 0) & found.isfinite()).all()):
+            raise SpecError(
+                f"{row.importance!r} must be finite and at least 0; for {row.name!r} it reaches from "
+                f"{float(found.min()):g} to {float(found.max()):g}. Measure it again."
+            )
+
+
+class Placed:
     """Batches on a device, each moved when it is asked for."""
 
     def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
         self._batches, self._device = batches, device
 
     def __iter__(self) -> Iterator[Any]:
-        return (_moved(batch, self._device) for batch in self._batches)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch
+        return (each(batch, lambda tensor: tensor.to(self._device)) for batch in self._batches)
 
 
 @contextmanager

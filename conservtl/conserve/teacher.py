@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.decision import View
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SelectorError, SourceError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.source import Source
 
-__all__ = ["Taps", "Teacher", "source_model"]
+__all__ = ["Taps", "Teacher", "source_model", "tensor_of"]
 
 
 class _Tap:
@@ -30,43 +30,45 @@ class _Tap:
 
     def __call__(self, _: nn.Module, inputs: Any, output: Any = None) -> None:
         if self.live and torch.is_grad_enabled():
-            self.output = _tensor(inputs if output is None else output, self.layer)
+            # A copy: what comes next may write into it, as ReLU(inplace=True) does.
+            self.output = tensor_of(inputs if output is None else output, self.layer).clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layer": self.layer, "live": False, "output": None}
 
 
 class Taps:
-    """Outputs of some layers, and the input of the head, caught as the model computes them.
+    """Outputs of some layers, and inputs of some modules, caught as the model computes them.
 
     Args:
         model: hooks are put on its modules; its forward passes with gradients are listened to.
         layers: layer -> name of the module whose output is the layer's.
-        head: name of the head's module where its input is wanted.
+        enters: names of the modules whose inputs are wanted.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, str], head: str | None) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, str], enters: Collection[str] = ()) -> None:
         modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+        if unknown := [name for name in enters if name not in modules]:
+            raise SelectorError(f"the model has no module {unknown[0]!r} whose input could be taken.")
         self._taps = {layer: _Tap(layer) for layer in layers}
+        self._inputs = {name: _Tap(name) for name in enters}
         self._handles = [modules[layers[layer]].register_forward_hook(tap) for layer, tap in self._taps.items()]
-        self._head = _Tap("head") if head is not None else None
-        if self._head is not None and head is not None:
-            self._handles.append(modules[head].register_forward_pre_hook(self._head))
+        self._handles += [modules[name].register_forward_pre_hook(tap) for name, tap in self._inputs.items()]
 
-    def take(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What was caught in the last forward pass, once: features by layer, and the head's input.
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What was caught in the last forward pass, once: features by layer, and inputs by module.
 
         Raises:
             SpecError: there was none.
         """
-        wanted = [*self._taps.values(), *([self._head] if self._head else [])]
+        wanted = [*self._taps.values(), *self._inputs.values()]
         if missing := [tap.layer for tap in wanted if tap.output is None]:
             raise SpecError(
                 f"the outputs of {missing} are not known: the model made no forward pass with gradients since the last "
                 "loss. Call model(inputs) first, then adaptation.loss(...), once for each."
             )
         found = {layer: tap.output for layer, tap in self._taps.items() if tap.output is not None}
-        entered = self._head.output if self._head else None
+        entered = {name: tap.output for name, tap in self._inputs.items() if tap.output is not None}
         for tap in wanted:
             tap.output = None
         return found, entered
@@ -116,7 +118,7 @@ class Teacher:
         def catch(layer: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
                 # A copy: what comes next may write into it, as ReLU(inplace=True) does.
-                caught[layer] = _tensor(output, layer).clone()
+                caught[layer] = tensor_of(output, layer).clone()
 
             return hook
 
@@ -170,7 +172,7 @@ def source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.M
     return found
 
 
-def _tensor(output: Any, layer: str) -> Tensor:
+def tensor_of(output: Any, layer: str) -> Tensor:
     """A layer's output: a tensor, or the first of what a recurrent or a transformer layer gives."""
     while isinstance(output, (tuple, list)) and output:
         output = output[0]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from conservtl.conserve.teacher import Taps, Teacher
 from conservtl.decision import Term, View
+from conservtl.errors import SpecError
 from conservtl.plan import Plan
 
 __all__ = ["TermRunner"]
@@ -29,10 +31,17 @@ class TermRunner:
         self, plan: Plan, model: nn.Module, layers: Mapping[str, str], teacher: nn.Module | None, head: str | None
     ) -> None:
         self.terms: tuple[Term, ...] = plan.terms
+        for term in self.terms:
+            if bare := [layer for layer in term.taps if layer not in layers]:
+                raise SpecError(
+                    f"{term.by} taps {bare[0]!r}, which is a parameter outside all modules, so it has no output. Tap "
+                    "another layer."
+                )
         self._layers = {layer: layers[layer] for term in self.terms for layer in term.taps}
         self._head = head if any(term.heads for term in self.terms) else None
         self.teacher = None if teacher is None else Teacher(teacher, self._layers, self._head)
         self._taps: Taps | None = None
+        self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
         self.attach(model)
 
     @property
@@ -42,8 +51,10 @@ class TermRunner:
 
     def attach(self, model: nn.Module) -> None:
         """Listen to a model: the one it was made for, or its copy."""
-        if self._layers or self._head is not None:
-            self._taps = Taps(model, self._layers, self._head)
+        enters = [name for term in self.terms for name in term.enters]
+        enters = list(dict.fromkeys([*enters, *([] if self._head is None else [self._head])]))
+        if self._layers or enters:
+            self._taps = Taps(model, self._layers, enters)
 
     def detach(self) -> None:
         """Stop listening."""
@@ -75,23 +86,33 @@ class TermRunner:
         """
         if not loss.requires_grad:
             return loss
-        features, entered = self._taps.take() if self._taps is not None else ({}, None)
-        if entered is not None and self.teacher is not None:
+        features, entering = self._taps.take() if self._taps is not None else ({}, {})
+        if self._head is not None and self.teacher is not None:
+            entered = entering[self._head]
             self.teacher.move(entered.device)
             outputs = self.teacher.head(entered)
-        view = View(outputs, features)
+        view = View(outputs, features, entering)
         total = loss
         for term in self.terms:
             total = total * term.task
         for term in self.terms:
-            total = total + term.value(view, source if term.source else None, measured)
+            read = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
+            total = total + term.value(view, source if term.source else None, read)
         return total
+
+    def _on(self, device: torch.device, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A measurement on the device, sent there once: a step must not wait for it."""
+        placed = self._placed.get(name)
+        if placed is None or placed[0] is not found or placed[1] != device:
+            placed = found, device, {key: tensor.to(device) for key, tensor in found.items()}
+            self._placed[name] = placed
+        return placed[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TermRunner:
         new = object.__new__(TermRunner)
         memo[id(self)] = new
-        new.__dict__.update(self.__dict__, _taps=None)  # the teacher never changes, so copies share it
+        new.__dict__.update(self.__dict__, _taps=None, _placed={})  # the teacher never changes, so copies share it
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": None}
+        return {**self.__dict__, "_taps": None, "_placed": {}}

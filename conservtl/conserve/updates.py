@@ -41,7 +41,7 @@ class UpdateRunner:
         scale: Tensor | None = None,
     ) -> None:
         """One moment of a step, for all updates."""
-        for update in self.updates:
+        for update in reversed(self.updates) if moment == "after" else self.updates:
             if getattr(type(update), moment) is not getattr(Update, moment):
                 step = Step(members(update), self.number, skip, scale)
                 getattr(update, moment)(step, self.state[update.name])

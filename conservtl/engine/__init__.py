@@ -6,6 +6,7 @@ from conservtl.engine.evaluate import Functions, Holdout, evaluate
 from conservtl.engine.loop import FitResult, fit
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.selection import harmonic_mean
+from conservtl.engine.surgical import best_block
 from conservtl.engine.training import Training
 from conservtl.functions import accuracy, cross_entropy, forward
 
@@ -15,6 +16,7 @@ __all__ = [
     "Holdout",
     "Training",
     "accuracy",
+    "best_block",
     "cross_entropy",
     "evaluate",
     "fit",

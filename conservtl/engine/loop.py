@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from conservtl.adapt import Adaptation
-from conservtl.engine.checkpoint import Checkpoints, restore, snapshot
+from conservtl.engine.checkpoint import Checkpoints, State, restore, snapshot
 from conservtl.engine.data import Contents, Held, Streamed, as_batches
+from conservtl.engine.ending import Ended, finish
 from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.evaluate import Functions, Holdout, evaluate
 from conservtl.engine.interruption import interruptible
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
-from conservtl.engine.selection import check_selection, score
+from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
+from conservtl.engine.surgical import best_block
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
@@ -36,14 +38,17 @@ class FitResult:
 
     Args:
         history: a line an epoch: epoch, step, phase, loss, lr, seconds, the metrics of each set under its name,
-            and under ``valid`` those that were selected on.
+            and under ``valid`` those that were selected on. Where nothing is trained one line, of epoch 0.
         steps: optimizer steps done.
-        best: the best validation score; None where nothing was validated.
+        best: the best validation score, with ``keep="path"`` that of what was kept; None where nothing was validated.
         seconds: wall clock, with what was spent before the run was resumed.
         precision: fp32, bf16 or fp16.
         device: where it ran.
         kept_outputs: whether a frozen input side was computed once only, in some phase.
-        after: what was done once training was over, by its name in the plan.
+        after: what was done once training was over, by its name in the plan; under ``path`` the t that
+            ``keep="path"`` chose, and the metrics on the validation parts at every point.
+        path: the sets of ``path`` evaluated between the starting point (t = 0) and the trained weights (t = 1), each
+            entry with t, the metrics of each set, and whether it was kept.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -54,6 +59,7 @@ class FitResult:
     device: str
     kept_outputs: bool
     after: dict[str, Any] = field(default_factory=dict)
+    path: tuple[dict[str, Any], ...] = ()
 
 
 def fit(
@@ -66,6 +72,7 @@ def fit(
     loss: Loss = cross_entropy,
     metrics: Metrics = accuracy,
     watch: Mapping[str, Any] | None = None,
+    path: Mapping[str, Any] | None = None,
     source: Any = None,
     augment: Augment | None = None,
     keep_frozen_outputs: bool = True,
@@ -73,6 +80,7 @@ def fit(
     resume: bool = False,
     seed: int | None = None,
     progress: bool = False,
+    tell: Callable[[Mapping[str, Any]], None] | None = None,
     accelerator: Any = None,
 ) -> FitResult:
     """Train an adaptation by its plan.
@@ -84,6 +92,7 @@ def fit(
                 for each batch: loss(forward(model, batch), batch) / batches in the group, backward
                 pull, clip, step
             evaluate; remember the best; checkpoint; stop early
+        load the best; walk the path; do what the plan asks for at the end
 
     Args:
         adaptation: what ``adapt`` made. Its model is trained in place and left on the device.
@@ -97,6 +106,8 @@ def fit(
         metrics: (outputs, batch) -> {name: mean over the batch}; ``accuracy`` is what is selected on, or the
             loss where there is none.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
+        path: the same, evaluated once training is over at 11 points between the starting point and the trained
+            weights.
         source: source data, for what the plan must measure on it (a Fisher, say). Data as for ``train``.
         augment: (batch, generator) -> batch, drawn anew for each batch from that generator alone.
         keep_frozen_outputs: compute a frozen input side once, and the source model's outputs where a strategy
@@ -106,6 +117,7 @@ def fit(
         resume: go on from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
         seed: seeds torch, NumPy and Python first; None leaves the generators as they are.
         progress: a bar with the rate and both metrics.
+        tell: called with each epoch's line of the history, for a log of your own; what it raises ends training.
         accelerator: your own ``accelerate.Accelerator``.
 
     Raises:
@@ -116,7 +128,7 @@ def fit(
     """
     begun = time.perf_counter()
     settings = training or Training()
-    _check(adaptation, settings, valid, watch)
+    _check(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
     functions = Functions(forward, loss, metrics)
     check_selection(settings, valid or {}, adaptation.plan)
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
@@ -130,11 +142,26 @@ def fit(
         found = store.load() if resume else None
         if found is not None:
             adaptation.load_state_dict(found["adaptation"])  # with what was measured
-        _measure(session, functions, batches, source)
+        _measure(session, functions, train if session.part[1] > 1 else batches, source)
+        held_out = _held_out(session, valid or {}), _held_out(session, watch or {})
+        shown = _held_out(session, path or {})
+        if adaptation.outstanding():  # what is found by trying, once all the rest is measured
+            best_block(
+                adaptation,
+                batches,
+                held_out[0],
+                settings,
+                forward=forward,
+                loss=loss,
+                metrics=metrics,
+                augment=augment,
+                accelerator=accelerator,
+            )
+        if not adaptation.plan.trained:
+            return _untrained(session, functions, batches, held_out, shown, store, begun)
         session.begin()
         steps = total_steps(settings, batches.count())
         learner = Learner(session, functions, batches, steps, augment, keep_frozen_outputs)
-        held_out = _held_out(session, valid or {}), _held_out(session, watch or {})
         if found is not None:
             learner.go_on_from(restore(session, found, learner.generators))
         state = learner.state
@@ -161,20 +188,49 @@ def fit(
                     save(now=stop.asked or not _goes_on(learner, phases))
                     if stop.asked:
                         raise KeyboardInterrupt
+                    if tell is not None:
+                        tell(state.history[-1])
         finally:
             learner.forget()
         if state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(state.selection.weights)
-        return FitResult(
-            after=_finish(session, functions, batches, held_out[0]),
-            history=tuple(state.history),
-            steps=state.step,
-            best=state.selection.best,
-            seconds=time.perf_counter() - begun,
-            precision=session.precision,
-            device=str(session.device),
-            kept_outputs=learner.ever_kept,
-        )
+        ended = finish(session, functions, batches, held_out[0], shown)
+        return _result(session, state, ended, begun, kept_outputs=learner.ever_kept)
+
+
+def _untrained(
+    session: Session,
+    functions: Functions,
+    batches: Held | Streamed,
+    held_out: tuple[Mapping[str, Holdout], Mapping[str, Holdout]],
+    shown: Mapping[str, Holdout],
+    store: Checkpoints,
+    begun: float,
+) -> FitResult:
+    """The result of a plan that trains nothing: what was measured is used, what comes at the end done, no step made."""
+    state = State()
+    plan = session.adaptation.plan
+    # Where nothing was measured either, there is no path: the model is where it started.
+    ended = finish(session, functions, batches, held_out[0], shown if plan.measures else {})
+    line = {"epoch": 0, "step": 0, "phase": plan.phases[0].name}
+    line |= {"seconds": time.perf_counter() - begun, **_evaluated(session, functions, state, *held_out)}
+    state.history.append(line)
+    store.write_history(state.history)
+    return _result(session, state, ended, begun, kept_outputs=False)
+
+
+def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_outputs: bool) -> FitResult:
+    return FitResult(
+        after=ended.after,
+        path=ended.path,
+        history=tuple(state.history),
+        steps=state.step,
+        best=state.selection.best if ended.best is None else ended.best,
+        seconds=time.perf_counter() - begun,
+        precision=session.precision,
+        device=str(session.device),
+        kept_outputs=kept_outputs,
+    )
 
 
 def _training_batches(session: Session, train: Any) -> Held | Streamed:
@@ -183,42 +239,28 @@ def _training_batches(session: Session, train: Any) -> Held | Streamed:
     return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
 
 
-def _measure(session: Session, functions: Functions, batches: Held | Streamed, source: Any) -> None:
-    """Measure what the plan needs before an optimizer can be made.
+def _measure(session: Session, functions: Functions, target: Any, source: Any) -> None:
+    """Measure what the plan needs before an optimizer can be made; of many processes each on all of the data.
 
     Raises:
         SpecError: it needs source data, and there is none.
     """
     adaptation = session.adaptation
     for one in adaptation.outstanding():
+        if one.tried:
+            continue
         if one.data == "source" and source is None:
             raise SpecError(
                 f"{one.by} is measured on source data ({one.describe()}), but fit was given none. Pass source=data, or "
                 "choose what is measured on the target's."
             )
-        wanted = batches if one.data == "target" else as_batches(source, 64, session.device, shuffle=False)
         adaptation.measure(
-            Contents(wanted),
+            Contents(as_batches(target if one.data == "target" else source, 64, session.device, shuffle=False)),
             on=one.data,
             forward=functions.forward,
             loss=functions.loss,
             autocast=session.autocast,
         )
-
-
-def _finish(
-    session: Session, functions: Functions, batches: Held | Streamed, valid: Mapping[str, Holdout]
-) -> dict[str, Any]:
-    """What the plan asks for once training is over."""
-    adaptation, training = session.adaptation, session.training
-
-    def score_now() -> float:
-        found = {name: evaluate(session.model, data, functions, session.device) for name, data in valid.items()}
-        return score(found, training.keep)
-
-    return adaptation.finish(
-        Contents(batches), forward=functions.forward, score=score_now if "target" in valid else None
-    )
 
 
 def _held_out(session: Session, sets: Mapping[str, Any]) -> dict[str, Holdout]:
@@ -250,22 +292,33 @@ def _close(learner: Learner, valid: Mapping[str, Holdout], watch: Mapping[str, H
     }
     state.total, state.seen = 0.0, 0
     if state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs:
-        found, seen = (
-            {name: evaluate(session.model, data, learner.functions, session.device) for name, data in sets.items()}
-            for sets in (valid, watch)
-        )
-        line |= found | seen
-        if found:
-            line["valid"] = found
-            state.selection.look(found, session.adaptation.model, settings)
+        line |= _evaluated(session, learner.functions, state, valid, watch)
     state.history.append(line)
 
 
-def _check(adaptation: Any, settings: Any, valid: Any, watch: Any) -> None:
+def _evaluated(
+    session: Session,
+    functions: Functions,
+    state: State,
+    valid: Mapping[str, Holdout],
+    watch: Mapping[str, Holdout],
+) -> dict[str, Any]:
+    """Metrics of all sets, for a line of the history; the selection looks at those to validate on."""
+    found, seen = (
+        {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
+        for sets in (valid, watch)
+    )
+    if not found:
+        return seen
+    state.selection.look(found, session.adaptation.model, session.training)
+    return found | seen | {"valid": found}
+
+
+def _check(adaptation: Any, settings: Any, held_out: Mapping[str, Any]) -> None:
     if not isinstance(adaptation, Adaptation):
         raise SpecError(f"fit trains what adapt(model, source, ...) gives; received {type(adaptation).__name__}.")
     if not isinstance(settings, Training):
         raise SpecError(f"training must be a Training, such as Training(epochs=10); received {settings!r}.")
-    for name, sets in (("valid", valid), ("watch", watch)):
+    for name, sets in held_out.items():
         if sets is not None and not isinstance(sets, Mapping):
             raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(sets).__name__}.")

@@ -22,7 +22,7 @@ class Selection:
 
     Args:
         best: its score.
-        weights: the model's state dict then, on the CPU; None where the last weights are kept.
+        weights: the model's state dict then, on the CPU; None where it does not say what is kept.
         stale: evaluations since.
     """
 
@@ -37,7 +37,7 @@ class Selection:
             self.stale += 1
             return
         self.best, self.stale = value, 0
-        if training.keep != "last":
+        if training.keep in ("target", "harmonic"):
             tensors = unwrap(model).state_dict()
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -76,8 +76,11 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan)
             f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
         )
     for one in plan.after:
-        if type(one).scored and "target" not in valid:
-            raise SpecError(
-                f"{one.by} chooses on a validation part, but there is none. Carve one from the shots "
-                "(data.validation), or pass valid={'target': ...}."
-            )
+        if training.keep == "path" and one.name == "weight_interpolation":
+            raise SpecError(f"training.keep=path and {one.by} both interpolate the weights. Leave one of the two out.")
+    choosing = [one.by for one in plan.after if one.scored] + [one.by for one in plan.measures if one.tried]
+    if choosing and "target" not in valid:
+        raise SpecError(
+            f"{choosing[0]} chooses on a validation part, but there is none. Carve one from the shots "
+            "(data.validation), or pass valid={'target': ...}."
+        )

@@ -46,12 +46,14 @@ class Training(BaseModel):
     """Largest norm of all gradients together, the pull's included."""
     batch_norm: Literal["train", "eval"] = "train"
     """Whether batch norms of trained layers follow the target's statistics or keep the source's."""
-    keep: Literal["last", "target", "harmonic"] = "last"
+    keep: Literal["last", "target", "harmonic", "path"] = "last"
     """Which weights are kept: the last, or the best on the validation part, by target or by the
-    harmonic mean of target and source."""
+    harmonic mean of target and source. path: the best of 11 points between the starting point and the last
+    weights, by the harmonic mean where there is a source to validate on; the middle of those that are equal but
+    for half a target example."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without a better validation score after which training stops; None: never. Only the
-    last phase can be cut short."""
+    last phase can be cut short. The path then ends at the weights it stopped at."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     deterministic: bool = False

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from conservtl.experiments.bundle import Adapted, Prediction, load
+from conservtl.experiments.recommend import Recommendation, recommend
 
-__all__ = ["Adapted", "Prediction", "load"]
+__all__ = ["Adapted", "Prediction", "Recommendation", "load", "recommend"]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from conservtl.adapt import Adaptation
 from conservtl.errors import DataError, SourceError
-from conservtl.experiments.setting import build_model, read_preprocessing
-from conservtl.experiments.spec import SpeechSpec, VisionSpec
-from conservtl.layers import unwrap
+from conservtl.experiments.setting import Setting, build_model, read_preprocessing
+from conservtl.strategies import as_strategy, extend_all
 from conservtl.tasks import speech, vision
-from conservtl.tasks.base import Domains, Preprocessing
+from conservtl.tasks.base import Preprocessing
 
-__all__ = ["Adapted", "Prediction", "load", "save_bundle"]
+__all__ = ["Adapted", "Prediction", "load", "save_bundle", "save_measured"]
 
 _FILE = "model.safetensors"
+_MEASURED = "measured.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,42 @@ class Adapted:
         ]
 
 
-def save_bundle(folder: Path, model: nn.Module, spec: SpeechSpec | VisionSpec, domains: Domains) -> None:
-    """Write ``model.safetensors``; labels and preprocessing travel in its header."""
+def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
+    """Write ``model.safetensors``, with what strategies added merged into the weights where that is exact.
+
+    Labels and preprocessing travel in its header, and the strategies whose additions stay.
+    """
+    spec, domains = setting.spec, setting.domains
+    model = adaptation.merged()
     header = {
         "task": spec.task,
         "model": spec.model.model_dump(mode="json"),
         "labels": domains.labels,
         "preprocessing": domains.preprocessing.model_dump(mode="json"),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(model).state_dict().items()}
+    if stay := [one for one in adaptation.origin.strategies if not one.merge(model)]:
+        header["extended"] = {
+            "strategies": [one.model_dump(mode="json") for one in stay],
+            "example": list(setting.example.shape),
+            "layers": spec.layers,
+        }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     temporary = folder / f"{_FILE}.tmp"
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"conservtl": json.dumps(header)})
     temporary.chmod((folder / "spec.yaml").stat().st_mode)  # safetensors leaves it to its owner alone
     temporary.replace(folder / _FILE)
+
+
+def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write ``measured.safetensors``, what was measured before training, as `measurement/name`; nothing where nothing.
+
+    `Adaptation.use_measured` takes it again.
+    """
+    tensors = {f"{name}/{key}": tensor for name, found in measured.items() for key, tensor in found.items()}
+    if tensors:
+        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        save_file(own, folder / _MEASURED)
+        (folder / _MEASURED).chmod((folder / "spec.yaml").stat().st_mode)
 
 
 def load(folder: str | Path) -> Adapted:
@@ -118,5 +143,14 @@ def load(folder: str | Path) -> Adapted:
     preprocessing = read_preprocessing(said["task"], said["preprocessing"])
     kind = speech.ModelSpec if said["task"] == "speech" else vision.ModelSpec
     model = build_model(said["task"], kind.model_validate(said["model"]), preprocessing, len(said["labels"]))
-    model.load_state_dict(tensors)
+    added = _extended(model, said["extended"]) if "extended" in said else {}
+    model.load_state_dict(added | tensors)
     return Adapted(model.eval(), tuple(said["labels"]), preprocessing)
+
+
+def _extended(model: nn.Module, said: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Add to a model what was added to it when it was adapted; name -> tensor at the identity, as after a merge."""
+    strategies = [as_strategy(fields) for fields in said["strategies"]]
+    added, _ = extend_all(model, strategies, torch.zeros(said["example"]), said["layers"])
+    own = model.state_dict()
+    return {name: own[name] for name in added}

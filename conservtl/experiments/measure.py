@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.engine.data import as_batches
+from conservtl.layers import unwrap
 from conservtl.tasks.base import Data
 
 __all__ = ["SourceView", "agreement", "outputs_of", "per_class", "scores"]
@@ -34,15 +35,16 @@ class SourceView:
 
     def __call__(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Source logits of the adapted body, (N, source classes)."""
-        own = self.source.state_dict()
-        body = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if name not in self.head and name in own and tensor.shape == own[name].shape
-        }
-        tensors = {name: body.get(name, tensor.to(inputs.device)) for name, tensor in own.items()}
-        self.source.eval()
-        logits: Tensor = functional_call(self.source, tensors, (inputs,))
+        name = self.head[0].rpartition(".")[0]
+        parent, _, key = name.rpartition(".")
+        holder = unwrap(model).get_submodule(parent)
+        own = holder.get_submodule(key)
+        # The module and not its weights alone: the adapted model's may be fed from other layers.
+        setattr(holder, key, copy.deepcopy(self.source.get_submodule(name)).to(inputs.device))
+        try:
+            logits: Tensor = unwrap(model)(inputs)
+        finally:
+            setattr(holder, key, own)
         return logits
 
 

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from conservtl.adapt import Adaptation
 from conservtl.engine import Holdout, fit
 from conservtl.errors import MissingExtraError, SpecError
-from conservtl.experiments.bundle import save_bundle
-from conservtl.experiments.measure import SourceView, agreement, outputs_of, per_class, scores
+from conservtl.experiments.bundle import save_bundle, save_measured
+from conservtl.experiments.measure import agreement, per_class, scores
+from conservtl.experiments.sets import device_of, outputs_on, valid_sets, wants_source, watch_sets
 from conservtl.experiments.setting import Setting, augmentation, prepare
 from conservtl.experiments.source_model import SourceModel, obtain_source
 from conservtl.experiments.spec import SpeechSpec, VisionSpec, dump_spec
 from conservtl.plan import Plan
 from conservtl.report import sentence, write_html, write_json
-from conservtl.tasks.base import Data
 
 __all__ = ["plan_of", "run"]
 
-_RESULTS = ("report.json", "report.html", "model.safetensors")
+_RESULTS = ("report.json", "report.html", "model.safetensors", "measured.safetensors")
+_PATH = 2000  # test examples of a domain that are looked at on each point of the path
 
 
 def plan_of(spec: SpeechSpec | VisionSpec) -> Plan:
@@ -57,32 +57,39 @@ def run(
         raise SpecError(f"out: {str(folder)!r} is a file. Give a folder.")
     setting = prepare(spec)
     source = obtain_source(setting, progress=progress)
-    source.model.to(_device(spec))
+    source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.model)
     _begin(folder, resume=resume)
     (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
-    before = _measure(setting, source, adaptation.model if not setting.shared else source.model)
+    before = outputs_on(setting, source, adaptation.model if not setting.shared else source.model)
+    path = watch_sets(setting, source, _PATH)
     result = fit(
         adaptation,
         setting.domains.shots,
-        _valid(setting, source),
+        valid_sets(setting, source, both=wants_source(spec, adaptation.plan)),
         spec.training,
-        watch=_watch(setting, source),
+        watch=watch_sets(setting, source),
+        path=path,
+        source=setting.domains.source_train,
         augment=augmentation(setting.domains.augmentation),
         out=folder,
         resume=resume,
         seed=spec.seed,
         progress=progress,
     )
-    after = _measure(setting, source, adaptation.model)
+    after = outputs_on(setting, source, adaptation.model)
     report = _report(setting, source, adaptation, before, after) | {
         "seconds": {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun},
         "environment": _environment(result.device, result.precision),
     }
     report["kept_outputs"] = result.kept_outputs
+    report["finished"] = result.after
+    report["path"] = list(result.path)
+    report["path_examples"] = {name: len(one.data if isinstance(one, Holdout) else one) for name, one in path.items()}
     report["sentence"] = sentence(report)
-    save_bundle(folder, adaptation.model, spec, setting.domains)
+    save_bundle(folder, adaptation, setting)
+    save_measured(folder, adaptation.measured)
     write_json(report, folder / "report.json")
     try:
         write_html(report, result.history, folder / "report.html")
@@ -96,53 +103,6 @@ def _begin(folder: Path, *, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _RESULTS if resume else (*_RESULTS, "checkpoint.pt", "history.jsonl"):
         (folder / name).unlink(missing_ok=True)
-
-
-def _device(spec: SpeechSpec | VisionSpec) -> str:
-    """Where ``fit`` will train, so that measuring before and after happens there too."""
-    return "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _watch(setting: Setting, source: SourceModel) -> dict[str, Any]:
-    """The test parts: shown along the way, never selected on."""
-    domains = setting.domains
-    sets: dict[str, Any] = {"target": domains.target_test}
-    if domains.source_test is not None:
-        sets["source"] = _on_source(setting, source, domains.source_test)
-    return sets
-
-
-def _valid(setting: Setting, source: SourceModel) -> dict[str, Any] | None:
-    """What may be selected on: carved from the shots, and the data that the source model was trained on."""
-    domains = setting.domains
-    if domains.validation is None:
-        return None
-    sets: dict[str, Any] = {"target": domains.validation}
-    if setting.spec.training.keep == "harmonic" and domains.source_train is not None:
-        sets["source"] = _on_source(setting, source, domains.source_train)
-    return sets
-
-
-def _on_source(setting: Setting, source: SourceModel, data: Data) -> Any:
-    if setting.shared:
-        return data
-    view = SourceView(source.model, setting.head(source.model))
-    return Holdout(data, forward=lambda model, batch: view(model, batch[0]))
-
-
-def _measure(setting: Setting, source: SourceModel, model: nn.Module) -> dict[str, Any]:
-    """Logits and labels on both test parts."""
-    domains = setting.domains
-    device = next(model.parameters()).device
-    model.eval()
-    found: dict[str, Any] = {"target": outputs_of(model, domains.target_test, device)}
-    if domains.source_test is not None:
-        if setting.shared:
-            found["source"] = outputs_of(model, domains.source_test, device)
-        else:
-            view = SourceView(source.model, setting.head(source.model))
-            found["source"] = outputs_of(lambda inputs: view(model, inputs), domains.source_test, device)
-    return found
 
 
 def _report(

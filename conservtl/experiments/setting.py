@@ -20,6 +20,9 @@ from conservtl.tasks.base import Data, Domains, Examples, Preprocessing
 __all__ = ["Setting", "augmentation", "build_model", "prepare", "read_preprocessing"]
 
 
+_APART = 2**31  # beyond every seed that a spec can have
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a run starts from.
@@ -36,15 +39,21 @@ class Setting:
     example: Tensor
     shared: bool
 
-    def model(self, classes: int) -> nn.Module:
-        """A model with this many outputs, initialised by the spec's seed."""
+    def model(self, classes: int, *, target: bool = False) -> nn.Module:
+        """A model with this many outputs, initialised by the spec's seed.
+
+        Args:
+            classes: number of outputs.
+            target: whether it is the one to adapt; drawn otherwise than a source model, whose body was trained under
+                the very head it began with.
+        """
         with torch.random.fork_rng():
-            torch.manual_seed(self.spec.seed)
+            torch.manual_seed(self.spec.seed + _APART * target)
             return build_model(self.spec.task, self.spec.model, self.domains.preprocessing, classes)
 
     def adaptation(self, source: SourceLike) -> Adaptation:
         """The spec's strategies on a model for the target, from this source."""
-        model = self.model(len(self.domains.labels))
+        model = self.model(len(self.domains.labels), target=True)
         spec = self.spec
         fresh = {} if self.shared else dict.fromkeys(self.head(model), "its labels differ from the source's")
         with torch.random.fork_rng():

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from conservtl.engine import Training
 from conservtl.errors import SpecError
+from conservtl.experiments.sections import CompareSection, SweepSection, TuneSection
 from conservtl.strategies import AnyStrategy
 from conservtl.tasks import speech, vision
 
-__all__ = ["SourceSection", "Spec", "SpeechSpec", "VisionSpec", "dump_spec", "load_spec", "schema"]
+__all__ = ["SourceSection", "Spec", "SpeechSpec", "VisionSpec", "dump_spec", "load_spec", "read_content", "schema"]
 
 
 class SourceSection(BaseModel):
@@ -51,6 +52,12 @@ class _Common(BaseModel):
     """How to adapt."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Draws the shots, initialises what is fresh and orders the batches."""
+    compare: CompareSection | None = None
+    """What ``conservtl compare`` runs; one run ignores it."""
+    sweep: SweepSection | None = None
+    """What ``conservtl sweep`` runs; one run ignores it."""
+    tune: TuneSection | None = None
+    """What ``conservtl tune`` searches; one run ignores it."""
 
 
 class SpeechSpec(_Common):
@@ -91,6 +98,11 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SpeechSpec | V
     Raises:
         SpecError: the file cannot be read, or a field is wrong; the message names it and the fix.
     """
+    return parse_spec(read_content(path, overrides), str(path))
+
+
+def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same, not validated: what a search finds its ranges in."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -102,7 +114,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SpeechSpec | V
         raise SpecError(f"spec {str(path)!r} must hold fields (task, data, ...); received {type(content).__name__}.")
     for override in _switches_first(overrides):
         _override(content, override)
-    return parse_spec(content, str(path))
+    return content
 
 
 def parse_spec(content: Mapping[str, Any], where: str = "spec") -> SpeechSpec | VisionSpec:

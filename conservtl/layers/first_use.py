@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from conservtl.errors import SpecError
 from conservtl.layers.names import canonical
 
-__all__ = ["first_use"]
+__all__ = ["calls", "first_use"]
 
 
 def first_use(model: nn.Module, example: Any) -> dict[str, int]:
@@ -44,7 +44,7 @@ def first_use(model: nn.Module, example: Any) -> dict[str, int]:
     )
     error: Exception | None = None
     for on_meta, place in placements:
-        for call in _calls(_placed(example, place)):
+        for call in calls(_placed(example, place)):
             try:
                 return _record(model, call, on_meta=on_meta)
             except Exception as caught:  # noqa: BLE001 -- a model may fail in any way; the next attempt decides
@@ -73,7 +73,7 @@ def _plain(sequence: Any) -> bool:
     return type(sequence) in (tuple, list)
 
 
-def _calls(example: Any) -> Iterator[Callable[[nn.Module], object]]:
+def calls(example: Any) -> Iterator[Callable[[nn.Module], object]]:
     """The ways to hand the example over, the likeliest first."""
     if isinstance(example, dict) and all(isinstance(key, str) for key in example):
         yield lambda model: model(**example)
@@ -89,7 +89,12 @@ def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: b
         twins = {id(tensor): _twin(tensor, on_meta=on_meta) for tensor in _tensors(model)}
         # Hooks are the user's observers: neither copied nor called. Pre-hooks stay, old weight_norm is one.
         hooks = {id(vars(module).get("_forward_hooks")): OrderedDict[int, Any]() for module in model.modules()}
-        clone = copy.deepcopy(model, {**twins, **hooks}).eval()
+        memo: dict[int, Any] = {**twins, **hooks}
+        clone = copy.deepcopy(model, memo).eval()
+        for module in model.modules():  # but for those that the model needs to run
+            hooked = module._forward_hooks  # noqa: SLF001
+            needed = {key: hook for key, hook in hooked.items() if getattr(hook, "computes", False)}
+            hooks[id(hooked)].update(copy.deepcopy(needed, memo))
         names = {
             id(twins[id(tensor)]): canonical(name)
             for named in (model.named_buffers(), model.named_parameters())

@@ -236,11 +236,13 @@ def _leaf(node: Node) -> Iterator[Unit]:
         levels: dict[int, list[str]] = {}
         for name in node.own:
             found = re.search(r"_l(\d+)(_reverse)?(\.|$)", name)
-            levels.setdefault(int(found[1]) if found else 0, []).append(name)
+            # What no level owns acts on the last one's outputs: an amplitude, say.
+            levels.setdefault(int(found[1]) if found else node.module.num_layers - 1, []).append(name)
         stem = node.name or type(node.module).__name__
         for level, names in sorted(levels.items()):
             yield Unit(join(stem, str(level)), node.parent, "weight", tuple(names), (node.name,))
     elif isinstance(node.module, nn.Embedding | nn.EmbeddingBag):
         yield Unit(node.name or "Embedding", node.parent, "weight", node.own, (node.name,), embedding=True)
     else:
-        yield _whole(node, "weight" if node.weights else "extra")
+        alone = getattr(node.module, "complete", False)
+        yield _whole(node, "block" if alone else "weight" if node.weights else "extra")

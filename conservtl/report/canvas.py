@@ -12,7 +12,7 @@ from typing import Any
 
 from conservtl.extras import require
 
-__all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "shorten"]
+__all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "draw_png", "shorten"]
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness.
 TARGET = "#0072B2"
@@ -81,13 +81,30 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> st
         paint: draws on the figure it is given.
     """
     with _style():
-        figure = require("matplotlib.figure", "report").Figure(figsize=(WIDTH, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0.1)
-        paint(figure)
         out = io.StringIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", metadata=metadata)
+        _painted(height, paint).savefig(out, format="svg", metadata=metadata)
     return _embed(out.getvalue(), name, alt)
+
+
+def draw_png(height: float, paint: Callable[[Any], None]) -> bytes:
+    """Draw the same as a PNG file's content, on white.
+
+    Args:
+        height: inches.
+        paint: draws on the figure it is given.
+    """
+    with _style():
+        out = io.BytesIO()
+        _painted(height, paint).savefig(out, format="png", dpi=150, facecolor="white")
+    return out.getvalue()
+
+
+def _painted(height: float, paint: Callable[[Any], None]) -> Any:
+    figure = require("matplotlib.figure", "report").Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0.1)
+    paint(figure)
+    return figure
 
 
 def bare(axes: Any, *, grid: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
+from conservtl.report.intervals import signed
 from conservtl.report.measures import number
 
 __all__ = ["SHOWN", "per_class"]
@@ -88,7 +89,7 @@ def _dumbbells(axes: Any, domain: str, classes: Sequence[Class], rows: int) -> N
     axes.plot(after, places, "o", color=colour, markersize=7, label="after", zorder=1.9)
     for place, each in zip(places, classes, strict=True):
         axes.annotate(
-            _points(each.change),
+            signed(each.change),
             (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(36, 0),
@@ -119,12 +120,6 @@ def _name(each: Class, classes: Sequence[Class]) -> str:
     name = shorten(each.label, 24)
     alike = len({other.count for other in classes}) == 1
     return name if alike or each.count is None else f"{name} ({each.count})"
-
-
-def _points(change: float) -> str:
-    change = round(change, 1)
-    sign = "±" if change == 0 else "+" if change > 0 else "−"
-    return f"{sign}{abs(change):.1f}"
 
 
 def _caption(panels: Mapping[str, Sequence[Class]]) -> str:

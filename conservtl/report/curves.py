@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from conservtl.report.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw
+from conservtl.report.canvas import GREY, Picture, bare, draw
+from conservtl.report.lines import DOMAINS, Points, draw_lines
 from conservtl.report.measures import Measure, headline, number, pair
+from conservtl.report.path import kept_point
 
 __all__ = ["learning_curves"]
-
-Points = list[tuple[float, float]]
-
-_LEAST_SPAN = 0.05  # a change of less than that must not fill the picture
-_LINES = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 
 
 def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Picture | None:
@@ -25,7 +22,7 @@ def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, An
         history: one entry an epoch; entries that were not evaluated leave no point.
     """
     metric = headline(report)
-    lines = {domain: _points(report, history, domain, metric) for domain in _LINES}
+    lines = {domain: _points(report, history, domain, metric) for domain in DOMAINS}
     lines = {domain: points for domain, points in lines.items() if points}
     losses = [(float(entry["epoch"]), loss) for entry in history if (loss := number(entry.get("loss"))) is not None]
     if not history or not lines:
@@ -37,7 +34,7 @@ def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, An
     def paint(figure: Any) -> None:
         ratios = [3, 1] if losses else [1]
         panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-        _curves(panels[0], lines, metric, kept)
+        draw_lines(panels[0], lines, metric, kept)
         if losses:
             _losses(panels[1], losses)
         for panel in panels:
@@ -49,7 +46,10 @@ def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, An
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
 
     alt = f"Learning curves: {metric.name} of {' and '.join(lines)} over {round(phases[-1][2])} epochs."
+    back = kept_point(report)
     caption = _caption(metric, ring=kept is not None, borders=len(phases) > 1, named=fits)
+    if back is not None and back < 1:
+        caption += f" Then the weights were taken back to t\u00a0=\u00a0{back:g} of the path beneath."
     svg = draw("curves", alt, 4.2 if losses else 3.2, paint)
     return Picture("Over the epochs", caption, svg)
 
@@ -63,42 +63,6 @@ def _points(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], dom
             points[float(entry["epoch"])] = metric.scaled(value)
     # The value before training alone is no curve.
     return sorted(points.items()) if any(epoch > 0 for epoch in points) else []
-
-
-def _curves(axes: Any, lines: Mapping[str, Points], metric: Measure, kept: float | None) -> None:
-    values = [value for points in lines.values() for _, value in points]
-    span = max(max(values) - min(values), metric.scaled(_LEAST_SPAN))
-    middle = (max(values) + min(values)) / 2
-    low, high = middle - 0.58 * span, middle + 0.58 * span
-    if metric.share and high > 100 >= max(values):
-        low, high = min(low, 100 - 1.1 * span), 100 + 0.04 * span
-    if min(values) >= 0:
-        low = max(low, -0.04 * span)
-    axes.set_ylim(low, high)
-    ends = _apart({domain: points[-1][1] for domain, points in lines.items()}, 0.075 * (high - low))
-    last = max(points[-1][0] for points in lines.values())
-    for domain, points in lines.items():
-        colour, marker, style = _LINES[domain]
-        epochs, heights = zip(*points, strict=True)
-        every = max(1, len(points) // 25)  # a marker an epoch would hide a long curve
-        axes.plot(epochs, heights, style, color=colour, marker=marker, markevery=every, clip_on=False)
-        unit = f" {metric.unit}" if metric.unit else ""
-        digits = 1 if metric.share else 3
-        axes.annotate(
-            f"{domain} {points[-1][1]:.{digits}f}{unit}",
-            (last, ends[domain]),
-            xytext=(10, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            weight="bold",
-            annotation_clip=False,
-        )
-    if kept is not None and (mark := dict(lines.get("target", [])).get(kept)) is not None:
-        axes.plot([kept], [mark], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK, clip_on=False)
-    axes.set_ylabel(f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
-    axes.yaxis.get_major_locator().set_params(nbins=7)
-    bare(axes, grid="y")
 
 
 def _losses(axes: Any, losses: Points) -> None:
@@ -149,16 +113,6 @@ def _kept(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], metri
     if not after or not same or same[-1] is evaluated[-1]:
         return None
     return float(same[0]["epoch"])
-
-
-def _apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
-    """Heights of the names at the lines' ends, moved so that none covers another."""
-    order = sorted(heights, key=lambda domain: heights[domain])
-    moved = dict(heights)
-    if len(order) == 2 and (gap := heights[order[1]] - heights[order[0]]) < least:
-        moved[order[0]] -= (least - gap) / 2
-        moved[order[1]] += (least - gap) / 2
-    return moved
 
 
 def _caption(metric: Measure, *, ring: bool, borders: bool, named: bool) -> str:

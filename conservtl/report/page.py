@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from conservtl.extras import require
 from conservtl.report.classes import per_class
 from conservtl.report.curves import learning_curves
 from conservtl.report.drift import drift_by_layer
-from conservtl.report.files import plain, write_text
 from conservtl.report.measures import Verdict, number
+from conservtl.report.path import weight_path
+from conservtl.report.render import render, settings
 from conservtl.report.summary import costly, duration, sentence, verdict
 from conservtl.report.tables import agreement, before_after, plan_table
 
@@ -34,37 +31,27 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    jinja2 = require("jinja2", "report")
-    lead = str(report.get("sentence") or sentence(report))
-    pictures = [learning_curves(report, history), drift_by_layer(report), per_class(report)]
-    template = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    ).from_string(resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), per_class(report)]
+    render(
+        "run.html.j2",
+        path,
+        over="Adaptation report",
         title=f"Adapted to {report.get('target') or 'the target'}",
-        sentence=lead,
-        # A number and its unit stay on one line.
-        lead=lead.replace(" %", "\u00a0%").replace(" points", "\u00a0points"),
+        sentence=str(report.get("sentence") or sentence(report)),
         tone=_tone(report),
         numbers=before_after(report),
         pictures=[picture for picture in pictures if picture],
         plan=plan_table(report),
         agreement=agreement(report),
-        spec=_spec(report),
+        spec=settings(report.get("spec")),
         environment=_environment(report),
         seconds=_seconds(report),
     )
-    write_text(page, path)
 
 
 def _tone(report: Mapping[str, Any]) -> Verdict:
     """What colours the sentence: a gain that cost more than it brought is no gain."""
     return "worse" if costly(report) else verdict(report)
-
-
-def _spec(report: Mapping[str, Any]) -> str:
-    spec = report.get("spec")
-    return yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True) if spec else ""
 
 
 def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:

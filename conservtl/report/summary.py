@@ -82,7 +82,7 @@ def plan_of(report: Mapping[str, Any]) -> Plan | None:
             row["source_shape"] = row["shape"]
         elif row.get("reason") is None:
             row["reason"] = "not in the source"
-    return Plan.model_validate({"rows": rows, **({"phases": plan["phases"]} if plan.get("phases") else {})})
+    return Plan.model_validate({**{key: plan[key] for key in Plan.model_fields if plan.get(key)}, "rows": rows})
 
 
 def _target(report: Mapping[str, Any]) -> str:

@@ -2,42 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from torch import nn
 
 from conservtl.errors import SpecError
+from conservtl.layers import find_layers, matches
 from conservtl.plan import Plan
+from conservtl.strategies.auto_rgn import AutoRGN
 from conservtl.strategies.base import Order, Strategy
 from conservtl.strategies.discriminative_lr import DiscriminativeLR
+from conservtl.strategies.feature_conservation import FeatureConservation
 from conservtl.strategies.feature_extraction import FeatureExtraction
+from conservtl.strategies.fisher_sp import FisherSP
 from conservtl.strategies.gradual_unfreezing import GradualUnfreezing, Stage
+from conservtl.strategies.group_lasso_sp import GroupLassoSP
+from conservtl.strategies.input_transform import InputTransform
+from conservtl.strategies.l1_sp import L1SP
 from conservtl.strategies.l2_sp import L2SP
 from conservtl.strategies.layer_transfer import LayerTransfer
+from conservtl.strategies.lhuc import LHUC
 from conservtl.strategies.lp_ft import LPFT
+from conservtl.strategies.mixout import Mixout
+from conservtl.strategies.norm_adaptation import NormAdaptation
 from conservtl.strategies.output_conservation import OutputConservation
+from conservtl.strategies.projection import Projection
+from conservtl.strategies.selective_decay import SelectiveDecay
+from conservtl.strategies.spectral_shrinkage import SpectralShrinkage
+from conservtl.strategies.surgical_fine_tuning import SurgicalFineTuning
+from conservtl.strategies.weight_interpolation import WeightInterpolation
 
 __all__ = [
+    "L1SP",
     "L2SP",
+    "LHUC",
     "LPFT",
     "AnyStrategy",
+    "AutoRGN",
     "DiscriminativeLR",
+    "FeatureConservation",
     "FeatureExtraction",
+    "FisherSP",
     "GradualUnfreezing",
+    "GroupLassoSP",
+    "InputTransform",
     "LayerTransfer",
+    "Mixout",
+    "NormAdaptation",
     "Order",
     "OutputConservation",
+    "Projection",
+    "SelectiveDecay",
+    "SpectralShrinkage",
     "Stage",
     "Strategy",
+    "SurgicalFineTuning",
+    "WeightInterpolation",
     "apply_all",
     "as_strategy",
+    "extend_all",
+    "retract_all",
 ]
 
 ALIASES: dict[str, dict[str, Any]] = {
     "l2sp": {"kind": "l2_sp"},
+    "bss": {"kind": "spectral_shrinkage"},
+    "delta": {"kind": "feature_conservation", "attention": True},
+    "ewc": {"kind": "fisher_sp"},
     "kld": {"kind": "output_conservation", "rho": 0.5},
+    "spd": {"kind": "selective_decay"},
+    "ldifs": {"kind": "feature_conservation", "metric": "ldifs"},
     "lwf": {"kind": "output_conservation", "weight": 1.0},
+    "wise_ft": {"kind": "weight_interpolation"},
 }
 """Short names of ``kind`` in specs -> the fields they stand for; fields given beside one win."""
 
@@ -51,7 +89,27 @@ def _spelled_out(value: Any) -> Any:
 
 AnyStrategy = Annotated[
     Annotated[
-        DiscriminativeLR | FeatureExtraction | GradualUnfreezing | L2SP | LPFT | LayerTransfer | OutputConservation,
+        AutoRGN
+        | DiscriminativeLR
+        | FeatureConservation
+        | FeatureExtraction
+        | FisherSP
+        | GradualUnfreezing
+        | GroupLassoSP
+        | InputTransform
+        | L1SP
+        | L2SP
+        | LayerTransfer
+        | LHUC
+        | LPFT
+        | Mixout
+        | NormAdaptation
+        | OutputConservation
+        | Projection
+        | SelectiveDecay
+        | SpectralShrinkage
+        | SurgicalFineTuning
+        | WeightInterpolation,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_spelled_out),
@@ -64,6 +122,43 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
     for strategy in sorted(strategies, key=lambda strategy: (strategy.order, strategy.kind, repr(strategy))):
         plan = strategy.apply(plan)
     return plan
+
+
+def extend_all(
+    model: nn.Module, strategies: Iterable[Strategy], example: Any = None, layers: Sequence[str] | None = None
+) -> tuple[dict[str, str], Sequence[str] | None]:
+    """Let strategies add what they need to a model, in place: all of them, or none where one refuses.
+
+    Args:
+        model: wrapped or not.
+        strategies: in the order they add it.
+        example: an input, or None.
+        layers: the caller's own cut into layers, or None.
+
+    Returns:
+        Name of each added parameter -> what it is; and the cut, with what no glob of it matches in front (an input
+        transform, say).
+    """
+    added: dict[str, str] = {}
+    done: list[Strategy] = []
+    try:
+        for one in (one for one in strategies if one.extends):
+            new = one.extend(model, find_layers(model, example, layers), example)
+            done.append(one)
+            added |= new
+            if layers is not None:
+                left = [name.rpartition(".")[0] for name in new if not any(matches(glob, name) for glob in layers)]
+                layers = [*dict.fromkeys(left), *layers]
+    except BaseException:
+        retract_all(model, done)
+        raise
+    return added, layers
+
+
+def retract_all(model: nn.Module, strategies: Iterable[Strategy]) -> None:
+    """Take away what strategies added to a model."""
+    for one in strategies:
+        one.retract(model)
 
 
 def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:

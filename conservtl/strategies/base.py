@@ -33,23 +33,28 @@ class Strategy(BaseModel, ABC):
     """Base of all strategies, a user's own included.
 
     A subclass has a ``kind``, fields with bounds in their types, an ``order`` and ``apply``, which
-    touches no tensor and does no input or output. One that adds parameters to the model sets ``extends``.
-    ``conservtl.testing.check_strategy`` holds it to the contract.
+    touches no tensor and does no input or output. One that adds parameters to the model, or puts another head on
+    it, says so by ``extends``. ``conservtl.testing.check_strategy`` holds it to the contract.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     kind: str
     order: ClassVar[Order] = Order.STRENGTH
-    extends: ClassVar[bool] = False
-    """Whether it adds parameters to the model, in ``extend``."""
+
+    @property
+    def extends(self) -> bool:
+        """Whether it adds parameters to the model, or puts another head on it, in ``extend``."""
+        return False
 
     @abstractmethod
     def apply(self, plan: Plan) -> Plan:
         """The plan with this strategy's decisions filled in."""
 
     def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:
-        """Add parameters to the model in place, such that it computes what it did; before the plan is drawn up.
+        """Add parameters to the model in place, such that it computes what it did, or put another head on it.
+
+        That is done before the plan is drawn up.
 
         Args:
             model: wrapped or not.
@@ -57,7 +62,8 @@ class Strategy(BaseModel, ABC):
             example: an input, where the caller gave one.
 
         Returns:
-            Name of each added parameter -> what it is, as the plan's reason for a fresh one.
+            Name of each added parameter -> what it is, as the plan's reason for a fresh one; none for another head of
+            the same name.
         """
         raise NotImplementedError(f"{self.label} sets extends, so it needs extend().")
 
@@ -66,7 +72,7 @@ class Strategy(BaseModel, ABC):
 
     def merge(self, model: nn.Module) -> bool:  # noqa: ARG002
         """Move what ``extend`` added into the model's own weights, where that is exact; whether nothing is left."""
-        return not type(self).extends
+        return not self.extends
 
     @property
     def label(self) -> str:

@@ -49,12 +49,12 @@ class LayerTransfer(Strategy):
         chosen = self.transferred(plan)
         for row in plan.rows:
             # What another strategy made fresh fits; whether it may be claimed is for ``choose`` to say.
-            if row.layer in chosen and row.origin == "fresh" and "origin" not in row.chosen:
+            if row.layer in chosen and row.origin == "fresh" and not row.added and "origin" not in row.chosen:
                 raise SourceError(
                     f"{self.label}(side={self.side!r}): layer {row.layer!r} is to be transferred, but {row.name!r} "
                     f"cannot be: {row.reason}. Transfer fewer layers, or name those that fit."
                 )
-        inside = [row.name for row in plan.rows if row.layer in chosen]
+        inside = [row.name for row in plan.rows if row.layer in chosen and not row.added]
         plan = plan.choose(self.label, "origin", {name: {"origin": "source", "reason": None} for name in inside})
         plan = plan.choose(self.label, "frozen", {name: {"frozen": self.freeze} for name in inside})
         if self.rest == "fresh":
@@ -64,8 +64,8 @@ class LayerTransfer(Strategy):
         return plan
 
     def transferred(self, plan: Plan) -> frozenset[str]:
-        """Names of the layers that are transferred."""
-        layers = plan.layers
+        """Names of the layers that are transferred; one that a strategy added does not count."""
+        layers = plan.own_layers
         if isinstance(self.layers, tuple):
             found = select(self.layers, layers, "layer")
             return frozenset(name for names in found.values() for name in names)

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from conservtl.errors import DataError
 
-__all__ = ["Augmentation", "Data", "Domains", "Examples", "Preprocessing", "carve", "draw_shots"]
+__all__ = ["Augmentation", "Data", "Domains", "Examples", "Preprocessing", "carve", "draw_shots", "spread"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +124,12 @@ def carve(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int],
         count = min(len(own) - 1, max(1, round(fraction * len(own)))) if fraction > 0 else 0
         held |= {own[i] for i in torch.randperm(len(own), generator=generator)[:count].tolist()}
     return [i for i in range(len(labels)) if i not in held], sorted(held)
+
+
+def spread(data: Data, most: int | None) -> Data:
+    """At most so many examples, evenly spread over the data; None: all of them."""
+    length = len(data)  # type: ignore[arg-type]
+    if most is None or length <= most:
+        return data
+    index = [number * length // most for number in range(most)]
+    return data.take(index) if isinstance(data, Examples) else Subset(data, index)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from conservtl.adapt import Adaptation, adapt
 from conservtl.errors import InputError
@@ -17,7 +18,7 @@ from conservtl.layers import find_layers, named_parameters
 from conservtl.plan import Plan
 from conservtl.source import SourceLike
 from conservtl.strategies import L2SP, DiscriminativeLR, GradualUnfreezing, LayerTransfer, Strategy, apply_all
-from conservtl.testing.steps import backward, held
+from conservtl.testing.steps import backward, held, measured, outputs_of
 from conservtl.testing.weights import random_weights
 
 __all__ = ["check_strategy"]
@@ -43,8 +44,13 @@ class _Case:
     def adapted(self, strategies: Sequence[Strategy]) -> Adaptation:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            example = None if self.ordered else self.example
+            shown = not self.ordered or any(one.extends for one in strategies)
+            example = self.example if shown else None
             return adapt(copy.deepcopy(self.model), self.source, strategies, example=example)
+
+    def drawn(self, strategy: Strategy) -> Plan:
+        """The plan before any strategy, with what this one adds to the model."""
+        return self.adapted([strategy] if strategy.extends else []).origin.drawn
 
 
 def check_strategy(
@@ -76,15 +82,17 @@ def check_strategy(
     refusals = []
     cases = list(_cases(model, source, example))
     for case in cases:
-        plan = case.adapted([]).plan
-        before = plan.model_dump_json()
         try:
+            plan = case.drawn(strategy)
+            before = plan.model_dump_json()
             strategy.apply(plan)
         except InputError as error:
             refusals.append(error)
             continue
         rule = "apply changed the plan it was given; return a new one."
         _require(plan.model_dump_json() == before, strategy, rule)
+        if strategy.extends:
+            _check_extension(strategy, case)
         _check_pure(strategy, plan)
         _check_place(strategy, plan)
         _check_memory(strategy, plan)
@@ -166,6 +174,58 @@ def _check_pure(strategy: Strategy, plan: Plan) -> None:
     _require(again == result, strategy, "its plan is another after JSON.")
 
 
+def _check_extension(strategy: Strategy, case: _Case) -> None:
+    model = copy.deepcopy(case.model).eval()
+    before, outputs = _described(model), outputs_of(model, case.example)
+    added = strategy.extend(model, find_layers(model, case.example), case.example)
+    names = list(named_parameters(model))
+    _require(set(added) == set(names) - before[0].keys(), strategy, "extend must return what it added.")
+    _require(_described(model)[1:] != before[1:], strategy, "extend changed nothing, but the strategy says it does.")
+    new = list(added) or list(_head(model, case.example))  # what adds nothing puts another head on the model
+    same = _same(outputs, outputs_of(model, case.example))
+    _require(same or not added, strategy, "extend changed what the model computes.")
+    twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - made here
+    for one in (model, copy.deepcopy(model), twin):
+        _disturb(one, new)
+        changed = outputs_of(one, case.example)
+        acts = not case.ordered or not _same(outputs, changed)  # in a model of the caller's, units may be dead
+        _require(acts, strategy, "what it added has no effect on what the model computes.")
+        merged = copy.deepcopy(one)
+        emptied = strategy.merge(merged)
+        _require(_same(changed, outputs_of(merged, case.example)), strategy, "merge changed what the model computes.")
+        left = _described(merged)[1:] != before[1:]
+        _require(emptied is not left, strategy, f"merge says {emptied}, but something is {'' if left else 'not '}left.")
+        strategy.retract(one)
+        after = _described(one)
+        _require(after[1:] == before[1:] and list(after[0]) == list(before[0]), strategy, "retract leaves something.")
+        held = all(torch.equal(tensor, before[0][name]) for name, tensor in after[0].items())
+        _require(held, strategy, "extend or retract changed the model's own parameters.")
+
+
+def _head(model: nn.Module, example: Any) -> tuple[str, ...]:
+    return Plan.draw(find_layers(model, example), {}, {}).head
+
+
+def _described(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, type]], list[int]]:
+    """Parameters and buffers, modules in their order, and how many hooks each has."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]  # noqa: SLF001
+    return tensors, [(name, type(module)) for name, module in model.named_modules()], hooks
+
+
+@torch.no_grad()
+def _disturb(model: nn.Module, names: Iterable[str]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    parameters = named_parameters(model)
+    for name in names:
+        noise = torch.randn(parameters[name].shape, generator=generator)
+        parameters[name].add_(noise.to(parameters[name]) / max(1, len(noise)) ** 0.5)
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b, strict=True))
+
+
 def _check_place(strategy: Strategy, plan: Plan) -> None:
     for other in _COMPANIONS:
         first, last = _outcome(plan, [strategy, other]), _outcome(plan, [other, strategy])
@@ -191,9 +251,9 @@ def _check_memory(strategy: Strategy, plan: Plan) -> None:
 def _check_training(strategy: Strategy, case: _Case) -> None:
     first, second = case.adapted([strategy]), case.adapted([strategy])
     start = {name: tensor.clone() for name, tensor in second.model.state_dict().items()}
-    copied = copy.deepcopy(first)
-    if not first.plan.trained:
+    if not first.plan.trained or not measured(first, case.example):
         return
+    copied = copy.deepcopy(first)
     _train(strategy, first, case.example)
     held = all(torch.equal(start[name], tensor) for name, tensor in second.model.state_dict().items())
     _require(held, strategy, "training one model changed another.")

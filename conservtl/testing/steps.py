@@ -12,7 +12,7 @@ from conservtl.adapt import Adaptation
 from conservtl.conserve.freeze import tracks_statistics
 from conservtl.layers import canonical, named_parameters, unwrap
 
-__all__ = ["backward", "held"]
+__all__ = ["backward", "held", "measured", "outputs_of"]
 
 
 def held(adaptation: Adaptation) -> dict[str, Tensor]:
@@ -26,6 +26,21 @@ def held(adaptation: Adaptation) -> dict[str, Tensor]:
     return found
 
 
+def measured(adaptation: Adaptation, example: Any) -> bool:
+    """Measure what the plan asks for, on the example; whether there is nothing left to measure."""
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        return _call(model, batch[0])
+
+    def loss(outputs: Any, _: Any) -> Tensor:
+        return sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
+
+    if example is not None:
+        for one in adaptation.outstanding():
+            adaptation.measure([(example,)], on=one.data, forward=forward, loss=loss)
+    return not adaptation.outstanding()
+
+
 def backward(model: nn.Module, example: Any, step: int) -> None:
     """Gradients of some loss; random ones where there is no input to have a loss of."""
     if example is None:
@@ -37,6 +52,12 @@ def backward(model: nn.Module, example: Any, step: int) -> None:
     loss = sum((tensor.square().mean() for tensor in _tensors(_call(model, example))), torch.zeros(()))
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
+    """What a model makes of an example; nothing where there is none."""
+    return [] if example is None else list(_tensors(_call(model, example)))
 
 
 def _call(model: nn.Module, example: Any) -> Any:

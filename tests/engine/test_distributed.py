@@ -24,9 +24,9 @@ def _data():
     return torch.randn(30, 6, generator=generator), torch.randint(0, 3, (30,), generator=generator)
 
 
-def _adaptation():
+def _adaptation(pull=None):
     model = _model()
-    strategies = [ctl.L2SP(alpha=0.5), ctl.GradualUnfreezing(by="layer")]
+    strategies = [pull or ctl.L2SP(alpha=0.5), ctl.GradualUnfreezing(by="layer")]
     return ctl.adapt(model, copy.deepcopy(model), strategies)
 
 
@@ -44,8 +44,10 @@ def _process(rank, port, folder):
     adaptation = _adaptation()
     result = _train(adaptation, 4, out=folder)
     loader = DataLoader(TensorDataset(*_data()), 4, shuffle=True)
-    streamed = _train(_adaptation(), 4, loader)
-    torch.save((adaptation.model.state_dict(), result.steps, streamed.steps), f"{folder}/rank{rank}.pt")
+    weighed = _adaptation(ctl.FisherSP(alpha=0.5))
+    streamed = _train(weighed, 4, loader)
+    found = weighed.model.state_dict(), weighed.measured["fisher"]
+    torch.save((adaptation.model.state_dict(), result.steps, streamed.steps, *found), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -59,11 +61,16 @@ def test_two_processes_equal_one(tmp_path):
     alone = _adaptation()
     result = _train(alone, 8)
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for weights, steps, streamed in parts:
+    weighed = _adaptation(ctl.FisherSP(alpha=0.5))
+    weighed.measure([_data()])
+    for weights, steps, streamed, _, fisher in parts:
+        for name, tensor in weighed.measured["fisher"].items():  # of all examples, not of a process's own
+            torch.testing.assert_close(fisher[name], tensor, msg=name)
         assert steps == streamed == result.steps
         for name, tensor in alone.model.state_dict().items():
             torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    assert all(torch.equal(a, b) for a, b in zip(parts[0][0].values(), parts[1][0].values(), strict=True))
+    for which in (0, 3):
+        assert all(torch.equal(a, b) for a, b in zip(parts[0][which].values(), parts[1][which].values(), strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint.pt",
         "history.jsonl",

@@ -89,3 +89,38 @@ def test_deterministic(plain, data, same):
         training = ctl.Training(epochs=2, batch_size=16, deterministic=True, precision="fp32")
         ctl.fit(adaptation, data, training=training, seed=1)
     assert same(first.model, second.model)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ctl.AutoRGN(every=100),
+        ctl.Projection(radius=0.01),
+        ctl.Projection(radius=0.01, by="row", norm="mars"),
+        ctl.SelectiveDecay(),
+        ctl.L1SP(),
+        ctl.GroupLassoSP(),
+        ctl.Mixout(),
+    ],
+    ids=lambda strategy: strategy.kind,
+)
+def test_a_step_waits_for_nothing(strategy):
+    """No update reads a number on the host; the rates from gradient norms do so where they decide, once in a while."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).cuda()
+    adaptation = ctl.adapt(model, copy.deepcopy(model), [strategy])
+    optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    inputs = torch.randn(32, 8, device="cuda")
+    labels = torch.zeros(32, dtype=torch.long, device="cuda")
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            with torch.autocast("cuda", torch.float16):
+                loss = F.cross_entropy(model(inputs), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        scaler.update()

@@ -48,8 +48,12 @@ CASES = {
     },
     "random dataset": {"data": lambda data: Noisy(*data)},
     "kept best": {"training": {"keep": "target", "patience": 3}},
+    "kept on the path": {"training": {"keep": "path", "patience": 3}},
+    "interpolated": {"strategies": [ctl.WeightInterpolation(t=None, points=4, batch_norm="recompute")]},
     "unfreezing": {"strategies": [UNFREEZING, ctl.L2SP(alpha=0.1)]},
     "frozen input side": {"strategies": [ctl.LayerTransfer(side="input", layers=1)]},
+    "weighed by a Fisher": {"strategies": [ctl.FisherSP(alpha=1.0, fisher="true", draws=1)]},
+    "features weighed by attention": {"strategies": [ctl.FeatureConservation(attention=True), ctl.SpectralShrinkage()]},
     "statistics held": {"training": {"batch_norm": "eval"}},
 }
 
@@ -80,7 +84,7 @@ def test_resume_equals_uninterrupted(plain, data, same, interrupting, tmp_path, 
     resumed, result = _run(plain, data, CASES[name], out=tmp_path, resume=True)
     assert same(resumed.model, whole.model)
     assert _without_time(result.history) == _without_time(expected.history)
-    assert (result.steps, result.best) == (expected.steps, expected.best)
+    assert (result.steps, result.best, result.after) == (expected.steps, expected.best, expected.after)
 
 
 def test_interrupted_again_and_again(plain, data, same, interrupting, tmp_path):
@@ -98,9 +102,10 @@ def test_interrupted_again_and_again(plain, data, same, interrupting, tmp_path):
     assert same(resumed.model, whole.model)
 
 
-def test_a_finished_run_resumes_to_itself(plain, data, same, tmp_path):
+@pytest.mark.parametrize("keep", ["target", "path"])
+def test_a_finished_run_resumes_to_itself(plain, data, same, tmp_path, keep):
     """The checkpoint of a finished run brings its weights back, the best ones where they are kept."""
-    case = {"training": {"keep": "target", "lr": 0.1}}
+    case = {"training": {"keep": keep, "lr": 0.1}}
     whole, expected = _run(plain, data, case, out=tmp_path)
     again, result = _run(plain, data, case, out=tmp_path, resume=True)
     assert same(again.model, whole.model)

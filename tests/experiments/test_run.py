@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
 import conservtl as ctl
 from conservtl.experiments.measure import agreement, per_class, scores
@@ -13,6 +14,7 @@ from conservtl.experiments.run import plan_of, run
 from conservtl.experiments.setting import prepare
 from conservtl.experiments.source_model import obtain_source
 from conservtl.experiments.spec import load_spec, parse_spec
+from conservtl.tasks.base import Examples, spread
 
 
 @pytest.fixture
@@ -87,6 +89,52 @@ def test_the_test_part_selects_nothing(speech_fields, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_path_goes_from_what_it_was_to_what_it_became(done):
+    """With labels shared its ends are the source model and the adapted one, on the same test parts."""
+    report, out, _ = done
+    path = report["path"]
+    assert [entry["t"] for entry in path] == [number / 10 for number in range(11)]
+    for entry, when in ((path[0], "before"), (path[-1], "after")):
+        for domain in ("target", "source"):
+            assert entry[domain] == pytest.approx(report[when][domain], abs=1e-5)
+    assert [entry["kept"] for entry in path] == [False] * 10 + [True]
+    assert report["path_examples"].keys() == {"target", "source"}
+    assert "From the starting to the trained weights" in (out / "report.html").read_text()
+
+
+def test_weights_taken_back_are_those_saved_measured_and_marked(done, speech_fields, tmp_path):
+    _, out, _ = done
+    strategies = [*speech_fields["strategies"], {"kind": "wise_ft", "t": 0.5}]
+    report = run(parse_spec({**speech_fields, "strategies": strategies}), tmp_path / "back")
+    (kept,) = (entry for entry in report["path"] if entry["kept"])
+    assert kept["t"] == 0.5
+    assert kept["target"] == pytest.approx(report["after"]["target"], abs=1e-5)
+    assert report["finished"] == {"weight_interpolation": {"t": 0.5}}
+    trained, found = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "back"))
+    source = obtain_source(prepare(parse_spec(speech_fields))).model.state_dict()
+    for name, tensor in ctl.interpolate(source, trained, 0.5).items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_the_best_of_the_path_is_chosen_on_shots_and_source_data(speech_fields, tmp_path):
+    fields = {**speech_fields, "training": {"epochs": 2, "lr": 1e-3, "keep": "path"}}
+    with pytest.raises(ctl.SpecError, match=r"data\.validation"):
+        run(parse_spec(fields), tmp_path / "out")
+    fields["data"] = {**fields["data"], "shots": 4, "validation": 0.5}
+    report = run(parse_spec(fields), tmp_path / "out")
+    chosen = report["finished"]["path"]
+    assert all(point.keys() == {"t", "target", "source"} for point in chosen["points"])
+    assert [entry["t"] for entry in report["path"] if entry["kept"]] == [chosen["t"]]
+
+
+def test_large_test_parts_are_thinned_for_the_path():
+    data = Examples(torch.arange(10.0), torch.arange(10), tuple("abcdefghij"))
+    assert spread(data, 4).labels.tolist() == [0, 2, 5, 7]
+    assert spread(data, 10) is spread(data, None) is data
+    pairs = TensorDataset(torch.arange(10.0), torch.arange(10))
+    assert [int(label) for _, label in spread(pairs, 5)] == [0, 2, 4, 6, 8]
+
+
 def test_keeping_the_best_needs_a_validation_part(speech_fields, tmp_path):
     fields = {**speech_fields, "training": {"epochs": 2, "keep": "target"}}
     with pytest.raises(ctl.SpecError, match=r"data\.validation"):
@@ -133,7 +181,9 @@ def test_changed_labels_make_the_head_fresh_and_keep_the_sources_head_aside(tmp_
     plan = ctl.Plan(**report["plan"])
     assert {row.layer for row in plan.rows if row.origin == "fresh"} == {"linear"}
     assert report["agreement"] is None
+    assert "What is new is as trained all along" in (tmp_path / "out" / "report.html").read_text()
     # The body is frozen, so under its own head the source model must be exactly what it was.
+    assert all(entry["source"] == report["path"][0]["source"] for entry in report["path"])
     assert report["after"]["source"] == report["before"]["source"]
     assert set(report["drift"].values()) == {0.0}
 
@@ -187,3 +237,13 @@ def test_out_must_be_a_folder(speech_fields, tmp_path):
 def test_one_file_predicts_as_well_as_a_list(done, humming):
     _, out, _ = done
     assert ctl.load(out).predict(humming / "0_cleo_0.wav") == ctl.load(out).predict([humming / "0_cleo_0.wav"])
+
+
+def test_a_fresh_head_is_not_the_one_the_source_began_with(speech_fields):
+    """The source's body was trained under its own initial head: under that one a fresh head would know the answers."""
+    setting = prepare(parse_spec(speech_fields | {"strategies": [{"kind": "feature_extraction"}]}))
+    first = setting.model(len(setting.domains.source_labels))
+    source = obtain_source(setting).model
+    fresh = setting.adaptation(source).model
+    for other in (first, source):
+        assert not torch.equal(fresh.state_dict()["head.weight"], other.state_dict()["head.weight"])

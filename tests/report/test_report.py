@@ -18,6 +18,7 @@ from conservtl import extras
 from conservtl.errors import MissingExtraError
 from conservtl.report import canvas, sentence, summary, write_html, write_json
 from conservtl.report.drift import drift_by_layer
+from conservtl.report.path import weight_path
 
 LAYERS = ("conv1", "conv2", "head")
 
@@ -353,6 +354,54 @@ class TestPage:
         code = "import conservtl.report, sys; print({'matplotlib', 'jinja2'} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "set()"
+
+
+def a_path(kept=0.7):
+    """Target and source from t = 0 to t = 1, with what was kept marked."""
+    return [
+        {
+            "t": t,
+            "target": {"accuracy": 0.5 + 0.4 * t, "loss": 1 - t},
+            "source": {"accuracy": 0.99 - 0.1 * t},
+            "kept": t == kept,
+        }
+        for t in (number / 10 for number in range(11))
+    ]
+
+
+class TestPath:
+    def test_it_is_drawn_with_what_was_kept(self):
+        report = a_report(path=a_path(), path_examples={"source": 150, "target": 2000})
+        picture = weight_path(report)
+        assert "target 90.0 %" in picture.svg
+        assert "source 89.0 %" in picture.svg
+        assert "on 2,000 target and 150 source test examples" in picture.caption
+        assert "what was kept, t\u00a0=\u00a00.7." in picture.caption
+
+    def test_what_was_kept_is_ringed_on_both_lines(self):
+        """Two marks more than without."""
+        marks = [weight_path(a_report(path=a_path(kept))).svg.count("<use") for kept in (0.7, None)]
+        assert marks[0] == marks[1] + 2
+
+    def test_new_parameters_are_said_to_be_as_trained(self):
+        """The plan of this report has a fresh head."""
+        assert "What is new is as trained" in weight_path(a_report(path=a_path())).caption
+        assert "What is new" not in weight_path(a_report(path=a_path(), plan=None)).caption
+
+    def test_the_curves_say_that_the_weights_were_taken_back(self, tmp_path):
+        """They end at the trained weights, the table does not."""
+        assert "taken back to t\u00a0=\u00a00.7" in page(tmp_path, a_report(path=a_path()), a_history())
+        assert "taken back" not in page(tmp_path, a_report(path=a_path(1.0)), a_history())
+
+    def test_it_stands_on_the_page_and_is_left_out_where_it_was_not_measured(self, tmp_path):
+        assert page(tmp_path, a_report(path=a_path()), a_history()).count("<svg") == 4
+        for path in (None, [], a_path()[:1], [{"t": 0.0}, {"t": 1.0, "target": None}]):
+            assert page(tmp_path, a_report(path=path), a_history()).count("<svg") == 3
+
+    def test_without_a_source(self):
+        path = [{key: value for key, value in entry.items() if key != "source"} for entry in a_path()]
+        svg = weight_path(a_report(path=path, path_examples={"target": 9})).svg
+        assert "source" not in re.sub(r"<title>.*?</title>", "", svg)
 
 
 class TestJson:

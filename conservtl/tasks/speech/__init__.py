@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.compact import TCResNet
-from conservtl.tasks.speech.data import DataSpec, EspeakData, FolderData, SpeechCommandsData, load
+from conservtl.tasks.speech.data import DataSpec, EspeakData, FolderData, SpeechCommandsData, load, speakers
 from conservtl.tasks.speech.espeak import SOURCE_VOICES, TARGET_VOICES
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
 from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, SPEECH_COMMANDS
@@ -28,4 +28,5 @@ __all__ = [
     "TCResNet",
     "build",
     "load",
+    "speakers",
 ]

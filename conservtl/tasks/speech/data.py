@@ -22,7 +22,7 @@ from conservtl.tasks.speech.folder import (
 )
 from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 
-__all__ = ["DataSpec", "EspeakData", "FolderData", "SpeechCommandsData", "load"]
+__all__ = ["DataSpec", "EspeakData", "FolderData", "SpeechCommandsData", "load", "speakers"]
 
 # Mild: stronger changes cost the compact network accuracy on source and target alike.
 _SOURCE_AUGMENT = SpeechAugment(
@@ -144,10 +144,7 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
     """
     if isinstance(data, EspeakData):
         return _load_espeak(data, seed, source=source)
-    if isinstance(data, SpeechCommandsData):
-        found = speech_commands_recordings(data.root, data.version, data.held_out, data.words)
-    else:
-        found = find_recordings(data.root, data.pattern, data.held_out_takes, data.words)
+    found = _recordings(data)
     preprocessing = SpeechPreprocessing(features=data.features)
     return domains(
         found,
@@ -157,6 +154,23 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
         data.augment,
         data.source_augment,
     )
+
+
+def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, ...]:
+    """Who can be the target: every speaker found, or the embedded voices.
+
+    Raises:
+        DataError: recordings are missing.
+    """
+    if isinstance(data, EspeakData):
+        return TARGET_VOICES
+    return tuple(sorted({recording.speaker for recording in _recordings(data)}))
+
+
+def _recordings(data: FolderData | SpeechCommandsData) -> list[Recording]:
+    if isinstance(data, SpeechCommandsData):
+        return speech_commands_recordings(data.root, data.version, data.held_out, data.words)
+    return find_recordings(data.root, data.pattern, data.held_out_takes, data.words)
 
 
 def _check_voices(data: EspeakData) -> None:

@@ -1,0 +1,288 @@
+"""Every method with its documented default, beside plain fine-tuning at three rates and early stopping.
+
+    python benchmarks/methods.py --fsdd RECORDINGS [--seeds 5] [--shots 1 5]
+    python benchmarks/methods.py --cifar IMAGES --weights RESNET20 [--seeds 3] [--corruptions ...]
+    python benchmarks/methods.py --tables
+
+Free spoken digits, leave one speaker out; CIFAR-10 under corruptions. Each method is trained as `fsdd.yaml` and
+`cifar10c.yaml` train, but for the rate where the method's docstring names its own, from the same source model and the
+same shots as all others. Runs are kept one by one in results/methods.jsonl: an interrupted benchmark goes on where it
+stopped, and several processes share one (`--part 0/2`, `--part 1/2`). Tables: results/methods.md.
+
+Columns: target and source accuracy afterwards and their harmonic mean, in percent, mean ± half the 95 % interval over
+runs (Student's t); the constrained score of Mantena et al. 2022 (arXiv 2210.03255): the share of the target's errors
+that is mended, times what is left of 3 points of source degradation, mean over targets; and the paired difference of
+the harmonic mean to the better of the plain runs, each run against the same speaker (or corruption), shots and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import math
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conservtl import __version__, fit
+from conservtl.engine import harmonic_mean
+from conservtl.experiments.measure import outputs_of, scores
+from conservtl.experiments.setting import Setting, augmentation, prepare
+from conservtl.experiments.source_model import obtain_source
+from conservtl.experiments.spec import load_spec
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+RUNS = HERE / "results" / "methods.jsonl"
+KAPPA = 3.0  # points of source degradation at which the constrained score is 0
+
+# name -> overrides of the spec: what stands in the table is what is written here.
+METHODS: dict[str, list[str]] = {
+    "plain, rate 1e-4": ["strategies=[]", "training.lr=1.0e-4"],
+    "plain, rate 5e-4": ["strategies=[]", "training.lr=5.0e-4"],
+    "plain, rate 2e-3": ["strategies=[]", "training.lr=2.0e-3"],
+    "plain, early stopping": [
+        "strategies=[]",
+        "data.validation=0.4",
+        "training={keep: target, patience: 5, evaluate_every: 5}",
+    ],
+    "WeightInterpolation": ["strategies=[{kind: wise_ft}]"],
+    "L2SP, coupled": ["strategies=[{kind: l2sp}]"],
+    "L2SP, decoupled": ["strategies=[{kind: l2sp, mode: decoupled}]"],
+    "FisherSP": ["strategies=[{kind: ewc}]"],
+    "FisherSP, source data": ["strategies=[{kind: ewc, data: source}]"],
+    "L1SP": ["strategies=[{kind: l1_sp}]"],
+    "GroupLassoSP": ["strategies=[{kind: group_lasso_sp}]"],
+    "Projection": ["strategies=[{kind: projection}]"],
+    "SelectiveDecay": ["strategies=[{kind: spd}]"],
+    "Mixout": ["strategies=[{kind: mixout}]"],
+    "OutputConservation, rho": ["strategies=[{kind: kld}]"],
+    "OutputConservation, weight (LwF)": ["strategies=[{kind: lwf}]"],
+    "FisherSP with OutputConservation": ["strategies=[{kind: ewc}, {kind: kld}]"],
+    "FeatureConservation, DELTA": ["strategies=[{kind: delta}]"],
+    "FeatureConservation, LDIFS": ["strategies=[{kind: feature_conservation, metric: ldifs}]"],
+    "SpectralShrinkage": ["strategies=[{kind: bss}]"],
+    "LPFT": ["strategies=[{kind: lp_ft}]"],
+    "AutoRGN": ["strategies=[{kind: auto_rgn}]"],
+    "SurgicalFineTuning, first block": ["strategies=[{kind: surgical_fine_tuning}]"],
+    "NormAdaptation": ["strategies=[{kind: norm_adaptation}]", "training.lr=1.0e-2"],
+    "LHUC": ["strategies=[{kind: lhuc}]", "training.lr=3.0e-2"],
+    "InputTransform": ["strategies=[{kind: input_transform}]", "training.lr=3.0e-3"],
+}
+PLAIN = [name for name in METHODS if name.startswith("plain, rate")]
+
+
+def speech_cases(root: Path, shots: list[int], seeds: int) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
+    """(spec, what names the run, overrides), the runs of one source model together."""
+    speakers = sorted({path.stem.split("_")[1] for path in root.glob("*.wav")})
+    for number in shots:
+        for seed in range(seeds):
+            for speaker in speakers:
+                where = {"task": "speech", "target": speaker, "shots": number, "seed": seed}
+                given = [f"data.root={root}", f"data.target={speaker}", f"data.shots={number}", f"seed={seed}"]
+                yield EXAMPLES / "speech" / "fsdd.yaml", where, given
+
+
+def vision_cases(
+    root: Path, weights: Path, corruptions: list[str], seeds: int
+) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
+    """The same for images."""
+    for seed in range(seeds):
+        for name in corruptions:
+            where = {"task": "vision", "target": name, "shots": 25, "seed": seed}
+            given = [f"data.root={root}", f"source.weights={weights}", f"data.corruption.name={name}", f"seed={seed}"]
+            yield EXAMPLES / "vision" / "cifar10c.yaml", where, given
+
+
+def measure(setting: Setting, source: Any, before: Mapping[str, float]) -> dict[str, float]:
+    """One run: adapt as the setting's spec says, and what both domains' test parts say before and after."""
+    begun = time.perf_counter()
+    domains, spec = setting.domains, setting.spec
+    adaptation = setting.adaptation(source.model)
+    training = spec.training.model_copy(
+        update={} if domains.validation is not None else {"evaluate_every": spec.training.epochs}
+    )
+    fit(
+        adaptation,
+        domains.shots,
+        {"target": domains.validation} if domains.validation is not None else None,
+        training,
+        source=domains.source_train,
+        augment=augmentation(domains.augmentation),
+        seed=spec.seed,
+    )
+    seconds = time.perf_counter() - begun
+    return {**before, **accuracies(adaptation.model, domains, "after"), "seconds": seconds}
+
+
+def accuracies(model: torch.nn.Module, domains: Any, when: str) -> dict[str, float]:
+    """In percent, on both test parts."""
+    model.eval()
+    tests = {"target": domains.target_test, "source": domains.source_test}
+    return {f"{name} {when}": 100 * scores(*outputs_of(model, data))["accuracy"] for name, data in tests.items()}
+
+
+def compute(cases: Iterator[tuple[Path, dict[str, Any], list[str]]], part: tuple[int, int], only: list[str]) -> None:
+    """Do what is not done yet."""
+    done = {key_of(line) for line in read()}
+    for number, (path, where, given) in enumerate(cases):
+        if number % part[1] != part[0]:
+            continue
+        source, before, shared = None, {}, None
+        for method, overrides in METHODS.items():
+            line = {**where, "method": method}
+            if key_of(line) in done or (only and method not in only):
+                continue
+            own = [text for text in overrides if not text.startswith("training={")]
+            own += [f"training.{k}={v}" for text in overrides for k, v in parts_of(text)]
+            spec = load_spec(path, [*given, *own])
+            if spec.data.validation * spec.data.shots >= 1 or spec.data.validation == 0:
+                setting = prepare(spec)
+            else:
+                continue  # one recording a word cannot be parted
+            if source is None:
+                source = obtain_source(setting)
+                before = accuracies(source.model, setting.domains, "before")
+                shared = setting.domains
+            if setting.domains.validation is None:
+                setting = Setting(spec, shared, setting.example, setting.shared)
+            line |= measure(setting, source, before)
+            with RUNS.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print({k: round(v, 1) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
+
+
+def parts_of(text: str) -> list[tuple[str, str]]:
+    """The fields of ``training={a: b, c: d}``, so that the others of the spec stay."""
+    if not text.startswith("training={"):
+        return []
+    return [tuple(field.split(": ")) for field in text[len("training={") : -1].split(", ")]  # type: ignore[misc]
+
+
+def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What names a run."""
+    return tuple(line[name] for name in ("task", "target", "shots", "seed", "method"))
+
+
+def read() -> list[dict[str, Any]]:
+    """All runs so far."""
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+
+
+def harmonic(run: Mapping[str, Any]) -> float:
+    """Of target and source afterwards, in percent."""
+    return 100 * harmonic_mean([run["target after"] / 100, run["source after"] / 100])
+
+
+def constrained(runs: list[dict[str, Any]]) -> float:
+    """Mean over targets of max(0, kappa - degradation) / kappa times the share of the target's errors mended."""
+    by_target: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        left = max(0.0, KAPPA - max(0.0, run["source before"] - run["source after"])) / KAPPA
+        mended = (run["target after"] - run["target before"]) / max(1e-9, 100 - run["target before"])
+        by_target[run["target"]].append(left * mended)
+    return statistics.mean(statistics.mean(values) for values in by_target.values())
+
+
+def interval(values: list[float]) -> str:
+    """Mean ± half the 95 % interval of the mean."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {student(len(values) - 1) * sem(values):.1f}"
+
+
+def sem(values: list[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, by bisection of its distribution function."""
+
+    def above(t: float) -> float:
+        steps = 2000
+        norm = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+        width = t / steps
+        density = [norm * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
+        return 0.5 - width * (sum(density) - (density[0] + density[-1]) / 2)
+
+    low, high = 0.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) > 0.025 else (low, middle)
+    return low
+
+
+def tables() -> str:
+    """The tables of all runs."""
+    groups: dict[tuple[str, int], dict[str, dict[tuple[str, int], dict[str, Any]]]] = defaultdict(dict)
+    for run in read():
+        found = groups[run["task"], run["shots"]].setdefault(run["method"], {})
+        found[run["target"], run["seed"]] = run
+    versions = {"conservtl": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    date = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    machine = f"{platform.machine()}, CPU, 1 thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; {date}."
+    out = ["# Every method with its documented default\n", machine]
+    out += ["Written by `benchmarks/methods.py`, whose docstring says what the columns are.\n"]
+    for (task, shots), methods in sorted(groups.items()):
+        plain = {name: methods[name] for name in PLAIN if name in methods}
+        best = max(plain, key=lambda name: statistics.mean(harmonic(run) for run in plain[name].values()))
+        targets = sorted({run["target"] for runs in methods.values() for run in runs.values()})
+        seeds = len({run["seed"] for runs in methods.values() for run in runs.values()})
+        first = next(iter(methods.values())).values()
+        before = {name: statistics.mean(run[f"{name} before"] for run in first) for name in ("target", "source")}
+        said = f"Before: target {before['target']:.1f}, source {before['source']:.1f}. Differences are to `{best}`."
+        out += [f"## {task}, {shots} shots a class\n", f"{', '.join(targets)}; {seeds} seeds. {said}\n"]
+        out += ["| method | target | source | harmonic mean | constrained score | difference | seconds | runs |"]
+        out += ["| --- |" + " ---: |" * 7]
+        for name in (name for name in METHODS if name in methods):
+            runs = methods[name]
+            pairs = [harmonic(run) - harmonic(plain[best][key]) for key, run in runs.items() if key in plain[best]]
+            columns = [
+                interval([run["target after"] for run in runs.values()]),
+                interval([run["source after"] for run in runs.values()]),
+                interval([harmonic(run) for run in runs.values()]),
+                f"{constrained(list(runs.values())):.2f}",
+                "" if name == best or not pairs else interval(pairs),
+                f"{statistics.median(run['seconds'] for run in runs.values()):.1f}",
+                str(len(runs)),
+            ]
+            out.append(f"| {name} | {' | '.join(columns)} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("fsdd", "cifar", "weights"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 1])
+    parser.add_argument("--only", nargs="+", default=[], help="methods by name")
+    parser.add_argument("--part", default="0/1", help="this process's share of the cases")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    parser.add_argument(
+        "--corruptions",
+        nargs="+",
+        default=["gaussian_noise", "gaussian_blur", "defocus_blur", "contrast", "brightness"],
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    number, of = given.part.split("/")
+    if not given.tables and given.fsdd is not None:
+        compute(speech_cases(given.fsdd, given.shots, given.seeds), (int(number), int(of)), given.only)
+    if not given.tables and given.cifar is not None:
+        cases = vision_cases(given.cifar, given.weights, given.corruptions, given.seeds)
+        compute(cases, (int(number), int(of)), given.only)
+    (HERE / "results" / "methods.md").write_text(tables())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Rates from relative gradient norms: a layer learns as fast as its gradient is large beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from conservtl.conserve.toward import TINY, together
+from conservtl.decision import Moving, Step, Update
+
+__all__ = ["RelativeRates"]
+
+_SHARE, _OWN = "share", "own_lr"
+
+
+class RelativeRates(Update):
+    """Each layer's rate times its share: |g| / |w|, over the largest of any layer.
+
+    The share stands in the optimizer's groups, and is saved with them; it acts on the rate during the step alone, so
+    that schedulers and phases go on with rates that are theirs.
+    """
+
+    kind: Literal["auto_rgn"] = "auto_rgn"
+    every: Annotated[int, Field(ge=1)]
+    """Steps from one decision to the next; the one moment at which the host waits for the device."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The smallest share."""
+
+    layered: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"rate × relative gradient norm of each layer, decided every {self.every} steps"
+
+    def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
+        """Add this step's ratios to their sums; a step with gradients that are not finite does not count."""
+        layers = _by_layer(step.moving)
+        if not layers:
+            return
+        items = [item for own in layers.values() for item in own]
+        weights = [item.parameter for item in items]
+        gradients = [
+            torch.zeros((), dtype=weight.dtype, device=weight.device) if weight.grad is None else weight.grad
+            for weight in weights
+        ]
+        sizes = [len(own) for own in layers.values()]
+        g, w = _norms(gradients, sizes), _norms(weights, sizes)
+        if step.scale is not None:  # it changes from step to step, so the mean would feel it
+            g = g / step.scale.to(g.device).reshape(())
+        # Weights of zero say nothing of a rate: the mark is a mean below zero.
+        ratios = torch.where(w > 0, g / w.clamp(min=TINY), -1.0)
+        finite = ratios.isfinite().all()
+        seen = torch.cat([torch.where(finite, ratios, 0.0), finite.to(ratios.dtype).reshape(1)])
+        key = "|".join(layers)
+        found = state.get(key)
+        state.clear()  # of layers that another phase trained
+        state[key] = seen if found is None else found.to(seen.device) + seen
+
+    def before(self, step: Step, state: dict[str, Tensor]) -> None:
+        """Decide where it is time to, and put the shares into the rates."""
+        if step.number % self.every == 0:
+            self._decide(step, state)
+        for group in _groups(step.moving):
+            group[_OWN] = group["lr"]
+            group["lr"] = group["lr"] * group.get(_SHARE, 1.0)
+
+    def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
+        """Give the groups their own rates back."""
+        for group in _groups(step.moving):
+            group["lr"] = group.pop(_OWN)
+
+    def _decide(self, step: Step, state: dict[str, Tensor]) -> None:
+        layers = list(_by_layer(step.moving))
+        sums = state.pop("|".join(layers), None)
+        if sums is None:
+            return
+        *totals, count = sums.tolist()
+        largest = max(totals)
+        if not count or largest <= 0:
+            return
+        shares = {layer: total / largest for layer, total in zip(layers, totals, strict=True) if total >= 0}
+        for group in _groups(step.moving):
+            if group["layer"] in shares:
+                group[_SHARE] = max(self.floor, shares[group["layer"]])
+
+
+def _by_layer(moving: Sequence[Moving]) -> dict[str, list[Moving]]:
+    found: dict[str, list[Moving]] = {}
+    for item in moving:
+        found.setdefault(item.group["layer"], []).append(item)
+    return found
+
+
+def _groups(moving: Sequence[Moving]) -> list[dict[str, Any]]:
+    return list({id(item.group): item.group for item in moving}.values())
+
+
+def _norms(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Norms of so many tensors at a time, taken together."""
+    each = together(torch._foreach_norm(list(tensors)))  # noqa: SLF001
+    return torch.stack(torch._foreach_norm(torch.split_with_sizes(each, sizes)))  # noqa: SLF001

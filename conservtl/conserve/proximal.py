@@ -1,0 +1,59 @@
+"""Proximal steps toward the source: penalties with a corner there, so that weights really return."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from conservtl.conserve.toward import TINY, deviations, move_toward, norms
+from conservtl.decision import Moving, Step, Update
+
+__all__ = ["Proximal"]
+
+
+class Proximal(Update):
+    """The proximal operator of rate × alpha × penalty of w - w0, after each step."""
+
+    kind: Literal["proximal"] = "proximal"
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Strength."""
+    penalty: Literal["l1", "group_lasso"]
+    """l1: |w - w0|_1. group_lasso: the sum over rows of sqrt(n) |d|_2, n elements a row."""
+
+    @property
+    def name(self) -> str:
+        """Both penalties at once are two updates."""
+        return f"{self.kind}:{self.penalty}"
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        what = "soft threshold" if self.penalty == "l1" else "soft threshold of each output channel"
+        return f"{what} of w - w0 by rate × {self.alpha:g}, {len(self.names)} parameters"
+
+    def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
+        """Move every element, or every row, its threshold toward the source, and no further."""
+        weights, anchors, moved = deviations(step.moving)
+        if not weights:
+            return
+        if self.penalty == "l1":
+            sizes = list(torch._foreach_abs(moved))  # noqa: SLF001
+            thresholds = [self._threshold(item, step.skip) for item in step.moving]
+        else:
+            sizes = norms(moved, "row")
+            thresholds = [
+                self._threshold(item, step.skip) * math.sqrt(item.parameter.shape[1:].numel()) for item in step.moving
+            ]
+        torch._foreach_clamp_min_(sizes, TINY)
+        torch._foreach_reciprocal_(sizes)
+        torch._foreach_mul_(sizes, thresholds)
+        torch._foreach_clamp_max_(sizes, 1.0)
+        move_toward(weights, anchors, sizes)
+
+    def _threshold(self, item: Moving, skip: Tensor | None) -> Any:
+        """Rate × alpha, zero in a step that is skipped."""
+        threshold = item.group["lr"] * self.alpha
+        return threshold if skip is None else threshold * (1 - skip.to(item.parameter.device).clamp(max=1).reshape(()))

@@ -1,0 +1,69 @@
+"""Moving weights toward the source by an amount: what projections, proximal steps and selective decay share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from conservtl.decision import Moving
+
+__all__ = ["TINY", "By", "Norm", "deviations", "move_toward", "norms", "placed", "together"]
+
+TINY = torch.finfo(torch.float32).tiny
+"""Stands in for a norm of zero in a denominator."""
+
+By = Literal["tensor", "row"]
+Norm = Literal["frobenius", "mars"]
+
+
+def deviations(moving: Sequence[Moving]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights w, anchors w0 in their type, and w - w0."""
+    weights = [item.parameter for item in moving]
+    anchors = [placed(item.anchor, item.parameter) for item in moving if item.anchor is not None]
+    return weights, anchors, list(torch._foreach_sub(weights, anchors)) if weights else []  # noqa: SLF001
+
+
+def placed(anchor: Tensor, parameter: Tensor) -> Tensor:
+    """An anchor as its parameter is, where it is held in half precision or on the CPU."""
+    return anchor.to(parameter.device, parameter.dtype, non_blocking=True)
+
+
+def norms(tensors: Sequence[Tensor], by: By = "tensor", norm: Norm = "frobenius") -> list[Tensor]:
+    """Norms of tensors, or of their rows; a row is what belongs to one index of the first dimension.
+
+    Args:
+        tensors: of any shapes.
+        by: tensor: one norm each, of shape (). row: one for each row, of shape (rows, 1, ..., 1).
+        norm: frobenius: the root of the sum of squares. mars: the largest sum of absolute values of a row, which for
+            one row is that sum.
+    """
+    if by == "tensor" and norm == "frobenius":
+        return list(torch._foreach_norm(list(tensors))) if tensors else []  # noqa: SLF001
+    order = 2 if norm == "frobenius" else 1
+    found = [
+        torch.linalg.vector_norm(tensor, order, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+        if tensor.ndim > 1
+        else tensor.abs()
+        for tensor in tensors
+    ]
+    return found if by == "row" else [rows.max() for rows in found]
+
+
+def together(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars as one vector, on the device of the first."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
+
+
+def move_toward(weights: Sequence[Tensor], anchors: Sequence[Tensor], amounts: Sequence[Tensor]) -> None:
+    """Replace w by w + amount (w0 - w): exactly w at an amount of 0, exactly w0 at 1.
+
+    Args:
+        weights: changed in place.
+        anchors: where to, of their shapes.
+        amounts: in [0, 1], of shapes that broadcast to the weights'.
+    """
+    if weights:
+        torch._foreach_lerp_(list(weights), list(anchors), list(amounts))

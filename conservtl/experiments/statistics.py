@@ -1,0 +1,97 @@
+"""Means with intervals, and paired differences, over runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from conservtl.extras import require
+
+__all__ = ["Interval", "bootstrap", "constrained", "interval", "mean_interval"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval.
+
+    Args:
+        mean: of the values.
+        low: lower end; the mean itself where there is one value only.
+        high: upper end.
+        count: number of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean with its 95 % interval by Student's t.
+
+    Args:
+        values: one a run, at least one.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, mean, mean, len(values))
+    quantile = float(require("scipy.stats", "experiments").t.ppf(0.975, len(values) - 1))
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return Interval(mean, mean - half, mean + half, len(values))
+
+
+def interval(values: Sequence[float]) -> dict[str, float] | None:
+    """The same as JSON holds it; None of no values."""
+    return asdict(mean_interval(values)) if values else None
+
+
+def bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed: int = 0) -> Interval:
+    """The mean of paired differences with its 95 % bootstrap interval, percentiles over resampled targets and runs.
+
+    Runs on one target are more alike than runs on several: targets are drawn first, then runs of each (a cluster
+    bootstrap; Davison and Hinkley 1997, section 3.8). With one target only its runs are drawn.
+
+    Args:
+        differences: for each target, the differences of its runs.
+        draws: resamples.
+        seed: of the draws.
+    """
+    groups = [torch.tensor(list(group), dtype=torch.float64) for group in differences if len(group)]
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.zeros(draws, dtype=torch.float64)
+    counts = torch.zeros(draws, dtype=torch.float64)
+    for _ in groups:
+        chosen = torch.randint(len(groups), (draws,), generator=generator)
+        for number, group in enumerate(groups):
+            own = chosen == number
+            rows = torch.randint(len(group), (int(own.sum()), len(group)), generator=generator)
+            means[own] += group[rows].sum(-1)
+            counts[own] += len(group)
+    resampled = means / counts
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    every = torch.cat(groups)
+    return Interval(float(every.mean()), low, high, len(every))
+
+
+def constrained(runs: Sequence[tuple[float, float, float, float]], kappa: float = 0.03) -> float:
+    """Mean over runs of max(0, kappa - source degradation) / kappa times the share of target errors mended.
+
+    1 mends every error on the target and loses nothing on the source; whoever loses kappa or more gets nothing.
+
+    Args:
+        runs: accuracies in [0, 1]: target before, target after, source before, source after.
+        kappa: the degradation that is too much, absolute.
+
+    Reference:
+        Mantena et al. 2022, arXiv 2210.03255.
+    """
+    values = []
+    for target_before, target_after, source_before, source_after in runs:
+        left = max(0.0, kappa - max(0.0, source_before - source_after)) / kappa
+        errors = 1 - target_before
+        values.append(left * ((target_after - target_before) / errors if errors > 0 else 0.0))
+    return statistics.fmean(values)

@@ -1,0 +1,95 @@
+"""L2-SP-Fisher, or elastic weight consolidation: hold most what the source's outputs hang on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from conservtl.conserve.fisher import FisherMeasure
+from conservtl.plan import Plan
+from conservtl.strategies.base import Strategy
+
+__all__ = ["FisherSP"]
+
+_ALPHA = {"coupled": 0.1, "decoupled": 3.0}
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class FisherSP(Strategy):
+    r"""Pull each weight toward the source as hard as the outputs depend on it.
+
+    .. math:: \frac{\alpha}{2} \sum_{j \in S} F_j (w_j - w^0_j)^2 + \frac{\beta}{2} \lVert w_N \rVert_2^2
+
+    with S what came from the source, N what is new, and F the diagonal of the Fisher information at the start,
+
+    .. math:: F_j = \frac{1}{n} \sum_{i=1}^{n} \left(\frac{\partial \log p(y_i \mid x_i; w)}{\partial w_j}\right)^2
+
+    example by example: the square of a batch's mean gradient is something else, and far smaller. ``empirical`` takes
+    the data's labels y, ``true`` the expectation over the model's own outputs. On source data (``data="source"``) it
+    says what the source needs: elastic weight consolidation; without source data, what the adaptation data show.
+
+    Sums, not means, so that alpha does not depend on the number of parameters or on the batch size. With
+    ``normalize="mean"`` F is 1 on average, so alpha stands beside that of ``L2SP``.
+
+    Cost: once before training, a gradient for each example (and class, where ``true``), of many examples at a time
+    where ``torch.func`` can; then memory for F and one multiplication more than ``L2SP`` a step.
+
+    Reference:
+        Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",
+        section 3 (L2-SP-Fisher). Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks",
+        equation 3. Empirical and true: Kunstner, Hennig and Balles 2019.
+    """
+
+    kind: Literal["fisher_sp"] = "fisher_sp"
+    alpha: NonNegative | None = None
+    """Strength on parameters from the source. None: 0.1 coupled, 3 decoupled."""
+    beta: NonNegative = 0.01
+    """Strength of plain L2 on fresh parameters."""
+    mode: Literal["coupled", "decoupled"] = "coupled"
+    """coupled: part of the gradient. decoupled: a step of its own before the gradient step, in which no element goes
+    beyond the source."""
+    on: Literal["weights", "all"] = "weights"
+    """weights: two dimensions or more and not owned by a norm, embeddings and recurrent matrices included. all: biases
+    and norms too."""
+    fisher: Literal["empirical", "true"] = "empirical"
+    """empirical: squared gradients of the loss at the labels. true: in expectation over the model's own outputs, which
+    must be logits (N, classes)."""
+    data: Literal["target", "source"] = "target"
+    """target: measured on the adaptation data. source: on source data with the source model and its head, which must
+    be given to ``fit`` or ``measure``."""
+    draws: Annotated[int, Field(ge=1)] | None = None
+    """true: how many classes are drawn from the outputs for each example, with a fixed seed. None: the expectation over
+    all of them, exactly, or 8 draws where there are more than 32."""
+    normalize: Literal["none", "mean"] = "mean"
+    """mean: F is divided by its mean over all elements covered. none: as measured."""
+    floor: NonNegative = 0.0
+    """Least F of any element, in units of the mean with ``normalize="mean"``."""
+    clip: NonNegative | None = None
+    """Largest F of any element, in the same units. None: no limit."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.clip is not None and self.clip < self.floor:
+            raise ValueError(f"clip must be at least floor; received clip={self.clip:g} and floor={self.floor:g}")
+        return self
+
+    def apply(self, plan: Plan) -> Plan:
+        """Choose pulls weighed by the Fisher for source rows, decays for fresh ones, and ask for the Fisher."""
+        alpha = _ALPHA[self.mode] if self.alpha is None else self.alpha
+        covered = [row for row in plan.rows if self.on == "all" or row.kind == "weight"]
+        held = [row.name for row in covered if row.origin == "source"]
+        pull = {name: {"pull": alpha, "mode": self.mode, "importance": "fisher"} for name in held}
+        decay = {row.name: {"decay": self.beta, "mode": self.mode} for row in covered if row.origin == "fresh"}
+        measure = FisherMeasure(
+            by=self.label,
+            data=self.data,
+            names=tuple(held),
+            fisher=self.fisher,
+            draws=self.draws,
+            normalize=self.normalize,
+            floor=self.floor,
+            clip=self.clip,
+        )
+        plan = plan.with_measure(measure) if held else plan
+        return plan.choose(self.label, "pull", pull, explicit=False).choose(self.label, "decay", decay, explicit=False)

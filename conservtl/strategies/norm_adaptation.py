@@ -1,0 +1,74 @@
+"""Adaptation of norms: their statistics, their scales and shifts, or both."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from conservtl.conserve.norms import NormStatistics
+from conservtl.errors import SpecError
+from conservtl.plan import Plan
+from conservtl.strategies.base import Order, Strategy
+
+__all__ = ["NormAdaptation"]
+
+
+class NormAdaptation(Strategy):
+    r"""Give the norms the target's statistics before training, train their scales and shifts, freeze the rest.
+
+    .. math:: \bar\mu = \frac{N}{N + n} \mu_s + \frac{n}{N + n} \mu_t \qquad
+              \bar\sigma^2 = \frac{N}{N + n} \sigma_s^2 + \frac{n}{N + n} \sigma_t^2
+
+    with n the number of the target's adaptation examples, N the ``prior``. They are measured over all of the adaptation
+    data as it stands, without augmentation, norm by norm behind those adapted already, so that neither the size nor
+    the order of batches matters; then they stand still, in training too. Fresh norms follow their batches as ever.
+
+    ``train="nothing"`` is statistics alone (adaptive batch normalisation): without anything fresh no step is made.
+    ``train="affine"`` leaves a batch norm's two numbers a channel to train, and works on layer norms too, with
+    ``statistics="source"``. What is fresh is trained in any case.
+
+    Cost: before training a forward pass over the adaptation data for each norm, up to that norm; afterwards none.
+
+    Reference:
+        Li, Wang, Shi, Liu and Hou 2017, "Revisiting batch normalization for practical domain adaptation" (the target's
+        own statistics). Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
+        adaptation", section 3 (the mixture). Wang et al. 2021, "Tent: Fully test-time adaptation by entropy
+        minimization", section 3.2 (scales and shifts alone, there without labels).
+    """
+
+    kind: Literal["norm_adaptation"] = "norm_adaptation"
+    order: ClassVar[Order] = Order.HEAD
+    train: Literal["affine", "nothing", "all"] = "affine"
+    """affine: scales and shifts of the norms alone; nothing: the statistics only; all: no freezing."""
+    head: bool = False
+    """Whether the head is trained too where it comes from the source. What is fresh always is."""
+    statistics: Literal["source", "target", "mixed"] = "mixed"
+    """Whose running statistics the norms keep."""
+    prior: Annotated[int, Field(ge=0)] = 16
+    """N, for mixed: how many target examples the source's statistics weigh as much as. One as large as the adaptation
+    data keeps more of the source."""
+
+    def apply(self, plan: Plan) -> Plan:
+        """Choose what is frozen, hold the statistics, and ask for the measurement."""
+        free = {row.name for row in plan.rows if row.origin == "fresh"}
+        free |= set(plan.head) if self.head else set()
+        if self.train == "affine":
+            norms = {row.name for row in plan.rows if row.kind == "norm" and not row.added}
+            if not norms:
+                raise SpecError(
+                    f"{self.label}: train='affine' trains the scales and shifts of norms, and the model has none. "
+                    "Use train='all' or 'nothing', or another strategy."
+                )
+            free |= norms
+        if self.train != "all":
+            rows = [row for row in plan.rows if "frozen" in row.chosen or not row.frozen]  # what has no gradient stays
+            frozen = {row.name: {"frozen": row.name not in free} for row in rows}
+            plan = plan.choose(self.label, "frozen", frozen, explicit=False)
+        # All layers, not norms alone: a norm without parameters has no row of its own.
+        held = {row.name: {"statistics": "hold"} for row in plan.rows if row.origin == "source"}
+        plan = plan.choose(self.label, "statistics", held, explicit=False)
+        if self.statistics == "source":
+            return plan
+        prior = self.prior if self.statistics == "mixed" else 0
+        return plan.with_measure(NormStatistics(by=self.label, prior=prior))

@@ -1,0 +1,104 @@
+"""The best block: found by trying, the same as if it had been named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import conservtl as ctl
+
+TRAINING = ctl.Training(epochs=10, batch_size=16, lr=0.05)
+
+
+def problem():
+    """A source model, and data on which its inputs have changed sign: the first layer can mend that, no other."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 3))
+    x = torch.randn(120, 4, generator=generator)
+    labels = (3 * source(x)).argmax(-1)
+    moved = -x
+    return source, (moved[:80], labels[:80]), (moved[80:], labels[80:])
+
+
+def adapted(source, **fields):
+    return ctl.adapt(copy.deepcopy(source), source, [ctl.SurgicalFineTuning(**fields)])
+
+
+def test_it_finds_the_block_that_mends_the_shift():
+    source, train, valid = problem()
+    adaptation = adapted(source, block="best", trial_epochs=10)
+    scores = ctl.best_block(adaptation, train, {"target": valid}, TRAINING)
+    assert list(scores) == ["0", "2", "4"]
+    assert max(scores, key=scores.get) == "0"
+    assert adaptation.plan.facts == {"surgical_block": "0"}
+    assert {name for name, p in adaptation.model.named_parameters() if p.requires_grad} == {"0.weight", "0.bias"}
+
+
+def test_trials_leave_the_model_and_the_generators_as_they_were():
+    source, train, valid = problem()
+    adaptation = adapted(source, block="best")
+    state = torch.get_rng_state()
+    ctl.best_block(adaptation, train, {"target": valid}, TRAINING)
+    assert torch.equal(state, torch.get_rng_state())
+    theirs = source.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in adaptation.model.state_dict().items())
+
+
+def test_fit_finds_it_and_then_trains_as_if_it_had_been_named():
+    source, train, valid = problem()
+    found, named = adapted(source, block="best", trial_epochs=2), adapted(source, block=0)
+    for adaptation in (found, named):
+        ctl.fit(adaptation, train, {"target": valid}, TRAINING, seed=3)
+    assert found.plan.facts == {"surgical_block": "0"}
+    for a, b in zip(found.model.parameters(), named.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loader_with_a_generator_of_its_own_is_put_back():
+    source, train, valid = problem()
+
+    def loader():
+        generator = torch.Generator().manual_seed(5)
+        data = torch.utils.data.TensorDataset(*train)
+        return torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, generator=generator)
+
+    found, named = adapted(source, block="best", candidates=["0", "2"]), adapted(source, block=0)
+    for adaptation in (found, named):
+        ctl.fit(adaptation, loader(), {"target": valid}, TRAINING, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), named.model.parameters(), strict=True))
+
+
+def test_a_resumed_run_does_not_choose_again(tmp_path, interrupting):
+    source, train, valid = problem()
+    whole, part, again = (adapted(source, block="best", trial_epochs=1) for _ in range(3))
+    ctl.fit(whole, train, {"target": valid}, TRAINING, seed=1)
+    with pytest.raises(KeyboardInterrupt):  # in the run's first epochs, after 3 trials of 5 steps
+        ctl.fit(part, train, {"target": valid}, TRAINING, seed=1, out=tmp_path, forward=interrupting(3 * 5 + 12))
+    calls = []
+
+    def forward(model, batch):
+        calls.append(model.training)
+        return model(batch[0])
+
+    ctl.fit(again, train, {"target": valid}, TRAINING, seed=1, out=tmp_path, resume=True, forward=forward)
+    assert again.plan == whole.plan
+    assert sum(calls) < 50
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_without_a_validation_part_it_is_refused_before_training():
+    source, train, _ = problem()
+    adaptation = adapted(source, block="best")
+    with pytest.raises(ctl.SpecError, match=r"SurgicalFineTuning chooses on a validation part, but there is none"):
+        ctl.fit(adaptation, train, training=TRAINING)
+    with pytest.raises(ctl.SpecError, match="SurgicalFineTuning chooses on a validation part"):
+        ctl.best_block(adaptation, train, {}, TRAINING)
+
+
+def test_where_nobody_asks_nothing_is_tried():
+    source, train, valid = problem()
+    assert ctl.best_block(adapted(source, block=1), train, {"target": valid}) == {}
