@@ -70,10 +70,12 @@ class Case:
     Args:
         name: of both.
         spec: the shipped one, on these.
+        unfit: candidates that cannot be run there.
     """
 
     name: str
     spec: Any
+    unfit: frozenset[str] = frozenset()
 
 
 def cases(given: argparse.Namespace) -> Iterator[Case]:
@@ -93,7 +95,8 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
     if given.digits:
         spec = load_spec(EXAMPLES / "vision" / "spec.yaml")
         for shots in SHOTS["labels"]:
-            yield Case(f"new digits, {shots}", with_fields(spec, {"data.shots": shots}))
+            unfit = frozenset({"output side held, 5e-4"})  # the head is new: it cannot be held
+            yield Case(f"new digits, {shots}", with_fields(spec, {"data.shots": shots}), unfit)
 
 
 def recommended(spec: Any, folder: Path) -> dict[str, Any]:
@@ -121,6 +124,8 @@ def trials(case: Case, seeds: int, folder: Path) -> list[Trial]:
         here = with_fields(case.spec, {"seed": seed})
         out.append(Trial(RECOMMENDED, case.name, parse_spec(recommended(here, folder)["spec"])))
         for name, (strategies, lr) in CANDIDATES.items():
+            if name in case.unfit:
+                continue
             out.append(Trial(name, case.name, with_fields(here, {"strategies": strategies, "training.lr": lr})))
     return out
 
@@ -132,7 +137,7 @@ def judged(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
         score = run["after"]["target"] if run["harmonic"] is None else run["harmonic"]
         scores.setdefault(run["variant"], []).append(score)
     means = {name: statistics.fmean(values) for name, values in scores.items()}
-    best = max(CANDIDATES, key=means.__getitem__)
+    best = max((name for name in means if name != RECOMMENDED), key=means.__getitem__)
     return {
         "case": case.name,
         "recommended": means[RECOMMENDED],
@@ -147,14 +152,15 @@ def judged(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(found: list[dict[str, Any]], seeds: int) -> str:
     met = sum(row["met"] for row in found)
     share = met / len(found)
+    where = f"{platform.machine()}, {'GPU' if torch.cuda.is_available() else 'CPU'}; conservtl {__version__}"
+    when = f"torch {torch.__version__}; {dt.datetime.now(dt.UTC).date()}; {seeds} seed{'s' * (seeds > 1)}"
+    verdict = f"{share:.0%}, {'as' if share >= CLAIM else 'not as'} claimed ({CLAIM:.0%})"
     lines = [
         "# Whether what is recommended is as good as the best of what one could have tried",
         "",
-        f"{platform.machine()}, {'GPU' if torch.cuda.is_available() else 'CPU'}; conservtl {__version__}, "
-        f"torch {torch.__version__}; {dt.datetime.now(dt.UTC).date()}; {seeds} seed{'s' * (seeds > 1)}.",
+        f"{where}, {when}.",
         "",
-        f"{met} of {len(found)} cases within a point of the best of {len(CANDIDATES)} candidates: {share:.0%}, "
-        f"{'as' if share >= CLAIM else 'not as'} claimed ({CLAIM:.0%}).",
+        f"{met} of {len(found)} cases within a point of the best of {len(CANDIDATES)} candidates: {verdict}.",
         "",
         "| case | recommended | harmonic mean (%) | best candidate | harmonic mean (%) | difference | |",
         "| --- | --- | ---: | --- | ---: | ---: | --- |",

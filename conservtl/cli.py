@@ -55,12 +55,15 @@ def run(
     ),
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
 ) -> None:
     """Adapt the source model to the target domain and report what was gained and lost."""
     from conservtl.experiments.run import run as run_spec
     from conservtl.experiments.spec import load_spec
 
-    report = run_spec(load_spec(spec, overrides or ()), out, resume=resume, progress=Console(stderr=True).is_terminal)
+    given = load_spec(spec, overrides or ())
+    shown = Console(stderr=True).is_terminal
+    report = run_spec(given, out, resume=resume, progress=shown, tensorboard=tensorboard)
     Console().print(_table(report))
     sys.stdout.write(report["sentence"] + "\n")
     if note := report.get("note"):

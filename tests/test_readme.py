@@ -26,6 +26,22 @@ def test_the_loop_in_the_readme_runs(capsys):
     assert "× 0.8" in out
 
 
+def test_the_code_in_the_docs_runs():
+    (code,) = blocks((ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), "python")
+    namespace = {}
+    exec(compile(code, "docs/methods.md", "exec"), namespace)
+    assert list(namespace["frontier"])[::10] == [0.0, 1.0]
+    assert namespace["weights"].keys() == namespace["mean"].keys()
+
+
+def test_the_docs_name_every_strategy():
+    import conservtl as ctl
+
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") + README
+    names = [n for n in ctl.__all__ if isinstance(getattr(ctl, n), type) and issubclass(getattr(ctl, n), ctl.Strategy)]
+    assert [name for name in names if f"`{name}" not in text and name != "Strategy"] == []
+
+
 def test_the_strategy_in_the_architecture_keeps_the_contract():
     (code,) = blocks((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), "python")
     exec(compile(code, "ARCHITECTURE.md", "exec"), {"__name__": "hold_norms"})

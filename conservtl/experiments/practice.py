@@ -136,8 +136,11 @@ def advise(found: Evidence, task: Literal["speech", "vision"]) -> Advice:
         strategies.append({"kind": "weight_interpolation", "t": T})
         pull += f", and the end is {T:g} of the way from it, for new labels move the body farther than they need"
     choices += [Choice("conservation", f"{pull}."), _norms(new=new)]
+    if (epochs := _epochs(found)) > found.epochs:
+        few = f"{found.epochs} epochs of {found.steps} are few steps"
+        choices.append(Choice("length", f"{few}: {epochs} epochs make at least {STEPS}."))
     training = {
-        "epochs": _epochs(found),
+        "epochs": epochs,
         "schedule": "cosine",
         "warmup": 0.05,
         "batch_norm": "train" if new else "eval",

@@ -19,8 +19,9 @@ from conservtl.experiments.sets import device_of, outputs_on, valid_sets, wants_
 from conservtl.experiments.setting import Setting, augmentation, prepare
 from conservtl.experiments.source_model import SourceModel, obtain_source
 from conservtl.experiments.spec import SpeechSpec, VisionSpec, dump_spec
+from conservtl.extras import require
 from conservtl.plan import Plan
-from conservtl.report import sentence, write_html, write_json
+from conservtl.report import sentence, write_html, write_json, write_tensorboard
 
 __all__ = ["plan_of", "run"]
 
@@ -37,7 +38,12 @@ def plan_of(spec: SpeechSpec | VisionSpec) -> Plan:
 
 
 def run(
-    spec: SpeechSpec | VisionSpec, out: str | Path, *, resume: bool = False, progress: bool = False
+    spec: SpeechSpec | VisionSpec,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Adapt, measure, and write a folder with everything that came of it.
 
@@ -47,11 +53,14 @@ def run(
             ``history.jsonl``; a checkpoint while it runs. An earlier run's files in it give way.
         resume: go on from the checkpoint in ``out``.
         progress: show bars.
+        tensorboard: write the history into ``tensorboard`` below the folder, too.
 
     Returns:
         The content of ``report.json``.
     """
     begun = time.perf_counter()
+    if tensorboard:
+        require("torch.utils.tensorboard", "tensorboard")  # before time is spent
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise SpecError(f"out: {str(folder)!r} is a file. Give a folder.")
@@ -78,6 +87,8 @@ def run(
         seed=spec.seed,
         progress=progress,
     )
+    if tensorboard:
+        write_tensorboard(result.history, folder / "tensorboard")
     after = outputs_on(setting, source, adaptation.model)
     report = _report(setting, source, adaptation, before, after) | {
         "seconds": {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun},

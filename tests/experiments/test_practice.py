@@ -96,7 +96,9 @@ def test_little_data_or_features_that_are_enough_leave_the_body_alone(changes):
 
 
 def test_there_are_steps_enough_and_never_fewer_epochs_than_asked_for():
-    assert advise(given(epochs=10, steps=4), "speech").training["epochs"] == 50
+    raised = advise(given(epochs=10, steps=4), "speech")
+    assert raised.training["epochs"] == 50
+    assert any(choice.what == "length" for choice in raised.choices)
     assert advise(given(epochs=80, steps=4), "speech").training["epochs"] == 80
 
 

@@ -247,3 +247,11 @@ def test_a_fresh_head_is_not_the_one_the_source_began_with(speech_fields):
     fresh = setting.adaptation(source).model
     for other in (first, source):
         assert not torch.equal(fresh.state_dict()["head.weight"], other.state_dict()["head.weight"])
+
+
+def test_tensorboard_on_request(speech_fields, tmp_path):
+    run(parse_spec(speech_fields), tmp_path / "without")
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    pytest.importorskip("tensorboard")
+    run(parse_spec(speech_fields), tmp_path / "with", tensorboard=True)
+    assert list((tmp_path / "with" / "tensorboard").glob("events.out.*"))
