@@ -71,10 +71,10 @@ ALIASES: dict[str, dict[str, Any]] = {
     "bss": {"kind": "spectral_shrinkage"},
     "delta": {"kind": "feature_conservation", "attention": True},
     "ewc": {"kind": "fisher_sp"},
-    "kld": {"kind": "output_conservation", "rho": 0.5},
+    "kld": {"kind": "output_conservation", "rho": 0.1},
     "spd": {"kind": "selective_decay"},
     "ldifs": {"kind": "feature_conservation", "metric": "ldifs"},
-    "lwf": {"kind": "output_conservation", "weight": 1.0},
+    "lwf": {"kind": "output_conservation", "weight": 0.05},
     "wise_ft": {"kind": "weight_interpolation"},
 }
 """Short names of ``kind`` in specs -> the fields they stand for; fields given beside one win."""

@@ -12,6 +12,8 @@ from conservtl.strategies.base import Strategy
 
 __all__ = ["OutputConservation"]
 
+_RHO = 0.1
+
 
 class OutputConservation(Strategy):
     r"""Keep the model's outputs near the source model's on the adaptation data.
@@ -42,7 +44,8 @@ class OutputConservation(Strategy):
 
     kind: Literal["output_conservation"] = "output_conservation"
     rho: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the source's outputs in the targets, 0 to 1. None: 0.5, or ``weight`` is used instead."""
+    """Share of the source's outputs in the targets, 0 to 1. None: 0.1, or ``weight`` is used instead. The surer the
+    source is of what it gets wrong, the smaller it should be."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """lambda: factor on the divergence beside the task's full loss."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -58,7 +61,7 @@ class OutputConservation(Strategy):
         """Add the term."""
         if self.weight is not None:
             return plan.with_term(OutputTerm(by=self.label, weight=self.weight, temperature=self.temperature or 2.0))
-        rho = 0.5 if self.rho is None else self.rho
+        rho = _RHO if self.rho is None else self.rho
         return plan.with_term(
             OutputTerm(
                 by=self.label,

@@ -195,7 +195,9 @@ def test_two_are_refused():
     ("alias", "expected"),
     [
         ({"kind": "kld", "rho": 0.2}, ctl.OutputConservation(rho=0.2)),
-        ({"kind": "lwf"}, ctl.OutputConservation(weight=1.0)),
+        ({"kind": "lwf"}, ctl.OutputConservation(weight=0.05)),
+        ({"kind": "lwf", "weight": 1.0}, ctl.OutputConservation(weight=1.0)),
+        ({"kind": "kld"}, ctl.OutputConservation()),
         ({"kind": "l2sp", "alpha": 0.3}, ctl.L2SP(alpha=0.3)),
     ],
 )
