@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.conserve.measures import Placed
+from conservtl.conserve.modes import evaluating
 from conservtl.conserve.probe import Probe, pooled
 from conservtl.conserve.rows import Rows
 from conservtl.decision import After, Ending
@@ -78,7 +78,7 @@ class FittedHead(After):
         entered: list[Tensor] = []
         catch = head.register_forward_pre_hook(lambda _, inputs: entered.append(_entering(head, inputs[0])))
         try:
-            with _in_eval(model):
+            with evaluating(model):
                 for batch in Placed(batches, head.weight.device):
                     entered.clear()
                     outputs = forward(model, batch)
@@ -204,14 +204,3 @@ def _everyones(features: Any, labels: Any) -> tuple[Any, Any]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, (features, labels))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from conservtl.conserve.measures import Placed
+from conservtl.conserve.modes import evaluating
 from conservtl.conserve.pull import place_like
 from conservtl.conserve.toward import TINY, By, Norm, norms
 from conservtl.decision import After, Ending
@@ -66,7 +66,7 @@ class LearnedBall(After):
         shares = torch.zeros(len(weights), device=weights[0].device, requires_grad=True)
         optimizer = torch.optim.Adam([shares], lr=self.rate)
         model = _Objective(ending.model, ending.objective)
-        with torch.enable_grad(), _evaluating(ending.model):
+        with torch.enable_grad(), evaluating(ending.model):
             for batch in _endless(Placed(ending.valid, shares.device), self.steps):
                 loss = functional_call(model, dict(zip(keys, projected(shares), strict=True)), (batch,))
                 (shares.grad,) = torch.autograd.grad(loss, shares)
@@ -89,17 +89,6 @@ class _Objective(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         found: Tensor = self._loss(self.model, batch)
         return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _endless(batches: Iterable[Any], count: int) -> Iterator[Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from conservtl.conserve.modes import evaluating
 from conservtl.engine.data import as_batches
 from conservtl.engine.randomness import undisturbed
 from conservtl.errors import DataError
@@ -73,7 +72,7 @@ def evaluate(
         data = data.data
     sums: dict[str, Any] = {}
     seen = 0
-    with _evaluating(model), undisturbed():  # a DataLoader draws a seed even when it does not shuffle
+    with evaluating(model), undisturbed():  # a DataLoader draws a seed even when it does not shuffle
         for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
             outputs = functions.forward(model, batch.content)
             found = {"loss": functions.loss(outputs, batch.content), **functions.metrics(outputs, batch.content)}
@@ -83,14 +82,3 @@ def evaluate(
     if not seen:
         raise DataError("a set to evaluate on has no examples; leave it out or give some.")
     return {name: float(total) / seen for name, total in sums.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
