@@ -287,7 +287,7 @@ def _compared(found: dict[str, Any]) -> Any:
 
     table = Table(box=None, header_style="bold", pad_edge=False, title=f"{found['shots']} shots a class")
     for name in ("", "target", "source", "harmonic mean", "difference"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        table.add_column(name, justify="left" if not name else "right")
     for row in found["rows"]:
         cells = [_interval(row[name]) for name in ("target", "source", "harmonic", "difference")]
         table.add_row(row["variant"], *cells, style="dim" if row["baseline"] else "")
@@ -298,7 +298,8 @@ def _interval(found: dict[str, Any] | None) -> str:
     """Mean and ends of an interval, in percent."""
     if found is None:
         return ""
-    return f"{100 * found['mean']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    low, high = max(-100.0, 100 * found["low"]), min(100.0, 100 * found["high"])
+    return f"{100 * found['mean']:.1f}\n{low:.1f} to {high:.1f}"
 
 
 if __name__ == "__main__":

@@ -127,3 +127,25 @@ def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_d
     subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, capture_output=True, timeout=300)
     whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
+
+
+def test_many_runs_from_the_command_line(spec, tmp_path, monkeypatch, capsys):
+    """Each leaves its results and its page, and says first how long it will take where it is asked."""
+    only = "targets: [cleo], seeds: 1"
+    asked = ["--set", f"compare={{{only}, baselines: [source as it is]}}", "--out", tmp_path / "compare"]
+    code, out, _ = call(monkeypatch, capsys, "compare", spec, *asked, "--dry-run")
+    assert (code, out[:7]) == (0, "2 runs,")
+    assert not (tmp_path / "compare").exists()
+    code, out, _ = call(monkeypatch, capsys, "compare", spec, *asked)
+    assert code == 0
+    assert "source as it is" in out
+    assert "too few to tell" in out
+    asked = ["--set", f"sweep={{{only}, layers: [0], strengths: [1.0]}}", "--out", tmp_path / "sweep"]
+    assert call(monkeypatch, capsys, "sweep", spec, *asked)[0] == 0
+    asked = ["--set", "training.lr={choices: [1.0e-3]}", "--set", "data.validation=0.5", "--set", "tune={trials: 1}"]
+    code, out, _ = call(monkeypatch, capsys, "tune", spec, *asked, "--out", tmp_path / "tune")
+    assert code == 0
+    assert "best: trial 0" in out
+    for name in ("compare", "sweep", "tune"):
+        assert json.loads((tmp_path / name / f"{name}.json").read_text())["kind"] == name
+        assert "<svg" in (tmp_path / name / "report.html").read_text()
