@@ -337,8 +337,8 @@ def by_hand(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Run]]:
             torch._foreach_add_([p.grad for p in weights[chunk]], differences, alpha=0.01)
 
     yield "coupled by hand, foreach over all tensors", at_once
-    yield "coupled by hand, foreach in chunks", chunked
-    yield "coupled by hand, small tensors flattened into one", flattened
+    yield "coupled by hand, foreach in chunks, large tensors whole", chunked
+    yield "coupled by hand, small tensors flattened, large ones whole", flattened
 
 
 def runs_of(tensors: list[nn.Parameter]) -> Iterator[slice]:

@@ -176,7 +176,7 @@ def _result(study: Any, marks: Mapping[str, Mark], section: TuneSection, content
         for name, mark in marks.items()
     }
     done = any(trial["state"] == "complete" for trial in trials)
-    best = study.best_trials if done else ()
+    best = (study.best_trials if section.objective == "both" else [study.best_trial]) if done else []
     return {
         "kind": "tune",
         "objective": section.objective,

@@ -243,6 +243,14 @@ class TestTune:
         spec = load_spec(tmp_path / "best.yaml")
         assert spec.training.lr == result["trials"][result["best"][0]]["params"]["training.lr"]
 
+    def test_of_equal_trials_one_is_the_best(self, marked, tmp_path):
+        """A validation part of a few examples knows few scores."""
+        marked["training"] = {"epochs": 2, "lr": {"choices": [1e-3]}}
+        result = tune(marked, tmp_path)
+        assert len({trial["values"][0] for trial in result["trials"]}) == 1
+        assert len(result["best"]) == 1
+        assert (tmp_path / "best.yaml").is_file()
+
     def test_processes_share_a_study(self, marked, tmp_path):
         """A second one with the same spec adds its trials; a third with another range is refused."""
         url = f"sqlite:///{tmp_path}/shared.db"
