@@ -13,6 +13,7 @@ Columns: target and source accuracy afterwards and their harmonic mean, in perce
 runs (Student's t); the constrained score of Mantena et al. 2022 (arXiv 2210.03255): the share of the target's errors
 that is mended, times what is left of 3 points of source degradation, mean over targets; and the paired difference of
 the harmonic mean to the better of the plain runs, each run against the same speaker (or corruption), shots and seed.
+Seconds are the median wall clock of a run, whatever else the machine did meanwhile: no claim about speed.
 """
 
 from __future__ import annotations
