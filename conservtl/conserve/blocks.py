@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from conservtl.decision import Measure, Probe
+from conservtl.errors import SpecError
 
 __all__ = ["FACT", "BestBlock"]
 
@@ -36,6 +37,6 @@ class BestBlock(Measure):
         length = "a fifth of the epochs" if self.epochs is None else f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
         return f"each of {len(self.candidates)} blocks trained alone for {length}; the best on validation is chosen"
 
-    def compute(self, probe: Probe) -> dict[str, Tensor]:
+    def compute(self, probe: Probe) -> dict[str, Tensor]:  # noqa: ARG002
         """No measurement: ``best_block`` tries them."""
-        raise NotImplementedError(self.remedy)
+        raise SpecError(f"{self.by}: the best block is not measured but tried. {self.remedy}")

@@ -11,8 +11,27 @@ from torch import Tensor
 
 from conservtl.conserve.toward import TINY, deviations, move_toward, norms
 from conservtl.decision import Moving, Step, Update
+from conservtl.plan import Plan
 
-__all__ = ["Proximal"]
+__all__ = ["Proximal", "with_proximal"]
+
+
+def with_proximal(plan: Plan, update: Proximal, beta: float | None, *, everything: bool) -> Plan:
+    """The plan with an update on what came from the source, decays for what is fresh, and no weight decay on either.
+
+    Args:
+        plan: to add to.
+        update: without names yet.
+        beta: strength on fresh rows; None leaves them to others.
+        everything: whether biases and norms are covered too.
+    """
+    covered = [row for row in plan.rows if everything or row.kind == "weight"]
+    names = tuple(row.name for row in covered if row.origin == "source" and not row.frozen)
+    decay = {row.name: {"decay": beta} for row in covered if row.origin == "fresh" and beta is not None}
+    plan = plan.choose(update.by, "decay", decay, explicit=False)
+    bare = {name: {"weight_decay": False} for name in names}
+    plan = plan.choose(update.by, "weight_decay", bare, explicit=False)
+    return plan.with_update(update.model_copy(update={"names": names}))
 
 
 class Proximal(Update):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from conservtl.conserve.proximal import Proximal
+from conservtl.conserve.proximal import Proximal, with_proximal
 from conservtl.plan import Plan
 from conservtl.strategies.base import Strategy
 
@@ -48,10 +48,5 @@ class L1SP(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Add the update, decays for fresh rows, and keep weight decay off."""
-        covered = [row for row in plan.rows if self.on == "all" or row.kind == "weight"]
-        names = tuple(row.name for row in covered if row.origin == "source" and not row.frozen)
-        decay = {row.name: {"decay": self.beta} for row in covered if row.origin == "fresh" and self.beta is not None}
-        plan = plan.choose(self.label, "decay", decay, explicit=False)
-        bare = {name: {"weight_decay": False} for name in names}
-        plan = plan.choose(self.label, "weight_decay", bare, explicit=False)
-        return plan.with_update(Proximal(by=self.label, names=names, alpha=self.alpha, penalty="l1"))
+        update = Proximal(by=self.label, names=(), alpha=self.alpha, penalty="l1")
+        return with_proximal(plan, update, self.beta, everything=self.on == "all")
