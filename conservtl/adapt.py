@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from conservtl.adaptation import Adaptation, Origin
+from conservtl.conserve.instances import check_mixable
 from conservtl.conserve.teacher import source_model
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
@@ -81,6 +82,7 @@ def adapt(
         plan = apply_all(drawn, chosen)
         for needed in plan.measures:
             needed.check(unwrap(model))
+        check_mixable(plan, unwrap(model))
         head = _own_head(plan, declared)
         names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(one.data == "source" for one in plan.measures)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from conservtl.conserve.freeze import freeze, hold_statistics, tracks_statistics
 from conservtl.conserve.groups import build_optimizer
 from conservtl.conserve.hook import StepHook
+from conservtl.conserve.instances import mix_instances, mixable
 from conservtl.conserve.listening import BeforeForward, BeforeSaving
 from conservtl.conserve.measures import check_importance, measure
 from conservtl.conserve.pull import place_like, whole
@@ -27,7 +28,7 @@ from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
-from conservtl.plan import Plan
+from conservtl.plan import Plan, Row
 from conservtl.source import TransferReport
 from conservtl.strategies import Strategy, apply_all
 
@@ -400,8 +401,15 @@ class Adaptation:
         model = unwrap(self.model)
         norms = {canonical(name): norm for name, norm in model.named_modules() if tracks_statistics(norm)}
         names = {id(parameter): name for name, parameter in named_parameters(self.model).items()}
-        held = [norm for name, norm in norms.items() if self._holds(name, norm, names)]
+        rows = {norm: self._rows_of(name, norm, names) for name, norm in norms.items()}
+        held = [
+            norm
+            for norm, own in rows.items()
+            if own and (all(row.name in self._frozen for row in own) or any(row.statistics == "hold" for row in own))
+        ]
         hold_statistics(norms.values(), held, model.training)
+        shares = {norm: max((row.instance for row in own), default=0.0) for norm, own in rows.items()}
+        mix_instances({norm: share for norm, share in shares.items() if mixable(norm)})
 
     def state_dict(self) -> dict[str, Any]:
         """What brings this adaptation back, beside the model's and the optimizer's own state dicts."""
@@ -501,15 +509,14 @@ class Adaptation:
         if self._hook is not None:
             self._hook.prepare(training=training)
 
-    def _holds(self, module: str, norm: nn.Module, names: Mapping[int, str]) -> bool:
-        """Whether a norm's statistics stand still: its own parameters are frozen, or else its layer's."""
+    def _rows_of(self, module: str, norm: nn.Module, names: Mapping[int, str]) -> list[Row]:
+        """The rows that speak for a norm: those of its own parameters, or else its layer's."""
         rows = {row.name: row for row in self.plan.rows if not row.added}
         own = [name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in rows]
         if not own:
             layer = layer_of(self.layers, module)
             own = [info.name for info in layer.parameters if info.name in rows] if layer else []
-        held = {row.name for row in rows.values() if row.statistics == "hold"}
-        return bool(own) and (all(name in self._frozen for name in own) or bool(held.intersection(own)))
+        return [rows[name] for name in own]
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

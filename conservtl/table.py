@@ -40,6 +40,9 @@ def summary(plan: Plan) -> list[str]:
     ]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     out += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
+    shares = {row.instance: row.chosen["statistics"].by for row in plan.rows if row.instance}
+    for share, by in shares.items():
+        out.append(f"norms  {by}: statistics {1 - share:.0%} as kept, {share:.0%} of each example")
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)

@@ -45,6 +45,7 @@ BUILT_IN = [
     ctl.FeatureExtraction(layers=("3", "19")),
     ctl.NormAdaptation(),
     ctl.NormAdaptation(train="all", statistics="target"),
+    ctl.NormAdaptation(train="all", statistics="instance"),
     ctl.NormAdaptation(train="nothing", statistics="source", head=True),
     ctl.LHUC(),
     ctl.LHUC(on=["0", "15"], freeze=False),

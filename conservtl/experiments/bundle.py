@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conservtl.adapt import Adaptation
+from conservtl.conserve.instances import mix_instances, shares_of
 from conservtl.errors import DataError, SourceError
 from conservtl.experiments.setting import Setting, build_model, read_preprocessing
 from conservtl.strategies import as_strategy, extend_all
@@ -83,7 +84,8 @@ class Adapted:
 def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
     """Write ``model.safetensors``, with what strategies added merged into the weights where that is exact.
 
-    Labels and preprocessing travel in its header, and the strategies whose additions stay.
+    Labels and preprocessing travel in its header, and so do the strategies whose additions stay and the share of each
+    example's own statistics in each norm.
     """
     spec, domains = setting.spec, setting.domains
     model = adaptation.merged()
@@ -99,6 +101,8 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
             "example": list(setting.example.shape),
             "layers": spec.layers,
         }
+    if mixed := shares_of(model):
+        header["instance_statistics"] = mixed
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     temporary = folder / f"{_FILE}.tmp"
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"conservtl": json.dumps(header)})
@@ -145,6 +149,7 @@ def load(folder: str | Path) -> Adapted:
     model = build_model(said["task"], kind.model_validate(said["model"]), preprocessing, len(said["labels"]))
     added = _extended(model, said["extended"]) if "extended" in said else {}
     model.load_state_dict(added | tensors)
+    mix_instances({model.get_submodule(name): share for name, share in said.get("instance_statistics", {}).items()})
     return Adapted(model.eval(), tuple(said["labels"]), preprocessing)
 
 

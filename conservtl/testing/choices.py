@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import nn
 
+from conservtl.conserve.instances import check_mixable
 from conservtl.errors import InputError
 from conservtl.layers import find_layers
 from conservtl.plan import Anneal, Plan
@@ -70,6 +71,7 @@ def strategies(
             agreed = apply_all(whole_plan(model, example, [*kept, one]), [*kept, one])
             for measure in agreed.measures:
                 measure.check(model)
+            check_mixable(agreed, model)
         except InputError:
             continue
         if agreed.trained and (measured or not agreed.measures):
