@@ -48,12 +48,12 @@ from conservtl.strategies import (
 
 if TYPE_CHECKING:
     from conservtl.engine import FitResult, Holdout, Training, best_block, fit
-    from conservtl.experiments import Adapted, Prediction, Recommendation, load, recommend
+    from conservtl.experiments import Adapted, Prediction, Recipe, Recommendation, load, recipe, recommend
 
 __version__ = "0.1.0"
 
 _ENGINE = ("FitResult", "Holdout", "Training", "best_block", "fit")
-_EXPERIMENTS = ("Adapted", "Prediction", "Recommendation", "load", "recommend")
+_EXPERIMENTS = ("Adapted", "Prediction", "Recipe", "Recommendation", "load", "recipe", "recommend")
 
 __all__ = [
     "L1SP",
@@ -87,6 +87,7 @@ __all__ = [
     "PlanError",
     "Prediction",
     "Projection",
+    "Recipe",
     "Recommendation",
     "Row",
     "SelectiveDecay",
@@ -108,6 +109,7 @@ __all__ = [
     "interpolate",
     "load",
     "path",
+    "recipe",
     "recommend",
     "recompute_statistics",
     "soup",

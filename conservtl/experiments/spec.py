@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from conservtl.engine import Training
 from conservtl.errors import SpecError
+from conservtl.experiments.recipes import fill, offer
 from conservtl.experiments.sections import CompareSection, SweepSection, TuneSection
 from conservtl.strategies import AnyStrategy
 from conservtl.tasks import speech, vision
@@ -46,8 +47,10 @@ class _Common(BaseModel):
     """The source model."""
     layers: tuple[str, ...] | None = None
     """Globs of parameter names, input side first, where the layers found are not the ones you mean."""
-    strategies: tuple[AnyStrategy, ...] = ()
-    """What to conserve and what to change; none at all is plain fine-tuning."""
+    strategies: Annotated[tuple[AnyStrategy, ...], Field(json_schema_extra=offer)] = ()
+    """What to conserve and what to change; none at all is plain fine-tuning. Or ``{recipe: speaker}`` or
+    ``{recipe: vision}``: what conservtl does when told nothing more, with the training and the augmentation that go
+    with it; fields of those that the spec has win."""
     training: Training = Training()
     """How to adapt."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -123,6 +126,7 @@ def parse_spec(content: Mapping[str, Any], where: str = "spec") -> SpeechSpec | 
     Raises:
         SpecError: a field is wrong.
     """
+    content = fill(content)
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:

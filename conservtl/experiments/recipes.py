@@ -1,0 +1,119 @@
+"""Recipes: what conservtl does when told nothing more than the task, one set of settings for all targets and shots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from conservtl.engine import Training
+from conservtl.errors import SpecError
+from conservtl.strategies import L2SP, AnyStrategy, FeatureConservation, NormAdaptation, WeightInterpolation
+
+__all__ = ["RECIPES", "Recipe", "fill", "offer", "recipe"]
+
+
+class Recipe(BaseModel):
+    """Strategies, and how to train with them. In a spec: ``strategies: {recipe: vision}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    task: Literal["speech", "vision"]
+    """What it is for."""
+    strategies: tuple[AnyStrategy, ...]
+    """For ``adapt``."""
+    training: Training
+    """For ``fit``."""
+    augment: dict[str, Any] | None = None
+    """Random changes of the shots, as a spec's ``data.augment``; None: what is usual for the data."""
+
+
+RECIPES = {
+    "speaker": Recipe(
+        task="speech",
+        strategies=(FeatureConservation(metric="ldifs", alpha=1.0),),
+        training=Training(epochs=200, lr=1e-3, schedule="cosine", warmup=0.05, batch_norm="eval", evaluate_every=20),
+        augment={
+            "time_shift": 0.1,
+            "time_stretch": 0.15,
+            "frequency_shift": 0.03,
+            "frequency_stretch": 0.1,
+            "tilt": 0.15,
+            "noise": 0.15,
+        },
+    ),
+    "vision": Recipe(
+        task="vision",
+        strategies=(
+            NormAdaptation(train="all", statistics="instance"),
+            L2SP(mode="decoupled", alpha=15),
+            WeightInterpolation(t=0.75),
+        ),
+        training=Training(epochs=25, batch_size=32, lr=2e-3, schedule="cosine", batch_norm="eval", evaluate_every=5),
+    ),
+}
+"""Name -> recipe."""
+
+
+def recipe(name: str) -> Recipe:
+    """What conservtl does when told nothing more, for a loop of your own.
+
+    ``speaker``: a word recogniser meets a new speaker. Features of four layers stay where the source has them (LDIFS)
+    on recordings that are stretched, tilted and shifted as other voices and rooms would.
+
+    ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
+    of the image it sees, everything is trained at a large rate and pulled back to the source (decoupled L2-SP), and
+    the end is a point on the line between the source and the trained weights.
+
+    Args:
+        name: ``speaker`` or ``vision``.
+
+    Raises:
+        SpecError: there is none of this name.
+
+    Example:
+        >>> import conservtl as ctl
+        >>> [strategy.kind for strategy in ctl.recipe("vision").strategies]
+        ['norm_adaptation', 'l2_sp', 'weight_interpolation']
+    """
+    if name not in RECIPES:
+        raise SpecError(f"recipe must be one of {', '.join(RECIPES)}; received {name!r}.")
+    return RECIPES[name]
+
+
+def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A spec's content with its recipe written out; what stands in it beside the recipe wins.
+
+    Raises:
+        SpecError: there is no such recipe, it is for another task, or something stands beside its name.
+    """
+    asked = content.get("strategies")
+    if not isinstance(asked, Mapping):
+        return content
+    if set(asked) != {"recipe"}:
+        raise SpecError(
+            f"strategies: a list, or a recipe by name alone, {{recipe: {' | '.join(RECIPES)}}}; got {dict(asked)}. "
+            "To change a part of a recipe, write its strategies out as a run's spec.yaml has them."
+        )
+    found = recipe(asked["recipe"])
+    if content.get("task", found.task) != found.task:
+        own = [name for name, one in RECIPES.items() if one.task == content["task"]]
+        raise SpecError(
+            f"strategies.recipe: {asked['recipe']!r} is for {found.task}, and the task is {content['task']}. "
+            f"Use {' or '.join(own) or 'a list of strategies'}."
+        )
+    filled = dict(content)
+    filled["strategies"] = [one.model_dump(mode="json") for one in found.strategies]
+    filled["training"] = found.training.model_dump(exclude_unset=True) | dict(content.get("training") or {})
+    if found.augment is not None and isinstance(content.get("data"), Mapping):
+        filled["data"] = {"augment": found.augment} | dict(content["data"])
+    return filled
+
+
+def offer(schema: dict[str, Any]) -> None:
+    """Let the JSON schema of a list of strategies take the name of a recipe in its place."""
+    listed = {key: schema.pop(key) for key in ("type", "items") if key in schema}
+    named = {"recipe": {"enum": list(RECIPES), "description": "What conservtl does when told nothing more."}}
+    by_name = {"type": "object", "properties": named, "required": ["recipe"], "additionalProperties": False}
+    schema["anyOf"] = [listed, by_name]
