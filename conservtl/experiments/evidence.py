@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from conservtl.conserve.instances import mixable
 from conservtl.errors import DataError
 from conservtl.experiments.features import Features, features_of, statistics_shift
 from conservtl.experiments.setting import Setting
@@ -54,6 +55,7 @@ class Evidence:
         distance: proxy A-distance at the features that enter the head, 0 to 2; None: not measured.
         distances: layer -> proxy A-distance.
         statistics: shift of the norms' statistics, in the source's standard deviations; None: not measured.
+        batch_norms: whether the model has any that keep statistics.
         log_me: layer -> LogME of its features, nats an example.
         leep: LEEP of the source model's outputs, nats an example.
         entropy: of the labels, nats: LEEP is its negative where outputs say nothing of them.
@@ -75,6 +77,7 @@ class Evidence:
     distance: float | None
     distances: dict[str, float]
     statistics: float | None
+    batch_norms: bool
     log_me: dict[str, float]
     leep: float
     entropy: float
@@ -135,6 +138,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         distance=distances.get(body[-1]),
         distances=distances,
         statistics=statistics,
+        batch_norms=any(map(mixable, source.model.modules())),
         log_me=scores,
         leep=leep(target.outputs.softmax(-1), target.labels),
         entropy=float(-(shares * shares.log()).sum()),

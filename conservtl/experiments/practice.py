@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from conservtl.experiments.evidence import Evidence
+from conservtl.experiments.recipes import RECIPES
 
 __all__ = ["Advice", "Choice", "Size", "advise", "far", "size"]
 
@@ -37,10 +38,20 @@ NEAR_DECAY, FAR_DECAY = 0.7, 0.9
 0.04 or 0.39 of the full rate."""
 KEPT = 0.4
 """Share of the layers that stands still where there is little data."""
-ALPHA = {"speech": 15.0, "vision": 30.0}
-"""Of decoupled L2-SP: what the shipped specs were tuned to."""
-T = 0.8
-"""Where between the source (0) and the trained weights (1) to stop where the labels are new."""
+CONSERVATION: dict[str, tuple[dict[str, Any], ...]] = {
+    "labels": (
+        {"kind": "l2_sp", "mode": "decoupled", "alpha": 30.0},
+        {"kind": "weight_interpolation", "t": 0.8},
+    ),
+    "speaker": tuple(one.model_dump() for one in RECIPES["speaker"].strategies if one.kind != "norm_adaptation"),
+    "input": tuple(one.model_dump() for one in RECIPES["vision"].strategies if one.kind != "norm_adaptation"),
+}
+"""Shift -> what holds the model to the source: where the labels stay, what the recipes were measured with."""
+NORMS = {
+    shift: next(one.model_dump() for one in RECIPES[name].strategies if one.kind == "norm_adaptation")
+    for shift, name in (("speaker", "speaker"), ("input", "vision"))
+}
+"""Shift -> what the norms go by where the labels stay, likewise."""
 STEPS = 200
 """Optimizer steps at least: so many were enough for every spec that is shipped."""
 
@@ -94,12 +105,11 @@ def far(found: Evidence) -> tuple[bool, str]:
     return left >= FAR_LEEP, f"the source's outputs leave {left:.0%} of the labels open, far is {FAR_LEEP:.0%} and more"
 
 
-def advise(found: Evidence, task: Literal["speech", "vision"]) -> Advice:
+def advise(found: Evidence) -> Advice:
     """The domain's rule chooses the side, the table how much of it, the distance the kept side's rates.
 
     Args:
         found: what was measured.
-        task: whose conservation strength.
     """
     amount, (distant, by) = size(found), far(found)
     where = f"{amount} data ({_count(found.fewest)} a class, one for {1 / found.each:,.0f} parameters)"
@@ -129,13 +139,11 @@ def advise(found: Evidence, task: Literal["speech", "vision"]) -> Advice:
         strategies.append({"kind": "discriminative_lr", "decay": decay, "toward": "output" if new else "input"})
         reason = f"The domains are {apart}, so rates fall by {decay:g} a layer toward the {side} layers."
     choices.append(Choice("rates", reason))
-    alpha = ALPHA[task]
-    strategies.append({"kind": "l2_sp", "mode": "decoupled", "alpha": alpha})
-    pull = f"Decoupled L2-SP of strength {alpha:g} pulls toward the source, so that it is not lost"
-    if new:
-        strategies.append({"kind": "weight_interpolation", "t": T})
-        pull += f", and the end is {T:g} of the way from it, for new labels move the body farther than they need"
-    choices += [Choice("conservation", f"{pull}."), _norms(new=new)]
+    strategies += CONSERVATION[found.shift]
+    choices.append(_conservation(found))
+    if found.batch_norms and not new:
+        strategies.append(NORMS[found.shift])
+    choices.append(_norms(found))
     if (epochs := _epochs(found)) > found.epochs:
         few = f"{found.epochs} epochs of {found.steps} are few steps"
         choices.append(Choice("length", f"{few}: {epochs} epochs make at least {STEPS}."))
@@ -207,11 +215,27 @@ def _stage(found: Evidence) -> int:
     return max(1, _epochs(found) // 5)
 
 
-def _norms(*, new: bool) -> Choice:
-    if new:
+def _conservation(found: Evidence) -> Choice:
+    reasons = {
+        "labels": "Decoupled L2-SP pulls toward the source, and the end is 0.8 of the way from it, for new labels move "
+        "the body farther than they need.",
+        "speaker": "Features of four layers are held to what the source makes of the same recordings (DELTA).",
+        "input": "Decoupled L2-SP pulls toward the source, and the end lies on the line between it and the trained "
+        "weights, which serves both kinds of images.",
+    }
+    return Choice("conservation", reasons[found.shift])
+
+
+def _norms(found: Evidence) -> Choice:
+    if found.shift == "labels":
         return Choice("norms", "Batch norms follow the target: with new labels no statistics are shared.")
+    if not found.batch_norms:
+        return Choice("norms", "No batch norm keeps statistics that could be lost.")
+    share = 1 / (NORMS[found.shift]["prior"] + 1)
     return Choice(
-        "norms", "Batch norms keep the source's statistics: what is lost first is those, and the head is shared."
+        "norms",
+        f"Batch norms keep the source's statistics, which are lost first, and mix in {share:.0%} of each example's "
+        "own, so that examples of either domain are seen as they need to be.",
     )
 
 

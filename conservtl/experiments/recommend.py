@@ -102,7 +102,7 @@ def recommend(
     bare = given.model_copy(update={"strategies": ()})
     setting = prepare(bare)
     evidence = gather(setting, obtain_source(setting))
-    advice = advise(evidence, bare.task)
+    advice = advise(evidence)
     fields = bare.model_dump(mode="json")
     fields["strategies"] = list(advice.strategies)
     fields["training"] |= advice.training

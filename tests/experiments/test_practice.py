@@ -21,6 +21,7 @@ BASE = Evidence(
     distance=1.2,
     distances={"d": 1.2},
     statistics=0.2,
+    batch_norms=True,
     log_me={"a": -0.5, "b": -0.1, "c": 0.2, "d": 0.1},
     leep=-0.3,
     entropy=2.3,
@@ -58,48 +59,53 @@ def test_distance_is_the_first_that_was_measured():
     assert [far(given(distance=None, statistics=None, leep=value))[0] for value in (-0.3, -2.0)] == [False, True]
 
 
-@pytest.mark.parametrize("shift", ["speaker", "input"])
-def test_where_the_labels_stay_the_input_side_is_tuned_and_the_source_pulled_to(shift):
-    found = kinds(advise(given(shift=shift), "speech"))
+@pytest.mark.parametrize(("shift", "keeps"), [("speaker", {"feature_conservation"}), ("input", {"l2_sp"})])
+def test_where_the_labels_stay_the_input_side_is_tuned_and_the_source_held_to(shift, keeps):
+    found = kinds(advise(given(shift=shift)))
     assert found["discriminative_lr"].toward == "input"
-    assert (found["l2_sp"].mode, found["l2_sp"].alpha) == ("decoupled", 15)
-    assert advise(given(shift=shift), "speech").training["batch_norm"] == "eval"
-    held = kinds(advise(given(shift=shift, fewest=1, examples=10), "vision"))
+    assert keeps <= found.keys()
+    assert (found["norm_adaptation"].statistics, found["norm_adaptation"].train) == ("instance", "all")
+    assert advise(given(shift=shift)).training["batch_norm"] == "eval"
+    held = kinds(advise(given(shift=shift, fewest=1, examples=10)))
     assert held["layer_transfer"].side == "output"
-    assert held["l2_sp"].alpha == 30
     assert "discriminative_lr" not in held
 
 
+def test_without_batch_norms_there_is_nothing_to_mix():
+    assert "norm_adaptation" not in kinds(advise(given(batch_norms=False)))
+    assert "norm_adaptation" not in kinds(advise(given(shift="labels", features_accuracy=0.5)))
+
+
 def test_distance_sets_the_rates_of_the_kept_side():
-    rates = [kinds(advise(given(distance=distance), "speech"))["discriminative_lr"].decay for distance in (1.0, 1.9)]
+    rates = [kinds(advise(given(distance=distance)))["discriminative_lr"].decay for distance in (1.0, 1.9)]
     assert rates == [NEAR_DECAY, FAR_DECAY]
 
 
 def test_new_labels_keep_the_input_side():
     """Medium: the head first where the domains are near, in stages where they are far; much: at once."""
-    near = kinds(advise(given(shift="labels", features_accuracy=0.5), "vision"))
+    near = kinds(advise(given(shift="labels", features_accuracy=0.5)))
     assert near["discriminative_lr"].toward == "output"
     assert {"lp_ft", "weight_interpolation"} <= near.keys()
-    apart = kinds(advise(given(shift="labels", features_accuracy=0.5, distance=1.9), "vision"))
+    apart = kinds(advise(given(shift="labels", features_accuracy=0.5, distance=1.9)))
     assert [stage.train for stage in apart["gradual_unfreezing"].phases] == [("e",), ("c", "d", "e"), None]
-    much = kinds(advise(given(shift="labels", features_accuracy=0.5, fewest=100, examples=1000), "vision"))
+    much = kinds(advise(given(shift="labels", features_accuracy=0.5, fewest=100, examples=1000)))
     assert not {"lp_ft", "gradual_unfreezing", "feature_extraction"} & much.keys()
-    assert advise(given(shift="labels", features_accuracy=0.5), "vision").training["batch_norm"] == "train"
+    assert advise(given(shift="labels", features_accuracy=0.5)).training["batch_norm"] == "train"
 
 
 @pytest.mark.parametrize("changes", [{"fewest": 5, "examples": 50}, {"features_accuracy": ENOUGH}])
 def test_little_data_or_features_that_are_enough_leave_the_body_alone(changes):
     """The features are those that the measured curve names."""
-    found = kinds(advise(given(shift="labels", **changes), "vision"))
+    found = kinds(advise(given(shift="labels", **changes)))
     assert list(found) == ["feature_extraction"]
     assert (found["feature_extraction"].classifier, found["feature_extraction"].layers) == ("svm", ("c", "d"))
 
 
 def test_there_are_steps_enough_and_never_fewer_epochs_than_asked_for():
-    raised = advise(given(epochs=10, steps=4), "speech")
+    raised = advise(given(epochs=10, steps=4))
     assert raised.training["epochs"] == 50
     assert any(choice.what == "length" for choice in raised.choices)
-    assert advise(given(epochs=80, steps=4), "speech").training["epochs"] == 80
+    assert advise(given(epochs=80, steps=4)).training["epochs"] == 80
 
 
 @pytest.mark.parametrize("shift", ["labels", "speaker", "input"])
@@ -107,7 +113,7 @@ def test_there_are_steps_enough_and_never_fewer_epochs_than_asked_for():
 @pytest.mark.parametrize("fewest", [1, 25, 100])
 def test_every_choice_has_a_sentence_with_no_reason_twice(shift, distance, fewest):
     """And every cell of the table gives strategies that specs know."""
-    advice = advise(given(shift=shift, distance=distance, fewest=fewest, examples=10 * fewest), "vision")
+    advice = advise(given(shift=shift, distance=distance, fewest=fewest, examples=10 * fewest))
     assert kinds(advice)
     assert all(choice.reason.endswith(".") for choice in advice.choices)
     assert len({choice.what for choice in advice.choices}) == len(advice.choices)
