@@ -82,7 +82,7 @@ def adapt(
         plan = apply_all(drawn, chosen)
         for needed in plan.measures:
             needed.check(unwrap(model))
-        check_mixable(plan, unwrap(model))
+        check_mixable(plan, unwrap(model), read.module)
         head = _own_head(plan, declared)
         names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(one.data == "source" for one in plan.measures)

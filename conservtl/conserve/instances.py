@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from conservtl.conserve.freeze import tracks_statistics
-from conservtl.errors import SpecError
+from conservtl.errors import SourceError, SpecError
 from conservtl.plan import Plan
 
 __all__ = ["check_mixable", "mix_instances", "mixable", "shares_of"]
@@ -48,17 +48,25 @@ def mixable(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and tracks_statistics(module)
 
 
-def check_mixable(plan: Plan, model: nn.Module) -> None:
-    """Refuse a plan that mixes where the model has no such norm.
+def check_mixable(plan: Plan, model: nn.Module, source: nn.Module | None = None) -> None:
+    """Refuse a plan that mixes where the model has no such norm, or one that does not where the source does.
 
     Raises:
-        SpecError: there is none.
+        SpecError: the model has none.
+        SourceError: the source's weights alone would be another model.
     """
     by = [row.chosen["statistics"].by for row in plan.rows if row.instance]
     if by and not any(map(mixable, model.modules())):
         raise SpecError(
             f"{by[0]}: no batch norm of {type(model).__name__} keeps running statistics that each example's own could "
             "be mixed with. Use statistics='source', or another strategy."
+        )
+    if not by and source is not None and (shares := shares_of(source)):
+        share = max(shares.values())
+        raise SourceError(
+            f"the source's norms mix in {share:.0%} of each example's own statistics, and the plan's do not, so its "
+            "weights would be another model's. Add NormAdaptation(train='all', statistics='instance', "
+            f"prior={1 / share - 1:.0f})."
         )
 
 

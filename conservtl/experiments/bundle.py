@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conservtl.adapt import Adaptation
@@ -21,7 +21,7 @@ from conservtl.strategies import as_strategy, extend_all
 from conservtl.tasks import speech, vision
 from conservtl.tasks.base import Preprocessing
 
-__all__ = ["Adapted", "Prediction", "load", "save_bundle", "save_measured"]
+__all__ = ["Adapted", "Prediction", "header_of", "load", "remix", "save_bundle", "save_measured"]
 
 _FILE = "model.safetensors"
 _MEASURED = "measured.safetensors"
@@ -136,21 +136,30 @@ def load(folder: str | Path) -> Adapted:
     if not path.is_file():
         raise SourceError(f"there is no model in {str(folder)!r}. Give the folder that `conservtl run --out` wrote.")
     try:
-        with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("conservtl")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        said, tensors = header_of(path), load_file(path)
     except SafetensorError as error:
         raise SourceError(f"{str(path)!r} cannot be read: {error}. Run the adaptation again.") from error
-    if header is None:
+    if said is None:
         raise SourceError(f"{str(path)!r} was not written by a run: it carries no labels. Adapt with `conservtl run`.")
-    said = json.loads(header)
     preprocessing = read_preprocessing(said["task"], said["preprocessing"])
     kind = speech.ModelSpec if said["task"] == "speech" else vision.ModelSpec
     model = build_model(said["task"], kind.model_validate(said["model"]), preprocessing, len(said["labels"]))
     added = _extended(model, said["extended"]) if "extended" in said else {}
     model.load_state_dict(added | tensors)
-    mix_instances({model.get_submodule(name): share for name, share in said.get("instance_statistics", {}).items()})
+    remix(model, said)
     return Adapted(model.eval(), tuple(said["labels"]), preprocessing)
+
+
+def header_of(path: Path) -> dict[str, Any] | None:
+    """What a run wrote beside the weights; None in a file that no run wrote."""
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get("conservtl")
+    return None if header is None else dict(json.loads(header))
+
+
+def remix(model: nn.Module, said: Mapping[str, Any]) -> None:
+    """Let the norms of a model mix as those of the run did that wrote this header."""
+    mix_instances({model.get_submodule(name): share for name, share in said.get("instance_statistics", {}).items()})
 
 
 def _extended(model: nn.Module, said: Mapping[str, Any]) -> dict[str, Tensor]:

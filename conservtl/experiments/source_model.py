@@ -17,6 +17,7 @@ from torch import nn
 from conservtl.adapt import adapt
 from conservtl.engine import fit
 from conservtl.errors import SourceError, SpecError
+from conservtl.experiments.bundle import header_of, remix
 from conservtl.experiments.setting import Setting, augmentation
 from conservtl.source import read_source
 from conservtl.tasks.base import Data, Examples
@@ -100,6 +101,8 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
                 f"{setting.spec.model.name} needs {shape}. Choose the model that the weights were trained with."
             )
     model.load_state_dict({name: found.tensors[name] for name in theirs}, strict=False)
+    if weights.suffix == ".safetensors" and (said := header_of(weights)) is not None:
+        remix(model, said)
     return SourceModel(model.eval(), classes, "given", found.notes)
 
 

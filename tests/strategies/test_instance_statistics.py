@@ -99,6 +99,15 @@ def test_an_adaptation_that_does_not_ask_for_it_ends_it():
     assert torch.equal(model.eval()(X), source()(X))
 
 
+def test_a_source_that_mixes_is_no_source_for_a_plan_that_does_not():
+    """Its weights alone compute something else: what it knows would be lost without a word."""
+    mixing = ctl.adapt(network(), source(), [INSTANCE]).model
+    with pytest.raises(ctl.SourceError, match=r"mix in 25% .* prior=3"):
+        ctl.adapt(network(), mixing)
+    again = ctl.adapt(network(), mixing, [INSTANCE]).model
+    assert torch.equal(again(X), mixing(X))
+
+
 def test_asking_twice_mixes_once():
     model = network()
     ctl.adapt(model, source(), [INSTANCE])
@@ -164,3 +173,15 @@ def test_a_runs_folder_gives_it_back(speech_fields, humming, tmp_path):
     found = [one.label for one in adapted.predict([humming / name for name in test.names])]
     right = [label == name.rpartition("/")[2][0] for label, name in zip(found, test.names, strict=True)]
     assert sum(right) / len(right) == pytest.approx(report["after"]["target"]["accuracy"])
+
+
+def test_a_runs_folder_is_a_source_that_mixes(speech_fields, tmp_path):
+    run(parse_spec({**speech_fields, "strategies": [INSTANCE.model_dump()]}), tmp_path / "first")
+    fields = {**speech_fields, "source": {"weights": str(tmp_path / "first" / "model.safetensors")}}
+    with pytest.raises(ctl.SourceError, match="mix in 25%"):
+        run(parse_spec(fields), tmp_path / "second")
+    second = run(parse_spec({**fields, "strategies": [INSTANCE.model_dump()]}), tmp_path / "second")
+    first = load(tmp_path / "first")
+    test = prepare(parse_spec(fields)).domains.target_test
+    right = first.probabilities(test.inputs).argmax(1).eq(test.labels).float().mean()
+    assert second["before"]["target"]["accuracy"] == pytest.approx(float(right))
