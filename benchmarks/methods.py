@@ -1,4 +1,4 @@
-"""Every method with its documented default, and the recipes, beside plain fine-tuning and other baselines.
+"""Every method with its documented default, and the recipe for images, beside plain fine-tuning and other baselines.
 
     python benchmarks/methods.py --fsdd RECORDINGS [--seeds 5] [--shots 1 5]
     python benchmarks/methods.py --cifar IMAGES --weights RESNET20 [--seeds 3] [--corruptions ...]
@@ -7,7 +7,7 @@
 Free spoken digits, leave one speaker out; CIFAR-10 under corruptions. Each method is trained as `fsdd.yaml` and
 `cifar10c.yaml` train, but for the rate where the method's docstring names its own, from the same source model and the
 same shots as all others. On images the 200 steps of the spec are made with batches of 32 instead of 64, which takes
-half the time. A recipe is its own spec, `recipe.yaml`. Runs are kept one by one in results/methods.jsonl: an
+half the time. The recipe is its own spec, `recipe.yaml`. Runs are kept one by one in results/methods.jsonl: an
 interrupted benchmark goes on where it stopped, and several processes share one (`--part 0/2`, `--part 1/2`). Tables:
 results/methods.md.
 
@@ -83,9 +83,9 @@ METHODS: dict[str, list[str]] = {
     "NormAdaptation": ["strategies=[{kind: norm_adaptation}]", "training.lr=1.0e-2"],
     "LHUC": ["strategies=[{kind: lhuc}]", "training.lr=3.0e-2"],
     "InputTransform": ["strategies=[{kind: input_transform}]", "training.lr=3.0e-3"],
-    RECIPE: [],
 }
 VISION: dict[str, list[str]] = {
+    RECIPE: [],
     "plain, rate 1e-4, norms follow": [*METHODS["plain, rate 1e-4"], "training.batch_norm=train"],
     "plain, rate 5e-4, norms follow": [*METHODS["plain, rate 5e-4"], "training.batch_norm=train"],
     "plain, rate 2e-3, norms follow": [*METHODS["plain, rate 2e-3"], "training.batch_norm=train"],
@@ -99,7 +99,8 @@ VISION: dict[str, list[str]] = {
     "plain, rate 5e-4, the recipe's augmentation": [*METHODS["plain, rate 5e-4"], "data.augment=true"],
     "plain, rate 2e-3, the recipe's augmentation": [*METHODS["plain, rate 2e-3"], "data.augment=true"],
 }
-"""What is run on images only. A last block is the last before the head."""
+"""What is run on images only. A last block is the last before the head. The speaker's recipe, which has a source model
+of its own, is in recipe.py."""
 _STRONG = json.dumps(recipe("speaker").augment)
 SPEECH: dict[str, list[str]] = {
     "plain, rate 1e-4, the recipe's augmentation": [*METHODS["plain, rate 1e-4"], f"data.augment={_STRONG}"],
