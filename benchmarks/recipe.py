@@ -4,9 +4,10 @@
 
 Free spoken digits, leave one speaker out, by `conservtl compare` on examples/speech/recipe.yaml: plain fine-tuning at
 three rates, each stopped early on a part of the shots, and at the middle rate interpolated with the source. Stopping
-early on one recording a word costs the target, so that two rates are also trained to the end, as the recipe is. Runs are kept one by one, an interrupted benchmark goes on where it
-stopped. Accuracy in percent; harmonic means of target and source are taken run by run; means with 95 % intervals, and
-paired differences of the recipe to each row with a bootstrap interval over runs. Results: results/recipe.json and recipe.md.
+early on one recording a word costs the target, so that two rates are also trained to the end, as the recipe is. Runs
+are kept one by one, an interrupted benchmark goes on where it stopped. Accuracy in percent; harmonic means of target
+and source are taken run by run; means with 95 % intervals, and paired differences of the recipe to each row with a
+bootstrap interval over runs. Results: results/recipe.json and recipe.md.
 """
 
 from __future__ import annotations
