@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from conservtl.plan import Plan, Row
 
-__all__ = ["HEADER", "as_rich", "as_text", "lines", "summary"]
+__all__ = ["HEADER", "as_rich", "as_text", "beside", "lines", "summary"]
 
 HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 
@@ -40,9 +40,6 @@ def summary(plan: Plan) -> list[str]:
     ]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     out += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
-    shares = {row.instance: row.chosen["statistics"].by for row in plan.rows if row.instance}
-    for share, by in shares.items():
-        out.append(f"norms  {by}: statistics {1 - share:.0%} as kept, {share:.0%} of each example")
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)
@@ -50,9 +47,17 @@ def summary(plan: Plan) -> list[str]:
             shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
             length = f"{phase.epochs} epoch{'s' * (phase.epochs > 1)}" if phase.epochs else "to the end"
             out.append(f"phase {number + 1}  {phase.name}: {length}, rates × {phase.scale:g}, trains {shown}")
-    moments = (("before", plan.measures), ("loss", plan.terms), ("each step", plan.updates), ("after", plan.after))
-    out += [f"{moment}  {one.by}: {one.describe()}" for moment, decisions in moments for one in decisions]
+    out += [f"{moment}  {said}" for moment, said in beside(plan)]
     return out
+
+
+def beside(plan: Plan) -> list[tuple[str, str]]:
+    """What is decided that no column of the table holds: when it acts, and what it is."""
+    shares = {row.instance: row.chosen["statistics"].by for row in plan.rows if row.instance}
+    mixed = [f"{by}: statistics {1 - share:.0%} as kept, {share:.0%} of each example" for share, by in shares.items()]
+    moments = (("before", plan.measures), ("loss", plan.terms), ("each step", plan.updates), ("after", plan.after))
+    decided = [(moment, f"{one.by}: {one.describe()}") for moment, decisions in moments for one in decisions]
+    return [*(("norms", said) for said in mixed), *decided]
 
 
 def as_text(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from conservtl.plan import Plan
 from conservtl.report.measures import Verdict, measured, number, pair, signless
 from conservtl.report.summary import plan_of
-from conservtl.table import HEADER, lines
+from conservtl.table import HEADER, beside, lines
 
 __all__ = ["Number", "PlanTable", "agreement", "before_after", "plan_table"]
 
@@ -39,13 +39,14 @@ class Line:
 
 @dataclass(frozen=True)
 class PlanTable:
-    """The plan by layer, with its totals and phases."""
+    """The plan by layer, with its totals and phases, and what is decided beside the layers."""
 
     header: tuple[str, ...]
     lines: list[Line]
     totals: list[tuple[str, str]]
     phases: list[tuple[str, str, str, str]]
     ratios: bool
+    beside: list[tuple[str, str]]
 
 
 def before_after(report: Mapping[str, Any]) -> list[Number]:
@@ -105,7 +106,7 @@ def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
         for name in ("trained", "frozen", "copied", "fresh")
     ]
     ratios = any("×" in line.cells[4] for line in rows)
-    return PlanTable(HEADER, rows, [("all", f"{total['all']:,}"), *totals], _phases(plan), ratios)
+    return PlanTable(HEADER, rows, [("all", f"{total['all']:,}"), *totals], _phases(plan), ratios, beside(plan))
 
 
 def _phases(plan: Plan) -> list[tuple[str, str, str, str]]:

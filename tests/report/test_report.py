@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import html
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import pytest
 
 from conservtl import extras
 from conservtl.errors import MissingExtraError
+from conservtl.experiments.run import run
+from conservtl.experiments.spec import parse_spec
 from conservtl.report import canvas, sentence, summary, write_html, write_json
 from conservtl.report.drift import drift_by_layer
 from conservtl.report.path import weight_path
@@ -464,3 +467,16 @@ class TestJson:
             write_json({"new": 2}, path)
         assert json.loads(path.read_text(encoding="utf-8")) == {"old": 1}
         assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_the_page_says_what_is_decided_beside_the_layers(speech_fields, tmp_path):
+    """Terms, endings and what the norms go by: a table of rates alone would hide half of a recipe."""
+    kept = [
+        {"kind": "wise_ft"},
+        {"kind": "delta"},
+        {"kind": "norm_adaptation", "train": "all", "statistics": "instance"},
+    ]
+    run(parse_spec({**speech_fields, "strategies": kept, "training": {"epochs": 1}}), tmp_path)
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    for by in ("NormAdaptation: statistics", "FeatureConservation: ", "WeightInterpolation: weights at 0.7"):
+        assert by in page
