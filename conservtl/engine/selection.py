@@ -22,21 +22,25 @@ class Selection:
 
     Args:
         best: its score.
+        loss: its loss, which decides between equal scores: few examples have few different accuracies.
         weights: the model's state dict then, on the CPU; None where it does not say what is kept.
-        stale: evaluations since.
+        stale: evaluations since the score was last beaten.
     """
 
     best: float | None = None
+    loss: float = math.inf
     weights: dict[str, Tensor] | None = None
     stale: int = 0
 
     def look(self, found: Mapping[str, Mapping[str, float]], model: nn.Module, training: Training) -> None:
         """Compare an evaluation with the best one, and remember the weights if they are to be kept."""
         value = score(found, training.keep)
-        if self.best is not None and not value > self.best:
-            self.stale += 1
+        loss = sum(found[name]["loss"] for name in _judged(found, training.keep))
+        better = self.best is None or value > self.best
+        self.stale = 0 if better else self.stale + 1
+        if not better and not (value == self.best and loss < self.loss):
             return
-        self.best, self.stale = value, 0
+        self.best, self.loss = value, loss
         if training.keep in ("target", "harmonic"):
             tensors = unwrap(model).state_dict()
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -49,12 +53,17 @@ def score(found: Mapping[str, Mapping[str, float]], keep: str) -> float:
         found: {"target": metrics, "source": metrics}; without a source the target stands alone.
         keep: ``training.keep``; ``target`` looks at the target alone even where there is a source.
     """
-    names = ["target"] if keep == "target" or "source" not in found else ["target", "source"]
+    names = _judged(found, keep)
     if all("accuracy" in found[name] for name in names):
         value = harmonic_mean([found[name]["accuracy"] for name in names])
     else:
         value = -sum(found[name]["loss"] for name in names)
     return -math.inf if math.isnan(value) else value
+
+
+def _judged(found: Mapping[str, object], keep: str) -> list[str]:
+    """The sets that count."""
+    return ["target"] if keep == "target" or "source" not in found else ["target", "source"]
 
 
 def harmonic_mean(values: list[float]) -> float:

@@ -48,9 +48,9 @@ class Training(BaseModel):
     """Whether batch norms of trained layers follow the target's statistics or keep the source's."""
     keep: Literal["last", "target", "harmonic", "path"] = "last"
     """Which weights are kept: the last, or the best on the validation part, by target or by the
-    harmonic mean of target and source. path: the best of 11 points between the starting point and the last
-    weights, by the harmonic mean where there is a source to validate on; the middle of those that are equal but
-    for half a target example."""
+    harmonic mean of target and source, and by the loss where those are equal. path: the best of 11 points
+    between the starting point and the last weights, by the harmonic mean where there is a source to validate
+    on; the middle of those that are equal but for half a target example."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without a better validation score after which training stops; None: never. Only the
     last phase can be cut short. The path then ends at the weights it stopped at."""

@@ -37,15 +37,27 @@ def test_the_last_weights_are_kept_by_default(plain, data):
 
 
 def test_the_best_on_the_target_are_kept(plain, data):
-    """The first of equals, whatever the source says."""
+    """Whatever the source says."""
     adaptation = plain()
-    target = Scripted(adaptation.model, [0.1, 0.9, 0.9, 0.2])
+    target = Scripted(adaptation.model, [0.1, 0.9, 0.8, 0.2])
     source = Scripted(adaptation.model, [0.9, 0.0, 0.5, 0.5])
     valid = {"target": target.holdout(), "source": source.holdout()}
     result = ctl.fit(adaptation, data, valid, ctl.Training(epochs=4, lr=0.1, keep="target"))
     assert torch.equal(adaptation.model.head.weight, target.shown[1])
     assert result.best == pytest.approx(0.9)
     assert not torch.equal(target.shown[1], target.shown[2])
+
+
+@pytest.mark.parametrize(("losses", "kept"), [((3, 2, 1, 0), 2), ((3, 1, 2, 0), 1), ((3, 1, 1, 0), 1)])
+def test_of_equal_accuracies_the_lower_loss_is_kept(plain, data, losses, kept):
+    """Ten examples have eleven accuracies: the first to reach the best is seldom the best. The first of true equals."""
+    adaptation = plain()
+    target, left = Scripted(adaptation.model, [0.1, 0.9, 0.9, 0.2]), iter(losses)
+    holdout = ctl.Holdout(ONE, metrics=target, loss=lambda *_: torch.tensor(float(next(left))))
+    training = ctl.Training(epochs=9, lr=0.1, keep="target", patience=2)
+    result = ctl.fit(adaptation, data, {"target": holdout}, training)
+    assert torch.equal(adaptation.model.head.weight, target.shown[kept])
+    assert len(result.history) == 4, "patience waits for accuracy"
 
 
 def test_the_best_harmonic_mean_is_kept(plain, data):
@@ -73,7 +85,7 @@ def test_what_is_only_watched_is_never_selected_on(plain, data):
 def test_patience_stops_training(plain, data):
     """Two looks without a better score end it; the best is kept."""
     adaptation = plain()
-    target = Scripted(adaptation.model, [0.5, 0.6, 0.6, 0.1, 0.9])
+    target = Scripted(adaptation.model, [0.5, 0.6, 0.5, 0.1, 0.9])
     training = ctl.Training(epochs=9, lr=0.1, keep="target", patience=2)
     result = ctl.fit(adaptation, data, {"target": target.holdout()}, training)
     assert len(result.history) == 4
