@@ -63,7 +63,7 @@ def adapt(
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
     if isinstance(strategies, (Strategy, str)):
         raise SpecError(f"strategies must be a list: write [{strategies!r}].")
-    chosen = tuple(as_strategy(strategy) for strategy in strategies)
+    chosen = tuple(one for one in map(as_strategy, strategies) if one.concerns(unwrap(model)))
     read = read_source(source)
     if read.module is not None and read.module is not unwrap(model):
         check_structure(model, read.module, allow)

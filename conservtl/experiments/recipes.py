@@ -33,7 +33,7 @@ RECIPES = {
     "speaker": Recipe(
         task="speech",
         strategies=(
-            NormAdaptation(train="all", statistics="instance", prior=9),
+            NormAdaptation(train="all", statistics="instance", prior=9, required=False),
             FeatureConservation(metric="delta", alpha=0.005),
         ),
         training=Training(epochs=300, lr=1e-3, schedule="cosine", warmup=0.05, batch_norm="eval", evaluate_every=20),
@@ -49,7 +49,7 @@ RECIPES = {
     "vision": Recipe(
         task="vision",
         strategies=(
-            NormAdaptation(train="all", statistics="instance", prior=5),
+            NormAdaptation(train="all", statistics="instance", prior=5, required=False),
             L2SP(mode="decoupled", alpha=15),
             WeightInterpolation(t=0.75),
         ),
@@ -69,6 +69,9 @@ def recipe(name: str) -> Recipe:
     ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
     of the image it sees, everything is trained at a large rate and pulled back to the source (decoupled L2-SP), and
     the end is a point on the line between the source and the trained weights.
+
+    Both were measured on small networks from a few dozen to a few hundred examples (benchmarks/results). A network
+    without batch norms goes without their part; for a large one look for the rate anew (``conservtl lr-find``).
 
     Args:
         name: ``speaker`` or ``vision``.

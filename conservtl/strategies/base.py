@@ -51,6 +51,10 @@ class Strategy(BaseModel, ABC):
     def apply(self, plan: Plan) -> Plan:
         """The plan with this strategy's decisions filled in."""
 
+    def concerns(self, model: nn.Module) -> bool:  # noqa: ARG002
+        """Whether it has anything to do with a model, unwrapped; one that has not is left out of the plan."""
+        return True
+
     def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:
         """Add parameters to the model in place, such that it computes what it did, or put another head on it.
 

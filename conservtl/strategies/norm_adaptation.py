@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
+from conservtl.conserve.instances import mixable
 from conservtl.conserve.norms import NormStatistics
 from conservtl.errors import SpecError
 from conservtl.plan import Plan
@@ -57,6 +59,13 @@ class NormAdaptation(Strategy):
     prior: Annotated[int, Field(ge=0)] | None = None
     """N, for mixed and instance: how many examples the source's statistics weigh as much as; None: 16 and 5. One as
     large as the adaptation data keeps more of the source."""
+
+    required: bool = True
+    """Whether a model without a batch norm that keeps statistics is refused; else it is left as it is."""
+
+    def concerns(self, model: nn.Module) -> bool:
+        """Whether it is required, or the model has such a norm."""
+        return self.required or any(map(mixable, model.modules()))
 
     def apply(self, plan: Plan) -> Plan:
         """Choose what is frozen, hold the statistics, and ask for the measurement."""

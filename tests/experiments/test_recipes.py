@@ -82,3 +82,10 @@ def test_it_runs_and_the_folder_says_what_was_done(speech_fields, tmp_path):
     kinds = [one["kind"] for one in report["spec"]["strategies"]]
     assert kinds == [one.kind for one in ctl.recipe("speaker").strategies]
     assert load_spec(tmp_path / "out" / "spec.yaml").strategies == ctl.recipe("speaker").strategies
+
+
+def test_a_network_without_batch_norms_goes_without_their_part(speech_fields, tmp_path):
+    group = {**speech_fields, "model": {"args": {"norm": "group"}}, "strategies": {"recipe": "speaker"}}
+    report = run(parse_spec({**group, "training": {"epochs": 1}}), tmp_path / "out")
+    assert not any(row["instance"] for row in report["plan"]["rows"])
+    assert [term["by"] for term in report["plan"]["terms"]] == ["FeatureConservation"]

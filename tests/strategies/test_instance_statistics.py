@@ -156,6 +156,15 @@ def test_only_batch_norms_that_keep_statistics_can():
         ctl.adapt(build(), build(), [INSTANCE])
 
 
+def test_where_it_is_not_required_a_model_without_such_norms_is_left_as_it_is():
+    """So that a recipe serves a transformer, too: nothing is planned, frozen or mixed."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    wanted = INSTANCE.model_copy(update={"required": False})
+    adaptation = ctl.adapt(model, copy.deepcopy(model), [wanted, ctl.L2SP()])
+    assert adaptation.plan == ctl.adapt(model, copy.deepcopy(model), [ctl.L2SP()]).plan
+    assert len(shares_of(ctl.adapt(network(), source(), [wanted]).model)) == 2
+
+
 def test_one_value_a_channel_has_no_statistics_of_its_own():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     plain = copy.deepcopy(model).eval()
