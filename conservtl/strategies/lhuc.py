@@ -35,6 +35,10 @@ class LHUC(Strategy):
 
     Amplitudes want a larger rate than weights: with AdamW on spoken digits, 3e-2 did better than 1e-2.
 
+    Measured: with five recordings a word of a new speaker it ends 0.7 points below plain fine-tuning at a rate of
+    1e-4, in the harmonic mean of both domains (benchmarks/results/methods.md): a few numbers a speaker are its
+    gain, not accuracy.
+
     Cost: one number a unit to train and to keep for each speaker, a product a layer in each step.
 
     Reference:

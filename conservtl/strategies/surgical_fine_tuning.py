@@ -30,6 +30,9 @@ class SurgicalFineTuning(Strategy):
     is small: ``block="layer1.*"``, ``candidates=["layer1.*", "layer2.*", ...]``. Whatever is fresh is trained in any
     case, and the frozen norms keep the source's statistics.
 
+    Measured: with five recordings a word of a new speaker the first block alone ends 0.8 points below plain fine-
+    tuning at a rate of 1e-4, in the harmonic mean of both domains (benchmarks/results/methods.md).
+
     Cost: less than plain fine-tuning; with ``best``, a trial for each candidate before.
 
     Raises:
