@@ -89,8 +89,14 @@ VISION: dict[str, list[str]] = {
     "plain, rate 1e-4, norms follow": [*METHODS["plain, rate 1e-4"], "training.batch_norm=train"],
     "plain, rate 5e-4, norms follow": [*METHODS["plain, rate 5e-4"], "training.batch_norm=train"],
     "plain, rate 2e-3, norms follow": [*METHODS["plain, rate 2e-3"], "training.batch_norm=train"],
-    "first block alone, rate 1e-3": ["strategies=[{kind: surgical_fine_tuning, block: first}]", "training.lr=1.0e-3"],
-    "last block alone, rate 1e-3": ["strategies=[{kind: surgical_fine_tuning, block: last}]", "training.lr=1.0e-3"],
+    "first block alone, rate 1e-3": [
+        "strategies=[{kind: surgical_fine_tuning, block: 'layer1.*'}]",
+        "training.lr=1.0e-3",
+    ],
+    "last block alone, rate 1e-3": [
+        "strategies=[{kind: surgical_fine_tuning, block: 'layer3.*'}]",
+        "training.lr=1.0e-3",
+    ],
     "rate 1e-3, norms follow, interpolated": [
         "strategies=[{kind: wise_ft}]",
         "training.lr=1.0e-3",
@@ -99,7 +105,7 @@ VISION: dict[str, list[str]] = {
     "plain, rate 5e-4, the recipe's augmentation": [*METHODS["plain, rate 5e-4"], "data.augment=true"],
     "plain, rate 2e-3, the recipe's augmentation": [*METHODS["plain, rate 2e-3"], "data.augment=true"],
 }
-"""What is run on images only. A last block is the last before the head. The speaker's recipe, which has a source model
+"""What is run on images only. A block is a stage of the network. The speaker's recipe, which has a source model
 of its own, is in recipe.py."""
 _STRONG = json.dumps(recipe("speaker").augment)
 SPEECH: dict[str, list[str]] = {
