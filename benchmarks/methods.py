@@ -115,7 +115,7 @@ SPEECH: dict[str, list[str]] = {
 """What is run on speech only."""
 PLAIN = [name for name in METHODS if name.startswith("plain, rate")]
 AUGMENTED = [name for name in {**VISION, **SPEECH} if name.endswith("augmentation")]
-BASELINES = [*PLAIN, "WeightInterpolation", *(name for name in VISION if name not in AUGMENTED)]
+BASELINES = [*PLAIN, "WeightInterpolation", *(name for name in VISION if name not in [*AUGMENTED, RECIPE])]
 """What the recipe is held against."""
 
 
