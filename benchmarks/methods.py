@@ -84,8 +84,15 @@ METHODS: dict[str, list[str]] = {
     "LHUC": ["strategies=[{kind: lhuc}]", "training.lr=3.0e-2"],
     "InputTransform": ["strategies=[{kind: input_transform}]", "training.lr=3.0e-3"],
 }
+_REST = "{kind: l2_sp, mode: decoupled, alpha: 15}, {kind: weight_interpolation, t: 0.75}"
+_NORMS = "{kind: norm_adaptation, train: all, statistics: instance, prior: 5}"
+PARTS = {
+    "recipe, norms of the source": [f"strategies=[{_REST}]", "training.lr=2.0e-3", "data.augment=true"],
+    "recipe, images flipped but not shifted": [f"strategies=[{_NORMS}, {_REST}]", "training.lr=2.0e-3"],
+}
 VISION: dict[str, list[str]] = {
     RECIPE: [],
+    **PARTS,
     "plain, rate 1e-4, norms follow": [*METHODS["plain, rate 1e-4"], "training.batch_norm=train"],
     "plain, rate 5e-4, norms follow": [*METHODS["plain, rate 5e-4"], "training.batch_norm=train"],
     "plain, rate 2e-3, norms follow": [*METHODS["plain, rate 2e-3"], "training.batch_norm=train"],
@@ -115,7 +122,7 @@ SPEECH: dict[str, list[str]] = {
 """What is run on speech only."""
 PLAIN = [name for name in METHODS if name.startswith("plain, rate")]
 AUGMENTED = [name for name in {**VISION, **SPEECH} if name.endswith("augmentation")]
-BASELINES = [*PLAIN, "WeightInterpolation", *(name for name in VISION if name not in [*AUGMENTED, RECIPE])]
+BASELINES = [*PLAIN, "WeightInterpolation", *(name for name in VISION if name not in [*AUGMENTED, *PARTS, RECIPE])]
 """What the recipe is held against."""
 
 
