@@ -14,6 +14,7 @@ from conservtl.experiments.run import run
 from conservtl.experiments.spec import dump_spec, load_spec, parse_spec, schema
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def fields_of(name):
@@ -89,3 +90,17 @@ def test_a_network_without_batch_norms_goes_without_their_part(speech_fields, tm
     report = run(parse_spec({**group, "training": {"epochs": 1}}), tmp_path / "out")
     assert not any(row["instance"] for row in report["plan"]["rows"])
     assert [term["by"] for term in report["plan"]["terms"]] == ["FeatureConservation"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs CIFAR-10 images and the published ResNet-20 beside the checkout")
+def test_the_norms_of_the_recipe_see_more_of_low_contrast_before_anything_is_trained(tmp_path):
+    """On the real network: many more images right, and of the clean ones hardly fewer."""
+    given = [f"data.root={DATA / 'cifar10'}", f"source.weights={DATA / 'weights' / 'resnet20-12fca82f.th'}"]
+    spec = load_spec(
+        EXAMPLES / "vision" / "recipe.yaml", [*given, "data.corruption.name=contrast", "training.threads=1"]
+    )
+    norms = ctl.recipe("vision").strategies[0].model_copy(update={"train": "nothing"})
+    report = run(spec.model_copy(update={"strategies": (norms,)}), tmp_path)
+    before, after = ({d: report[when][d]["accuracy"] for d in ("target", "source")} for when in ("before", "after"))
+    assert after["target"] > before["target"] + 0.15
+    assert after["source"] > before["source"] - 0.02
