@@ -30,9 +30,10 @@ class NormAdaptation(Strategy):
 
     ``statistics="instance"`` measures nothing: each example, of the source or the target, in training and after, is
     normalised by the source's statistics mixed with its own, n = 1, so that an example of whichever domain comes with
-    what it needs to be seen. On corrupted images this gives most, and costs the source least; ``train="all"`` leaves
-    the rest to other strategies. It stays with the adapted model, which ``merged`` keeps and a run's folder tells.
-    Where a norm sees one value a channel and example (behind a linear map) it goes by the source's statistics alone.
+    what it needs to be seen; ``train="all"`` leaves the rest to other strategies. What it brings to corrupted images is
+    measured with the recipe for them (benchmarks/results/methods.md). It stays with the adapted model, which ``merged``
+    keeps and a run's folder tells. Where a norm sees one value a channel and example (behind a linear map) it goes by
+    the source's statistics alone.
 
     ``train="nothing"`` is statistics alone (adaptive batch normalisation): without anything fresh no step is made.
     ``train="affine"`` leaves a batch norm's two numbers a channel to train, and works on layer norms too, with
@@ -62,7 +63,6 @@ class NormAdaptation(Strategy):
     prior: Annotated[int, Field(ge=0)] | None = None
     """N, for mixed and instance: how many examples the source's statistics weigh as much as; None: 16 and 5. One as
     large as the adaptation data keeps more of the source."""
-
     required: bool = True
     """Whether a model without a batch norm that keeps statistics is refused; else it is left as it is."""
 
@@ -86,10 +86,9 @@ class NormAdaptation(Strategy):
             rows = [row for row in plan.rows if "frozen" in row.chosen or not row.frozen]  # what has no gradient stays
             frozen = {row.name: {"frozen": row.name not in free} for row in rows}
             plan = plan.choose(self.label, "frozen", frozen, explicit=False)
-        # All layers, not norms alone: a norm without parameters has no row of its own.
         prior = _PRIOR.get(self.statistics, 0) if self.prior is None else self.prior
-        instance = 1 / (prior + 1) if self.statistics == "instance" else 0.0
-        held = {"statistics": "hold", "instance": instance}
+        held = {"statistics": "hold", "instance": 1 / (prior + 1) if self.statistics == "instance" else 0.0}
+        # All layers, not norms alone: a norm without parameters has no row of its own.
         sourced = {row.name: held for row in plan.rows if row.origin == "source"}
         plan = plan.choose(self.label, "statistics", sourced, explicit=False)
         if self.statistics in ("source", "instance"):
