@@ -20,7 +20,7 @@ from conservtl.conserve.hook import StepHook
 from conservtl.conserve.instances import mix_instances, mixable
 from conservtl.conserve.listening import BeforeForward, BeforeSaving
 from conservtl.conserve.measures import check_importance, measure
-from conservtl.conserve.pull import place_like, whole
+from conservtl.conserve.shards import place_like, whole
 from conservtl.conserve.terms import TermRunner
 from conservtl.conserve.updates import UpdateRunner
 from conservtl.decision import Ending, Measure, View

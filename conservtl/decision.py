@@ -108,7 +108,7 @@ class Moving:
 
     Args:
         name: its canonical name.
-        parameter: the tensor, this process's shard of it where it is sharded.
+        parameter: the tensor; where it is sharded a ``DTensor``, of which this process holds a part.
         anchor: where it started, placed as it is; None where it is fresh.
         group: the optimizer's group it stands in; ``lr`` is its rate.
     """
@@ -153,6 +153,8 @@ class Update(Decision):
     """Whether ``prepare`` is wanted, before each forward pass of the model."""
     layered: ClassVar[bool] = False
     """Whether each layer needs groups of its own in the optimizer, so that the update can set its rate."""
+    shards: ClassVar[bool] = False
+    """Whether it acts rightly on parameters that are sharded by rows over processes (FSDP2); else they are refused."""
 
     def prepare(self, step: Step, state: dict[str, Tensor], training: bool) -> None:
         """Before a forward pass; ``training``: in train mode and with gradients."""
@@ -250,6 +252,8 @@ class After(Decision):
 
     scored: ClassVar[bool] = False
     """Whether it needs a validation part; refused before training where there is none."""
+    shards: ClassVar[bool] = True
+    """Whether it can be done with sharded parameters; else they are refused before training."""
 
     @abstractmethod
     def finish(self, ending: Ending) -> dict[str, Any]:

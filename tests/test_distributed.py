@@ -18,9 +18,19 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 2
-PULLS = {
+METHODS = {
     "coupled": ctl.L2SP(alpha=0.5, beta=0.3),
     "decoupled": ctl.L2SP(alpha=0.5, beta=0.3, mode="decoupled"),
+    "L1": ctl.L1SP(alpha=0.05),
+    "rows": ctl.GroupLassoSP(alpha=0.05),
+    "ball": ctl.Projection(radius=0.1),
+    "ball a row": ctl.Projection(radius=0.1, relative=False, by="row"),
+    "ball, MARS": ctl.Projection(radius=0.1, norm="mars"),
+    "selective": ctl.SelectiveDecay(strength=2.0),
+    "relative rates": ctl.AutoRGN(),
+    "mixout": ctl.Mixout(p=0.5),
+    "amplitudes": ctl.LHUC(),
+    "input": ctl.InputTransform(),
 }
 
 
@@ -31,7 +41,7 @@ def network():
 
 def adapted(mode, *others):
     model = network()
-    adaptation = ctl.adapt(model, random_weights(model, 1), [PULLS[mode], *others], fresh=["4"])
+    adaptation = ctl.adapt(model, random_weights(model, 1), [METHODS[mode], *others], fresh=["4"])
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3)
@@ -88,6 +98,16 @@ def replicated(rank, folder, case):
     return weights(adaptation)
 
 
+def together(rank, folder, case):
+    """DDP, in one phase."""
+    start(rank, folder, case)
+    adaptation = adapted(case.removeprefix("together, "))
+    optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.05)
+    model = nn.parallel.DistributedDataParallel(adaptation.model)
+    train(adaptation, model, optimizer, slice(rank, None, 2), [0])
+    return weights(adaptation)
+
+
 def sharded(rank, folder, case):
     """FSDP2, with the pull in the step, clipped, or in the loss."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -97,7 +117,7 @@ def sharded(rank, folder, case):
     mode, how = SHARDED[case]
     mesh = init_device_mesh("cpu", (2,))
     adaptation = adapted(mode)
-    for layer in adaptation.model:
+    for layer in adaptation.model.modules():
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(adaptation.model, mesh=mesh)
@@ -129,15 +149,17 @@ SHARDED = {
     "sharded, decoupled": ("decoupled", "step"),
     "sharded, clipped": ("coupled", "clip"),
     "sharded, in the loss": ("coupled", "loss"),
+    **{f"sharded, {name}": (name, "step") for name in METHODS if name not in ("coupled", "decoupled", "mixout")},
 }
+TOGETHER = [f"together, {name}" for name in METHODS]
+RUNS = {**dict.fromkeys(REPLICATED, replicated), **dict.fromkeys(SHARDED, sharded), **dict.fromkeys(TOGETHER, together)}
 
 
 def in_process(rank, folder):
     """All cases in one pair of processes, as starting them is what takes time."""
     torch.set_num_threads(1)
     found = {}
-    for case in [*REPLICATED, *SHARDED, "fitted"]:
-        run = replicated if case in REPLICATED else sharded if case in SHARDED else fitted
+    for case, run in {**RUNS, "fitted": fitted}.items():
         try:
             found[case] = run(rank, folder, case)
         except Exception:  # noqa: BLE001 - told by the test of this case
@@ -168,9 +190,18 @@ def test_replicas_are_equal_across_a_change_of_phase(found, case):
     torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", TOGETHER)
+def test_every_method_gives_what_one_process_gives(found, case):
+    """Masks that are drawn, norms that are taken and rates that are decided are the same in both processes."""
+    one, two = (process[case] for process in found)
+    assert not isinstance(one, str), one
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, weights(alone(case.removeprefix("together, "), [0])), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", SHARDED)
-def test_sharded_parameters_are_pulled_as_whole_ones(found, case):
-    """The penalty and the drift are those of the whole too."""
+def test_sharded_parameters_are_treated_as_whole_ones(found, case):
+    """A norm of a shard is not that of its tensor; the penalty and the drift are those of the whole too."""
     mode, how = SHARDED[case]
     reference = alone(mode, [0], clip=how == "clip")
     for process in found:

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from conservtl.conserve.toward import TINY, together
+from conservtl.conserve.shards import local
+from conservtl.conserve.toward import TINY, norms, together
 from conservtl.decision import Moving, Step, Update
 
 __all__ = ["RelativeRates"]
@@ -31,6 +32,7 @@ class RelativeRates(Update):
     """The smallest share."""
 
     layered: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     def describe(self) -> str:
         """One line for the plan's table."""
@@ -42,13 +44,14 @@ class RelativeRates(Update):
         if not layers:
             return
         items = [item for own in layers.values() for item in own]
-        weights = [item.parameter for item in items]
+        of = [item.parameter for item in items]
+        weights = [local(parameter) for parameter in of]
         gradients = [
-            torch.zeros((), dtype=weight.dtype, device=weight.device) if weight.grad is None else weight.grad
-            for weight in weights
+            weight.new_zeros(()) if parameter.grad is None else local(parameter.grad)
+            for weight, parameter in zip(weights, of, strict=True)
         ]
         sizes = [len(own) for own in layers.values()]
-        g, w = _norms(gradients, sizes), _norms(weights, sizes)
+        g, w = _norms(gradients, of, sizes), _norms(weights, of, sizes)
         if step.scale is not None:  # it changes from step to step, so the mean would feel it
             g = g / step.scale.to(g.device).reshape(())
         # Weights of zero say nothing of a rate: the mark is a mean below zero.
@@ -99,7 +102,7 @@ def _groups(moving: Sequence[Moving]) -> list[dict[str, Any]]:
     return list({id(item.group): item.group for item in moving}.values())
 
 
-def _norms(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def _norms(tensors: Sequence[Tensor], of: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Norms of so many tensors at a time, taken together."""
-    each = together(torch._foreach_norm(list(tensors)))  # noqa: SLF001
+    each = together(norms(tensors, of=of))
     return torch.stack(torch._foreach_norm(torch.split_with_sizes(each, sizes)))  # noqa: SLF001

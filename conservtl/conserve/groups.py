@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from conservtl.decision import Update
+from conservtl.conserve.shards import by_rows, sharded
+from conservtl.decision import After, Update
 from conservtl.errors import SpecError
 from conservtl.plan import Plan, Row
 
@@ -58,6 +59,9 @@ def build_optimizer(
     most = max(phase.scale for phase in plan.phases)
     for row in rows:
         _check_row(row, parameters[row.name], row.rate(float(base)) * most)
+    acting: tuple[Update | After, ...] = (*plan.updates, *plan.after)
+    for one in acting:
+        _check_shards(one, parameters)
     for update in plan.updates:
         _check_update(update, parameters)
     layered = {name for update in plan.updates if update.layered for name in update.names}
@@ -104,13 +108,22 @@ def _check_decay(name: str, rows: list[Row], options: Mapping[str, Any]) -> None
         )
 
 
+def _check_shards(one: Update | After, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name in getattr(one, "names", ()):
+        if sharded(parameters[name]) and not type(one).shards:
+            raise SpecError(
+                f"{one.by} acts on whole tensors, but {name!r} is sharded over processes. Train with DDP instead of "
+                f"FSDP, or leave {one.by} out."
+            )
+        if sharded(parameters[name]) and not by_rows(parameters[name]):
+            raise SpecError(
+                f"{one.by} takes parameters that are sharded along their first dimension, but {name!r} is cut "
+                f"otherwise: {parameters[name].placements}. Shard it by rows, or leave {one.by} out."  # type: ignore[attr-defined]
+            )
+
+
 def _check_update(update: Update, parameters: Mapping[str, nn.Parameter]) -> None:
     for name in update.names:
-        if hasattr(parameters[name], "placements"):
-            raise SpecError(
-                f"{update.by} acts on whole tensors, but {name!r} is sharded over processes. Train with DDP instead of "
-                f"FSDP, or leave {update.by} out."
-            )
         if parameters[name].dtype in _HALF:
             raise SpecError(
                 f"{update.by} acts on {name!r}, which is {parameters[name].dtype}: steps as small as its are lost in "

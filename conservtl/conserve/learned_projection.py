@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from conservtl.conserve.measures import Placed
 from conservtl.conserve.modes import evaluating
-from conservtl.conserve.pull import place_like
+from conservtl.conserve.shards import place_like
 from conservtl.conserve.toward import TINY, By, Norm, norms
 from conservtl.decision import After, Ending
 from conservtl.errors import DataError, SpecError
@@ -38,6 +38,7 @@ class LearnedBall(After):
     """Its rate, for radii as shares of the distance gone."""
 
     scored: ClassVar[bool] = True
+    shards: ClassVar[bool] = False  # a sharded module takes no other weights for a call
 
     def describe(self) -> str:
         """One line for the plan's table."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ class Ball(Update):
     """w = w0 + min(1, r / |d|) d after each step, with d = w - w0."""
 
     kind: Literal["projection"] = "projection"
+    shards: ClassVar[bool] = True
     radius: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """r, or its ratio to the norm of w0."""
     relative: bool = False
@@ -37,9 +38,10 @@ class Ball(Update):
         weights, anchors, moved = deviations(step.moving)
         if not weights:
             return
-        sizes = norms(moved, self.each, self.norm)
+        of = [item.parameter for item in step.moving]
+        sizes = norms(moved, self.each, self.norm, of=of)
         if self.relative:
-            radii = torch._foreach_mul(norms(anchors, self.each, self.norm), self.radius)  # noqa: SLF001
+            radii = torch._foreach_mul(norms(anchors, self.each, self.norm, of=of), self.radius)  # noqa: SLF001
         else:
             radii = tuple(torch.full_like(size, self.radius) for size in sizes)
         torch._foreach_clamp_min_(sizes, TINY)

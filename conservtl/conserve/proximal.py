@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,7 @@ class Proximal(Update):
     """The proximal operator of rate × alpha × penalty of w - w0, after each step."""
 
     kind: Literal["proximal"] = "proximal"
+    shards: ClassVar[bool] = True
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Strength."""
     penalty: Literal["l1", "group_lasso"]

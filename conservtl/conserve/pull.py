@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.conserve.shards import local
 from conservtl.row import Anneal
 
-__all__ = ["Pull", "Pulled", "gather", "place_like", "whole"]
+__all__ = ["Pull", "Pulled", "gather"]
 
 _CHUNK = {"cpu": 1 << 18}
 """Elements that go through one buffer together, by device: what is subtracted stays in the cache until it is added."""
@@ -145,7 +146,7 @@ class _Part:
     def __init__(self, items: Sequence[Pulled], stretch: slice | None, room: Tensor | None) -> None:
         self._owners = [item.parameter for item in items]
         self._stretch = stretch
-        self._order = _order(_local(self._owners[0]))
+        self._order = _order(local(self._owners[0]))
         self._plain = stretch is None and not any(hasattr(owner, "to_local") for owner in self._owners)
         self.weights = [self._of(item.parameter.detach()) for item in items]
         self.anchors = [self._of(item.anchor) for item in items if item.anchor is not None] or None
@@ -190,8 +191,8 @@ class _Part:
         return rooms
 
     def _of(self, tensor: Any) -> Tensor:
-        local: Tensor = _local(tensor)
-        return local if self._stretch is None else local.permute(self._order).view(-1)[self._stretch]
+        found: Tensor = local(tensor)
+        return found if self._stretch is None else found.permute(self._order).view(-1)[self._stretch]
 
 
 def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
@@ -199,11 +200,11 @@ def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
     run: list[Pulled] = []
     size = 0
     for item in items:
-        weight = _local(item.parameter)
+        weight = local(item.parameter)
         count, most = weight.numel(), _chunk(weight)
         if count > most:
             order = _order(weight)
-            if all(t is None or _flat(_local(t), order) for t in (weight, item.anchor, item.importance)):
+            if all(t is None or _flat(local(t), order) for t in (weight, item.anchor, item.importance)):
                 yield from (_Part([item], slice(at, at + most), room) for at in range(0, count, most))
             else:
                 yield _Part([item], None, None)
@@ -228,7 +229,7 @@ def _order(tensor: Tensor) -> list[int]:
 
 def _flat(tensor: Any, order: Sequence[int]) -> bool:
     """Whether a tensor lies in memory without gaps, its dimensions in this order."""
-    return bool(_local(tensor).permute(order).is_contiguous())
+    return bool(local(tensor).permute(order).is_contiguous())
 
 
 def _laid_out(room: Tensor, like: Tensor) -> Tensor:
@@ -245,32 +246,3 @@ def _like(tensor: Any, other: Any) -> bool:
 def _sent(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in another's type and on its device; where it comes from the CPU, nothing waits for it."""
     return tensor.to(like.device, like.dtype, non_blocking=tensor.device.type == "cpu")
-
-
-def place_like(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on the parameter's device, laid out and sharded as it is; every process has the whole, so none sends.
-
-    Args:
-        tensor: whole, on any device.
-        parameter: what to be like.
-        dtype: other than the parameter's.
-    """
-    tensor = tensor.to(parameter.device, dtype or parameter.dtype)
-    if not hasattr(parameter, "placements"):
-        if tensor.stride() != parameter.stride():  # a kernel for many tensors takes only what is laid out alike
-            return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself, gathered from all processes where it is sharded, which all of them then must call."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full
-
-
-def _local(tensor: Any) -> Any:
-    """This process's shard of a sharded tensor; any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from conservtl.conserve.toward import TINY, deviations, move_toward, norms, together
+from conservtl.conserve.shards import local
+from conservtl.conserve.toward import TINY, deviations, move_toward, norms, together, totals
 from conservtl.decision import Step, Update
 
 __all__ = ["Selective"]
@@ -20,6 +21,7 @@ class Selective(Update):
     """w = v - min(1, strength r) (v - w0) after a step from w to v, where <g, w - w0> > 0."""
 
     kind: Literal["selective_decay"] = "selective_decay"
+    shards: ClassVar[bool] = True
     strength: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """lambda."""
 
@@ -33,20 +35,20 @@ class Selective(Update):
         _, _, moved = deviations(step.moving)
         if not moved:
             return
-        state[_SIZES] = together(norms(moved))
-        state[_AGAINST] = together(
-            [
-                d.new_zeros(()) if item.parameter.grad is None else (item.parameter.grad * d).sum()
-                for item, d in zip(step.moving, moved, strict=True)
-            ]
-        )
+        of = [item.parameter for item in step.moving]
+        state[_SIZES] = together(norms(moved, of=of))
+        products = [
+            d.new_zeros(()) if parameter.grad is None else (local(parameter.grad) * d).sum()
+            for parameter, d in zip(of, moved, strict=True)
+        ]
+        state[_AGAINST] = totals(products, of)
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:
         """Decay what moved away against the gradient; in a step that was skipped nothing moved away."""
         weights, anchors, moved = deviations(step.moving)
         if not weights:
             return
-        sizes = together(norms(moved))
+        sizes = together(norms(moved, of=[item.parameter for item in step.moving]))
         share = (sizes - state.pop(_SIZES)).clamp(min=0) / sizes.clamp(min=TINY)
         against = state.pop(_AGAINST) * (-1.0 if step.moving[0].group.get("maximize") else 1.0)
         amounts = torch.where(against > 0, (self.strength * share).clamp(max=1), 0.0)  # NaN is not above zero

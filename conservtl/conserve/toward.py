@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from conservtl.conserve.shards import local, over_parts, sharded
 from conservtl.decision import Moving
 
-__all__ = ["TINY", "By", "Norm", "deviations", "move_toward", "norms", "placed", "together"]
+__all__ = ["TINY", "By", "Norm", "deviations", "move_toward", "norms", "placed", "together", "totals"]
 
 TINY = torch.finfo(torch.float32).tiny
 """Stands in for a norm of zero in a denominator."""
@@ -20,9 +21,9 @@ Norm = Literal["frobenius", "mars"]
 
 
 def deviations(moving: Sequence[Moving]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights w, anchors w0 in their type, and w - w0."""
-    weights = [item.parameter for item in moving]
-    anchors = [placed(item.anchor, item.parameter) for item in moving if item.anchor is not None]
+    """Weights w, anchors w0 in their type, and w - w0; this process's parts of them where they are sharded."""
+    weights = [local(item.parameter) for item in moving]
+    anchors = [placed(local(item.anchor), weight) for item, weight in zip(moving, weights, strict=True)]
     return weights, anchors, list(torch._foreach_sub(weights, anchors)) if weights else []  # noqa: SLF001
 
 
@@ -31,7 +32,9 @@ def placed(anchor: Tensor, parameter: Tensor) -> Tensor:
     return anchor.to(parameter.device, parameter.dtype, non_blocking=True)
 
 
-def norms(tensors: Sequence[Tensor], by: By = "tensor", norm: Norm = "frobenius") -> list[Tensor]:
+def norms(
+    tensors: Sequence[Tensor], by: By = "tensor", norm: Norm = "frobenius", *, of: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Norms of tensors, or of their rows; a row is what belongs to one index of the first dimension.
 
     Args:
@@ -39,17 +42,37 @@ def norms(tensors: Sequence[Tensor], by: By = "tensor", norm: Norm = "frobenius"
         by: tensor: one norm each, of shape (). row: one for each row, of shape (rows, 1, ..., 1).
         norm: frobenius: the root of the sum of squares. mars: the largest sum of absolute values of a row, which for
             one row is that sum.
+        of: the parameters that the tensors are this process's parts of, where they may be sharded: norms are then
+            those of the whole.
     """
+    if not tensors:
+        return []
     if by == "tensor" and norm == "frobenius":
-        return list(torch._foreach_norm(list(tensors))) if tensors else []  # noqa: SLF001
+        found = list(torch._foreach_norm(list(tensors)))  # noqa: SLF001
+        if any(map(sharded, of)):
+            return list(totals([size.square() for size in found], of).sqrt())
+        return found
     order = 2 if norm == "frobenius" else 1
-    found = [
+    rows = [
         torch.linalg.vector_norm(tensor, order, dim=tuple(range(1, tensor.ndim)), keepdim=True)
         if tensor.ndim > 1
         else tensor.abs()
         for tensor in tensors
     ]
-    return found if by == "row" else [rows.max() for rows in found]
+    if by == "row":
+        return rows
+    found = [each.max() if each.numel() else each.new_zeros(()) for each in rows]  # a process may hold no row
+    return list(over_parts(together(found), of, largest=True)) if any(map(sharded, of)) else found
+
+
+def totals(scalars: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
+    """Sums over whole parameters, (parameters,), from those over this process's parts, on the device of the first.
+
+    Args:
+        scalars: one a parameter.
+        of: the parameters.
+    """
+    return over_parts(together(scalars), of)
 
 
 def together(scalars: Sequence[Tensor]) -> Tensor:

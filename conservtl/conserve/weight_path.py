@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from conservtl.conserve.interpolation import RUNNING, Statistics, between, grid, mixes, share
-from conservtl.conserve.pull import place_like
+from conservtl.conserve.shards import place_like
 from conservtl.conserve.statistics import recompute_statistics
 from conservtl.decision import After, Ending
 from conservtl.errors import SpecError

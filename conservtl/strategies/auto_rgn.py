@@ -28,7 +28,7 @@ class AutoRGN(Strategy):
     stay what they are.
 
     Cost: the norms of gradients and weights each step, groups for every layer; the host waits for the device once in
-    ``every`` steps. Not for sharded parameters.
+    ``every`` steps.
 
     Reference:
         Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts", section 4: there a ratio

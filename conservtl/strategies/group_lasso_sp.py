@@ -32,7 +32,7 @@ class GroupLassoSP(Strategy):
 
     The optimizer's own weight decay is 0 on what alpha or beta covers.
 
-    Cost: three passes over the weights a step and one over the source's. Not for sharded parameters.
+    Cost: three passes over the weights a step and one over the source's.
 
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",

@@ -31,7 +31,7 @@ class L1SP(Strategy):
 
     The optimizer's own weight decay is 0 on what alpha or beta covers. Together with ``L2SP`` it is an elastic net.
 
-    Cost: four passes over the weights a step and one over the source's. Not for sharded parameters.
+    Cost: four passes over the weights a step and one over the source's.
 
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",

@@ -36,8 +36,8 @@ class Projection(Strategy):
 
     It does not depend on the batch size or the rate.
 
-    Cost: two passes over the weights a step and one over the source's; learned, nothing while training. Not for
-    sharded parameters.
+    Cost: two passes over the weights a step and one over the source's; learned, nothing while training, and
+    not for sharded parameters.
 
     Reference:
         Gouk, Hospedales and Pontil 2021, "Distance-based regularisation of deep networks for fine-tuning", section 4.

@@ -29,8 +29,7 @@ class SelectiveDecay(Strategy):
 
     It stands for the optimizer's weight decay, which is 0 on what it covers.
 
-    Cost: three passes over the weights a step and two over the source's. Nothing is remembered from step to step. Not
-    for sharded parameters.
+    Cost: three passes over the weights a step and two over the source's. Nothing is remembered from step to step.
 
     Reference:
         Tian, Huang and Kira 2024, "Rethinking weight decay for robust fine-tuning of foundation models", section 3.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conservtl.conserve import pull as module
-from conservtl.conserve.pull import Pulled, gather, place_like
+from conservtl.conserve.pull import Pulled, gather
+from conservtl.conserve.shards import place_like
 from conservtl.row import Anneal
 
 GROUPS = {rate: {"lr": rate} for rate in (0.1, 0.2)}

@@ -49,3 +49,8 @@ def test_a_row_broadcasts_to_its_tensor_whatever_the_shape(shape, norm):
 def test_nothing_to_move():
     move_toward([], [], [])
     assert norms([]) == []
+
+
+def test_a_part_without_rows_has_a_norm_of_zero():
+    """Where a tensor has fewer rows than there are processes, one of them holds none."""
+    assert norms([torch.empty(0, 3)], norm="mars") == [torch.zeros(())]

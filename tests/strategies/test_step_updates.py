@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.distributed.tensor import Shard
 
 import conservtl as ctl
 from conservtl.strategies import as_strategy
@@ -101,12 +102,20 @@ def test_half_precision_parameters_are_refused(cls):
         adaptation.optimizer(torch.optim.SGD, lr=0.1)
 
 
-@pytest.mark.parametrize("cls", [*ON_WEIGHTS, ctl.AutoRGN])
-def test_sharded_parameters_are_refused(cls):
-    """Norms of a shard are not norms of the tensor."""
-    adaptation = adapted(cls())
+@pytest.mark.parametrize("strategy", [ctl.Mixout(), ctl.Projection(radius="learn")])
+def test_sharded_parameters_are_refused_by_what_replaces_weights_for_a_pass(strategy):
+    """FSDP2 gathers weights before a module's own hooks, and on its own terms."""
+    adaptation = adapted(strategy)
     adaptation.model[0].weight.placements = ()  # what tells a DTensor from a tensor
-    with pytest.raises(ctl.SpecError, match=rf"{cls.__name__} acts on whole tensors, but '0\.weight' is sharded"):
+    with pytest.raises(ctl.SpecError, match=rf"{strategy.label} acts on whole tensors, but '0\.weight' is sharded"):
+        adaptation.optimizer(torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in (*ON_WEIGHTS, ctl.AutoRGN) if cls is not ctl.Mixout])
+def test_sharding_across_rows_is_refused(cls):
+    adaptation = adapted(cls())
+    adaptation.model[0].weight.placements = (Shard(1),)
+    with pytest.raises(ctl.SpecError, match=rf"{cls.__name__} takes .* first dimension, but '0\.weight' is cut"):
         adaptation.optimizer(torch.optim.SGD, lr=0.1)
 
 
