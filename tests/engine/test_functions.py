@@ -102,6 +102,41 @@ def test_ctc_over_held_tensors():
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
+class Recognizer(Transcriber):
+    """As the acoustic models of torchaudio do, it gives lengths beside scores."""
+
+    def forward(self, frames, lengths):
+        return super().forward(frames), lengths
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_ctc_conserves_the_outputs_of_what_was_said(keep):
+    """What stands in the padding changes no weight: neither the task's loss nor the pull to the source sees it."""
+
+    def trained(data, weight):
+        torch.manual_seed(0)
+        adaptation = ctl.adapt(Recognizer(), Recognizer(), [ctl.OutputConservation(weight=weight, temperature=2.0)])
+        ctl.fit(
+            adaptation,
+            data,
+            training=ctl.Training(epochs=3, batch_size=8, lr=0.02),
+            forward=lambda model, batch: model(batch["frames"], batch["lengths"]),
+            loss=lambda outputs, batch: ctc(outputs[0], batch),
+            metrics=lambda outputs, batch: exact(outputs[0], batch),
+            keep_frozen_outputs=keep,
+            seed=1,
+        )
+        return nn.utils.parameters_to_vector(adaptation.model.parameters())
+
+    data = padded(utterances())
+    silent = torch.arange(data["frames"].shape[1]) >= data["lengths"][:, None]
+    spoiled = {**data, "frames": torch.where(silent[..., None], 7.0, data["frames"])}
+    assert silent.any()
+    weights = trained(data, 1.0)
+    torch.testing.assert_close(trained(spoiled, 1.0), weights)
+    assert not torch.allclose(trained(data, 0.0), weights, atol=1e-3)
+
+
 @dataclass
 class Output:
     logits: torch.Tensor
