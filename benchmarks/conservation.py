@@ -216,7 +216,7 @@ def adapted(model: nn.Module, strategies: Iterable[ctl.Strategy], place: Place) 
 
 def held(adaptation: ctl.Adaptation, device: torch.device) -> int:
     """Bytes that an adaptation keeps on a device beside the model; what plain fine-tuning keeps is subtracted later."""
-    tensors: list[Tensor] = [*adaptation._start.values(), *adaptation._placed.values()]  # noqa: SLF001
+    tensors: list[Tensor] = [*adaptation._anchors.parameters.values(), *adaptation._anchors.placed.values()]  # noqa: SLF001
     for kept in (*adaptation.measured.values(), *adaptation._updates.state.values()):  # noqa: SLF001
         tensors += kept.values()
     if adaptation.terms.teacher is not None:
@@ -236,7 +236,7 @@ def on_weights(name: str, place: Place, rounds: int) -> dict[str, Any]:
     for method, strategies in WEIGHTS.items():
         adaptations[method] = adapted(model, strategies, place)
         if sum(t.nbytes for t in parameters.values()) > LARGE:
-            adaptations[method]._start = bare._start  # noqa: SLF001 - the same values
+            adaptations[method]._anchors.parameters = bare._anchors.parameters  # noqa: SLF001 - the same values
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
@@ -288,7 +288,7 @@ def sorted_anew(adaptation: ctl.Adaptation) -> Run:
     optimizer = adaptation.optimizer(Still, lr=RATE)
 
     def run() -> None:
-        adaptation._placed = dict(adaptation._placed)  # noqa: SLF001 - another object: hooks ask again
+        adaptation._anchors.placed = dict(adaptation._anchors.placed)  # noqa: SLF001 - another object: hooks ask again
         optimizer.step()
 
     return run

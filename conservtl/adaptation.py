@@ -14,21 +14,22 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
-from conservtl.conserve.freeze import freeze, hold_statistics, tracks_statistics
+from conservtl.conserve.anchors import Anchors
+from conservtl.conserve.freeze import freeze, hold_statistics, holds, norms_with_rows
 from conservtl.conserve.groups import build_optimizer
 from conservtl.conserve.hook import StepHook
 from conservtl.conserve.instances import mix_instances, mixable
 from conservtl.conserve.listening import BeforeForward, BeforeSaving
 from conservtl.conserve.measures import check_importance, measure
-from conservtl.conserve.shards import place_like, whole
+from conservtl.conserve.shards import whole
 from conservtl.conserve.terms import TermRunner
 from conservtl.conserve.updates import UpdateRunner
 from conservtl.decision import Ending, Measure, View
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
-from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
-from conservtl.plan import Plan, Row
+from conservtl.layers import Layer, named_parameters, unwrap
+from conservtl.plan import Plan
 from conservtl.source import TransferReport
 from conservtl.strategies import Strategy, apply_all
 
@@ -80,14 +81,7 @@ class Adaptation:
         self.origin = origin
         self.phase = 0
         self.measured: dict[str, dict[str, Tensor]] = {}
-        parameters = named_parameters(model)
-        self._start = {
-            row.name: parameters[row.name].detach().to("cpu", copy=True) for row in plan.rows if row.origin == "source"
-        }
-        self._statistics = {
-            canonical(name): buffer.detach().to("cpu", copy=True) for name, buffer in unwrap(model).named_buffers()
-        }
-        self._placed: dict[tuple[str, str], Tensor] = {}
+        self._anchors = Anchors(model, {row.name for row in plan.rows if row.origin == "source"})
         self._hook: StepHook | None = None
         self._listening: tuple[RemovableHandle, ...] = ()
         self._bind()
@@ -124,14 +118,14 @@ class Adaptation:
         self.keep_frozen()  # a process group may have come since
         scale = self.plan.phases[self.phase].scale
         optimizer = build_optimizer(cls, self.plan, named_parameters(self.model), scale, options)
-        self._placed = {}  # another object, not an empty one: it tells hooks to ask again
+        self._anchors.forget()
         self._hook = StepHook(
             optimizer,
             self.plan,
             lambda: self.frozen,
             self._anchor,
             self._importance,
-            lambda: self._placed,
+            lambda: self._anchors.placed,
             self._updates,
             pull,
         )
@@ -230,7 +224,7 @@ class Adaptation:
         wanted[name].verify(own)
         check_importance(self.plan, {name: own})
         self.measured[name] = own
-        self._placed = {}
+        self._anchors.forget()
         wanted[name].use(unwrap(self.model), own)
 
     def decide(self, **facts: str) -> None:
@@ -289,7 +283,8 @@ class Adaptation:
     def start(self) -> dict[str, Tensor]:
         """The starting point of what came from the source, on the CPU: parameters and buffers by name."""
         copied = set(self.transfer.copied)
-        return {**{name: buffer for name, buffer in self._statistics.items() if name in copied}, **self._start}
+        buffers = {name: buffer for name, buffer in self._anchors.buffers.items() if name in copied}
+        return {**buffers, **self._anchors.parameters}
 
     def merged(self) -> nn.Module:
         """A copy of the model without what strategies added to it, where that can be merged into the weights exactly.
@@ -349,19 +344,10 @@ class Adaptation:
             return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
         return whole(torch.stack([term.to(terms[0].device) for term in terms]).sum())
 
-    @torch.no_grad()
     def drift(self) -> dict[str, float]:
         """How far each layer has moved: |w - w0| / |w0| over its parameters from the source; fresh layers left out."""
         self.settle()
-        parameters = named_parameters(self.model)
-        out = {}
-        for layer, rows in self.plan.by_layer():
-            pairs = [(whole(parameters[r.name]).cpu(), self._start[r.name]) for r in rows if r.origin == "source"]
-            if pairs:
-                moved = sum(float((w.double() - w0.double()).square().sum()) for w, w0 in pairs)
-                size = sum(float(w0.double().square().sum()) for _, w0 in pairs)
-                out[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
-        return out
+        return self._anchors.drift(self.plan, self.model)
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -399,24 +385,16 @@ class Adaptation:
         keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
         freeze(named_parameters(self.model), self._frozen, keep)
         model = unwrap(self.model)
-        norms = {canonical(name): norm for name, norm in model.named_modules() if tracks_statistics(norm)}
-        names = {id(parameter): name for name, parameter in named_parameters(self.model).items()}
-        rows = {norm: self._rows_of(name, norm, names) for name, norm in norms.items()}
-        held = [
-            norm
-            for norm, own in rows.items()
-            if own and (all(row.name in self._frozen for row in own) or any(row.statistics == "hold" for row in own))
-        ]
-        hold_statistics(norms.values(), held, model.training)
-        shares = {norm: max((row.instance for row in own), default=0.0) for norm, own in rows.items()}
+        norms = norms_with_rows(model, self.plan.rows, self.layers)
+        hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
+        shares = {norm: max((row.instance for row in rows), default=0.0) for norm, rows in norms.items()}
         mix_instances({norm: share for norm, share in shares.items() if mixable(norm)})
 
     def state_dict(self) -> dict[str, Any]:
         """What brings this adaptation back, beside the model's and the optimizer's own state dicts."""
         self.settle()
         return {
-            "start": dict(self._start),
-            "statistics": dict(self._statistics),
+            **self._anchors.state_dict(),
             "phase": self.phase,
             "plan": self.plan.model_dump(mode="json"),
             "measured": {name: dict(found) for name, found in self.measured.items()},
@@ -430,7 +408,7 @@ class Adaptation:
             PlanError: the state belongs to another plan; the message names the first row that differs.
         """
         try:
-            plan, start, phase = Plan(**state["plan"]), state["start"], state["phase"]
+            plan, phase, _ = Plan(**state["plan"]), state["phase"], state["start"]
         except (KeyError, TypeError, ValidationError) as error:
             raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
         if plan.facts != self.plan.facts:
@@ -443,18 +421,16 @@ class Adaptation:
                 f"this state belongs to another plan: {other} differs. Load it into an adaptation made "
                 "from the same model, source and strategies."
             )
-        if {n: t.shape for n, t in start.items()} != {n: t.shape for n, t in self._start.items()}:
+        if not self._anchors.fits(state):
             raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
-        self._start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in start.items()}
-        self._statistics = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state["statistics"].items()}
+        self._anchors.load_state_dict(state)
         self.measured = {name: dict(found) for name, found in state["measured"].items()}
         self._updates.load_state_dict(state["updates"])
-        self._placed = {}
         self.start_phase(phase)
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**self.__dict__, "_hook": None, "_placed": {}, "_listening": ()}
+        return {**self.__dict__, "_hook": None, "_listening": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -466,27 +442,13 @@ class Adaptation:
         return f"<Adaptation of {type(unwrap(self.model)).__name__}: {total['trained']:,} of {total['all']:,} trained>"
 
     def _anchor(self, name: str, parameter: Tensor) -> Tensor:
-        """Where a parameter started, held as the plan says: on the CPU, or placed as the parameter is."""
-        held, start = self.plan[name].anchor, self._start[name]
-        if held == "cpu":
-            if hasattr(parameter, "placements"):
-                return place_like(start, parameter)
-            if parameter.is_cuda and not start.is_pinned():
-                start = self._start[name] = start.pin_memory()  # else the host would wait while it is sent
-            return start
-        return self._kept("anchor", name, start, parameter, torch.bfloat16 if held == "bf16" else None)
+        """Where a parameter started, held as the plan says."""
+        return self._anchors.of(name, parameter, self.plan[name].anchor)
 
     def _importance(self, name: str, parameter: Tensor) -> Tensor | None:
         """What weighs the pull of a parameter's elements."""
-        measured = self.plan[name].importance
-        return None if measured is None else self._kept(measured, name, self.measured[measured][name], parameter, None)
-
-    def _kept(self, what: str, name: str, value: Tensor, parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-        placed = self._placed.get((what, name))
-        if placed is None or placed.device != parameter.device or placed.stride() != parameter.stride():
-            placed = place_like(value, parameter, dtype)
-            self._placed[what, name] = placed
-        return placed
+        measure = self.plan[name].importance
+        return None if measure is None else self._anchors.weighing(measure, self.measured[measure], name, parameter)
 
     def _modules(self) -> dict[str, str]:
         """Layer -> the module whose output is the layer's: the last of those that make it up."""
@@ -508,15 +470,6 @@ class Adaptation:
         """Let updates act before a forward pass; a hook of the model calls it where one wants to."""
         if self._hook is not None:
             self._hook.prepare(training=training)
-
-    def _rows_of(self, module: str, norm: nn.Module, names: Mapping[int, str]) -> list[Row]:
-        """The rows that speak for a norm: those of its own parameters, or else its layer's."""
-        rows = {row.name: row for row in self.plan.rows if not row.added}
-        own = [name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in rows]
-        if not own:
-            layer = layer_of(self.layers, module)
-            own = [info.name for info in layer.parameters if info.name in rows] if layer else []
-        return [rows[name] for name in own]
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-__all__ = ["freeze", "hold_statistics"]
+from conservtl.layers import Layer, canonical, layer_of, named_parameters
+from conservtl.row import Row
+
+__all__ = ["freeze", "hold_statistics", "holds", "norms_with_rows", "tracks_statistics"]
 
 _TRACKING = (nn.modules.batchnorm._NormBase,)  # noqa: SLF001 - batch and instance norms, SyncBatchNorm
 
@@ -37,6 +40,25 @@ def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep
         parameter.requires_grad_((name not in frozen or name in keep) and parameter.is_floating_point())
         if name in frozen:
             parameter.grad = None
+
+
+def norms_with_rows(model: nn.Module, rows: Iterable[Row], layers: tuple[Layer, ...]) -> dict[nn.Module, list[Row]]:
+    """Each norm that tracks statistics, with the rows that speak for it: its own parameters', or else its layer's."""
+    own_rows = {row.name: row for row in rows if not row.added}
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    found = {}
+    for module, norm in model.named_modules():
+        if tracks_statistics(norm):
+            own = [name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in own_rows]
+            if not own and (layer := layer_of(layers, canonical(module))):
+                own = [info.name for info in layer.parameters if info.name in own_rows]
+            found[norm] = [own_rows[name] for name in own]
+    return found
+
+
+def holds(rows: Sequence[Row], frozen: Collection[str]) -> bool:
+    """Whether a norm with these rows keeps its statistics: all of it is frozen, or a strategy said so."""
+    return any(row.statistics == "hold" for row in rows) or (bool(rows) and all(row.name in frozen for row in rows))
 
 
 def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], training: bool) -> None:
