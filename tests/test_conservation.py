@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import conservtl as ctl
+from conservtl.conserve.mixout import _mask
 from conservtl.layers import named_parameters
 from conservtl.testing import models, state_dicts, strategies
 
@@ -213,11 +214,9 @@ def group_lasso_sp(case):
 def mixout(case):
     """Its own masks are the only thing it is told: a generator of the step's number, tensor by tensor."""
     generator = torch.Generator().manual_seed(0)
-    masks = {
-        n: torch.empty_like(w, dtype=torch.bool).bernoulli_(0.4, generator=generator).double() if w.ndim >= 2 else 1
-        for n, w in case.weights.items()
-    }
-    share = {n: 0.4 if w.ndim >= 2 else 1 for n, w in case.weights.items()}
+    dropped = round(0.6 * 65536)  # a mask's share in its 16 bits
+    masks = {n: _mask(w, dropped, generator).double() if w.ndim >= 2 else 1 for n, w in case.weights.items()}
+    share = {n: 1 - dropped / 65536 if w.ndim >= 2 else 1 for n, w in case.weights.items()}
 
     def mixed(n, w):
         return ((1 - masks[n]) * case.start[n] + masks[n] * w - (1 - share[n]) * case.start[n]) / share[n]

@@ -30,8 +30,8 @@ class Mixout(Strategy):
     plain ones back; ``adaptation.settle()`` does so too. A pull toward the source goes by the plain weights; only
     ``penalty()`` as a term of a loop's own loss sees the mixed ones.
 
-    Cost: memory for the weights once more and for the masks between forward pass and step; four passes over the
-    weights. Not for sharded parameters.
+    Cost: memory for the weights once more and for the masks between forward pass and step; six passes over the
+    weights, and the masks to draw. Not for sharded parameters.
 
     Reference:
         Lee, Cho and Kang 2020, "Mixout: effective regularization to finetune large-scale pretrained language models",
@@ -40,7 +40,7 @@ class Mixout(Strategy):
 
     kind: Literal["mixout"] = "mixout"
     p: Annotated[float, Field(ge=0, lt=1)] = 0.7
-    """Share of the elements at the source's values."""
+    """Share of the elements at the source's values, to 1/65,536."""
     on: Literal["weights", "all"] = "weights"
     """weights: two dimensions or more and not owned by a norm. all: biases and norms too."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
