@@ -1,4 +1,4 @@
-"""The speaker's recipe beside honest baselines, all from the recipe's source model and with its augmentation.
+"""The speaker's recipe beside baselines, all from the recipe's source model and with its augmentation.
 
     python benchmarks/recipe.py --fsdd RECORDINGS [--seeds 3] [--shots 5 1] [--processes 1] [--runs FOLDER]
 
@@ -59,7 +59,7 @@ def gain(runs: list[dict[str, Any]], other: str) -> dict[str, Any] | None:
 def table(found: dict[str, Any]) -> str:
     """One for each number of shots, and the recipe speaker by speaker."""
     versions = f"conservtl {__version__}, torch {torch.__version__}, python {platform.python_version()}"
-    out = ["# The speaker's recipe beside honest baselines\n"]
+    out = ["# The speaker's recipe beside baselines\n"]
     out += [f"{platform.machine()}, CPU; {versions}; {dt.datetime.now(dt.UTC).date()}.\n"]
     out += ["Written by `benchmarks/recipe.py`, whose docstring says what is measured.\n"]
     for rows in found["tables"]:

@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
 from conservtl.conserve.anchors import Anchors
+from conservtl.conserve.batches import check_batches
 from conservtl.conserve.freeze import freeze, hold_statistics, holds, norms_with_rows
 from conservtl.conserve.groups import build_optimizer
 from conservtl.conserve.hook import StepHook
@@ -111,9 +112,7 @@ class Adaptation:
             SpecError: the optimizer cannot carry the plan out, or something must be measured first; the message says
                 why.
         """
-        if outstanding := self.outstanding():
-            one = outstanding[0]
-            raise SpecError(f"{one.by} needs a measurement first ({one.describe()}). {one.remedy}")
+        self._require_measured()
         check_importance(self.plan, self.measured)
         self.keep_frozen()  # a process group may have come since
         scale = self.plan.phases[self.phase].scale
@@ -127,6 +126,7 @@ class Adaptation:
             self._importance,
             lambda: self._anchors.placed,
             self._updates,
+            self._terms.check_added,
             pull,
         )
         return optimizer
@@ -144,8 +144,13 @@ class Adaptation:
             source: instead of ``inputs``: what ``source_view(inputs)`` gave, kept from an earlier epoch.
 
         Raises:
-            SpecError: the source's view is needed and neither is given, or the model made no forward pass.
+            SpecError: the loss is no scalar, the source's view is needed and neither is given, or the model made no
+                forward pass.
         """
+        if loss.ndim:
+            raise SpecError(
+                f"loss() takes the mean over the batch, a scalar; received shape {tuple(loss.shape)}. Reduce it first."
+            )
         if not self.plan.terms:
             return loss
         if source is None and self._terms.looks:
@@ -172,6 +177,11 @@ class Adaptation:
         """What adds the plan's terms to a loss."""
         return self._terms
 
+    def _require_measured(self) -> None:
+        if outstanding := self.outstanding():
+            one = outstanding[0]
+            raise SpecError(f"{one.by} needs a measurement first ({one.describe()}). {one.remedy}")
+
     def outstanding(self) -> tuple[Measure, ...]:
         """What must be measured before an optimizer can be made."""
         return tuple(one for one in self.plan.measures if one.name not in self.measured)
@@ -190,14 +200,15 @@ class Adaptation:
         Many processes: all call it together, on the same data, before the model is wrapped.
 
         Args:
-            batches: (inputs, labels) or what ``forward`` and ``loss`` take, to be gone through more than once.
+            batches: a list, a DataLoader or the like of (inputs, labels), or of what ``forward`` and ``loss`` take;
+                gone through more than once.
             on: whether they are the target's or the source's; the plan says what it needs.
             forward: (model, batch) -> outputs.
             loss: (outputs, batch) -> scalar, the mean over the batch.
             autocast: makes the context of each forward pass.
 
         Raises:
-            DataError: there are no batches.
+            DataError: there are no batches, a single one, or a generator of them.
             SpecError: the model cannot be measured so; the message says why.
         """
         for one in self.outstanding():
@@ -257,7 +268,7 @@ class Adaptation:
         """Do what the plan asks for once training is over; ``fit`` does so by itself.
 
         Args:
-            batches: the training data's, for what recomputes statistics.
+            batches: the training data's, for what recomputes statistics; gone through more than once.
             forward: (model, batch) -> outputs.
             score: () -> score of the model as it is, on a validation part; higher is better.
             valid: the validation part's batches, to be gone through more than once.
@@ -267,6 +278,9 @@ class Adaptation:
         Returns:
             What a report may want to say.
         """
+        for name, given in {"batches": batches, "valid": valid}.items():
+            if given is not None and self.plan.after:
+                check_batches(given, f"finish({name}=...)")
         self.settle()
         found: dict[str, Any] = {}
         for one in self.plan.after:
@@ -309,7 +323,8 @@ class Adaptation:
     def pull(self, scaler: GradScaler | None = None) -> None:
         """Add the coupled pull to the gradients now, for those who clip: backward, pull, clip, step.
 
-        The next step then adds nothing. A decoupled pull is no gradient, and stays in the step.
+        The next step then adds nothing. A decoupled pull is no gradient, and stays in the step. To throw away what
+        ``backward`` and ``pull`` made, without a step, set gradients to None (torch's default), not to zero.
 
         Args:
             scaler: the GradScaler of an fp16 loop; gradients still scaled are unscaled first.
@@ -326,7 +341,11 @@ class Adaptation:
 
         For a log, or for the loss of a loop whose optimizer was made with ``pull=False``. Where parameters
         are sharded, all processes call it together, and ``drift()`` too.
+
+        Raises:
+            SpecError: something must be measured first.
         """
+        self._require_measured()
         terms = []
         parameters = named_parameters(self.model)
         for row in self.plan.rows:

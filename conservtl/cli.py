@@ -87,7 +87,7 @@ def compare(
     processes: Processes = 1,
     dry_run: DryRun = False,
 ) -> None:
-    """Hold the spec's variants against honest baselines over targets, seeds and shots."""
+    """Hold the spec's variants against baselines over targets, seeds and shots."""
     from conservtl.experiments.compare import compare as compare_all
     from conservtl.experiments.spec import load_spec
     from conservtl.report import write_compare
@@ -145,7 +145,7 @@ def recommend(
     overrides: Overrides = None,
     write: Annotated[Path | None, typer.Option("--write", help="File for the recommended spec.")] = None,
 ) -> None:
-    """Say which strategies fit this data, and why: measured, not guessed."""
+    """Measure which strategies fit this data, and say why."""
     from conservtl.experiments.recommend import recommend as recommend_for
     from conservtl.experiments.spec import load_spec
 
@@ -277,8 +277,8 @@ def _table(report: dict[str, Any]) -> Any:
         table.add_row(f"{domain} accuracy", f"{100 * a:.1f} %", f"{100 * b:.1f} %", f"{100 * (b - a):+.1f}")
     if report["agreement"] is not None:
         found = report["agreement"]["after"]
-        table.add_row("agreement with the source model", "", f"{100 * found['agreement']:.1f} %", "")
-        table.add_row("KL from the source model", "", f"{found['kl']:.3f}", "nats")
+        table.add_row("same answer as the source model, on the target", "", f"{100 * found['agreement']:.1f} %", "")
+        table.add_row("KL divergence from it", "", f"{found['kl']:.3f}", "nats")
     return table
 
 

@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from inspect import isabstract
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
+from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.row import Frozen
 
@@ -38,7 +40,13 @@ class Decision(Frozen, ABC):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         kind = cls.model_fields["kind"].default
         if isinstance(kind, str):
-            Decision.kinds[kind] = cls
+            other = Decision.kinds.setdefault(kind, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise SpecError(
+                    f"kind {kind!r} of {cls.__qualname__} is that of {other.__module__}.{other.__qualname__} already. "
+                    "Give it another."
+                )
+            Decision.kinds[kind] = cls  # of a module that was loaded again
 
     @model_validator(mode="wrap")
     @classmethod
@@ -46,6 +54,8 @@ class Decision(Frozen, ABC):
         own = Decision.kinds.get(value.get("kind", "")) if isinstance(value, dict) else None
         if own is not None and own is not cls and issubclass(own, cls):
             return own.model_validate(value)
+        if own is None and isabstract(cls) and isinstance(value, dict):
+            raise ValueError(f"there is no {cls.__name__} of kind {value.get('kind')!r}: import its class first")
         return handler(value)
 
     @property
@@ -109,7 +119,7 @@ class Moving:
     Args:
         name: its canonical name.
         parameter: the tensor; where it is sharded a ``DTensor``, of which this process holds a part.
-        anchor: where it started, placed as it is; None where it is fresh.
+        anchor: where it started, placed as it is; None where it is fresh, or the update does not ask.
         group: the optimizer's group it stands in; ``lr`` is its rate.
     """
 
@@ -143,16 +153,20 @@ class Update(Decision):
     Its moments, all without gradient: ``prepare`` before a forward pass, ``gradients`` when they are complete and
     unscaled (or carry ``step.scale``) and before any pull, ``before`` and ``after`` the optimizer's step. What it
     must remember from one moment or step to the next stands in ``state``, which is saved with the adaptation.
+    Random numbers come from a generator of its own, seeded by ``step.number``, so that copies, resumed runs and other
+    processes draw the same. Where ``step.skip`` is not zero ``after`` changes nothing: the step is none.
     Nothing here may wait for the device: no ``item()``, no comparison on the host.
     """
 
     names: tuple[str, ...]
-    """Parameters it acts on."""
+    """Parameters it acts on, while they are trained."""
 
     forward: ClassVar[bool] = False
     """Whether ``prepare`` is wanted, before each forward pass of the model."""
     layered: ClassVar[bool] = False
     """Whether each layer needs groups of its own in the optimizer, so that the update can set its rate."""
+    anchors: ClassVar[bool] = True
+    """Whether it needs to know where its parameters started; else ``Moving.anchor`` is None, and costs no memory."""
     shards: ClassVar[bool] = False
     """Whether it acts rightly on parameters that are sharded by rows over processes (FSDP2); else they are refused."""
 

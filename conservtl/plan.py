@@ -243,7 +243,7 @@ class Plan(Frozen):
                 if explicit or not same:
                     raise PlanError(
                         f"{by} and {old.by} both choose the {column} of {row.name!r} (layer {row.layer!r}). "
-                        "Name each parameter in one of them only, or leave one strategy out."
+                        f"{'Name each parameter in one of them only, or l' if explicit else 'L'}eave one strategy out."
                     )
             rows.append(changed(row, by, {**defaults, **chosen, "chosen": {**row.chosen, column: new}}))
         return self._with(rows=tuple(rows))

@@ -108,7 +108,8 @@ def _rate(row: Row) -> str:
 def _strength(row: Row, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if row.mode == "coupled" else f"{value:.3g} decoupled"
+    weighed = f" × {row.importance}" if row.importance is not None and value == row.pull else ""
+    return f"{value:.3g}{weighed}" if row.mode == "coupled" else f"{value:.3g}{weighed} decoupled"
 
 
 def _span(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:

@@ -32,6 +32,7 @@ class RelativeRates(Update):
     """The smallest share."""
 
     layered: ClassVar[bool] = True
+    anchors: ClassVar[bool] = False
     shards: ClassVar[bool] = True
 
     def describe(self) -> str:

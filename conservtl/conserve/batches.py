@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from conservtl.errors import SpecError
+from conservtl.errors import DataError, SpecError
 
-__all__ = ["each", "replaced", "size_of", "tensors_of"]
+__all__ = ["check_batches", "each", "replaced", "size_of", "tensors_of"]
+
+
+def check_batches(batches: Iterable[Any], who: str) -> None:
+    """Refuse what is no collection of batches that can be gone through more than once.
+
+    Raises:
+        DataError: it is one batch, or a generator, which is empty after the first time.
+    """
+    one = isinstance(batches, (Tensor, Mapping)) or (
+        isinstance(batches, tuple) and bool(batches) and all(isinstance(part, Tensor) for part in batches)
+    )
+    if one or isinstance(batches, Iterator):
+        what = f"one batch, a {type(batches).__name__}" if one else f"a {type(batches).__name__}"
+        fix = "Put it into a list" if one else "Make it a list, or give the DataLoader"
+        raise DataError(
+            f"{who}: batches must be a list of batches, or the like, to be gone through more than once; "
+            f"received {what}. {fix}."
+        )
 
 
 def each(batch: Any, act: Callable[[Tensor], Tensor]) -> Any:

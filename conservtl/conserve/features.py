@@ -41,6 +41,11 @@ class FeatureTerm(Term):
         parts = []
         for layer in self.taps:
             ours, other = adapted.features[layer], theirs[layer]
+            if ours.shape[1:] == other.shape[1:] and len(ours) != len(other):
+                raise SpecError(
+                    f"{self.by}: the model's features are of {len(ours)} examples, the source's of {len(other)}. Give "
+                    "loss(..., inputs) the inputs that the outputs came from."
+                )
             if ours.shape != other.shape:
                 raise SpecError(
                     f"{self.by}: layer {layer!r} gives features of shape {tuple(ours.shape)}, in the source "

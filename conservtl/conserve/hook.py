@@ -33,6 +33,7 @@ class StepHook:
         importance: (name, parameter) -> what weighs the pull of each of its elements, or None.
         placed: an object that is replaced when anchors have to be asked for again.
         updates: the plan's updates.
+        check: raises an error where the gradients lack what the plan adds to the loss.
         pull: False leaves the pull to the caller's loss; all else is done all the same.
     """
 
@@ -45,11 +46,13 @@ class StepHook:
         importance: Callable[[str, Tensor], Tensor | None],
         placed: Callable[[], object],
         updates: UpdateRunner,
+        check: Callable[[], None],
         pull: bool,
     ) -> None:
         self.optimizer = optimizer
         self.frozen = frozen
         self.updates = updates
+        self._check = check
         self.members = Members(optimizer, {row.name: row for row in plan.rows}, frozen, anchor, importance, placed)
         self._scaler: GradScaler | None = None
         self._modes = {row.mode for row in plan.rows if row.pull or row.decay} if pull else set()
@@ -98,6 +101,8 @@ class StepHook:
 
     def _act(self) -> None:
         self.drop_frozen()
+        if any(parameter.grad is not None for _, parameter, _ in self.members):
+            self._check()
         added, self._added = self._added, None
         skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
         if added is None or added[0] is not self._state():  # none yet, or in a step that the scaler skipped

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.conserve.batches import each
+from conservtl.conserve.batches import check_batches, each
 from conservtl.decision import Measure, Probe
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
@@ -43,8 +43,9 @@ def measure(
         Name -> tensor, on the CPU.
 
     Raises:
-        DataError: there are no batches.
+        DataError: there are no batches, a single one, or a generator of them.
     """
+    check_batches(batches, one.by)
     if next(iter(batches), None) is None:
         raise DataError(f"{one.by}: there are no batches to measure on. Give some, to be gone through more than once.")
     parameters = named_parameters(model)

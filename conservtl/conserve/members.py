@@ -106,5 +106,6 @@ class Members:
         wanted = set(update.names)
         for row, parameter, group in self._trained():
             if row.name in wanted:
-                anchor = self._anchor(row.name, parameter).to(parameter.device) if row.origin == "source" else None
+                asked = type(update).anchors and row.origin == "source"
+                anchor = self._anchor(row.name, parameter).to(parameter.device) if asked else None
                 yield Moving(row.name, parameter, anchor, group)

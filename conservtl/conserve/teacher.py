@@ -137,7 +137,7 @@ class Teacher:
 
 
 def source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module:
-    """A model that computes what the source computed: the source itself, or this one with its values.
+    """A model that computes what the source computed: a copy of the source, or of this one with its values.
 
     Args:
         model: the model to adapt, not changed; as it is before anything is added to it.

@@ -42,6 +42,7 @@ class TermRunner:
         self.teacher = None if teacher is None else Teacher(teacher, self._layers, self._head)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
+        self._added = False  # since the last step
         self.attach(model)
 
     @property
@@ -86,6 +87,7 @@ class TermRunner:
         """
         if not loss.requires_grad:
             return loss
+        self._added = True
         features, entering = self._taps.take() if self._taps is not None else ({}, {})
         if self._head is not None and self.teacher is not None:
             entered = entering[self._head]
@@ -99,6 +101,19 @@ class TermRunner:
             read = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
             total = total + term.value(view, source if term.source else None, read)
         return total
+
+    def check_added(self) -> None:
+        """Refuse a step whose gradients lack the terms.
+
+        Raises:
+            SpecError: there are terms, and none was added to a loss since the last step.
+        """
+        if self.terms and not self._added:
+            raise SpecError(
+                f"{self.terms[0].by} adds a term to the loss, but none was added since the last step. Call "
+                "loss = adaptation.loss(loss, outputs, inputs) before backward()."
+            )
+        self._added = False
 
     def _on(self, device: torch.device, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A measurement on the device, sent there once: a step must not wait for it."""

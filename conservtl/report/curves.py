@@ -117,7 +117,7 @@ def _kept(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], metri
 
 def _caption(metric: Measure, *, ring: bool, borders: bool, named: bool) -> str:
     name = f"{metric.name[0].upper()}{metric.name[1:]}"
-    parts = [f"{name} ({metric.better} is better) after each epoch; 0 is before."]
+    parts = [f"{name} ({metric.better} is better) at the epochs that were evaluated; 0 is before."]
     if ring:
         parts.append("The ring is the epoch that was kept.")
     if borders:

@@ -60,6 +60,6 @@ def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _seconds(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = {"source": "training the source", "adapt": "adapting", "total": "all together"}
+    names = {"source": "data and source model", "adapt": "adapting", "total": "all together"}
     given = {key: number(value) for key, value in (report.get("seconds") or {}).items()}
     return [(names.get(key, str(key)), duration(value)) for key, value in given.items() if value is not None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import find_layers, matches
 from conservtl.plan import Plan
 from conservtl.strategies.auto_rgn import AutoRGN
@@ -70,7 +71,7 @@ ALIASES: dict[str, dict[str, Any]] = {
     "l2sp": {"kind": "l2_sp"},
     "bss": {"kind": "spectral_shrinkage"},
     "delta": {"kind": "feature_conservation", "attention": True},
-    "ewc": {"kind": "fisher_sp"},
+    "ewc": {"kind": "fisher_sp", "data": "source"},
     "kld": {"kind": "output_conservation", "rho": 0.1},
     "spd": {"kind": "selective_decay"},
     "ldifs": {"kind": "feature_conservation", "metric": "ldifs"},
@@ -120,7 +121,10 @@ AnyStrategy = Annotated[
 def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
     """The plan after all strategies; their order in the list does not matter."""
     for strategy in sorted(strategies, key=lambda strategy: (strategy.order, strategy.kind, repr(strategy))):
-        plan = strategy.apply(plan)
+        try:
+            plan = strategy.apply(plan)
+        except SelectorError as error:
+            raise SelectorError(f"{strategy.label}: {error}") from None
     return plan
 
 
@@ -155,6 +159,16 @@ def extend_all(
     return added, layers
 
 
+def _said(error: Any) -> str:
+    """What is wrong, and the nearest kind where it is the kind."""
+    if error["type"] != "union_tag_invalid":
+        return str(error["msg"])
+    known = [word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")] + list(ALIASES)
+    near = difflib.get_close_matches(error["ctx"]["tag"], known, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+    return f"there is no kind {error['ctx']['tag']!r}: {fix}"
+
+
 def retract_all(model: nn.Module, strategies: Iterable[Strategy]) -> None:
     """Take away what strategies added to a model."""
     for one in strategies:
@@ -174,7 +188,7 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
             found: Strategy = TypeAdapter(AnyStrategy).validate_python(dict(strategy))
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
+            field = "".join(f"{part}: " for part in first["loc"])
+            raise SpecError(f"strategies: {field}{_said(first)}; received {dict(strategy)}.") from error
         return found
     raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")

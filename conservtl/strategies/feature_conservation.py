@@ -33,7 +33,9 @@ class FeatureConservation(Strategy):
 
     Sums over layers and channels, means over positions and over the batch: alpha depends on the number of layers
     tapped, for DELTA on the scale of their features and the number of channels, and never on the batch size. The source
-    sees the same inputs, in eval mode, without gradient. Layers below which nothing is trained add nothing.
+    sees the same inputs, in eval mode, without gradient: batch norms that go by the batch's statistics make features
+    differ before a weight has moved, so hold them (``model.eval()``, or ``batch_norm="eval"`` in ``Training``). Layers
+    below which nothing is trained add nothing.
 
     Channels stand second in the outputs of convolutions, (N, C, ...), and last in all others, (N, frames, C).
 
@@ -57,7 +59,7 @@ class FeatureConservation(Strategy):
     """delta: feature maps as they are. ldifs: features divided by their length over channels."""
     attention: bool = False
     """Whether channels are weighed by how much the task needs them (delta only)."""
-    layers: Annotated[int, Field(ge=1)] | tuple[str, ...] = 4
+    layers: Annotated[int, Field(ge=1, strict=True)] | tuple[str, ...] = 4
     """How many layers to tap, evenly over the depth and the last before the head among them, or all there are where
     they are fewer; or names and globs of layers."""
 

@@ -33,7 +33,7 @@ class L2SP(Strategy):
     The optimizer's own weight decay is 0 on every parameter covered by alpha or beta.
 
     Cost: one pass over the trained weights a step, and one copy of them on the device, unless ``anchors`` says
-    otherwise; with another optimizer than SGD nothing else.
+    otherwise.
 
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with

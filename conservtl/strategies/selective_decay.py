@@ -14,7 +14,7 @@ __all__ = ["SelectiveDecay"]
 
 
 class SelectiveDecay(Strategy):
-    r"""Decay a tensor toward the source only in steps in which its way from the source disagrees with the gradient.
+    r"""Decay a tensor toward the source only in steps in which going further from the source raises the loss.
 
     A step from w to v, with the loss's gradient g at w before any pull, becomes
 

@@ -61,7 +61,7 @@ def check_strategy(
     It is a frozen spec (no unknown fields, a ``kind``, a description under every field, the same after
     JSON); ``apply`` is a pure function of the plan, keeps its rows, and does not depend on the strategy's
     place in the list; a model adapted by it trains, what is frozen stays bit for bit, what is trained is in
-    one group each, and no model is affected by another.
+    one group each, no step that a scaler skips moves anything, and no model is affected by another.
 
     Args:
         strategy: the one to check.
@@ -97,6 +97,7 @@ def check_strategy(
         _check_place(strategy, plan)
         _check_memory(strategy, plan)
         _check_training(strategy, case)
+        _check_skipped(strategy, case)
     if len(refusals) == len(cases):
         raise refusals[0]
 
@@ -264,6 +265,23 @@ def _check_training(strategy: Strategy, case: _Case) -> None:
     _require(case.adapted([strategy]).plan == second.plan, strategy, "plans otherwise after a model has been trained.")
 
 
+def _check_skipped(strategy: Strategy, case: _Case) -> None:
+    """What a fused optimizer does where its scaler found a gradient that is not finite: nothing."""
+    adaptation = case.adapted([strategy])
+    parameters = named_parameters(adaptation.model)
+    if not all(parameter.is_floating_point() for parameter in parameters.values()):
+        return
+    if not adaptation.plan.trained or not measured(adaptation, case.example):
+        return
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=_RATE, fused=True)
+    backward(adaptation, case.example, 0)
+    optimizer.found_inf = torch.ones((), device=next(iter(parameters.values())).device)  # type: ignore[attr-defined]
+    optimizer.step()
+    moved = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
+    _require(not moved, strategy, f"{moved[:1]} moved in a step that was skipped; heed step.skip.")
+
+
 def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
     """Two steps in every phase, with the laws of each checked."""
     optimizer = adaptation.optimizer(torch.optim.SGD, lr=_RATE, momentum=0.9)
@@ -276,7 +294,7 @@ def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
         before = {name: tensor.clone() for name, tensor in held(adaptation).items()}
         for step in range(2):
             optimizer.zero_grad()
-            backward(adaptation.model, example, step)
+            backward(adaptation, example, step)
             optimizer.step()
         for name, tensor in held(adaptation).items():
             _require(torch.equal(tensor, before[name]), strategy, f"{name!r} is frozen in phase {phase + 1} and moved.")

@@ -41,17 +41,22 @@ def measured(adaptation: Adaptation, example: Any) -> bool:
     return not adaptation.outstanding()
 
 
-def backward(model: nn.Module, example: Any, step: int) -> None:
-    """Gradients of some loss; random ones where there is no input to have a loss of."""
+def backward(adaptation: Adaptation, example: Any, step: int) -> None:
+    """Gradients of some loss with the plan's terms; random ones where there is no input to have a loss of."""
+    model = adaptation.model
+    if example is None and adaptation.plan.terms:
+        return
     if example is None:
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
         return
-    loss = sum((tensor.square().mean() for tensor in _tensors(_call(model, example))), torch.zeros(()))
+    outputs = _call(model, example)
+    loss = sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
     if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+        inputs = tuple(example) if isinstance(example, list) else example
+        adaptation.loss(loss, outputs, inputs).backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
