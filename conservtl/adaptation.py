@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
-from conservtl.conserve.anchors import Anchors
+from conservtl.conserve.anchors import Anchors, differs
 from conservtl.conserve.batches import check_batches
 from conservtl.conserve.freeze import freeze, hold_statistics, holds, norms_with_rows
 from conservtl.conserve.groups import build_optimizer
@@ -442,6 +442,11 @@ class Adaptation:
             )
         if not self._anchors.fits(state):
             raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
+        if self.origin.teacher is not None and (moved := differs(self.origin.teacher, state["start"])):
+            raise PlanError(
+                f"this state belongs to another source model: it began with other values in {moved!r}. Load it into an "
+                "adaptation made from the same source."
+            )
         self._anchors.load_state_dict(state)
         self.measured = {name: dict(found) for name, found in state["measured"].items()}
         self._updates.load_state_dict(state["updates"])

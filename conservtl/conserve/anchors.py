@@ -12,7 +12,7 @@ from conservtl.conserve.shards import place_like, sharded, whole
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.plan import Plan
 
-__all__ = ["Anchors"]
+__all__ = ["Anchors", "differs"]
 
 
 class Anchors:
@@ -82,6 +82,17 @@ class Anchors:
         if placed is None or placed.device != parameter.device or placed.stride() != parameter.stride():
             placed = self.placed[what, name] = place_like(value, parameter, dtype)
         return placed
+
+
+def differs(source: nn.Module, start: Mapping[str, Tensor]) -> str | None:
+    """The first parameter of a source model that is not where an adaptation of it started, but for rounding."""
+    for name, parameter in named_parameters(source).items():
+        value = start.get(name)
+        if value is None or value.shape != parameter.shape:
+            continue
+        if not torch.allclose(parameter.detach().float().cpu(), value.float(), rtol=1e-2, atol=1e-6):
+            return name
+    return None
 
 
 def _kept(tensor: Tensor) -> Tensor:

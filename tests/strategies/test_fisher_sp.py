@@ -295,5 +295,6 @@ class TestRefused:
 
 
 def test_short_name():
+    """Kirkpatrick et al. measure on the old task's data."""
     (strategy,) = ctl.adapt(net(), net(7), [{"kind": "ewc", "alpha": 3}]).origin.strategies
-    assert strategy == ctl.FisherSP(alpha=3)
+    assert strategy == ctl.FisherSP(alpha=3, data="source")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.conserve.outputs import kl_to_source
+from conservtl.testing.weights import random_weights
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -88,6 +89,42 @@ def test_the_teacher_is_no_part_of_the_model():
     adaptation = ctl.adapt(model, network(), [ctl.OutputConservation()])
     assert list(model.state_dict()) == names
     assert adaptation.model is model
+
+
+def test_a_state_of_another_source_model_is_refused():
+    """Its weights would be pulled to one model and its outputs to another."""
+    ours, same, other = (
+        ctl.adapt(network(), random_weights(network(), seed), [ctl.OutputConservation()]) for seed in (1, 1, 2)
+    )
+    same.load_state_dict(ours.state_dict())
+    with pytest.raises(ctl.PlanError, match=r"another source model: it began with other values in '0\.weight'"):
+        other.load_state_dict(ours.state_dict())
+
+
+def test_a_step_without_the_term_is_refused():
+    """It would be plain fine-tuning, and say that it was not."""
+    model = network()
+    adaptation = ctl.adapt(model, random_weights(model, 0), [ctl.OutputConservation()])
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    x = torch.randn(4, 4)
+    optimizer.step()  # no gradient, nothing forgotten
+    for forgotten in (True, False, True):
+        outputs = model(x)
+        loss = outputs.square().mean()
+        if forgotten:
+            loss.backward()
+            with pytest.raises(ctl.SpecError, match=r"OutputConservation adds a term .* adaptation\.loss"):
+                optimizer.step()
+        else:
+            adaptation.loss(loss, outputs, x).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    adaptation = ctl.adapt(network(), random_weights(network(), 0), [ctl.L2SP()])
+    with pytest.raises(ctl.SpecError, match=r"a scalar; received shape \(4,\)"):
+        adaptation.loss(torch.zeros(4), torch.zeros(4, 2))
 
 
 def test_inputs_are_needed():
