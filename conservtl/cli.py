@@ -277,7 +277,7 @@ def _table(report: dict[str, Any]) -> Any:
         table.add_row(f"{domain} accuracy", f"{100 * a:.1f} %", f"{100 * b:.1f} %", f"{100 * (b - a):+.1f}")
     if report["agreement"] is not None:
         found = report["agreement"]["after"]
-        table.add_row("same answer as the source model, on the target", "", f"{100 * found['agreement']:.1f} %", "")
+        table.add_row("answers as the source, on the target", "", f"{100 * found['agreement']:.1f} %", "")
         table.add_row("KL divergence from it", "", f"{found['kl']:.3f}", "nats")
     return table
 
