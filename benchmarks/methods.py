@@ -48,6 +48,8 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 RUNS = HERE / "results" / "methods.jsonl"
 HALF = ["training.batch_size=32", "training.epochs=25", "training.evaluate_every=25"]
+Runs = dict[tuple[str, int], dict[str, Any]]
+"""(target, seed) -> the run."""
 KAPPA = 3.0  # points of source degradation at which the constrained score is 0
 
 # name -> overrides of the spec: what stands in the table is what is written here.
@@ -273,7 +275,7 @@ def student(freedom: int) -> float:
 
 def tables() -> str:
     """The tables of all runs."""
-    groups: dict[tuple[str, int], dict[str, dict[tuple[str, int], dict[str, Any]]]] = defaultdict(dict)
+    groups: dict[tuple[str, int], dict[str, Runs]] = defaultdict(dict)
     for run in read():
         found = groups[run["task"], run["shots"]].setdefault(run["method"], {})
         found[run["target"], run["seed"]] = run
@@ -282,9 +284,9 @@ def tables() -> str:
     machine = f"{platform.machine()}, CPU, 1 thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; {date}."
     out = ["# Every method with its documented default\n", machine]
     out += ["Written by `benchmarks/methods.py`, whose docstring says what the columns are.\n"]
+    out += [*summary(groups), ""]
     for (task, shots), methods in sorted(groups.items()):
-        plain = {name: methods[name] for name in PLAIN if name in methods}
-        best = max(plain, key=lambda name: statistics.mean(harmonic(run) for run in plain[name].values()))
+        best = best_plain(methods)
         targets = sorted({run["target"] for runs in methods.values() for run in runs.values()})
         seeds = len({run["seed"] for runs in methods.values() for run in runs.values()})
         first = next(iter(methods.values())).values()
@@ -295,7 +297,7 @@ def tables() -> str:
         out += ["| --- |" + " ---: |" * 7]
         for name in (name for name in {**METHODS, **VISION, **SPEECH} if name in methods):
             runs = methods[name]
-            pairs = [harmonic(run) - harmonic(plain[best][key]) for key, run in runs.items() if key in plain[best]]
+            pairs = differences(runs, methods[best])
             columns = [
                 interval([run["target after"] for run in runs.values()]),
                 interval([run["source after"] for run in runs.values()]),
@@ -310,7 +312,34 @@ def tables() -> str:
     return "\n".join(out)
 
 
-def recipe_rows(methods: Mapping[str, Mapping[tuple[str, int], dict[str, Any]]], targets: list[str]) -> list[str]:
+def best_plain(methods: Mapping[str, Runs]) -> str:
+    """The plain rate with the best harmonic mean."""
+    found = [name for name in PLAIN if name in methods]
+    return max(found, key=lambda name: statistics.mean(harmonic(run) for run in methods[name].values()))
+
+
+def differences(runs: Runs, others: Runs) -> list[float]:
+    """Of harmonic means, each run against the other's of the same target and seed."""
+    return [harmonic(run) - harmonic(others[key]) for key, run in runs.items() if key in others]
+
+
+def summary(groups: Mapping[tuple[str, int], Mapping[str, Runs]]) -> list[str]:
+    """One row a method: its difference to the best plain rate in each protocol."""
+    protocols = sorted(groups)
+    out = ["| difference to the best plain rate | " + " | ".join(f"{t}, {n} a class" for t, n in protocols) + " |"]
+    out += ["| --- |" + " ---: |" * len(protocols)]
+    for name in METHODS:
+        cells = []
+        for protocol in protocols:
+            methods = groups[protocol]
+            best = best_plain(methods)
+            pairs = differences(methods[name], methods[best]) if name in methods else []
+            cells.append("best plain rate" if name == best else interval(pairs) if pairs else "")
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return out
+
+
+def recipe_rows(methods: Mapping[str, Runs], targets: list[str]) -> list[str]:
     """The recipe beside the best baseline, for each target and over all."""
     if RECIPE not in methods:
         return []

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conservtl.errors import PlanError
 
-__all__ = ["COLUMNS", "Anneal", "Choice", "Frozen", "Phase", "Row", "changed", "check_row"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Frozen", "Length", "Phase", "Row", "changed", "check_row"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
@@ -130,16 +130,33 @@ class Row(Frozen):
         return self.lr if self.lr is not None else self.scale * base
 
 
+Length = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+"""A number of epochs, or a share of a run's."""
+
+
 class Phase(Frozen):
     """A stretch of training: for how long, what is frozen meanwhile, and a scale on the rates."""
 
     name: str = "all"
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    """How long; None: as long as training goes on (the last phase only)."""
+    epochs: Length | None = None
+    """A number of epochs, or a share of the run's; None: as long as training goes on (the last phase only)."""
     frozen: tuple[str, ...] = ()
     """Parameters frozen during this phase, beside those frozen throughout."""
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Multiplies every learning rate."""
+
+    def length(self, epochs: int) -> int | None:
+        """How many epochs it takes of a run of so many; None: what is left."""
+        return max(1, round(self.epochs * epochs)) if isinstance(self.epochs, float) else self.epochs
+
+    @property
+    def lasts(self) -> str:
+        """How long, in words."""
+        if self.epochs is None:
+            return "to the end"
+        if isinstance(self.epochs, float):
+            return f"{100 * self.epochs:g} % of the epochs"
+        return f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
 
 
 def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:

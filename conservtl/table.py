@@ -45,8 +45,7 @@ def summary(plan: Plan) -> list[str]:
             frozen = plan.frozen_in(number)
             names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
             shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-            length = f"{phase.epochs} epoch{'s' * (phase.epochs > 1)}" if phase.epochs else "to the end"
-            out.append(f"phase {number + 1}  {phase.name}: {length}, rates × {phase.scale:g}, trains {shown}")
+            out.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {shown}")
     out += [f"{moment}  {said}" for moment, said in beside(plan)]
     return out
 

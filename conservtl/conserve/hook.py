@@ -52,7 +52,7 @@ class StepHook:
         self.optimizer = optimizer
         self.frozen = frozen
         self.updates = updates
-        self._check = check
+        self._check = check if plan.terms else None
         self.members = Members(optimizer, {row.name: row for row in plan.rows}, frozen, anchor, importance, placed)
         self._scaler: GradScaler | None = None
         self._modes = {row.mode for row in plan.rows if row.pull or row.decay} if pull else set()
@@ -101,7 +101,7 @@ class StepHook:
 
     def _act(self) -> None:
         self.drop_frozen()
-        if any(parameter.grad is not None for _, parameter, _ in self.members):
+        if self._check is not None and any(parameter.grad is not None for _, parameter, _ in self.members):
             self._check()
         added, self._added = self._added, None
         skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))

@@ -59,14 +59,15 @@ def phase_of_epoch(plan: Plan, epochs: int) -> list[int]:
     Raises:
         SpecError: the phases take more or fewer epochs.
     """
-    order = [n for n, phase in enumerate(plan.phases) for _ in range(phase.epochs or 0)]
-    if plan.phases[-1].epochs is None:
+    lengths = [phase.length(epochs) for phase in plan.phases]
+    order = [n for n, length in enumerate(lengths) for _ in range(length or 0)]
+    if lengths[-1] is None:
         order += [len(plan.phases) - 1] * max(0, epochs - len(order))
     if len(order) != epochs or order[-1] != len(plan.phases) - 1:
-        needed = sum(phase.epochs or 1 for phase in plan.phases)
+        needed = sum(length or 1 for length in lengths)
         raise SpecError(
             f"training.epochs is {epochs}, but the plan's phases ({', '.join(p.name for p in plan.phases)}) take "
-            f"{'at least ' if plan.phases[-1].epochs is None else ''}{needed}. Change one of the two."
+            f"{'at least ' if lengths[-1] is None else ''}{needed}. Change one of the two."
         )
     return order
 

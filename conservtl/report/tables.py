@@ -118,6 +118,5 @@ def _phases(plan: Plan) -> list[tuple[str, str, str, str]]:
         frozen = plan.frozen_in(place)
         names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
         trains = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-        length = "to the end" if phase.epochs is None else f"{phase.epochs} epoch{'s' if phase.epochs > 1 else ''}"
-        out.append((phase.name, length, f"× {phase.scale:g}", trains))
+        out.append((phase.name, phase.lasts, f"× {phase.scale:g}", trains))
     return out

@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from conservtl.plan import Phase, Plan
+from conservtl.row import Length
 from conservtl.strategies.base import Order, Strategy
 
 __all__ = ["GradualUnfreezing", "Stage"]
 
-Epochs = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -23,8 +23,8 @@ class Stage(BaseModel):
 
     train: tuple[str, ...] | None = None
     """Globs of the layers or parameters that are trained; None: all that are not frozen throughout."""
-    epochs: Epochs | None = None
-    """How long; None: to the end (the last stage only)."""
+    epochs: Length | None = None
+    """How long, in epochs or as a share of the run's; None: to the end (the last stage only)."""
     scale: Scale = 1.0
     """Factor on all rates."""
 
@@ -44,8 +44,8 @@ class GradualUnfreezing(Strategy):
     order: ClassVar[Order] = Order.TIME
     by: Literal["head", "layer"] = "head"
     """What is unfrozen at a time."""
-    epochs: Epochs = 1
-    """Length of every phase but the last, which goes on to the end."""
+    epochs: Length = 1
+    """Length of every phase but the last, in epochs or as a share of the run's; the last goes on to the end."""
     at: Literal["output", "input"] = "output"
     """Which side comes first, for ``by="layer"``."""
     scales: tuple[Scale, Scale] = (1.0, 1.0)

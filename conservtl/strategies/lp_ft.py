@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from conservtl.plan import Phase, Plan
+from conservtl.row import Length
 from conservtl.strategies.base import Order, Strategy
 
 __all__ = ["LPFT"]
@@ -31,8 +32,8 @@ class LPFT(Strategy):
 
     kind: Literal["lp_ft"] = "lp_ft"
     order: ClassVar[Order] = Order.TIME
-    epochs: Annotated[int, Field(ge=1)] = 20
-    """Length of the linear probe; the rest of the training fine-tunes everything."""
+    epochs: Length = 0.2
+    """Length of the linear probe, in epochs or as a share of the run's; the rest of it fine-tunes everything."""
     probe: Scale = 1.0
     """Factor on the rates while the head is trained alone; a probe bears more than fine-tuning does."""
     fine_tuning: Scale = 1.0

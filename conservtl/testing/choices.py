@@ -46,6 +46,7 @@ __all__ = ["strategies"]
 
 _RATE = st.floats(1e-6, 0.4, allow_subnormal=False)
 _SHARE = st.floats(0.1, 1.0)
+_LENGTH = st.integers(1, 3) | st.floats(0.05, 0.3)
 _TEMPERATURE = st.none() | st.floats(0.5, 4)
 
 
@@ -93,7 +94,7 @@ def _any(plan: Plan) -> st.SearchStrategy[Strategy]:
     globs = st.lists(st.sampled_from(plan.layers), min_size=1, max_size=3, unique=True).map(tuple)
     exact = st.dictionaries(st.sampled_from([row.name for row in plan.rows]), _RATE, min_size=1, max_size=3)
     count = st.integers(1, len(plan.layers))
-    stage = instances(Stage, train=st.none() | globs, epochs=st.integers(1, 3), scale=_SHARE)
+    stage = instances(Stage, train=st.none() | globs, epochs=_LENGTH, scale=_SHARE)
     stages = st.lists(stage, min_size=1, max_size=3).map(tuple)
     full = st.none() | st.floats(0.4, 0.5)
     shapes: list[dict[str, st.SearchStrategy[Any]]] = [
@@ -146,7 +147,7 @@ def _any(plan: Plan) -> st.SearchStrategy[Strategy]:
         instances(Mixout, p=st.floats(0, 0.9)),
     ]
     block = count.map(lambda n: n - 1) | st.sampled_from(("first", "last", *plan.layers))
-    ends = instances(GradualUnfreezing, phases=st.none(), epochs=st.integers(1, 3), scales=st.tuples(_SHARE, _SHARE))
+    ends = instances(GradualUnfreezing, phases=st.none(), epochs=_LENGTH, scales=st.tuples(_SHARE, _SHARE))
     kinds: list[st.SearchStrategy[Any]] = [
         pull,
         st.one_of(rates),
@@ -162,7 +163,7 @@ def _any(plan: Plan) -> st.SearchStrategy[Strategy]:
         instances(SpectralShrinkage, eta=_SHARE, k=st.integers(1, 3), layer=st.none() | st.sampled_from(plan.layers)),
         instances(WeightInterpolation),
         outputs,
-        instances(LPFT, epochs=st.integers(1, 3), probe=_SHARE, fine_tuning=_SHARE),
+        instances(LPFT, epochs=_LENGTH, probe=_SHARE, fine_tuning=_SHARE),
         ends | stages.map(lambda phases: GradualUnfreezing(phases=phases)),
     ]
     return st.sampled_from(kinds).flatmap(lambda kind: kind)

@@ -45,6 +45,18 @@ def test_the_body_does_not_move_while_the_head_is_probed():
         ctl.fit(again, (x, y), training=ctl.Training(epochs=4, lr=0.1, device="cpu"))
 
 
+@pytest.mark.parametrize(("epochs", "probed"), [(10, 2), (4, 1), (2, 1), (23, 5)])
+def test_the_probe_takes_a_share_of_a_run_of_any_length(epochs, probed):
+    """A fixed number leaves a short run with little but the probe."""
+    adaptation = ctl.adapt(network(3), network(5), [ctl.LPFT()])
+    training = ctl.Training(epochs=epochs, lr=0.1, device="cpu")
+    result = ctl.fit(adaptation, (torch.randn(6, 4), torch.arange(6) % 3), training=training)
+    assert [line["phase"] for line in result.history].count("linear probe") == probed
+    assert "linear probe: 20 % of the epochs" in str(adaptation.plan)
+    again = ctl.Plan(**adaptation.plan.model_dump(mode="json"))
+    assert again == adaptation.plan
+
+
 def test_it_is_gradual_unfreezing_by_its_classic_name():
     """The same phases but for their names."""
     ours = plan(ctl.LPFT(epochs=2)).phases
@@ -57,7 +69,7 @@ def test_two_that_set_phases_are_refused():
         plan(ctl.LPFT(), ctl.GradualUnfreezing())
 
 
-@pytest.mark.parametrize("fields", [{"epochs": 0}, {"probe": 0}, {"fine_tuning": -1}])
+@pytest.mark.parametrize("fields", [{"epochs": 0}, {"epochs": 0.0}, {"epochs": 1.5}, {"probe": 0}, {"fine_tuning": -1}])
 def test_bounds(fields):
     with pytest.raises(ValidationError):
         ctl.LPFT(**fields)
