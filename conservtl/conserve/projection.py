@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from conservtl.conserve.toward import TINY, By, Norm, deviations, move_toward, norms
-from conservtl.decision import Step, Update
+from conservtl.conserve.toward import TINY, By, Norm, deviations, move_toward, norms, runs
+from conservtl.decision import Moving, Step, Update
 
 __all__ = ["Ball"]
 
@@ -35,10 +36,12 @@ class Ball(Update):
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Project; what is inside its ball keeps every bit."""
-        weights, anchors, moved = deviations(step.moving)
-        if not weights:
-            return
-        of = [item.parameter for item in step.moving]
+        for run in runs(step.moving):
+            self._project(run)
+
+    def _project(self, moving: Sequence[Moving]) -> None:
+        weights, anchors, moved = deviations(moving)
+        of = [item.parameter for item in moving]
         sizes = norms(moved, self.each, self.norm, of=of)
         if self.relative:
             radii = torch._foreach_mul(norms(anchors, self.each, self.norm, of=of), self.radius)  # noqa: SLF001

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from conservtl.conserve.toward import TINY, deviations, move_toward, norms
+from conservtl.conserve.toward import TINY, deviations, move_toward, norms, runs
 from conservtl.decision import Moving, Step, Update
 from conservtl.plan import Plan
 
@@ -56,17 +57,19 @@ class Proximal(Update):
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Move every element, or every row, its threshold toward the source, and no further."""
-        weights, anchors, moved = deviations(step.moving)
-        if not weights:
-            return
+        for run in runs(step.moving):
+            self._move(run, step.skip)
+
+    def _move(self, moving: Sequence[Moving], skip: Tensor | None) -> None:
+        weights, anchors, moved = deviations(moving)
+        thresholds = [self._threshold(item, skip) for item in moving]
         if self.penalty == "l1":
-            sizes = list(torch._foreach_abs(moved))  # noqa: SLF001
-            thresholds = [self._threshold(item, step.skip) for item in step.moving]
+            sizes = moved
+            torch._foreach_abs_(sizes)
         else:
             sizes = norms(moved, "row")
-            thresholds = [
-                self._threshold(item, step.skip) * math.sqrt(item.parameter.shape[1:].numel()) for item in step.moving
-            ]
+            roots = [math.sqrt(item.parameter.shape[1:].numel()) for item in moving]
+            thresholds = [threshold * root for threshold, root in zip(thresholds, roots, strict=True)]
         torch._foreach_clamp_min_(sizes, TINY)
         torch._foreach_reciprocal_(sizes)
         torch._foreach_mul_(sizes, thresholds)

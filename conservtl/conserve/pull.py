@@ -12,7 +12,7 @@ from torch import Tensor
 from conservtl.conserve.shards import local
 from conservtl.row import Anneal
 
-__all__ = ["Pull", "Pulled", "gather"]
+__all__ = ["Pull", "Pulled", "chunk", "gather"]
 
 _CHUNK = {"cpu": 1 << 18}
 """Elements that go through one buffer together, by device: what is subtracted stays in the cache until it is added."""
@@ -69,7 +69,7 @@ class Pull:
         room = None
         if weight.device.type in _CHUNK and items[0].anchor is not None:
             if weight.dtype not in rooms:
-                rooms[weight.dtype] = torch.empty(_chunk(weight), dtype=weight.dtype)
+                rooms[weight.dtype] = torch.empty(chunk(weight), dtype=weight.dtype)
             room = rooms[weight.dtype]
         whole = _Part(items, None, None)
         at_once = self._group is not None and items[0].importance is None and whole.ready  # needs no room at all
@@ -201,7 +201,7 @@ def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
     size = 0
     for item in items:
         weight = local(item.parameter)
-        count, most = weight.numel(), _chunk(weight)
+        count, most = weight.numel(), chunk(weight)
         if count > most:
             order = _order(weight)
             if all(t is None or _flat(local(t), order) for t in (weight, item.anchor, item.importance)):
@@ -218,7 +218,8 @@ def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
         yield _Part(run, None, room)
 
 
-def _chunk(tensor: Tensor) -> int:
+def chunk(tensor: Tensor) -> int:
+    """Elements that go through memory together on the tensor's device."""
     return _CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -9,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from conservtl.conserve.shards import local
-from conservtl.conserve.toward import TINY, deviations, move_toward, norms, together, totals
-from conservtl.decision import Step, Update
+from conservtl.conserve.toward import TINY, deviations, move_toward, norms, runs, together, totals
+from conservtl.decision import Moving, Step, Update
 
 __all__ = ["Selective"]
 
@@ -32,25 +33,39 @@ class Selective(Update):
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
         """Note |w - w0| and <g, w - w0> of each tensor, for this step alone."""
         state.clear()
-        _, _, moved = deviations(step.moving)
-        if not moved:
+        if not step.moving:
             return
-        of = [item.parameter for item in step.moving]
-        state[_SIZES] = together(norms(moved, of=of))
+        sizes, products = zip(*(self._noted(run) for run in runs(step.moving)), strict=True)
+        state[_SIZES], state[_AGAINST] = _joined(sizes), _joined(products)
+
+    def after(self, step: Step, state: dict[str, Tensor]) -> None:
+        """Decay what moved away against the gradient; in a step that was skipped nothing moved away."""
+        if not step.moving:
+            return
+        before, against = state.pop(_SIZES), state.pop(_AGAINST)
+        at = 0
+        for run in runs(step.moving):
+            self._decay(run, before[at : at + len(run)], against[at : at + len(run)])
+            at += len(run)
+
+    def _noted(self, moving: Sequence[Moving]) -> tuple[Tensor, Tensor]:
+        _, _, moved = deviations(moving)
+        of = [item.parameter for item in moving]
         products = [
             d.new_zeros(()) if parameter.grad is None else (local(parameter.grad) * d).sum()
             for parameter, d in zip(of, moved, strict=True)
         ]
-        state[_AGAINST] = totals(products, of)
+        return together(norms(moved, of=of)), totals(products, of)
 
-    def after(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Decay what moved away against the gradient; in a step that was skipped nothing moved away."""
-        weights, anchors, moved = deviations(step.moving)
-        if not weights:
-            return
-        sizes = together(norms(moved, of=[item.parameter for item in step.moving]))
-        share = (sizes - state.pop(_SIZES)).clamp(min=0) / sizes.clamp(min=TINY)
-        against = state.pop(_AGAINST) * (-1.0 if step.moving[0].group.get("maximize") else 1.0)
+    def _decay(self, moving: Sequence[Moving], before: Tensor, against: Tensor) -> None:
+        weights, anchors, moved = deviations(moving)
+        sizes = together(norms(moved, of=[item.parameter for item in moving]))
+        share = (sizes - before.to(sizes.device)).clamp(min=0) / sizes.clamp(min=TINY)
+        against = against.to(sizes.device) * (-1.0 if moving[0].group.get("maximize") else 1.0)
         amounts = torch.where(against > 0, (self.strength * share).clamp(max=1), 0.0)  # NaN is not above zero
         placed = [amount.to(weight.device) for amount, weight in zip(amounts.unbind(), weights, strict=True)]
         move_toward(weights, anchors, placed)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.to(parts[0].device) for part in parts])
