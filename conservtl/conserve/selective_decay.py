@@ -52,7 +52,7 @@ class Selective(Update):
         _, _, moved = deviations(moving)
         of = [item.parameter for item in moving]
         products = [
-            d.new_zeros(()) if parameter.grad is None else (local(parameter.grad) * d).sum()
+            d.new_zeros(()) if parameter.grad is None else torch.dot(local(parameter.grad).reshape(-1), d.reshape(-1))
             for parameter, d in zip(of, moved, strict=True)
         ]
         return together(norms(moved, of=of)), totals(products, of)

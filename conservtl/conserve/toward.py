@@ -78,7 +78,8 @@ def norms(
 def _of_rows(tensor: Tensor, norm: Norm) -> Tensor:
     dims = tuple(range(1, tensor.ndim))
     if norm == "frobenius":
-        return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+        sizes: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+        return sizes
     return tensor.abs().sum(dims, keepdim=True)  # a fifth of the time of vector_norm with an order of 1, on a CPU
 
 
