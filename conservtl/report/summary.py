@@ -152,6 +152,4 @@ def _percent(share: float) -> str:
 def _count(parameters: int) -> str:
     if parameters >= 1_000_000:
         return f"{parameters / 1e6:.3g} million" if parameters < 1e9 else f"{parameters / 1e9:.3g} billion"
-    if parameters >= 10_000:
-        return f"{round(parameters, 3 - len(str(parameters))):,}"
     return f"{parameters:,}"
