@@ -1,7 +1,7 @@
 """Every method with its documented default, and the recipe for images, beside plain fine-tuning and other baselines.
 
     python benchmarks/methods.py --fsdd RECORDINGS [--seeds 5] [--shots 1 5]
-    python benchmarks/methods.py --cifar IMAGES --weights RESNET20 [--seeds 3] [--corruptions ...]
+    python benchmarks/methods.py --cifar IMAGES --weights RESNET20 [--seeds 5] [--corruptions ...]
     python benchmarks/methods.py --tables
 
 Free spoken digits, leave one speaker out; CIFAR-10 under corruptions. Each method is trained as `fsdd.yaml` and
@@ -292,7 +292,10 @@ def tables() -> str:
         first = next(iter(methods.values())).values()
         before = {name: statistics.mean(run[f"{name} before"] for run in first) for name in ("target", "source")}
         said = f"Before: target {before['target']:.1f}, source {before['source']:.1f}. Differences are to `{best}`."
-        out += [f"## {task}, {shots} shot{'s' * (shots > 1)} a class\n", f"{', '.join(targets)}; {seeds} seeds. {said}\n"]
+        out += [
+            f"## {task}, {shots} shot{'s' * (shots > 1)} a class\n",
+            f"{', '.join(targets)}; {seeds} seeds. {said}\n",
+        ]
         out += ["| method | target | source | harmonic mean | constrained score | difference | seconds | runs |"]
         out += ["| --- |" + " ---: |" * 7]
         for name in (name for name in {**METHODS, **VISION, **SPEECH} if name in methods):
@@ -326,7 +329,11 @@ def differences(runs: Runs, others: Runs) -> list[float]:
 def summary(groups: Mapping[tuple[str, int], Mapping[str, Runs]]) -> list[str]:
     """One row a method: its difference to the best plain rate in each protocol."""
     protocols = sorted(groups)
-    out = ["| difference to the best plain rate | " + " | ".join(f"{t}, {n} shot{'s' * (n > 1)} a class" for t, n in protocols) + " |"]
+    out = [
+        "| difference to the best plain rate | "
+        + " | ".join(f"{t}, {n} shot{'s' * (n > 1)} a class" for t, n in protocols)
+        + " |"
+    ]
     out += ["| --- |" + " ---: |" * len(protocols)]
     for name in METHODS:
         cells = []

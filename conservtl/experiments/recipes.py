@@ -71,7 +71,8 @@ def recipe(name: str) -> Recipe:
     the end is a point on the line between the source and the trained weights.
 
     Both were measured on small networks: recordings of ten words, one and five of each, and 25 images of each of ten
-    classes (benchmarks/results). Far fewer images want more epochs, a large network a rate of its own (``conservtl
+    classes (benchmarks/results), where their settings were chosen too; of the five corruptions measured, two took no
+    part in that. Far fewer images want more epochs, a large network a rate of its own (``conservtl
     lr-find``); one without batch norms goes without their part.
 
     Args:

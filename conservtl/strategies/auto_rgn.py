@@ -27,6 +27,10 @@ class AutoRGN(Strategy):
     the rate multiplies (a decoupled pull, a proximal step, weight decay) follows it. The optimizer and its statistics
     stay what they are.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: +0.0 ± 0.4, -0.0 ± 0.3 and +0.4 ± 0.8
+    (benchmarks/results/methods.md).
+
     Cost: the norms of gradients and weights each step, groups for every layer; the host waits for the device once in
     ``every`` steps.
 

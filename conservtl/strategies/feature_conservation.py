@@ -42,6 +42,10 @@ class FeatureConservation(Strategy):
     Attention is measured once, with the model at its start: where its head is fresh, the loss knows nothing yet of what
     matters, and ``attention`` had better be off.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: ``delta`` with attention +0.4 ± 0.6, +0.6
+    ± 0.3 and +1.9 ± 0.8; ``ldifs`` +0.6 ± 0.5, +0.7 ± 0.3 and +0.8 ± 0.9 (benchmarks/results/methods.md).
+
     Cost: a forward pass of the source a step, or one for each example in all where ``fit`` holds the data and nothing
     augments it; memory for the source model and a copy of the tapped features. Attention: before training, one forward
     pass of what lies behind each tapped layer for each of its channels, many channels to a pass.

@@ -32,6 +32,11 @@ class FisherSP(Strategy):
     Sums, not means, so that alpha does not depend on the number of parameters or on the batch size. With
     ``normalize="mean"`` F is 1 on average, so alpha stands beside that of ``L2SP``.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: on the target's data -0.1 ± 0.5, +0.3 ±
+    0.3 and -0.3 ± 1.5; on the source's +0.2 ± 0.4, +0.4 ± 0.2 and +0.8 ± 1.1; with ``OutputConservation`` beside it
+    +0.2 ± 0.5, +0.4 ± 0.3 and +0.6 ± 0.6 (benchmarks/results/methods.md).
+
     Cost: once before training, a gradient for each example (and class, where ``true``), of many examples at a time
     where ``torch.func`` can; then memory for F and one multiplication more than ``L2SP`` a step.
 

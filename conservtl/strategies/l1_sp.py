@@ -31,6 +31,10 @@ class L1SP(Strategy):
 
     The optimizer's own weight decay is 0 on what alpha or beta covers. Together with ``L2SP`` it is an elastic net.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: +0.2 ± 0.3, +0.3 ± 0.2 and -0.3 ± 0.9
+    (benchmarks/results/methods.md).
+
     Cost: four passes over the weights a step and one over the source's.
 
     Reference:

@@ -32,6 +32,10 @@ class L2SP(Strategy):
 
     The optimizer's own weight decay is 0 on every parameter covered by alpha or beta.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: coupled +0.1 ± 0.4, +0.2 ± 0.3 and +0.8 ±
+    1.2; decoupled +0.1 ± 0.5, +0.2 ± 0.3 and +0.2 ± 1.3 (benchmarks/results/methods.md).
+
     Cost: one pass over the trained weights a step, and one copy of them on the device, unless ``anchors`` says
     otherwise.
 

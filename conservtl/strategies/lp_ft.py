@@ -22,6 +22,10 @@ class LPFT(Strategy):
     fits already does not. The head is whatever is fresh, or the classifier where nothing is. What another strategy
     freezes throughout stays frozen.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: -0.3 ± 0.5, -0.1 ± 0.4 and -0.1 ± 0.9
+    (benchmarks/results/methods.md).
+
     Cost: none beside the epochs of the first phase, in which the frozen body is computed once where ``fit`` can
     (held data, no augmentation).
 

@@ -33,6 +33,10 @@ class OutputConservation(Strategy):
     Where the target has labels of its own, the outputs compared are those of the source's own head, which is kept as it
     was on top of the adapted body (LwF trains it on; here it stands still).
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: ``rho`` +0.4 ± 0.5, +0.5 ± 0.4 and +0.7 ±
+    0.6; ``weight=0.05`` +0.5 ± 0.4, +0.5 ± 0.3 and +1.1 ± 0.6 (benchmarks/results/methods.md).
+
     Cost: a forward pass of the source a step, or one for each example in all where ``fit`` holds the data and nothing
     augments it; memory for the source model.
 

@@ -36,6 +36,10 @@ class Projection(Strategy):
 
     It does not depend on the batch size or the rate.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: +0.2 ± 0.2, -0.1 ± 0.2 and +0.1 ± 1.4
+    (benchmarks/results/methods.md).
+
     Cost: two passes over the weights a step and one over the source's; learned, nothing while training, and
     not for sharded parameters.
 

@@ -27,6 +27,10 @@ class SpectralShrinkage(Strategy):
     those of the batch, as in the paper, so eta depends on the batch size: they grow with it, and there are as many as
     the batch has examples, or the features are, whichever is fewer. Where that is fewer than k, all are shrunk.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: -0.4 ± 0.5, -0.3 ± 0.5 and -0.3 ± 1.5
+    (benchmarks/results/methods.md).
+
     Cost: the singular values of an N × features matrix a step, in float32; on a GPU that waits for the device.
 
     Reference:

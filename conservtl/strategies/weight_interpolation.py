@@ -21,6 +21,10 @@ class WeightInterpolation(Strategy):
     with w0 the weights that came from the source and w1 what became of them. What is new stays as trained, and so do
     integer buffers. t has no scale to tune with the rate, the batch or the model: 0 is the source, 1 no interpolation.
 
+    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
+    new speaker with one and five recordings a word and for corrupted images: +0.6 ± 0.3, +0.3 ± 0.3 and +1.8 ± 0.5
+    (benchmarks/results/methods.md).
+
     Cost: nothing while training. With ``t=None``, ``points`` evaluations of the validation part, and a copy of the
     weights meanwhile.
 
