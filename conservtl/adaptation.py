@@ -343,9 +343,8 @@ class Adaptation:
         are sharded, all processes call it together, and ``drift()`` too.
 
         Raises:
-            SpecError: something must be measured first.
+            SpecError: what weighs the pull must be measured first.
         """
-        self._require_measured()
         terms = []
         parameters = named_parameters(self.model)
         for row in self.plan.rows:
@@ -427,7 +426,7 @@ class Adaptation:
             PlanError: the state belongs to another plan; the message names the first row that differs.
         """
         try:
-            plan, phase, _ = Plan(**state["plan"]), state["phase"], state["start"]
+            plan, phase, start = Plan(**state["plan"]), state["phase"], state["start"]
         except (KeyError, TypeError, ValidationError) as error:
             raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
         if plan.facts != self.plan.facts:
@@ -442,7 +441,7 @@ class Adaptation:
             )
         if not self._anchors.fits(state):
             raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
-        if self.origin.teacher is not None and (moved := differs(self.origin.teacher, state["start"])):
+        if self.origin.teacher is not None and (moved := differs(self.origin.teacher, start)):
             raise PlanError(
                 f"this state belongs to another source model: it began with other values in {moved!r}. Load it into an "
                 "adaptation made from the same source."
@@ -472,6 +471,8 @@ class Adaptation:
     def _importance(self, name: str, parameter: Tensor) -> Tensor | None:
         """What weighs the pull of a parameter's elements."""
         measure = self.plan[name].importance
+        if measure is not None and measure not in self.measured:
+            self._require_measured()
         return None if measure is None else self._anchors.weighing(measure, self.measured[measure], name, parameter)
 
     def _modules(self) -> dict[str, str]:

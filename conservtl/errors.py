@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 __all__ = [
     "ConservtlError",
     "DataError",
@@ -12,6 +16,8 @@ __all__ = [
     "SourceError",
     "SpecError",
     "TrainingDivergedError",
+    "hint",
+    "wrong_tag",
 ]
 
 
@@ -49,3 +55,21 @@ class MissingExtraError(ConservtlError, ImportError):
 
 class TrainingDivergedError(ConservtlError, RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def hint(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words as a sentence, or all of them."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(known)}." if known else ""
+
+
+def wrong_tag(error: Mapping[str, Any], also: Sequence[str] = ()) -> str:
+    """What is wrong with the kind of a part of a spec.
+
+    Args:
+        error: Pydantic's, of type ``union_tag_invalid``.
+        also: further names that are known.
+    """
+    tag = str(error["ctx"]["tag"])
+    known = [*(word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")), *also]
+    return f"{tag!r} is none of {', '.join(known)}.{hint(tag, known)}"

@@ -114,8 +114,8 @@ def test_the_plan_says_that_a_pull_is_weighed():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"kind": "l3_sp"}, r"strategies: there is no kind 'l3_sp': did you mean 'l\w+'\?"),
-        ({"kind": "nothing like it"}, r"there is no kind .*: there are auto_rgn, .*wise_ft"),
+        ({"kind": "l3_sp"}, r"strategies: 'l3_sp' is none of auto_rgn, .*wise_ft\. Did you mean 'l\w+'\?"),
+        ({"kind": "nothing like it"}, r"strategies: 'nothing like it' is none of auto_rgn, .*There are auto_rgn"),
     ],
 )
 def test_an_unknown_strategy_is_answered_with_the_nearest(fields, said):
@@ -139,3 +139,11 @@ def test_other_inputs_than_the_outputs_came_from():
     outputs = adaptation.model(x)
     with pytest.raises(ctl.SpecError, match=r"features are of 4 examples, the source's of 2\. Give loss"):
         adaptation.loss(outputs.square().mean(), outputs, x[:2])
+
+
+def test_a_penalty_needs_no_more_than_weighs_it():
+    """Statistics that are still to be measured have no part in it."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    adaptation = ctl.adapt(model, random_weights(model, 0), [ctl.NormAdaptation(train="all"), ctl.L2SP()])
+    assert adaptation.outstanding()
+    assert adaptation.penalty().item() == 0

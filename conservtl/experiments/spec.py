@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from conservtl.engine import Training
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, hint, wrong_tag
 from conservtl.experiments.recipes import fill, offer
 from conservtl.experiments.sections import CompareSection, SweepSection, TuneSection
 from conservtl.strategies import AnyStrategy
@@ -193,21 +192,14 @@ def _explain(error: Any) -> str:
     field = ".".join(shown) or "spec"
     received = error.get("input")
     if error["type"] == "extra_forbidden":
-        return f"{field}: there is no such field.{_hint(shown[-1], _siblings(place[:-1]))}"
+        return f"{field}: there is no such field.{hint(shown[-1], _siblings(place[:-1]))}"
     if error["type"] == "union_tag_invalid":
-        tag = str(error["ctx"]["tag"])
-        known = [word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")]
-        return f"{field}: {tag!r} is none of {', '.join(known)}.{_hint(tag, known)}"
+        return f"{field}: {wrong_tag(error)}"
     message = error["msg"].replace("valid tuple", "list")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = f"must hold fields of its own, such as {field}.{(_siblings(place) or ['kind'])[0]}"
     short = "" if isinstance(received, (dict, list)) or error["type"] == "missing" else f"; received {received!r}"
     return f"{field}: {message}{short}"
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(known)}." if known else ""
 
 
 def _siblings(place: Sequence[str]) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from conservtl.errors import SelectorError, SpecError
+from conservtl.errors import SelectorError, SpecError, wrong_tag
 from conservtl.layers import find_layers, matches
 from conservtl.plan import Plan
 from conservtl.strategies.auto_rgn import AutoRGN
@@ -159,16 +158,6 @@ def extend_all(
     return added, layers
 
 
-def _said(error: Any) -> str:
-    """What is wrong, and the nearest kind where it is the kind."""
-    if error["type"] != "union_tag_invalid":
-        return str(error["msg"])
-    known = [word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")] + list(ALIASES)
-    near = difflib.get_close_matches(error["ctx"]["tag"], known, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-    return f"there is no kind {error['ctx']['tag']!r}: {fix}"
-
-
 def retract_all(model: nn.Module, strategies: Iterable[Strategy]) -> None:
     """Take away what strategies added to a model."""
     for one in strategies:
@@ -188,7 +177,9 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
             found: Strategy = TypeAdapter(AnyStrategy).validate_python(dict(strategy))
         except ValidationError as error:
             first = error.errors()[0]
-            field = "".join(f"{part}: " for part in first["loc"])
-            raise SpecError(f"strategies: {field}{_said(first)}; received {dict(strategy)}.") from error
+            if first["type"] == "union_tag_invalid":
+                raise SpecError(f"strategies: {wrong_tag(first, list(ALIASES))}") from error
+            field = ".".join(str(part) for part in first["loc"])
+            raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
         return found
     raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")
