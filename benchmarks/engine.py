@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import conservtl as ctl
-from conservtl.engine.data import Held
-from conservtl.engine.kept import keep_outputs
+from conservtl.engine.batching import Held
+from conservtl.engine.frozen_prefix_cache import cache_frozen_prefix
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.models import ModelSpec, build
 
@@ -280,7 +280,7 @@ def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
     model.train()
     counts[FROZEN] = _count(model, lambda: model(DATA[0][:BATCH]))
     held = Held(DATA, BATCH, torch.device("cpu"), shuffle=False)
-    kept = keep_outputs(model, lambda batch: model(batch[0]), adaptation.layers, adaptation.frozen, held)
+    kept = cache_frozen_prefix(model, lambda batch: model(batch[0]), adaptation.layers, adaptation.frozen, held)
     if kept is None:
         raise RuntimeError("the outputs of the frozen input side were not kept")
     kept.index = torch.arange(BATCH)

@@ -39,10 +39,10 @@ import torch
 
 from conservtl import __version__, fit, recipe
 from conservtl.engine import harmonic_mean
-from conservtl.experiments.measure import outputs_of, scores
-from conservtl.experiments.setting import Setting, augmentation, prepare
-from conservtl.experiments.source_model import obtain_source
-from conservtl.experiments.spec import load_spec
+from conservtl.experiments.run.scoring import outputs_of, scores
+from conservtl.experiments.run.setting import Setting, augmentation, prepare
+from conservtl.experiments.run.source_training import obtain_source
+from conservtl.experiments.spec.spec import load_spec
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

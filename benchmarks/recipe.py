@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from conservtl import __version__
-from conservtl.experiments.compare import compare
-from conservtl.experiments.spec import load_spec
-from conservtl.experiments.statistics import bootstrap
+from conservtl.experiments.spec.spec import load_spec
+from conservtl.experiments.studies.bootstrap import bootstrap
+from conservtl.experiments.studies.comparison import compare
 
 HERE = Path(__file__).parent
 SPEC = HERE.parent / "examples" / "speech" / "recipe.yaml"

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from conservtl import __version__, recommend
-from conservtl.experiments.many import Many, with_fields
-from conservtl.experiments.spec import load_spec, parse_spec
-from conservtl.experiments.trial import Trial
+from conservtl.experiments.spec.spec import load_spec, parse_spec
+from conservtl.experiments.studies.result_store import Many, with_fields
+from conservtl.experiments.studies.trial import Trial
 from conservtl.report import write_json
 from conservtl.tasks import speech
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from conservtl import __version__
-from conservtl.experiments.run import run
-from conservtl.experiments.spec import load_spec
+from conservtl.experiments.run.runner import run
+from conservtl.experiments.spec.spec import load_spec
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

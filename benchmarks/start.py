@@ -29,8 +29,8 @@ with torch.device("meta"):
 model = torchvision.models.vit_b_16(num_classes=10)
 source = {name: torch.zeros(tensor.shape) for name, tensor in source.items()}
 layers = [ctl.L2SP(), ctl.DiscriminativeLR(decay=0.8), ctl.GradualUnfreezing(by="layer")]
-from conservtl.plan import Plan
-from conservtl.strategies import apply_all
+from conservtl.plan.plan import Plan
+from conservtl.methods import apply_all
 t = time.perf_counter()
 found = ctl.find_layers(model)
 plan = apply_all(Plan.draw(found, {name: tuple(x.shape) for name, x in source.items()}, {}), layers)

@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from conservtl.adapt import Adaptation, adapt
-from conservtl.conserve.interpolation import interpolate, path
-from conservtl.conserve.soup import soup
-from conservtl.conserve.statistics import recompute_statistics
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.adaptation.prepare import adapt
 from conservtl.errors import (
     ConservtlError,
     DataError,
@@ -18,9 +16,7 @@ from conservtl.errors import (
     TrainingDivergedError,
 )
 from conservtl.layers import Layer, find_layers
-from conservtl.plan import Anneal, Phase, Plan, Row
-from conservtl.source import TransferReport
-from conservtl.strategies import (
+from conservtl.methods import (
     L1SP,
     L2SP,
     LHUC,
@@ -45,10 +41,17 @@ from conservtl.strategies import (
     SurgicalFineTuning,
     WeightInterpolation,
 )
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import Anneal, Phase, Row
+from conservtl.source.read import TransferReport
+from conservtl.weights.interpolation import interpolate, path
+from conservtl.weights.recompute_bn import recompute_statistics
+from conservtl.weights.soup import soup
 
 if TYPE_CHECKING:
     from conservtl.engine import FitResult, Holdout, Training, best_block, fit
-    from conservtl.experiments import Adapted, Prediction, Recipe, Recommendation, load, recipe, recommend
+    from conservtl.experiments import Adapted, Prediction, Recipe, Recommendation, load, recipe
+    from conservtl.experiments.advice import recommendation as recommend
 
 __version__ = "0.1.0"
 

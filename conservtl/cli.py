@@ -37,8 +37,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one row a parameter.")] = False,
 ) -> None:
     """Show what will happen to every layer; train nothing."""
-    from conservtl.experiments.run import plan_of
-    from conservtl.experiments.spec import load_spec
+    from conservtl.experiments.run.runner import plan_of
+    from conservtl.experiments.spec.spec import load_spec
 
     drawn = plan_of(load_spec(spec, overrides or ()))
     if as_json:
@@ -58,8 +58,8 @@ def run(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
 ) -> None:
     """Adapt the source model to the target domain and report what was gained and lost."""
-    from conservtl.experiments.run import run as run_spec
-    from conservtl.experiments.spec import load_spec
+    from conservtl.experiments.run.runner import run as run_spec
+    from conservtl.experiments.spec.spec import load_spec
 
     given = load_spec(spec, overrides or ())
     shown = Console(stderr=True).is_terminal
@@ -88,8 +88,8 @@ def compare(
     dry_run: DryRun = False,
 ) -> None:
     """Hold the spec's variants against baselines over targets, seeds and shots."""
-    from conservtl.experiments.compare import compare as compare_all
-    from conservtl.experiments.spec import load_spec
+    from conservtl.experiments.spec.spec import load_spec
+    from conservtl.experiments.studies.comparison import compare as compare_all
     from conservtl.report import write_compare
 
     found = compare_all(load_spec(spec, overrides or ()), out, processes=processes, dry_run=dry_run, say=_progress)
@@ -110,8 +110,8 @@ def sweep(
     dry_run: DryRun = False,
 ) -> None:
     """How transferable each layer is from either side, and how strong a conservation should be."""
-    from conservtl.experiments.spec import load_spec
-    from conservtl.experiments.sweep import sweep as sweep_all
+    from conservtl.experiments.spec.spec import load_spec
+    from conservtl.experiments.studies.layer_sweep import sweep as sweep_all
     from conservtl.report import write_sweep
 
     found = sweep_all(load_spec(spec, overrides or ()), out, processes=processes, dry_run=dry_run, say=_progress)
@@ -126,8 +126,8 @@ def tune(
     dry_run: DryRun = False,
 ) -> None:
     """Search the fields that the spec marks with a range: alpha: {range: [1, 100], log: true}."""
-    from conservtl.experiments.spec import read_content
-    from conservtl.experiments.tune import tune as tune_all
+    from conservtl.experiments.spec.spec import read_content
+    from conservtl.experiments.studies.tuning import tune as tune_all
     from conservtl.report import write_tune
 
     found = tune_all(read_content(spec, overrides or ()), out, dry_run=dry_run, say=_progress)
@@ -146,8 +146,8 @@ def recommend(
     write: Annotated[Path | None, typer.Option("--write", help="File for the recommended spec.")] = None,
 ) -> None:
     """Measure which strategies fit this data, and say why."""
-    from conservtl.experiments.recommend import recommend as recommend_for
-    from conservtl.experiments.spec import load_spec
+    from conservtl.experiments.advice.recommendation import recommend as recommend_for
+    from conservtl.experiments.spec.spec import load_spec
 
     found = recommend_for(load_spec(spec, overrides or ()))
     sys.stdout.write(f"{found}\n")
@@ -165,8 +165,8 @@ def lr_find(
     """Suggest a learning rate: a range test on a copy of the model; nothing is changed."""
     from dataclasses import asdict
 
-    from conservtl.experiments.lr_find import lr_find as find
-    from conservtl.experiments.spec import load_spec
+    from conservtl.experiments.advice.lr_range_test import lr_find as find
+    from conservtl.experiments.spec.spec import load_spec
     from conservtl.report import check_picture, range_test_sentence, write_range_test
 
     if out is not None:
@@ -185,7 +185,7 @@ def predict(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings or images.", show_default=False)],
 ) -> None:
     """Say what the adapted model hears or sees: file, label and probability, tab-separated."""
-    from conservtl.experiments.bundle import load
+    from conservtl.experiments.run.bundle import load
 
     for found in load(folder).predict(files):
         sys.stdout.write(f"{found.file}\t{found.label}\t{found.probability:.3f}\n")
@@ -194,7 +194,7 @@ def predict(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a spec, for editors."""
-    from conservtl.experiments.spec import schema as spec_schema
+    from conservtl.experiments.spec.spec import schema as spec_schema
 
     sys.stdout.write(spec_schema() + "\n")
 

@@ -104,7 +104,7 @@ def test_an_unforeseen_failure_is_not_bad_input(spec, tmp_path, monkeypatch, cap
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("conservtl.experiments.run.run", fail)
+    monkeypatch.setattr("conservtl.experiments.run.runner.run", fail)
     monkeypatch.setattr(sys, "argv", ["conservtl", "run", str(spec), "--out", str(tmp_path / "out")])
     with pytest.raises(ZeroDivisionError):  # Python itself then exits with 1
         cli.main()

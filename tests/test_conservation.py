@@ -21,8 +21,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import conservtl as ctl
-from conservtl.conserve.mixout import _mask
 from conservtl.layers import named_parameters
+from conservtl.methods.mixout import _mask
 from conservtl.testing import models, state_dicts, strategies
 
 RATE = 0.05

@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import conservtl as ctl
-from conservtl.conserve.freeze import tracks_statistics
-from conservtl.experiments.spec import dump_spec, parse_spec
+from conservtl.experiments.spec.spec import dump_spec, parse_spec
 from conservtl.layers import named_parameters
-from conservtl.plan import Plan
-from conservtl.strategies import apply_all
+from conservtl.methods import apply_all
+from conservtl.plan.plan import Plan
+from conservtl.runtime.freezing import tracks_statistics
 from conservtl.testing import models, specs, state_dicts, strategies
 from conservtl.testing.choices import whole_plan
 from conservtl.testing.weights import random_weights

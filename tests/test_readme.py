@@ -82,8 +82,8 @@ def test_the_plan_is_shown_as_it_prints():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
 def test_every_command_of_ours_names_a_spec_and_fields_that_exist(document):
-    from conservtl.experiments.marks import marks_of, with_values
-    from conservtl.experiments.spec import load_spec, parse_spec, read_content
+    from conservtl.experiments.spec.search_space import ranges_of, with_values
+    from conservtl.experiments.spec.spec import load_spec, parse_spec, read_content
 
     lines = [line for block in blocks(document.read_text(), "sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in lines if line.startswith("conservtl ")]
@@ -93,6 +93,6 @@ def test_every_command_of_ours_names_a_spec_and_fields_that_exist(document):
         overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         if verb == "tune":
             content = read_content(ROOT / words[0], overrides)
-            parse_spec(with_values(content, {name: mark.first() for name, mark in marks_of(content).items()}))
+            parse_spec(with_values(content, {name: mark.first() for name, mark in ranges_of(content).items()}))
         elif verb not in ("predict", "schema"):
             load_spec(ROOT / words[0], overrides)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from conservtl.engine.evaluate import Functions, Holdout, evaluate
+from conservtl.engine.block_search import best_block
+from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.loop import FitResult, fit
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.selection import harmonic_mean
-from conservtl.engine.surgical import best_block
 from conservtl.engine.training import Training
 from conservtl.functions import accuracy, cross_entropy, forward
 

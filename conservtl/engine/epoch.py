@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.decision import View
+from conservtl.engine.batching import Batch, Held, Streamed
 from conservtl.engine.checkpoint import State
-from conservtl.engine.data import Batch, Held, Streamed
-from conservtl.engine.evaluate import Functions
-from conservtl.engine.finite import Losses, check_weights
-from conservtl.engine.kept import KeptOutputs, keep_outputs
-from conservtl.engine.kept_source import KeptSource, keep_source
+from conservtl.engine.divergence import Losses, check_weights
+from conservtl.engine.evaluation import Functions
+from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
+from conservtl.engine.source_output_cache import SourceOutputCache, cache_source_outputs
 from conservtl.errors import DataError, SpecError
 from conservtl.layers import named_parameters
+from conservtl.plan.decision import View
 
 __all__ = ["Augment", "Learner"]
 
@@ -57,10 +57,10 @@ class Learner:
             own.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
             self.generators.append(own)
         self._keeps = keeps and augment is None and session.part[1] == 1
-        self._kept: KeptOutputs | None = None
-        self._source: KeptSource | None = None
+        self._kept: FrozenPrefixCache | None = None
+        self._source: SourceOutputCache | None = None
         if keeps and augment is None and isinstance(batches, Held):
-            self._source = keep_source(session.adaptation.terms.looks, self._source_view, batches)
+            self._source = cache_source_outputs(session.adaptation.terms.needs_source, self._source_view, batches)
         self._phase: int | None = None
         self.ever_kept = False
         self.go_on_from(State())
@@ -81,7 +81,7 @@ class Learner:
         self.session.start_phase(phase)
         if self._keeps and isinstance(self.batches, Held):
             adaptation = self.session.adaptation
-            self._kept = keep_outputs(
+            self._kept = cache_frozen_prefix(
                 self.session.model, self._forward, adaptation.layers, adaptation.frozen, self.batches
             )
             self.ever_kept |= self._kept is not None

@@ -10,19 +10,19 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from conservtl.adapt import Adaptation
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.block_search import best_block
 from conservtl.engine.checkpoint import Checkpoints, State, restore, snapshot
-from conservtl.engine.data import Contents, Held, Streamed, as_batches
-from conservtl.engine.ending import Ended, finish
 from conservtl.engine.epoch import Augment, Learner
-from conservtl.engine.evaluate import Functions, Holdout, evaluate
+from conservtl.engine.evaluation import Functions, Holdout, evaluate
+from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.interruption import interruptible
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
-from conservtl.engine.surgical import best_block
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generator_states", "restore_generators", "seed_all", "undisturbed"]
+__all__ = ["generator_states", "preserve_rng", "restore_generators", "seed_all"]
 
 
 def seed_all(seed: int) -> None:
@@ -48,7 +48,7 @@ def restore_generators(states: Mapping[str, Any], own: Sequence[torch.Generator]
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """What is drawn inside is not missed afterwards."""
     states = generator_states()
     try:

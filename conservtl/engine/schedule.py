@@ -6,7 +6,7 @@ import math
 
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
-from conservtl.plan import Plan
+from conservtl.plan.plan import Plan
 
 __all__ = ["phase_of_epoch", "schedule_factor", "total_steps"]
 

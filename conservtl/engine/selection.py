@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.layers import unwrap
-from conservtl.plan import Plan
+from conservtl.plan.plan import Plan
 
 __all__ = ["Selection", "check_selection", "harmonic_mean", "score"]
 

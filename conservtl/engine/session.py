@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.adapt import Adaptation
-from conservtl.conserve.freeze import tracks_statistics
+from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.runtime.freezing import tracks_statistics
 
 __all__ = ["Session", "open_session"]
 

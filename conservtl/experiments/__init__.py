@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from conservtl.experiments.bundle import Adapted, Prediction, load
-from conservtl.experiments.recipes import Recipe, recipe
-from conservtl.experiments.recommend import Recommendation, recommend
+from conservtl.experiments.advice.recommendation import Recommendation, recommend
+from conservtl.experiments.run.bundle import Adapted, Prediction, load
+from conservtl.experiments.spec.recipes import Recipe, recipe
 
 __all__ = ["Adapted", "Prediction", "Recipe", "Recommendation", "load", "recipe", "recommend"]

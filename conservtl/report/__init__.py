@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from conservtl.report.compare import write_compare
-from conservtl.report.files import write_json
-from conservtl.report.page import write_html
-from conservtl.report.range_test import check_picture, range_test_sentence, write_range_test
-from conservtl.report.summary import sentence
-from conservtl.report.sweep import write_sweep
-from conservtl.report.tensorboard import write_tensorboard
-from conservtl.report.tune import write_tune
+from conservtl.report.pages.comparison_page import write_compare
+from conservtl.report.pages.range_test_page import check_picture, range_test_sentence, write_range_test
+from conservtl.report.pages.run_page import write_html
+from conservtl.report.pages.sweep_page import write_sweep
+from conservtl.report.pages.tuning_page import write_tune
+from conservtl.report.text.files import write_json
+from conservtl.report.text.summary import sentence
+from conservtl.report.text.tensorboard import write_tensorboard
 
 __all__ = [
     "check_picture",

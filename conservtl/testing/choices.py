@@ -9,11 +9,9 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import nn
 
-from conservtl.conserve.instances import check_mixable
 from conservtl.errors import InputError
 from conservtl.layers import find_layers
-from conservtl.plan import Anneal, Plan
-from conservtl.strategies import (
+from conservtl.methods import (
     L1SP,
     L2SP,
     LHUC,
@@ -40,6 +38,9 @@ from conservtl.strategies import (
     apply_all,
     extend_all,
 )
+from conservtl.methods.norm_adaptation.instance_statistics import check_mixable
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import Anneal
 from conservtl.testing.fields import instances
 
 __all__ = ["strategies"]

@@ -12,12 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from conservtl.adapt import Adaptation, adapt
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.adaptation.prepare import adapt
 from conservtl.errors import InputError
 from conservtl.layers import find_layers, named_parameters
-from conservtl.plan import Plan
-from conservtl.source import SourceLike
-from conservtl.strategies import L2SP, DiscriminativeLR, GradualUnfreezing, LayerTransfer, Strategy, apply_all
+from conservtl.methods import L2SP, DiscriminativeLR, GradualUnfreezing, LayerTransfer, Strategy, apply_all
+from conservtl.plan.plan import Plan
+from conservtl.source.read import SourceLike
 from conservtl.testing.steps import backward, held, measured, outputs_of
 from conservtl.testing.weights import random_weights
 

@@ -44,7 +44,7 @@ def instances(cls: type[Model], /, **fields: st.SearchStrategy[Any]) -> st.Searc
 
 def specs() -> st.SearchStrategy[BaseModel]:
     """Specs of both tasks, as ``conservtl run`` takes them; no file they name exists."""
-    from conservtl.experiments.spec import SpeechSpec, VisionSpec
+    from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec
 
     return st.one_of(instances(SpeechSpec), instances(VisionSpec))
 

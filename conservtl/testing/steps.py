@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.adapt import Adaptation
-from conservtl.conserve.freeze import tracks_statistics
+from conservtl.adaptation.adaptation import Adaptation
 from conservtl.layers import canonical, named_parameters, unwrap
+from conservtl.runtime.freezing import tracks_statistics
 
 __all__ = ["backward", "held", "measured", "outputs_of"]
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import conservtl as ctl
+from conservtl.data import Examples
 from conservtl.tasks import speech
-from conservtl.tasks.base import Examples
 
 
 def accuracy(model: nn.Module, examples: Examples) -> str:

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import edit_distance
 
 import conservtl as ctl
+from conservtl.data import Examples
 from conservtl.tasks import speech
-from conservtl.tasks.base import Examples
 
 Padded = tuple[Tensor, Tensor]  # rows of any length, and their lengths
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import conservtl as ctl
+from conservtl.data import Examples
 from conservtl.tasks import vision
-from conservtl.tasks.base import Examples
 
 
 def accuracy(model: nn.Module, examples: Examples) -> float:

@@ -17,11 +17,13 @@ import pytest
 
 from conservtl import extras
 from conservtl.errors import MissingExtraError
-from conservtl.experiments.run import run
-from conservtl.experiments.spec import parse_spec
-from conservtl.report import canvas, sentence, summary, write_html, write_json
-from conservtl.report.drift import drift_by_layer
-from conservtl.report.path import weight_path
+from conservtl.experiments.run.runner import run
+from conservtl.experiments.spec.spec import parse_spec
+from conservtl.report import sentence, write_html, write_json
+from conservtl.report.figures import canvas
+from conservtl.report.figures.drift import drift_by_layer
+from conservtl.report.figures.weight_path import weight_path
+from conservtl.report.text import summary
 
 LAYERS = ("conv1", "conv2", "head")
 

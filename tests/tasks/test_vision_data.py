@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from conservtl.data import Examples
 from conservtl.errors import DataError
-from conservtl.tasks.base import Examples
 from conservtl.tasks.vision import (
     Corruption,
     DataSpec,

@@ -11,7 +11,7 @@ from torch import nn
 from conservtl.errors import SpecError
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
-from conservtl.tasks.speech.wrapped import torchaudio_names, wrap
+from conservtl.tasks.speech.torchaudio_adapter import torchaudio_names, wrap
 
 __all__ = ["ModelSpec", "build"]
 

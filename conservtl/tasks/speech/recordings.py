@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 from conservtl.errors import DataError
-from conservtl.tasks.base import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 
 __all__ = ["Protocol", "Recording", "domains"]
 

@@ -6,11 +6,11 @@ Importing this loads neither torchvision nor timm, Pillow or scikit-learn; what 
 from conservtl.tasks.vision.augment import VisionAugment
 from conservtl.tasks.vision.cifar_resnet import CifarResNet
 from conservtl.tasks.vision.corruptions import Corruption, corrupt
-from conservtl.tasks.vision.data import DataSpec, DigitsData, ImageFolderData, TorchvisionData
+from conservtl.tasks.vision.datasets import DataSpec, DigitsData, ImageFolderData, TorchvisionData
+from conservtl.tasks.vision.image_settings import ImageSettings
 from conservtl.tasks.vision.loading import load, preprocessing_for
 from conservtl.tasks.vision.models import ModelSpec, build, published_settings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
-from conservtl.tasks.vision.settings import ImageSettings
 
 __all__ = [
     "CifarResNet",

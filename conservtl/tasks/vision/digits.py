@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conservtl.extras import require
-from conservtl.tasks.vision.data import DigitsData
+from conservtl.tasks.vision.datasets import DigitsData
 from conservtl.tasks.vision.parts import ImagePart, Parts, split
 
 __all__ = ["digits_parts"]

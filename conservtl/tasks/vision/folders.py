@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.errors import DataError
-from conservtl.tasks.vision.data import ImageFolderData
+from conservtl.tasks.vision.datasets import ImageFolderData
 from conservtl.tasks.vision.parts import ImagePart, Parts, split
 from conservtl.tasks.vision.preprocessing import open_image
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from conservtl.data import Domains, carve, draw_shots
 from conservtl.errors import DataError
-from conservtl.tasks.base import Domains, carve, draw_shots
-from conservtl.tasks.vision.data import DIGITS_IMAGES, DataSpec, DigitsData, ImageFolderData
+from conservtl.tasks.vision.datasets import DIGITS_IMAGES, DataSpec, DigitsData, ImageFolderData
 from conservtl.tasks.vision.digits import digits_parts
 from conservtl.tasks.vision.folders import folder_parts
 from conservtl.tasks.vision.models import ModelSpec, published_settings
 from conservtl.tasks.vision.parts import ImagePart, Parts, draw_from_pool, read
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
-from conservtl.tasks.vision.sets import torchvision_parts
+from conservtl.tasks.vision.torchvision_sets import torchvision_parts
 
 __all__ = ["load", "preprocessing_for"]
 

@@ -11,8 +11,8 @@ from conservtl.errors import SpecError
 from conservtl.extras import require
 from conservtl.tasks.vision._names import nearest
 from conservtl.tasks.vision.cifar_resnet import CIFAR_DEPTHS, CifarResNet
+from conservtl.tasks.vision.image_settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
-from conservtl.tasks.vision.settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
 
 __all__ = ["ModelSpec", "build", "published_settings"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from conservtl.data import Data, Examples, carve
 from conservtl.errors import DataError
-from conservtl.tasks.base import Data, Examples, carve
 from conservtl.tasks.vision.corruptions import Corruption, corrupt
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conservtl.errors import DataError
 from conservtl.extras import require
-from conservtl.tasks.vision.settings import ImageSettings
+from conservtl.tasks.vision.image_settings import ImageSettings
 
 __all__ = ["VisionPreprocessing", "open_image"]
 

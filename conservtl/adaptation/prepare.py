@@ -1,0 +1,128 @@
+"""The entry for people with a loop of their own: a plan drawn up, weights copied. Prepares, never trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from conservtl.adaptation.adaptation import Adaptation, Origin
+from conservtl.errors import SourceError, SpecError
+from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
+from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
+from conservtl.methods.norm_adaptation.instance_statistics import check_mixable
+from conservtl.plan.plan import Plan
+from conservtl.runtime.source_model import build_source_model
+from conservtl.source.read import Source, SourceLike, read_source
+from conservtl.source.structure import check_structure
+from conservtl.source.transfer import transfer
+
+__all__ = ["Adaptation", "adapt"]
+
+
+def adapt(
+    model: nn.Module,
+    source: SourceLike,
+    strategies: Sequence[Strategy | Mapping[str, Any]] = (),
+    *,
+    example: Any = None,
+    layers: Sequence[str] | None = None,
+    fresh: Sequence[str] | Mapping[str, str] = (),
+    allow: Sequence[str] = (),
+) -> Adaptation:
+    """Prepares and never trains: draws up the plan, copies the source's weights, fixes the anchors.
+
+    The model is changed in place (``adaptation.model is model``), after everything has been checked.
+    Many processes: initialise the process group first, adapt, then wrap.
+
+    Args:
+        model: built for the target task, on any device.
+        source: a path, a state dict or a model; see ``read_source``.
+        strategies: their order does not matter. None at all is plain fine-tuning.
+        example: a batch as the model takes it (a tensor, a tuple of positional or a dictionary of
+            keyword arguments); finds the order of layers by running a copy of the model once.
+        layers: globs of parameter names, input side first, to say yourself what the layers are.
+        fresh: globs of parameters or layers not to be copied even where they fit, a head for other labels
+            say; as a mapping, glob -> the reason that the plan gives.
+        allow: globs of modules that may be missing in the model, or built differently than in a
+            source that is a model.
+
+    Raises:
+        InputError: one of its kinds, with what to mend.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+        >>> adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=0.1)])
+        >>> optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        >>> adaptation.penalty().item()
+        0.0
+    """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
+    if isinstance(strategies, (Strategy, str)):
+        raise SpecError(f"strategies must be a list: write [{strategies!r}].")
+    chosen = tuple(one for one in map(as_strategy, strategies) if one.concerns(unwrap(model)))
+    read = read_source(source)
+    if read.module is not None and read.module is not unwrap(model):
+        check_structure(model, read.module, allow)
+    read = read.matched(map(canonical, unwrap(model).state_dict()))
+    read.check_finite(other_than=_masks(model))
+    bare = copy.deepcopy(unwrap(model)) if any(one.extends for one in chosen) else unwrap(model)
+    added, layers = extend_all(model, chosen, example, layers)
+    try:
+        _check_merged(read, added)
+        parts = find_layers(model, example, layers)
+        values = read.values_of(parts)
+        shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
+        fixed = [name for name, parameter in named_parameters(model).items() if not parameter.is_floating_point()]
+        declared = _declared(parts, fresh)
+        drawn = Plan.draw(parts, shapes, declared | added, fixed, added)
+        plan = apply_all(drawn, chosen)
+        for needed in plan.measures:
+            needed.check(unwrap(model))
+        check_mixable(plan, unwrap(model), read.module)
+        head = _own_head(plan, declared)
+        names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
+        compared = any(term.source for term in plan.terms) or any(one.data == "source" for one in plan.measures)
+        source_model = build_source_model(bare, read, names) if compared else None
+    except BaseException:
+        retract_all(model, chosen)
+        raise
+    report = transfer(model, parts, plan, values, read)
+    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head))
+
+
+def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:
+    """Name of the head's module, where the target has labels of its own: another shape, or declared fresh."""
+    rows = [plan[name] for name in plan.head]
+    other = any(row.name in declared or (row.source_shape or row.shape) != row.shape for row in rows)
+    return rows[0].name.rpartition(".")[0] if other else None
+
+
+def _check_merged(source: Source, added: Iterable[str]) -> None:
+    """Refuse a source that was adapted and still holds what was added to it: it would be left behind."""
+    if left := [name for name in added if name in source.tensors]:
+        raise SourceError(
+            f"{source.where} holds {left[0]!r}, which a strategy added to it when it was adapted. Merge it into its "
+            "weights first: adaptation.merged() gives a model to adapt from."
+        )
+
+
+def _masks(model: nn.Module) -> set[str]:
+    """Buffers that may hold infinities by design: all but running statistics."""
+    buffers = {canonical(name) for name, _ in unwrap(model).named_buffers()}
+    return {name for name in buffers if not name.endswith(("running_mean", "running_var"))}
+
+
+def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Parameters declared fresh by a glob of parameter or layer names -> the reason."""
+    if isinstance(fresh, str):
+        raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
+    reasons = fresh if isinstance(fresh, Mapping) else dict.fromkeys(fresh, "not asked for")
+    inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
+    globs = [glob for glob in reasons if glob not in inside]
+    found = inside | select(globs, [name for names in inside.values() for name in names])
+    return {name: reason for glob, reason in reasons.items() for name in found[glob]}

@@ -1,0 +1,75 @@
+"""A run that diverges stops, and says where: at which batch, which step, which weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.engine.batching import Batch
+from conservtl.engine.checkpoint import State
+from conservtl.errors import TrainingDivergedError
+
+__all__ = ["Losses", "check_weights"]
+
+_LOOK = 50  # steps between looks at the loss on a GPU; each look waits for it
+_ADVICE = "The last good checkpoint is kept; lower training.lr, set training.clip"
+
+
+class Losses:
+    """Adds up an epoch's losses in a state, and stops the run at one that is not finite.
+
+    Args:
+        state: its ``total`` and ``seen`` are kept up to date at each look.
+        device: on a GPU losses are looked at now and then only.
+    """
+
+    def __init__(self, state: State, device: torch.device) -> None:
+        self.state = state
+        self._every = 1 if device.type == "cpu" else _LOOK
+        self._waiting: list[tuple[Tensor, Batch, int, int]] = []
+
+    def add(self, loss: Tensor, batch: Batch, number: int, step: int) -> None:
+        """The mean loss of a batch: the ``number``-th of its epoch, a part of step ``step``."""
+        self._waiting.append((loss.detach(), batch, number, step))
+        if len(self._waiting) >= self._every:
+            self.look()
+
+    def look(self) -> None:
+        """Add up what waits.
+
+        Raises:
+            TrainingDivergedError: a loss is NaN or infinite.
+        """
+        waiting, self._waiting = self._waiting, []
+        values = torch.stack([loss.float() for loss, *_ in waiting]).tolist() if waiting else []
+        for value, (_, batch, number, step) in zip(values, waiting, strict=True):
+            if not math.isfinite(value):
+                raise TrainingDivergedError(
+                    f"the loss is {value} at batch {number} of epoch {self.state.epoch + 1} (step {step}"
+                    f"{_examples(batch)}). {_ADVICE}, or look at that batch."
+                )
+            self.state.total += value * batch.size
+            self.state.seen += batch.size
+
+
+@torch.no_grad()
+def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+    """Whether what is trained is finite: an infinite gradient shows in the weights before it shows in a loss.
+
+    Raises:
+        TrainingDivergedError: a parameter is not; the message names it.
+    """
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise TrainingDivergedError(f"{name!r} is not finite after step {step}. {_ADVICE}.")
+
+
+def _examples(batch: Batch) -> str:
+    """Which examples of held data it was."""
+    if batch.index is None:
+        return ""
+    first = ", ".join(str(position) for position in batch.index[:8].tolist())
+    return f", examples {first}{', …' if batch.size > 8 else ''}"

@@ -1,0 +1,116 @@
+"""What comes after the last epoch: the path to the trained weights, and what the plan asks for at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from conservtl.engine.batching import Contents, Held, Streamed
+from conservtl.engine.evaluation import Functions, Holdout, evaluate
+from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.selection import score
+from conservtl.engine.session import Session
+from conservtl.functions import Forward, Loss
+from conservtl.layers import unwrap
+from conservtl.weights.interpolation import grid
+from conservtl.weights.path import WeightPath
+
+__all__ = ["Ended", "finish"]
+
+_POINTS = 11  # on a path, both ends included
+
+Found = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What was found and done after training.
+
+    Args:
+        after: what the plan or ``training.keep`` asked for, by its name.
+        path: t, metrics of each set, and whether it was kept, for each point that was shown.
+        best: the validation score of what was chosen on the path; None where nothing was.
+    """
+
+    after: dict[str, Any]
+    path: tuple[dict[str, Any], ...]
+    best: float | None
+
+
+def finish(
+    session: Session,
+    functions: Functions,
+    batches: Held | Streamed,
+    valid: Mapping[str, Holdout],
+    shown: Mapping[str, Holdout],
+) -> Ended:
+    """Look along the path, keep the best point of it where the settings say so, and do what the plan asks for.
+
+    Args:
+        session: the model, with the weights that training left or that were selected.
+        functions: the run's.
+        batches: the training data.
+        valid: what may be chosen on.
+        shown: evaluated along the path, never chosen on.
+    """
+    adaptation, keep = session.adaptation, session.training.keep
+    adaptation.restore_weights()
+    target = valid.get("target")
+
+    def look(sets: Mapping[str, Holdout]) -> Found:
+        return {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
+
+    chooses = target is not None and (keep == "path" or any(type(one).scored for one in adaptation.plan.after))
+    margin = _margin(look(valid), target) if target is not None and chooses else 0.0
+    seen: dict[float, Found] = {}
+    after: dict[str, Any] = {}
+    best = None
+    if shown or keep == "path":
+        line = WeightPath(unwrap(adaptation.model), adaptation.start)
+        for t in grid(_POINTS) if shown else ():
+            line.move(t)
+            seen[t] = look(shown)
+        line.move(1.0)
+        if keep == "path":
+            tried: list[Found] = []
+
+            def judge() -> float:
+                tried.append(look(valid))
+                return score(tried[-1], keep)
+
+            t, scores = line.choose(_POINTS, judge, margin)
+            after["path"] = {"t": t, "points": [{"t": t, **found} for t, found in zip(scores, tried, strict=True)]}
+            best = scores[t]
+        del line  # its copy of the weights is not needed any more
+    target = valid.get("target")
+    after |= adaptation.finish(
+        Contents(batches),
+        forward=functions.forward,
+        score=(lambda: score(look(valid), keep)) if target is not None else None,
+        valid=Contents(target.data) if target is not None else None,
+        objective=_objective(target, functions),
+        margin=margin,
+    )
+    kept = next((facts["t"] for facts in after.values() if "t" in facts), None if after else 1.0)
+    if shown and kept is not None and kept < 1:
+        seen[kept] = look(shown)  # as it was left, with whatever statistics
+    return Ended(after, tuple({"t": t, **seen[t], "kept": t == kept} for t in sorted(seen)), best)
+
+
+def _margin(found: Found, target: Holdout) -> float:
+    """Half of what one of the target's examples changes in an accuracy; of a loss nobody can say."""
+    if any("accuracy" not in metrics for metrics in found.values()):
+        return 0.0
+    data: Held | Streamed = target.data
+    with preserve_rng():
+        return 0.5 / (data.length if isinstance(data, Held) else sum(batch.size for batch in data.epoch()))
+
+
+def _objective(data: Holdout | None, functions: Functions) -> Callable[[nn.Module, Any], Tensor]:
+    """Loss of a model on a batch of a set."""
+    forward: Forward = (data and data.forward) or functions.forward
+    loss: Loss = (data and data.loss) or functions.loss
+    return lambda model, batch: loss(forward(model, batch), batch)

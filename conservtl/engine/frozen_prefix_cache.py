@@ -1,0 +1,258 @@
+"""A frozen input side computes the same for the same example every epoch: compute it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.engine.batching import Held
+from conservtl.engine.randomness import preserve_rng
+from conservtl.layers import Layer, canonical, unwrap
+
+__all__ = ["FrozenPrefixCache", "cache_frozen_prefix"]
+
+_LIMIT = 2 << 30  # bytes of kept outputs; beyond it a step computes them again
+_CHUNK = 64  # examples at a time while they are computed
+_ROUNDING = 1e-2  # of the largest value; bfloat16 is the coarsest, anything else that differs differs by far more
+
+Run = Callable[[Any], Any]
+Kind = tuple[tuple[int, ...], torch.dtype]
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass at the boundary
+    """The boundary's output is known; what lies behind it is not wanted."""
+
+
+class FrozenPrefixCache:
+    """Stands in for the frozen input side while ``index`` says which examples a step is about.
+
+    The boundary, the last frozen module to run, returns its kept outputs; those before it return
+    placeholders of the right shape. With ``index`` None everything computes as usual.
+
+    Args:
+        boundary: the module whose outputs are kept.
+        skipped: modules that run before it -> (shape behind the batch, type) of their outputs.
+        outputs: (N, ...) the boundary's output for every example.
+    """
+
+    def __init__(self, boundary: nn.Module, skipped: Mapping[nn.Module, Kind], outputs: Tensor) -> None:
+        self.outputs = outputs
+        self.index: Tensor | None = None
+        self.light = False  # whether placeholders have no storage; else they are NaN, which spoils whatever uses it
+        self._own = {module: module.__dict__.get("forward") for module in (boundary, *skipped)}
+        self._replace(boundary, self._kept)
+        for module, kind in skipped.items():
+            self._replace(module, partial(self._placeholder, *kind))
+
+    def remove(self) -> None:
+        """Give every module its own forward back."""
+        for module, own in self._own.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+    def _replace(self, module: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> None:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if self.index is None else stand_in(self.index)
+
+        module.forward = forward
+
+    def _kept(self, index: Tensor) -> Tensor:
+        return self.outputs.index_select(0, index.to(self.outputs.device))
+
+    def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
+        device = torch.device("meta") if self.light else self.outputs.device
+        return torch.full((len(index), *shape), torch.nan, dtype=dtype, device=device)  # whole: it may be written to
+
+
+def cache_frozen_prefix(
+    model: nn.Module, run: Run, layers: Sequence[Layer], frozen: frozenset[str], batches: Held
+) -> FrozenPrefixCache | None:
+    """Compute the frozen input side once over all examples, if that changes nothing.
+
+    It would where something random, or something that depends on the other examples of a batch, stands
+    in it; where it has a state of its own or hooks; where a module runs more than once or gives anything but
+    one tensor with an example a row; where what is trained takes something from before the boundary. None
+    of this is guessed from names: the model is run on a few examples with and without, in the mode it
+    trains in, with placeholders that spoil any output they reach.
+
+    Args:
+        model: in training mode, on its device. Its buffers and the random generators are left as found.
+        run: batch content -> model outputs, under the run's autocast.
+        layers: the model's layers, input side first.
+        frozen: parameters that the current phase does not train.
+        batches: the training data, without augmentation.
+
+    Returns:
+        None where nothing can be kept.
+    """
+    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    prefix, rest = _split(layers, frozen, modules)
+    if not prefix or unwrap(model) is not model or any(_has_hooks(module) for module in prefix):
+        return None
+    probe = torch.arange(0, min(_CHUNK, batches.length), 2 if batches.length > 2 else 1)
+    content = batches.take(probe)
+    with preserve_rng(), _buffers_restored(model):
+        start = _generators(batches.device)
+        calls, reference = _trace(run, content, [*prefix, *rest])
+        ahead = _ahead(calls, prefix, rest, len(probe))
+        if not ahead or not _tensors(reference):
+            return None
+        boundary = next(reversed(ahead))
+        kinds = {module: (tuple(output.shape[1:]), output.dtype) for module, output in ahead.items()}
+        outputs = _features(model, run, boundary, batches)
+        if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [ahead.pop(boundary)]):
+            return None
+        kept = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs)
+
+        def agrees() -> bool:
+            _set_generators(batches.device, start)
+            kept.index = probe
+            try:
+                with torch.no_grad():
+                    return _alike(_tensors(run(content)), _tensors(reference))
+            except Exception:  # noqa: BLE001 - code between the modules may do anything to a placeholder
+                return False
+            finally:
+                kept.index = None
+
+        # NaN first: nothing that reaches an output survives it, but `real.add_(meta)` does nothing and says nothing.
+        if not agrees():
+            kept.remove()
+            return None
+        kept.light = True
+        kept.light = agrees()
+        return kept
+
+
+def _split(
+    layers: Sequence[Layer], frozen: frozenset[str], modules: Mapping[str, nn.Module]
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules of the frozen input side, and of everything behind it."""
+    prefix: dict[nn.Module, None] = {}
+    rest: dict[nn.Module, None] = {}
+    for layer in layers:
+        held = not rest and all(info.name in frozen for info in layer.parameters)
+        (prefix if held else rest).update(dict.fromkeys(modules[name] for name in layer.modules))
+    return [module for module in prefix if module not in rest], list(rest)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to what a placeholder would be."""
+    return any(inner._forward_hooks for inner in module.modules())  # noqa: SLF001
+
+
+def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[tuple[nn.Module, Any]], Any]:
+    """Which of these modules run, in order, with their outputs; and the model's output."""
+    calls: list[tuple[nn.Module, Any]] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        # A copy: what comes next may write into it, as ReLU(inplace=True) does.
+        calls.append((module, output.clone() if isinstance(output, Tensor) else output))
+
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        return calls, run(content)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ahead(
+    calls: Sequence[tuple[nn.Module, Any]], prefix: Sequence[nn.Module], rest: Sequence[nn.Module], size: int
+) -> dict[nn.Module, Tensor]:
+    """The frozen modules that run before any other and once only, with outputs of an example a row."""
+    order = [module for module, _ in calls]
+
+    def plain(call: tuple[nn.Module, Any]) -> bool:
+        module, output = call
+        return (
+            module in prefix
+            and module not in rest
+            and order.count(module) == 1
+            and isinstance(output, Tensor)
+            and output.is_floating_point()
+            and not output.requires_grad
+            and output.ndim > 0
+            and len(output) == size
+        )
+
+    return dict(takewhile(plain, calls))
+
+
+@torch.no_grad()
+def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) -> Tensor | None:
+    """The boundary's outputs for all examples, or None where something else changes or they are too large."""
+    caught: list[Any] = []
+
+    def catch(_: nn.Module, __: Any, output: Any) -> None:
+        caught.append(output)
+        raise _Reached
+
+    hook = boundary.register_forward_hook(catch)
+    states = [*_generators(batches.device), *(buffer.clone() for buffer in model.buffers())]
+    try:
+        for index in torch.split(torch.arange(batches.length), _CHUNK):
+            try:
+                run(batches.take(index))
+            except _Reached:
+                pass
+            else:
+                return None
+            if caught[0].nbytes / len(index) * batches.length > _LIMIT:
+                return None
+    finally:
+        hook.remove()
+    now = [*_generators(batches.device), *model.buffers()]
+    if any(not torch.equal(a, b) for a, b in zip(states, now, strict=True)):
+        return None
+    return torch.cat(caught)
+
+
+def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether tensors are the same to the rounding of another batch size or precision, and finite."""
+    if [(a.shape, a.device) for a in found] != [(b.shape, b.device) for b in expected]:
+        return False
+    for a, b in zip(found, expected, strict=True):
+        error = (a.detach().double() - b.detach().double()).abs()
+        if error.numel() and not error.max() <= _ROUNDING * b.detach().double().abs().max():
+            return False
+    return True
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """All tensors in a model's outputs."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return [t for part in outputs for t in _tensors(part)] if isinstance(outputs, (tuple, list)) else []
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """States of the random generators a forward pass could draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_generators(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)

@@ -1,0 +1,1 @@
+"""Recommend a strategy: evidence, rules and a learning-rate range test."""

@@ -1,0 +1,180 @@
+"""What is measured before a strategy is recommended: how much data, how far, and how transferable each layer is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from conservtl.data import spread
+from conservtl.errors import DataError
+from conservtl.experiments.advice.layer_features import LayerFeatures, features_of, statistics_shift
+from conservtl.experiments.advice.transferability import leep, log_me, proxy_a_distance
+from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.source_training import SourceModel
+from conservtl.experiments.spec.spec import SpeechSpec
+from conservtl.extras import require
+from conservtl.layers import find_layers
+from conservtl.methods.norm_adaptation.instance_statistics import mixable
+
+__all__ = ["Evidence", "gather"]
+
+Shift = Literal["labels", "speaker", "input"]
+
+ENOUGH_FOR_DISTANCE = 20
+"""Target examples below which the proxy A-distance is not trusted: with 10, a linear classifier that has not enough to
+learn from gave 0 to 1.6 for speakers that give 0.8 to 1.7 with 50."""
+MARGIN = 0.15
+"""Nats an example below the best layer's LogME up to which a layer's features are used beside it: side by side they
+were better than the best alone on digits at every size, and what falls behind by more is the input's or the head's."""
+_MOST = 1000  # source examples that are looked at
+_FOLDS = 5
+_C = 0.1  # of the SVM, as FeatureExtraction has it
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The numbers behind a recommendation.
+
+    Args:
+        shift: labels: the target has labels of its own; speaker: the same words by another speaker; input: the same
+            labels, images that look different.
+        classes: of the target.
+        examples: of all classes to adapt with.
+        fewest: examples of the class that has fewest.
+        parameters: that would be trained if everything were.
+        layers: the body's, input side first.
+        head: name of the layer that holds the classifier.
+        epochs: as the spec has them.
+        steps: optimizer steps an epoch, by the spec's batch size.
+        distance: proxy A-distance at the features that enter the head, 0 to 2; None: not measured.
+        distances: layer -> proxy A-distance.
+        statistics: shift of the norms' statistics, in the source's standard deviations; None: not measured.
+        batch_norms: whether the model has any that keep statistics.
+        log_me: layer -> LogME of its features, nats an example.
+        leep: LEEP of the source model's outputs, nats an example.
+        entropy: of the labels, nats: LEEP is its negative where outputs say nothing of them.
+        best_layers: those whose LogME is within the margin of the best.
+        features_accuracy: of an SVM on their features, on examples of the shots held out of it; None where a class has
+            one example only, or the head is the source's.
+        left_out: what could not be measured, and why.
+    """
+
+    shift: Shift
+    classes: int
+    examples: int
+    fewest: int
+    parameters: int
+    layers: tuple[str, ...]
+    head: str
+    epochs: int
+    steps: int
+    distance: float | None
+    distances: dict[str, float]
+    statistics: float | None
+    batch_norms: bool
+    log_me: dict[str, float]
+    leep: float
+    entropy: float
+    best_layers: tuple[str, ...]
+    features_accuracy: float | None
+    left_out: tuple[str, ...]
+
+    @property
+    def each(self) -> float:
+        """Examples for each parameter."""
+        return self.examples / self.parameters
+
+
+def gather(setting: Setting, source: SourceModel) -> Evidence:
+    """Measure everything on the source model, the shots and the source's data; nothing is trained.
+
+    Raises:
+        DataError: the target has one class only.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    domains, spec = setting.domains, setting.spec
+    if len(domains.labels) < 2:
+        raise DataError(
+            f"data: there is one class only, {domains.labels[0]!r}, so nothing can be told apart. Give two at least."
+        )
+    plan = setting.adaptation(source.model).plan
+    layers = find_layers(source.model, setting.example, spec.layers)
+    target = features_of(source.model, domains.shots, layers)
+    body = [name for name in target.layers if name != layers[-1].name] or list(target.layers)
+    scores = {name: log_me(target.layers[name], target.labels) for name in body}
+    best = max(scores.values())
+    chosen = tuple(name for name in body if scores[name] >= best - MARGIN)
+    counts = Counter(target.labels.tolist())
+    shares = torch.tensor([count / len(target.labels) for count in counts.values()], dtype=torch.float64)
+    left_out: list[str] = []
+    distances = _distances(setting, source, target, layers, body, left_out)
+    statistics = statistics_shift(source.model, domains.shots)
+    if statistics is None:
+        left_out.append("shift of the norms' statistics: no norm of the model keeps any")
+    accuracy = None
+    if not setting.shared and min(counts.values()) > 1:
+        accuracy = _held_out_accuracy(torch.cat([target.layers[name] for name in chosen], 1), target.labels)
+    shift: Shift = "input"
+    if not setting.shared:
+        shift = "labels"
+    elif isinstance(spec, SpeechSpec):
+        shift = "speaker"
+    return Evidence(
+        shift=shift,
+        classes=len(domains.labels),
+        examples=len(target.labels),
+        fewest=min(counts.values()),
+        parameters=plan.totals()["all"],
+        layers=tuple(body),
+        head=layers[-1].name,
+        epochs=spec.training.epochs,
+        steps=math.ceil(len(target.labels) / (spec.training.batch_size * spec.training.accumulate)),
+        distance=distances.get(body[-1]),
+        distances=distances,
+        statistics=statistics,
+        batch_norms=any(map(mixable, source.model.modules())),
+        log_me=scores,
+        leep=leep(target.outputs.softmax(-1), target.labels),
+        entropy=float(-(shares * shares.log()).sum()),
+        best_layers=chosen,
+        features_accuracy=accuracy,
+        left_out=tuple(left_out),
+    )
+
+
+def _distances(
+    setting: Setting, source: SourceModel, target: LayerFeatures, layers: Any, body: list[str], left_out: list[str]
+) -> dict[str, float]:
+    """The proxy A-distance of each layer's features, where there is source data and enough of the target's."""
+    data, what = setting.domains.source_train, "proxy A-distance"
+    if data is None:
+        left_out.append(f"{what}: the spec gives no source data")
+        return {}
+    if len(target.labels) < ENOUGH_FOR_DISTANCE:
+        left_out.append(
+            f"{what}: {len(target.labels)} target examples are too few to tell domains apart by "
+            f"({ENOUGH_FOR_DISTANCE} are needed)"
+        )
+        return {}
+    theirs = features_of(source.model, spread(data, _MOST), layers)
+    return {name: proxy_a_distance(theirs.layers[name], target.layers[name]) for name in body}
+
+
+def _held_out_accuracy(features: Tensor, labels: Tensor) -> float:
+    """Of a linear SVM, by cross-validation on the shots."""
+    selection = require("sklearn.model_selection", "experiments")
+    scaler = require("sklearn.preprocessing", "experiments").StandardScaler()
+    machine = require("sklearn.svm", "experiments").LinearSVC(C=_C, max_iter=10_000)
+    chain = require("sklearn.pipeline", "experiments").make_pipeline(scaler, machine)
+    folds = min(_FOLDS, *Counter(labels.tolist()).values())
+    splits = selection.StratifiedKFold(folds, shuffle=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an SVM that has not quite converged is as good a measure
+        found = selection.cross_val_score(chain, features.double().numpy(), labels.numpy(), cv=splits)
+    return float(found.mean())

@@ -1,0 +1,169 @@
+"""LayerFeatures of several depths: what every layer makes of some data, averaged over positions, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.data import Data
+from conservtl.engine.batching import as_batches
+from conservtl.errors import SelectorError
+from conservtl.functions import forward, logits_of
+from conservtl.layers import Layer, canonical, unwrap
+from conservtl.plan.plan import Plan
+from conservtl.runtime.channels import channel_axis, channels_first, pooled
+from conservtl.runtime.freezing import tracks_statistics
+
+__all__ = ["LayerFeatures", "features_of", "statistics_shift"]
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """What a model makes of data, on the CPU.
+
+    Args:
+        layers: layer -> (N, channels), the mean over positions; input side first, those that give no tensor with
+            channels left out.
+        outputs: (N, classes) logits.
+        labels: (N,).
+    """
+
+    layers: dict[str, Tensor]
+    outputs: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def features_of(
+    model: nn.Module,
+    data: Data,
+    layers: Sequence[Layer],
+    *,
+    batch_size: int = 256,
+    device: torch.device | None = None,
+) -> LayerFeatures:
+    """Run the model over the data once, in eval mode; the model is left as found.
+
+    Args:
+        model: any model; its layers may be convolutions, recurrent layers or transformer blocks.
+        data: examples, or a dataset of (input, label).
+        layers: as ``find_layers`` gives them for this model. LayerFeatures are the outputs of each one's last module.
+        batch_size: examples a forward pass.
+        device: where it runs; None: where the model is.
+
+    Raises:
+        SelectorError: the model has no such layer.
+        DataError: there is no data.
+    """
+    place = device or next(model.parameters()).device
+    taken: dict[str, list[Tensor]] = {layer.name: [] for layer in layers if layer.modules}
+    outputs, labels = [], []
+    with _as_found(model), _pooling(model, layers) as caught:
+        model.to(place).eval()
+        for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
+            caught.clear()
+            outputs.append(logits_of(forward(model, batch.content)).float().cpu())
+            labels.append(batch.content[1].cpu())
+            for name, rows in caught.items():
+                taken[name].append(rows)
+    found = {name: torch.cat(parts) for name, parts in taken.items() if len(parts) == len(outputs)}
+    return LayerFeatures(found, torch.cat(outputs), torch.cat(labels))
+
+
+@torch.no_grad()
+def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> float | None:
+    r"""How far data is from what a model's norms remember of the source, where there is no source data.
+
+    .. math:: \operatorname{mean}_c \frac{\sqrt{(\mu_c - \mu^0_c)^2 + (\sigma_c - \sigma^0_c)^2}}{\sigma^0_c}
+
+    with mu0 and sigma0 a channel's running statistics and mu, sigma what reaches the norm on the data: the Fréchet
+    distance of two normal distributions in units of the source's standard deviation; the mean over all norms.
+
+    Args:
+        model: the source model; left as found.
+        data: examples of the target.
+        batch_size: examples a forward pass.
+
+    Returns:
+        0 where nothing differs; None where no norm keeps statistics.
+    """
+    norms: list[Any] = [module for module in unwrap(model).modules() if tracks_statistics(module)]
+    moments = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}
+
+    def add(norm: nn.Module, inputs: Any) -> None:
+        values = inputs[0].double().movedim(1, 0).flatten(1).cpu()
+        moments[norm] += torch.stack(
+            [torch.full_like(values[:, 0], values.shape[1]), values.sum(1), (values**2).sum(1)]
+        )
+
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    place = next(model.parameters()).device
+    try:
+        with _as_found(model):
+            model.eval()
+            for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
+                forward(model, batch.content)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shifts = []
+    for norm, (count, total, squares) in moments.items():
+        if not count.any():
+            continue
+        mean, source = total / count, (norm.running_var.double().cpu() + norm.eps).sqrt()
+        spread = (squares / count - mean**2).clamp_min(0).sqrt()
+        away = ((mean - norm.running_mean.double().cpu()) ** 2 + (spread - source) ** 2).sqrt() / source
+        shifts.append(float(away.mean()))
+    return sum(shifts) / len(shifts) if shifts else None
+
+
+@contextmanager
+def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
+    """Catch the pooled outputs of layers in each forward pass."""
+    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    rows = dict(Plan.draw(layers, {}, {}).by_layer())
+    caught: dict[str, Tensor] = {}
+    hooks = []
+    try:
+        for layer in layers:
+            if not layer.modules:
+                continue
+            if layer.modules[-1] not in modules:
+                raise SelectorError(f"the model has no layer {layer.name!r}. Give the layers that find_layers gives.")
+            hook = _Pool(layer.name, channels_first(rows[layer.name]), caught)
+            hooks.append(modules[layer.modules[-1]].register_forward_hook(hook))
+        yield caught
+    finally:
+        for hook_handle in hooks:
+            hook_handle.remove()
+
+
+class _Pool:
+    """A forward hook that keeps the mean of the output over all but examples and channels."""
+
+    def __init__(self, layer: str, first: int, caught: dict[str, Tensor]) -> None:
+        self.layer, self.first, self.caught = layer, first, caught
+
+    def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
+        while isinstance(output, (tuple, list, Mapping)) and output:
+            output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+        if isinstance(output, Tensor) and output.ndim >= 2:
+            self.caught[self.layer] = pooled(output.float(), channel_axis(output, self.first)).cpu()
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Put the model back on its device and its modules into their modes."""
+    modes = {module: module.training for module in model.modules()}
+    place = next(model.parameters()).device
+    try:
+        yield
+    finally:
+        model.to(place)
+        for module, mode in modes.items():
+            module.training = mode

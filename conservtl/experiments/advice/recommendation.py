@@ -1,0 +1,146 @@
+"""Which strategy for this data, and why: measured, decided by the practitioner's table, the rate by a range test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conservtl.experiments.advice.evidence import Evidence, gather
+from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find
+from conservtl.experiments.advice.rules import Reason, advise, far, size
+from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.run.source_training import obtain_source
+from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec, dump_spec, load_spec, parse_spec
+
+__all__ = ["Recommendation", "recommend"]
+
+LOWEST_RATE, HIGHEST_RATE = 1e-5, 1e-3
+"""Practice's rates for fine-tuning: the range test decides between them."""
+USUAL_RATE = {"speech": 5e-4, "vision": 3e-4}
+"""What the shipped specs were tuned to. A range test on a few examples is noisy, and looks at the target alone: the
+rate is half-way between the two, on a logarithmic scale."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A spec that ``run`` takes, with the reasons and the numbers behind it. Printed, it says all of them.
+
+    Args:
+        spec: what to run.
+        choices: one sentence of reason for each choice.
+        evidence: what was measured.
+        range_test: what set the rate; None where nothing is trained, or it was not asked for.
+    """
+
+    spec: SpeechSpec | VisionSpec
+    choices: tuple[Reason, ...]
+    evidence: Evidence
+    range_test: RangeTest | None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The numbers, as JSON can hold them."""
+        measured = asdict(self.evidence)
+        distant, by = far(self.evidence)
+        return {**measured, "size": size(self.evidence), "far": distant, "far_by": by}
+
+    def write(self, path: str | Path) -> None:
+        """Write the spec as YAML, the reasons above it as comments."""
+        said = [f"# {choice.what}: {choice.reason}" for choice in self.choices]
+        said += [f"# left out: {what}" for what in self.evidence.left_out]
+        Path(path).write_text("\n".join([*said, dump_spec(self.spec)]), encoding="utf-8")
+
+    def __str__(self) -> str:
+        found = self.evidence
+        widest = max(map(len, found.layers))
+        lines = [f"{choice.what:13} {choice.reason}" for choice in self.choices]
+        lines += [f"{'left out':13} {what}" for what in found.left_out]
+        lines += ["", f"{'layer':{widest}}  LogME  A-distance"]
+        for name in found.layers:
+            away = f"{found.distances[name]:10.2f}" if name in found.distances else f"{'-':>10}"
+            mark = " *" if name in found.best_layers else ""
+            lines.append(f"{name:{widest}}  {found.log_me[name]:5.2f}  {away}{mark}")
+        lines += [
+            f"* within the margin of the best LogME; LEEP {found.leep:.2f}, of {-found.entropy:.2f} to 0",
+            "",
+            _short(self.spec).rstrip(),
+        ]
+        return "\n".join(lines)
+
+
+def recommend(
+    spec: SpeechSpec | VisionSpec | Mapping[str, Any] | str | Path, *, range_test: bool = True
+) -> Recommendation:
+    """Say which strategies fit a spec's data and source model, and how to train.
+
+    What is measured: how many examples there are, a class and a parameter; the proxy A-distance between source and
+    target at each depth; LogME at each depth, and LEEP of the source model's outputs. Then the domain's rule chooses
+    the side that is tuned, the table of practice how much of it, the distance how far the kept side's rates are below,
+    and a range test the rate. Nothing but the shots and the source's data is looked at: no test recording or image.
+
+    Args:
+        spec: a spec, its fields, or its file. Data, model, source and the rest of ``training`` stay; its strategies,
+            rate, schedule and norm policy are what is recommended anew.
+        range_test: False leaves the rate as the spec has it, within practice's bounds.
+
+    Raises:
+        DataError: the data is missing, has one class only, or fewer examples than shots.
+        SpecError: a field is wrong.
+        MissingExtraError: scikit-learn is not installed.
+
+    Example:
+        >>> import conservtl as ctl
+        >>> found = ctl.recommend("examples/vision/spec.yaml")  # doctest: +SKIP
+        >>> found.write("recommended.yaml")  # doctest: +SKIP
+    """
+    given = _read(spec)
+    bare = given.model_copy(update={"strategies": ()})
+    setting = prepare(bare)
+    evidence = gather(setting, obtain_source(setting))
+    advice = advise(evidence)
+    fields = bare.model_dump(mode="json")
+    fields["strategies"] = list(advice.strategies)
+    fields["training"] |= advice.training
+    found = parse_spec(fields)
+    choices, seen = list(advice.choices), None
+    if "feature_extraction" not in {one.kind for one in found.strategies}:
+        rate = found.training.lr
+        if range_test:
+            seen = lr_find(found)
+            rate = math.sqrt(USUAL_RATE[found.task] * _bounded(seen.suggestion))
+        lr = float(f"{_bounded(rate):.1e}")
+        choices.append(Reason("rate", _rate(lr, USUAL_RATE[found.task], seen)))
+        training = found.training.model_copy(update={"lr": lr})
+        found = found.model_copy(update={"training": training})
+    return Recommendation(found, tuple(choices), evidence, seen)
+
+
+def _read(spec: SpeechSpec | VisionSpec | Mapping[str, Any] | str | Path) -> SpeechSpec | VisionSpec:
+    if isinstance(spec, (str, Path)):
+        return load_spec(spec)
+    return parse_spec(spec) if isinstance(spec, Mapping) else spec
+
+
+def _short(spec: SpeechSpec | VisionSpec) -> str:
+    """What was chosen, as it would be written in a spec by hand."""
+    strategies = [{"kind": one.kind, **one.model_dump(mode="json", exclude_defaults=True)} for one in spec.strategies]
+    training = spec.training.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump({"strategies": strategies, "training": training}, sort_keys=False, allow_unicode=True)
+
+
+def _rate(lr: float, usual: float, seen: RangeTest | None) -> str:
+    if seen is None:
+        return f"{lr:.1e} is the spec's own, within practice's {LOWEST_RATE:g} to {HIGHEST_RATE:g}."
+    tenth = f"{seen.suggestion:.1e}, a tenth of where the range test's loss is lowest"
+    if _bounded(seen.suggestion) != seen.suggestion:
+        tenth = f"{_bounded(seen.suggestion):g}, practice's bound (the range test suggests {seen.suggestion:.1e})"
+    return f"{lr:.1e} is half-way, on a logarithmic scale, between the usual {usual:g} and {tenth}."
+
+
+def _bounded(rate: float) -> float:
+    return min(HIGHEST_RATE, max(LOWEST_RATE, rate))

@@ -1,0 +1,214 @@
+"""How well features serve a target, and how far two domains are apart: scores that need no training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conservtl.errors import DataError
+from conservtl.extras import require
+
+__all__ = ["h_score", "leep", "log_me", "proxy_a_distance"]
+
+_ROUNDS = 200  # of the fixed point; it moves less than the tolerance long before
+_TOLERANCE = 1e-9  # nats an example
+_FOLDS = 5
+_LEAST = 1e-12  # share of a label's energy below which features are said to explain it without rest
+
+
+def log_me(features: Tensor, labels: Tensor) -> float:
+    r"""LogME: the largest log evidence, an example, that a linear model on these features gives the labels.
+
+    .. math:: \frac{1}{K n} \sum_k \max_{\alpha, \beta} \log \int
+              \mathcal{N}(y_k \mid F w, \beta^{-1} I)\, \mathcal{N}(w \mid 0, \alpha^{-1} I)\, dw
+
+    with y_k 1 where the label is k and 0 elsewhere. alpha and beta are found by the fixed point of evidence
+    maximisation, on the singular values of F: O(n D min(n, D)) once for all classes. Weights of any size are averaged
+    over, so more dimensions than examples do no harm. Higher is better; it compares features of the same examples,
+    as of several layers, and says nothing across data.
+
+    Args:
+        features: (n, D), as they are; a shift common to all of them is part of the model only if they span it.
+        labels: (n,) integers.
+
+    Returns:
+        Nats an example; the mean over the classes that occur.
+
+    Raises:
+        DataError: fewer than two classes, shapes that do not fit, or features that are not finite.
+
+    Reference:
+        You, Liu, Wang and Long 2021, "LogME: Practical assessment of pre-trained models for transfer learning",
+        section 4.
+    """
+    f, classes = _checked(features, labels, "log_me")
+    n, width = f.shape
+    u, s, _ = torch.linalg.svd(f, full_matrices=False)
+    y = torch.nn.functional.one_hot(classes).to(f)
+    # (K, r) and (K, 1): all classes at once.
+    squares = (u.mT @ y).square().mT
+    rest = (y.square().sum(0)[:, None] - squares.sum(1, keepdim=True)).clamp_min(0)
+    sigma = s.square()[None]
+    floor = _LEAST * y.square().sum(0)[:, None]
+    alpha = beta = torch.ones_like(rest)
+    evidence = torch.full_like(rest, -torch.inf)
+    for _ in range(_ROUNDS):
+        a = alpha + beta * sigma
+        weights = (beta.square() * sigma * squares / a.square()).sum(1, keepdim=True)
+        error = ((alpha / a).square() * squares).sum(1, keepdim=True) + rest
+        logdet = a.log().sum(1, keepdim=True) + (width - sigma.shape[1]) * alpha.log()
+        fit = n * (beta.log() - math.log(2 * math.pi)) - beta * error
+        now = (fit + width * alpha.log() - alpha * weights - logdet) / (2 * n)
+        if (now - evidence).abs().max() < _TOLERANCE:
+            break
+        evidence = now
+        gamma = (beta * sigma / a).sum(1, keepdim=True)
+        alpha = (gamma / weights.clamp_min(torch.finfo(f.dtype).tiny)).clamp(1e-12, 1e12)
+        beta = ((n - gamma) / error.clamp_min(floor)).clamp(1e-12, 1e12)
+    return float(now.mean())
+
+
+def leep(source_probabilities: Tensor, labels: Tensor) -> float:
+    r"""LEEP: how well the source model's outputs, taken as they are, predict the target's labels.
+
+    .. math:: \frac{1}{n} \sum_i \log \sum_z \hat P(y_i \mid z)\, \theta(x_i)_z, \qquad
+              \hat P(y, z) = \frac{1}{n} \sum_{i : y_i = y} \theta(x_i)_z
+
+    with theta(x) the source model's probabilities: the mean log-likelihood of a classifier that first draws a source
+    label and then a target label given it. 0 is the most; the labels' own entropy, negative, is what outputs give
+    that say nothing of them.
+
+    Args:
+        source_probabilities: (n, Z), each row summing to 1.
+        labels: (n,) integers.
+
+    Returns:
+        Nats an example.
+
+    Raises:
+        DataError: fewer than two classes, shapes that do not fit, or rows that are no probabilities.
+
+    Reference:
+        Nguyen, Hassner, Seeger and Archambeau 2020, "LEEP: A new measure to evaluate transferability of learned
+        representations", section 3.
+    """
+    theta, classes = _checked(source_probabilities, labels, "leep")
+    if (theta < 0).any() or not torch.allclose(theta.sum(1), torch.ones_like(theta[:, 0]), atol=1e-4):
+        raise DataError("leep: the rows of source_probabilities must be probabilities. Pass outputs.softmax(-1).")
+    y = torch.nn.functional.one_hot(classes).to(theta)
+    joint = y.mT @ theta  # n times it: the factor cancels
+    given = joint / joint.sum(0).clamp_min(torch.finfo(theta.dtype).tiny)
+    likelihood = (theta @ given.mT).gather(1, classes[:, None])
+    return float(likelihood.log().mean())
+
+
+def h_score(features: Tensor, labels: Tensor) -> float:
+    r"""H-score: the variance of the features between classes, in units of all of their variance.
+
+    .. math:: \operatorname{tr}\bigl(\Sigma_\lambda^{-1} (1 - \lambda)\, \Sigma_z\bigr), \qquad
+              \Sigma_\lambda = (1 - \lambda) \Sigma + \lambda \frac{\operatorname{tr} \Sigma}{D} I
+
+    with Sigma the covariance of the features, Sigma_z that of the class means that stand in for them, and lambda the
+    shrinkage of Ledoit and Wolf, without which fewer examples than dimensions would always score the most there is.
+    From 0 to the number of classes less one; higher is better.
+
+    Args:
+        features: (n, D).
+        labels: (n,) integers.
+
+    Raises:
+        DataError: fewer than two classes, shapes that do not fit, or features that are not finite.
+
+    Reference:
+        Bao et al. 2019, "An information-theoretic approach to transferability in task transfer learning". With
+        shrinkage: Ibrahim, Ponomareva and Mazumder 2022, "Newer is not always better: Rethinking transferability
+        metrics, their peculiarities, stability and performance". Shrinkage: Ledoit and Wolf 2004, "A well-conditioned
+        estimator for large-dimensional covariance matrices".
+    """
+    f, classes = _checked(features, labels, "h_score")
+    n, width = f.shape
+    f = f - f.mean(0)
+    y = torch.nn.functional.one_hot(classes).to(f)
+    between = (y.mT @ f) / y.sum(0)[:, None] * (y.sum(0)[:, None] / n).sqrt()
+    covariance = f.mT @ f / n
+    scale = covariance.trace() / width
+    if scale <= 0:
+        return 0.0
+    eye = torch.eye(width, dtype=f.dtype, device=f.device)
+    spread = (covariance - scale * eye).square().sum()
+    noise = (f.square().sum(1).square().sum() / n - covariance.square().sum()) / n
+    shrinkage = torch.ones_like(spread) if spread <= 0 else (noise / spread).clamp(0, 1)
+    regular = (1 - shrinkage) * covariance + shrinkage * scale * eye
+    # Of full rank unless the shrinkage is 0; the small part of the scale covers that.
+    solved = torch.linalg.solve(regular + 1e-10 * scale * eye, between.mT)
+    return float((1 - shrinkage) * (between.mT * solved).sum())
+
+
+def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: int = 0) -> float:
+    r"""Proxy A-distance: how well a linear classifier tells two domains apart.
+
+    .. math:: 2 (1 - 2 \epsilon)
+
+    with epsilon the error of logistic regression on held-out examples, by cross-validation in at most five folds, and
+    the mean of the two domains' errors, for the domains are of any size. 0 where they cannot be told apart, 2 where
+    they always can. LayerFeatures are standardised.
+
+    Args:
+        source_features: (n, D).
+        target_features: (m, D).
+        seed: of the folds.
+
+    Returns:
+        0 to 2.
+
+    Raises:
+        DataError: fewer than two examples of a domain, features of different widths or not finite.
+        MissingExtraError: scikit-learn is not installed.
+
+    Reference:
+        Ben-David, Blitzer, Crammer and Pereira 2007, "Analysis of representations for domain adaptation", section 4.
+    """
+    if source_features.ndim != 2 or target_features.ndim != 2 or source_features.shape[1] != target_features.shape[1]:
+        raise DataError(
+            "proxy_a_distance: both must be (examples, D) with one D; received "
+            f"{tuple(source_features.shape)} and {tuple(target_features.shape)}. Take them from the same layer."
+        )
+    fewest = min(len(source_features), len(target_features))
+    if fewest < 2:
+        raise DataError(f"proxy_a_distance: a domain needs two examples; received {fewest}. Give more.")
+    both = torch.cat([source_features, target_features.to(source_features.device)]).double().cpu()
+    if not both.isfinite().all():
+        raise DataError("proxy_a_distance: the features must be finite. Look at the model's outputs.")
+    domain = torch.cat([torch.zeros(len(source_features)), torch.ones(len(target_features))]).long().numpy()
+    guessed = _held_out_guesses(both.numpy(), domain, min(_FOLDS, fewest), seed)
+    error = sum(float((guessed[domain == which] != which).mean()) for which in (0, 1)) / 2
+    return min(2.0, max(0.0, 2 * (1 - 2 * error)))
+
+
+def _held_out_guesses(features: Any, domain: Any, folds: int, seed: int) -> Any:
+    """The domain of each example, guessed by a classifier that did not see it."""
+    selection = require("sklearn.model_selection", "experiments")
+    linear = require("sklearn.linear_model", "experiments")
+    scaler = require("sklearn.preprocessing", "experiments").StandardScaler()
+    classifier = linear.LogisticRegression(class_weight="balanced", max_iter=1000)
+    chain = require("sklearn.pipeline", "experiments").make_pipeline(scaler, classifier)
+    splits = selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
+    return selection.cross_val_predict(chain, features, domain, cv=splits)
+
+
+def _checked(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """LayerFeatures in double precision, and labels as positions among those that occur."""
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise DataError(
+            f"{what}: features must be (n, D) and labels (n,); received {tuple(features.shape)} and "
+            f"{tuple(labels.shape)}. Pool each example's features into one row."
+        )
+    if not features.isfinite().all():
+        raise DataError(f"{what}: the features must be finite. Look at the model's outputs.")
+    found, classes = labels.to(features.device).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    if len(found) < 2:
+        raise DataError(f"{what}: labels must hold two classes; received {len(found)}. Give examples of another.")
+    return features.detach().double(), classes

@@ -1,0 +1,1 @@
+"""One run from a spec: data, source model, adaptation, scores, saved model."""

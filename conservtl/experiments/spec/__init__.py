@@ -1,0 +1,1 @@
+"""A spec: read, overridden, validated; recipes and search spaces in it."""

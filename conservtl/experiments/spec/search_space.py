@@ -1,0 +1,92 @@
+"""Ranges in a spec: fields marked for a search."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from conservtl.errors import SpecError
+
+__all__ = ["SearchRange", "ranges_of", "with_values"]
+
+
+class SearchRange(BaseModel):
+    """A field to be searched: ``{range: [1, 100], log: true}``, or ``{choices: [adamw, sgd]}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    range: tuple[float, float] | None = None
+    """Lowest and highest value; whole numbers where both are."""
+    log: bool = False
+    """Whether values are spread over decades."""
+    choices: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """Values to choose from."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.range is None) == (self.choices is None):
+            raise ValueError("a field to be searched has a range or choices, one of the two")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"the range must rise; received {list(self.range)}")
+        if self.range is not None and self.log and self.range[0] <= 0:
+            raise ValueError(f"a range over decades begins above 0; received {list(self.range)}")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a range of whole numbers."""
+        return self.range is not None and not self.log and all(value == int(value) for value in self.range)
+
+    def first(self) -> Any:
+        """Some value of it."""
+        if self.choices is not None:
+            return self.choices[0]
+        low = (self.range or (0.0, 0.0))[0]
+        return int(low) if self.whole else low
+
+
+def ranges_of(content: Mapping[str, Any]) -> dict[str, SearchRange]:
+    """Dotted field -> its mark, in a spec that is read but not validated.
+
+    Raises:
+        SpecError: a mark is malformed, or there is none.
+    """
+    found = dict(_walk(content, ""))
+    if not found:
+        raise SpecError(
+            "tune: no field is marked with a range. Write, say, alpha: {range: [1, 100], log: true} or "
+            "optimizer: {choices: [adamw, sgd]} in place of a value."
+        )
+    return found
+
+
+def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec's content with these values in place of the marks."""
+    filled: dict[str, Any] = copy.deepcopy(dict(content))
+    for dotted, value in values.items():
+        *path, last = dotted.split(".")
+        at: Any = filled
+        for key in path:
+            at = at[int(key)] if isinstance(at, list) else at[key]
+        at[int(last) if isinstance(at, list) else last] = value
+    return filled
+
+
+def _walk(value: Any, place: str) -> list[tuple[str, SearchRange]]:
+    if (
+        isinstance(value, Mapping)
+        and value.keys() & {"range", "choices"}
+        and value.keys() <= {"range", "choices", "log"}
+    ):
+        try:
+            return [(place, SearchRange(**value))]
+        except ValidationError as error:
+            raise SpecError(f"{place}: {error.errors()[0]['msg']}; received {dict(value)}.") from error
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, list) else ()
+    return [mark for key, inner in items for mark in _walk(inner, f"{place}.{key}".lstrip("."))]

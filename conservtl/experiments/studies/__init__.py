@@ -1,0 +1,1 @@
+"""Many runs: comparisons, sweeps and searches, with their statistics."""

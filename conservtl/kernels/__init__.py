@@ -1,0 +1,1 @@
+"""Computations over many weights at once: pulls, deviations from the source, sharded tensors."""

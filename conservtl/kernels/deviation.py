@@ -1,0 +1,110 @@
+"""Moving weights toward the source by an amount: what projections, proximal steps and selective decay share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from conservtl.kernels.dtensor import local, over_parts, sharded
+from conservtl.kernels.pull import chunk
+from conservtl.plan.decision import Moving
+
+__all__ = ["TINY", "By", "Norm", "deviations", "move_toward", "norms", "placed", "runs", "together", "totals"]
+
+TINY = torch.finfo(torch.float32).tiny
+"""Stands in for a norm of zero in a denominator."""
+
+By = Literal["tensor", "row"]
+Norm = Literal["frobenius", "mars"]
+
+
+def runs(moving: Sequence[Moving]) -> Iterator[Sequence[Moving]]:
+    """Parameters that go through memory together, so that w - w0 is never held for the whole model at once."""
+    run: list[Moving] = []
+    size = 0
+    for item in moving:
+        count = local(item.parameter).numel()
+        if run and size + count > chunk(item.parameter):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        size += count
+    if run:
+        yield run
+
+
+def deviations(moving: Sequence[Moving]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights w, anchors w0 in their type, and w - w0; this process's parts of them where they are sharded."""
+    weights = [local(item.parameter) for item in moving]
+    anchors = [placed(local(item.anchor), weight) for item, weight in zip(moving, weights, strict=True)]
+    return weights, anchors, list(torch._foreach_sub(weights, anchors)) if weights else []  # noqa: SLF001
+
+
+def placed(anchor: Tensor, parameter: Tensor) -> Tensor:
+    """An anchor as its parameter is, where it is held in half precision or on the CPU."""
+    return anchor.to(parameter.device, parameter.dtype, non_blocking=True)
+
+
+def norms(
+    tensors: Sequence[Tensor], by: By = "tensor", norm: Norm = "frobenius", *, of: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Norms of tensors, or of their rows; a row is what belongs to one index of the first dimension.
+
+    Args:
+        tensors: of any shapes.
+        by: tensor: one norm each, of shape (). row: one for each row, of shape (rows, 1, ..., 1).
+        norm: frobenius: the root of the sum of squares. mars: the largest sum of absolute values of a row, which for
+            one row is that sum.
+        of: the parameters that the tensors are this process's parts of, where they may be sharded: norms are then
+            those of the whole.
+    """
+    if not tensors:
+        return []
+    if by == "tensor" and norm == "frobenius":
+        found = list(torch._foreach_norm(list(tensors)))  # noqa: SLF001
+        if any(map(sharded, of)):
+            return list(totals([size.square() for size in found], of).sqrt())
+        return found
+    rows = [_of_rows(tensor, norm) if tensor.ndim > 1 else tensor.abs() for tensor in tensors]
+    if by == "row":
+        return rows
+    found = [each.max() if each.numel() else each.new_zeros(()) for each in rows]  # a process may hold no row
+    return list(over_parts(together(found), of, largest=True)) if any(map(sharded, of)) else found
+
+
+def _of_rows(tensor: Tensor, norm: Norm) -> Tensor:
+    dims = tuple(range(1, tensor.ndim))
+    if norm == "frobenius":
+        sizes: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+        return sizes
+    return tensor.abs().sum(dims, keepdim=True)  # a fifth of the time of vector_norm with an order of 1, on a CPU
+
+
+def totals(scalars: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
+    """Sums over whole parameters, (parameters,), from those over this process's parts, on the device of the first.
+
+    Args:
+        scalars: one a parameter.
+        of: the parameters.
+    """
+    return over_parts(together(scalars), of)
+
+
+def together(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars as one vector, on the device of the first."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
+
+
+def move_toward(weights: Sequence[Tensor], anchors: Sequence[Tensor], amounts: Sequence[Tensor]) -> None:
+    """Replace w by w + amount (w0 - w): exactly w at an amount of 0, exactly w0 at 1.
+
+    Args:
+        weights: changed in place.
+        anchors: where to, of their shapes.
+        amounts: in [0, 1], of shapes that broadcast to the weights'.
+    """
+    if weights:
+        torch._foreach_lerp_(list(weights), list(anchors), list(amounts))

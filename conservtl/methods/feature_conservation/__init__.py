@@ -1,0 +1,5 @@
+"""``FeatureConservation``."""
+
+from conservtl.methods.feature_conservation.strategy import FeatureConservation
+
+__all__ = ["FeatureConservation"]

@@ -1,0 +1,147 @@
+"""How much each channel of a layer matters to the task: the rise of the loss when it is zeroed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from conservtl.batches import each, replaced, size_of, tensors_of
+from conservtl.errors import SpecError
+from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.runtime.channels import channel_axis
+
+__all__ = ["AttentionMeasure"]
+
+_ELEMENTS = 1 << 24  # of a layer's output, repeated with a channel zeroed in each
+
+
+class AttentionMeasure(Measure):
+    """Softmax over a layer's channels of the rise of the task's loss when a channel is zeroed, times their number.
+
+    One pass over the data a layer, in the model's own precision: the layer's output is repeated for as many channels as
+    fit, another one zeroed in each, and what comes behind it sees them all as one batch.
+    """
+
+    kind: Literal["attention"] = "attention"
+    layers: tuple[str, ...]
+    """Layers."""
+    first: dict[str, int] = Field(default_factory=dict)
+    """Layer -> number of dimensions with which its output has the channels second, not last."""
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"rise of the loss with each channel zeroed, at {', '.join(self.layers)}, on {self.data} data"
+
+    def verify(self, found: Mapping[str, Tensor]) -> None:
+        """Hold it to a vector of weights for each layer."""
+        for layer in self.layers:
+            shape = tuple(found[layer].shape) if layer in found else None
+            if shape is None or len(shape) != 1:
+                raise SpecError(
+                    f"{self.name!r} must have a vector of channel weights for each of {list(self.layers)}; that of "
+                    f"{layer!r} is {'missing' if shape is None else f'of shape {shape}'}. Measure it on this model."
+                )
+
+    @torch.no_grad()
+    def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
+        """The attention of each layer, (channels,), 1 on average."""
+        rises: dict[str, Tensor] = {}
+        count = 0
+        for batch in probe.batches:
+            size = size_of(batch)
+            count += size
+            plain = probe.loss(probe.forward(probe.model, batch), batch)
+            for layer in self.layers:
+                losses = _Occluded(probe, layer, self.first.get(layer, 0)).losses(batch, size)
+                rises[layer] = rises.get(layer, 0.0) + size * (losses - plain).double()
+        return {layer: ((rise / count).softmax(0) * len(rise)).float() for layer, rise in rises.items()}
+
+
+class _Occluded:
+    """The model with channels of one layer zeroed.
+
+    Args:
+        probe: the model and what is computed with it.
+        layer: the layer.
+        first: what ``channels_first`` says of it.
+    """
+
+    def __init__(self, probe: MeasureContext, layer: str, first: int) -> None:
+        if layer not in probe.modules:
+            raise SpecError(f"layer {layer!r} has no module in the source model. Tap layers that both have.")
+        self.probe, self.layer, self.first = probe, layer, first
+        self.module = probe.modules[layer]
+
+    def losses(self, batch: Any, size: int) -> Tensor:
+        """(channels,) the loss with each channel zeroed."""
+        shape: list[tuple[int, int]] = []
+
+        def look(output: Tensor) -> Tensor:
+            shape.append((output.shape[channel_axis(output, self.first)], output.numel()))
+            return output
+
+        self._run(batch, look)
+        channels, elements = shape[0]
+        at_once = max(1, min(channels, _ELEMENTS // elements))
+        return torch.cat([self._together(batch, size, part) for part in torch.split(torch.arange(channels), at_once)])
+
+    def _together(self, batch: Any, size: int, zeroed: Tensor) -> Tensor:
+        """The losses of some channels in one pass."""
+        copies = len(zeroed)
+
+        def occlude(output: Tensor) -> Tensor:
+            if len(output) not in (size, copies * size):
+                raise SpecError(
+                    f"layer {self.layer!r} gives outputs of shape {tuple(output.shape)} for {size} examples, so no "
+                    "channel of an example can be told. Tap another layer, or set attention=False."
+                )
+            axis = channel_axis(output, self.first)
+            mask = torch.ones(copies, output.shape[axis], dtype=output.dtype, device=output.device)
+            mask[torch.arange(copies), zeroed.to(output.device)] = 0
+            wide = [1] * output.ndim
+            wide[0], wide[axis] = copies * size, output.shape[axis]
+            repeated = output if len(output) == copies * size else _repeat(output, copies)
+            return repeated * mask.repeat_interleave(size, 0).view(wide)
+
+        try:
+            return self._split(self._run(batch, occlude), batch, size, copies)
+        except Exception:  # noqa: BLE001 - a path around the layer may refuse in any way: all of the model sees the copies
+            wide = each(batch, lambda tensor: _repeat(tensor, copies) if tensor.ndim else tensor)
+            return self._split(self._run(wide, occlude), batch, size, copies)
+
+    def _split(self, outputs: Any, batch: Any, size: int, copies: int) -> Tensor:
+        if any(len(tensor) != copies * size for tensor in tensors_of(outputs) if tensor.ndim):
+            raise SpecError(f"layer {self.layer!r}: the model's outputs have no example a row. Set attention=False.")
+        losses = []
+        for copy in range(copies):
+            own = slice(copy * size, (copy + 1) * size)
+            rows = [tensor[own] if tensor.ndim else tensor for tensor in tensors_of(outputs)]
+            losses.append(self.probe.loss(replaced(outputs, rows), batch))
+        return torch.stack(losses)
+
+    def _run(self, batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """The outputs of the model, with the layer's output changed."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            return _first_changed(output, change)
+
+        handle = self.module.register_forward_hook(hook)
+        try:
+            return self.probe.forward(self.probe.model, batch)
+        finally:
+            handle.remove()
+
+
+def _first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A layer's output with its tensor changed: the first of what a recurrent or a transformer layer gives."""
+    if isinstance(output, Tensor):
+        return change(output)
+    return (_first_changed(output[0], change), *output[1:])
+
+
+def _repeat(tensor: Tensor, copies: int) -> Tensor:
+    return tensor.repeat(copies, *[1] * (tensor.ndim - 1))

@@ -1,0 +1,5 @@
+"""``FeatureExtraction``."""
+
+from conservtl.methods.feature_extraction.strategy import FeatureExtraction
+
+__all__ = ["FeatureExtraction"]

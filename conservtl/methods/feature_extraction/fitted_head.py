@@ -1,0 +1,207 @@
+"""Classifiers fitted to the features of a model that is trained no further, as values of its head."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from conservtl.errors import DataError, SpecError
+from conservtl.extras import require
+from conservtl.functions import Forward, labels_of, logits_of
+from conservtl.layers import canonical, unwrap
+from conservtl.methods.feature_extraction.probe_head import ProbeHead
+from conservtl.methods.feature_extraction.row_store import Rows
+from conservtl.plan.decision import After, FinishContext
+from conservtl.runtime.channels import pooled
+from conservtl.runtime.eval_mode import eval_mode
+from conservtl.runtime.measuring import Placed
+
+__all__ = ["Classifier", "FittedHead", "nearest_means"]
+
+Classifier = Literal["svm", "logistic", "ncm"]
+
+_BLOCK = 4096  # rows at a time, where a mapped matrix is read
+_ROUNDING = 1e-2  # of the largest score; where a head's outputs are not the model's, they differ by far more
+_STEPS = 10_000
+
+Scores = tuple[Any, Any]
+"""Weight (classes, D) and bias (classes,) of linear scores, arrays in double precision."""
+
+
+class FittedHead(After):
+    """The head becomes a classifier that is fitted to what enters it."""
+
+    kind: Literal["fitted_head"] = "fitted_head"
+    classifier: Classifier
+    """Which."""
+    C: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Strength of the loss against the regularisation; None for class means, which have none."""
+    head: str
+    """The head's module."""
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        what = {"svm": "a linear SVM", "logistic": "a logistic regression", "ncm": "the nearest class mean"}
+        strength = "" if self.C is None else f" (C = {self.C:g})"
+        return f"{self.head} becomes {what[self.classifier]}{strength}, fitted to the features of the training data"
+
+    def finish(self, ending: FinishContext) -> dict[str, Any]:
+        """Compute the features of each example once, fit, and write the scores into the head."""
+        if ending.batches is None:
+            raise SpecError(f"{self.by} fits its classifier to the training data: pass its batches, finish(batches).")
+        model = unwrap(ending.model)
+        head: Any = {canonical(name): module for name, module in model.named_modules()}[self.head]
+        features, labels = _everyones(*self._features(model, head, ending.batches, ending.forward))
+        self._check_classes(labels, len(head.weight))
+        facts = {"classifier": self.classifier, "examples": len(features), "features": features.shape[1]}
+        strength = self.C
+        if strength is None:
+            weight, bias = nearest_means(features, labels)
+        else:
+            fitted = _standardised(features, lambda x: _fit(self.classifier, x, labels, strength))
+            weight, bias, facts["converged"] = fitted
+            facts["C"] = strength
+        head.weight.copy_(torch.from_numpy(weight).view(head.weight.shape))
+        head.bias.copy_(torch.from_numpy(bias))
+        return facts
+
+    def _features(self, model: nn.Module, head: Any, batches: Iterable[Any], forward: Forward) -> tuple[Any, Any]:
+        """Features (N, D) and labels (N,) of all batches, with the model in eval mode."""
+        rows = Rows()
+        labels: list[Tensor] = []
+        entered: list[Tensor] = []
+        catch = head.register_forward_pre_hook(lambda _, inputs: entered.append(_entering(head, inputs[0])))
+        try:
+            with eval_mode(model):
+                for batch in Placed(batches, head.weight.device):
+                    entered.clear()
+                    outputs = forward(model, batch)
+                    truth = self._labels(batch)
+                    if not labels:
+                        self._check_head(model, head, outputs, entered, len(truth))
+                    rows.add(entered[0])
+                    labels.append(truth.cpu())
+        finally:
+            catch.remove()
+        if not labels:
+            raise DataError(f"{self.by}: there are no batches to fit a classifier to. Give some.")
+        return rows.matrix(), torch.cat(labels).numpy()
+
+    def _labels(self, batch: Any) -> Tensor:
+        labels = labels_of(batch)
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+            found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
+            raise DataError(
+                f"{self.by}: classifier={self.classifier!r} needs one class for each example, integers of shape (N,); "
+                f"received {found}. Use classifier='linear' for other targets."
+            )
+        return labels
+
+    def _check_head(self, model: nn.Module, head: Any, outputs: Any, entered: list[Tensor], size: int) -> None:
+        """Hold the model's scores to be linear in what enters the head, up to what is the same for all classes."""
+        scores = logits_of(outputs)
+        right = len(entered) == 1 and entered[0].ndim == 2 and len(entered[0]) == size
+        if right and isinstance(scores, Tensor) and scores.shape == (size, len(head.weight)):
+            expected = F.linear(entered[0], head.weight.flatten(1), head.bias)
+            apart = (scores - scores.mean(1, keepdim=True)) - (expected - expected.mean(1, keepdim=True))
+            if bool(apart.abs().max() <= _ROUNDING * expected.abs().max()):
+                return
+        raise SpecError(
+            f"{self.by}: classifier={self.classifier!r} is written into {self.head!r}, so the outputs of "
+            f"{type(model).__name__} must be that head's, linear in its input, with an example a row; they are not. "
+            "Use classifier='linear'."
+        )
+
+    def _check_classes(self, labels: Any, classes: int) -> None:
+        counts = np.bincount(labels, minlength=classes) if labels.min() >= 0 else np.zeros(0)
+        if len(counts) != classes or classes < 2:
+            raise DataError(
+                f"{self.by}: a classifier needs two classes or more, and labels from 0 to {classes - 1} as the head "
+                f"has outputs; received {labels.min()} to {labels.max()}."
+            )
+        if missing := np.flatnonzero(counts == 0).tolist():
+            raise DataError(
+                f"{self.by}: every class of the head needs an example to fit classifier={self.classifier!r} to; "
+                f"classes {missing} of {classes} have none. Give some, or build the model without them."
+            )
+
+
+def nearest_means(features: Any, labels: Any) -> Scores:
+    """Scores whose order is that of distances to the class means m: 2 m.x - |m|².
+
+    Args:
+        features: (N, D).
+        labels: (N,) classes, each of which occurs.
+    """
+    counts = np.bincount(labels)
+    sums = np.zeros((len(counts), features.shape[1]))
+    for rows in _blocks(len(features)):
+        sums += np.eye(len(counts))[labels[rows]].T @ features[rows]
+    means = sums / counts[:, None]
+    return 2 * means, -np.square(means).sum(1)
+
+
+def _fit(classifier: str, features: Any, labels: Any, strength: float) -> tuple[Any, Any, bool]:
+    """Weight, bias, and whether the solver came to its end."""
+    if classifier == "svm":
+        make = require("sklearn.svm", "experiments").LinearSVC
+        model = make(C=strength, max_iter=_STEPS, random_state=0)
+    else:
+        make = require("sklearn.linear_model", "experiments").LogisticRegression
+        model = make(C=strength, max_iter=_STEPS)
+    late = require("sklearn.exceptions", "experiments").ConvergenceWarning
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", late)
+        model.fit(features, labels)
+    weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(weight) == 1:  # one row for two classes: the same margin between two
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight, bias, not any(issubclass(one.category, late) for one in caught)
+
+
+def _standardised(features: Any, fit: Callable[[Any], tuple[Any, Any, bool]]) -> tuple[Any, Any, bool]:
+    """What ``fit`` finds on features of mean 0 and variance 1, as scores of the features as they were.
+
+    Args:
+        features: (N, D), changed in place.
+        fit: standardised features -> weight, bias and what it has to say.
+    """
+    blocks = list(_blocks(len(features)))
+    mean = sum(features[rows].sum(0, dtype=np.float64) for rows in blocks) / len(features)
+    variance = sum(np.square(features[rows] - mean).sum(0) for rows in blocks) / len(features)
+    scale = np.sqrt(variance)
+    scale[scale <= 1e-6 * np.abs(mean)] = 1.0  # constant but for rounding
+    scale[scale == 0] = 1.0
+    for rows in blocks:
+        features[rows] = (features[rows] - mean) / scale
+    weight, bias, said = fit(features)
+    weight = weight / scale
+    return weight, bias - weight @ mean, said
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, length, _BLOCK))
+
+
+def _entering(head: Any, entered: Tensor) -> Tensor:
+    """Features (N, D) of what enters a head."""
+    if isinstance(head, ProbeHead):
+        return head.features(entered)
+    return pooled(entered, 1) if head.weight.ndim > 2 else entered
+
+
+def _everyones(features: Any, labels: Any) -> tuple[Any, Any]:
+    """Features and labels of all processes, so that each fits the same."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return features, labels
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (features, labels))
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

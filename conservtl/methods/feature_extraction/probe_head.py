@@ -1,0 +1,167 @@
+"""A linear head over the outputs of layers inside a model, in the place of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from conservtl.batches import each
+from conservtl.errors import SpecError
+from conservtl.layers import Layer, canonical, select, unwrap
+from conservtl.layers.first_use import calls
+from conservtl.plan.plan import Plan
+from conservtl.runtime.channels import channel_axis, channels_first, pooled
+from conservtl.runtime.taps import tensor_of
+
+__all__ = ["ProbeHead", "extend", "retract"]
+
+
+_HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class ProbeHead(nn.Linear):
+    """A linear map of what some layers put out: the means over positions, side by side.
+
+    Args:
+        head: the module whose place it takes; kept aside, and no part of the model.
+        sizes: layer -> number of its channels, in the order of depth.
+        own: number of features of the head's own input, which come last; 0: they are not used.
+    """
+
+    def __init__(self, head: Any, sizes: dict[str, int], own: int) -> None:
+        like = head.weight
+        super().__init__(sum(sizes.values()) + own, len(like), device=like.device, dtype=like.dtype)
+        self.layers = tuple(sizes)
+        self.own = own > 0
+        self.replaced = [head]  # in a list: no child
+        self.caught: dict[str, Tensor] = {}
+        self.train(head.training)
+
+    def features(self, entered: Tensor) -> Tensor:
+        """The features (N, D) of the forward pass under way.
+
+        Args:
+            entered: the input of the head that was replaced.
+        """
+        if lost := [layer for layer in self.layers if layer not in self.caught]:
+            raise SpecError(
+                f"the output of layer {lost[0]!r}, which the head is fed from, was not computed before it. Call the "
+                "whole model, or name other layers."
+            )
+        parts = [self.caught[layer] for layer in self.layers]
+        return torch.cat([*parts, *([pooled(entered, 1)] if self.own else [])], 1)
+
+    def forward(self, entered: Tensor) -> Tensor:
+        """Scores (N, classes), with as many dimensions as the head that was replaced gives."""
+        features = self.features(entered)
+        self.caught.clear()
+        return F.linear(features, self.weight, self.bias).view(len(features), -1, *[1] * (entered.ndim - 2))
+
+
+class _Tap:
+    """A forward hook that hands the probe what a layer puts out."""
+
+    computes = True
+    """It is no observer: the model needs it to run."""
+
+    def __init__(self, probe: ProbeHead, layer: str, first: int) -> None:
+        self.probe, self.layer, self.first = probe, layer, first
+
+    def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
+        found = tensor_of(output, self.layer)
+        # A copy: what comes next may write into it, as ReLU(inplace=True) does.
+        self.probe.caught[self.layer] = pooled(found, channel_axis(found, self.first)).clone()
+
+
+def extend(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Sequence[str]) -> None:
+    """Put a probe of these layers in the place of the head.
+
+    Args:
+        model: wrapped or not.
+        layers: its layers, input side first.
+        example: an input.
+        globs: of layers; the last one stands for what enters the head.
+
+    Raises:
+        SelectorError: a glob matches no layer.
+        SpecError: there is no example, or no head that can be replaced.
+    """
+    model = unwrap(model)
+    plan = Plan.draw(layers, {}, {})
+    name, last = plan.head_module, plan.layers[-1]
+    found = {layer for names in select(globs, plan.layers, "layer").values() for layer in names}
+    modules = {canonical(key): module for key, module in model.named_modules()}
+    head = modules.get(name)
+    if isinstance(head, ProbeHead):
+        raise SpecError(
+            "FeatureExtraction: the model's head is fed from chosen layers already. Retract that of an earlier "
+            "adaptation first (FeatureExtraction(layers=...).retract(model)); there can be one."
+        )
+    if not name or not isinstance(head, _HEADS):
+        raise SpecError(
+            f"FeatureExtraction: with layers, the head must be a linear map or a convolution inside the model, to be "
+            f"replaced; here it is {name or 'the whole model'!r}, a {type(head).__name__}. Leave layers out."
+        )
+    if example is None:
+        raise SpecError(
+            f"FeatureExtraction: how many features the layers {sorted(found)} give is seen by running the model. Pass "
+            "adapt(..., example=a batch of inputs)."
+        )
+    parts = {layer.name: layer.modules[-1] for layer in layers if layer.name in found - {last} and layer.modules}
+    if bare := found - {last} - parts.keys():
+        raise SpecError(f"FeatureExtraction: {min(bare)!r} is a parameter outside all modules, so it has no output.")
+    first = {layer: channels_first(rows) for layer, rows in plan.by_layer()}
+    outputs, entered = _outputs(model, example, parts, name)
+    sizes = {layer: outputs[layer].shape[channel_axis(outputs[layer], first[layer])] for layer in parts}
+    probe = ProbeHead(head, sizes, entered.shape[1] if last in found else 0)
+    for layer, module in parts.items():
+        modules[module].register_forward_hook(_Tap(probe, layer, first[layer]))
+    holder, _, key = name.rpartition(".")
+    setattr(modules[holder], key, probe)
+
+
+def retract(model: nn.Module) -> None:
+    """Put the head that was replaced back."""
+    for parent in list(unwrap(model).modules()):
+        hooks = parent._forward_hooks  # noqa: SLF001
+        for tap in [key for key, hook in hooks.items() if isinstance(hook, _Tap)]:
+            del hooks[tap]
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ProbeHead):
+                setattr(parent, name, child.replaced[0].to(child.weight.device))
+
+
+def _outputs(model: nn.Module, example: Any, parts: dict[str, str], head: str) -> tuple[dict[str, Tensor], Tensor]:
+    """What layers put out and what enters the head, seen on a copy of the model in eval mode."""
+    trial = copy.deepcopy(model).eval()
+    modules = {canonical(name): module for name, module in trial.named_modules()}
+    outputs: dict[str, Tensor] = {}
+    entered: list[Tensor] = []
+    for layer, name in parts.items():
+        modules[name].register_forward_hook(lambda _, __, y, layer=layer: outputs.update({layer: tensor_of(y, layer)}))
+    modules[head].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    device = next(trial.parameters()).device
+    error: Exception | None = None
+    with torch.no_grad(), torch.random.fork_rng():
+        for call in calls(each(example, lambda tensor: tensor.to(device))):
+            try:
+                call(trial)
+                break
+            except Exception as caught:  # noqa: BLE001 - a model may fail in any way; the next attempt decides
+                error = caught
+        else:
+            raise SpecError(f"example: the model cannot be called with it: {error}. Pass a batch of inputs.") from error
+    missed = [layer for layer in parts if layer not in outputs or outputs[layer].ndim < 2]
+    flat = isinstance(modules[head], nn.Linear)
+    if missed or not entered or (flat and entered[0].ndim != 2):
+        seen = f"layer {missed[0]!r} puts out none" if missed else "its head gets none"
+        raise SpecError(
+            f"FeatureExtraction: each layer must put out, and a linear head get, features with an example a row; on "
+            f"the example {seen}. Name other layers, or leave layers out."
+        )
+    return outputs, entered[0]

@@ -1,0 +1,236 @@
+"""An affine map over the features of a model's input, in front of all else."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from conservtl.batches import each, tensors_of
+from conservtl.errors import SpecError
+from conservtl.layers import Layer, canonical, unwrap
+from conservtl.layers.first_use import calls
+
+__all__ = ["NAME", "Transform", "extend", "merge", "retract"]
+
+NAME = "input_transform"
+"""What the module is called on the model."""
+
+_CLOSE = 1e-3  # of the largest output; where a merge is wrong, outputs differ by far more
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Transform(nn.Module):
+    """x + D x + b over one axis of x; the identity at the start, and where weight decay pulls to.
+
+    Args:
+        size: of that axis.
+        dim: which.
+        bias: whether there is a b.
+        like: gives device and type.
+    """
+
+    complete = True  # a layer of its own, which norms and tokens behind it do not join
+
+    def __init__(self, size: int, dim: int, bias: bool, like: Tensor) -> None:
+        super().__init__()
+        self.dim = dim
+        self.into: str | None = None
+        """The module that it can be merged into."""
+        self.weight = nn.Parameter(torch.zeros(size, size, device=like.device, dtype=like.dtype))
+        zeros = torch.zeros(size, device=like.device, dtype=like.dtype)
+        self.bias = nn.Parameter(zeros) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return x + F.linear(x.movedim(self.dim, -1), self.weight, self.bias).movedim(-1, self.dim)
+
+
+def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bias: bool) -> list[str]:
+    """Put an identity before everything; returns its parameters' names.
+
+    Args:
+        model: wrapped or not.
+        layers: its layers, input side first.
+        example: an input, or None.
+        dim: the axis of the input that is transformed.
+        bias: whether there is one.
+
+    Raises:
+        SpecError: there is one already, the model has no parts to stand before, or the axis or its size is not known.
+    """
+    model = unwrap(model)
+    if NAME in model._modules:  # noqa: SLF001
+        raise SpecError(
+            "InputTransform: the model has an input transform already. Merge or retract that of an earlier adaptation "
+            "first (InputTransform().merge(model), InputTransform().retract(model)); there can be one."
+        )
+    if not model._modules:  # noqa: SLF001
+        raise SpecError(
+            f"InputTransform: {type(model).__name__} is a single module, with nothing to put in front of. Wrap it: "
+            "nn.Sequential(model)."
+        )
+    transform = Transform(_size(model, layers, example, dim), dim, bias, next(model.parameters()))
+    transform.train(model.training)
+    others = dict(model._modules)  # noqa: SLF001
+    model._modules.clear()  # noqa: SLF001 - it must come first: without an example, order is that of registration
+    model._modules.update({NAME: transform, **others})  # noqa: SLF001
+    if not _runs_its_children(model):
+        model.register_forward_pre_hook(_transformed, prepend=True, with_kwargs=True)
+    transform.into = None if example is None else _consumer(model, example)
+    return [f"{NAME}.{name}" for name, _ in transform.named_parameters()]
+
+
+def retract(model: nn.Module) -> None:
+    """Take it away, whatever its values."""
+    model = unwrap(model)
+    if not isinstance(model._modules.get(NAME), Transform):  # noqa: SLF001
+        return
+    del model._modules[NAME]  # noqa: SLF001
+    hooks = model._forward_pre_hooks  # noqa: SLF001
+    for key in [key for key, hook in hooks.items() if hook is _transformed]:
+        del hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)  # noqa: SLF001
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> bool:
+    """Move it into the weights that take the input, where that is exact; whether nothing is left.
+
+    W (x + D x + b) + c = (W + W D) x + (W b + c). A convolution that pads with zeros sees no b at the border, so
+    there, and where it has no bias to add to, only a transform without b can go.
+    """
+    model = unwrap(model)
+    transform = model._modules.get(NAME)  # noqa: SLF001
+    if not isinstance(transform, Transform):
+        return True
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    module: Any = modules.get(transform.into or "")
+    if transform.into is None or module is None or not _takes(model, module):
+        return False
+    if transform.bias is not None and bool(transform.bias.any()):
+        if module._parameters.get("bias") is None or _pads_with_zeros(module):  # noqa: SLF001
+            return False
+        weight: Any = module.weight
+        module.bias.add_(weight.flatten(2).sum(2) @ transform.bias if weight.ndim > 2 else weight @ transform.bias)
+    _absorb(module, transform.weight)
+    retract(model)
+    return True
+
+
+def _absorb(module: Any, weight: Tensor) -> None:
+    module.weight.add_(torch.tensordot(module.weight, weight, dims=([1], [0])).movedim(-1, 1))
+
+
+def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pre-hook of the model: its first tensor goes through the transform."""
+    transform = model._modules[NAME]  # noqa: SLF001
+    assert isinstance(transform, Transform)
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:place], transform(value), *args[place + 1 :]), kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, name: transform(value)}
+    raise SpecError("InputTransform: the model was called without a tensor, so there is no input to transform.")
+
+
+def _runs_its_children(model: nn.Module) -> bool:
+    """Whether the model calls all that is registered, in order, so that a first child needs no hook."""
+    return type(model).forward is nn.Sequential.forward
+
+
+def _size(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int) -> int:
+    """Length of the axis, from an example or else from the weights that the input meets first."""
+    if example is not None:
+        first = next((tensor for tensor in tensors_of(example)), None)
+        if first is None or not first.is_floating_point() or not -first.ndim < dim < first.ndim:
+            seen = "no tensor" if first is None else f"a tensor of shape {tuple(first.shape)}, {first.dtype}"
+            raise SpecError(
+                f"InputTransform: dim={dim} must be an axis behind the batch of an input of real numbers; the example "
+                f"holds {seen}. Choose another dim."
+            )
+        return first.shape[dim]
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    names = [info.name for info in layers[0].parameters if info.kind == "weight"]
+    meets = modules.get(names[0].rpartition(".")[0]) if names else None
+    if isinstance(meets, _CONVOLUTIONS) and dim in (1, -1 - len(meets.kernel_size)):
+        return meets.in_channels
+    if isinstance(meets, nn.Linear):
+        return meets.in_features
+    if isinstance(meets, nn.RNNBase) and dim == -1:
+        return meets.input_size
+    raise SpecError(
+        f"InputTransform: the length of the input's axis {dim} cannot be told from layer {layers[0].name!r}. Pass "
+        "adapt(..., example=a batch of inputs)."
+    )
+
+
+def _consumer(model: nn.Module, example: Any) -> str | None:
+    """The module that takes the transformed input and nothing else does, so that a transform can be merged into it.
+
+    Tried out on a copy: merged into the first linear map or convolution that runs, a random transform must leave the
+    outputs for random inputs as they were.
+    """
+    trial = copy.deepcopy(model).eval()
+    transform: Any = trial._modules[NAME]  # noqa: SLF001
+    called: list[Any] = []
+    for module in trial.modules():
+        if _takes(trial, module):
+            module.register_forward_pre_hook(lambda module, _: called.append(module))
+    names = {module: canonical(name) for name, module in trial.named_modules()}
+    device = transform.weight.device
+    with torch.no_grad(), torch.random.fork_rng():
+        noise = each(example, lambda t: (torch.randn(t.shape) if t.is_floating_point() else t).to(device, t.dtype))
+        transform.weight.copy_(torch.randn(transform.weight.shape) / len(transform.weight) ** 0.5)
+        for call in calls(noise):
+            called.clear()
+            expected = _outputs(call, trial)
+            if expected is None:
+                continue
+            taker = called[0] if called else None
+            if taker is None or taker.weight.shape[1] != len(transform.weight):
+                return None
+            _absorb(taker, transform.weight)
+            transform.weight.zero_()
+            return names[taker] if _alike(expected, _outputs(call, trial)) else None
+    return None
+
+
+def _outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor] | None:
+    torch.manual_seed(0)
+    try:
+        return tensors_of(call(model))
+    except Exception:  # noqa: BLE001 - a model may fail in any way; the next attempt decides
+        return None
+
+
+def _alike(a: list[Tensor], b: list[Tensor] | None) -> bool:
+    """Whether outputs are equal to rounding, and finite."""
+    if b is None or not a or len(a) != len(b):
+        return False
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)]
+    return all(bool((x - y).abs().max() <= _CLOSE * x.abs().max()) for x, y in pairs if x.numel())
+
+
+def _takes(model: nn.Module, module: nn.Module) -> bool:
+    """Whether it is a linear map or an ungrouped convolution with a weight of its own."""
+    plain = any(type(module).forward is kind.forward for kind in (nn.Linear, *_CONVOLUTIONS))
+    if not plain or getattr(module, "groups", 1) != 1:
+        return False
+    owners = Counter(id(own) for part in model.modules() for own in part._parameters.values())  # noqa: SLF001
+    weight = module._parameters.get("weight")  # noqa: SLF001
+    return weight is not None and owners[id(weight)] == 1
+
+
+def _pads_with_zeros(module: Any) -> bool:
+    if isinstance(module, nn.Linear) or module.padding_mode != "zeros":
+        return False
+    if module.padding == "same":
+        return any(size > 1 for size in module.kernel_size)
+    return module.padding != "valid" and any(module.padding)

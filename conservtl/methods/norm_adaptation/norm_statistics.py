@@ -1,0 +1,173 @@
+"""Running statistics of norms on other data than they were learned on: the target's, or a mixture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from conservtl.batches import tensors_of
+from conservtl.errors import DataError, SpecError
+from conservtl.layers import canonical, unwrap
+from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.runtime.freezing import tracks_statistics
+
+__all__ = ["NormStatistics"]
+
+
+class NormStatistics(Measure):
+    r"""Mean and variance of what reaches each norm, over all of the data, mixed with those of the source.
+
+    .. math:: \frac{N}{N + n} \text{source} + \frac{n}{N + n} \text{target}
+
+    Each norm in its turn, behind norms that have been adapted already, all in eval mode, so that what is found is what
+    the model will see, whatever the size and order of the batches: averages over the statistics of batches, as momentum
+    gives them, depend on both.
+    """
+
+    kind: Literal["norm_statistics"] = "norm_statistics"
+    prior: Annotated[int, Field(ge=0)] = 0
+    """N: how many target examples the source's statistics weigh as much as. 0: the target's alone."""
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        share = f", mixed with the source's at the weight of {self.prior} examples" if self.prior else ""
+        return f"statistics of the norms on the target{share}"
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model without statistics.
+
+        Raises:
+            SpecError: no norm keeps any.
+        """
+        if not _norms(model):
+            raise SpecError(
+                f"{self.by}: no norm of {type(model).__name__} keeps running statistics that could be adapted (a layer "
+                "norm normalises each example by itself). Use statistics='source', or another strategy."
+            )
+
+    @torch.no_grad()
+    def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
+        """Name of the buffer -> its adapted value.
+
+        Raises:
+            DataError: a norm sees a single value a channel, which has no variance.
+        """
+        found: dict[str, Tensor] = {}
+        norms = _norms(unwrap(probe.model))
+        for name, calls in _calls(probe, norms).items():
+            norm = norms[name]
+            moments, examples = _measured(probe, norm, once=calls == 1)
+            if moments.single:
+                raise DataError(
+                    f"{name!r} saw one value a channel in all of the data, which has no variance. Give more examples."
+                )
+            share = examples / (examples + self.prior)
+            for kind, target in (("running_mean", moments.mean), ("running_var", moments.variance)):
+                buffer = getattr(norm, kind)
+                buffer.add_(share * (target - buffer))
+                found[f"{name}.{kind}"] = buffer.clone()
+        return found
+
+    def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
+        """Put the statistics into the norms."""
+        buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
+        with torch.no_grad():
+            for name, value in found.items():
+                buffers[name].copy_(value)
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    return {canonical(name): module for name, module in model.named_modules() if tracks_statistics(module)}
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass behind the norm that is measured
+    pass
+
+
+def _calls(probe: MeasureContext, norms: Mapping[str, nn.Module]) -> Counter[str]:
+    """How often each norm is called in a forward pass, in the order of first use; without those that are not."""
+    calls: Counter[str] = Counter()
+
+    def counter(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, __: calls.update([name])
+
+    with ExitStack() as hooks:
+        for name, norm in norms.items():
+            hooks.callback(norm.register_forward_pre_hook(counter(name)).remove)
+        with probe.autocast():
+            probe.forward(probe.model, next(iter(probe.batches)))
+    return calls
+
+
+def _measured(probe: MeasureContext, norm: nn.Module, once: bool) -> tuple[_Moments, int]:
+    """Moments of a norm's input over all of the data, and the number of examples.
+
+    Args:
+        probe: the model and the data.
+        norm: to be measured.
+        once: whether it is called once only, so that nothing behind it needs to be computed.
+    """
+    moments = _Moments(isinstance(norm, _InstanceNorm))
+    examples = 0
+
+    def listen(_: nn.Module, inputs: Any) -> None:
+        moments.take(inputs[0])
+        if once:
+            raise _Reached
+
+    hook = norm.register_forward_pre_hook(listen)
+    try:
+        for batch in probe.batches:
+            with suppress(_Reached), probe.autocast():
+                probe.forward(probe.model, batch)
+            examples += next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 1)
+    finally:
+        hook.remove()
+    return moments, examples
+
+
+class _Moments:
+    """Mean and variance in double precision, gathered over batches: of all values a channel, or for each instance."""
+
+    def __init__(self, instances: bool) -> None:
+        self.instances = instances
+        self.count = 0
+        self.mean: Any = 0.0
+        self._square: Any = 0.0
+
+    def take(self, x: Tensor) -> None:
+        """Add a norm's input, (N, channels, ...)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.instances:  # the average over instances of each one's own, as torch keeps it
+            values = x.flatten(2)
+            self._add(len(x), values.mean(2).double().mean(0), len(x) * values.var(2).double().mean(0))
+            return
+        values = x.transpose(0, 1).flatten(1)
+        variance, mean = (moment.double() for moment in torch.var_mean(values, 1, correction=0))
+        count = values.shape[1]
+        # Chan et al. 1983: sums of squares about the common mean, without cancellation.
+        between = (mean - self.mean).square() * (self.count * count / (self.count + count))
+        self._add(count, mean, variance * count + between)
+
+    def _add(self, count: int, mean: Tensor, square: Tensor) -> None:
+        self.mean = self.mean + (mean - self.mean) * (count / (self.count + count))
+        self._square = self._square + square
+        self.count += count
+
+    @property
+    def single(self) -> bool:
+        """Whether there is no variance to speak of."""
+        return self.count == 1 and not self.instances
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, as torch keeps it."""
+        variance: Tensor = self._square / (self.count if self.instances else self.count - 1)
+        return variance

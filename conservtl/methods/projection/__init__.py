@@ -1,0 +1,5 @@
+"""``Projection``."""
+
+from conservtl.methods.projection.strategy import Projection
+
+__all__ = ["Projection"]

@@ -1,0 +1,35 @@
+"""The plan: every decision about a model, readable before anything is trained."""
+
+from conservtl.plan.decision import (
+    After,
+    Decision,
+    FinishContext,
+    Measure,
+    MeasureContext,
+    Moving,
+    Step,
+    Term,
+    Update,
+    View,
+)
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row
+
+__all__ = [
+    "COLUMNS",
+    "After",
+    "Anneal",
+    "Choice",
+    "Decision",
+    "FinishContext",
+    "Measure",
+    "MeasureContext",
+    "Moving",
+    "Phase",
+    "Plan",
+    "Row",
+    "Step",
+    "Term",
+    "Update",
+    "View",
+]

@@ -1,0 +1,117 @@
+"""The plan as a table by layer, for a terminal and for plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conservtl.plan.plan import Plan
+    from conservtl.plan.row import Row
+
+__all__ = ["HEADER", "as_rich", "as_text", "beside", "lines", "summary"]
+
+HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
+
+
+def lines(plan: Plan) -> list[tuple[str, ...]]:
+    """One line a layer, a cell for each of ``HEADER``."""
+    trained = set(plan.trained)
+    return [
+        (
+            layer,
+            f"{sum(row.size for row in rows):,}",
+            _origin(rows),
+            _state(plan, rows, trained),
+            _span([row for row in rows if row.name in trained], _rate),
+            _span([row for row in rows if row.name in trained], lambda row: _strength(row, row.pull)),
+            _span([row for row in rows if row.name in trained], lambda row: _strength(row, row.decay)),
+        )
+        for layer, rows in plan.by_layer()
+    ]
+
+
+def summary(plan: Plan) -> list[str]:
+    """Totals, why what is fresh is fresh, and the phases where there is more than one."""
+    total = plan.totals()
+    share = 100 * total["trained"] / max(1, total["all"])
+    out = [
+        f"{total['all']:,} parameters: {total['trained']:,} trained ({share:.1f} %), {total['frozen']:,} frozen",
+        f"{total['copied']:,} copied from the source, {total['fresh']:,} fresh",
+    ]
+    reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
+    out += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
+    if len(plan.phases) > 1:
+        for number, phase in enumerate(plan.phases):
+            frozen = plan.frozen_in(number)
+            names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
+            shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
+            out.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {shown}")
+    out += [f"{moment}  {said}" for moment, said in beside(plan)]
+    return out
+
+
+def beside(plan: Plan) -> list[tuple[str, str]]:
+    """What is decided that no column of the table holds: when it acts, and what it is."""
+    shares = {row.instance: row.chosen["statistics"].by for row in plan.rows if row.instance}
+    mixed = [f"{by}: statistics {1 - share:.0%} as kept, {share:.0%} of each example" for share, by in shares.items()]
+    moments = (("before", plan.measures), ("loss", plan.terms), ("each step", plan.updates), ("after", plan.after))
+    decided = [(moment, f"{one.by}: {one.describe()}") for moment, decisions in moments for one in decisions]
+    return [*(("norms", said) for said in mixed), *decided]
+
+
+def as_text(plan: Plan) -> str:
+    """The table in plain characters."""
+    cells = [HEADER, *lines(plan)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
+    rule = "  ".join("─" * width for width in widths)
+    body = [
+        "  ".join(c.rjust(w) if i == 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in [body[0], rule, *body[1:], rule, *summary(plan)])
+
+
+def as_rich(plan: Plan) -> Any:
+    """The table for a terminal that ``rich`` prints to."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+    for name in HEADER:
+        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
+    for cells in lines(plan):
+        style = "dim" if cells[3] == "frozen" else "yellow" if cells[2].startswith("fresh") else ""
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return Group(table, *(Text(line, style="italic") for line in summary(plan)))
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    origins = {row.origin for row in rows}
+    return origins.pop() if len(origins) == 1 else "source, part fresh"
+
+
+def _state(plan: Plan, rows: Sequence[Row], trained: set[str]) -> str:
+    names = {row.name for row in rows}
+    if not names & trained:
+        return "frozen"
+    state = "trained" if names <= trained else "part trained"
+    first = next(i for i in range(len(plan.phases)) if names - plan.frozen_in(i))
+    return state if first == 0 else f"{state} from phase {first + 1}"
+
+
+def _rate(row: Row) -> str:
+    return f"{row.lr:.3g}" if row.lr is not None else f"× {row.scale:.3g}"
+
+
+def _strength(row: Row, value: float | None) -> str:
+    if value is None:
+        return ""
+    weighed = f" × {row.importance}" if row.importance is not None and value == row.pull else ""
+    return f"{value:.3g}{weighed}" if row.mode == "coupled" else f"{value:.3g}{weighed} decoupled"
+
+
+def _span(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    values = list(dict.fromkeys(text for text in map(cell, rows) if text))
+    return "–" if not values else values[0] if len(values) == 1 else f"{values[0]} … {values[-1]}"

@@ -1,0 +1,136 @@
+"""Accuracy over the number of layers transferred, from either side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conservtl.report.figures.canvas import GREY, INK, Picture, bare, draw, shorten
+from conservtl.report.figures.labels import spread
+from conservtl.report.text.intervals import Span, share
+
+__all__ = ["FORMS", "Points", "by_depth", "curve"]
+
+Points = dict[int, Span]
+"""Number of layers -> accuracy in per cent."""
+
+FORMS = {"AnB": "held (AnB)", "AnB+": "fine-tuned (AnB+)", "BnB": "control, held (BnB)", "BnB+": "control (BnB+)"}
+
+# Colours of Okabe and Ito's palette that stand for no domain.
+_LOOKS = {
+    "AnB": {"color": "#009E73", "linestyle": "-", "marker": "o", "linewidth": 2.0},
+    "AnB+": {"color": "#A0457B", "linestyle": "--", "marker": "s", "linewidth": 2.0},
+    "BnB": {"color": GREY, "linestyle": "-", "marker": "", "linewidth": 1.1},
+    "BnB+": {"color": GREY, "linestyle": ":", "marker": "", "linewidth": 1.3},
+}
+_HEIGHT = 3.3
+_LINE = 13.0  # points from one name to the next
+_TICKS = 22  # numbers that fit under one panel
+
+
+def curve(result: Mapping[str, Any], side: str, form: str, domain: str) -> Points:
+    """The points of one curve that were measured."""
+    found = {}
+    for each in result.get("curves") or []:
+        if each["side"] == side and each["form"] == form:
+            for point in each["points"]:
+                if (span := share(point.get(domain))) is not None:
+                    found[int(point["n"])] = span
+    return dict(sorted(found.items()))
+
+
+def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
+    """Both sides in one picture; None where nothing was measured."""
+    sides = {}
+    for side in ("input", "output"):
+        curves = {form: points for form in FORMS if (points := curve(result, side, form, domain))}
+        if curves:
+            sides[side] = curves
+    if not sides:
+        return None
+    before = share((result.get("before") or {}).get(domain))
+    layers = [str(layer) for layer in result["layers"]]
+    longest = max(len(shorten(layer, 18)) for layer in layers)
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+        for axes, (side, curves) in zip(panels, sides.items(), strict=True):
+            _panel(axes, curves, before)
+            _ticks(axes, side, layers)
+        panels[0].set_ylabel(f"{domain} accuracy (%)", labelpad=7)
+        _names(figure, panels[-1], list(sides.values())[-1], before)
+
+    names = {"target": "How far layers transfer", "source": "What is left of the source"}
+    alt = f"{domain} accuracy over the number of layers transferred, from {' and '.join(sides)} side."
+    svg = draw(f"depth-{domain}", alt, _HEIGHT + 0.055 * longest, paint)
+    return Picture(names[domain], _caption(sides, domain), svg)
+
+
+def _panel(axes: Any, curves: Mapping[str, Points], before: Span | None) -> None:
+    for form, points in curves.items():
+        look = _LOOKS[form]
+        places, spans = list(points), list(points.values())
+        style = {"markevery": -(-len(places) // 15), "zorder": 2 if look["marker"] else 1.5, "clip_on": False}
+        axes.plot(places, [span.mean for span in spans], **style, **look)
+        if any(span.certain for span in spans):
+            ends = [span.low for span in spans], [span.high for span in spans]
+            axes.fill_between(places, *ends, color=look["color"], alpha=0.16, linewidth=0)
+    if before is not None:
+        axes.axhline(before.mean, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+    bare(axes, grid="y")
+    axes.spines["bottom"].set_visible(True)
+
+
+def _ticks(axes: Any, side: str, layers: Sequence[str]) -> None:
+    """The number of layers, and the one that it adds."""
+    order = layers if side == "input" else list(reversed(layers))
+    every = -(-len(layers) // _TICKS)
+    places = range(0, len(layers) + 1, every)
+    names = ["0" if n == 0 else f"{shorten(order[n - 1], 18)}  {n}" for n in places]
+    axes.set_xticks(places, names, rotation=90, rotation_mode="anchor", ha="right", va="center", size=8.5)
+    axes.set_xlim(-0.3, len(layers) + 0.3)
+    axes.set_xlabel(f"layers transferred from the {side} side")
+
+
+def _names(figure: Any, axes: Any, curves: Mapping[str, Points], before: Span | None) -> None:
+    """Beside the last panel, at the height of each line's end."""
+    ends = [(FORMS[form], list(points.values())[-1].mean, _LOOKS[form]["color"]) for form, points in curves.items()]
+    if before is not None:
+        ends.append(("source as it is", before.mean, INK))
+    # Room for the widest name, before heights are read off the finished layout.
+    axes.annotate(" " * 42, (1, 0.5), xycoords="axes fraction", annotation_clip=False)
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    heights = [72 / figure.dpi * (axes.transData.transform((0, end))[1] - frame.y0) for _, end, _ in ends]
+    for (name, end, colour), old, new in zip(
+        ends, heights, spread(heights, _LINE, 4.0, 72 / figure.dpi * frame.height - 4), strict=True
+    ):
+        quiet = colour == GREY
+        text = axes.annotate(
+            name,
+            (1, end),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(16, new - old),
+            textcoords="offset points",
+            color="#6B6B6B" if quiet else colour,
+            weight="normal" if quiet or colour == INK else "bold",
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkB": 0},
+        )
+        text.set_in_layout(False)
+
+
+def _caption(sides: Mapping[str, Mapping[str, Points]], domain: str) -> str:
+    spans = [span for curves in sides.values() for points in curves.values() for span in points.values()]
+    bands = "Bands: 95 % intervals of the mean." if any(s.certain for s in spans) else "One run each: no intervals."
+    controls = any(form.startswith("B") for curves in sides.values() for form in curves)
+    text = (
+        "Layers that are transferred start from the source; all others are initialised anew. "
+        "Beneath each number stands the layer that it adds."
+    )
+    if controls:
+        text += " Grey: controls, which start from a network trained on the target’s shots alone."
+    if domain == "source":
+        text += " Measured on the source’s test data."
+    return f"{text} {bands}"

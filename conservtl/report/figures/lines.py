@@ -1,0 +1,73 @@
+"""Target and source as two lines, told apart by colour, marker and stroke."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conservtl.report.figures.canvas import INK, SOURCE, TARGET, bare
+from conservtl.report.text.metrics import Metric
+
+__all__ = ["DOMAINS", "Points", "draw_lines"]
+
+Points = list[tuple[float, float]]
+
+DOMAINS = ("target", "source")
+
+_LEAST_SPAN = 0.05  # a change of less than that must not fill the picture
+_LOOKS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
+
+
+def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: float | None) -> None:
+    """Both domains' lines, named at their ends.
+
+    Args:
+        axes: matplotlib's.
+        lines: domain -> its points, left to right.
+        metric: what the heights are.
+        kept: where on each line a ring stands; None: nowhere.
+    """
+    values = [value for points in lines.values() for _, value in points]
+    span = max(max(values) - min(values), metric.scaled(_LEAST_SPAN))
+    middle = (max(values) + min(values)) / 2
+    low, high = middle - 0.58 * span, middle + 0.58 * span
+    if metric.share and high > 100 >= max(values):
+        low, high = min(low, 100 - 1.1 * span), 100 + 0.04 * span
+    if min(values) >= 0:
+        low = max(low, -0.04 * span)
+    axes.set_ylim(low, high)
+    ends = _apart({domain: points[-1][1] for domain, points in lines.items()}, 0.075 * (high - low))
+    last = max(points[-1][0] for points in lines.values())
+    for domain, points in lines.items():
+        colour, marker, style = _LOOKS[domain]
+        places, heights = zip(*points, strict=True)
+        every = max(1, len(points) // 25)  # a marker a point would hide a long curve
+        axes.plot(places, heights, style, color=colour, marker=marker, markevery=every, clip_on=False)
+        unit = f" {metric.unit}" if metric.unit else ""
+        digits = 1 if metric.share else 3
+        axes.annotate(
+            f"{domain} {points[-1][1]:.{digits}f}{unit}",
+            (last, ends[domain]),
+            xytext=(10, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            weight="bold",
+            annotation_clip=False,
+        )
+    for points in lines.values():
+        if kept is not None and (mark := dict(points).get(kept)) is not None:
+            axes.plot([kept], [mark], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK, clip_on=False)
+    axes.set_ylabel(f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
+    axes.yaxis.get_major_locator().set_params(nbins=7)
+    bare(axes, grid="y")
+
+
+def _apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
+    """Heights of the names at the lines' ends, moved so that none covers another."""
+    order = sorted(heights, key=lambda domain: heights[domain])
+    moved = dict(heights)
+    if len(order) == 2 and (gap := heights[order[1]] - heights[order[0]]) < least:
+        moved[order[0]] -= (least - gap) / 2
+        moved[order[1]] += (least - gap) / 2
+    return moved

@@ -1,0 +1,61 @@
+"""The path: target and source on the straight line from the starting point to the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conservtl.report.figures.canvas import Picture, draw
+from conservtl.report.figures.lines import DOMAINS, Points, draw_lines
+from conservtl.report.text.metrics import Metric, headline, number
+from conservtl.report.text.summary import plan_of
+
+__all__ = ["kept_point", "weight_path"]
+
+
+def weight_path(report: Mapping[str, Any]) -> Picture | None:
+    """Target and source along the path; None where it was not measured."""
+    entries = report.get("path") or []
+    metric = headline(report)
+    lines = {domain: _points(entries, domain, metric) for domain in DOMAINS}
+    lines = {domain: points for domain, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    kept = kept_point(report)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        draw_lines(axes, lines, metric, kept)
+        axes.set_xlabel("t (0: where the model started, 1: trained)")
+        axes.set_xticks([number / 10 for number in range(11)])
+        axes.set_xlim(-0.02, 1.02)
+
+    alt = f"Path: {metric.name} of {' and '.join(lines)} between the starting point and the trained weights."
+    return Picture(
+        "From the starting to the trained weights", _caption(report, metric, kept), draw("path", alt, 3.2, paint)
+    )
+
+
+def kept_point(report: Mapping[str, Any]) -> float | None:
+    """Where on the path the weights lie that were kept; None where it was not measured, or they lie elsewhere."""
+    return next((float(entry["t"]) for entry in report.get("path") or [] if entry.get("kept")), None)
+
+
+def _points(entries: Any, domain: str, metric: Metric) -> Points:
+    found = [(float(entry["t"]), number((entry.get(domain) or {}).get(metric.key))) for entry in entries]
+    return sorted((t, metric.scaled(value)) for t, value in found if value is not None)
+
+
+def _caption(report: Mapping[str, Any], metric: Metric, kept: float | None) -> str:
+    name = f"{metric.name[0].upper()}{metric.name[1:]}"
+    examples = report.get("path_examples") or {}
+    counts = " and ".join(f"{examples[domain]:,} {domain}" for domain in DOMAINS if domain in examples)
+    on = f", on {counts} test examples" if counts else ""
+    between = "(1 − t) × the starting weights + t × the trained ones"
+    parts = [f"{name} ({metric.better} is better) of {between}{on}, without further training."]
+    if kept is not None:
+        parts.append(f"The rings are what was kept, t\u00a0=\u00a0{kept:g}.")
+    plan = plan_of(report)
+    if plan is not None and plan.fresh:
+        parts.append("What is new is as trained all along, so only the rest starts at the source.")
+    return " ".join(parts)

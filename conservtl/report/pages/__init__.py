@@ -1,0 +1,1 @@
+"""HTML pages of a run, a comparison, a sweep and a search."""

@@ -1,0 +1,106 @@
+"""The picture of a range test: loss against learning rate, with what was read off it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conservtl.errors import SpecError
+from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, draw_png
+from conservtl.report.pages.rendering import render_many
+
+__all__ = ["check_picture", "range_test_sentence", "write_range_test"]
+
+_HEIGHT = 4.2
+_KINDS = (".html", ".png")
+
+
+def write_range_test(result: Mapping[str, Any], path: Path) -> None:
+    """Write a range test as a page that needs nothing else, or as a picture.
+
+    Args:
+        result: rates, losses, smoothed, suggestion, steepest, diverged; and spec, for the page.
+        path: ``.html`` or ``.png``, to write or replace.
+
+    Raises:
+        SpecError: another kind of file.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    check_picture(path)
+    if path.suffix == ".png":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(draw_png(_HEIGHT, lambda figure: _paint(figure, result)))
+        return
+    alt = f"The loss against the learning rate; suggested is {result['suggestion']:.1e}."
+    caption = (
+        "Dots: the loss at each step, while the rate grows from one to the next. Line: averaged over neighbouring "
+        f"steps. {_ended(result)}"
+    )
+    svg = draw("range", alt, _HEIGHT, lambda figure: _paint(figure, result))
+    render_many(
+        path,
+        over="Range test",
+        title="Which learning rate",
+        sentence=range_test_sentence(result),
+        parts=[Picture("Loss against learning rate", caption, svg)],
+        notes=["The loss is the target's alone. Where the source is to be kept, a lower rate keeps more of it."],
+        spec=result.get("spec"),
+    )
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a file that no picture can be written to, before time is spent.
+
+    Raises:
+        SpecError: it is neither ``.html`` nor ``.png``.
+    """
+    if path.suffix not in _KINDS:
+        raise SpecError(f"out: the picture is a file of kind .html or .png; received {str(path)!r}. Give one of them.")
+
+
+def range_test_sentence(result: Mapping[str, Any]) -> str:
+    """What is suggested, and why."""
+    return (
+        f"A learning rate of {result['suggestion']:.1e} is suggested: a tenth of {10 * result['suggestion']:.1e}, up "
+        f"to which the loss is at its lowest. It falls fastest at {result['steepest']:.1e}."
+    )
+
+
+def _ended(result: Mapping[str, Any]) -> str:
+    last = f"{result['rates'][-1]:.1e}"
+    return f"It diverged at {last}." if result["diverged"] else f"It ended at {last} without diverging."
+
+
+def _paint(figure: Any, result: Mapping[str, Any]) -> None:
+    axes = figure.subplots()
+    rates, losses, smoothed = result["rates"], result["losses"], result["smoothed"]
+    axes.plot(rates, losses, "o", color=GREY, markersize=3, alpha=0.6)
+    axes.plot(rates, smoothed, color=TARGET)
+    axes.set_xscale("log")
+    axes.set_xlim(rates[0], rates[-1])
+    low, high = min(losses), max(smoothed)
+    axes.set_ylim(min(0.0, low), high + 0.25 * (high - low))
+    marks = [("suggested", result["suggestion"], SOURCE, "-", 0.98), ("steepest", result["steepest"], INK, ":", 0.88)]
+    for name, rate, colour, stroke, height in marks:
+        axes.axvline(rate, color=colour, linestyle=stroke, linewidth=1.5)
+        right = rate > (rates[0] * rates[-1]) ** 0.5
+        axes.annotate(
+            f"{name} {rate:.1e}",
+            (rate, height),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6 if right else 6, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="top",
+            color=colour,
+            weight="bold" if name == "suggested" else "normal",
+        )
+    decades = range(math.ceil(math.log10(rates[0]) - 1e-9), math.floor(math.log10(rates[-1]) + 1e-9) + 1)
+    axes.set_xticks([10.0**decade for decade in decades], [f"1e{decade}" for decade in decades])
+    axes.set_xlabel("learning rate (the optimizer's own; log scale)")
+    axes.set_ylabel("loss (cross-entropy, and the plan's terms)")
+    axes.minorticks_off()
+    bare(axes, grid="y")
+    axes.spines["bottom"].set_visible(True)

@@ -1,0 +1,65 @@
+"""The report as one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conservtl.report.figures.classes import per_class
+from conservtl.report.figures.curves import learning_curves
+from conservtl.report.figures.drift import drift_by_layer
+from conservtl.report.figures.weight_path import weight_path
+from conservtl.report.pages.rendering import render, settings
+from conservtl.report.text.metrics import Verdict, number
+from conservtl.report.text.summary import costly, duration, sentence, verdict
+from conservtl.report.text.tables import agreement, before_after, plan_table
+
+__all__ = ["write_html"]
+
+_NAMES = {"conservtl": "conservtl", "torch": "PyTorch", "python": "Python", "cuda": "CUDA", "os": "system"}
+
+
+def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a report as one page that needs nothing else: no script, no font, no address on the network.
+
+    Args:
+        report: what ``report.json`` holds. Parts that are missing are left out of the page.
+        history: one entry an epoch, as ``history.jsonl`` holds them; may be empty.
+        path: the file to write or replace.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), per_class(report)]
+    render(
+        "run.html.j2",
+        path,
+        over="Adaptation report",
+        title=f"Adapted to {report.get('target') or 'the target'}",
+        sentence=str(report.get("sentence") or sentence(report)),
+        tone=_tone(report),
+        numbers=before_after(report),
+        pictures=[picture for picture in pictures if picture],
+        plan=plan_table(report),
+        agreement=agreement(report),
+        spec=settings(report.get("spec")),
+        environment=_environment(report),
+        seconds=_seconds(report),
+    )
+
+
+def _tone(report: Mapping[str, Any]) -> Verdict:
+    """What colours the sentence: a gain that cost more than it brought is no gain."""
+    return "worse" if costly(report) else verdict(report)
+
+
+def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    given = report.get("environment") or {}
+    return [(_NAMES.get(str(key), str(key).replace("_", " ")), str(value)) for key, value in given.items()]
+
+
+def _seconds(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {"source": "data and source model", "adapt": "adapting", "total": "all together"}
+    given = {key: number(value) for key, value in (report.get("seconds") or {}).items()}
+    return [(names.get(key, str(key)), duration(value)) for key, value in given.items() if value is not None]

@@ -1,0 +1,1 @@
+"""Numbers, sentences, tables and files of a report."""

@@ -1,0 +1,156 @@
+"""A run in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
+from conservtl.report.text.metrics import Verdict, headline, number, pair
+
+__all__ = ["costly", "duration", "origin", "plan_of", "sentence", "verdict"]
+
+
+def sentence(report: Mapping[str, Any]) -> str:
+    """What a run did to the target, what the source lost, and what it cost.
+
+    Example:
+        >>> print(sentence({
+        ...     "target": "jackson", "shots": 5, "spec": {"task": "speech"}, "seconds": {"adapt": 14.2},
+        ...     "before": {"target": {"accuracy": 0.724}, "source": {"accuracy": 0.994}},
+        ...     "after": {"target": {"accuracy": 0.976}, "source": {"accuracy": 0.989}},
+        ... }))
+        Adapted to jackson from 5 recordings a class: target accuracy 72.4 % → 97.6 % (+25.2 points); \
+source kept 98.9 % of 99.4 % (−0.5 points). Trained in 14 s.
+    """
+    parts = [f"{_target(report)}; {_source(report)}."]
+    if costly(report):
+        parts.append("The source lost more than the target gained.")
+    if cost := _cost(report):
+        parts.append(cost)
+    return " ".join(parts)
+
+
+def verdict(report: Mapping[str, Any]) -> Verdict:
+    """Whether the target got better."""
+    metric = headline(report)
+    return metric.verdict(pair(report, "target", metric.key))
+
+
+def costly(report: Mapping[str, Any]) -> bool:
+    """Whether the target gained, and the source lost more than that."""
+    metric = headline(report)
+    gain = metric.gain(pair(report, "target", metric.key))
+    kept = metric.gain(pair(report, "source", metric.key))
+    if gain is None or kept is None or verdict(report) != "better":
+        return False
+    return round(gain + kept, 3) < 0
+
+
+def origin(report: Mapping[str, Any]) -> str:
+    """What was adapted to, and from how much."""
+    target, shots = report.get("target") or "the target", report.get("shots")
+    if shots is None:
+        return str(target)
+    task = str((report.get("spec") or {}).get("task") or "")
+    thing = "recording" if "speech" in task else "image" if "vision" in task else "example"
+    # A transcript has no class, so there the shots are the whole set.
+    whole = headline(report).key in ("wer", "cer")
+    return f"{target} from {shots} {thing}{'' if shots == 1 else 's'}{'' if whole else ' a class'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plan_of(report: Mapping[str, Any]) -> Plan | None:
+    """The plan a report holds, as the terminal's table reads it; None where there is none."""
+    plan = report.get("plan") or {}
+    if not plan.get("rows"):
+        return None
+    rows = [{key: value for key, value in row.items() if key in Row.model_fields} for row in plan["rows"]]
+    for row in rows:
+        if row.get("origin", "source") == "source":
+            row["source_shape"] = row["shape"]
+        elif row.get("reason") is None:
+            row["reason"] = "not in the source"
+    return Plan.model_validate({**{key: plan[key] for key in Plan.model_fields if plan.get(key)}, "rows": rows})
+
+
+def _target(report: Mapping[str, Any]) -> str:
+    metric = headline(report)
+    target = pair(report, "target", metric.key)
+    if not target.measured:
+        return f"Adapted to {origin(report)}: target not measured"
+    if target.before is None or target.after is None:
+        when = "before (not measured after)" if target.after is None else "after (not measured before)"
+        value = metric.show(target.before if target.after is None else target.after)
+        return f"Adapted to {origin(report)}: target {metric.name} {value} {when}"
+    numbers = f"{metric.show(target.before)} → {metric.show(target.after)} ({metric.change(target)})"
+    match metric.verdict(target):
+        case "worse":
+            return f"Adapting to {origin(report)} made the target worse: {metric.name} {numbers}"
+        case "same":
+            return f"Adapting to {origin(report)} did not improve the target: {metric.name} {numbers}"
+        case _:
+            return f"Adapted to {origin(report)}: target {metric.name} {numbers}"
+
+
+def _source(report: Mapping[str, Any]) -> str:
+    metric = headline(report)
+    source = pair(report, "source", metric.key)
+    if source.after is None:
+        return _agreement(report)
+    if source.before is None:
+        return f"source {metric.name} {metric.show(source.after)} after (not measured before)"
+    numbers = f"({metric.change(source)})"
+    if metric.better == "higher" and metric.verdict(source) != "better":
+        return f"source kept {metric.show(source.after)} of {metric.show(source.before)} {numbers}"
+    return f"source {metric.name} {metric.show(source.before)} → {metric.show(source.after)} {numbers}"
+
+
+def _agreement(report: Mapping[str, Any]) -> str:
+    sides = report.get("agreement") or {}
+    before, after = (sides.get("before") or {}), (sides.get("after") or {})
+    now, kl = number(after.get("agreement")), number(after.get("kl"))
+    if now is None:
+        return "source not measured"
+    start = number(before.get("agreement"))
+    span = f"{100 * now:.1f} %" if start is None else f"{100 * start:.1f} % → {100 * now:.1f} %"
+    divergence = "" if kl is None else f" (KL {kl:.2f})"
+    return f"without source data, agreement with the source model {span}{divergence}"
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    seconds = number((report.get("seconds") or {}).get("adapt"))
+    within = "" if seconds is None else f" in {duration(seconds)}"
+    plan = plan_of(report)
+    if plan is None:
+        return f"Trained{within}." if within else ""
+    total = plan.totals()
+    share = total["trained"] / max(1, total["all"])
+    if total["trained"] == total["all"]:
+        return f"All {_count(total['all'])} parameters trained{within}."
+    return f"{_percent(share)} of {_count(total['all'])} parameters trained{within}."
+
+
+def _percent(share: float) -> str:
+    if share == 0:
+        return "None"
+    # Neither end may be rounded to: some are trained, and some are not.
+    return f"{100 * share:.2g} %" if share < 0.01 else f"{min(99, round(100 * share))} %"
+
+
+def _count(parameters: int) -> str:
+    if parameters >= 1_000_000:
+        return f"{parameters / 1e6:.3g} million" if parameters < 1e9 else f"{parameters / 1e9:.3g} billion"
+    return f"{parameters:,}"

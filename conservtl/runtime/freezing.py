@@ -1,0 +1,82 @@
+"""Freezing, one policy for all strategies: no gradient, no update, no drifting statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import nn
+
+from conservtl.layers import Layer, canonical, layer_of, named_parameters
+from conservtl.plan.row import Row
+
+__all__ = ["freeze", "hold_statistics", "holds", "norms_with_rows", "tracks_statistics"]
+
+_TRACKING = (nn.modules.batchnorm._NormBase,)  # noqa: SLF001 - batch and instance norms, SyncBatchNorm
+
+
+class _StayInEval:
+    """Stands in for a norm's ``train`` method, which every ``model.train()`` calls."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __call__(self, mode: bool = True) -> nn.Module:  # noqa: ARG002 - the signature of Module.train
+        self.norm.training = False
+        return self.norm
+
+
+def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep: Collection[str] = ()) -> None:
+    """Freeze these parameters and train the others.
+
+    A frozen parameter's ``grad`` is dropped: a zeroed one would still get weight decay and momentum.
+
+    Args:
+        parameters: all parameters by name.
+        frozen: names to freeze.
+        keep: names among them that keep receiving gradients, which are then dropped before each step
+            (under DDP a parameter unfrozen after wrapping would never be reduced).
+    """
+    for name, parameter in parameters.items():
+        parameter.requires_grad_((name not in frozen or name in keep) and parameter.is_floating_point())
+        if name in frozen:
+            parameter.grad = None
+
+
+def norms_with_rows(model: nn.Module, rows: Iterable[Row], layers: tuple[Layer, ...]) -> dict[nn.Module, list[Row]]:
+    """Each norm that tracks statistics, with the rows that speak for it: its own parameters', or else its layer's."""
+    own_rows = {row.name: row for row in rows if not row.added}
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    found = {}
+    for module, norm in model.named_modules():
+        if tracks_statistics(norm):
+            own = [name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in own_rows]
+            if not own and (layer := layer_of(layers, canonical(module))):
+                own = [info.name for info in layer.parameters if info.name in own_rows]
+            found[norm] = [own_rows[name] for name in own]
+    return found
+
+
+def holds(rows: Sequence[Row], frozen: Collection[str]) -> bool:
+    """Whether a norm with these rows keeps its statistics: all of it is frozen, or a strategy said so."""
+    return any(row.statistics == "hold" for row in rows) or (bool(rows) and all(row.name in frozen for row in rows))
+
+
+def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], training: bool) -> None:
+    """Keep the norms of frozen layers in eval mode through every ``train()``, and free the others.
+
+    Args:
+        norms: all norms that track statistics.
+        held: those whose layers are frozen.
+        training: the mode of the model, taken by a norm that is freed.
+    """
+    for norm in norms:
+        if norm in held:
+            norm.__dict__["train"] = _StayInEval(norm)
+            norm.training = False
+        elif norm.__dict__.pop("train", None) is not None:
+            norm.train(training)
+
+
+def tracks_statistics(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics of what passes through it."""
+    return isinstance(module, _TRACKING) and module.track_running_stats

@@ -1,0 +1,118 @@
+"""Measuring before training: the model in eval mode, everything afterwards as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.batches import check_batches, each
+from conservtl.errors import DataError, SpecError
+from conservtl.functions import Forward, Loss
+from conservtl.layers import canonical, named_parameters, unwrap
+from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.plan.plan import Plan
+
+__all__ = ["Placed", "check_importance", "measure"]
+
+
+def measure(
+    one: Measure,
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, str],
+    forward: Forward,
+    loss: Loss,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Tensor]:
+    """Carry out one measurement; modes, gradients, buffers and random generators are left as found.
+
+    Args:
+        one: what to measure.
+        model: on its device.
+        batches: to be gone through more than once; moved to the model's device one by one.
+        layers: layer -> name of its module.
+        forward: (model, batch) -> outputs.
+        loss: (outputs, batch) -> scalar, the mean over the batch.
+        autocast: makes the context of each forward pass.
+
+    Returns:
+        Name -> tensor, on the CPU.
+
+    Raises:
+        DataError: there are no batches, a single one, or a generator of them.
+    """
+    check_batches(batches, one.by)
+    if next(iter(batches), None) is None:
+        raise DataError(f"{one.by}: there are no batches to measure on. Give some, to be gone through more than once.")
+    parameters = named_parameters(model)
+    device = next(iter(parameters.values())).device
+    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    found = {layer: modules[name] for layer, name in layers.items() if name in modules}
+    probe = MeasureContext(model, Placed(batches, device), forward, loss, found, parameters, autocast)
+    with _as_found(model, parameters), torch.random.fork_rng():
+        return {name: _agreed(tensor.detach(), device) for name, tensor in one.compute(probe).items()}
+
+
+def _agreed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the CPU; of many processes the first one's, so that rounding does not drive them apart."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        tensor = tensor.to(device).contiguous()
+        torch.distributed.broadcast(tensor, 0)
+    return tensor.cpu()
+
+
+def check_importance(plan: Plan, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Hold what weighs the pull of each row to its shape.
+
+    Raises:
+        SpecError: a tensor is missing, of another shape, negative or not finite.
+    """
+    for row in plan.rows:
+        if row.importance is None or row.importance not in measured:
+            continue
+        found = measured[row.importance].get(row.name)
+        if found is None or tuple(found.shape) != row.shape:
+            what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise SpecError(
+                f"{row.importance!r} must weigh each element of {row.name!r}, of shape {row.shape}; it has {what} for "
+                "it. Measure it on this model."
+            )
+        if not bool(((found >= 0) & found.isfinite()).all()):
+            raise SpecError(
+                f"{row.importance!r} must be finite and at least 0; for {row.name!r} it reaches from "
+                f"{float(found.min()):g} to {float(found.max()):g}. Measure it again."
+            )
+
+
+class Placed:
+    """Batches on a device, each moved when it is asked for."""
+
+    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+
+    def __iter__(self) -> Iterator[Any]:
+        return (each(batch, lambda tensor: tensor.to(self._device)) for batch in self._batches)
+
+
+@contextmanager
+def _as_found(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(trained[name])
+            parameter.grad = gradients[name]
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

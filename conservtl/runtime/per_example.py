@@ -1,0 +1,124 @@
+"""Squared gradients of single examples, summed: never the square of a batch's gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from conservtl.batches import replaced, size_of, tensors_of
+
+__all__ = ["PerExample"]
+
+_ELEMENTS = 1 << 26  # of gradients at once
+_MOST = 64  # examples at once; beyond it a CPU gains nothing
+_SLOW = "There is a performance drop because we have not yet implemented the batching rule"
+
+Value = Callable[[nn.Module, Any], Tensor]
+
+
+class PerExample:
+    """Sums of squared gradients, as many examples at a time as fit; one at a time where ``vmap`` refuses the model.
+
+    It refuses what writes into its inputs, branches on values, or brings kernels of its own.
+
+    Args:
+        model: in eval mode.
+        parameters: canonical name -> parameter to differentiate by.
+        value: (model, batch of one) -> scalar.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], value: Value) -> None:
+        self._model, self._parameters, self._value = model, dict(parameters), value
+        raw = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._raw = {f"model.{raw[id(parameter)]}": name for name, parameter in self._parameters.items()}
+        self._whole = _Whole(model, value)
+        elements = sum(parameter.numel() for parameter in self._parameters.values())
+        self._chunk = max(1, min(_MOST, _ELEMENTS // max(1, elements)))
+        self._batched = self._chunk > 1
+        # cuDNN's recurrences have no backward in eval mode, torch's own have
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+    def squares(self, batch: Any, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Sum over a batch's examples of weight × squared gradient, by canonical name.
+
+        Args:
+            batch: its tensors have an example a row; numbers are shared.
+            weights: (N,), one an example; None: 1.
+
+        Raises:
+            SpecError: a tensor has no example a row.
+        """
+        size = size_of(batch)
+        weights = torch.ones(size) if weights is None else weights
+        total = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+        for start in range(0, size, self._chunk):
+            own = slice(start, min(start + self._chunk, size))
+            part = replaced(batch, [t[own] if t.ndim else t for t in tensors_of(batch)]) if size > 1 else batch
+            with self._kernels():
+                found = self._together(part, weights[own]) if self._batched and size > 1 else None
+                for name, square in (self._one_by_one(part, weights[own]) if found is None else found).items():
+                    total[name] += square
+        return total
+
+    def _kernels(self) -> AbstractContextManager[Any]:
+        if not (self._recurrent and torch.cuda.is_available()):
+            return nullcontext()
+        context: AbstractContextManager[Any] = torch.backends.cudnn.flags(enabled=False)
+        return context
+
+    @torch.no_grad()
+    def _together(self, part: Any, weights: Tensor) -> dict[str, Tensor] | None:
+        """All examples in one pass, or None where the model cannot be batched over."""
+        tensors = tensors_of(part)
+
+        def one(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
+            content = replaced(part, [row[None] if t.ndim else row for row, t in zip(rows, tensors, strict=True)])
+            found: Tensor = functional_call(self._whole, parameters, (content,))
+            return found
+
+        places = tuple(0 if tensor.ndim else None for tensor in tensors)
+        parameters: dict[str, Tensor] = {raw: self._parameters[name].detach() for raw, name in self._raw.items()}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=_SLOW)
+                gradients = vmap(grad(one), in_dims=(None, *places))(parameters, *tensors)
+        except Exception:  # noqa: BLE001 - a model may refuse in any way; what is wrong without vmap too, says so itself
+            self._batched = False
+            return None
+        return {
+            self._raw[raw]: torch.einsum("n,n...->...", weights.to(found), found.square())
+            for raw, found in gradients.items()
+        }
+
+    def _one_by_one(self, part: Any, weights: Tensor) -> dict[str, Tensor]:
+        total = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        tensors, size = tensors_of(part), len(weights)
+        for index, weight in enumerate(weights):
+            rows = [t[index : index + 1] if t.ndim else t for t in tensors]
+            value = self._value(self._model, replaced(part, rows) if size > 1 else part)
+            found = torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
+            for name, gradient in zip(total, found, strict=True):
+                if gradient is not None:
+                    total[name] += weight.to(gradient) * gradient.to_dense().square()
+        return total
+
+
+class _Whole(nn.Module):
+    """The model and what is computed of its outputs, to be called with other parameters."""
+
+    def __init__(self, model: nn.Module, value: Value) -> None:
+        super().__init__()
+        self.model = model
+        self._value = value
+
+    def forward(self, batch: Any) -> Tensor:
+        """The value of a batch of one."""
+        return self._value(self.model, batch)

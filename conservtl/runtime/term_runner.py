@@ -1,0 +1,134 @@
+"""The plan's terms on a model: what is added to the task's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.errors import SpecError
+from conservtl.plan.decision import Term, View
+from conservtl.plan.plan import Plan
+from conservtl.runtime.source_model import SourceModelRunner
+from conservtl.runtime.taps import Taps
+
+__all__ = ["TermRunner"]
+
+
+class TermRunner:
+    """Adds the terms of a plan to a loss.
+
+    Args:
+        plan: whose terms are carried out.
+        model: the model that is trained; hooks are put on what is tapped.
+        layers: layer -> name of the module whose output is the layer's.
+        source_model: the source model, None where no term looks at it.
+        head: name of the head's module where the target has labels of its own.
+    """
+
+    def __init__(
+        self, plan: Plan, model: nn.Module, layers: Mapping[str, str], source_model: nn.Module | None, head: str | None
+    ) -> None:
+        self.terms: tuple[Term, ...] = plan.terms
+        for term in self.terms:
+            if bare := [layer for layer in term.taps if layer not in layers]:
+                raise SpecError(
+                    f"{term.by} taps {bare[0]!r}, which is a parameter outside all modules, so it has no output. Tap "
+                    "another layer."
+                )
+        self._layers = {layer: layers[layer] for term in self.terms for layer in term.taps}
+        self._head = head if any(term.heads for term in self.terms) else None
+        self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._head)
+        self._taps: Taps | None = None
+        self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
+        self._added = False  # since the last step
+        self.attach(model)
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether the source model must be run on each batch."""
+        return any(term.source for term in self.terms)
+
+    def attach(self, model: nn.Module) -> None:
+        """Listen to a model: the one it was made for, or its copy."""
+        enters = [name for term in self.terms for name in term.enters]
+        enters = list(dict.fromkeys([*enters, *([] if self._head is None else [self._head])]))
+        if self._layers or enters:
+            self._taps = Taps(model, self._layers, enters)
+
+    def detach(self) -> None:
+        """Stop listening."""
+        if self._taps is not None:
+            self._taps.remove()
+
+    def source_view(self, run: Callable[[nn.Module], Any], device: Any) -> View | None:
+        """What the source model makes of a batch; None where no term looks at it.
+
+        Args:
+            run: calls a model with the batch.
+            device: where the batch is.
+        """
+        if self.source_model is None or not self.needs_source:
+            return None
+        self.source_model.move(device)
+        return self.source_model.view(run)
+
+    def objective(
+        self, loss: Tensor, outputs: Any, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]
+    ) -> Tensor:
+        """The loss with all terms.
+
+        Args:
+            loss: the task's own, a scalar.
+            outputs: of the adapted model, from the forward pass just made.
+            source: what the source model makes of the same inputs.
+            measured: measurements by name.
+        """
+        if not loss.requires_grad:
+            return loss
+        self._added = True
+        features, entering = self._taps.take() if self._taps is not None else ({}, {})
+        if self._head is not None and self.source_model is not None:
+            entered = entering[self._head]
+            self.source_model.move(entered.device)
+            outputs = self.source_model.head(entered)
+        view = View(outputs, features, entering)
+        total = loss
+        for term in self.terms:
+            total = total * term.task
+        for term in self.terms:
+            read = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
+            total = total + term.value(view, source if term.source else None, read)
+        return total
+
+    def check_added(self) -> None:
+        """Refuse a step whose gradients lack the terms.
+
+        Raises:
+            SpecError: there are terms, and none was added to a loss since the last step.
+        """
+        if self.terms and not self._added:
+            raise SpecError(
+                f"{self.terms[0].by} adds a term to the loss, but none was added since the last step. Call "
+                "loss = adaptation.loss(loss, outputs, inputs) before backward()."
+            )
+        self._added = False
+
+    def _on(self, device: torch.device, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A measurement on the device, sent there once: a step must not wait for it."""
+        placed = self._placed.get(name)
+        if placed is None or placed[0] is not found or placed[1] != device:
+            placed = found, device, {key: tensor.to(device) for key, tensor in found.items()}
+            self._placed[name] = placed
+        return placed[2]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TermRunner:
+        new = object.__new__(TermRunner)
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__, _taps=None, _placed={})  # the source_model never changes, so copies share it
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taps": None, "_placed": {}}

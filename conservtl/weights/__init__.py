@@ -1,0 +1,1 @@
+"""Weights without training: interpolation, soups, paths, recomputed batch-norm statistics."""

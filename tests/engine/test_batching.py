@@ -1,0 +1,130 @@
+"""Data in whatever form it comes, and what is wrong with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import conservtl as ctl
+from conservtl.data import Examples
+from conservtl.engine.batching import Held, Streamed, as_batches
+
+CPU = torch.device("cpu")
+
+
+class Pairs(Dataset):
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.inputs[index], self.labels[index]
+
+
+class Stream(IterableDataset):
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __iter__(self):
+        return iter(zip(self.inputs, self.labels, strict=True))
+
+
+FORMS = {
+    "examples": (lambda x, y: Examples(x, y, tuple(map(str, y))), Held),
+    "tuple": (lambda x, y: (x, y), Held),
+    "list": (lambda x, y: [x, y], Held),
+    "dictionary": (lambda x, y: {"inputs": x, "labels": y}, Held),
+    "tensor dataset": (TensorDataset, Held),
+    "dataset": (Pairs, Streamed),
+    "iterable dataset": (Stream, Streamed),
+    "loader": (lambda x, y: DataLoader(Pairs(x, y), 4), Streamed),
+    "batches": (lambda x, y: [(x[:7], y[:7]), (x[7:], y[7:])], Streamed),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_example_comes_once(form, shuffle):
+    """Whatever the data comes as, an epoch is each example once; unshuffled in its order."""
+    inputs, labels = torch.arange(11.0)[:, None], torch.arange(11)
+    make, kind = FORMS[form]
+    batches = as_batches(make(inputs, labels), 4, CPU, shuffle=shuffle)
+    assert isinstance(batches, kind)
+    found = list(batches.epoch())
+    contents = [b.content.values() if isinstance(b.content, dict) else b.content for b in found]
+    seen = torch.cat([labels for _, labels in contents]).tolist()
+    assert (sorted(seen) if shuffle else seen) == list(range(11))
+    assert all(torch.equal(x[:, 0].long(), y) for x, y in contents)
+    assert [b.size for b in found] == [len(y) for _, y in contents]
+    assert batches.count() in {None, len(found)}
+
+
+@given(length=st.integers(1, 40), size=st.integers(1, 10), world=st.integers(1, 3))
+def test_batches_of_held_data(length, size, world):
+    """No batch of one beside others: it joins the one before; processes get equal parts."""
+    batches = Held((torch.arange(length),), size, CPU, shuffle=False)
+    sizes = [b.size for b in batches.epoch()]
+    assert sum(sizes) == length
+    assert len(sizes) == batches.count()
+    if length > 1 and size > 1:
+        assert min(sizes) > 1
+    assert max(sizes) <= size + 1
+    from conservtl.engine.batching import _cuts
+
+    cuts = _cuts(length, size, world)
+    assert all(cut % world == 0 for cut in cuts)
+    assert length <= sum(cuts) < length + world
+
+
+@pytest.mark.parametrize("form", ["tuple", "dataset"])
+def test_a_remainder_of_one_trains(plain, data, form):
+    """17 examples in batches of 16 and a batch norm that cannot train on one."""
+    make, _ = FORMS[form]
+    adaptation = plain()
+    adaptation.model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(8), adaptation.model.head)
+    adaptation = ctl.adapt(adaptation.model, adaptation.model.state_dict())
+    result = ctl.fit(adaptation, make(data[0][:17], data[1][:17]), training=ctl.Training(epochs=2, batch_size=16))
+    assert result.steps == 2
+
+
+def test_skipping_leaves_the_rest(data):
+    """The order is drawn when the epoch is asked for, so that what is skipped is what was done."""
+    for source in (data, Pairs(*data)):
+        batches = as_batches(source, 16, CPU, shuffle=True)
+        torch.manual_seed(1)
+        whole = [b.content[1] for b in batches.epoch()]
+        torch.manual_seed(1)
+        rest = [b.content[1] for b in batches.epoch(skip=2)]
+        assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+
+
+def test_workers(plain, data):
+    loader = DataLoader(Pairs(*data), 16, shuffle=True, num_workers=1)
+    assert ctl.fit(plain(), loader, training=ctl.Training(epochs=1)).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (torch.zeros(3, 2), torch.zeros(4)), r"one common length above 0; received lengths \[3, 4\]"),
+        (lambda: (torch.zeros(0, 2), torch.zeros(0)), r"received lengths \[0, 0\]"),
+        (lambda: (torch.zeros(3, 2), torch.tensor(1)), r"received lengths \[3, 0\]"),
+        (lambda: {"inputs": torch.zeros(3), "text": ["a"]}, "a dictionary must hold tensors.*'text': 'list'"),
+        (dict, "a dictionary must hold tensors"),
+        (lambda: Pairs([], []), "the dataset has no examples"),
+        (lambda: iter([(torch.zeros(2, 3, 12), torch.zeros(2))]), "gone through again"),
+        (lambda: 3, "received int"),
+        (lambda: "recordings", "received str"),
+        (lambda: None, "received NoneType"),
+        (list, "the data gave no batches"),
+    ],
+)
+def test_data_errors(plain, make, message):
+    """Each says what came and what would do."""
+    with pytest.raises(ctl.DataError, match=message):
+        ctl.fit(plain(), make(), training=ctl.Training(epochs=1))

@@ -1,0 +1,85 @@
+"""What strategies added to a model is saved with it: in its weights, or put there again when it is loaded."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import conservtl as ctl
+from conservtl.experiments.run.bundle import load, save_bundle
+from conservtl.experiments.run.runner import run
+from conservtl.experiments.run.scoring import SourceView
+from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.run.source_training import obtain_source
+from conservtl.experiments.spec.spec import parse_spec
+from conservtl.testing.weights import random_weights
+
+LHUC = {"kind": "lhuc"}
+TRANSFORM = {"kind": "input_transform"}
+
+
+def saved(fields, folder, strategies):
+    """An adaptation as training leaves it, its inputs, and what its folder gives back."""
+    setting = prepare(parse_spec({**fields, "strategies": strategies, "training": {"epochs": 3, "lr": 0.1}}))
+    adaptation = setting.adaptation(obtain_source(setting).model)
+    ctl.fit(adaptation, setting.domains.shots, training=setting.spec.training)
+    (folder / "spec.yaml").write_text("")
+    save_bundle(folder, adaptation, setting)
+    return adaptation, setting.domains.target_test.inputs, load(folder).model
+
+
+@pytest.mark.parametrize(
+    ("strategies", "left"),
+    [
+        ([LHUC], set()),
+        ([{**TRANSFORM, "bias": False}], set()),
+        ([TRANSFORM], {"input_transform.weight", "input_transform.bias"}),
+        ([TRANSFORM, LHUC], {"input_transform.weight", "input_transform.bias"}),
+    ],
+)
+@torch.no_grad()
+def test_a_loaded_model_computes_what_the_adapted_one_did(speech_fields, tmp_path, strategies, left):
+    with torch.enable_grad():
+        adaptation, inputs, model = saved(speech_fields, tmp_path, strategies)
+    source = prepare(parse_spec(speech_fields))
+    start = source.adaptation(obtain_source(source).model).model.eval()
+    expected = adaptation.model.eval()(inputs)
+    assert not torch.allclose(start(inputs), expected, atol=1e-2)
+    torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-4)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) - set(start.state_dict()) == left
+        assert ("extended" in json.loads(file.metadata()["conservtl"])) is bool(left)
+
+
+def test_a_run_that_trains_nothing_leaves_a_folder_with_everything(speech_fields, tmp_path):
+    """Statistics of the target alone: no step, one line of history, a report, and a model that has them."""
+    strategies = [{"kind": "norm_adaptation", "train": "nothing", "statistics": "target"}]
+    report = run(parse_spec({**speech_fields, "strategies": strategies}), tmp_path / "out")
+    assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 1
+    assert set(report["drift"].values()) == {0.0}
+    assert report["before"] != report["after"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    setting = prepare(parse_spec(speech_fields))
+    source = obtain_source(setting).model.state_dict()
+    now = load(tmp_path / "out").model.state_dict()
+    assert {name.rpartition(".")[2] for name in now if not torch.equal(now[name], source[name])} == {
+        "running_mean",
+        "running_var",
+    }
+
+
+@torch.no_grad()
+def test_an_adapted_body_is_measured_on_the_source_with_what_was_added_to_it():
+    """Under the source's own head, where the target has other labels."""
+    source = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    ctl.adapt(model, random_weights(source, 0), [ctl.LHUC()], fresh={"2": "other labels"})
+    model[0].lhuc.fill_(1.0)
+    x = torch.randn(6, 3)
+    body = copy.deepcopy(source)
+    body.load_state_dict({**random_weights(source, 0), **{k: v for k, v in source.state_dict().items() if k[0] == "2"}})
+    expected = body[2](2 * torch.tensor(1.0).sigmoid() * body[0](x).relu())
+    assert torch.allclose(SourceView(source, ["2.weight", "2.bias"])(model, x), expected, atol=1e-6)

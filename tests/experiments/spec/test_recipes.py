@@ -1,0 +1,106 @@
+"""Recipes: one name in a spec stands for strategies, training and augmentation, and what is said beside it wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import conservtl as ctl
+from conservtl.experiments.run.runner import run
+from conservtl.experiments.spec.recipes import RECIPES
+from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+
+
+def fields_of(name):
+    folder = {"speaker": "speech", "vision": "vision"}[name]
+    return yaml.safe_load((EXAMPLES / folder / "recipe.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_spec_with_a_recipe_is_the_spec_with_it_written_out(name, tmp_path):
+    spec, found = parse_spec(fields_of(name)), ctl.recipe(name)
+    assert spec.strategies == found.strategies
+    said = fields_of(name).get("training", {})
+    assert spec.training == found.training.model_copy(update=said)
+    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
+    assert load_spec(tmp_path / "spec.yaml") == spec
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_spec_says_itself_wins(name):
+    fields = fields_of(name)
+    fields["training"] = {"lr": 1e-5}
+    fields["data"]["augment"] = False if name == "vision" else None
+    spec = parse_spec(fields)
+    assert (spec.training.lr, spec.training.epochs) == (1e-5, ctl.recipe(name).training.epochs)
+    assert spec.data.augment == fields["data"]["augment"]
+    assert fields["strategies"] == {"recipe": name}, "what was handed in is not changed"
+
+
+def test_the_speakers_recordings_are_changed_as_the_recipe_says():
+    spec = parse_spec(fields_of("speaker"))
+    assert spec.data.augment.time_stretch == ctl.recipe("speaker").augment["time_stretch"] > 0
+
+
+def test_an_override_reaches_into_what_the_recipe_sets():
+    root = ["data.root=x", "data.target=y"]
+    spec = load_spec(EXAMPLES / "speech" / "recipe.yaml", [*root, "training.epochs=3", "data.augment.noise=0"])
+    assert spec.training.epochs == 3
+    assert (spec.data.augment.noise, spec.data.augment.tilt) == (0, ctl.recipe("speaker").augment["tilt"])
+
+
+@pytest.mark.parametrize(
+    ("strategies", "message"),
+    [
+        ({"recipe": "cooking"}, "recipe must be one of speaker, vision; received 'cooking'"),
+        ({"recipe": "vision"}, "'vision' is for vision, and the task is speech. Use speaker"),
+        ({"recipe": "speaker", "alpha": 1}, "a recipe by name alone.*alpha.*spec.yaml"),
+        ({}, "a recipe by name alone"),
+    ],
+)
+def test_what_is_no_recipe_for_this_is_refused(strategies, message):
+    with pytest.raises(ctl.SpecError, match=message):
+        parse_spec({**fields_of("speaker"), "strategies": strategies})
+
+
+def test_editors_know_of_both():
+    found = json.loads(schema())["$defs"]["VisionSpec"]["properties"]["strategies"]
+    listed, named = found["anyOf"]
+    assert listed["type"] == "array"
+    assert named["properties"]["recipe"]["enum"] == list(RECIPES)
+    assert "description" in found
+
+
+def test_it_runs_and_the_folder_says_what_was_done(speech_fields, tmp_path):
+    short = {**speech_fields, "strategies": {"recipe": "speaker"}, "training": {"epochs": 2}}
+    report = run(parse_spec(short), tmp_path / "out")
+    kinds = [one["kind"] for one in report["spec"]["strategies"]]
+    assert kinds == [one.kind for one in ctl.recipe("speaker").strategies]
+    assert load_spec(tmp_path / "out" / "spec.yaml").strategies == ctl.recipe("speaker").strategies
+
+
+def test_a_network_without_batch_norms_goes_without_their_part(speech_fields, tmp_path):
+    group = {**speech_fields, "model": {"args": {"norm": "group"}}, "strategies": {"recipe": "speaker"}}
+    report = run(parse_spec({**group, "training": {"epochs": 1}}), tmp_path / "out")
+    assert not any(row["instance"] for row in report["plan"]["rows"])
+    assert [term["by"] for term in report["plan"]["terms"]] == ["FeatureConservation"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs CIFAR-10 images and the published ResNet-20 beside the checkout")
+def test_the_norms_of_the_recipe_see_more_of_low_contrast_before_anything_is_trained(tmp_path):
+    """On the real network: many more images right, and of the clean ones hardly fewer."""
+    given = [f"data.root={DATA / 'cifar10'}", f"source.weights={DATA / 'weights' / 'resnet20-12fca82f.th'}"]
+    spec = load_spec(
+        EXAMPLES / "vision" / "recipe.yaml", [*given, "data.corruption.name=contrast", "training.threads=1"]
+    )
+    norms = ctl.recipe("vision").strategies[0].model_copy(update={"train": "nothing"})
+    report = run(spec.model_copy(update={"strategies": (norms,)}), tmp_path)
+    before, after = ({d: report[when][d]["accuracy"] for d in ("target", "source")} for when in ("before", "after"))
+    assert after["target"] > before["target"] + 0.15
+    assert after["source"] > before["source"] - 0.02

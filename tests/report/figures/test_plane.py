@@ -1,0 +1,67 @@
+"""The target-source plane: what is far below does not squash the rest, and names do not overlap."""
+
+from itertools import combinations
+
+from conservtl.report.figures.frontier import _marks
+from conservtl.report.figures.plane import paint_plane, window
+from conservtl.report.text.intervals import Span
+from conservtl.report.text.variants import variants
+
+
+def spans(*means, half=0.5):
+    return [Span(mean, mean - half, mean + half, 5) for mean in means]
+
+
+class TestWindow:
+    def test_one_value_far_below_is_cut_off(self):
+        """From scratch at 30 % leaves the methods between 93 and 97 % most of the axis."""
+        seen = window(spans(30, 93, 95, 96, 97))
+        assert seen.cut == 93
+        assert seen.low > 88
+        assert seen.low < seen.edge(30) < 93 < seen.high
+
+    def test_values_to_scale_stand_where_they_are(self):
+        seen = window(spans(80, 85, 90, 95))
+        assert seen.cut == 80
+        assert [seen.edge(mean) for mean in (80, 95)] == [80, 95]
+        assert seen.low <= 79.5
+        assert seen.high >= 95.5
+
+    def test_what_must_be_to_scale_is(self):
+        assert window(spans(30, 93, 95, 96), keep=spans(30)).cut == 30
+
+    def test_most_values_are_to_scale(self):
+        """One good method does not push all others off the axis."""
+        assert window(spans(30, 31, 32, 97)).cut == 30
+
+    def test_wide_intervals_do_not_squash_the_means(self):
+        """Two runs have intervals of tens of points."""
+        seen = window([Span(mean, mean - 40, 100, 2) for mean in (94.0, 95.0, 97.0)])
+        assert seen.low > 85
+
+    def test_equal_values_and_one_alone_have_an_axis(self):
+        for means in ((100, 100), (0,), (50,)):
+            seen = window(spans(*means, half=0))
+            assert seen.low < min(means) < seen.high or seen.low < means[0] <= seen.high
+
+
+def test_no_name_in_the_frontier_covers_another(results):
+    """Seventeen methods, several alike, one with a long name: as matplotlib measures them."""
+    from matplotlib.figure import Figure
+
+    for shots in (1, 5):
+        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+        axes = figure.subplots()
+        marks = _marks(variants(results["compare"](shots=(shots,))["tables"][0]))
+        paint_plane(figure, axes, marks)
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) >= len(marks) == 17
+        # A pixel of what the fonts' side bearings add.
+        overlaps = [
+            (axes.texts[i].get_text(), axes.texts[j].get_text())
+            for (i, a), (j, b) in combinations(enumerate(boxes), 2)
+            if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+        ]
+        assert overlaps == []
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)

@@ -1,0 +1,59 @@
+"""Freezing: gradients gone, statistics still, through every train()."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from conservtl.runtime.freezing import freeze, hold_statistics, tracks_statistics
+
+
+def test_which_modules_track():
+    assert tracks_statistics(nn.BatchNorm2d(2))
+    assert tracks_statistics(nn.SyncBatchNorm(2))
+    assert tracks_statistics(nn.InstanceNorm1d(2, track_running_stats=True))
+    assert not tracks_statistics(nn.InstanceNorm1d(2))
+    assert not tracks_statistics(nn.BatchNorm2d(2, track_running_stats=False))
+    assert not tracks_statistics(nn.LayerNorm(2))
+
+
+def test_freeze():
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    for p in (a, b, c):
+        p.grad = torch.ones(2)
+    freeze({"a": a, "b": b, "c": c}, {"a", "b"}, keep=["b"])
+    assert (a.requires_grad, b.requires_grad, c.requires_grad) == (False, True, True)
+    assert a.grad is None
+    assert b.grad is None
+    assert c.grad is not None
+    freeze({"a": a}, set())
+    assert a.requires_grad
+
+
+@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_held_through_train_copies_and_pickles(how):
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).train()
+    hold_statistics(model, [model[0]], training=True)
+    model = how(model)
+    for mode in (True, False, True):
+        assert model.train(mode) is model
+        assert [norm.training for norm in model] == [False, mode]
+    original = model[0].running_mean.clone()
+    model(torch.randn(4, 2) + 5)
+    assert torch.equal(model[0].running_mean, original)
+    hold_statistics(model, [], training=model.training)
+    assert model[0].training
+    assert not model.eval()[0].training
+    assert model.train()[0].training
+    assert "train" not in vars(model[0])
+
+
+def test_a_norm_never_held_is_left_in_its_mode():
+    model = nn.Sequential(nn.BatchNorm1d(2)).train()
+    model[0].eval()
+    hold_statistics(model, [], training=True)
+    assert not model[0].training

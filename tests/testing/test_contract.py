@@ -1,0 +1,372 @@
+"""One contract over all strategies, and that it catches who breaks it."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import random
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ConfigDict
+from torch import nn
+
+import conservtl as ctl
+import conservtl.testing
+from conservtl.methods import Order
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import Choice
+from conservtl.testing import check_strategy, instances, models, state_dicts, strategies
+
+BUILT_IN = [
+    ctl.L2SP(),
+    ctl.L2SP(mode="decoupled", on="all", depth=(1, 0.1)),
+    ctl.L2SP(alpha=100, normalize="per_parameter", anchors="bf16", anneal=ctl.Anneal(steps=5)),
+    ctl.LPFT(epochs=2, probe=10),
+    ctl.OutputConservation(),
+    ctl.OutputConservation(weight=1.0),
+    ctl.LayerTransfer(layers=8),
+    ctl.LayerTransfer(layers=0.4, freeze=False, rest="fresh"),
+    ctl.LayerTransfer(layers=3, side="output", rest="fresh"),
+    ctl.DiscriminativeLR(decay=0.8),
+    ctl.DiscriminativeLR(lowest=1e-5, lr=1e-3, toward="input"),
+    ctl.DiscriminativeLR(thirds=(0.01, 0.1, 1.0), decay_biases_and_norms=False),
+    ctl.DiscriminativeLR(source=1e-5, fresh=1e-3),
+    ctl.DiscriminativeLR(groups={"*.bias": 0.5}),
+    ctl.GradualUnfreezing(),
+    ctl.GradualUnfreezing(by="layer", at="input", epochs=2, scales=(1, 0.5)),
+    ctl.GradualUnfreezing(phases=[ctl.Stage(train=["*.weight"], epochs=1), ctl.Stage(scale=0.5)]),
+    ctl.FeatureExtraction(),
+    ctl.FeatureExtraction(classifier="svm", C=0.5),
+    ctl.FeatureExtraction(classifier="ncm", layers=("0", "15")),
+    ctl.FeatureExtraction(layers=("3", "19")),
+    ctl.NormAdaptation(),
+    ctl.NormAdaptation(train="all", statistics="target"),
+    ctl.NormAdaptation(train="all", statistics="instance"),
+    ctl.NormAdaptation(train="nothing", statistics="source", head=True),
+    ctl.LHUC(),
+    ctl.LHUC(on=["0", "15"], freeze=False),
+    ctl.InputTransform(),
+    ctl.InputTransform(dim=-3, bias=False, freeze=False),
+    ctl.FeatureConservation(),
+    ctl.FeatureConservation(metric="ldifs", layers=("0", "3")),
+    ctl.FeatureConservation(attention=True, layers=2),
+    ctl.SpectralShrinkage(),
+    ctl.SpectralShrinkage(k=2, layer="0"),
+    ctl.FisherSP(),
+    ctl.FisherSP(fisher="true", mode="decoupled", on="all", floor=0.1, clip=10),
+    ctl.SurgicalFineTuning(),
+    ctl.SurgicalFineTuning(block="best", trial_epochs=2),
+    ctl.SurgicalFineTuning(block="?", head=True),
+    ctl.AutoRGN(every=1),
+    ctl.Projection(),
+    ctl.Projection(radius="learn", steps=2),
+    ctl.Projection(radius=1e-4, relative=False, by="row", norm="mars", on="all"),
+    ctl.SelectiveDecay(strength=2.0, on="all"),
+    ctl.L1SP(),
+    ctl.GroupLassoSP(on="all", beta=None),
+    ctl.Mixout(on="all"),
+    ctl.WeightInterpolation(),
+    ctl.WeightInterpolation(t=None, points=3, batch_norm="recompute"),
+]
+
+
+@pytest.mark.parametrize("strategy", BUILT_IN, ids=repr)
+def test_built_in_strategies_keep_the_contract(strategy):
+    check_strategy(strategy)
+
+
+def test_every_kind_is_checked():
+    listed = {cls for cls in vars(ctl).values() if isinstance(cls, type) and issubclass(cls, ctl.Strategy)}
+    assert {type(strategy) for strategy in BUILT_IN} == listed - {ctl.Strategy}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_whatever_is_drawn_keeps_it_on_a_model_of_its_own(data):
+    model, example = data.draw(models())
+    before = copy.deepcopy(model.state_dict())
+    for strategy in data.draw(strategies(model, example, max_size=1)):
+        check_strategy(strategy, model=model, example=example)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Good(ctl.Strategy):
+    kind: Literal["good"] = "good"
+    strength: float = 0.5
+    """How hard."""
+
+    def apply(self, plan):
+        rows = {row.name: {"pull": self.strength} for row in plan.rows if row.origin == "source"}
+        return plan.choose(self.label, "pull", rows)
+
+
+SEEN = []
+
+
+class NoDescription(Good):
+    kind: Literal["x"] = "x"
+    bare: int = 0
+
+
+class TakesAnything(Good):
+    model_config = ConfigDict(extra="allow")
+    kind: Literal["x"] = "x"
+
+
+class Thawed(Good):
+    model_config = ConfigDict(frozen=False)
+    kind: Literal["x"] = "x"
+
+
+class AnyKind(Good):
+    kind: str
+
+
+class Forgets(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return None
+
+
+class Random(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return plan.choose(self.label, "pull", {plan.rows[0].name: {"pull": random.random()}})
+
+
+class DrawsTensors(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        torch.rand(1)
+        return super().apply(plan)
+
+
+class Mutates(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        plan.rows[0].chosen["pull"] = Choice(by="me", explicit=False)
+        return plan
+
+
+class DropsRows(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return Plan(rows=plan.rows[:-1], phases=plan.phases)
+
+
+class MovesRows(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return Plan(rows=tuple(row.model_copy(update={"depth": 0.5}) for row in plan.rows))
+
+
+class Remembers(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        SEEN.append(len(plan.rows))
+        return plan if SEEN[0] == SEEN[-1] and len(set(SEEN)) == 1 else super().apply(plan)
+
+
+class ReadsTooEarly(Good):
+    """Freezes by whether a pull is there already, without declaring that it comes later."""
+
+    kind: Literal["x"] = "a"
+    order: ClassVar[Order] = Order.STRENGTH
+
+    def apply(self, plan):
+        return plan.choose(self.label, "frozen", {r.name: {"frozen": True} for r in plan.rows if r.pull})
+
+
+class NotJSON(Good):
+    kind: Literal["x"] = "x"
+    strength: float = float("inf")
+    """How hard."""
+
+
+class Typo(Good):
+    kind: Literal["x"] = "x"
+
+    def apply(self, plan):
+        return plan.choose(self.label, "pull", {plan.rows[0].name: {"pul": 1.0}})
+
+
+def look_on(module, _, output):
+    pass
+
+
+def gain(module, _, output):
+    return output * (1 + module.gain)
+
+
+class Gain(Good):
+    """Adds a factor on what the first module puts out."""
+
+    kind: Literal["gain"] = "gain"
+    extends: ClassVar[bool] = True
+    start: ClassVar[float] = 0.0
+
+    def apply(self, plan):
+        return plan
+
+    def extend(self, model, layers, example):
+        model[0].register_parameter("gain", nn.Parameter(torch.full((1,), self.start)))
+        model[0].register_forward_hook(gain)
+        return {"0.gain": "a gain"}
+
+    def retract(self, model):
+        model[0]._forward_hooks.clear()
+        model[0]._parameters.pop("gain", None)
+
+    def merge(self, model):
+        with torch.no_grad():
+            for parameter in (model[0].weight, model[0].bias):
+                parameter.mul_(1 + model[0].gain)
+        self.retract(model)
+        return True
+
+
+class StartsElsewhere(Gain):
+    kind: Literal["x"] = "x"
+    start: ClassVar[float] = 1.0
+
+
+class NamesNothing(Gain):
+    kind: Literal["x"] = "x"
+
+    def extend(self, model, layers, example):
+        super().extend(model, layers, example)
+        return {}
+
+
+class HasNoEffect(Gain):
+    kind: Literal["x"] = "x"
+
+    def extend(self, model, layers, example):
+        found = super().extend(model, layers, example)
+        model[0]._forward_hooks.clear()
+        model[0].register_forward_hook(look_on)
+        return found
+
+
+class LeavesItsHook(Gain):
+    kind: Literal["x"] = "x"
+
+    def retract(self, model):
+        model[0]._parameters.pop("gain", None)
+
+    def merge(self, model):
+        return False
+
+
+class MergesHalf(Gain):
+    kind: Literal["x"] = "x"
+
+    def merge(self, model):
+        with torch.no_grad():
+            model[0].weight.mul_(1 + model[0].gain)
+        self.retract(model)
+        return True
+
+
+class SaysItMerged(Gain):
+    kind: Literal["x"] = "x"
+
+    def merge(self, model):
+        return True
+
+
+class TestBroken:
+    def test_a_good_one_passes(self):
+        check_strategy(Good())
+        check_strategy(Gain())
+
+    @pytest.mark.parametrize(
+        ("strategy", "message"),
+        [
+            (NoDescription(), r"NoDescription: NoDescription\.bare has no description"),
+            (TakesAnything(), "takes fields that it does not have"),
+            (Thawed(), "is not frozen"),
+            (AnyKind(kind="x"), "kind must be a constant"),
+            (Forgets(), "must return a Plan; it returned NoneType"),
+            (Random(), "another plan the second time"),
+            (DrawsTensors(), "drew random numbers"),
+            (Mutates(), "changed the plan it was given"),
+            (DropsRows(), "added or dropped rows"),
+            (MovesRows(), r"changed depth of row"),
+            (Remembers(), "remembers"),
+            (NotJSON(), "after JSON"),
+            (StartsElsewhere(), "extend changed what the model computes"),
+            (NamesNothing(), "must return what it added"),
+            (HasNoEffect(), "no effect on what the model computes"),
+            (LeavesItsHook(), "retract leaves something"),
+            (MergesHalf(), "merge changed what the model computes"),
+            (SaysItMerged(), "merge says True, but something is left"),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, ctl.Strategy) else "",
+    )
+    def test_says_how(self, strategy, message):
+        SEEN.clear()
+        with pytest.raises(AssertionError, match=message):
+            check_strategy(strategy)
+
+    def test_a_field_that_no_row_has(self):
+        with pytest.raises(ctl.PlanError, match=r"Typo chooses the pull of '0\.weight' as \{'pul': 1\.0\}"):
+            check_strategy(Typo())
+
+    def test_one_that_does_not_fit_the_model(self):
+        with pytest.raises(ctl.SpecError, match="layers=99 asks for more"):
+            check_strategy(ctl.LayerTransfer(layers=99))
+        with pytest.raises(ctl.SpecError, match="layers=2 asks for more"):
+            check_strategy(ctl.LayerTransfer(layers=2), model=nn.Linear(2, 2))
+
+    def test_a_model_without_an_example_is_trained_on_random_gradients(self):
+        check_strategy(ctl.L2SP(), model=nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+
+
+class TestGenerators:
+    def test_the_documented_example_runs(self):
+        found = doctest.testmod(conservtl.testing)
+        assert found.attempted >= 7
+        assert not found.failed
+
+    def test_every_module_of_it(self):
+        for name in ("contract", "fields"):
+            module = importlib.import_module(f"conservtl.testing.{name}")
+            found = doctest.testmod(module, extraglobs={"st": st})
+            assert found.attempted
+            assert not found.failed
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data())
+    def test_models_leave_the_random_state_alone(self, data):
+        state = torch.get_rng_state()
+        model, example = data.draw(models())
+        data.draw(state_dicts(model))
+        assert torch.equal(state, torch.get_rng_state())
+        assert model(example).shape == (4, 3)
+
+    def test_optional_fields_are_drawn(self):
+        """st.builds leaves them at their defaults."""
+        drawn = []
+
+        @settings(max_examples=200, deadline=None, database=None, derandomize=True)  # a fixed draw: chance fails no one
+        @given(instances(ctl.L2SP))
+        def collect(strategy):
+            drawn.append(strategy)
+
+        collect()
+        assert {s.mode for s in drawn} == {"coupled", "decoupled"}
+        assert {s.depth is None for s in drawn} == {True, False}
+        assert len({s.alpha for s in drawn}) > 5
