@@ -15,13 +15,13 @@ from conservtl.methods.base import Order, Strategy
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
-__all__ = ["AutoRGN", "RelativeRates"]
+__all__ = ["AutoRGN", "AutoRGNUpdate"]
 
 
 _SHARE, _OWN = "share", "own_lr"
 
 
-class RelativeRates(Update):
+class AutoRGNUpdate(Update):
     """Each layer's rate times its share: |g| / |w|, over the largest of any layer.
 
     The share stands in the optimizer's groups, and is saved with them; it acts on the rate during the step alone, so
@@ -148,4 +148,4 @@ class AutoRGN(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Add the update."""
         names = tuple(row.name for row in plan.rows if row.origin == "source" and not row.frozen)
-        return plan.with_update(RelativeRates(by=self.label, names=names, every=self.every, floor=self.floor))
+        return plan.with_update(AutoRGNUpdate(by=self.label, names=names, every=self.every, floor=self.floor))

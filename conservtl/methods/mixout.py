@@ -13,14 +13,14 @@ from conservtl.methods.base import Strategy
 from conservtl.plan.decision import Step, Update
 from conservtl.plan.plan import Plan
 
-__all__ = ["Mixed", "Mixout"]
+__all__ = ["Mixout", "MixoutUpdate"]
 
 
 _PLAIN, _KEPT = "plain:", "kept:"
 _LEVELS = 1 << 16  # a mask's element costs 16 random bits: a fifth of the time that a random number costs
 
 
-class Mixed(Update):
+class MixoutUpdate(Update):
     """w0 + M (w - w0) / (1 - p) in place of w, from a training forward pass to the gradients."""
 
     kind: Literal["mixout"] = "mixout"
@@ -131,4 +131,4 @@ class Mixout(Strategy):
             for row in plan.rows
             if row.origin == "source" and not row.frozen and (self.on == "all" or row.kind == "weight")
         )
-        return plan.with_update(Mixed(by=self.label, names=names, p=self.p, seed=self.seed))
+        return plan.with_update(MixoutUpdate(by=self.label, names=names, p=self.p, seed=self.seed))

@@ -15,10 +15,10 @@ from conservtl.methods.base import Strategy
 from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
 
-__all__ = ["OutputConservation", "OutputTerm", "cross_entropy_to_source", "kl_to_source"]
+__all__ = ["OutputConservation", "OutputConservationTerm", "cross_entropy_to_source", "kl_to_source"]
 
 
-class OutputTerm(Term):
+class OutputConservationTerm(Term):
     """Cross-entropy or KL divergence to the source's outputs."""
 
     kind: Literal["outputs"] = "outputs"
@@ -149,10 +149,12 @@ class OutputConservation(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Add the term."""
         if self.weight is not None:
-            return plan.with_term(OutputTerm(by=self.label, weight=self.weight, temperature=self.temperature or 2.0))
+            return plan.with_term(
+                OutputConservationTerm(by=self.label, weight=self.weight, temperature=self.temperature or 2.0)
+            )
         rho = _RHO if self.rho is None else self.rho
         return plan.with_term(
-            OutputTerm(
+            OutputConservationTerm(
                 by=self.label,
                 task=1 - rho,
                 weight=rho,

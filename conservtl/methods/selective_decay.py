@@ -15,13 +15,13 @@ from conservtl.methods.base import Strategy
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
-__all__ = ["Selective", "SelectiveDecay"]
+__all__ = ["SelectiveDecay", "SelectiveDecayUpdate"]
 
 
 _SIZES, _AGAINST = "sizes", "against"
 
 
-class Selective(Update):
+class SelectiveDecayUpdate(Update):
     """w = v - min(1, strength r) (v - w0) after a step from w to v, where <g, w - w0> > 0."""
 
     kind: Literal["selective_decay"] = "selective_decay"
@@ -115,4 +115,4 @@ class SelectiveDecay(Strategy):
         )
         bare = {name: {"weight_decay": False} for name in names}
         plan = plan.choose(self.label, "weight_decay", bare, explicit=False)
-        return plan.with_update(Selective(by=self.label, names=names, strength=self.strength))
+        return plan.with_update(SelectiveDecayUpdate(by=self.label, names=names, strength=self.strength))

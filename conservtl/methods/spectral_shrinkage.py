@@ -15,10 +15,10 @@ from conservtl.methods.base import Strategy
 from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
 
-__all__ = ["SpectralShrinkage", "SpectralTerm", "smallest_squares"]
+__all__ = ["SpectralShrinkage", "SpectralShrinkageTerm", "smallest_squares"]
 
 
-class SpectralTerm(Term):
+class SpectralShrinkageTerm(Term):
     """The smallest squared singular values of the features of a batch."""
 
     kind: Literal["spectral"] = "spectral"
@@ -90,8 +90,8 @@ class SpectralShrinkage(Strategy):
         """Add the term."""
         if self.layer is None:
             head = plan.head_module
-            return plan.with_term(SpectralTerm(by=self.label, enters=(head,), eta=self.eta, k=self.k))
+            return plan.with_term(SpectralShrinkageTerm(by=self.label, enters=(head,), eta=self.eta, k=self.k))
         (found,) = select([self.layer], plan.layers, "layer").values()
         if len(found) > 1:
             raise SpecError(f"{self.label}: layer must mean one layer; {self.layer!r} matches {list(found)}. Name one.")
-        return plan.with_term(SpectralTerm(by=self.label, taps=found, eta=self.eta, k=self.k))
+        return plan.with_term(SpectralShrinkageTerm(by=self.label, taps=found, eta=self.eta, k=self.k))

@@ -14,14 +14,14 @@ from conservtl.weights.interpolation import Statistics
 from conservtl.weights.path import WeightPath
 from conservtl.weights.recompute_bn import recompute_statistics
 
-__all__ = ["BestInterpolation", "Interpolation", "WeightInterpolation"]
+__all__ = ["BestInterpolation", "FixedInterpolation", "WeightInterpolation"]
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Points = Annotated[int, Field(ge=2)]
 
 
-class Interpolation(After):
+class FixedInterpolation(After):
     """Weights at one point between their start and what was trained."""
 
     kind: Literal["weight_interpolation"] = "weight_interpolation"
@@ -121,4 +121,4 @@ class WeightInterpolation(Strategy):
         """Add what is done once training is over."""
         if self.t is None:
             return plan.with_after(BestInterpolation(by=self.label, points=self.points, batch_norm=self.batch_norm))
-        return plan.with_after(Interpolation(by=self.label, t=self.t, batch_norm=self.batch_norm))
+        return plan.with_after(FixedInterpolation(by=self.label, t=self.t, batch_norm=self.batch_norm))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.methods.feature_extraction.fitted_head import _standardised, nearest_means
-from conservtl.methods.feature_extraction.row_store import Rows
+from conservtl.methods.feature_extraction.row_store import RowStore
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -184,7 +184,7 @@ def test_a_feature_that_never_changes_counts_for_nothing():
 
 
 def test_a_mapped_matrix_is_the_one_in_memory():
-    held, mapped = Rows(), Rows(limit=900)
+    held, mapped = RowStore(), RowStore(limit=900)
     blocks = [torch.randn(n, 5) for n in (7, 40, 3)]
     for block in blocks:
         held.add(block)
@@ -198,14 +198,14 @@ def test_a_mapped_matrix_is_the_one_in_memory():
 
 
 def test_half_precision_features_are_widened():
-    rows = Rows()
+    rows = RowStore()
     rows.add(torch.ones(2, 3, dtype=torch.bfloat16))
     assert rows.matrix().dtype == "float32"
 
 
 def test_features_beyond_the_limit_give_the_same_classifier(monkeypatch):
     inside = fitted("svm")[0].model(X)
-    monkeypatch.setattr("conservtl.methods.feature_extraction.fitted_head.Rows", lambda: Rows(limit=0))
+    monkeypatch.setattr("conservtl.methods.feature_extraction.fitted_head.RowStore", lambda: RowStore(limit=0))
     monkeypatch.setattr("conservtl.methods.feature_extraction.fitted_head._BLOCK", 7)
     assert torch.allclose(fitted("svm")[0].model(X), inside, atol=1e-8)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import conservtl as ctl
-from conservtl.methods.output_conservation import OutputTerm, cross_entropy_to_source, kl_to_source
+from conservtl.methods.output_conservation import OutputConservationTerm, cross_entropy_to_source, kl_to_source
 from conservtl.plan.decision import View
 
 
@@ -66,7 +66,7 @@ class TestFrames:
         return View((logits, torch.tensor([4, 2])))
 
     def term(self):
-        return OutputTerm(by="OutputConservation", weight=1.0)
+        return OutputConservationTerm(by="OutputConservation", weight=1.0)
 
     def source(self):
         return View((torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([4, 2])))
@@ -92,12 +92,12 @@ class TestFrames:
 
 def test_other_classes_are_refused():
     with pytest.raises(ctl.SpecError, match=r"shape \(2, 3\), the source \(2, 5\).*same classes"):
-        OutputTerm(by="me", weight=1.0).value(View(torch.zeros(2, 3)), View(torch.zeros(2, 5)), {})
+        OutputConservationTerm(by="me", weight=1.0).value(View(torch.zeros(2, 3)), View(torch.zeros(2, 5)), {})
 
 
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(ctl.SpecError, match=r"must be logits.*received str"):
-        OutputTerm(by="me", weight=1.0).value(View("x"), View("x"), {})
+        OutputConservationTerm(by="me", weight=1.0).value(View("x"), View("x"), {})
 
 
 def test_half_precision_is_computed_in_full():

@@ -47,7 +47,9 @@ class Shrink(ctl.Strategy):
 
 def test_a_kind_that_is_taken_is_refused():
     """It would stand for the other in every plan that is read from a file."""
-    with pytest.raises(ctl.SpecError, match=r"kind 'mixout' of .*Other is that of conservtl\.methods\.mixout\.Mixed"):
+    with pytest.raises(
+        ctl.SpecError, match=r"kind 'mixout' of .*Other is that of conservtl\.methods\.mixout\.MixoutUpdate"
+    ):
 
         class Other(Update):
             kind: Literal["mixout"] = "mixout"

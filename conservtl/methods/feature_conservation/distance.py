@@ -13,13 +13,13 @@ from conservtl.errors import SpecError
 from conservtl.plan.decision import Term, View
 from conservtl.runtime.channels import channel_axis
 
-__all__ = ["FeatureTerm", "delta", "ldifs"]
+__all__ = ["FeatureConservationTerm", "delta", "ldifs"]
 
 
 _EPSILON = 1e-10  # beside the norm of a feature vector, as in LPIPS
 
 
-class FeatureTerm(Term):
+class FeatureConservationTerm(Term):
     """Distance of tapped features to the source's."""
 
     kind: Literal["features"] = "features"

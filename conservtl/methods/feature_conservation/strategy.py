@@ -10,7 +10,7 @@ from conservtl.errors import SpecError
 from conservtl.layers import select
 from conservtl.methods.base import Strategy
 from conservtl.methods.feature_conservation.attention import AttentionMeasure
-from conservtl.methods.feature_conservation.distance import FeatureTerm
+from conservtl.methods.feature_conservation.distance import FeatureConservationTerm
 from conservtl.plan.plan import Plan
 from conservtl.runtime.channels import channels_first
 
@@ -83,7 +83,7 @@ class FeatureConservation(Strategy):
         if self.attention:
             plan = plan.with_measure(AttentionMeasure(by=self.label, layers=taps, first=first))
         return plan.with_term(
-            FeatureTerm(
+            FeatureConservationTerm(
                 by=self.label,
                 taps=taps,
                 alpha=_ALPHA[self.metric] if self.alpha is None else self.alpha,

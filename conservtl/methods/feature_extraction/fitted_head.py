@@ -17,7 +17,7 @@ from conservtl.extras import require
 from conservtl.functions import Forward, labels_of, logits_of
 from conservtl.layers import canonical, unwrap
 from conservtl.methods.feature_extraction.probe_head import ProbeHead
-from conservtl.methods.feature_extraction.row_store import Rows
+from conservtl.methods.feature_extraction.row_store import RowStore
 from conservtl.plan.decision import After, FinishContext
 from conservtl.runtime.channels import pooled
 from conservtl.runtime.eval_mode import eval_mode
@@ -74,7 +74,7 @@ class FittedHead(After):
 
     def _features(self, model: nn.Module, head: Any, batches: Iterable[Any], forward: Forward) -> tuple[Any, Any]:
         """Features (N, D) and labels (N,) of all batches, with the model in eval mode."""
-        rows = Rows()
+        rows = RowStore()
         labels: list[Tensor] = []
         entered: list[Tensor] = []
         catch = head.register_forward_pre_hook(lambda _, inputs: entered.append(_entering(head, inputs[0])))

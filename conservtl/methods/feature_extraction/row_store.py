@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Rows"]
+__all__ = ["RowStore"]
 
 _LIMIT = 2 << 30  # bytes kept in memory
 
 
-class Rows:
+class RowStore:
     """A matrix that grows by rows.
 
     Args:

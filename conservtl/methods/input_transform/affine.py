@@ -16,7 +16,7 @@ from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.first_use import calls
 
-__all__ = ["NAME", "Transform", "extend", "merge", "retract"]
+__all__ = ["NAME", "AffineTransform", "extend", "merge", "retract"]
 
 NAME = "input_transform"
 """What the module is called on the model."""
@@ -25,7 +25,7 @@ _CLOSE = 1e-3  # of the largest output; where a merge is wrong, outputs differ b
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Transform(nn.Module):
+class AffineTransform(nn.Module):
     """x + D x + b over one axis of x; the identity at the start, and where weight decay pulls to.
 
     Args:
@@ -75,7 +75,7 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bi
             f"InputTransform: {type(model).__name__} is a single module, with nothing to put in front of. Wrap it: "
             "nn.Sequential(model)."
         )
-    transform = Transform(_size(model, layers, example, dim), dim, bias, next(model.parameters()))
+    transform = AffineTransform(_size(model, layers, example, dim), dim, bias, next(model.parameters()))
     transform.train(model.training)
     others = dict(model._modules)  # noqa: SLF001
     model._modules.clear()  # noqa: SLF001 - it must come first: without an example, order is that of registration
@@ -89,7 +89,7 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bi
 def retract(model: nn.Module) -> None:
     """Take it away, whatever its values."""
     model = unwrap(model)
-    if not isinstance(model._modules.get(NAME), Transform):  # noqa: SLF001
+    if not isinstance(model._modules.get(NAME), AffineTransform):  # noqa: SLF001
         return
     del model._modules[NAME]  # noqa: SLF001
     hooks = model._forward_pre_hooks  # noqa: SLF001
@@ -107,7 +107,7 @@ def merge(model: nn.Module) -> bool:
     """
     model = unwrap(model)
     transform = model._modules.get(NAME)  # noqa: SLF001
-    if not isinstance(transform, Transform):
+    if not isinstance(transform, AffineTransform):
         return True
     modules = {canonical(name): module for name, module in model.named_modules()}
     module: Any = modules.get(transform.into or "")
@@ -130,7 +130,7 @@ def _absorb(module: Any, weight: Tensor) -> None:
 def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The pre-hook of the model: its first tensor goes through the transform."""
     transform = model._modules[NAME]  # noqa: SLF001
-    assert isinstance(transform, Transform)
+    assert isinstance(transform, AffineTransform)
     for place, value in enumerate(args):
         if isinstance(value, Tensor):
             return (*args[:place], transform(value), *args[place + 1 :]), kwargs

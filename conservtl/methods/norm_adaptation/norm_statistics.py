@@ -18,10 +18,10 @@ from conservtl.layers import canonical, unwrap
 from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
 
-__all__ = ["NormStatistics"]
+__all__ = ["NormStatisticsMeasure"]
 
 
-class NormStatistics(Measure):
+class NormStatisticsMeasure(Measure):
     r"""Mean and variance of what reaches each norm, over all of the data, mixed with those of the source.
 
     .. math:: \frac{N}{N + n} \text{source} + \frac{n}{N + n} \text{target}

@@ -10,7 +10,7 @@ from torch import nn
 from conservtl.errors import SpecError
 from conservtl.methods.base import Order, Strategy
 from conservtl.methods.norm_adaptation.instance_statistics import mixable
-from conservtl.methods.norm_adaptation.norm_statistics import NormStatistics
+from conservtl.methods.norm_adaptation.norm_statistics import NormStatisticsMeasure
 from conservtl.plan.plan import Plan
 
 __all__ = ["NormAdaptation"]
@@ -94,4 +94,4 @@ class NormAdaptation(Strategy):
         plan = plan.choose(self.label, "statistics", sourced, explicit=False)
         if self.statistics in ("source", "instance"):
             return plan
-        return plan.with_measure(NormStatistics(by=self.label, prior=prior if self.statistics == "mixed" else 0))
+        return plan.with_measure(NormStatisticsMeasure(by=self.label, prior=prior if self.statistics == "mixed" else 0))

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from conservtl.kernels.deviation import TINY, By, Norm, deviations, move_toward, norms, runs
 from conservtl.methods.base import Strategy
-from conservtl.methods.projection.learned import LearnedBall
+from conservtl.methods.projection.learned_projection import LearnedProjection
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
-__all__ = ["Ball", "Projection"]
+__all__ = ["Projection", "ProjectionUpdate"]
 
 
-class Ball(Update):
+class ProjectionUpdate(Update):
     """w = w0 + min(1, r / |d|) d after each step, with d = w - w0."""
 
     kind: Literal["projection"] = "projection"
@@ -123,7 +123,7 @@ class Projection(Strategy):
         )
         if self.radius == "learn":
             return plan.with_after(
-                LearnedBall(
+                LearnedProjection(
                     by=self.label,
                     names=names,
                     each=self.by,
@@ -133,7 +133,7 @@ class Projection(Strategy):
                 )
             )
         return plan.with_update(
-            Ball(
+            ProjectionUpdate(
                 by=self.label,
                 names=names,
                 radius=self.radius,

@@ -19,10 +19,10 @@ from conservtl.plan.decision import After, FinishContext
 from conservtl.runtime.eval_mode import eval_mode
 from conservtl.runtime.measuring import Placed
 
-__all__ = ["LearnedBall"]
+__all__ = ["LearnedProjection"]
 
 
-class LearnedBall(After):
+class LearnedProjection(After):
     """Projects each tensor to a radius that is learned on the validation loss of the projected model."""
 
     kind: Literal["learned_projection"] = "learned_projection"
