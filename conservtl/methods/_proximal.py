@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from conservtl.bounds import NonNegative
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
@@ -40,7 +40,7 @@ class Proximal(Update):
 
     kind: Literal["proximal"] = "proximal"
     shards: ClassVar[bool] = True
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    alpha: NonNegative
     """Strength."""
     penalty: Literal["l1", "group_lasso"]
     """l1: |w - w0|_1. group_lasso: the sum over rows of sqrt(n) |d|_2, n elements a row."""

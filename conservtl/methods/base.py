@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from conservtl.layers import Layer
 from conservtl.plan.plan import Plan
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["Order", "Strategy"]
 
@@ -29,15 +29,13 @@ class Order(IntEnum):
     """Reads all of it; decides phases."""
 
 
-class Strategy(BaseModel, ABC):
+class Strategy(FrozenModel, ABC):
     """Base of all strategies, a user's own included.
 
     A subclass has a ``kind``, fields with bounds in their types, an ``order`` and ``apply``, which
     touches no tensor and does no input or output. One that adds parameters to the model, or puts another head on
     it, says so by ``extends``. ``conservtl.testing.check_strategy`` holds it to the contract.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     kind: str
     order: ClassVar[Order] = Order.STRENGTH

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.batches import size_of
+from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SourceError, SpecError
 from conservtl.functions import logits_of
 from conservtl.methods.base import Strategy
@@ -25,9 +26,6 @@ _FEW = 32  # classes, up to which the true Fisher is exact by default
 _DRAWS = 8  # classes drawn for each example beyond it
 
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 class FisherMeasure(Measure):
     """Mean over examples of the squared gradient of the log-likelihood, for each element of the parameters named."""
 
@@ -36,7 +34,7 @@ class FisherMeasure(Measure):
     """Parameters."""
     fisher: Literal["empirical", "true"] = "empirical"
     """empirical: of the labels. true: of the model's own outputs, in expectation."""
-    draws: Annotated[int, Field(ge=1)] | None = None
+    draws: Count | None = None
     """true: classes drawn for each example; None: all of them, or 8 drawn where there are more than 32."""
     normalize: Literal["none", "mean"] = "mean"
     """mean: divided by its mean over all elements."""
@@ -165,7 +163,7 @@ class FisherSP(Strategy):
     data: Literal["target", "source"] = "target"
     """target: measured on the adaptation data. source: on source data with the source model and its head, which must
     be given to ``fit`` or ``measure``."""
-    draws: Annotated[int, Field(ge=1)] | None = None
+    draws: Count | None = None
     """true: how many classes are drawn from the outputs for each example, with a fixed seed. None: the expectation over
     all of them, exactly, or 8 draws where there are more than 32."""
     normalize: Literal["none", "mean"] = "mean"

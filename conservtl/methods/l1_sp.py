@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
+from conservtl.bounds import NonNegative
 from conservtl.methods._proximal import Proximal, with_proximal
 from conservtl.methods.base import Strategy
 from conservtl.plan.plan import Plan
 
 __all__ = ["L1SP"]
-
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class L1SP(Strategy):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from conservtl.bounds import NonNegative
 from conservtl.methods.base import Strategy
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Row
@@ -14,7 +15,6 @@ from conservtl.plan.row import Anneal, Row
 __all__ = ["L2SP"]
 
 _ALPHA = {"coupled": 0.1, "decoupled": 10.0}
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class L2SP(Strategy):

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from inspect import isabstract
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, model_validator
+from pydantic import ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
+from conservtl.bounds import Share
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss
-from conservtl.plan.row import Frozen
+from conservtl.spec_model import FrozenModel
 
 __all__ = [
     "After",
@@ -37,7 +38,7 @@ __all__ = [
 __all__ += ["Update", "Updates", "View"]
 
 
-class Decision(Frozen, ABC):
+class Decision(FrozenModel, ABC):
     """Base of what stands in a plan beside its rows. A subclass has a ``kind`` with its value as the default."""
 
     kind: str
@@ -105,7 +106,7 @@ class Term(Decision):
     """Modules whose inputs it needs, the head's say."""
     reads: tuple[str, ...] = ()
     """Measurements it needs, by name."""
-    task: Annotated[float, Field(ge=0, le=1)] = 1.0
+    task: Share = 1.0
     """Factor on the task's own loss."""
 
     source: ClassVar[bool] = True

@@ -12,12 +12,13 @@ from pydantic import Field
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
 from conservtl.plan.decision import After, Afters, Decision, Measure, Measures, Term, Terms, Update, Updates
-from conservtl.plan.row import COLUMNS, Anneal, Choice, Frozen, Phase, Row, changed, check_row
+from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, changed, check_row
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["COLUMNS", "Anneal", "Choice", "Phase", "Plan", "Row"]
 
 
-class Plan(Frozen):
+class Plan(FrozenModel):
     """All decisions about a model, before anything is trained. ``print(plan)`` is a table by layer.
 
     Raises:

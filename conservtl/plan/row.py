@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from conservtl.bounds import Count, NonNegative, Positive, Share
 from conservtl.errors import PlanError
+from conservtl.spec_model import FrozenModel
 
-__all__ = ["COLUMNS", "Anneal", "Choice", "Frozen", "Length", "Phase", "Row", "changed", "check_row"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "Phase", "Row", "changed", "check_row"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
@@ -23,31 +25,25 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """The decisions about a row, each with the fields that hold it."""
 
 
-class Frozen(BaseModel):
-    """What is drawn up once and never changed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
-
-
-class Choice(Frozen):
+class Choice(FrozenModel):
     """Which strategy filled in a column of a row, and whether it named the row or meant everything."""
 
     by: str
     explicit: bool
 
 
-class Anneal(Frozen):
+class Anneal(FrozenModel):
     """A factor on a pull that changes over the optimizer's steps, from ``start`` to ``end``."""
 
-    steps: Annotated[int, Field(ge=1)]
+    steps: Count
     """linear: over how many steps. sigmoid: the step at which it is half way."""
-    start: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    start: NonNegative = 1.0
     """Factor at the first step."""
-    end: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    end: NonNegative = 0.0
     """Factor at the end; it stays there."""
     shape: Literal["linear", "sigmoid"] = "linear"
     """linear, or 1 / (1 + exp(-rate (t - steps))), as RecAdam's."""
-    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    rate: Positive = 0.05
     """How steep the sigmoid is, for each step."""
 
     def factor(self, step: int) -> float:
@@ -64,14 +60,14 @@ class Anneal(Frozen):
         return self.start + (self.end - self.start) * done
 
 
-class Row(Frozen):
+class Row(FrozenModel):
     """What happens to one parameter."""
 
     name: str
     """Canonical parameter name: wrapper prefixes stripped, tied parameters under their first name."""
     layer: str
     """The layer it belongs to."""
-    depth: Annotated[float, Field(ge=0, le=1)]
+    depth: Share
     """0 at the input side, 1 at the output side; counted over all layers, frozen ones included."""
     shape: tuple[int, ...]
     kind: Literal["weight", "bias", "norm"]
@@ -86,13 +82,13 @@ class Row(Frozen):
     """Why it is fresh; None for a row from the source."""
     frozen: bool = False
     """Frozen throughout; phases can freeze more for a while."""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    lr: Positive | None = None
     """Absolute learning rate; None takes the optimizer's own, times ``scale``."""
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    scale: Positive = 1.0
     """Ratio to the optimizer's own learning rate; used where ``lr`` is None."""
-    pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    pull: NonNegative | None = None
     """alpha: strength of the pull toward the source value; None: not covered."""
-    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    decay: NonNegative | None = None
     """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
     mode: Literal["coupled", "decoupled"] = "coupled"
     """Whether pull and decay are part of the gradient or a step of their own before it."""
@@ -107,9 +103,9 @@ class Row(Frozen):
     """Whether the optimizer's own weight decay may act on it."""
     statistics: Literal["follow", "hold"] = "follow"
     """Of a norm that tracks statistics: whether they follow the batches it is trained on, or stand still."""
-    instance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    instance: Share = 0.0
     """Of a batch norm: the share of each example's own statistics beside those it keeps."""
-    chosen: dict[str, Choice] = {}
+    chosen: dict[str, Choice] = Field(default_factory=dict)
     """Column -> the strategy that filled it in; a column not here holds its default."""
 
     @property
@@ -130,11 +126,11 @@ class Row(Frozen):
         return self.lr if self.lr is not None else self.scale * base
 
 
-Length = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+Length = Count | Annotated[float, Field(gt=0, lt=1)]
 """A number of epochs, or a share of a run's."""
 
 
-class Phase(Frozen):
+class Phase(FrozenModel):
     """A stretch of training: for how long, what is frozen meanwhile, and a scale on the rates."""
 
     name: str = "all"
@@ -142,7 +138,7 @@ class Phase(Frozen):
     """A number of epochs, or a share of the run's; None: as long as training goes on (the last phase only)."""
     frozen: tuple[str, ...] = ()
     """Parameters frozen during this phase, beside those frozen throughout."""
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    scale: Positive = 1.0
     """Multiplies every learning rate."""
 
     def length(self, epochs: int) -> int | None:
