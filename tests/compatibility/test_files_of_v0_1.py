@@ -96,7 +96,7 @@ def test_an_old_plan_is_the_plan_of_today(kind, name):
     model, example = world.network(case["network"], case["classes"])
     adaptation = ctl.adapt(model, world.source(case["network"]), case["strategies"], example=example)
     if case["facts"]:
-        adaptation.decide(**case["facts"])
+        adaptation.replan(**case["facts"])
     assert ctl.Plan(**case["plan"]) == adaptation.plan
 
 
