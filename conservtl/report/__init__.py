@@ -7,7 +7,7 @@ from conservtl.report.pages.range_test_page import check_picture, range_test_sen
 from conservtl.report.pages.run_page import write_html
 from conservtl.report.pages.sweep_page import write_sweep
 from conservtl.report.pages.tuning_page import write_tune
-from conservtl.report.text.files import write_json
+from conservtl.report.text.report_json import write_json
 from conservtl.report.text.summary import sentence
 from conservtl.report.text.tensorboard import write_tensorboard
 

@@ -17,7 +17,7 @@ from conservtl.experiments.spec.study_sections import TuneSection
 from conservtl.experiments.studies.result_store import estimate, with_fields
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.extras import require
-from conservtl.report.text.files import write_text
+from conservtl.files import write_text
 
 __all__ = ["tune"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.errors import SpecError
+from conservtl.files import write_bytes
 from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, draw_png
 from conservtl.report.pages.rendering import render_many
 
@@ -30,8 +31,7 @@ def write_range_test(result: Mapping[str, Any], path: Path) -> None:
     """
     check_picture(path)
     if path.suffix == ".png":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(draw_png(_HEIGHT, lambda figure: _paint(figure, result)))
+        write_bytes(draw_png(_HEIGHT, lambda figure: _paint(figure, result)), path)
         return
     alt = f"The loss against the learning rate; suggested is {result['suggestion']:.1e}."
     caption = (

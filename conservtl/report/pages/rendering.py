@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from conservtl.extras import require
+from conservtl.files import write_text
 from conservtl.report.figures.canvas import Picture
-from conservtl.report.text.files import plain, write_text
 from conservtl.report.text.html_table import Grid
 from conservtl.report.text.metrics import Verdict
+from conservtl.report.text.report_json import plain
 
 __all__ = ["render", "render_many", "settings"]
 

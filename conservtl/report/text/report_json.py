@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all."""
+"""The report as JSON: plain types, in a stable order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plain", "write_json", "write_text"]
+from conservtl.files import write_text
+
+__all__ = ["plain", "write_json"]
 
 _ORDERED = frozenset({"drift", "spec"})
 """Mappings whose own order says something: layers from the input side on, fields as they are documented."""
@@ -26,26 +28,6 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
         TypeError: a value is of a kind that JSON has no place for; it is named.
     """
     write_text(json.dumps(plain(_sort(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Replace a file in one step, so that a crash leaves the old one or the new one.
-
-    Raises:
-        OSError: the folder cannot be written to; the old file is as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, for a rename across file systems is no single step.
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with half.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def plain(value: Any, at: str = "report") -> Any:
