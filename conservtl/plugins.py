@@ -1,0 +1,72 @@
+"""Extensions of a user's own: modules named on the command line, and packages that declare entry points."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from conservtl.errors import SpecError
+
+__all__ = ["import_modules", "imported_modules", "load_entry_points"]
+
+_IMPORTED: dict[str, None] = {}
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules by dotted name or by path, so that the tasks and strategies in them register themselves.
+
+    A dotted name is looked for in the current folder too, as ``python -m`` does.
+
+    Args:
+        names: dotted names (``my_package.my_task``), or paths of a ``.py`` file or a package's folder.
+
+    Raises:
+        SpecError: a module cannot be imported; the message says why.
+    """
+    for name in names:
+        path = Path(name)
+        is_path = path.suffix == ".py" or "/" in name or "\\" in name
+        folder, module = (path.resolve().parent, path.stem) if is_path else (Path.cwd(), name)
+        added = str(folder) not in sys.path
+        if added:
+            sys.path.insert(0, str(folder))
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            if added:
+                sys.path.remove(str(folder))
+            raise SpecError(
+                f"--import {name!r}: the module cannot be imported: {type(error).__name__}: {error}. Give a dotted "
+                "name or a path, and install what the module needs."
+            ) from error
+        _IMPORTED[str(path.resolve()) if is_path else name] = None
+
+
+def imported_modules() -> tuple[str, ...]:
+    """Names given to ``import_modules`` so far: what a new process must import to know the same extensions."""
+    return tuple(_IMPORTED)
+
+
+@cache
+def load_entry_points(group: str) -> None:
+    """Import everything that installed packages declare in an entry point group, once a process.
+
+    Args:
+        group: ``conservtl.tasks`` or ``conservtl.strategies``.
+
+    Raises:
+        SpecError: an entry point cannot be imported; the message names its package.
+    """
+    for point in entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist is not None else point.value
+            raise SpecError(
+                f"entry point {point.name!r} of group {group!r} in package {package!r} cannot be loaded: "
+                f"{type(error).__name__}: {error}. Repair or uninstall the package."
+            ) from error
