@@ -216,11 +216,11 @@ def adapted(model: nn.Module, strategies: Iterable[ctl.Strategy], place: Place) 
 
 def held(adaptation: ctl.Adaptation, device: torch.device) -> int:
     """Bytes that an adaptation keeps on a device beside the model; what plain fine-tuning keeps is subtracted later."""
-    tensors: list[Tensor] = [*adaptation._anchors.parameters.values(), *adaptation._anchors.placed.values()]  # noqa: SLF001
-    for kept in (*adaptation.measured.values(), *adaptation._updates.state.values()):  # noqa: SLF001
+    tensors: list[Tensor] = [*adaptation.bound.anchors.parameters.values(), *adaptation.bound.anchors.placed.values()]
+    for kept in (*adaptation.measured.values(), *adaptation.bound.updates.state.values()):
         tensors += kept.values()
-    if adaptation.terms.teacher is not None:
-        tensors += adaptation.terms.teacher.model.state_dict().values()
+    if adaptation.bound.terms.source_model is not None:
+        tensors += adaptation.bound.terms.source_model.model.state_dict().values()
     stored = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == device.type
     }
@@ -236,7 +236,7 @@ def on_weights(name: str, place: Place, rounds: int) -> dict[str, Any]:
     for method, strategies in WEIGHTS.items():
         adaptations[method] = adapted(model, strategies, place)
         if sum(t.nbytes for t in parameters.values()) > LARGE:
-            adaptations[method]._anchors.parameters = bare._anchors.parameters  # noqa: SLF001 - the same values
+            adaptations[method].bound.anchors.parameters = bare.bound.anchors.parameters
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
@@ -245,7 +245,7 @@ def on_weights(name: str, place: Place, rounds: int) -> dict[str, Any]:
     memory: dict[str, int] = {}
     for method, adaptation in adaptations.items():
         optimizer = adaptation.optimizer(Still, lr=RATE)
-        adaptation.before_forward(training=True)
+        adaptation.bound.before_forward(training=True)
         memory[method] = held(adaptation, place.device)
         optimizer.step()
         memory[method] = max(memory[method], held(adaptation, place.device)) - plain
@@ -277,7 +277,7 @@ def around_step(adaptation: ctl.Adaptation, optimizer: torch.optim.Optimizer) ->
     """All that an adaptation does in a step: before the forward pass, before the optimizer's step and after it."""
 
     def run() -> None:
-        adaptation.before_forward(training=True)
+        adaptation.bound.before_forward(training=True)
         optimizer.step()
 
     return run
@@ -288,7 +288,7 @@ def sorted_anew(adaptation: ctl.Adaptation) -> Run:
     optimizer = adaptation.optimizer(Still, lr=RATE)
 
     def run() -> None:
-        adaptation._anchors.placed = dict(adaptation._anchors.placed)  # noqa: SLF001 - another object: hooks ask again
+        adaptation.bound.anchors.placed = dict(adaptation.bound.anchors.placed)
         optimizer.step()
 
     return run

@@ -692,7 +692,7 @@ def test_what_is_frozen_costs_nothing(member):
         assert member.strategy.label in str(error)  # noqa: PT017
         return
     step(adaptation, adaptation.optimizer(torch.optim.SGD, lr=RATE))
-    assert not {name for _, name in adaptation._anchors.placed} & adaptation.frozen
+    assert not {name for _, name in adaptation.bound.anchors.placed} & adaptation.frozen
     loss = torch.tensor(1.0)
     assert adaptation.loss(loss, None, None if not adaptation.plan.terms else X) is loss
 

@@ -1,6 +1,7 @@
-"""The plan bound to a model: ``adapt`` prepares it, ``Adaptation`` carries it out."""
+"""The plan bound to a model: ``adapt`` prepares an ``Adaptation``, which carries it out."""
 
-from conservtl.adaptation.adaptation import Adaptation, Origin
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.adaptation.bound_plan import Origin
 from conservtl.adaptation.prepare import adapt
 
 __all__ = ["Adaptation", "Origin", "adapt"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from conservtl.adaptation.adaptation import Adaptation, Origin
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.adaptation.bound_plan import Origin
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all

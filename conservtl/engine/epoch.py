@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,9 +20,8 @@ from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
 from conservtl.engine.source_output_cache import SourceOutputCache, cache_source_outputs
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError
 from conservtl.layers import named_parameters
-from conservtl.plan.decision import View
 
 __all__ = ["Augment", "Learner"]
 
@@ -60,7 +60,9 @@ class Learner:
         self._kept: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None
         if keeps and augment is None and isinstance(batches, Held):
-            self._source = cache_source_outputs(session.adaptation.terms.needs_source, self._source_view, batches)
+            self._source = cache_source_outputs(
+                session.adaptation.bound.terms.needs_source, partial(session.source_view, functions), batches
+            )
         self._phase: int | None = None
         self.ever_kept = False
         self.go_on_from(State())
@@ -82,7 +84,11 @@ class Learner:
         if self._keeps and isinstance(self.batches, Held):
             adaptation = self.session.adaptation
             self._kept = cache_frozen_prefix(
-                self.session.model, self._forward, adaptation.layers, adaptation.frozen, self.batches
+                self.session.model,
+                partial(self.functions.forward, self.session.model),
+                adaptation.layers,
+                adaptation.frozen,
+                self.batches,
             )
             self.ever_kept |= self._kept is not None
 
@@ -141,37 +147,14 @@ class Learner:
     def _backward(self, batch: Batch, number: int, size: int) -> None:
         """Gradients of the ``number``-th batch of a group of ``size``."""
         loss = self._loss(batch)
-        if loss.ndim:
-            raise SpecError(f"loss must return a scalar, the mean over the batch; received shape {tuple(loss.shape)}.")
         self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
         self.session.backward(loss if size == 1 else loss / size)
 
     def _loss(self, batch: Batch) -> Tensor:
         content = batch.content if self.augment is None else self.augment(batch.content, self.generators[-1])
-        outputs = self._outputs(batch, content)
-        loss = self.functions.loss(outputs, content)
-        terms = self.session.adaptation.terms
-        if not terms.terms:
-            return loss
-        source = self._source.of(batch) if self._source is not None else self._source_view(content)
-        return terms.objective(loss, outputs, source, self.session.adaptation.measured)
-
-    def _outputs(self, batch: Batch, content: Any) -> Any:
-        if self._kept is None:
-            return self._forward(content)
-        self._kept.index = batch.index
-        try:
-            return self._forward(content)
-        finally:
-            self._kept.index = None
-
-    def _forward(self, content: Any) -> Any:
-        return self.functions.forward(self.session.model, content)
-
-    def _source_view(self, content: Any) -> View | None:
-        """What the source model makes of the very inputs that the adapted model got."""
-        with self.session.autocast():
-            return self.session.adaptation.source_view(content, self.functions.forward)
+        source = self._source.of(batch) if self._source is not None else None
+        with nullcontext() if self._kept is None else self._kept.serving(batch.index):
+            return self.session.loss(self.functions, content, source)
 
 
 def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

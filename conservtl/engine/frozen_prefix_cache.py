@@ -50,6 +50,15 @@ class FrozenPrefixCache:
         for module, kind in skipped.items():
             self._replace(module, partial(self._placeholder, *kind))
 
+    @contextmanager
+    def serving(self, index: Tensor | None) -> Iterator[None]:
+        """Serve the cached outputs of these examples to the forward passes inside."""
+        self.index = index
+        try:
+            yield
+        finally:
+            self.index = None
+
     def remove(self) -> None:
         """Give every module its own forward back."""
         for module, own in self._own.items():
@@ -115,14 +124,11 @@ def cache_frozen_prefix(
 
         def agrees() -> bool:
             _set_generators(batches.device, start)
-            kept.index = probe
             try:
-                with torch.no_grad():
+                with torch.no_grad(), kept.serving(probe):
                     return _alike(_tensors(run(content)), _tensors(reference))
             except Exception:  # noqa: BLE001 - code between the modules may do anything to a placeholder
                 return False
-            finally:
-                kept.index = None
 
         # NaN first: nothing that reaches an output survives it, but `real.add_(meta)` does nothing and says nothing.
         if not agrees():

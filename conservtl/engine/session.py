@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.evaluation import Functions
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.plan.decision import View
 from conservtl.runtime.freezing import tracks_statistics
 
 __all__ = ["Session", "open_session"]
@@ -80,6 +82,25 @@ class Session:
     def no_sync(self) -> AbstractContextManager[Any]:
         """For a backward that is not followed by a step: processes need not exchange gradients yet."""
         return self.accelerator.no_sync(self.model) if self.part[1] > 1 else nullcontext()
+
+    def source_view(self, functions: Functions, content: Any) -> View | None:
+        """Return the source model's view of the inputs that the adapted model gets, under the same autocast."""
+        with self.autocast():
+            return self.adaptation.source_view(content, functions.forward)
+
+    def loss(self, functions: Functions, content: Any, source: View | None = None) -> Tensor:
+        """Return the loss of a batch with the plan's terms.
+
+        Args:
+            functions: forward and loss.
+            content: the batch.
+            source: the source model's view of it, if it has been computed before.
+        """
+        outputs = functions.forward(self.model, content)
+        loss = functions.loss(outputs, content)
+        if source is None and self.adaptation.bound.terms.needs_source:
+            source = self.source_view(functions, content)
+        return self.adaptation.loss(loss, outputs, source=source)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss, scaled where the precision asks for it."""

@@ -231,7 +231,7 @@ def test_an_empty_set_is_named(plain, data):
 
 
 def test_a_loss_is_a_scalar(plain, data):
-    with pytest.raises(ctl.SpecError, match=r"loss must return a scalar.*\(16,\)"):
+    with pytest.raises(ctl.SpecError, match=r"the loss must be a scalar.*\(16,\)"):
         ctl.fit(
             plain(),
             data,

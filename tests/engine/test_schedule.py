@@ -62,7 +62,7 @@ def test_ratios_between_groups_survive(plain, data, schedule):
 
     def forward(model, batch):
         if model.training:
-            rates = [group["lr"] for group in adaptation._hook.optimizer.param_groups]
+            rates = [group["lr"] for group in adaptation.bound.hook.optimizer.param_groups]
             seen.append((adaptation.phase, rates))
         return model(batch[0])
 

@@ -202,7 +202,7 @@ class TestPull:
         weight.grad = torch.zeros_like(weight)
         optimizer.grad_scale = torch.tensor(1024.0)
         try:
-            adaptation._hook._before_step(optimizer, (optimizer,), {})
+            adaptation.bound.hook._before_step(optimizer, (optimizer,), {})
         finally:
             del optimizer.grad_scale
         torch.testing.assert_close(weight.grad, 1024 * 0.3 * f * (weight.detach() - start))

@@ -76,7 +76,7 @@ def test_rates_from_gradients_keep_no_second_copy_of_the_model():
     optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
     adaptation.model(torch.randn(5, 3)).square().mean().backward()
     optimizer.step()
-    assert adaptation._anchors.placed == {}
+    assert adaptation.bound.anchors.placed == {}
 
 
 class TestBatches:

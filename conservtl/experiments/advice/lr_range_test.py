@@ -16,6 +16,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training, best_block
 from conservtl.engine.batching import Contents, Held, Streamed, as_batches
 from conservtl.engine.epoch import Augment
+from conservtl.engine.evaluation import Functions
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session, open_session
 from conservtl.errors import SpecError
@@ -23,7 +24,7 @@ from conservtl.experiments.run.evaluation_sets import valid_sets
 from conservtl.experiments.run.setting import augmentation, prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec
-from conservtl.functions import cross_entropy, forward
+from conservtl.functions import accuracy, cross_entropy, forward
 from conservtl.plan.plan import Plan
 
 __all__ = ["RangeTest", "lr_find", "range_test"]
@@ -32,6 +33,7 @@ _SHARE = 0.1  # of the rate at the minimum: there the loss still falls, a decade
 _FLAT = 0.05  # of the way from the minimum back to the start: less is no rise
 _WIDTH = 3.0  # steps: batches of a few examples differ by more than neighbouring rates do
 _DIVERGED = 4.0  # times the lowest loss, as is usual, and above where it began
+_CLASSIFICATION = Functions(forward, cross_entropy, accuracy)
 _LOOK = 10  # steps between two looks at the losses, which wait for the device
 
 
@@ -190,7 +192,7 @@ def _losses(
     for number, rate in enumerate(rates, 1):
         session.rate(rate / session.training.lr)
         batch = next(batches)
-        loss = _loss(session, batch if augment is None else augment(batch, generator))
+        loss = session.loss(_CLASSIFICATION, batch if augment is None else augment(batch, generator))
         waiting.append(loss.detach())
         session.backward(loss)
         session.step()
@@ -200,18 +202,6 @@ def _losses(
             if _end(losses, _smooth(losses)) is not None:
                 break
     return losses
-
-
-def _loss(session: Session, batch: Any) -> Tensor:
-    """The task's loss and the plan's terms."""
-    adaptation = session.adaptation
-    outputs = forward(session.model, batch)
-    loss = cross_entropy(outputs, batch)
-    if not adaptation.plan.terms:
-        return loss
-    with session.autocast():
-        source = adaptation.source_view(batch, forward)
-    return adaptation.terms.objective(loss, outputs, source, adaptation.measured)
 
 
 def _endless(batches: Held | Streamed) -> Iterator[Any]:

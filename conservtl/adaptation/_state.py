@@ -1,0 +1,65 @@
+"""State dicts of an adaptation, by name, checked against the plan and the source they are loaded into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from conservtl.adaptation.bound_plan import BoundPlan
+from conservtl.errors import PlanError
+from conservtl.plan.plan import Plan
+from conservtl.runtime.anchors import differs
+
+__all__ = ["load_state_dict", "state_dict"]
+
+
+def state_dict(bound: BoundPlan) -> dict[str, Any]:
+    """Return the plan, anchors, phase, measurements and the updates' state."""
+    bound.restore_weights()
+    return {
+        **bound.anchors.state_dict(),
+        "phase": bound.phase,
+        "plan": bound.plan.model_dump(mode="json"),
+        "measured": {name: dict(tensors) for name, tensors in bound.measured.items()},
+        "updates": bound.updates.state_dict(),
+    }
+
+
+def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
+    """Restore a state that ``state_dict`` returned.
+
+    Raises:
+        PlanError: the state belongs to another plan, other parameters or another source model.
+    """
+    try:
+        plan, phase, start = Plan(**state["plan"]), state["phase"], state["start"]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
+    if plan.facts != bound.plan.facts:
+        bound.replan(**plan.facts)
+    if plan != bound.plan:
+        raise PlanError(
+            f"this state belongs to another plan: {_difference(plan, bound.plan)} differs. Load it into an adaptation "
+            "made from the same model, source and strategies."
+        )
+    if not bound.anchors.fits(state):
+        raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
+    source = bound.origin.source_model
+    if source is not None and (moved := differs(source, start)):
+        raise PlanError(
+            f"this state belongs to another source model: it began with other values in {moved!r}. Load it into an "
+            "adaptation made from the same source."
+        )
+    bound.anchors.load_state_dict(state)
+    bound.measured = {name: dict(tensors) for name, tensors in state["measured"].items()}
+    bound.updates.load_state_dict(state["updates"])
+    bound.start_phase(phase)
+
+
+def _difference(plan: Plan, expected: Plan) -> str:
+    """Return the first row, or else the first field, in which two plans differ."""
+    rows = {row.name: row for row in expected.rows}
+    fields = (name for name in Plan.model_fields if getattr(plan, name) != getattr(expected, name))
+    return next((repr(row.name) for row in plan.rows if rows.get(row.name) != row), f"its {next(fields)}")

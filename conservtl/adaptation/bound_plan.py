@@ -1,0 +1,230 @@
+"""A plan bound to a model: the part of an adaptation that training itself calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from conservtl.errors import PlanError, SpecError
+from conservtl.functions import Forward
+from conservtl.functions import forward as plain_forward
+from conservtl.layers import Layer, named_parameters, unwrap
+from conservtl.methods import Strategy, apply_all
+from conservtl.methods.norm_adaptation.instance_statistics import mix_instances, mixable
+from conservtl.plan.decision import Measure, View
+from conservtl.plan.plan import Plan
+from conservtl.runtime.anchors import Anchors
+from conservtl.runtime.freezing import freeze, hold_statistics, holds, norms_with_rows
+from conservtl.runtime.measuring import check_importance
+from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
+from conservtl.runtime.param_groups import build_optimizer
+from conservtl.runtime.step_hook import StepHook
+from conservtl.runtime.term_runner import TermRunner
+from conservtl.runtime.update_runner import UpdateRunner
+
+__all__ = ["BoundPlan", "Origin"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Inputs from which a plan was drawn up.
+
+    Args:
+        drawn: the plan before any strategy.
+        strategies: in the order they were given.
+        source_model: the source model, kept only if a term or a measurement needs it.
+        head: name of the head's module if the target has labels of its own.
+    """
+
+    drawn: Plan
+    strategies: tuple[Strategy, ...] = ()
+    source_model: nn.Module | None = None
+    head: str | None = None
+
+
+class BoundPlan:
+    """A plan bound to a model's tensors: phases, freezing, anchors, terms, updates and the optimizer's step hook.
+
+    Args:
+        model: the model, already at its starting point.
+        plan: the decisions.
+        layers: the model's layers.
+        origin: what the plan was drawn up from.
+
+    A deep copy or a reloaded pickle has its own model, anchors and phase, and needs a new optimizer: torch drops the
+    hooks of a copied one.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, layers: tuple[Layer, ...], origin: Origin) -> None:
+        self.model = model
+        self.layers = layers
+        self.origin = origin
+        self.measured: dict[str, dict[str, Tensor]] = {}
+        self.anchors = Anchors(model, {row.name for row in plan.rows if row.origin == "source"})
+        self.hook: StepHook | None = None
+        self._handles: tuple[RemovableHandle, ...] = ()
+        self._bind(plan)
+
+    def _bind(self, plan: Plan) -> None:
+        """Build the runners of a plan's terms and updates, and begin its first phase."""
+        self.plan = plan
+        self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.head)
+        self.updates = UpdateRunner(plan.updates)
+        self._register_hooks()
+        self.start_phase(0)
+
+    def replan(self, **facts: str) -> None:
+        """Draw up the plan again with new facts, before an optimizer is made.
+
+        Args:
+            facts: name -> value that strategies read in ``plan.facts``.
+
+        Raises:
+            PlanError: the new plan copies other layers than were copied.
+        """
+        plan = apply_all(self.origin.drawn.with_facts({**self.plan.facts, **facts}), self.origin.strategies)
+        if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
+            raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
+        self.terms.detach()
+        self._bind(plan)
+
+    def outstanding(self) -> tuple[Measure, ...]:
+        """Measurements still to be made before an optimizer can be made."""
+        return tuple(measure for measure in self.plan.measures if measure.name not in self.measured)
+
+    def check_measured(self) -> None:
+        """Raise unless every measurement of the plan has been made.
+
+        Raises:
+            SpecError: one is missing; the message says how to make it.
+        """
+        if outstanding := self.outstanding():
+            first = outstanding[0]
+            raise SpecError(f"{first.by} needs a measurement first ({first.describe()}). {first.remedy}")
+
+    def make_optimizer(
+        self, cls: Callable[..., torch.optim.Optimizer], options: dict[str, Any], *, pull: bool
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer with the plan's groups, and hook the pull and the updates into its step."""
+        self.check_measured()
+        check_importance(self.plan, self.measured)
+        self.keep_frozen()  # a process group may have been initialised since
+        scale = self.plan.phases[self.phase].scale
+        optimizer = build_optimizer(cls, self.plan, named_parameters(self.model), scale, options)
+        self.anchors.forget()
+        self.hook = StepHook(
+            optimizer,
+            self.plan,
+            lambda: self.frozen,
+            self.anchor,
+            self.importance,
+            lambda: self.anchors.placed,
+            self.updates,
+            self.terms.check_added,
+            pull,
+        )
+        return optimizer
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Parameters that the current phase does not train."""
+        return self._frozen
+
+    def start_phase(self, phase: int) -> None:
+        """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates.
+
+        Raises:
+            SpecError: the plan has no such phase.
+        """
+        phases = self.plan.phases
+        if not 0 <= phase < len(phases):
+            raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase}.")
+        self.restore_weights()
+        self.phase = phase
+        self._frozen = self.plan.frozen_in(phase)
+        self.keep_frozen()
+        scale = phases[phase].scale
+        for group in self.hook.optimizer.param_groups if self.hook else ():
+            # The group records the scale of its rates: its state may have been loaded before this object's.
+            factor = scale / group.get("phase_scale", scale)
+            first = group.get("initial_lr", group["lr"])
+            group |= {"lr": group["lr"] * factor, "initial_lr": first * factor, "phase_scale": scale}
+
+    def keep_frozen(self) -> None:
+        """Freeze again what the current phase freezes, after other code has changed it."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
+        freeze(named_parameters(self.model), self._frozen, keep)
+        model = unwrap(self.model)
+        norms = norms_with_rows(model, self.plan.rows, self.layers)
+        hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
+        shares = {norm: max((row.instance for row in rows), default=0.0) for norm, rows in norms.items()}
+        mix_instances({norm: share for norm, share in shares.items() if mixable(norm)})
+
+    def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
+        """Return the source model's outputs and tapped features for a batch; None unless a term needs them.
+
+        Args:
+            inputs: as the model takes them, or a batch that ``forward`` takes.
+            forward: (model, batch) -> outputs; None calls the model with ``inputs``.
+        """
+        device = next(iter(named_parameters(self.model).values())).device
+        return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device)
+
+    def before_forward(self, *, training: bool) -> None:
+        """Let updates act before a forward pass; called by a hook of the model if an update needs it."""
+        if self.hook is not None:
+            self.hook.prepare(training=training)
+
+    def restore_weights(self) -> None:
+        """Restore plain weights if an update (Mixout) replaced them for a forward pass."""
+        if self.hook is not None:
+            self.hook.prepare(training=False)
+
+    def anchor(self, name: str, parameter: Tensor) -> Tensor:
+        """Starting value of a parameter, held as its row says."""
+        return self.anchors.of(name, parameter, self.plan[name].anchor)
+
+    def importance(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Weights of the pull of each element of a parameter; None: all 1."""
+        measure = self.plan[name].importance
+        if measure is not None and measure not in self.measured:
+            self.check_measured()
+        return None if measure is None else self.anchors.weighing(measure, self.measured[measure], name, parameter)
+
+    def modules(self) -> dict[str, str]:
+        """Layer -> name of the module whose output is the layer's: the last of its modules."""
+        return {layer.name: layer.modules[-1] for layer in self.layers if layer.modules}
+
+    def _register_hooks(self) -> None:
+        """Register hooks on the model if an update acts before forward passes."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+        if self.updates.listens:
+            model = unwrap(self.model)
+            self._handles = (
+                model.register_forward_pre_hook(ForwardHook(self)),
+                model.register_state_dict_pre_hook(StateDictHook(self)),  # type: ignore[no-untyped-call]
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore_weights()
+        return {**self.__dict__, "hook": None, "_handles": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.terms.attach(self.model)
+        self._register_hooks()
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    """Call the model on inputs as a caller gives them."""
+    if isinstance(inputs, Mapping):
+        return plain_forward(model, inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
