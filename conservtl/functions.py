@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["Forward", "Loss", "Metrics", "accuracy", "cross_entropy", "forward", "labels_of", "logits_of"]
+__all__ = [
+    "Forward",
+    "Loss",
+    "MetricPool",
+    "Metrics",
+    "accuracy",
+    "cross_entropy",
+    "forward",
+    "labels_of",
+    "logits_of",
+]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
-Metrics = Callable[[Any, Any], Mapping[str, "Tensor | float"]]
+MetricValue = Tensor | float | tuple[Tensor | float, Tensor | float]
+Metrics = Callable[[Any, Any], Mapping[str, MetricValue]]
+
+
+class MetricPool:
+    """Metrics pooled over the batches of a set.
+
+    A metric of a batch is its mean over the examples, weighted here by the batch's size, or a pair (sum, count),
+    such as wrong words and words: sums and counts are added up, and the metric of the set is their quotient.
+
+    Example:
+        >>> pool = MetricPool()
+        >>> pool.add({"accuracy": 1.0, "wer": (1, 2)}, size=3)
+        >>> pool.add({"accuracy": 0.0, "wer": (0, 6)}, size=1)
+        >>> pool.result()
+        {'accuracy': 0.75, 'wer': 0.125}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, Any] = {}
+
+    def add(self, metrics: Mapping[str, MetricValue], size: int) -> None:
+        """Add the metrics of a batch of ``size`` examples."""
+        for name, value in metrics.items():
+            total, count = value if isinstance(value, tuple) else (value * size, size)
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def result(self) -> dict[str, float]:
+        """Return the metrics of all batches together; NaN where nothing was counted."""
+        counts = {name: float(count) for name, count in self._counts.items()}
+        return {name: float(total) / counts[name] if counts[name] else math.nan for name, total in self._sums.items()}
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from conservtl.engine.batching import as_batches
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
-from conservtl.functions import Forward, Loss, Metrics
+from conservtl.functions import Forward, Loss, MetricPool, Metrics
 from conservtl.runtime.eval_mode import eval_mode
 
 __all__ = ["Functions", "Holdout", "evaluate"]
@@ -24,7 +24,7 @@ class Functions:
     Args:
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
-        metrics: (outputs, batch) -> name: mean over the batch.
+        metrics: (outputs, batch) -> name: mean over the batch, or (sum, count), pooled over a set.
     """
 
     forward: Forward
@@ -70,15 +70,13 @@ def evaluate(
             data.forward or functions.forward, data.loss or functions.loss, data.metrics or functions.metrics
         )
         data = data.data
-    sums: dict[str, Any] = {}
-    seen = 0
+    pool, seen = MetricPool(), 0
     with eval_mode(model), preserve_rng():  # a DataLoader draws a seed even when it does not shuffle
         for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
             outputs = functions.forward(model, batch.content)
-            found = {"loss": functions.loss(outputs, batch.content), **functions.metrics(outputs, batch.content)}
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value * batch.size
+            loss = functions.loss(outputs, batch.content)
+            pool.add({"loss": loss, **functions.metrics(outputs, batch.content)}, batch.size)
             seen += batch.size
     if not seen:
         raise DataError("a set to evaluate on has no examples; leave it out or give some.")
-    return {name: float(total) / seen for name, total in sums.items()}
+    return pool.result()

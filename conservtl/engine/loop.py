@@ -103,7 +103,7 @@ def fit(
         training: settings.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
-        metrics: (outputs, batch) -> {name: mean over the batch}; ``accuracy`` is what is selected on, or the
+        metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count)}; ``accuracy`` is selected on, or the
             loss where there is none.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
         path: the same, evaluated once training is over at 11 points between the starting point and the trained

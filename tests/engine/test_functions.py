@@ -238,3 +238,17 @@ def test_a_loss_is_a_scalar(plain, data):
             training=ctl.Training(batch_size=16),
             loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1], reduction="none"),
         )
+
+
+def test_a_pair_of_sum_and_count_is_pooled_over_the_set():
+    """Wrong words over words of all batches together: not the mean of the batches' rates."""
+    wrong, words = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 10.0, 4.0])
+
+    def rates(_, batch):
+        return {"wer": (batch[1].sum(), batch[2].sum()), "mean": (batch[1] / batch[2]).mean()}
+
+    functions = Functions(lambda _, batch: batch[0], lambda outputs, _: outputs.mean(), rates)
+    for batch_size in (1, 2, 3):
+        found = evaluate(nn.Identity(), (torch.zeros(3), wrong, words), functions, CPU, batch_size)
+        assert found["wer"] == pytest.approx(4 / 16)
+        assert found["mean"] == pytest.approx((0.5 + 0 + 0.75) / 3)
