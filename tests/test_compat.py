@@ -1,0 +1,214 @@
+"""What conservtl relies on in private names of torch and Accelerate, on the installed versions."""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from conservtl import compat
+
+A = [torch.tensor([1.0, -2.0]), torch.tensor([[4.0]])]
+B = [torch.tensor([3.0, 5.0]), torch.tensor([[-2.0]])]
+INPLACE = {
+    "foreach_abs_": (lambda t: compat.foreach_abs_(t), [[1.0, 2.0], [[4.0]]]),
+    "foreach_add_": (lambda t: compat.foreach_add_(t, B, alpha=0.5), [[2.5, 0.5], [[3.0]]]),
+    "foreach_addcmul_": (lambda t: compat.foreach_addcmul_(t, B, B, value=2.0), [[19.0, 48.0], [[12.0]]]),
+    "foreach_addcmul_ by each": (
+        lambda t: compat.foreach_addcmul_(t, B, [torch.tensor([2.0, 0.0]), torch.tensor([[1.0]])], value=-1),
+        [[-5.0, -2.0], [[6.0]]],
+    ),
+    "foreach_clamp_max_": (lambda t: compat.foreach_clamp_max_(t, 1), [[1.0, -2.0], [[1.0]]]),
+    "foreach_clamp_min_": (lambda t: compat.foreach_clamp_min_(t, 0.0), [[1.0, 0.0], [[4.0]]]),
+    "foreach_copy_": (lambda t: compat.foreach_copy_(t, B, non_blocking=True), [[3.0, 5.0], [[-2.0]]]),
+    "foreach_lerp_": (
+        lambda t: compat.foreach_lerp_(t, B, [torch.tensor(0.5), torch.tensor(0.25)]),
+        [[2.0, 1.5], [[2.5]]],
+    ),
+    "foreach_mul_ by a number": (lambda t: compat.foreach_mul_(t, 3), [[3.0, -6.0], [[12.0]]]),
+    "foreach_mul_ by tensors": (lambda t: compat.foreach_mul_(t, B), [[3.0, -10.0], [[-8.0]]]),
+    "foreach_reciprocal_": (lambda t: compat.foreach_reciprocal_(t), [[1.0, -0.5], [[0.25]]]),
+}
+VALUES = {
+    "foreach_div": (lambda: compat.foreach_div(B, A), [[3.0, -2.5], [[-0.5]]]),
+    "foreach_mul by a number": (lambda: compat.foreach_mul(A, 2.0), [[2.0, -4.0], [[8.0]]]),
+    "foreach_mul by tensors": (lambda: compat.foreach_mul(A, B), [[3.0, -10.0], [[-8.0]]]),
+    "foreach_norm": (lambda: compat.foreach_norm(B), [34**0.5, 2.0]),
+    "foreach_sub": (lambda: compat.foreach_sub(A, B), [[-2.0, -7.0], [[6.0]]]),
+}
+
+
+@pytest.mark.parametrize(("act", "expected"), INPLACE.values(), ids=INPLACE)
+def test_foreach_in_place(act, expected):
+    tensors = [tensor.clone() for tensor in A]
+    act(tensors)
+    for tensor, value in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, torch.tensor(value), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("values", "expected"), VALUES.values(), ids=VALUES)
+def test_foreach(values, expected):
+    for tensor, value in zip(values(), expected, strict=True):
+        torch.testing.assert_close(tensor, torch.tensor(value))
+
+
+def test_foreach_names_are_torchs_own():
+    """A wrapper would cost time in every step."""
+    names = [name for name in compat.__all__ if name.startswith("foreach")]
+    assert names
+    for name in names:
+        assert getattr(compat, name) is getattr(torch, f"_{name}"), name
+
+
+NORMS = [nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)]
+INSTANCE_NORMS = [nn.InstanceNorm1d(2), nn.InstanceNorm2d(2), nn.InstanceNorm3d(2)]
+CONVOLUTIONS = [kind(1, 1, 1) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)]
+OTHERS = [nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.Linear(2, 2), nn.LSTM(1, 1), nn.Embedding(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("base", "members"),
+    [
+        (compat.NormBase, [*NORMS, *INSTANCE_NORMS]),
+        (compat.BatchNormBase, NORMS),
+        (compat.InstanceNormBase, INSTANCE_NORMS),
+        (compat.ConvBase, CONVOLUTIONS),
+    ],
+)
+def test_bases_cover_their_modules_only(base, members):
+    every = [*NORMS, *INSTANCE_NORMS, *CONVOLUTIONS, *OTHERS]
+    assert [module for module in every if isinstance(module, base)] == members
+
+
+class Doubling:
+    def __call__(self, _module, _args, output):
+        return output * 2
+
+
+class Adding:
+    def __call__(self, _module, args, kwargs=None):
+        return (args[0] + 1,) if kwargs is None else ((args[0] + 1,), kwargs)
+
+
+def is_ours(hook):
+    return isinstance(hook, (Doubling, Adding))
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_hooks_are_listed_and_removed(copied, with_kwargs):
+    """Also in a copy, which the original's handles do not reach."""
+    module = nn.Identity()
+    module.register_forward_hook(Doubling(), always_call=True)
+    module.register_forward_pre_hook(Adding(), with_kwargs=with_kwargs)
+    module.register_forward_hook(keep := (lambda *_: None))
+    module = copy.deepcopy(module) if copied else module
+    assert module(torch.tensor(1.0)) == 4
+    assert [type(hook) for hook in compat.forward_hooks(module)] == [Doubling, type(keep)]
+    assert [type(hook) for hook in compat.forward_pre_hooks(module)] == [Adding]
+    compat.remove_forward_hooks(module, is_ours)
+    compat.remove_forward_pre_hooks(module, is_ours)
+    assert module(torch.tensor(1.0)) == 1
+    assert [type(hook) for hook in compat.forward_hooks(module)] == [type(keep)]
+    assert not compat.forward_pre_hooks(module)
+    left = [name for name, value in vars(module).items() if "forward" in name and name != "_forward_hooks" and value]
+    assert not left
+
+
+def test_a_child_is_registered_first():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    compat.register_first(model, "before", nn.Linear(2, 2, bias=False))
+    assert [name for name, _ in model.named_children()] == ["before", "0", "1"]
+    assert list(model.state_dict()) == ["before.weight", "0.weight", "0.bias"]
+    assert model.get_submodule("before") is model[0]
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.MultiheadAttention(2, 1), nn.LSTM(2, 2)])
+def test_reset_method_initialises(module):
+    reset = compat.reset_method(module)
+    assert reset is not None
+    before = {name: parameter.clone() for name, parameter in module.named_parameters() if parameter.ndim > 1}
+    reset()
+    changed = {name for name, parameter in module.named_parameters() if parameter.ndim > 1}
+    assert {name for name in changed if not torch.equal(module.get_parameter(name), before[name])}
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.Sequential(nn.Linear(1, 1))])
+def test_reset_method_is_none_without_one(module):
+    assert compat.reset_method(module) is None
+
+
+def test_scaler_state_says_whether_gradients_are_unscaled():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    states = [compat.scaler_state(scaler, optimizer)]
+    assert states[0]["stage"].name == "READY"
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(optimizer)
+    assert compat.scaler_state(scaler, optimizer) is states[0]
+    assert states[0]["stage"].name == "UNSCALED"
+    scaler.step(optimizer)
+    assert states[0]["stage"].name == "STEPPED"
+    scaler.update()
+    assert compat.scaler_state(scaler, optimizer) is not states[0]
+
+
+@pytest.fixture
+def states():
+    """The states Accelerate shares in a process, restored afterwards."""
+    found = [dict(state) for state in compat.accelerate_states(process=True)]
+    yield
+    for state, before in zip(compat.accelerate_states(process=True), found, strict=True):
+        state.clear()
+        state.update(before)
+
+
+@pytest.mark.usefixtures("states")
+def test_accelerators_share_states_that_can_be_set_apart():
+    shared = compat.accelerate_states(process=True)
+    assert len(shared) == 3
+    assert len(compat.accelerate_states(process=False)) == 2
+    for state in shared:
+        state.clear()
+    first = Accelerator(mixed_precision="no", cpu=True)
+    assert all(shared)
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+    for state, content in zip(shared, before, strict=True):
+        state.clear()
+        state.update(content)
+    assert first.mixed_precision == "no"
+
+
+@pytest.mark.usefixtures("states")
+def test_prepared_objects_are_those_an_accelerator_holds():
+    for state in compat.accelerate_states(process=True):
+        state.clear()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = nn.Linear(2, 2)
+    before = set(vars(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    models, optimizers = compat.prepared_objects(accelerator)
+    assert models == [prepared]
+    assert optimizers == [wrapped]
+    assert prepared is model
+    assert set(vars(model)) - before == {"forward", *compat.ACCELERATE_ATTRIBUTES}
+    models.clear()
+    optimizers.clear()
+    assert compat.prepared_objects(accelerator) == [[], []]
+
+
+def test_tree_map_keeps_types_and_stops_at_leaves():
+    class Pair(NamedTuple):
+        a: str
+        b: dict[str, int]
+
+    tree = {"x": [1, (2, None)], "y": Pair("text", {"z": 3})}
+    mapped = compat.tree_map(lambda leaf: [leaf], tree, is_leaf=lambda node: isinstance(node, tuple) and 2 in node)
+    assert mapped == {"x": [[1], [(2, None)]], "y": Pair(["text"], {"z": [3]})}
