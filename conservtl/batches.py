@@ -1,69 +1,128 @@
-"""Batches of any make: their tensors, and the same batch with others."""
+"""Batches of any nesting: list, replace, move and count their tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from conservtl.compat import tree_map
 from conservtl.errors import DataError, SpecError
 
-__all__ = ["check_batches", "each", "replaced", "size_of", "tensors_of"]
+__all__ = ["batch_size", "check_batches", "map_tensors", "replace_tensors", "row_count", "tensors_of", "to_device"]
 
 
 def check_batches(batches: Iterable[Any], who: str) -> None:
-    """Refuse what is no collection of batches that can be gone through more than once.
+    """Raise unless ``batches`` can be iterated repeatedly.
+
+    Args:
+        batches: a list of batches, a DataLoader or another collection of batches.
+        who: the subject of the error message.
 
     Raises:
-        DataError: it is one batch, or a generator, which is empty after the first time.
+        DataError: it is a single batch, or an iterator, which is empty after the first pass.
     """
-    one = isinstance(batches, (Tensor, Mapping)) or (
+    single = isinstance(batches, (Tensor, Mapping)) or (
         isinstance(batches, tuple) and bool(batches) and all(isinstance(part, Tensor) for part in batches)
     )
-    if one or isinstance(batches, Iterator):
-        what = f"one batch, a {type(batches).__name__}" if one else f"a {type(batches).__name__}"
-        fix = "Put it into a list" if one else "Make it a list, or give the DataLoader"
+    if single or isinstance(batches, Iterator):
+        received = f"one batch, a {type(batches).__name__}" if single else f"a {type(batches).__name__}"
+        fix = "Put it into a list" if single else "Make it a list, or give the DataLoader"
         raise DataError(
-            f"{who}: batches must be a list of batches, or the like, to be gone through more than once; "
-            f"received {what}. {fix}."
+            f"{who}: batches must be a list or another collection that can be iterated repeatedly; "
+            f"received {received}. {fix}."
         )
 
 
-def each(batch: Any, act: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with each of its tensors changed: tensors, mappings, tuples and lists, in any nesting."""
-    if isinstance(batch, Tensor):
-        return act(batch)
-    if isinstance(batch, Mapping):
-        return {key: each(value, act) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(each(value, act) for value in batch))
-    return type(batch)(each(value, act) for value in batch) if isinstance(batch, (tuple, list)) else batch
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return the batch with ``function`` applied to each tensor.
+
+    Tuples, named tuples, lists, dictionaries, dataclasses and the types registered with torch's pytree may nest in any
+    way and keep their types; another mapping becomes a dictionary. Everything else is returned as it is.
+
+    Args:
+        batch: the batch, of any nesting.
+        function: is called with each tensor, in order.
+
+    >>> map_tensors({"inputs": [torch.ones(2)], "names": ["a", "b"]}, lambda tensor: tensor + 1)
+    {'inputs': [tensor([2., 2.])], 'names': ['a', 'b']}
+    """
+    return _map(batch, lambda node: isinstance(node, Tensor), function)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """The batch's tensors, in order."""
-    found: list[Tensor] = []
-    each(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+    """Return the tensors of a batch, in order."""
+    tensors: list[Tensor] = []
+    map_tensors(batch, tensors.append)
+    return tensors
 
 
-def replaced(batch: Any, tensors: Sequence[Tensor]) -> Any:
-    """The batch with these tensors in place of its own."""
-    left = iter(tensors)
-    return each(batch, lambda _: next(left))
+def replace_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return the batch with these tensors, in the order of ``tensors_of``, in place of its tensors."""
+    remaining = iter(tensors)
+    return map_tensors(batch, lambda _: next(remaining))
 
 
-def size_of(batch: Any) -> int:
-    """Number of examples in a batch.
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch on a device; copies from pinned memory do not block.
+
+    An object with a ``to`` method, such as ``PackedSequence`` or a tokenizer's ``BatchEncoding``, moves itself.
+    """
+    return _map(
+        batch, lambda node: callable(getattr(node, "to", None)), lambda node: node.to(device, non_blocking=True)
+    )
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of examples: the length of the first tensor, 1 for a scalar or a batch without tensors."""
+    sizes: list[int] = []
+    _map(batch, lambda node: isinstance(node, (Tensor, PackedSequence)), lambda node: sizes.append(_length(node)))
+    return sizes[0] if sizes else 1
+
+
+def row_count(batch: Any) -> int:
+    """Return the number of examples of a batch that can be split into rows.
 
     Raises:
-        SpecError: its tensors disagree, so it cannot be taken apart.
+        SpecError: its tensors differ in length.
     """
     lengths = [len(tensor) for tensor in tensors_of(batch) if tensor.ndim]
     if lengths and (len(set(lengths)) == 1 or lengths[0] == 1):
         return lengths[0]
     raise SpecError(
-        f"batches: to be measured example by example, every tensor must have an example a row; received lengths "
-        f"{lengths}. Give batches of one example."
+        f"batches: to be measured example by example, every tensor must have one row for each example; received "
+        f"lengths {lengths}. Give batches of one example."
     )
+
+
+def _map(batch: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to the nodes that are leaves, also below containers that torch's pytree does not know."""
+
+    def visit(node: Any) -> Any:
+        if is_leaf(node):
+            return function(node)
+        if isinstance(node, Mapping):
+            return {key: _map(value, is_leaf, function) for key, value in node.items()}
+        if isinstance(node, (tuple, list)):
+            make = getattr(type(node), "_make", type(node))  # a named tuple's constructor takes no iterable
+            return make(_map(value, is_leaf, function) for value in node)
+        if is_dataclass(node) and not isinstance(node, type):
+            names = [field.name for field in fields(node) if field.init]
+            return replace(node, **{name: _map(getattr(node, name), is_leaf, function) for name in names})
+        return node
+
+    return tree_map(visit, batch, is_leaf=is_leaf)
+
+
+def _moved(node: Any, device: torch.device) -> Any:
+    return node.to(device, non_blocking=True)
+
+
+def _length(node: Tensor | PackedSequence) -> int:
+    if isinstance(node, PackedSequence):
+        return int(node.batch_sizes[0])
+    return len(node) if node.ndim else 1

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from conservtl.batches import size_of
+from conservtl.batches import row_count
 from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SourceError, SpecError
 from conservtl.functions import logits_of
@@ -72,7 +72,7 @@ class FisherMeasure(Measure):
             for labels, weights in self._labels(probe, batch):
                 for name, square in examples.squares((batch, labels), weights).items():
                     total[name] += square
-            count += size_of(batch)
+            count += row_count(batch)
         return self._shaped({name: square / count for name, square in total.items()})
 
     def _labels(self, probe: MeasureContext, batch: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:

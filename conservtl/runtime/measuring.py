@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.batches import check_batches, each
+from conservtl.batches import check_batches, map_tensors
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.layers import canonical, named_parameters, unwrap
@@ -95,7 +95,7 @@ class Placed:
         self._batches, self._device = batches, device
 
     def __iter__(self) -> Iterator[Any]:
-        return (each(batch, lambda tensor: tensor.to(self._device)) for batch in self._batches)
+        return (map_tensors(batch, lambda tensor: tensor.to(self._device)) for batch in self._batches)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from conservtl.batches import replaced, size_of, tensors_of
+from conservtl.batches import replace_tensors, row_count, tensors_of
 
 __all__ = ["PerExample"]
 
@@ -54,12 +54,12 @@ class PerExample:
         Raises:
             SpecError: a tensor has no example a row.
         """
-        size = size_of(batch)
+        size = row_count(batch)
         weights = torch.ones(size) if weights is None else weights
         total = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
         for start in range(0, size, self._chunk):
             own = slice(start, min(start + self._chunk, size))
-            part = replaced(batch, [t[own] if t.ndim else t for t in tensors_of(batch)]) if size > 1 else batch
+            part = replace_tensors(batch, [t[own] if t.ndim else t for t in tensors_of(batch)]) if size > 1 else batch
             with self._kernels():
                 found = self._together(part, weights[own]) if self._batched and size > 1 else None
                 for name, square in (self._one_by_one(part, weights[own]) if found is None else found).items():
@@ -78,7 +78,9 @@ class PerExample:
         tensors = tensors_of(part)
 
         def one(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
-            content = replaced(part, [row[None] if t.ndim else row for row, t in zip(rows, tensors, strict=True)])
+            content = replace_tensors(
+                part, [row[None] if t.ndim else row for row, t in zip(rows, tensors, strict=True)]
+            )
             found: Tensor = functional_call(self._whole, parameters, (content,))
             return found
 
@@ -103,7 +105,7 @@ class PerExample:
         tensors, size = tensors_of(part), len(weights)
         for index, weight in enumerate(weights):
             rows = [t[index : index + 1] if t.ndim else t for t in tensors]
-            value = self._value(self._model, replaced(part, rows) if size > 1 else part)
+            value = self._value(self._model, replace_tensors(part, rows) if size > 1 else part)
             found = torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
             for name, gradient in zip(total, found, strict=True):
                 if gradient is not None:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from conservtl.batches import each, replaced, size_of, tensors_of
+from conservtl.batches import map_tensors, replace_tensors, row_count, tensors_of
 from conservtl.errors import SpecError
 from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.runtime.channels import channel_axis
@@ -52,7 +52,7 @@ class AttentionMeasure(Measure):
         rises: dict[str, Tensor] = {}
         count = 0
         for batch in probe.batches:
-            size = size_of(batch)
+            size = row_count(batch)
             count += size
             plain = probe.loss(probe.forward(probe.model, batch), batch)
             for layer in self.layers:
@@ -110,7 +110,7 @@ class _Occluded:
         try:
             return self._split(self._run(batch, occlude), batch, size, copies)
         except Exception:  # noqa: BLE001 - a path around the layer may refuse in any way: all of the model sees the copies
-            wide = each(batch, lambda tensor: _repeat(tensor, copies) if tensor.ndim else tensor)
+            wide = map_tensors(batch, lambda tensor: _repeat(tensor, copies) if tensor.ndim else tensor)
             return self._split(self._run(wide, occlude), batch, size, copies)
 
     def _split(self, outputs: Any, batch: Any, size: int, copies: int) -> Tensor:
@@ -120,7 +120,7 @@ class _Occluded:
         for copy in range(copies):
             own = slice(copy * size, (copy + 1) * size)
             rows = [tensor[own] if tensor.ndim else tensor for tensor in tensors_of(outputs)]
-            losses.append(self.probe.loss(replaced(outputs, rows), batch))
+            losses.append(self.probe.loss(replace_tensors(outputs, rows), batch))
         return torch.stack(losses)
 
     def _run(self, batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

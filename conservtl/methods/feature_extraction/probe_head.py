@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from conservtl.batches import each
+from conservtl.batches import map_tensors
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, select, unwrap
 from conservtl.layers.first_use import calls
@@ -148,7 +148,7 @@ def _outputs(model: nn.Module, example: Any, parts: dict[str, str], head: str) -
     device = next(trial.parameters()).device
     error: Exception | None = None
     with torch.no_grad(), torch.random.fork_rng():
-        for call in calls(each(example, lambda tensor: tensor.to(device))):
+        for call in calls(map_tensors(example, lambda tensor: tensor.to(device))):
             try:
                 call(trial)
                 break

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from conservtl.batches import each, tensors_of
+from conservtl.batches import map_tensors, tensors_of
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.first_use import calls
@@ -186,7 +186,9 @@ def _consumer(model: nn.Module, example: Any) -> str | None:
     names = {module: canonical(name) for name, module in trial.named_modules()}
     device = transform.weight.device
     with torch.no_grad(), torch.random.fork_rng():
-        noise = each(example, lambda t: (torch.randn(t.shape) if t.is_floating_point() else t).to(device, t.dtype))
+        noise = map_tensors(
+            example, lambda t: (torch.randn(t.shape) if t.is_floating_point() else t).to(device, t.dtype)
+        )
         transform.weight.copy_(torch.randn(transform.weight.shape) / len(transform.weight) ** 0.5)
         for call in calls(noise):
             called.clear()
