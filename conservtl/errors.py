@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -16,17 +16,21 @@ __all__ = [
     "SourceError",
     "SpecError",
     "TrainingDivergedError",
+    "did_you_mean",
     "hint",
     "wrong_tag",
 ]
 
 
+_LISTED = 12  # known words that a message lists
+
+
 class ConservtlError(Exception):
-    """Everything conservtl raises on purpose."""
+    """Base of every error that conservtl raises on purpose."""
 
 
 class InputError(ConservtlError, ValueError):
-    """What was handed in is wrong and can be mended by whoever handed it in (exit code 2)."""
+    """An input is wrong and the caller can correct it (exit code 2)."""
 
 
 class SpecError(InputError):
@@ -38,7 +42,7 @@ class SelectorError(SpecError):
 
 
 class PlanError(InputError):
-    """Strategies contradict each other, or the plan breaks one of its invariants."""
+    """Strategies contradict each other, or the plan breaks an invariant."""
 
 
 class SourceError(InputError):
@@ -50,26 +54,46 @@ class DataError(InputError):
 
 
 class MissingExtraError(ConservtlError, ImportError):
-    """An optional dependency is needed; the message names the extra that brings it."""
+    """An optional dependency is missing; the message names the extra that installs it."""
 
 
 class TrainingDivergedError(ConservtlError, RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
-def hint(word: str, known: Sequence[str]) -> str:
-    """The nearest of the known words as a sentence, or all of them."""
-    near = difflib.get_close_matches(word, known, 1)
-    return f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(known)}." if known else ""
+def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
+    """Return a sentence with the known words most like a misspelt one, whatever their case; empty if none is close.
+
+    Args:
+        word: the word received.
+        known: the words that are valid.
+        count: how many to name at most, best first.
+
+    >>> did_you_mean("Shotz", ["shots", "seed"])
+    " Did you mean 'shots'?"
+    """
+    originals = {each.lower(): each for each in known}
+    close = [repr(originals[each]) for each in difflib.get_close_matches(word.lower(), originals, count)]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def hint(word: str, known: Sequence[str], count: int = 1) -> str:
+    """Return the sentence of ``did_you_mean``, or one that lists the first known words if none is close.
+
+    >>> hint("alpha", ["shots", "seed"])
+    ' There are shots, seed.'
+    """
+    listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
+    return did_you_mean(word, known, count) or (f" There are {listed}." if known else "")
 
 
 def wrong_tag(error: Mapping[str, Any], also: Sequence[str] = ()) -> str:
-    """What is wrong with the kind of a part of a spec.
+    """Return the message for a section of a spec whose kind is unknown.
 
     Args:
-        error: Pydantic's, of type ``union_tag_invalid``.
-        also: further names that are known.
+        error: Pydantic's error, of type ``union_tag_invalid``.
+        also: further valid names.
     """
     tag = str(error["ctx"]["tag"])
     known = [*(word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")), *also]
-    return f"{tag!r} is none of {', '.join(known)}.{hint(tag, known)}"
+    return f"{tag!r} is none of {', '.join(known)}.{did_you_mean(tag, known)}"

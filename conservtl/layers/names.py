@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from conservtl.errors import SelectorError
+from conservtl.errors import SelectorError, hint
 
-__all__ = ["WRAPPED", "canonical", "matches", "named_parameters", "nearest", "select", "unwrap"]
+__all__ = ["WRAPPED", "canonical", "glob_hint", "matches", "named_parameters", "select", "unwrap"]
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """The attributes under which torch.compile, activation checkpointing and FSDP keep a module."""
@@ -85,24 +84,23 @@ def select(patterns: Sequence[str], names: Sequence[str], what: str = "parameter
     chosen = {pattern: tuple(name for name in names if matches(pattern, name)) for pattern in patterns}
     for pattern, found in chosen.items():
         if not found:
-            close = ", ".join(nearest(pattern, names)) or "there are none"
             raise SelectorError(
-                f"{pattern!r}: must match at least one {what}, matches none of {len(names)}; nearest names: {close}"
+                f"{pattern!r}: must match at least one {what}, matches none of {len(names)}.{glob_hint(pattern, names)}"
             )
     return chosen
 
 
-def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The names, or modules they lie in, most like the pattern; best first.
+def glob_hint(pattern: str, names: Iterable[str]) -> str:
+    """Return a sentence with the names, or the modules that contain them, most like a glob that matches nothing.
 
     Args:
-        pattern: The glob that was misspelt.
+        pattern: The glob.
         names: Names of parameters, modules or layers.
-        count: At most so many.
+
+    Examples:
+        >>> glob_hint("layr2.*", ["layer1.0.weight", "layer2.0.weight"])
+        " Did you mean 'layer2' or 'layer2.0' or 'layer1'?"
     """
-    plain = pattern.strip("*.")
-    # A pattern may mean a module, so every prefix of a name is a candidate.
-    candidates = dict.fromkeys(
-        ".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts) + 1)
-    )
-    return difflib.get_close_matches(plain, candidates, n=count, cutoff=0.3) or list(candidates)[:count]
+    parts = [name.split(".") for name in names]
+    candidates = dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1))
+    return hint(pattern.strip("*."), list(candidates), count=3) or " There are none."

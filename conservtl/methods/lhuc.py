@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from conservtl.errors import PlanError, SelectorError, SpecError
 from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
 from conservtl.layers.first_use import first_use
-from conservtl.layers.names import nearest
+from conservtl.layers.names import glob_hint
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
 
@@ -67,10 +67,10 @@ def hidden_units(
         inside = [name for name, layer in units.items() if matches(glob, layer)]
         inside = inside or [name for name in scalable if matches(glob, name)]
         if not inside:
-            close = ", ".join(nearest(glob, [*dict.fromkeys(units.values()), *scalable])) or "there are none"
             raise SelectorError(
                 f"LHUC: {glob!r} must match a layer, or a linear, convolutional, recurrent or normalising module "
-                f"whose output can be scaled; it matches none. Nearest: {close}"
+                f"whose output can be scaled; it matches none."
+                f"{glob_hint(glob, [*dict.fromkeys(units.values()), *scalable])}"
             )
         chosen |= dict.fromkeys(inside)
     return list(chosen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.errors import SourceError
+from conservtl.errors import SourceError, did_you_mean
 from conservtl.layers import Layer, canonical, unwrap
 
 __all__ = ["Source", "SourceLike", "TransferReport", "read_source"]
@@ -148,9 +147,11 @@ def _load(path: Path) -> Mapping[str, Any]:
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"  # what a run left
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*") if p.is_file()], 3)
-        hint = f" Beside it: {', '.join(near)}." if near else ""
-        raise SourceError(f"source {str(path)!r} is not a file.{hint} Give the path of the source weights.")
+        files = [file.name for file in path.parent.glob("*") if file.is_file()]
+        raise SourceError(
+            f"source {str(path)!r} is not a file.{did_you_mean(path.name, files, count=3)} "
+            "Give the path of the source weights."
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

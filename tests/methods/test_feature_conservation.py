@@ -291,7 +291,7 @@ class TestTaps:
         assert adaptation.plan.terms[0].taps == ("conv", "block1", "block2")
 
     def test_one_that_names_no_layer(self):
-        with pytest.raises(ctl.SelectorError, match=r"'blok1': must match at least one layer.*nearest names: block1"):
+        with pytest.raises(ctl.SelectorError, match=r"'blok1': must match at least one layer.*Did you mean 'block1'"):
             ctl.adapt(net(), net(7), [ctl.FeatureConservation(layers=("blok1",))])
 
     def test_a_model_of_one_layer_has_none(self):

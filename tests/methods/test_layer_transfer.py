@@ -92,7 +92,7 @@ def test_more_layers_than_there_are():
 
 
 def test_a_glob_that_matches_nothing():
-    with pytest.raises(ctl.SelectorError, match=r"'5'.*at least one layer.*nearest names"):
+    with pytest.raises(ctl.SelectorError, match=r"'5'.*at least one layer.*There are 0, 1, 2, 3, 4"):
         applied(ctl.LayerTransfer(layers=["5"]))
 
 

@@ -186,7 +186,9 @@ class TestUnits:
         assert hidden_units(model, layers, ["0"]) == ["1"]
         assert hidden_units(model, layers, ["7"]) == ["7"]
         assert hidden_units(model, layers, ["1", "5"]) == ["1", "5"]
-        with pytest.raises(ctl.SelectorError, match=r"LHUC: 'conv1' must match a layer, .*Nearest: "):
+        with pytest.raises(
+            ctl.SelectorError, match=r"LHUC: 'conv1' must match a layer, .*it matches none\. There are 0, 5, 7, 1\."
+        ):
             hidden_units(model, layers, ["conv1"])
 
     def test_a_model_that_is_all_head_is_refused_and_left_as_it_was(self):

@@ -126,7 +126,7 @@ def test_a_feature_that_is_not_finite_gives_nan(bad):
 
 
 def test_fields_and_names():
-    with pytest.raises(ctl.SelectorError, match=r"'frist': must match at least one layer.*nearest names: first"):
+    with pytest.raises(ctl.SelectorError, match=r"'frist': must match at least one layer.*Did you mean 'first'"):
         adapted(ctl.SpectralShrinkage(layer="frist"))
     with pytest.raises(ctl.SpecError, match=r"'\*' matches \['first', 'second', 'head'\]"):
         adapted(ctl.SpectralShrinkage(layer="*"))

@@ -60,7 +60,7 @@ class TestFiles:
         for name in ("resnet18.pt", "resnet20.pt", "notes.txt"):
             (tmp_path / name).touch()
         with pytest.raises(
-            ctl.SourceError, match=r"resnet19\.pt' is not a file\. Beside it: resnet(18|20)\.pt, resnet"
+            ctl.SourceError, match=r"resnet19\.pt' is not a file\. Did you mean 'resnet(18|20)\.pt' or 'resnet"
         ) as e:
             adapted_from(tmp_path / "resnet19.pt")
         assert "notes" not in str(e.value)

@@ -220,8 +220,8 @@ def test_the_compact_network_has_blocks_of_one_class():
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
-        ({"name": "wav2vec_base"}, "logmel", "Nearest:.*wav2vec2_base"),
-        ({"name": "tc_resnet9"}, "logmel", "Nearest:.*tc_resnet8"),
+        ({"name": "wav2vec_base"}, "logmel", "Did you mean.*'wav2vec2_base'"),
+        ({"name": "tc_resnet9"}, "logmel", "Did you mean.*'tc_resnet8'"),
         ({"name": "tc_resnet8", "args": {"widht": 2}}, "logmel", r"model\.args\.widht.*width"),
         ({"name": "tc_resnet8"}, "waveform", "logmel"),
         ({"name": "Conformer"}, "logmel", "num_heads"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, hint
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.torchaudio_adapter import torchaudio_names, wrap
@@ -42,12 +41,9 @@ def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) ->
         return _compact(model, preprocessing, classes)
     known = torchaudio_names()
     if model.name not in known:
-        names = [*_BLOCKS, *known]
-        near = difflib.get_close_matches(model.name.lower(), [n.lower() for n in names], n=5, cutoff=0.4)
-        nearest = [n for n in names if n.lower() in near] or names
         raise SpecError(
             f"model.name is a compact network ({', '.join(_BLOCKS)}) or a name in torchaudio.models; "
-            f"got {model.name!r}. Nearest: {', '.join(nearest)}."
+            f"got {model.name!r}.{hint(model.name, [*_BLOCKS, *known], count=5)}"
         )
     return wrap(model.name, model.args, preprocessing.features, classes)
 

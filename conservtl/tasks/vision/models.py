@@ -7,9 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, hint
 from conservtl.extras import require
-from conservtl.tasks.vision._names import nearest
 from conservtl.tasks.vision.cifar_resnet import CIFAR_DEPTHS, CifarResNet
 from conservtl.tasks.vision.image_settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
@@ -105,8 +104,8 @@ def _find(name: str) -> tuple[str, str]:
     prefixed = [_TIMM + one for one in timm.list_models()]
     known = prefixed if name.startswith(_TIMM) else [*CIFAR_DEPTHS, *classifiers, *timm.list_models()]
     raise SpecError(
-        f"model.name must be a cifar_resnet, or a classifier of torchvision or timm; got {name!r}. "
-        f"{nearest(name, known)}"
+        f"model.name must be a cifar_resnet, or a classifier of torchvision or timm; got {name!r}."
+        f"{hint(name, known, count=3)}"
     )
 
 
@@ -117,7 +116,7 @@ def _timm_tag(timm: Any, name: str) -> None:
     except RuntimeError as error:
         tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{architecture}.*")]
         raise SpecError(
-            f"model.name: {architecture} has no published weights tagged {tag!r}. {nearest(tag, tags)} "
+            f"model.name: {architecture} has no published weights tagged {tag!r}.{hint(tag, tags, count=3)} "
             f"Without a tag the default one's settings apply."
         ) from error
 

@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, hint
 from conservtl.extras import require
-from conservtl.tasks.vision._names import nearest
 from conservtl.tasks.vision.datasets import TorchvisionData
 from conservtl.tasks.vision.parts import ImagePart, Parts, split
 
@@ -45,7 +44,8 @@ def _parts_of(data: TorchvisionData) -> tuple[ImagePart, ImagePart]:
     sets = require("torchvision.datasets", "vision")
     if data.name not in sets.__all__:
         raise DataError(
-            f"data.name must be a class of torchvision.datasets; got {data.name!r}. {nearest(data.name, sets.__all__)}"
+            f"data.name must be a class of torchvision.datasets; got {data.name!r}."
+            f"{hint(data.name, sets.__all__, count=3)}"
         )
     make = getattr(sets, data.name)
     takes = inspect.signature(make).parameters
