@@ -17,7 +17,7 @@ from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.kernels.dtensor import whole
 from conservtl.layers import Layer, named_parameters, unwrap
-from conservtl.plan.decision import Measure, View
+from conservtl.plan.decision import Measure, Search, View
 from conservtl.plan.plan import Plan
 from conservtl.runtime.measuring import check_importance, measure
 from conservtl.source.read import TransferReport
@@ -148,8 +148,8 @@ class Adaptation:
         """
         return self.bound.source_view(inputs, forward)
 
-    def outstanding(self) -> tuple[Measure, ...]:
-        """Measurements still to be made before an optimizer can be made."""
+    def outstanding(self) -> tuple[Measure | Search, ...]:
+        """Measurements and searches still to be made before an optimizer can be made."""
         return self.bound.outstanding()
 
     def measure(
@@ -177,8 +177,8 @@ class Adaptation:
             DataError: there are no batches, a single one, or a generator of them.
             SpecError: the model cannot be measured so; the message says why.
         """
-        for one in self.outstanding():
-            if one.data == on and not one.tried:
+        for one in self.bound.unmeasured():
+            if one.data == on:
                 model = self.origin.source_model if on == "source" else None
                 found = measure(
                     one, self.model if model is None else model, batches, self.bound.modules(), forward, loss, autocast

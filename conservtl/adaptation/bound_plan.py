@@ -16,7 +16,7 @@ from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.methods import Strategy, apply_all
 from conservtl.methods.norm_adaptation.instance_statistics import mix_instances, mixable
-from conservtl.plan.decision import Measure, View
+from conservtl.plan.decision import Measure, Search, View
 from conservtl.plan.plan import Plan
 from conservtl.runtime.anchors import Anchors
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, norms_with_rows
@@ -93,12 +93,16 @@ class BoundPlan:
         self.terms.detach()
         self._bind(plan)
 
-    def outstanding(self) -> tuple[Measure, ...]:
-        """Measurements still to be made before an optimizer can be made."""
+    def unmeasured(self) -> tuple[Measure, ...]:
+        """Measurements of the plan that have not been made."""
         return tuple(measure for measure in self.plan.measures if measure.name not in self.measured)
 
+    def outstanding(self) -> tuple[Measure | Search, ...]:
+        """Measurements and searches still to be made before an optimizer can be made."""
+        return (*self.unmeasured(), *self.plan.searches)
+
     def check_measured(self) -> None:
-        """Raise unless every measurement of the plan has been made.
+        """Raise unless every measurement and search of the plan has been made.
 
         Raises:
             SpecError: one is missing; the message says how to make it.

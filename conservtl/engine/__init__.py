@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from conservtl.engine.block_search import best_block
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.loop import FitResult, fit
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.selection import harmonic_mean
 from conservtl.engine.training import Training
+from conservtl.engine.trials import best_block
 from conservtl.functions import accuracy, cross_entropy, forward
 
 __all__ = [

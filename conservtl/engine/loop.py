@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batching import Contents, Held, Streamed, as_batches
-from conservtl.engine.block_search import best_block
 from conservtl.engine.checkpoint import Checkpoints, State, restore, snapshot
 from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
@@ -21,6 +20,7 @@ from conservtl.engine.interruption import interruptible
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
+from conservtl.engine.search import Trial, run_searches
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.training import Training
@@ -145,18 +145,10 @@ def fit(
         _measure(session, functions, train if session.part[1] > 1 else batches, source)
         held_out = _held_out(session, valid or {}), _held_out(session, watch or {})
         shown = _held_out(session, path or {})
-        if adaptation.outstanding():  # what is found by trying, once all the rest is measured
-            best_block(
-                adaptation,
-                batches,
-                held_out[0],
-                settings,
-                forward=forward,
-                loss=loss,
-                metrics=metrics,
-                augment=augment,
-                accelerator=accelerator,
-            )
+        if adaptation.plan.searches:
+            trial = trial_of(batches, held_out[0], functions, augment, accelerator)
+            run_searches(adaptation, held_out[0], settings, batches.generators, trial)
+            _measure(session, functions, train if session.part[1] > 1 else batches, source)  # what the choice asks for
         if not adaptation.plan.trained:
             return _untrained(session, functions, batches, held_out, shown, store, begun)
         session.begin()
@@ -196,6 +188,30 @@ def fit(
             unwrap(adaptation.model).load_state_dict(state.selection.weights)
         ended = finish(session, functions, batches, held_out[0], shown)
         return _result(session, state, ended, begun, kept_outputs=learner.ever_kept)
+
+
+def trial_of(
+    train: Any, valid: Mapping[str, Any], functions: Functions, augment: Augment | None, accelerator: Any
+) -> Trial:
+    """Return a function that trains an adaptation and returns its best validation score; arguments as for ``fit``."""
+
+    def trial(adaptation: Adaptation, training: Training) -> float:
+        result = fit(
+            adaptation,
+            train,
+            valid,
+            training,
+            forward=functions.forward,
+            loss=functions.loss,
+            metrics=functions.metrics,
+            augment=augment,
+            accelerator=accelerator,
+        )
+        if result.best is None:
+            raise RuntimeError("a trial ends with an evaluation")
+        return result.best
+
+    return trial
 
 
 def _untrained(
@@ -246,9 +262,7 @@ def _measure(session: Session, functions: Functions, target: Any, source: Any) -
         SpecError: it needs source data, and there is none.
     """
     adaptation = session.adaptation
-    for one in adaptation.outstanding():
-        if one.tried:
-            continue
+    for one in adaptation.bound.unmeasured():
         if one.data == "source" and source is None:
             raise SpecError(
                 f"{one.by} is measured on source data ({one.describe()}), but fit was given none. Pass source=data, or "

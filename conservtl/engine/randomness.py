@@ -48,10 +48,10 @@ def restore_generators(states: Mapping[str, Any], own: Sequence[torch.Generator]
 
 
 @contextmanager
-def preserve_rng() -> Iterator[None]:
-    """What is drawn inside is not missed afterwards."""
-    states = generator_states()
+def preserve_rng(own: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Run a block without advancing the global random generators, nor those in ``own``."""
+    states = generator_states(own)
     try:
         yield
     finally:
-        restore_generators(states)
+        restore_generators(states, own)

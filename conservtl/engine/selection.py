@@ -85,9 +85,9 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan)
             f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
         )
     for one in plan.after:
-        if training.keep == "path" and one.name == "weight_interpolation":
+        if training.keep == "path" and one.interpolates:
             raise SpecError(f"training.keep=path and {one.by} both interpolate the weights. Leave one of the two out.")
-    choosing = [one.by for one in plan.after if one.scored] + [one.by for one in plan.measures if one.tried]
+    choosing = [one.by for one in plan.after if one.scored] + [one.by for one in plan.searches]
     if choosing and "target" not in valid:
         raise SpecError(
             f"{choosing[0]} chooses on a validation part, but there is none. Carve one from the shots "

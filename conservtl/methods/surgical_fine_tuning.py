@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from conservtl.errors import PlanError, SpecError
 from conservtl.layers import select
 from conservtl.methods.base import Order, Strategy
-from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.plan.decision import Search
 from conservtl.plan.plan import Plan
 
 __all__ = ["FACT", "BestBlock", "SurgicalFineTuning"]
@@ -20,20 +19,16 @@ FACT = "surgical_block"
 """The plan's fact that says which block was chosen."""
 
 
-class BestBlock(Measure):
+class BestBlock(Search):
     """The block that, trained alone, does best on the validation part."""
 
     kind: Literal["best_block"] = "best_block"
     candidates: tuple[str, ...]
     """Blocks to try: layers, or globs of layers."""
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    """Length of each trial; None: a fifth of the run's, at least one."""
-
-    tried: ClassVar[bool] = True
 
     @property
     def remedy(self) -> str:
-        """What to call in a loop of one's own."""
+        """Sentence that says what to call in a training loop without ``fit``."""
         return "Call conservtl.best_block(adaptation, train, valid) before optimizer(...), or name the block."
 
     def describe(self) -> str:
@@ -41,9 +36,9 @@ class BestBlock(Measure):
         length = "a fifth of the epochs" if self.epochs is None else f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
         return f"each of {len(self.candidates)} blocks trained alone for {length}; the best on validation is chosen"
 
-    def compute(self, probe: MeasureContext) -> dict[str, Tensor]:  # noqa: ARG002
-        """No measurement: ``best_block`` tries them."""
-        raise SpecError(f"{self.by}: the best block is not measured but tried. {self.remedy}")
+    def trials(self) -> dict[str, dict[str, str]]:
+        """Each block with the fact that chooses it."""
+        return {block: {FACT: block} for block in self.candidates}
 
 
 Place = Annotated[int, Field(strict=True)]
@@ -103,8 +98,7 @@ class SurgicalFineTuning(Strategy):
             candidates = self._candidates(plan)
             known = plan.facts.get(FACT)
             if known is None:
-                measure = BestBlock(by=self.label, candidates=candidates, epochs=self.trial_epochs)
-                return plan.with_measure(measure)
+                return plan.with_search(BestBlock(by=self.label, candidates=candidates, epochs=self.trial_epochs))
             if known not in candidates:
                 raise PlanError(f"{self.label}: {known!r} is none of its candidates {candidates}.")
             block = known

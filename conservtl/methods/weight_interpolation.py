@@ -25,6 +25,7 @@ class FixedInterpolation(After):
     """Weights at one point between their start and what was trained."""
 
     kind: Literal["weight_interpolation"] = "weight_interpolation"
+    interpolates: ClassVar[bool] = True
     t: Share
     """0 is the start, 1 what was trained."""
     batch_norm: Statistics | Literal["recompute"] = "interpolate"
@@ -49,6 +50,7 @@ class BestInterpolation(After):
     batch_norm: Statistics | Literal["recompute"] = "interpolate"
     """What becomes of running means and variances."""
 
+    interpolates: ClassVar[bool] = True
     scored: ClassVar[bool] = True
 
     @property

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from conservtl.bounds import Share
+from conservtl.bounds import Count, Share
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.spec_model import FrozenModel
@@ -31,6 +31,8 @@ __all__ = [
     "MeasureContext",
     "Measures",
     "Moving",
+    "Search",
+    "Searches",
     "Step",
     "Term",
     "Terms",
@@ -226,9 +228,6 @@ class Measure(Decision):
     """target: on the adaptation data, with the model at its starting point. source: on source data, with the source
     model and its own head."""
 
-    tried: ClassVar[bool] = False
-    """Whether it is found by trying on a validation part, which must be there, and not by ``compute``."""
-
     @property
     def remedy(self) -> str:
         """What to call in a loop of one's own, as a sentence."""
@@ -247,6 +246,33 @@ class Measure(Decision):
 
     def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
         """Act on the model by it, right after it was measured; by default nothing."""
+
+
+class Search(Decision):
+    """A choice made before training: each candidate is trained on a copy and scored on the validation part."""
+
+    epochs: Count | None = None
+    """Length of each trial; None: a fifth of the run's, at least one."""
+
+    @property
+    def remedy(self) -> str:
+        """Sentence that says what to call in a training loop without ``fit``."""
+        return "Call conservtl.best_block(adaptation, train, valid) before optimizer(...)."
+
+    @abstractmethod
+    def trials(self) -> Mapping[str, Mapping[str, str]]:
+        """Return each candidate's name with the facts by which the plan is drawn up to try that candidate.
+
+        With these facts in ``plan.facts`` the strategy must decide, and no longer ask for this search.
+        """
+
+    def decide(self, scores: Mapping[str, float]) -> Mapping[str, str]:
+        """Return the facts of the run; by default those of the best candidate, the first of equals.
+
+        Args:
+            scores: candidate -> its validation score, higher is better.
+        """
+        return self.trials()[max(scores, key=scores.__getitem__)]
 
 
 @dataclass(frozen=True)
@@ -277,6 +303,9 @@ class FinishContext:
 class After(Decision):
     """Something done to the weights once training is over."""
 
+    interpolates: ClassVar[bool] = False
+    """Whether it moves the weights on the line from the start to those after training."""
+
     scored: ClassVar[bool] = False
     """Whether it needs a validation part; refused before training where there is none."""
     shards: ClassVar[bool] = True
@@ -295,4 +324,5 @@ class After(Decision):
 Terms = tuple[SerializeAsAny[Term], ...]
 Updates = tuple[SerializeAsAny[Update], ...]
 Measures = tuple[SerializeAsAny[Measure], ...]
+Searches = tuple[SerializeAsAny[Search], ...]
 Afters = tuple[SerializeAsAny[After], ...]

@@ -11,8 +11,21 @@ from pydantic import Field
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
-from conservtl.plan.decision import After, Afters, Decision, Measure, Measures, Term, Terms, Update, Updates
+from conservtl.plan.decision import (
+    After,
+    Afters,
+    Decision,
+    Measure,
+    Measures,
+    Search,
+    Searches,
+    Term,
+    Terms,
+    Update,
+    Updates,
+)
 from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, changed, check_row
+from conservtl.plan.upgrade import upgrade
 from conservtl.spec_model import FrozenModel
 
 __all__ = ["COLUMNS", "Anneal", "Choice", "Phase", "Plan", "Row"]
@@ -37,6 +50,8 @@ class Plan(FrozenModel):
     """What is done to weights at each step beside the gradient."""
     measures: Measures = ()
     """What must be measured before training."""
+    searches: Searches = ()
+    """What is chosen before training by trying candidates."""
     after: Afters = ()
     """What is done to the weights once training is over, in order."""
     facts: dict[str, str] = Field(default_factory=dict)
@@ -44,7 +59,7 @@ class Plan(FrozenModel):
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.
-        super().__init__(**fields)
+        super().__init__(**upgrade(fields))
         self._check()
 
     def _check(self) -> None:
@@ -72,7 +87,13 @@ class Plan(FrozenModel):
                 )
 
     def _check_decisions(self, names: set[str]) -> None:
-        everything: tuple[tuple[Decision, ...], ...] = (self.terms, self.updates, self.measures, self.after)
+        everything: tuple[tuple[Decision, ...], ...] = (
+            self.terms,
+            self.updates,
+            self.measures,
+            self.searches,
+            self.after,
+        )
         for decisions in everything:
             seen: dict[str, Decision] = {}
             for one in decisions:
@@ -282,6 +303,14 @@ class Plan(FrozenModel):
             PlanError: there is one of its name.
         """
         return self._with(measures=(*self.measures, measure))
+
+    def with_search(self, search: Search) -> Plan:
+        """The plan with one more choice to make before training by trying candidates.
+
+        Raises:
+            PlanError: there is one of its name.
+        """
+        return self._with(searches=(*self.searches, search))
 
     def with_after(self, after: After) -> Plan:
         """The plan with one more thing to do once training is over.

@@ -76,7 +76,7 @@ def strategies(
             check_mixable(agreed, model)
         except InputError:
             continue
-        if agreed.trained and (measured or not agreed.measures):
+        if agreed.trained and (measured or not (agreed.measures or agreed.searches)):
             kept.append(one)
     return kept
 

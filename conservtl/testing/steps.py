@@ -36,7 +36,7 @@ def measured(adaptation: Adaptation, example: Any) -> bool:
         return sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
 
     if example is not None:
-        for one in adaptation.outstanding():
+        for one in adaptation.plan.measures:
             adaptation.measure([(example,)], on=one.data, forward=forward, loss=loss)
     return not adaptation.outstanding()
 

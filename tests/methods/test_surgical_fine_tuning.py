@@ -105,14 +105,14 @@ def test_a_glob_that_matches_nothing():
 
 class TestBest:
     def test_the_candidates_are_the_layers_but_for_what_is_trained_anyway(self):
-        asked = [plan(ctl.SurgicalFineTuning(block="best", head=head)).measures[0].candidates for head in (False, True)]
+        asked = [plan(ctl.SurgicalFineTuning(block="best", head=head)).searches[0].candidates for head in (False, True)]
         assert asked == [tuple(f"{name}*" for name in LAYERS), tuple(f"{name}*" for name in LAYERS[:-1])]
         fresh = plan(ctl.SurgicalFineTuning(block="best"), fresh=["head*"])
-        assert fresh.measures[0].candidates == asked[1]
+        assert fresh.searches[0].candidates == asked[1]
 
     def test_what_is_frozen_throughout_is_no_candidate(self):
         found = plan(ctl.SurgicalFineTuning(block="best"), ctl.LayerTransfer(side="input", layers=3))
-        assert found.measures[0].candidates == ("layer2.0*", "head*")
+        assert found.searches[0].candidates == ("layer2.0*", "head*")
 
     def test_the_plan_says_that_it_is_not_decided_and_the_optimizer_refuses(self):
         model = network()

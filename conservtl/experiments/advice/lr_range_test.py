@@ -169,16 +169,15 @@ def _measure(
     own: Adaptation, batches: Held | Streamed, source: Any, valid: dict[str, Any] | None, settings: Training
 ) -> None:
     """What the plan must know before an optimizer can be made, as ``fit`` finds it."""
-    for one in own.outstanding():
-        if one.tried:
-            best_block(own, batches, valid or {}, settings.model_copy(update={"lr": 1e-3, "epochs": 5}))
-        elif one.data == "source" and source is None:
+    for one in own.bound.unmeasured():
+        if one.data == "source" and source is None:
             raise SpecError(f"{one.by} is measured on source data ({one.describe()}), and there is none. Give some.")
-        elif one.data == "source":
+        if one.data == "source":
             device = next(own.model.parameters()).device
             own.measure(Contents(as_batches(source, 64, device, shuffle=False)), on="source")
         else:
             own.measure(Contents(batches))
+    best_block(own, batches, valid or {}, settings.model_copy(update={"lr": 1e-3, "epochs": 5}))
 
 
 def _losses(
