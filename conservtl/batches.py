@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from conservtl.compat import tree_map
+from conservtl.compat import tree_leaves, tree_map
 from conservtl.errors import DataError, SpecError
 
 __all__ = ["batch_size", "check_batches", "map_tensors", "replace_tensors", "row_count", "tensors_of", "to_device"]
@@ -56,9 +56,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def tensors_of(batch: Any) -> list[Tensor]:
     """Return the tensors of a batch, in order."""
-    tensors: list[Tensor] = []
-    map_tensors(batch, tensors.append)
-    return tensors
+    return list(_leaves(batch, lambda node: isinstance(node, Tensor)))
 
 
 def replace_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
@@ -79,9 +77,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def batch_size(batch: Any) -> int:
     """Return the number of examples: the length of the first tensor, 1 for a scalar or a batch without tensors."""
-    sizes: list[int] = []
-    _map(batch, lambda node: isinstance(node, (Tensor, PackedSequence)), lambda node: sizes.append(_length(node)))
-    return sizes[0] if sizes else 1
+    first = next(_leaves(batch, lambda node: isinstance(node, (Tensor, PackedSequence))), None)
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])
+    return len(first) if first is not None and first.ndim else 1
 
 
 def row_count(batch: Any) -> int:
@@ -99,6 +98,19 @@ def row_count(batch: Any) -> int:
     )
 
 
+def _leaves(batch: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:
+    """Yield the nodes that are leaves, also below containers that torch's pytree does not know."""
+    for node in tree_leaves(batch, is_leaf=is_leaf):
+        if is_leaf(node):
+            yield node
+        elif isinstance(node, Mapping):
+            yield from _leaves(list(node.values()), is_leaf)
+        elif isinstance(node, (tuple, list)):
+            yield from _leaves(list(node), is_leaf)
+        elif is_dataclass(node) and not isinstance(node, type):
+            yield from _leaves(list(_fields(node).values()), is_leaf)
+
+
 def _map(batch: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to the nodes that are leaves, also below containers that torch's pytree does not know."""
 
@@ -111,8 +123,7 @@ def _map(batch: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], A
             make = getattr(type(node), "_make", type(node))  # a named tuple's constructor takes no iterable
             return make(_map(value, is_leaf, function) for value in node)
         if is_dataclass(node) and not isinstance(node, type):
-            names = [field.name for field in fields(node) if field.init]
-            return replace(node, **{name: _map(getattr(node, name), is_leaf, function) for name in names})
+            return replace(node, **{name: _map(value, is_leaf, function) for name, value in _fields(node).items()})
         return node
 
     return tree_map(visit, batch, is_leaf=is_leaf)
@@ -122,7 +133,5 @@ def _moved(node: Any, device: torch.device) -> Any:
     return node.to(device, non_blocking=True)
 
 
-def _length(node: Tensor | PackedSequence) -> int:
-    if isinstance(node, PackedSequence):
-        return int(node.batch_sizes[0])
-    return len(node) if node.ndim else 1
+def _fields(node: Any) -> dict[str, Any]:
+    return {field.name: getattr(node, field.name) for field in fields(node) if field.init}

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # one base o
 from torch.nn.modules.batchnorm import _NormBase as NormBase  # one base of every norm that can track statistics
 from torch.nn.modules.conv import _ConvNd as ConvBase  # one base of all convolutions
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase  # one base of all instance norms
-from torch.utils._pytree import tree_map  # torch 2.11 has no public pytree yet
+from torch.utils._pytree import tree_leaves, tree_map  # torch 2.11 has no public pytree yet
 
 __all__ = [
     "ACCELERATE_ATTRIBUTES",
@@ -38,6 +38,7 @@ __all__ = [
     "foreach_norm",
     "foreach_reciprocal_",
     "foreach_sub",
+    "forward_hook_table",
     "forward_hooks",
     "forward_pre_hooks",
     "prepared_objects",
@@ -46,6 +47,7 @@ __all__ = [
     "remove_forward_pre_hooks",
     "reset_method",
     "scaler_state",
+    "tree_leaves",
     "tree_map",
 ]
 
@@ -74,6 +76,11 @@ def forward_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
 def forward_pre_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
     """Return a module's forward pre-hooks: torch registers hooks but does not list them."""
     return module._forward_pre_hooks.values()
+
+
+def forward_hook_table(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the dictionary that holds a module's forward hooks, for a copy that leaves hooks out."""
+    return module._forward_hooks
 
 
 def remove_forward_hooks(module: nn.Module, matches: Callable[[Any], bool]) -> None:

@@ -107,6 +107,7 @@ def test_hooks_are_listed_and_removed(copied, with_kwargs):
     module = copy.deepcopy(module) if copied else module
     assert module(torch.tensor(1.0)) == 4
     assert [type(hook) for hook in compat.forward_hooks(module)] == [Doubling, type(keep)]
+    assert [type(hook) for hook in compat.forward_hook_table(module).values()] == [Doubling, type(keep)]
     assert [type(hook) for hook in compat.forward_pre_hooks(module)] == [Adding]
     compat.remove_forward_hooks(module, is_ours)
     compat.remove_forward_pre_hooks(module, is_ours)
@@ -115,6 +116,14 @@ def test_hooks_are_listed_and_removed(copied, with_kwargs):
     assert not compat.forward_pre_hooks(module)
     left = [name for name, value in vars(module).items() if "forward" in name and name != "_forward_hooks" and value]
     assert not left
+
+
+def test_a_copy_leaves_out_the_hooks_of_a_replaced_table():
+    module = nn.Identity()
+    module.register_forward_hook(Doubling())
+    clone = copy.deepcopy(module, {id(compat.forward_hook_table(module)): {}})
+    assert not compat.forward_hooks(clone)
+    assert len(compat.forward_hooks(module)) == 1
 
 
 def test_a_child_is_registered_first():
@@ -210,5 +219,7 @@ def test_tree_map_keeps_types_and_stops_at_leaves():
         b: dict[str, int]
 
     tree = {"x": [1, (2, None)], "y": Pair("text", {"z": 3})}
+    assert compat.tree_leaves(tree) == [1, 2, None, "text", 3]
+    assert compat.tree_leaves(tree, is_leaf=lambda node: isinstance(node, dict) and "z" in node)[-1] == {"z": 3}
     mapped = compat.tree_map(lambda leaf: [leaf], tree, is_leaf=lambda node: isinstance(node, tuple) and 2 in node)
     assert mapped == {"x": [[1], [(2, None)]], "y": Pair(["text"], {"z": [3]})}

@@ -7,7 +7,7 @@ import random
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from conservtl.batches import map_tensors, tensors_of
+from conservtl.compat import forward_hook_table
 from conservtl.errors import SpecError
 from conservtl.layers.names import canonical
 
@@ -44,7 +46,7 @@ def first_use(model: nn.Module, example: Any) -> dict[str, int]:
     )
     error: Exception | None = None
     for on_meta, place in placements:
-        for call in calls(_placed(example, place)):
+        for call in calls(map_tensors(example, place)):
             try:
                 return _record(model, call, on_meta=on_meta)
             except Exception as caught:  # noqa: BLE001 -- a model may fail in any way; the next attempt decides
@@ -57,16 +59,6 @@ def first_use(model: nn.Module, example: Any) -> dict[str, int]:
 
 def _counts(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def _placed(example: Any, place: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(example, torch.Tensor):
-        return place(example)
-    if isinstance(example, Mapping):
-        return {key: _placed(value, place) for key, value in example.items()}
-    if isinstance(example, tuple | list):
-        return type(example)(_placed(value, place) for value in example) if _plain(example) else example
-    return example
 
 
 def _plain(sequence: Any) -> bool:
@@ -88,13 +80,13 @@ def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: b
     with _undisturbed(model):
         twins = {id(tensor): _twin(tensor, on_meta=on_meta) for tensor in _tensors(model)}
         # Hooks are the user's observers: neither copied nor called. Pre-hooks stay, old weight_norm is one.
-        hooks = {id(vars(module).get("_forward_hooks")): OrderedDict[int, Any]() for module in model.modules()}
+        hooks = {id(forward_hook_table(module)): OrderedDict[int, Any]() for module in model.modules()}
         memo: dict[int, Any] = {**twins, **hooks}
         clone = copy.deepcopy(model, memo).eval()
         for module in model.modules():  # but for those that the model needs to run
-            hooked = module._forward_hooks  # noqa: SLF001
-            needed = {key: hook for key, hook in hooked.items() if getattr(hook, "computes", False)}
-            hooks[id(hooked)].update(copy.deepcopy(needed, memo))
+            table = forward_hook_table(module)
+            needed = {key: hook for key, hook in table.items() if getattr(hook, "computes", False)}
+            hooks[id(table)].update(copy.deepcopy(needed, memo))
         names = {
             id(twins[id(tensor)]): canonical(name)
             for named in (model.named_buffers(), model.named_parameters())
@@ -147,18 +139,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if next(_leaves(result), None) is not None:
-            for tensor in _leaves((args, kwargs)):
+        if tensors_of(result):
+            for tensor in tensors_of((args, kwargs)):
                 if name := self.names.get(id(tensor)):
                     self.order.setdefault(name, len(self.order))
         return result
-
-
-def _leaves(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        yield from _leaves(tuple(value.values()))

@@ -24,16 +24,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
+from conservtl.compat import ConvBase, NormBase
 from conservtl.layers.names import WRAPPED, canonical
 
 __all__ = ["Node", "Unit", "is_norm", "join", "tree", "units"]
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _BRACKET_WEIGHTS = 3
 """A longer chain of plain weights is a network (VGG), a shorter one a block."""
 _BRACKETS = 3
@@ -112,7 +111,7 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
         direct = "." not in key or key.startswith("parametrizations.")
         if (whole or direct) and first.get(id(parameter)) == inside:
             own.append(inside)
-    if not own and isinstance(module, _NormBase) and module.running_mean is not None:
+    if not own and isinstance(module, NormBase) and module.running_mean is not None:
         own = [join(name, "running_mean")]
     node = Node(name, parent, module, tuple(own), has_norm=is_norm(module))
     if not whole:
@@ -133,7 +132,7 @@ def _bears_weight(leaf: nn.Module) -> bool:
     if is_norm(leaf):
         return False
     # Elsewhere a leading 1 is the batch axis: a learned position or token is no layer.
-    stock = isinstance(leaf, nn.Linear | _ConvNd)
+    stock = isinstance(leaf, nn.Linear | ConvBase)
     return any(p.ndim >= 2 and (p.shape[0] > 1 or p.ndim == 2 or stock) for p in leaf.parameters())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from conservtl.compat import BatchNormBase
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, matches, unwrap
 from conservtl.layers.units import is_norm
@@ -61,6 +62,6 @@ def _difference(ours: nn.Module, theirs: nn.Module) -> str | None:
 
 def _family(module: nn.Module) -> type | None:
     """The kind of norm; a synchronised batch norm computes what the plain one does."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
-        return nn.modules.batchnorm._BatchNorm  # noqa: SLF001
+    if isinstance(module, BatchNormBase):
+        return BatchNormBase
     return type(module) if is_norm(module) else None

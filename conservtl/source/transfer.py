@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from conservtl.compat import NormBase, reset_method
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.source.read import Source, TransferReport
@@ -94,7 +94,7 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
         elif name.rpartition(".")[2] == "running_mean" and _same(buffer, tensors[name]):
             stale.append(modules.get(owner))
     for module in dict.fromkeys(stale):
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             module.reset_running_stats()
     return copied
 
@@ -111,10 +111,10 @@ def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
     owners = {owner: modules[owner] for owner in dict.fromkeys(name.rpartition(".")[0] for name in kinds)}
     anew = {id(parameters[name]) for name in kinds}
     touched: list[Tensor] = [p for module in owners.values() for p in module.parameters() if id(p) not in anew]
-    touched += [b for module in owners.values() if isinstance(module, _NormBase) for b in module.buffers()]
+    touched += [b for module in owners.values() if isinstance(module, NormBase) for b in module.buffers()]
     keep = [(tensor, tensor.detach().clone()) for tensor in touched]
     for owner, module in owners.items():
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        reset = reset_method(module)
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
             parent, _, tensor_name = owner.rpartition("parametrizations.")
             holder = modules[parent.rstrip(".")]
