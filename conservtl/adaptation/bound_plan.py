@@ -15,10 +15,10 @@ from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.methods import Strategy, apply_all
-from conservtl.methods.norm_adaptation.instance_statistics import mix_instances, mixable
 from conservtl.plan.decision import Measure, Search, View
 from conservtl.plan.plan import Plan
 from conservtl.runtime.anchors import Anchors
+from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
@@ -167,8 +167,7 @@ class BoundPlan:
         model = unwrap(self.model)
         norms = norms_with_rows(model, self.plan.rows, self.layers)
         hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
-        shares = {norm: max((row.instance for row in rows), default=0.0) for norm, rows in norms.items()}
-        mix_instances({norm: share for norm, share in shares.items() if mixable(norm)})
+        apply_extensions(model, self.plan.extensions, self.layers)  # again: norms may have been converted since
 
     def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.

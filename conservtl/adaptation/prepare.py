@@ -13,11 +13,10 @@ from conservtl.adaptation.bound_plan import Origin
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
-from conservtl.methods.norm_adaptation.instance_statistics import check_mixable
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import build_source_model
 from conservtl.source.read import Source, SourceLike, read_source
-from conservtl.source.structure import check_structure
+from conservtl.source.structure import check_extensions, check_structure
 from conservtl.source.transfer import transfer
 
 __all__ = ["Adaptation", "adapt"]
@@ -82,9 +81,10 @@ def adapt(
         declared = _declared(parts, fresh)
         drawn = Plan.draw(parts, shapes, declared | added, fixed, added)
         plan = apply_all(drawn, chosen)
-        for needed in plan.measures:
-            needed.check(unwrap(model))
-        check_mixable(plan, unwrap(model), read.module)
+        for decision in plan.decisions:
+            decision.check(unwrap(model))
+        if read.module is not None:
+            check_extensions(plan, read.module)
         head = _own_head(plan, declared)
         names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(one.data == "source" for one in plan.measures)

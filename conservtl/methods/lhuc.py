@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from conservtl.errors import PlanError, SelectorError, SpecError
 from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
+from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import glob_hint
 from conservtl.methods.base import Order, Strategy
@@ -174,7 +175,7 @@ def _scale(module: nn.Module, _: Any, output: Any) -> Any:
 
 def _axis(module: nn.Module, kinds: dict[type[nn.Module], int]) -> int | None:
     """Which axis of its output holds the channels; None for other kinds, and those with a forward of their own."""
-    return next((axis for kind, axis in kinds.items() if type(module).forward is kind.forward), None)
+    return next((axis for kind, axis in kinds.items() if own_class(module).forward is kind.forward), None)
 
 
 def _size(module: nn.Module) -> int | None:

@@ -3,6 +3,7 @@
 from conservtl.plan.decision import (
     After,
     Decision,
+    Extension,
     FinishContext,
     Measure,
     MeasureContext,
@@ -22,6 +23,7 @@ __all__ = [
     "Anneal",
     "Choice",
     "Decision",
+    "Extension",
     "FinishContext",
     "Measure",
     "MeasureContext",

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from conservtl.bounds import Count, Share
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss
+from conservtl.layers import Layer
 from conservtl.spec_model import FrozenModel
 
 __all__ = [
     "After",
     "Afters",
     "Decision",
+    "Extension",
+    "Extensions",
     "FinishContext",
     "Measure",
     "MeasureContext",
@@ -81,6 +84,25 @@ class Decision(FrozenModel, ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for the plan's table."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise, before anything is changed, if the decision cannot be carried out on a model; by default never."""
+
+
+class Extension(Decision):
+    """Modules that compute otherwise than in the source, with the same parameters and buffers, in training and after.
+
+    It acts by ``layers.extended.extend_module``, so that the next adaptation can end it, and is saved with the model.
+    """
+
+    @abstractmethod
+    def extend(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Extend modules in place; a second call changes nothing.
+
+        Args:
+            model: unwrapped.
+            layers: its layers, input side first.
+        """
 
 
 @dataclass(frozen=True)
@@ -234,9 +256,6 @@ class Measure(Decision):
         on = ", on='source'" if self.data == "source" else ""
         return f"Call adaptation.measure(batches{on}) before optimizer(...)."
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse, before anything is changed, a model on which it can never be measured; by default none."""
-
     @abstractmethod
     def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
         """The measurement: name -> tensor. Changes nothing; modes and generators are put back for it."""
@@ -321,6 +340,7 @@ class After(Decision):
         """
 
 
+Extensions = tuple[SerializeAsAny[Extension], ...]
 Terms = tuple[SerializeAsAny[Term], ...]
 Updates = tuple[SerializeAsAny[Update], ...]
 Measures = tuple[SerializeAsAny[Measure], ...]

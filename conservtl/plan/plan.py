@@ -15,6 +15,8 @@ from conservtl.plan.decision import (
     After,
     Afters,
     Decision,
+    Extension,
+    Extensions,
     Measure,
     Measures,
     Search,
@@ -44,6 +46,8 @@ class Plan(FrozenModel):
     """One a parameter."""
     phases: tuple[Phase, ...] = Field(default_factory=lambda: (Phase(),))  # made when asked for: imports stay quick
     """What changes over time."""
+    extensions: Extensions = ()
+    """Modules that compute otherwise than in the source."""
     terms: Terms = ()
     """What is added to the loss."""
     updates: Updates = ()
@@ -88,6 +92,7 @@ class Plan(FrozenModel):
 
     def _check_decisions(self, names: set[str]) -> None:
         everything: tuple[tuple[Decision, ...], ...] = (
+            self.extensions,
             self.terms,
             self.updates,
             self.measures,
@@ -198,6 +203,11 @@ class Plan(FrozenModel):
         always = set.intersection(*(set(phase.frozen) for phase in self.phases))
         return tuple(row.name for row in self.rows if not row.frozen and row.name not in always)
 
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every decision that is neither a column of a row nor a phase."""
+        return (*self.extensions, *self.terms, *self.updates, *self.measures, *self.searches, *self.after)
+
     def __getitem__(self, name: str) -> Row:
         """The row of a parameter."""
         return self._rows_by_name[name]
@@ -279,6 +289,14 @@ class Plan(FrozenModel):
         if self.phases != (Phase(),):
             raise PlanError(f"{by} sets phases, but another strategy has set {[p.name for p in self.phases]}.")
         return self._with(phases=tuple(phases))
+
+    def with_extension(self, extension: Extension) -> Plan:
+        """The plan with modules that compute otherwise.
+
+        Raises:
+            PlanError: there is one of its name.
+        """
+        return self._with(extensions=(*self.extensions, extension))
 
     def with_term(self, term: Term) -> Plan:
         """The plan with one more part of the loss.

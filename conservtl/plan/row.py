@@ -20,7 +20,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "pull": ("pull", "mode", "importance", "anchor", "anneal"),
     "decay": ("decay", "mode"),
     "weight_decay": ("weight_decay",),
-    "statistics": ("statistics", "instance"),
+    "statistics": ("statistics",),
 }
 """The decisions about a row, each with the fields that hold it."""
 
@@ -103,8 +103,6 @@ class Row(FrozenModel):
     """Whether the optimizer's own weight decay may act on it."""
     statistics: Literal["follow", "hold"] = "follow"
     """Of a norm that tracks statistics: whether they follow the batches it is trained on, or stand still."""
-    instance: Share = 0.0
-    """Of a batch norm: the share of each example's own statistics beside those it keeps."""
     chosen: dict[str, Choice] = Field(default_factory=dict)
     """Column -> the strategy that filled it in; a column not here holds its default."""
 

@@ -53,16 +53,14 @@ def summary(plan: Plan) -> list[str]:
 
 def beside(plan: Plan) -> list[tuple[str, str]]:
     """What is decided that no column of the table holds: when it acts, and what it is."""
-    shares = {row.instance: row.chosen["statistics"].by for row in plan.rows if row.instance}
-    mixed = [f"{by}: statistics {1 - share:.0%} as kept, {share:.0%} of each example" for share, by in shares.items()]
     moments = (
+        ("model", plan.extensions),
         ("before", (*plan.measures, *plan.searches)),
         ("loss", plan.terms),
         ("each step", plan.updates),
         ("after", plan.after),
     )
-    decided = [(moment, f"{one.by}: {one.describe()}") for moment, decisions in moments for one in decisions]
-    return [*(("norms", said) for said in mixed), *decided]
+    return [(moment, f"{one.by}: {one.describe()}") for moment, decisions in moments for one in decisions]
 
 
 def as_text(plan: Plan) -> str:

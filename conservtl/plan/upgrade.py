@@ -29,4 +29,18 @@ def _separate_searches(fields: Fields) -> Fields:
     return {**fields, "measures": rest, "searches": [*fields.get("searches", ()), *moved]}
 
 
-_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches,)
+def _instance_column(fields: Fields) -> Fields:
+    """Turn the column ``instance`` of the rows into an extension of kind ``instance_statistics``."""
+    rows = fields.get("rows", ())
+    if not any(isinstance(row, dict) and "instance" in row for row in rows):
+        return fields
+    mixing = [row for row in rows if row.get("instance")]
+    rest = {**fields, "rows": [{key: value for key, value in row.items() if key != "instance"} for row in rows]}
+    if not mixing:
+        return rest
+    by, share = mixing[0]["chosen"]["statistics"]["by"], mixing[0]["instance"]
+    names = tuple(row["name"] for row in mixing)
+    return {**rest, "extensions": ({"kind": "instance_statistics", "by": by, "share": share, "names": names},)}
+
+
+_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches, _instance_column)

@@ -9,7 +9,14 @@ from torch import nn
 from conservtl.layers import Layer, canonical, layer_of, named_parameters
 from conservtl.plan.row import Row
 
-__all__ = ["freeze", "hold_statistics", "holds", "norms_with_rows", "tracks_statistics"]
+__all__ = [
+    "freeze",
+    "hold_statistics",
+    "holds",
+    "keeps_batch_statistics",
+    "norms_with_rows",
+    "tracks_statistics",
+]
 
 _TRACKING = (nn.modules.batchnorm._NormBase,)  # noqa: SLF001 - batch and instance norms, SyncBatchNorm
 
@@ -80,3 +87,8 @@ def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], tra
 def tracks_statistics(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of what passes through it."""
     return isinstance(module, _TRACKING) and module.track_running_stats
+
+
+def keeps_batch_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that keeps running statistics; an instance norm computes each example's own."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and tracks_statistics(module)  # noqa: SLF001

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.decision import View
+from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.taps import tensor_of
 from conservtl.source.read import Source
 
@@ -89,6 +90,7 @@ def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -
     if source.module is not None:
         return copy.deepcopy(source.module)
     found = copy.deepcopy(unwrap(model))
+    apply_extensions(found, (), ())  # an earlier adaptation's
     if missing := [name for name in names if name not in source.tensors]:
         raise SourceError(
             f"{source.where} has no value for {missing[0]!r}, so the source model cannot be run to compare with. "

@@ -9,9 +9,11 @@ from torch import nn
 from conservtl.compat import BatchNormBase
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, matches, unwrap
+from conservtl.layers.extended import extended_modules
 from conservtl.layers.units import is_norm
+from conservtl.plan.plan import Plan
 
-__all__ = ["check_structure"]
+__all__ = ["check_extensions", "check_structure"]
 
 _STRUCTURE = ("stride", "dilation", "groups", "num_groups", "num_heads", "transposed")
 
@@ -45,6 +47,23 @@ def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = 
             raise SourceError(
                 f"layer {name!r}: {found}. The source's weights were learned in another structure; build "
                 f"the model as the source was, or allow the difference by name: allow=[{name!r}]."
+            )
+
+
+def check_extensions(plan: Plan, source: nn.Module) -> None:
+    """Raise if modules of the source compute otherwise than their class does, and the plan does not say so.
+
+    The source's weights would then be those of another model.
+
+    Raises:
+        SourceError: the plan has no such extension; the message names the strategy to add.
+    """
+    planned = {extension.kind for extension in plan.extensions}
+    for module in extended_modules(source).values():
+        if module.kind not in planned:
+            raise SourceError(
+                f"the source's {module.difference()}, and the plan's do not, so its weights would be another model's. "
+                f"{module.remedy()}"
             )
 
 

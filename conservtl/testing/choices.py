@@ -38,7 +38,6 @@ from conservtl.methods import (
     apply_all,
     extend_all,
 )
-from conservtl.methods.norm_adaptation.instance_statistics import check_mixable
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal
 from conservtl.testing.fields import instances
@@ -71,9 +70,8 @@ def strategies(
     for one in draw(st.lists(_any(whole_plan(model, example)), min_size=1, max_size=max_size)):
         try:
             agreed = apply_all(whole_plan(model, example, [*kept, one]), [*kept, one])
-            for measure in agreed.measures:
-                measure.check(model)
-            check_mixable(agreed, model)
+            for decision in agreed.decisions:
+                decision.check(model)
         except InputError:
             continue
         if agreed.trained and (measured or not (agreed.measures or agreed.searches)):

@@ -14,7 +14,7 @@ from conservtl.experiments.run.bundle import load
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import parse_spec
-from conservtl.methods.norm_adaptation.instance_statistics import shares_of
+from conservtl.layers.extended import extended_modules
 
 INSTANCE = ctl.NormAdaptation(train="all", statistics="instance", prior=3)
 X = 3 * torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 1
@@ -73,7 +73,7 @@ def test_all_of_it_is_the_examples_own_and_none_of_it_the_sources():
 
 def test_the_default_is_a_sixth():
     adaptation = ctl.adapt(network(), source(), [ctl.NormAdaptation(statistics="instance")])
-    assert {row.instance for row in adaptation.plan.rows} == {1 / 6}
+    assert {norm.share for norm in extended_modules(adaptation.model).values()} == {1 / 6}
     assert "NormAdaptation: statistics 83% as kept, 17% of each example" in str(adaptation.plan)
     assert not adaptation.outstanding()
 
@@ -95,7 +95,7 @@ def test_an_adaptation_that_does_not_ask_for_it_ends_it():
     model = network()
     ctl.adapt(model, source(), [INSTANCE])
     ctl.adapt(model, source())
-    assert not shares_of(model)
+    assert not extended_modules(model)
     assert torch.equal(model.eval()(X), source()(X))
 
 
@@ -117,7 +117,7 @@ def test_asking_twice_mixes_once():
 
 def test_a_fresh_norm_has_nothing_to_mix_with():
     strategies = [INSTANCE, ctl.LayerTransfer(layers=1, rest="fresh", freeze=False)]
-    assert set(shares_of(ctl.adapt(network(), source(), strategies).model)) == {"1"}
+    assert set(extended_modules(ctl.adapt(network(), source(), strategies).model)) == {"1"}
 
 
 def test_a_norm_without_parameters_goes_by_its_layer():
@@ -162,7 +162,7 @@ def test_where_it_is_not_required_a_model_without_such_norms_is_left_as_it_is():
     wanted = INSTANCE.model_copy(update={"required": False})
     adaptation = ctl.adapt(model, copy.deepcopy(model), [wanted, ctl.L2SP()])
     assert adaptation.plan == ctl.adapt(model, copy.deepcopy(model), [ctl.L2SP()]).plan
-    assert len(shares_of(ctl.adapt(network(), source(), [wanted]).model)) == 2
+    assert len(extended_modules(ctl.adapt(network(), source(), [wanted]).model)) == 2
 
 
 def test_one_value_a_channel_has_no_statistics_of_its_own():
@@ -176,8 +176,8 @@ def test_a_runs_folder_gives_it_back(speech_fields, humming, tmp_path):
     spec = parse_spec({**speech_fields, "strategies": [INSTANCE.model_dump()]})
     report = run(spec, tmp_path / "out")
     adapted = load(tmp_path / "out")
-    assert len(shares_of(adapted.model)) > 3
-    assert set(shares_of(adapted.model).values()) == {1 / 4}
+    assert len(extended_modules(adapted.model)) > 3
+    assert {norm.share for norm in extended_modules(adapted.model).values()} == {1 / 4}
     test = prepare(spec).domains.target_test
     found = [one.label for one in adapted.predict([humming / name for name in test.names])]
     right = [label == name.rpartition("/")[2][0] for label, name in zip(found, test.names, strict=True)]

@@ -20,7 +20,7 @@ from conservtl.experiments.run.source_training import SourceModel
 from conservtl.experiments.spec.spec import SpeechSpec
 from conservtl.extras import require
 from conservtl.layers import find_layers
-from conservtl.methods.norm_adaptation.instance_statistics import mixable
+from conservtl.runtime.freezing import keeps_batch_statistics
 
 __all__ = ["Evidence", "gather"]
 
@@ -138,7 +138,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         distance=distances.get(body[-1]),
         distances=distances,
         statistics=statistics,
-        batch_norms=any(map(mixable, source.model.modules())),
+        batch_norms=any(map(keeps_batch_statistics, source.model.modules())),
         log_me=scores,
         leep=leep(target.outputs.softmax(-1), target.labels),
         entropy=float(-(shares * shares.log()).sum()),

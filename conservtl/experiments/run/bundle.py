@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.data import Preprocessing
 from conservtl.errors import DataError, SourceError
 from conservtl.experiments.run.setting import Setting, build_model, read_preprocessing
+from conservtl.layers import find_layers
 from conservtl.methods import as_strategy, extend_all
-from conservtl.methods.norm_adaptation.instance_statistics import mix_instances, shares_of
+from conservtl.plan.decision import Extensions
+from conservtl.runtime.extending import apply_extensions
 from conservtl.tasks import speech, vision
 
-__all__ = ["Adapted", "Prediction", "header_of", "load", "remix", "save_bundle", "save_measured"]
+__all__ = ["Adapted", "Prediction", "extend_model", "header_of", "load", "save_bundle", "save_measured"]
 
 _FILE = "model.safetensors"
 _MEASURED = "measured.safetensors"
@@ -84,8 +87,8 @@ class Adapted:
 def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
     """Write ``model.safetensors``, with what strategies added merged into the weights where that is exact.
 
-    Labels and preprocessing travel in its header, and so do the strategies whose additions stay and the share of each
-    example's own statistics in each norm.
+    Its header holds labels and preprocessing, the strategies whose additions cannot be merged, and the plan's
+    extensions.
     """
     spec, domains = setting.spec, setting.domains
     model = adaptation.merged()
@@ -95,14 +98,14 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
         "labels": domains.labels,
         "preprocessing": domains.preprocessing.model_dump(mode="json"),
     }
-    if stay := [one for one in adaptation.origin.strategies if not one.merge(model)]:
+    left = [one for one in adaptation.origin.strategies if not one.merge(model)]
+    if left or adaptation.plan.extensions:
         header["extended"] = {
-            "strategies": [one.model_dump(mode="json") for one in stay],
+            "strategies": [one.model_dump(mode="json") for one in left],
+            "extensions": [one.model_dump(mode="json") for one in adaptation.plan.extensions],
             "example": list(setting.example.shape),
             "layers": spec.layers,
         }
-    if mixed := shares_of(model):
-        header["instance_statistics"] = mixed
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     temporary = folder / f"{_FILE}.tmp"
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"conservtl": json.dumps(header)})
@@ -144,27 +147,49 @@ def load(folder: str | Path) -> Adapted:
     preprocessing = read_preprocessing(said["task"], said["preprocessing"])
     kind = speech.ModelSpec if said["task"] == "speech" else vision.ModelSpec
     model = build_model(said["task"], kind.model_validate(said["model"]), preprocessing, len(said["labels"]))
-    added = _extended(model, said["extended"]) if "extended" in said else {}
+    added = extend_model(model, said)
     model.load_state_dict(added | tensors)
-    remix(model, said)
     return Adapted(model.eval(), tuple(said["labels"]), preprocessing)
 
 
 def header_of(path: Path) -> dict[str, Any] | None:
-    """What a run wrote beside the weights; None in a file that no run wrote."""
+    """Return what a run wrote beside the weights; None for a file that no run wrote."""
     with safe_open(path, "pt") as file:
         header = (file.metadata() or {}).get("conservtl")
-    return None if header is None else dict(json.loads(header))
+    return None if header is None else _upgraded(json.loads(header))
 
 
-def remix(model: nn.Module, said: Mapping[str, Any]) -> None:
-    """Let the norms of a model mix as those of the run did that wrote this header."""
-    mix_instances({model.get_submodule(name): share for name, share in said.get("instance_statistics", {}).items()})
+def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: bool = True) -> dict[str, Tensor]:
+    """Extend a model in place as the run did that wrote a header.
+
+    Args:
+        model: built as the header says.
+        header: what ``header_of`` returned.
+        strategies: whether parameters that strategies added are added too.
+
+    Returns:
+        Name of each added parameter -> its tensor at the identity, as after a merge.
+    """
+    if (extended := header.get("extended")) is None:
+        return {}
+    example = None if extended["example"] is None else torch.zeros(extended["example"])
+    chosen = [as_strategy(fields) for fields in extended["strategies"]] if strategies else []
+    added, cut = extend_all(model, chosen, example, extended["layers"])
+    extensions = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
+    if extensions:
+        apply_extensions(model, extensions, find_layers(model, example, cut))
+    tensors = model.state_dict()
+    return {name: tensors[name] for name in added}
 
 
-def _extended(model: nn.Module, said: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Add to a model what was added to it when it was adapted; name -> tensor at the identity, as after a merge."""
-    strategies = [as_strategy(fields) for fields in said["strategies"]]
-    added, _ = extend_all(model, strategies, torch.zeros(said["example"]), said["layers"])
-    own = model.state_dict()
-    return {name: own[name] for name in added}
+def _upgraded(header: dict[str, Any]) -> dict[str, Any]:
+    """Return a header as this version writes it: an earlier one named each norm that mixes and its share."""
+    shares = header.pop("instance_statistics", {})
+    if shares:
+        names = {share: [name for name, other in shares.items() if other == share] for share in shares.values()}
+        extended = header.setdefault("extended", {"strategies": [], "example": None, "layers": None})
+        extended["extensions"] = [
+            {"kind": "instance_statistics", "by": "NormAdaptation", "share": share, "names": names[share]}
+            for share in names
+        ]
+    return header

@@ -18,7 +18,7 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Examples
 from conservtl.engine import fit
 from conservtl.errors import SourceError, SpecError
-from conservtl.experiments.run.bundle import header_of, remix
+from conservtl.experiments.run.bundle import extend_model, header_of
 from conservtl.experiments.run.setting import Setting, augmentation
 from conservtl.source.read import read_source
 
@@ -102,7 +102,7 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
             )
     model.load_state_dict({name: found.tensors[name] for name in theirs}, strict=False)
     if weights.suffix == ".safetensors" and (said := header_of(weights)) is not None:
-        remix(model, said)
+        extend_model(model, said, strategies=False)
     return SourceModel(model.eval(), classes, "given", found.notes)
 
 

@@ -2,89 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from conservtl.errors import SourceError, SpecError
-from conservtl.plan.plan import Plan
-from conservtl.runtime.freezing import tracks_statistics
+from conservtl.bounds import Fraction
+from conservtl.errors import SpecError
+from conservtl.layers import Layer, canonical, layer_of, named_parameters
+from conservtl.layers.extended import ExtendedModule, extend_module
+from conservtl.plan.decision import Extension
+from conservtl.runtime.freezing import keeps_batch_statistics
 
-__all__ = ["check_mixable", "mix_instances", "mixable", "shares_of"]
+__all__ = ["InstanceMixing", "InstanceStatistics"]
 
 
-class _Mix:
-    r"""A pre-hook that shifts and scales each example, so that the norm behind it normalises by the mixture.
+class InstanceStatistics(Extension):
+    """Batch norms normalise by a mixture of the statistics they keep and those of each example."""
 
-    With the norm's own mean and variance :math:`\mu, \sigma^2` and the mixture's :math:`\bar\mu, \bar\sigma^2`,
+    kind: Literal["instance_statistics"] = "instance_statistics"
+    share: Fraction
+    """Share of the example's own statistics; the rest is that of the statistics the norm keeps."""
+    names: tuple[str, ...]
+    """Parameters from the source. Their norms mix, and so do norms without parameters in their layers."""
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"statistics {1 - self.share:.0%} as kept, {self.share:.0%} of each example, in batch norms"
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless the model has a batch norm that keeps statistics."""
+        if not any(map(keeps_batch_statistics, model.modules())):
+            raise SpecError(
+                f"{self.by}: no batch norm of {type(model).__name__} keeps running statistics that each example's own "
+                "could be mixed with. Use statistics='source', or another strategy."
+            )
+
+    def extend(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Let the norms mix. A norm is found by its parameters, by its own name, or by its layer's parameters."""
+        chosen = set(self.names)
+        names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+        for raw, norm in model.named_modules():
+            if not keeps_batch_statistics(norm):
+                continue
+            name, layer = canonical(raw), layer_of(layers, canonical(raw))
+            if norm.affine:
+                speak = [names[id(parameter)] for parameter in norm.parameters()]
+            else:
+                speak = [info.name for info in layer.parameters] if layer else []
+            if chosen.intersection([name, *speak]):
+                extend_module(norm, InstanceMixing, share=self.share)
+
+
+class InstanceMixing(ExtendedModule):
+    r"""A batch norm that normalises each example by a mixture of the statistics it keeps and the example's own.
+
+    With the kept mean and variance :math:`\mu, \sigma^2` and the mixture's :math:`\bar\mu, \bar\sigma^2`, the input
 
     .. math:: x' = \mu + (x - \bar\mu) \sqrt{\frac{\sigma^2 + \epsilon}{\bar\sigma^2 + \epsilon}}
 
-    is normalised by the norm as x would be by the mixture, whatever else a subclass of it does.
+    is normalised by the norm's own class as x would be by the mixture, so that whatever else a subclass of a batch
+    norm does (an activation, say) stays as it is. While the norm follows its batches, it does not mix.
     """
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    kind = "instance_statistics"
+    settings = ("share",)
+    share: float
+    """Share of the example's own statistics, in [0, 1]."""
 
-    def __call__(self, norm: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        x, *others = args
-        if norm.training or x.ndim < 3:  # it follows its batches; one value a channel has no variance
-            return None
+    def forward(self, input: Tensor, *others: Any) -> Any:  # noqa: A002 - the name that batch norms give it
+        """Normalise (N, C, ...); with one value a channel, (N, C), by the kept statistics alone."""
+        if not self.training and input.ndim > 2:
+            input = self._mixed(input)  # noqa: A001 - as above
+        return super().forward(input, *others)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        norm: Any = self
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        over, shape = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
-        variance, mean = torch.var_mean(wide, over, correction=0, keepdim=True)
-        own_mean, own_variance = norm.running_mean.view(shape), norm.running_var.view(shape)
-        mixed = torch.lerp(own_mean.expand_as(mean), mean, self.share)
-        spread = torch.lerp(own_variance.expand_as(variance), variance, self.share)
-        factor = ((own_variance + norm.eps) / (spread + norm.eps)).sqrt()
-        return ((wide - mixed).mul(factor).add(own_mean).to(x.dtype), *others)
+        positions, shape = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+        variance, mean = torch.var_mean(wide, positions, correction=0, keepdim=True)
+        kept_mean, kept_variance = norm.running_mean.view(shape), norm.running_var.view(shape)
+        mixed_mean = torch.lerp(kept_mean.expand_as(mean), mean, self.share)
+        mixed_variance = torch.lerp(kept_variance.expand_as(variance), variance, self.share)
+        factor = ((kept_variance + norm.eps) / (mixed_variance + norm.eps)).sqrt()
+        return (wide - mixed_mean).mul(factor).add(kept_mean).to(x.dtype)
 
+    def difference(self) -> str:
+        """Return how a model with such norms differs from one whose norms do not mix."""
+        return f"norms mix in {self.share:.0%} of each example's own statistics"
 
-def mixable(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that keeps statistics; an instance norm has its examples' own already."""
-    return isinstance(module, _BatchNorm) and tracks_statistics(module)
-
-
-def check_mixable(plan: Plan, model: nn.Module, source: nn.Module | None = None) -> None:
-    """Refuse a plan that mixes where the model has no such norm, or one that does not where the source does.
-
-    Raises:
-        SpecError: the model has none.
-        SourceError: the source's weights alone would be another model.
-    """
-    by = [row.chosen["statistics"].by for row in plan.rows if row.instance]
-    if by and not any(map(mixable, model.modules())):
-        raise SpecError(
-            f"{by[0]}: no batch norm of {type(model).__name__} keeps running statistics that each example's own could "
-            "be mixed with. Use statistics='source', or another strategy."
-        )
-    if not by and source is not None and (shares := shares_of(source)):
-        share = max(shares.values())
-        raise SourceError(
-            f"the source's norms mix in {share:.0%} of each example's own statistics, and the plan's do not, so its "
-            "weights would be another model's. Add NormAdaptation(train='all', statistics='instance', "
-            f"prior={1 / share - 1:.0f})."
-        )
-
-
-def mix_instances(shares: Mapping[nn.Module, float]) -> None:
-    """Let norms mix in each example's own statistics, and others no longer.
-
-    Args:
-        shares: all batch norms that keep statistics -> the example's share, 0 for none.
-    """
-    for norm, share in shares.items():
-        hooks = norm._forward_pre_hooks  # noqa: SLF001
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Mix)]:
-            del hooks[key]
-        if share:
-            norm.register_forward_pre_hook(_Mix(share))
-
-
-def shares_of(model: nn.Module) -> dict[str, float]:
-    """Name of each norm that mixes in its examples' own statistics -> their share."""
-    hooked = ((name, module._forward_pre_hooks.values()) for name, module in model.named_modules())  # noqa: SLF001
-    return {name: hook.share for name, hooks in hooked for hook in hooks if isinstance(hook, _Mix)}
+    def remedy(self) -> str:
+        """Return the strategy that keeps the mixture."""
+        prior = 1 / self.share - 1
+        return f"Add NormAdaptation(train='all', statistics='instance', prior={prior:.0f})."

@@ -9,9 +9,10 @@ from torch import nn
 
 from conservtl.errors import SpecError
 from conservtl.methods.base import Order, Strategy
-from conservtl.methods.norm_adaptation.instance_statistics import mixable
+from conservtl.methods.norm_adaptation.instance_statistics import InstanceStatistics
 from conservtl.methods.norm_adaptation.norm_statistics import NormStatisticsMeasure
 from conservtl.plan.plan import Plan
+from conservtl.runtime.freezing import keeps_batch_statistics
 
 __all__ = ["NormAdaptation"]
 
@@ -69,7 +70,7 @@ class NormAdaptation(Strategy):
 
     def concerns(self, model: nn.Module) -> bool:
         """Whether it is required, or the model has such a norm."""
-        return self.required or any(map(mixable, model.modules()))
+        return self.required or any(map(keeps_batch_statistics, model.modules()))
 
     def apply(self, plan: Plan) -> Plan:
         """Choose what is frozen, hold the statistics, and ask for the measurement."""
@@ -88,10 +89,11 @@ class NormAdaptation(Strategy):
             frozen = {row.name: {"frozen": row.name not in free} for row in rows}
             plan = plan.choose(self.label, "frozen", frozen, explicit=False)
         prior = _PRIOR.get(self.statistics, 0) if self.prior is None else self.prior
-        held = {"statistics": "hold", "instance": 1 / (prior + 1) if self.statistics == "instance" else 0.0}
         # All layers, not norms alone: a norm without parameters has no row of its own.
-        sourced = {row.name: held for row in plan.rows if row.origin == "source"}
-        plan = plan.choose(self.label, "statistics", sourced, explicit=False)
-        if self.statistics in ("source", "instance"):
+        copied = tuple(row.name for row in plan.rows if row.origin == "source")
+        plan = plan.choose(self.label, "statistics", {name: {"statistics": "hold"} for name in copied}, explicit=False)
+        if self.statistics == "source" or not copied:
             return plan
+        if self.statistics == "instance":
+            return plan.with_extension(InstanceStatistics(by=self.label, share=1 / (prior + 1), names=copied))
         return plan.with_measure(NormStatisticsMeasure(by=self.label, prior=prior if self.statistics == "mixed" else 0))

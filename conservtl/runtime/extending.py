@@ -1,0 +1,27 @@
+"""Extensions of a plan on a model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from conservtl.layers import Layer
+from conservtl.layers.extended import restore_module
+from conservtl.plan.decision import Extension
+
+__all__ = ["apply_extensions"]
+
+
+def apply_extensions(model: nn.Module, extensions: Iterable[Extension], layers: Sequence[Layer]) -> None:
+    """Extend the modules that these extensions name, and restore all others.
+
+    Args:
+        model: unwrapped; changed in place.
+        extensions: of a plan, or of a saved model.
+        layers: the model's layers.
+    """
+    for module in model.modules():
+        restore_module(module)
+    for extension in extensions:
+        extension.extend(model, layers)
