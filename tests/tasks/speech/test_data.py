@@ -18,7 +18,7 @@ from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
 
-FSDD = Path(__file__).resolve().parents[3] / "shared" / "data" / "fsdd"
+FSDD = Path(__file__).resolve().parents[4] / "shared" / "data" / "fsdd"
 needs_digits = pytest.mark.skipif(not FSDD.is_dir(), reason="free spoken digits are not beside the checkout")
 
 

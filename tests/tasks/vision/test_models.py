@@ -21,7 +21,7 @@ from conservtl.tasks.vision import (
 )
 
 SMALL = VisionPreprocessing(images=ImageSettings(size=32))
-_BESIDE = Path(__file__).parents[2].parent / "shared" / "data"
+_BESIDE = Path(__file__).parents[4] / "shared" / "data"
 
 
 def _count(model):
