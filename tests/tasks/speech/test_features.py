@@ -1,4 +1,4 @@
-"""Features, random changes, networks."""
+"""Inputs made of recordings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conservtl.errors import DataError, SpecError
-from conservtl.tasks.speech import Features, ModelSpec, SpeechAugment, SpeechPreprocessing, build
+from conservtl.errors import DataError
+from conservtl.tasks.speech import Features, SpeechPreprocessing
 from conservtl.tasks.speech.features import fit_length
 
 soundfile = pytest.importorskip("soundfile")
@@ -129,107 +129,3 @@ def test_unusual_settings_work(chosen):
     got = features(sine(440, 8000), settings=chosen)
     assert got.shape == chosen.shape
     assert got.isfinite().all()
-
-
-STRONG = SpeechAugment(time_stretch=0.3, frequency_stretch=0.2, frequency_shift=0.1, tilt=0.3, noise=0.3, time_masks=2)
-
-
-@pytest.mark.parametrize("shape", [(6, 40, 101), (6, 8000)])
-@pytest.mark.parametrize("augment", [SpeechAugment(), STRONG])
-def test_random_changes_follow_the_generator(shape, augment):
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    before, state = inputs.clone(), torch.get_rng_state()
-    first, again, other = (augment(inputs, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    assert first.shape == inputs.shape
-    assert first.dtype == inputs.dtype
-    assert first.isfinite().all()
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(inputs, before)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_no_change_leaves_inputs_as_they_are():
-    nothing = SpeechAugment(time_shift=0, time_masks=0, frequency_masks=0)
-    for shape in ((2, 40, 101), (2, 800)):
-        inputs = torch.randn(shape)
-        torch.testing.assert_close(nothing(inputs, torch.Generator()), inputs, atol=1e-4, rtol=0)
-
-
-def test_masks_blank_at_most_what_is_allowed():
-    masks = SpeechAugment(time_shift=0, time_masks=1, time_mask=0.2, frequency_masks=1, frequency_mask=0.25)
-    inputs = torch.ones(50, 40, 100)
-    inputs[:, ::2] = -1
-    blank = masks(inputs, torch.Generator().manual_seed(0)).abs() < 0.5
-    assert blank.all(dim=1).sum(dim=1).max() <= 21
-    assert blank.all(dim=2).sum(dim=1).max() <= 11
-    assert blank.any()
-
-
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [
-        ("tc_resnet8", {}),
-        ("tc_resnet14", {"norm": "group", "width": 1.0}),
-        ("Wav2Letter", {}),
-        ("DeepSpeech", {"n_hidden": 16}),
-        ("Emformer", {"num_heads": 4, "ffn_dim": 32, "num_layers": 1, "segment_length": 4}),
-        ("Conformer", {"num_heads": 4, "ffn_dim": 32, "num_layers": 1, "depthwise_conv_kernel_size": 7}),
-    ],
-)
-def test_networks_give_logits(name, args):
-    preprocessing = SpeechPreprocessing()
-    model = build(ModelSpec(name=name, args=args), preprocessing, 7)
-    assert model.training
-    with torch.no_grad():
-        assert model(torch.randn(2, *preprocessing.features.shape)).shape == (2, 7)
-    assert "head" in dict(model.named_children())
-
-
-def test_networks_of_samples():
-    preprocessing = SpeechPreprocessing(features=Features(kind="waveform", length=0.2, sample_rate=16000))
-    small = {
-        "extractor_mode": "group_norm",
-        "extractor_conv_layer_config": [[8, 10, 5], [8, 3, 2]],
-        "extractor_conv_bias": False,
-        "encoder_embed_dim": 16,
-        "encoder_projection_dropout": 0.1,
-        "encoder_pos_conv_kernel": 8,
-        "encoder_pos_conv_groups": 2,
-        "encoder_num_layers": 2,
-        "encoder_num_heads": 2,
-        "encoder_attention_dropout": 0.0,
-        "encoder_ff_interm_features": 16,
-        "encoder_ff_interm_dropout": 0.0,
-        "encoder_dropout": 0.0,
-        "encoder_layer_norm_first": False,
-        "encoder_layer_drop": 0.0,
-        "aux_num_out": None,
-    }
-    model = build(ModelSpec(name="wav2vec2_model", args=small), preprocessing, 4)
-    assert model(torch.randn(2, *preprocessing.features.shape)).shape == (2, 4)
-
-
-def test_the_compact_network_has_blocks_of_one_class():
-    model = build(ModelSpec(name="tc_resnet14"), SpeechPreprocessing(), 10)
-    assert [name for name, _ in model.named_children()] == ["stem", "blocks", "dropout", "head"]
-    assert len(model.blocks) == 6
-    assert len({type(block) for block in model.blocks}) == 1
-
-
-@pytest.mark.parametrize(
-    ("spec", "kind", "message"),
-    [
-        ({"name": "wav2vec_base"}, "logmel", "Did you mean.*'wav2vec2_base'"),
-        ({"name": "tc_resnet9"}, "logmel", "Did you mean.*'tc_resnet8'"),
-        ({"name": "tc_resnet8", "args": {"widht": 2}}, "logmel", r"model\.args\.widht.*width"),
-        ({"name": "tc_resnet8"}, "waveform", "logmel"),
-        ({"name": "Conformer"}, "logmel", "num_heads"),
-        ({"name": "Tacotron2"}, "logmel", "into frames"),
-        ({"name": "Hypothesis"}, "logmel", "got 'Hypothesis'"),
-    ],
-)
-def test_networks_that_cannot_be(spec, kind, message):
-    preprocessing = SpeechPreprocessing(features=Features(kind=kind))
-    with pytest.raises(SpecError, match=message):
-        build(ModelSpec.model_validate(spec), preprocessing, 10)

@@ -51,6 +51,35 @@ def test_a_crop_enlarges_a_part():
     assert width.tolist() == pytest.approx([0.5] * 200, abs=0.03)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
+@pytest.mark.parametrize("ratio", [2.0, 0.5])
+def test_a_crops_ratio_is_its_width_over_its_height(height, width, ratio):
+    """A quarter of the area, in pixels: width w and height w / ratio, so w = sqrt(ratio * area)."""
+    area = 0.25 * height * width
+    wide, tall = (ratio * area) ** 0.5, (area / ratio) ** 0.5
+    rows = torch.arange(float(height))[:, None].expand(100, 1, height, width)
+    columns = torch.arange(float(width)).expand(100, 1, height, width)
+    augment = VisionAugment(flip=False, scale=(0.25, 0.25), ratio=(ratio, ratio))
+    cut = augment(torch.cat([rows, columns], dim=1), torch.Generator().manual_seed(0))
+    spans = cut.amax(dim=(2, 3)) - cut.amin(dim=(2, 3))
+    # Between the centres of the outermost pixels, a pixel of the crop is less than its side.
+    steps = torch.tensor([tall * (1 - 1 / height), wide * (1 - 1 / width)])
+    torch.testing.assert_close(spans.quantile(0.5, dim=0), steps, atol=0.5, rtol=0)
+    torch.testing.assert_close(cut[:, 0], cut[:, 0, :, :1].expand_as(cut[:, 0]))  # rows stay rows
+    torch.testing.assert_close(cut[:, 1], cut[:, 1, :1].expand_as(cut[:, 1]))
+
+
+def test_a_shift_moves_rows_by_one_draw_and_columns_by_the_other():
+    height, width = 9, 13
+    rows = torch.arange(float(height))[:, None].expand(40, 1, height, width)
+    columns = torch.arange(float(width)).expand(40, 1, height, width)
+    moved = VisionAugment(flip=False, shift=2)(torch.cat([rows, columns], dim=1), torch.Generator().manual_seed(4))
+    down, right = torch.randint(0, 5, (2, 40), generator=torch.Generator().manual_seed(4)) - 2
+    assert torch.equal(moved[:, 0, 4, 6], 4.0 + down)
+    assert torch.equal(moved[:, 1, 4, 6], 6.0 + right)
+    assert not torch.equal(down, right)
+
+
 def test_bounds_that_fall_are_refused():
     with pytest.raises(ValidationError, match="Swap the two"):
         VisionAugment(scale=(0.9, 0.1))
