@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+import socket
 
 import pytest
 import torch
@@ -194,3 +196,237 @@ def test_a_runs_folder_is_a_source_that_mixes(speech_fields, tmp_path):
     test = prepare(parse_spec(fields)).domains.target_test
     right = first.probabilities(test.inputs).argmax(1).eq(test.labels).float().mean()
     assert second["before"]["target"]["accuracy"] == pytest.approx(float(right))
+
+
+def types(model):
+    return [type(module) for module in model.modules()]
+
+
+class TestTheSameNorm:
+    """A norm that mixes is the norm it was, under another class."""
+
+    def test_parameters_buffers_hooks_and_the_state_dict_are_untouched(self):
+        model = network()
+        norm, weight, mean = model[1], model[1].weight, model[1].running_mean
+        calls = []
+        norm.register_forward_hook(lambda *_: calls.append(1))
+        names = list(model.state_dict())
+        ctl.adapt(model, source(), [INSTANCE])
+        assert model[1] is norm
+        assert (model[1].weight is weight, model[1].running_mean is mean) == (True, True)
+        assert list(model.state_dict()) == names
+        assert isinstance(norm, nn.BatchNorm2d)
+        model(X)
+        assert calls == [1]
+
+    def test_it_prints_its_share(self):
+        model = ctl.adapt(network(), source(), [INSTANCE]).model
+        assert repr(model[1]) == (
+            "InstanceMixingBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, share=0.25)"
+        )
+
+    def test_there_and_back(self):
+        """Ended and begun again, it is the same classes and outputs."""
+        model = network()
+        plain = types(model)
+        first = ctl.adapt(model, source(), [INSTANCE]).model(X)
+        mixing = types(model)
+        ctl.adapt(model, source())
+        assert types(model) == plain
+        assert "share" not in vars(model[1])
+        assert torch.equal(ctl.adapt(model, source(), [INSTANCE]).model(X), first)
+        assert types(model) == mixing
+
+    def test_an_adaptation_that_is_refused_leaves_it(self):
+        model = network()
+        expected = ctl.adapt(model, source(), [INSTANCE]).model(X)
+        with pytest.raises(ctl.SpecError, match="layers=9"):
+            ctl.adapt(model, source(), [ctl.LayerTransfer(layers=9)])
+        assert torch.equal(model(X), expected)
+
+    def test_another_share_takes_the_place_of_the_first(self):
+        model = network()
+        ctl.adapt(model, source(), [INSTANCE])
+        ctl.adapt(model, source(), [ctl.NormAdaptation(train="all", statistics="instance", prior=1)])
+        assert torch.allclose(model(X), obvious(source(), X, 1 / 2))
+
+    def test_a_state_of_another_share_is_refused(self):
+        """Its weights would be trained on by other outputs."""
+        state = ctl.adapt(network(), source(), [INSTANCE]).state_dict()
+        other = ctl.adapt(network(), source(), [ctl.NormAdaptation(train="all", statistics="instance", prior=1)])
+        with pytest.raises(ctl.PlanError, match="its extensions differs"):
+            other.load_state_dict(state)
+
+    def test_a_copy_has_norms_of_its_own(self):
+        model = ctl.adapt(network(), source(), [INSTANCE]).model
+        twin = copy.deepcopy(model)
+        ctl.adapt(twin, source())
+        assert not extended_modules(twin)
+        assert torch.allclose(model(X), obvious(source(), X, 1 / 4))
+
+    def test_torch_saves_and_loads_it(self):
+        model = ctl.adapt(network(), source(), [INSTANCE]).model
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        assert torch.equal(again(X), model(X))
+        assert types(again) == types(model)
+
+    def test_a_frozen_norm_of_a_pickle_stays_in_eval_mode(self):
+        model = ctl.adapt(network(), source(), [INSTANCE]).model
+        again = pickle.loads(pickle.dumps(model)).train()
+        assert not again[1].training
+        assert torch.equal(again(X), model(X))
+
+
+def test_a_norm_used_twice_mixes_at_each_use():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm, self.head = nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(self.norm(x))).mean(2))
+
+    def mixed(norm, x):
+        mean = 0.75 * norm.running_mean[None, :, None] + 0.25 * x.mean(2, keepdim=True)
+        variance = 0.75 * norm.running_var[None, :, None] + 0.25 * x.var(2, correction=0, keepdim=True)
+        return (x - mean) / (variance + norm.eps).sqrt() * norm.weight[:, None] + norm.bias[:, None]
+
+    model, other = Twice(), Twice()
+    other.norm.running_mean.add_(1)
+    ctl.adapt(model, other.eval(), [INSTANCE])
+    x = X[:, :, 0].float()
+    expected = other.head(mixed(other.norm, other.conv(mixed(other.norm, x))).mean(2))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_norms_that_share_their_parameters_mix_both():
+    """Each by the statistics that it keeps."""
+
+    def tied():
+        model = network()
+        model[4].weight, model[4].bias = model[1].weight, model[1].bias
+        return model
+
+    other = tied()
+    other.load_state_dict(source().state_dict())
+    model = ctl.adapt(tied(), other.eval(), [INSTANCE]).model
+    assert set(extended_modules(model)) == {"1", "4"}
+    assert model[4].weight is model[1].weight
+    assert torch.allclose(model(X), obvious(other, X, 1 / 4))
+
+
+def test_one_module_in_two_places_is_extended_once():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)).double()
+    model.append(model[1])
+    ctl.adapt(model, copy.deepcopy(model), [INSTANCE])
+    assert model[3] is model[1]
+    assert list(extended_modules(model)) == ["1"]
+
+
+def test_a_norm_that_was_synchronised_after_adapting_mixes_once_it_trains():
+    """torch puts another module in its place, which the optimizer's making extends again."""
+    adaptation = ctl.adapt(network(), source(), [INSTANCE])
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(adaptation.model)
+    adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    assert [type(norm).__name__ for norm in extended_modules(synchronised).values()] == [
+        "InstanceMixingSyncBatchNorm",
+        "InstanceMixingSyncBatchNorm",
+    ]
+    assert torch.allclose(synchronised.train()(X), obvious(source(), X, 1 / 4))
+
+
+def test_synchronised_norms_mix():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    ctl.adapt(model, source(), [INSTANCE])
+    assert torch.allclose(model.train()(X), obvious(source(), X, 1 / 4))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(X), model(X))
+
+
+def test_a_compiled_model_computes_the_same():
+    adaptation = ctl.adapt(network(), source(), [INSTANCE])
+    compiled = torch.compile(adaptation.model, backend="aot_eager", fullgraph=True)
+    x = X.clone().requires_grad_()
+    compiled(x).square().sum().backward()
+    gradient = x.grad.clone()
+    x.grad = None
+    adaptation.model(x).square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
+    torch.testing.assert_close(compiled(X), adaptation.model(X))
+
+
+def test_a_traced_model_keeps_norms_as_leaves():
+    """As torchvision's feature extractors trace: what is in torch.nn is not gone into."""
+    model = ctl.adapt(network(), source(), [INSTANCE]).model
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(X), model(X))
+
+
+def test_amplitudes_scale_what_a_mixing_norm_puts_out():
+    """LHUC finds the norm by what it is without the extension."""
+    strategies = [INSTANCE, ctl.LHUC(on=["1"], freeze=False)]
+    adaptation = ctl.adapt(network(), source(), strategies, example=X)
+    model = adaptation.model
+    assert "1.lhuc" in dict(model.named_parameters())
+    assert torch.allclose(model(X), obvious(source(), X, 1 / 4))
+    with torch.no_grad():
+        model[1].lhuc.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
+    bare = copy.deepcopy(source())
+    with torch.no_grad():
+        for tensor in (bare[1].weight, bare[1].bias):
+            tensor.mul_(2 * model[1].lhuc.sigmoid())
+    assert torch.allclose(model(X), obvious(bare, X, 1 / 4))
+    assert torch.allclose(adaptation.merged()(X), obvious(bare, X, 1 / 4))
+
+
+def test_a_head_fed_from_layers_gets_what_the_mixing_norms_give():
+    strategies = [INSTANCE, ctl.FeatureExtraction(layers=["0", "8"])]
+    adaptation = ctl.adapt(network(), source(), strategies, example=X)
+    last = int(adaptation.layers[0].modules[-1]) + 1
+    inner, entering = obvious(source()[:last], X, 1 / 4).mean((2, 3)), obvious(source()[:8], X, 1 / 4)
+    head = adaptation.model[8]
+    expected = nn.functional.linear(torch.cat([inner, entering], 1), head.weight, head.bias)
+    assert torch.allclose(adaptation.model.train()(X), expected)
+    assert torch.allclose(copy.deepcopy(adaptation.model)(X), expected)
+
+
+def test_the_source_model_beside_it_does_not_mix():
+    """Given as weights, it is built from the model, which an earlier adaptation may have extended."""
+    model = network()
+    ctl.adapt(model, source(), [INSTANCE])
+    adaptation = ctl.adapt(model, source().state_dict(), [INSTANCE, ctl.OutputConservation(weight=1.0)])
+    assert torch.allclose(adaptation.source_view(X).outputs, source()(X))
+
+
+def _process(rank, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    adaptation = ctl.adapt(network(), source(), [INSTANCE])
+    model = nn.parallel.DistributedDataParallel(adaptation.model)
+    train(model, adaptation.optimizer(torch.optim.SGD, lr=0.1), X[3 * rank : 3 * rank + 3], Y[3 * rank : 3 * rank + 3])
+    torch.save(adaptation.model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def train(model, optimizer, x, y):
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_two_processes_train_what_one_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    alone = ctl.adapt(network(), source(), [INSTANCE])
+    train(alone.model, alone.optimizer(torch.optim.SGD, lr=0.1), X, Y)
+    for rank in (0, 1):
+        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(tensor, alone.model.state_dict()[name], msg=name)
