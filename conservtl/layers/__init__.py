@@ -1,8 +1,7 @@
 """The layers of a model, from the input side to the output side.
 
-A layer is what a practitioner calls one: a residual block, a transformer block, a convolution with
-its norm and activation, a recurrent layer, the classifier. `find_layers` cuts a model into them;
-the other functions name parameters and select them by name.
+A layer is a residual block, a transformer block, a convolution with its norm and activation, a recurrent layer or
+the classifier. `find_layers` divides a model into layers; the other functions name parameters and select them by name.
 """
 
 from conservtl.layers.find import Layer, ParameterInfo, find_layers, layer_of

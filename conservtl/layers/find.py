@@ -1,4 +1,4 @@
-"""The layers of a model: units in order, with the extras joined to them."""
+"""The layers of a model: its units in order, each extra joined to a neighbour."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["Layer", "ParameterInfo", "find_layers", "layer_of"]
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """A parameter by its canonical name.
+    """A parameter, by its canonical name.
 
-    The kind is `norm` if a normalisation owns it, otherwise `weight` from two axes on and `bias` below.
+    The kind is `norm` for a parameter of a normalisation, otherwise `weight` for two axes or more and `bias` for one.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["weight", "bias", "norm"]
     aliases: tuple[str, ...] = ()
-    """Other names of the same tensor, where it is tied."""
+    """Other names of the same tensor, if it is tied."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a practitioner calls a layer; its modules are the outermost ones that make it up."""
+    """A layer of a model: its parameters, and the outermost modules that contain them."""
 
     name: str
     parameters: tuple[ParameterInfo, ...]
@@ -41,22 +41,20 @@ class Layer:
 
 
 def find_layers(model: nn.Module, example: Any = None, layers: Sequence[str] | None = None) -> tuple[Layer, ...]:
-    """The layers of a model, input side first; every parameter is in exactly one.
+    """Return the layers of a model, input side first; every parameter is in exactly one.
 
-    Without an example the order is that of registration, which is wrong for a model that registers its
-    head first. With one, it is the order of first use in a forward pass of a copy; the model is left as
-    found.
+    Without an example, layers are in the order of registration, which is wrong for a model that registers its head
+    first. With an example, they are in the order of first use in a forward pass of a copy; the model stays unchanged.
 
     Args:
         model: The model, wrapped or not.
         example: An input: a tensor, a tuple of arguments, a dictionary of keyword arguments, or a batch of
             (inputs, labels).
-        layers: Globs, input side first, one a layer: your own cut instead of the one found here. Then the
-            example is not needed.
+        layers: One glob for each layer, input side first, to divide the model yourself. The example is then unused.
 
     Raises:
         SpecError: The model has no parameters, or cannot be called with the example.
-        SelectorError: A glob matches nothing, or a parameter is matched by none or by two.
+        SelectorError: A glob matches nothing, or a parameter is matched by no glob or by two.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
@@ -67,18 +65,18 @@ def find_layers(model: nn.Module, example: Any = None, layers: Sequence[str] | N
     infos = _describe(model)
     root = tree(model, {id(parameter): name for name, parameter in named_parameters(model).items()})
     if root is None or not infos:
-        raise SpecError(f"model: must have parameters, got a {type(model).__name__} with none")
+        raise SpecError(f"model: must have parameters; received a {type(model).__name__} without any")
     if layers is not None:
-        return _chosen(layers, infos, root)
-    found = units(root)
-    place = {unit.name: index for index, unit in enumerate(found)}
+        return _layers_by_glob(layers, infos, root)
+    ordered = units(root)
+    registration = {unit.name: index for index, unit in enumerate(ordered)}
     if example is not None:
-        found = _by_use(found, first_use(model, example))
-    return tuple(_layer(group, infos, place) for group in _groups(found))
+        ordered = _by_use(ordered, first_use(model, example))
+    return tuple(_layer(group, infos, registration) for group in _groups(ordered))
 
 
 def layer_of(layers: Sequence[Layer], module: str) -> Layer | None:
-    """The layer that a module stands in, by canonical name; None for one that stands above layers."""
+    """Return the layer that contains a module, by canonical name; None for a module that contains layers."""
     parts = {part: layer for layer in layers for part in layer.modules}
     while module not in parts and module:
         module = module.rpartition(".")[0]
@@ -93,7 +91,9 @@ def _describe(model: nn.Module) -> dict[str, ParameterInfo]:
     infos = {}
     for name, parameter in named_parameters(model).items():
         if is_lazy(parameter):
-            raise SpecError(f"model: its shapes must be known, {name!r} is lazy: call the model once")
+            raise SpecError(
+                f"model: the shapes of its parameters must be known; {name!r} is lazy. Call the model once before"
+            )
         kind: Literal["weight", "bias", "norm"] = "weight" if parameter.ndim >= 2 else "bias"
         infos[name] = ParameterInfo(
             name,
@@ -104,18 +104,18 @@ def _describe(model: nn.Module) -> dict[str, ParameterInfo]:
     return infos
 
 
-def _by_use(found: list[Unit], used: dict[str, int]) -> list[Unit]:
-    """Ordered by first use; a unit never used stays behind the one registered before it."""
-    places = []
-    place = -1
-    for unit in found:
-        place = min((used[name] for name in unit.tensors if name in used), default=place)
-        places.append(place)
-    return [found[index] for index in sorted(range(len(found)), key=places.__getitem__)]
+def _by_use(registered: list[Unit], used: dict[str, int]) -> list[Unit]:
+    """Return the units in order of first use; an unused unit follows the unit registered before it."""
+    uses = []
+    use = -1
+    for unit in registered:
+        use = min((used[name] for name in unit.tensors if name in used), default=use)
+        uses.append(use)
+    return [registered[index] for index in sorted(range(len(registered)), key=uses.__getitem__)]
 
 
 def _groups(ordered: list[Unit]) -> list[list[Unit]]:
-    """The units that make up each layer: every extra joins a neighbour that is none."""
+    """Return the units of each layer: every extra joins the nearest weight or block."""
     mains = [index for index, unit in enumerate(ordered) if unit.kind != "extra"]
     if not mains:
         return [ordered]
@@ -137,15 +137,15 @@ def _groups(ordered: list[Unit]) -> list[list[Unit]]:
 
 
 def _host(unit: Unit, ordered: list[Unit], before: int | None, after: int | None) -> int:
-    """The index of the layer an extra joins.
+    """Return the index of the layer that an extra joins.
 
-    A weight is preferred to a block, which is complete: positions join the patch projection before the
-    first block, the final norm joins the head behind the last. Between two weights the one nearer in the
-    tree wins, and the one before if they are equally near.
+    A weight is preferred to a block, which is complete: positions join the patch projection before the first block,
+    the final norm joins the head behind the last. Between two weights, the extra joins the one nearer in the module
+    tree, and the preceding one if both are equally near.
     """
     if after is None or before is None:
-        nearest = before if after is None else after
-        return nearest if nearest is not None else 0
+        neighbour = before if after is None else after
+        return neighbour if neighbour is not None else 0
     if ordered[before].kind != "weight":
         return after
     if ordered[after].kind != "weight":
@@ -154,7 +154,7 @@ def _host(unit: Unit, ordered: list[Unit], before: int | None, after: int | None
 
 
 def _common(unit: Unit, other: Unit) -> int:
-    """How many containers they share."""
+    """Return how many containers two units share."""
     pairs = zip(unit.parent.split("."), other.parent.split("."), strict=False)
     return next((depth for depth, (a, b) in enumerate(pairs) if a != b), min(map(_depth, (unit, other))))
 
@@ -163,8 +163,8 @@ def _depth(unit: Unit) -> int:
     return len(unit.parent.split("."))
 
 
-def _layer(group: list[Unit], infos: dict[str, ParameterInfo], place: dict[str, int]) -> Layer:
-    members = sorted(group, key=lambda unit: place[unit.name])
+def _layer(group: list[Unit], infos: dict[str, ParameterInfo], registration: dict[str, int]) -> Layer:
+    members = sorted(group, key=lambda unit: registration[unit.name])
     return Layer(
         group[0].name,
         tuple(infos[name] for unit in members for name in unit.tensors if name in infos),
@@ -172,18 +172,20 @@ def _layer(group: list[Unit], infos: dict[str, ParameterInfo], place: dict[str, 
     )
 
 
-def _chosen(layers: Sequence[str], infos: dict[str, ParameterInfo], root: Node) -> tuple[Layer, ...]:
+def _layers_by_glob(layers: Sequence[str], infos: dict[str, ParameterInfo], root: Node) -> tuple[Layer, ...]:
     chosen = select(layers, tuple(infos))
     for name in infos:
         hits = [pattern for pattern in layers if matches(pattern, name)]
         if len(hits) > 1:
-            raise SelectorError(f"layers: no two may match one parameter, {hits} match {name!r}: make one narrower")
-    missed = [name for name in infos if not any(matches(pattern, name) for pattern in layers)]
-    if missed:
-        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+            raise SelectorError(
+                f"layers: two globs must not match one parameter; {hits} match {name!r}. Narrow one of them"
+            )
+    unmatched = [name for name in infos if not any(matches(pattern, name) for pattern in layers)]
+    if unmatched:
+        more = f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else ""
         raise SelectorError(
-            f"layers: must match every parameter, none of {list(layers)} matches "
-            f"{', '.join(missed[:5])}{more}: add a glob for them"
+            f"layers: must match every parameter; none of {list(layers)} matches "
+            f"{', '.join(unmatched[:5])}{more}. Add a glob for them"
         )
     owner = {name: pattern for pattern, names in chosen.items() for name in names}
     owner |= _statistics(root, owner, layers)
@@ -191,21 +193,21 @@ def _chosen(layers: Sequence[str], infos: dict[str, ParameterInfo], root: Node) 
         Layer(
             pattern,
             tuple(infos[name] for name in names),
-            tuple(_outermost(root, {tensor for tensor, by in owner.items() if by == pattern})),
+            tuple(_outermost(root, {tensor for tensor, glob in owner.items() if glob == pattern})),
         )
         for pattern, names in chosen.items()
     )
 
 
 def _statistics(root: Node, owner: dict[str, str], layers: Sequence[str]) -> dict[str, str]:
-    """Running statistics without parameters -> the glob that matches them, or that of what stands before."""
-    found: dict[str, str] = {}
+    """Return running statistics without parameters -> the glob that matches them, or the preceding tensor's."""
+    globs: dict[str, str] = {}
     last = layers[0]
     for tensor in root.tensors:
         last = owner.get(tensor) or next((p for p in layers if matches(p, tensor)), last)
         if tensor not in owner:
-            found[tensor] = last
-    return found
+            globs[tensor] = last
+    return globs
 
 
 def _outermost(node: Node, owned: set[str]) -> Iterator[str]:

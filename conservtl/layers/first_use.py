@@ -1,4 +1,4 @@
-"""The order in which a model uses its parameters, watched in one forward pass of a copy."""
+"""The order in which a model uses its parameters, recorded in one forward pass of a copy."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["calls", "first_use"]
 
 
 def first_use(model: nn.Module, example: Any) -> dict[str, int]:
-    """Name of a parameter or buffer -> its place in the order of first use; unused ones are missing.
+    """Return name of a parameter or buffer -> its rank in the order of first use; unused ones are missing.
 
-    The pass runs on the meta device, where it costs neither memory nor arithmetic. Models that look
-    into their inputs (lengths, packed sequences) get those on the CPU, and if that fails too, a real
-    copy runs. The model itself is never called.
+    The pass runs on the meta device, without memory or arithmetic. If that fails, integer and boolean inputs (lengths
+    of sequences) stay on their device; if that fails too, a real copy of the model runs. The model itself is never
+    called.
 
     Args:
         model: The model, unwrapped.
-        example: A tensor, a tuple or list of arguments, or a dictionary of keyword arguments; a batch
-            of (inputs, labels) serves too.
+        example: A tensor, a tuple or list of arguments, a dictionary of keyword arguments, or a batch of
+            (inputs, labels).
 
     Raises:
         SpecError: The model cannot be called with the example.
@@ -41,7 +41,7 @@ def first_use(model: nn.Module, example: Any) -> dict[str, int]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     placements: tuple[tuple[bool, Callable[[torch.Tensor], torch.Tensor]], ...] = (
         (True, lambda tensor: tensor.to("meta")),
-        (True, lambda tensor: tensor.clone() if _counts(tensor) else tensor.to("meta")),
+        (True, lambda tensor: tensor.clone() if _is_integer(tensor) else tensor.to("meta")),
         (False, lambda tensor: tensor.to(device, copy=True)),
     )
     error: Exception | None = None
@@ -52,38 +52,38 @@ def first_use(model: nn.Module, example: Any) -> dict[str, int]:
             except Exception as caught:  # noqa: BLE001 -- a model may fail in any way; the next attempt decides
                 error = caught
     raise SpecError(
-        f"example: must be what the model can be called with, got {type(example).__name__}, at which it "
-        f"raises {type(error).__name__}: {error}. Pass a tensor, a tuple of arguments or a dictionary of them"
+        f"example: the model must accept it; received {type(example).__name__}, and the model raises "
+        f"{type(error).__name__}: {error}. Pass a tensor, a tuple of arguments or a dictionary of them"
     ) from error
 
 
-def _counts(tensor: torch.Tensor) -> bool:
+def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _plain(sequence: Any) -> bool:
+def _is_plain(sequence: Any) -> bool:
     return type(sequence) in (tuple, list)
 
 
 def calls(example: Any) -> Iterator[Callable[[nn.Module], object]]:
-    """The ways to hand the example over, the likeliest first."""
+    """Yield the ways to call a model with the example, the likeliest first."""
     if isinstance(example, dict) and all(isinstance(key, str) for key in example):
         yield lambda model: model(**example)
-    if _plain(example):
+    if _is_plain(example):
         yield lambda model: model(*example)
     yield lambda model: model(example)
-    if _plain(example) and example:
+    if _is_plain(example) and example:
         yield lambda model: model(example[0])
 
 
 def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: bool) -> dict[str, int]:
-    with _undisturbed(model):
+    with _isolated(model):
         twins = {id(tensor): _twin(tensor, on_meta=on_meta) for tensor in _tensors(model)}
-        # Hooks are the user's observers: neither copied nor called. Pre-hooks stay, old weight_norm is one.
+        # Forward hooks are observers: neither copied nor called. Pre-hooks stay: old weight_norm is one.
         hooks = {id(forward_hook_table(module)): OrderedDict[int, Any]() for module in model.modules()}
         memo: dict[int, Any] = {**twins, **hooks}
         clone = copy.deepcopy(model, memo).eval()
-        for module in model.modules():  # but for those that the model needs to run
+        for module in model.modules():  # except hooks that compute the output
             table = forward_hook_table(module)
             needed = {key: hook for key, hook in table.items() if getattr(hook, "computes", False)}
             hooks[id(table)].update(copy.deepcopy(needed, memo))
@@ -112,8 +112,8 @@ def _twin(tensor: torch.Tensor, *, on_meta: bool) -> torch.Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients, no warnings, no compilation; random states put back."""
+def _isolated(model: nn.Module) -> Iterator[None]:
+    """Run a block without gradients, warnings or compilation; restore the random states."""
     state = random.getstate()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
     with ExitStack() as stack:
@@ -121,15 +121,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+        if "torch._dynamo" in sys.modules:  # otherwise no module is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes the first torch call that makes a tensor out of each named tensor.
+    """Recorder of the first torch call that computes a tensor from each named tensor.
 
-    Questions for a shape or a dtype make no tensor and are no use of it.
+    A call that returns no tensor, such as a query of the shape, does not count.
     """
 
     def __init__(self, names: dict[int, str]) -> None:

@@ -1,4 +1,4 @@
-"""Names of parameters: free of what wrappers prepend, and selected by globs."""
+"""Parameter names without the prefixes of wrappers, and their selection by globs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from conservtl.errors import SelectorError, hint
 __all__ = ["WRAPPED", "canonical", "glob_hint", "matches", "named_parameters", "select", "unwrap"]
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""The attributes under which torch.compile, activation checkpointing and FSDP keep a module."""
+"""Attributes in which torch.compile, activation checkpointing and FSDP store the wrapped module."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside DistributedDataParallel, DataParallel and torch.compile, in any nesting.
+    """Return the user's model inside DistributedDataParallel, DataParallel and torch.compile, in any nesting.
 
     Args:
         model: The model, wrapped or not.
@@ -31,9 +31,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def canonical(name: str) -> str:
-    """The name without the components that compile, checkpointing and FSDP put into it.
+    """Return the name without the components that torch.compile, checkpointing and FSDP insert.
 
-    A leading `module.` stays, because a model may have an attribute of that name: `unwrap` knows.
+    A leading `module.` stays, because a model may have an attribute of that name; use `unwrap` to remove the wrapper.
 
     Args:
         name: The name of a parameter or module.
@@ -46,7 +46,7 @@ def canonical(name: str) -> str:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Canonical name -> parameter, in registration order; a tied parameter once, by its first name.
+    """Return canonical name -> parameter, in registration order; a tied parameter once, under its first name.
 
     Args:
         model: The model, wrapped or not.
@@ -55,7 +55,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the glob selects the name, or a module that the name lies in.
+    """Return whether the glob matches the name, or a module that contains it.
 
     Args:
         pattern: A glob, case-sensitive; `*` crosses dots.
@@ -69,12 +69,12 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(patterns: Sequence[str], names: Sequence[str], what: str = "parameter") -> dict[str, tuple[str, ...]]:
-    """Pattern -> the names it matches, in the order of `names`.
+    """Return pattern -> the names it matches, in the order of `names`.
 
     Args:
         patterns: Globs as in `matches`.
-        names: What there is to select from.
-        what: What the names stand for, for the error message.
+        names: The names to select from.
+        what: The kind of the names, for the error message.
 
     Raises:
         SelectorError: A pattern matches nothing, or `patterns` is one string.
@@ -82,8 +82,8 @@ def select(patterns: Sequence[str], names: Sequence[str], what: str = "parameter
     if isinstance(patterns, str):
         raise SelectorError(f"patterns: must be a list of globs, got the string {patterns!r}: write [{patterns!r}]")
     chosen = {pattern: tuple(name for name in names if matches(pattern, name)) for pattern in patterns}
-    for pattern, found in chosen.items():
-        if not found:
+    for pattern, matched in chosen.items():
+        if not matched:
             raise SelectorError(
                 f"{pattern!r}: must match at least one {what}, matches none of {len(names)}.{glob_hint(pattern, names)}"
             )

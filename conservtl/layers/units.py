@@ -1,18 +1,15 @@
-"""A model cut into units: the layers, and the extras (norms, scales, tokens) that will join one.
+"""Division of a model into units: the layers, and the extras (norms, scales, tokens) that join a layer.
 
-The tree of modules is walked from the top. A module is kept whole where it is what a practitioner
-calls a layer, and otherwise opened:
+The module tree is traversed from the root. A module is one unit if it is one of these, and is divided otherwise:
 
-- one weight: a module with a single weight-bearing leaf below it (a convolution with its norm, a
-  pooling head) is a layer, whatever its class;
-- a block: a class that occurs at least twice (residual and transformer blocks);
-- a bracket: one of three or more `nn.Sequential(conv, relu, conv, relu)` in one list;
-- what stands beside blocks in a list, or alone in one, though its class occurs once.
+- a weight: a module with a single leaf that has a weight (a convolution with its norm, a pooling head), of any class;
+- a block: a module whose class occurs at least twice (residual and transformer blocks);
+- a bracket: one of at least three `nn.Sequential(conv, relu, conv, relu)` in one list;
+- a neighbour of blocks in a list, or the only element of a list, even if its class occurs once.
 
-A class that occurs twice may instead be a stage or a tower, when chains of blocks hold at least half
-of its weight-bearing leaves: then it is opened. So is any other class that occurs once, hence wrappers
-and backbones swallow nothing. A list of experts or of attention heads is no chain, because a block has a
-norm of its own and they have none.
+A class that occurs twice is a stage or a tower, and is divided, if chains of blocks contain at least half of its leaves
+with weights. Any other class that occurs once is divided too, so that a wrapper or a backbone does not become one
+layer. A list of experts or attention heads is not a chain: they have no norm, and a block has one.
 """
 
 from __future__ import annotations
@@ -34,16 +31,16 @@ _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _BRACKET_WEIGHTS = 3
-"""A longer chain of plain weights is a network (VGG), a shorter one a block."""
+"""Weights in a bracket at most: a longer chain of plain weights is a network (VGG)."""
 _BRACKETS = 3
-"""Two brackets in a list are more often features and classifier."""
+"""Brackets in a list at least: two are more often features and classifier."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer, or an extra that joins one.
+    """A layer, or an extra that joins a layer.
 
-    A `weight` (a convolution, a linear map) takes extras in; a `block` is complete without them.
+    Extras join a `weight` (a convolution, a linear map) rather than a `block`, which is complete.
     """
 
     name: str
@@ -56,43 +53,43 @@ class Unit:
 
 @dataclass(eq=False)
 class Node:
-    """A module that holds parameters or running statistics, by the names of first registration."""
+    """A module with parameters or running statistics, under the names of first registration."""
 
     name: str
     parent: str
     module: nn.Module
     own: tuple[str, ...]
-    """Its parameters; the running mean of a batch norm that has none."""
+    """Names of its parameters, or of the running mean for a batch norm without parameters."""
     children: list[Node] = field(default_factory=list)
     weights: int = 0
-    """How many weight-bearing leaves there are at or below it."""
+    """Number of leaves with weights in its subtree."""
     has_norm: bool = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The tensors at or below it that decide where it belongs."""
+        """Names of the tensors in its subtree."""
         return self.own + tuple(name for child in self.children for name in child.tensors)
 
 
 def join(*parts: str) -> str:
-    """The dotted name of its parts, the root's empty name left out."""
+    """Return the dotted name of the parts, without the empty name of the root."""
     return ".".join(part for part in parts if part)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a normalisation: one of torch's, or so called with parameters along one axis at most."""
+    """Return whether a module is a normalisation: by its class, or by its name if its parameters have one axis."""
     if isinstance(module, _NORMS):
         return True
-    called = "norm" in type(module).__name__.lower()
-    return called and all(sum(size > 1 for size in p.shape) <= 1 for p in module.parameters())
+    named_norm = "norm" in type(module).__name__.lower()
+    return named_norm and all(sum(size > 1 for size in p.shape) <= 1 for p in module.parameters())
 
 
 def tree(model: nn.Module, first: dict[int, str]) -> Node | None:
-    """The nodes of an unwrapped model.
+    """Return the module tree of an unwrapped model.
 
     Args:
         model: The model.
-        first: id of a parameter -> its canonical name; under another name it is not seen again.
+        first: id of a parameter -> its canonical name; further names of a tied parameter are skipped.
     """
     return _node("", "", model, first, set())
 
@@ -116,24 +113,24 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
     node = Node(name, parent, module, tuple(own), has_norm=is_norm(module))
     if not whole:
         children = ((key, child) for key, child in module.named_children() if key != "parametrizations")
-        found = (_node(join(name, key), name, child, first, seen) for key, child in children)
-        node.children = [child for child in found if child]
+        nodes = (_node(join(name, key), name, child, first, seen) for key, child in children)
+        node.children = [child for child in nodes if child]
     if node.children:
         node.weights = sum(child.weights for child in node.children)
         node.has_norm = any(child.has_norm for child in node.children)
     elif isinstance(module, nn.RNNBase):
         node.weights = module.num_layers
     else:
-        node.weights = int(_bears_weight(module))
+        node.weights = int(_has_weight(module))
     return node if node.own or node.children else None
 
 
-def _bears_weight(leaf: nn.Module) -> bool:
+def _has_weight(leaf: nn.Module) -> bool:
     if is_norm(leaf):
         return False
-    # Elsewhere a leading 1 is the batch axis: a learned position or token is no layer.
-    stock = isinstance(leaf, nn.Linear | ConvBase)
-    return any(p.ndim >= 2 and (p.shape[0] > 1 or p.ndim == 2 or stock) for p in leaf.parameters())
+    # In other modules a leading 1 is the batch axis: a learned position or token is not a layer.
+    is_map = isinstance(leaf, nn.Linear | ConvBase)
+    return any(p.ndim >= 2 and (p.shape[0] > 1 or p.ndim == 2 or is_map) for p in leaf.parameters())
 
 
 def _walk(node: Node) -> Iterator[Node]:
@@ -147,7 +144,7 @@ def _is_exact_list(node: Node) -> bool:
 
 
 def _is_chain(node: Node) -> bool:
-    """Whether it is a list of blocks of one class, or of more plain weights than a block has."""
+    """Return whether a module is a list of blocks of one class, or of more plain weights than a block has."""
     blocks = Counter(
         type(child.module)
         for child in node.children
@@ -155,22 +152,22 @@ def _is_chain(node: Node) -> bool:
     )
     most = max(blocks.values(), default=0)
     if not isinstance(node.module, _LISTS):
-        # Attributes b1, b2, b3 and nothing else are a list too; two may be halves of a block.
+        # A module with the attributes b1, b2, b3 only is a list too; with two, they may be the halves of a block.
         return most > 2 and most == len(node.children)
     plain = sum(child.weights == 1 for child in node.children)
     return most > 1 or (type(node.module) is nn.Sequential and plain > _BRACKET_WEIGHTS)
 
 
 def _chained(node: Node) -> int:
-    """How many weight-bearing leaves lie in chains of blocks."""
+    """Return the number of leaves with weights in chains of blocks."""
     return node.weights if _is_chain(node) else sum(_chained(child) for child in node.children)
 
 
 def units(root: Node) -> list[Unit]:
-    """The units in registration order; together they hold every parameter once.
+    """Return the units in registration order; together they contain every parameter once.
 
     Args:
-        root: The tree of the model. It is opened, unless it is a leaf.
+        root: The module tree of the model. It is divided, unless it is a leaf.
     """
     if not root.children:
         return list(_leaf(root))
@@ -178,35 +175,35 @@ def units(root: Node) -> list[Unit]:
     counts = Counter(type(node.module) for node in composites)
     repeated = {kind for kind, count in counts.items() if count > 1}
     stages = {type(node.module) for node in composites if 2 * _chained(node) >= node.weights}
-    return list(_open(root, repeated - stages))
+    return list(_divide(root, repeated - stages))
 
 
-def _open(node: Node, blocks: set[type]) -> Iterator[Unit]:
+def _divide(node: Node, blocks: set[type]) -> Iterator[Unit]:
     for name in node.own:
         yield Unit(name, node.name, "extra", (name,), ())
-    kept = _kept(node, blocks)
+    whole = _blocks_of(node, blocks)
     for child in node.children:
         if not child.children:
             yield from _leaf(child)
         elif child.weights == 1:
             yield _whole(child, "weight")
-        elif child in kept:
+        elif child in whole:
             yield _whole(child, "block")
         else:
-            yield from _open(child, blocks)
+            yield from _divide(child, blocks)
 
 
-def _kept(node: Node, blocks: set[type]) -> set[Node]:
-    """The children that are blocks."""
-    kept = {child for child in node.children if _is_block(child, blocks)}
+def _blocks_of(node: Node, blocks: set[type]) -> set[Node]:
+    """Return the children that are blocks."""
+    chosen = {child for child in node.children if _is_block(child, blocks)}
     if _is_exact_list(node):
         brackets = {child for child in node.children if _is_bracket(child, blocks)}
-        kept |= brackets if len(brackets) >= _BRACKETS else set()
-        # The root is no list of blocks: nn.Sequential(backbone, head).
+        chosen |= brackets if len(brackets) >= _BRACKETS else set()
+        # The root is not a list of blocks: nn.Sequential(backbone, head).
         alone = len(set(node.module.children())) == 1 and not isinstance(node.module, nn.ModuleDict)
-        if node.name and (kept or alone):
-            kept |= {child for child in node.children if not _is_exact_list(child) and not _chained(child)}
-    return kept
+        if node.name and (chosen or alone):
+            chosen |= {child for child in node.children if not _is_exact_list(child) and not _chained(child)}
+    return chosen
 
 
 def _is_block(node: Node, blocks: set[type]) -> bool:
@@ -214,7 +211,7 @@ def _is_block(node: Node, blocks: set[type]) -> bool:
 
 
 def _is_bracket(node: Node, blocks: set[type]) -> bool:
-    """A few plain weights, or parts of different classes such as an attention and its feed-forward."""
+    """Return whether a list has few plain weights, or parts of different classes (an attention, a feed-forward)."""
     if not _is_exact_list(node) or len(node.children) < 2 or not node.weights:
         return False
     parts = [child for child in node.children if child.children]
@@ -234,14 +231,14 @@ def _leaf(node: Node) -> Iterator[Unit]:
     if isinstance(node.module, nn.RNNBase) and node.module.num_layers > 1:
         levels: dict[int, list[str]] = {}
         for name in node.own:
-            found = re.search(r"_l(\d+)(_reverse)?(\.|$)", name)
-            # What no level owns acts on the last one's outputs: an amplitude, say.
-            levels.setdefault(int(found[1]) if found else node.module.num_layers - 1, []).append(name)
+            level_of = re.search(r"_l(\d+)(_reverse)?(\.|$)", name)
+            # A parameter of no level acts on the last level's outputs: an amplitude.
+            levels.setdefault(int(level_of[1]) if level_of else node.module.num_layers - 1, []).append(name)
         stem = node.name or type(node.module).__name__
         for level, names in sorted(levels.items()):
             yield Unit(join(stem, str(level)), node.parent, "weight", tuple(names), (node.name,))
     elif isinstance(node.module, nn.Embedding | nn.EmbeddingBag):
         yield Unit(node.name or "Embedding", node.parent, "weight", node.own, (node.name,), embedding=True)
     else:
-        alone = getattr(node.module, "complete", False)
-        yield _whole(node, "block" if alone else "weight" if node.weights else "extra")
+        complete = getattr(node.module, "complete", False)
+        yield _whole(node, "block" if complete else "weight" if node.weights else "extra")
