@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from conservtl.engine.criterion import Criterion, harmonic_mean, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.loop import FitResult, fit
 from conservtl.engine.schedule import schedule_factor
-from conservtl.engine.selection import harmonic_mean
 from conservtl.engine.training import Training
 from conservtl.engine.trials import best_block
 from conservtl.functions import accuracy, cross_entropy, forward
 
 __all__ = [
+    "Criterion",
     "FitResult",
     "Functions",
     "Holdout",
@@ -23,4 +24,5 @@ __all__ = [
     "forward",
     "harmonic_mean",
     "schedule_factor",
+    "score",
 ]

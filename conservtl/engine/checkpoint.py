@@ -15,6 +15,7 @@ import torch
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.selection import Selection
 from conservtl.engine.session import Session
+from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.layers import unwrap
 
@@ -135,11 +136,12 @@ def restore(session: Session, found: Mapping[str, Any], own: Sequence[torch.Gene
         PlanError: it was made by another plan.
     """
     settings = session.training.model_dump(mode="json")
-    if differing := [key for key, value in settings.items() if found["settings"].get(key) != value]:
+    saved = Training().model_dump(mode="json") | found["settings"]  # an older version may not have had all of them
+    if differing := [key for key, value in settings.items() if saved[key] != value]:
         key = differing[0]
         raise SpecError(
-            f"resume: the checkpoint was made with training.{key}={found['settings'].get(key)!r}, but now it is "
-            f"{settings[key]!r}. Use the same spec."
+            f"resume: the checkpoint was made with training.{key}={saved[key]!r}, but now it is {settings[key]!r}. "
+            "Use the same spec."
         )
     unwrap(session.adaptation.model).load_state_dict(found["model"])
     session.adaptation.load_state_dict(found["adaptation"])

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from conservtl.engine.batching import Contents, Held, Streamed
+from conservtl.engine.criterion import ACCURACY, Criterion, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.randomness import preserve_rng
-from conservtl.engine.selection import score
 from conservtl.engine.session import Session
 from conservtl.functions import Forward, Loss
 from conservtl.layers import unwrap
@@ -56,7 +56,7 @@ def finish(
         valid: what may be chosen on.
         shown: evaluated along the path, never chosen on.
     """
-    adaptation, keep = session.adaptation, session.training.keep
+    adaptation, keep, select = session.adaptation, session.training.keep, session.training.select
     adaptation.restore_weights()
     target = valid.get("target")
 
@@ -64,7 +64,7 @@ def finish(
         return {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
 
     chooses = target is not None and (keep == "path" or any(type(one).scored for one in adaptation.plan.after))
-    margin = _margin(look(valid), target) if target is not None and chooses else 0.0
+    margin = _margin(target, select or ACCURACY) if target is not None and chooses else 0.0
     seen: dict[float, Found] = {}
     after: dict[str, Any] = {}
     best = None
@@ -79,7 +79,7 @@ def finish(
 
             def judge() -> float:
                 tried.append(look(valid))
-                return score(tried[-1], keep)
+                return score(tried[-1], keep, select)
 
             t, scores = line.choose(_POINTS, judge, margin)
             after["path"] = {"t": t, "points": [{"t": t, **found} for t, found in zip(scores, tried, strict=True)]}
@@ -89,7 +89,7 @@ def finish(
     after |= adaptation.finish(
         Contents(batches),
         forward=functions.forward,
-        score=(lambda: score(look(valid), keep)) if target is not None else None,
+        score=(lambda: score(look(valid), keep, select)) if target is not None else None,
         valid=Contents(target.data) if target is not None else None,
         objective=_objective(target, functions),
         margin=margin,
@@ -100,9 +100,9 @@ def finish(
     return Ended(after, tuple({"t": t, **seen[t], "kept": t == kept} for t in sorted(seen)), best)
 
 
-def _margin(found: Found, target: Holdout) -> float:
-    """Half of what one of the target's examples changes in an accuracy; of a loss nobody can say."""
-    if any("accuracy" not in metrics for metrics in found.values()):
+def _margin(target: Holdout, select: Criterion) -> float:
+    """Return half of what one example of the target changes in the accuracy; 0 for another metric."""
+    if select != ACCURACY:
         return 0.0
     data: Held | Streamed = target.data
     with preserve_rng():

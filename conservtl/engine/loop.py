@@ -21,7 +21,7 @@ from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
-from conservtl.engine.selection import check_selection
+from conservtl.engine.selection import check_selection, with_criterion
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
@@ -40,7 +40,8 @@ class FitResult:
         history: a line an epoch: epoch, step, phase, loss, lr, seconds, the metrics of each set under its name,
             and under ``valid`` those that were selected on. Where nothing is trained one line, of epoch 0.
         steps: optimizer steps done.
-        best: the best validation score, with ``keep="path"`` that of what was kept; None where nothing was validated.
+        best: the best validation score, higher is better, with ``keep="path"`` that of the weights kept; None without
+            a validation set or without the metric to select on.
         seconds: wall clock, with what was spent before the run was resumed.
         precision: fp32, bf16 or fp16.
         device: where it ran.
@@ -103,8 +104,8 @@ def fit(
         training: settings.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
-        metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count)}; ``accuracy`` is selected on, or the
-            loss where there is none.
+        metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count) to pool over the set};
+            ``training.select`` names the one to select on, accuracy by default.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
         path: the same, evaluated once training is over at 11 points between the starting point and the trained
             weights.
@@ -130,7 +131,7 @@ def fit(
     settings = training or Training()
     _check(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
     functions = Functions(forward, loss, metrics)
-    check_selection(settings, valid or {}, adaptation.plan)
+    check_selection(settings, valid or {}, adaptation.plan, metrics)
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
     folder = Path(out) if out is not None else None
     if seed is not None:
@@ -324,7 +325,8 @@ def _evaluated(
     )
     if not found:
         return seen
-    state.selection.look(found, session.adaptation.model, session.training)
+    adaptation = session.adaptation
+    state.selection.look(found, adaptation.model, with_criterion(session.training, adaptation.plan))
     return found | seen | {"valid": found}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.criterion import ACCURACY
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.training import Training
 from conservtl.errors import PlanError, SpecError
@@ -72,8 +73,8 @@ def run_searches(
 def _trial_settings(search: Search, training: Training) -> Training:
     """Return the settings of a trial: shorter, and evaluated once, at its end."""
     epochs = search.epochs or max(1, training.epochs // _SHARE)
-    keep = "target" if training.keep == "target" else "last"
-    return training.model_copy(update={"epochs": epochs, "evaluate_every": epochs, "patience": None, "keep": keep})
+    changes = {"epochs": epochs, "evaluate_every": epochs, "patience": None, "select": training.select or ACCURACY}
+    return training.model_copy(update={**changes, "keep": "target" if training.keep == "target" else "last"})
 
 
 def _decide(adaptation: Adaptation, search: Search, facts: Mapping[str, str]) -> None:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from conservtl.engine.criterion import ACCURACY, check_metric, judged, score
+from conservtl.engine.evaluation import Holdout
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.functions import Metrics, accuracy
 from conservtl.layers import unwrap
 from conservtl.plan.plan import Plan
 
-__all__ = ["Selection", "check_selection", "harmonic_mean", "score"]
+__all__ = ["Selection", "check_selection", "with_criterion"]
 
 
 @dataclass
@@ -21,9 +24,9 @@ class Selection:
     """The best evaluation so far.
 
     Args:
-        best: its score.
+        best: its score; None before the first evaluation with a score.
         loss: its loss, which decides between equal scores: few examples have few different accuracies.
-        weights: the model's state dict then, on the CPU; None where it does not say what is kept.
+        weights: the model's state dict then, on the CPU; None unless the settings keep the best weights.
         stale: evaluations since the score was last beaten.
     """
 
@@ -33,9 +36,18 @@ class Selection:
     stale: int = 0
 
     def look(self, found: Mapping[str, Mapping[str, float]], model: nn.Module, training: Training) -> None:
-        """Compare an evaluation with the best one, and remember the weights if they are to be kept."""
-        value = score(found, training.keep)
-        loss = sum(found[name]["loss"] for name in _judged(found, training.keep))
+        """Compare an evaluation with the best one, and copy the weights if they are to be kept.
+
+        Metrics without an accuracy are passed over if the settings name no metric.
+
+        Raises:
+            SpecError: the metric to select on is not among those of a set.
+        """
+        sets = judged(found, training.keep)
+        if training.select is None and any("accuracy" not in found[name] for name in sets):
+            return
+        value = score(found, training.keep, training.select)
+        loss = sum(found[name]["loss"] for name in sets)
         better = self.best is None or value > self.best
         self.stale = 0 if better else self.stale + 1
         if not better and not (value == self.best and loss < self.loss):
@@ -46,40 +58,27 @@ class Selection:
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def score(found: Mapping[str, Mapping[str, float]], keep: str) -> float:
-    """What is selected on: accuracy where there is one, else the loss; higher is better.
+def with_criterion(training: Training, plan: Plan) -> Training:
+    """Return the settings with a metric to select on, accuracy by default, if a validation score decides anything."""
+    if training.select is None and (_selects(training) or _choosers(plan)):
+        return training.model_copy(update={"select": ACCURACY})
+    return training
+
+
+def check_selection(training: Training, valid: Mapping[str, object], plan: Plan, metrics: Metrics) -> None:
+    """Raise unless the validation sets and metrics that decide are there.
 
     Args:
-        found: {"target": metrics, "source": metrics}; without a source the target stands alone.
-        keep: ``training.keep``; ``target`` looks at the target alone even where there is a source.
-    """
-    names = _judged(found, keep)
-    if all("accuracy" in found[name] for name in names):
-        value = harmonic_mean([found[name]["accuracy"] for name in names])
-    else:
-        value = -sum(found[name]["loss"] for name in names)
-    return -math.inf if math.isnan(value) else value
-
-
-def _judged(found: Mapping[str, object], keep: str) -> list[str]:
-    """The sets that count."""
-    return ["target"] if keep == "target" or "source" not in found else ["target", "source"]
-
-
-def harmonic_mean(values: list[float]) -> float:
-    """Of accuracies in [0, 1]; 0 where one is 0."""
-    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
-
-
-def check_selection(training: Training, valid: Mapping[str, object], plan: Plan) -> None:
-    """Whether there is what is to be selected on.
+        training: settings.
+        valid: the validation sets.
+        plan: decisions that choose by a validation score among them.
+        metrics: the run's metrics; checked here if they are the default ones, else at the first evaluation.
 
     Raises:
-        SpecError: there is not; the message says where to get it.
+        SpecError: a set or a metric is missing; the message says where to get it.
     """
-    asked = training.keep != "last" or training.patience is not None
     missing = [name for name in ("target", "source")[: 2 if training.keep == "harmonic" else 1] if name not in valid]
-    if asked and missing:
+    if _selects(training) and missing:
         raise SpecError(
             f"training.keep={training.keep} and patience={training.patience} look at a validation part, but "
             f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
@@ -87,9 +86,26 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan)
     for one in plan.after:
         if training.keep == "path" and one.interpolates:
             raise SpecError(f"training.keep=path and {one.by} both interpolate the weights. Leave one of the two out.")
-    choosing = [one.by for one in plan.after if one.scored] + [one.by for one in plan.searches]
+    choosing = _choosers(plan)
     if choosing and "target" not in valid:
         raise SpecError(
             f"{choosing[0]} chooses on a validation part, but there is none. Carve one from the shots "
             "(data.validation), or pass valid={'target': ...}."
         )
+    select = with_criterion(training, plan).select
+    if select is None or "target" not in valid:
+        return
+    for name in judged(valid, training.keep):
+        data = valid[name]
+        if ((data.metrics if isinstance(data, Holdout) else None) or metrics) is accuracy:
+            check_metric(select, ("loss", "accuracy"), name)
+
+
+def _selects(training: Training) -> bool:
+    """Whether the settings keep weights, or stop, by a validation score."""
+    return training.keep != "last" or training.patience is not None
+
+
+def _choosers(plan: Plan) -> list[str]:
+    """Return the strategies that choose by a validation score."""
+    return [after.by for after in plan.after if after.scored] + [search.by for search in plan.searches]

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from conservtl.engine.criterion import Criterion
+
 __all__ = ["Training"]
 
 _CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -47,10 +49,14 @@ class Training(BaseModel):
     batch_norm: Literal["train", "eval"] = "train"
     """Whether batch norms of trained layers follow the target's statistics or keep the source's."""
     keep: Literal["last", "target", "harmonic", "path"] = "last"
-    """Which weights are kept: the last, or the best on the validation part, by target or by the
-    harmonic mean of target and source, and by the loss where those are equal. path: the best of 11 points
-    between the starting point and the last weights, by the harmonic mean where there is a source to validate
-    on; the middle of those that are equal but for half a target example."""
+    """Weights to keep: the last, or those with the best validation score, of the target or of target and source
+    together; the loss decides between equal scores. path: the best of 11 points between the starting point and the
+    last weights, by the score of target and source together if there is a source to validate on; the middle of those
+    that are equal but for half a target example."""
+    select: Criterion | None = None
+    """Metric of the validation score: accuracy, loss, wer, cer, or {metric: NAME, direction: higher or lower}; None:
+    accuracy. Scores of target and source together: the harmonic mean of a metric of which higher values are better,
+    the sum of one of which lower values are better."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without a better validation score after which training stops; None: never. Only the
     last phase can be cut short. The path then ends at the weights it stopped at."""

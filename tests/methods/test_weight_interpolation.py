@@ -114,7 +114,8 @@ def test_without_a_t_the_best_on_the_validation_part_is_taken():
         return (adaptation.model[0].weight - goal).norm()
 
     valid = {"target": ctl.Holdout((X, Y), loss=loss, metrics=metric)}
-    result = ctl.fit(adaptation, (X, Y), valid, SETTINGS, seed=0)
+    settings = ctl.Training(epochs=2, batch_size=8, lr=0.05, select="loss")
+    result = ctl.fit(adaptation, (X, Y), valid, settings, seed=0)
     facts = result.after["weight_interpolation"]
     assert facts["t"] == 0.75
     assert [point["t"] for point in facts["scores"]] == [0, 0.25, 0.5, 0.75, 1]
