@@ -39,9 +39,10 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
         raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
     if plan.facts != bound.plan.facts:
         bound.replan(**plan.facts)
-    if plan != bound.plan:
+    plan, expected = _without_reasons(plan), _without_reasons(bound.plan)
+    if plan != expected:
         raise PlanError(
-            f"this state belongs to another plan: {_difference(plan, bound.plan)} differs. Load it into an adaptation "
+            f"this state belongs to another plan: {_difference(plan, expected)} differs. Load it into an adaptation "
             "made from the same model, source and strategies."
         )
     if not bound.anchors.fits(state):
@@ -56,6 +57,11 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
     bound.measured = {name: dict(tensors) for name, tensors in state["measured"].items()}
     bound.updates.load_state_dict(state["updates"])
     bound.start_phase(phase)
+
+
+def _without_reasons(plan: Plan) -> Plan:
+    """Return the plan without its explanations, whose wording may differ between versions."""
+    return plan.model_copy(update={"rows": tuple(row.model_copy(update={"reason": None}) for row in plan.rows)})
 
 
 def _difference(plan: Plan, expected: Plan) -> str:

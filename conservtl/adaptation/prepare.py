@@ -122,7 +122,7 @@ def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str])
     """Parameters declared fresh by a glob of parameter or layer names -> the reason."""
     if isinstance(fresh, str):
         raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
-    reasons = fresh if isinstance(fresh, Mapping) else dict.fromkeys(fresh, "not asked for")
+    reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
     globs = [glob for glob in reasons if glob not in inside]
     found = inside | select(globs, [name for names in inside.values() for name in names])

@@ -58,7 +58,7 @@ class LayerTransfer(Strategy):
         plan = plan.choose(self.label, "origin", {name: {"origin": "source", "reason": None} for name in inside})
         plan = plan.choose(self.label, "frozen", {name: {"frozen": self.freeze} for name in inside})
         if self.rest == "fresh":
-            fields = {"origin": "fresh", "reason": "not asked for"}
+            fields = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
             rest = {row.name: fields for row in plan.rows if row.layer not in chosen and row.origin == "source"}
             plan = plan.choose(self.label, "origin", rest, explicit=False)
         return plan

@@ -599,6 +599,19 @@ class TestState:
         with pytest.raises(ctl.PlanError, match=r"'0\.weight' differs"):
             ctl.adapt(network(), network().state_dict()).load_state_dict(adapted().state_dict())
 
+    def test_of_a_plan_that_explains_itself_in_other_words(self):
+        """Version 0.1.0 said "not asked for" of a parameter that is declared fresh."""
+        ours, twin = adapted(off=0.3), adapted(off=0.3)
+        assert ours.plan["4.weight"].reason == "declared fresh by fresh=['4']"
+        state = ours.state_dict()
+        for row in state["plan"]["rows"]:
+            row["reason"] = row["reason"] and "not asked for"
+        twin.load_state_dict(state)
+        assert twin.plan == ours.plan
+        state["plan"]["rows"][0]["scale"] = 0.5
+        with pytest.raises(ctl.PlanError, match=r"another plan: '0\.weight' differs"):
+            twin.load_state_dict(state)
+
     @pytest.mark.parametrize("broken", ["no plan", "another type", "an anchor less", "an anchor of another shape"])
     def test_of_nothing_of_ours(self, broken):
         ours = self.two_phases()

@@ -28,7 +28,7 @@ def test_a_head_of_the_same_shape_is_made_fresh():
     held = model[2].weight.detach().clone()
     adaptation = ctl.adapt(model, source, [ctl.FeatureExtraction()])
     assert by_layer(adaptation.plan) == {"0": ("source", True), "1": ("source", True), "2": ("fresh", False)}
-    assert adaptation.plan["2.weight"].reason == "not asked for"
+    assert adaptation.plan["2.weight"].reason == "declared fresh by FeatureExtraction"
     assert torch.equal(model[2].weight, held)
     assert not model[0].weight.any()
 

@@ -81,7 +81,8 @@ class FeatureExtraction(Strategy):
         """Freeze the body; the head is fresh, and trained or fitted."""
         head = plan.head
         made = [name for name in head if name not in plan.fresh]
-        plan = plan.choose(self.label, "origin", {n: {"origin": "fresh", "reason": "not asked for"} for n in made})
+        fresh = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
+        plan = plan.choose(self.label, "origin", dict.fromkeys(made, fresh))
         body = {row.name: {"frozen": True} for row in plan.rows if row.origin == "source"}
         plan = plan.choose(self.label, "frozen", body, explicit=False)
         learns = [row.name for row in plan.rows if row.name not in head and (row.origin == "fresh" or not row.frozen)]
