@@ -207,9 +207,9 @@ def interleaved(runs: dict[str, Run], place: Place, rounds: int) -> Times:
 def adapted(model: nn.Module, strategies: Iterable[ctl.Strategy], place: Place) -> ctl.Adaptation:
     adaptation = ctl.adapt(model, {name: t.clone() for name, t in model.state_dict().items()}, list(strategies))
     for one in adaptation.outstanding():
-        if one.kind == "fisher":  # its values are of no matter here, and measuring takes long
-            rows = [row for row in adaptation.plan.rows if row.importance == one.name]
-            adaptation.use_measured(one.name, {row.name: torch.rand(row.shape) for row in rows})
+        if one.kind == "fisher":  # any values will do, and measuring takes long
+            weighed = [name for penalty in adaptation.plan.penalties if penalty.reads for name in penalty.names]
+            adaptation.use_measured(one.name, {name: torch.rand(adaptation.plan[name].shape) for name in weighed})
     adaptation.measure([(place.x, place.y)])
     return adaptation
 

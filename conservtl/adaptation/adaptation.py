@@ -15,11 +15,11 @@ from conservtl.adaptation.bound_plan import BoundPlan, Origin
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
-from conservtl.kernels.dtensor import whole
 from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.plan.decision import Measure, Search, View
 from conservtl.plan.plan import Plan
 from conservtl.runtime.measuring import check_importance, measure
+from conservtl.runtime.penalty_runner import total_penalty
 from conservtl.source.read import TransferReport
 
 __all__ = ["Adaptation"]
@@ -274,30 +274,17 @@ class Adaptation:
         self.bound.hook.add(scaler)
 
     def penalty(self) -> Tensor:
-        """The penalty, alpha/2 |w_S - w0|^2 + beta/2 |w_N|^2, over what is trained now; a scalar with gradient.
+        """Return the sum of the plan's penalties over what is trained now, a scalar with gradient.
+
+        For ``L2SP`` it is alpha/2 |w_S - w0|^2 + beta/2 |w_N|^2.
 
         For a log, or for the loss of a loop whose optimizer was made with ``pull=False``. Where parameters
         are sharded, all processes call it together, and ``drift()`` too.
 
         Raises:
-            SpecError: what weighs the pull must be measured first.
+            SpecError: a penalty reads what is not measured yet.
         """
-        terms = []
-        parameters = named_parameters(self.model)
-        for row in self.plan.rows:
-            if row.name in self.frozen:
-                continue
-            parameter = parameters[row.name]
-            if row.pull is not None:
-                strength = row.pull if row.anneal is None else row.pull * row.anneal.factor(self.bound.updates.number)
-                square = (parameter - self.bound.anchor(row.name, parameter).to(parameter.device)).square()
-                importance = self.bound.importance(row.name, parameter)
-                terms.append(strength / 2 * (square if importance is None else square * importance).sum())
-            elif row.decay is not None:
-                terms.append(row.decay / 2 * parameter.square().sum())
-        if not terms:
-            return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-        return whole(torch.stack([term.to(terms[0].device) for term in terms]).sum())
+        return total_penalty(self.bound, named_parameters(self.model))
 
     def drift(self) -> dict[str, float]:
         """How far each layer has moved: |w - w0| / |w0| over its parameters from the source; fresh layers left out."""

@@ -67,6 +67,7 @@ class BoundPlan:
         self.measured: dict[str, dict[str, Tensor]] = {}
         self.anchors = Anchors(model, {row.name for row in plan.rows if row.origin == "source"})
         self.hook: StepHook | None = None
+        self._revision = 0
         self._handles: tuple[RemovableHandle, ...] = ()
         self._bind(plan)
 
@@ -121,18 +122,17 @@ class BoundPlan:
         scale = self.plan.phases[self.phase].scale
         optimizer = build_optimizer(cls, self.plan, named_parameters(self.model), scale, options)
         self.anchors.forget()
-        self.hook = StepHook(
-            optimizer,
-            self.plan,
-            lambda: self.frozen,
-            self.anchor,
-            self.importance,
-            lambda: self.anchors.placed,
-            self.updates,
-            self.terms.check_added,
-            pull,
-        )
+        self.hook = StepHook(optimizer, self, penalties=pull)
         return optimizer
+
+    @property
+    def revision(self) -> int:
+        """A number that grows whenever the plan, the phase, the anchors or a measurement changes."""
+        return self._revision + self.anchors.revision
+
+    def check_terms(self) -> None:
+        """Raise if the gradients lack the plan's terms."""
+        self.terms.check_added()
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -151,6 +151,7 @@ class BoundPlan:
         self.restore_weights()
         self.phase = phase
         self._frozen = self.plan.frozen_in(phase)
+        self._revision += 1
         self.keep_frozen()
         scale = phases[phase].scale
         for group in self.hook.optimizer.param_groups if self.hook else ():
@@ -188,17 +189,6 @@ class BoundPlan:
         """Restore plain weights if an update (Mixout) replaced them for a forward pass."""
         if self.hook is not None:
             self.hook.prepare(training=False)
-
-    def anchor(self, name: str, parameter: Tensor) -> Tensor:
-        """Starting value of a parameter, held as its row says."""
-        return self.anchors.of(name, parameter, self.plan[name].anchor)
-
-    def importance(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Weights of the pull of each element of a parameter; None: all 1."""
-        measure = self.plan[name].importance
-        if measure is not None and measure not in self.measured:
-            self.check_measured()
-        return None if measure is None else self.anchors.weighing(measure, self.measured[measure], name, parameter)
 
     def modules(self) -> dict[str, str]:
         """Layer -> name of the module whose output is the layer's: the last of its modules."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from conservtl.kernels.dtensor import local
-from conservtl.plan.row import Anneal
 
-__all__ = ["Pull", "Pulled", "chunk", "gather"]
+__all__ = ["Pull", "Pulled", "chunk", "dense_gradient", "gather"]
 
 _CHUNK = {"cpu": 1 << 18}
 """Elements that go through one buffer together, by device: what is subtracted stays in the cache until it is added."""
@@ -30,7 +29,6 @@ class Pulled:
         strength: alpha, or beta for a pull to zero.
         group: of the optimizer, its ``lr`` is the decoupled pull's rate; None for the coupled one.
         importance: weighs each element, of the parameter's shape; None: all alike.
-        anneal: a factor on the strength over the steps.
     """
 
     parameter: Tensor
@@ -38,7 +36,6 @@ class Pulled:
     strength: float
     group: dict[str, Any] | None = None
     importance: Tensor | None = None
-    anneal: Anneal | None = None
 
 
 def gather(pulled: Iterable[Pulled]) -> list[Pull]:
@@ -46,7 +43,7 @@ def gather(pulled: Iterable[Pulled]) -> list[Pull]:
     alike: dict[Any, list[Pulled]] = {}
     for item in pulled:
         kind = (item.anchor is None, item.importance is None, item.parameter.device, item.parameter.dtype)
-        alike.setdefault((item.strength, item.anneal, id(item.group), *kind), []).append(item)
+        alike.setdefault((item.strength, id(item.group), *kind), []).append(item)
     rooms: dict[Any, Tensor] = {}
     return [Pull(items, rooms) for items in alike.values()]
 
@@ -64,7 +61,7 @@ class Pull:
     """
 
     def __init__(self, items: Sequence[Pulled], rooms: dict[Any, Tensor]) -> None:
-        self._strength, self._anneal, self._group = items[0].strength, items[0].anneal, items[0].group
+        self._strength, self._group = items[0].strength, items[0].group
         weight = items[0].parameter
         room = None
         if weight.device.type in _CHUNK and items[0].anchor is not None:
@@ -76,41 +73,40 @@ class Pull:
         self._parts = [whole] if at_once else list(_cut(items, room))
 
     @torch.no_grad()
-    def couple(self, number: int = 0, scale: Tensor | None = None, sign: float = 1.0) -> None:
-        """Add strength (w - anchor) to each gradient, as the penalty in the loss would have.
+    def add_gradients(self, factor: float = 1.0, scale: Tensor | None = None) -> None:
+        """Add factor × scale × strength × (w - anchor) to each gradient, as the penalty in the loss would have.
 
         A parameter without a gradient gets one. The difference is formed first and scaled while it is
         added: alpha w - alpha w0 in two additions would cancel (relative error 1.7e-5 against 2e-8).
 
         Args:
-            number: steps done before this one.
-            scale: the factor the gradients carry, where a fused optimizer will divide it out; scalar tensor.
-            sign: -1 for an optimizer that maximises.
+            factor: of the annealing, negative if the optimizer maximises.
+            scale: the factor the gradients carry, if a fused optimizer will divide it out; scalar tensor.
         """
-        strength = sign * self._strength_at(number)
+        strength = factor * self._strength
         if not strength:
             return
-        factor = None if scale is None else _sent(scale.reshape(()), self._parts[0].weights[0])
+        carried = None if scale is None else _sent(scale.reshape(()), self._parts[0].weights[0])
         for part in self._parts:
             gradients = part.gradients()
             differences = part.differences()
-            if factor is not None:
-                differences = list(torch._foreach_mul(differences, factor))  # noqa: SLF001
+            if carried is not None:
+                differences = list(torch._foreach_mul(differences, carried))  # noqa: SLF001
             if part.importances is not None:
                 torch._foreach_addcmul_(gradients, differences, part.importances, value=strength)
             else:
                 torch._foreach_add_(gradients, differences, alpha=strength)
 
     @torch.no_grad()
-    def move(self, number: int = 0, skip: Tensor | None = None) -> None:
-        """Move each weight by rate * strength * (anchor - w), before the gradient step.
+    def move_weights(self, factor: float = 1.0, skip: Tensor | None = None) -> None:
+        """Move each weight by rate × factor × strength × (anchor - w), before the gradient step.
 
         Args:
-            number: steps done before this one.
+            factor: of the annealing.
             skip: scalar tensor, non-zero where the step will be skipped (a scaler's ``found_inf``); read
                 on the device, so that nothing waits for it.
         """
-        strength = self._strength_at(number)
+        strength = factor * self._strength
         if self._group is None or not strength:
             return
         weight = self._parts[0].weights[0]
@@ -129,9 +125,6 @@ class Pull:
             else:
                 amounts = [amount] * len(part.weights) if isinstance(amount, Tensor) else amount
                 torch._foreach_lerp_(part.weights, part.placed(), amounts)
-
-    def _strength_at(self, number: int) -> float:
-        return self._strength if self._anneal is None else self._strength * self._anneal.factor(number)
 
 
 class _Part:
@@ -162,11 +155,7 @@ class _Part:
         """Dense gradients, made where there are none."""
         found = []
         for owner in self._owners:
-            gradient = owner.grad
-            if gradient is None:
-                gradient = owner.grad = torch.zeros_like(owner)
-            elif gradient.is_sparse:
-                gradient = owner.grad = gradient.to_dense()
+            gradient = dense_gradient(owner)
             if self._stretch is not None and not _flat(gradient, self._order):
                 gradient = owner.grad = torch.empty_like(owner).copy_(gradient)
             found.append(gradient)
@@ -216,6 +205,15 @@ def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
         size += count
     if run:
         yield _Part(run, None, room)
+
+
+def dense_gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient, made dense if it is sparse and zero if there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
 
 
 def chunk(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
+from conservtl.methods._quadratic import decayed
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
@@ -26,10 +27,10 @@ def with_proximal(plan: Plan, update: Proximal, beta: float | None, *, everythin
         beta: strength on fresh rows; None leaves them to others.
         everything: whether biases and norms are covered too.
     """
-    covered = [row for row in plan.rows if everything or row.kind == "weight"]
+    covered = plan.rows_on("all" if everything else "weights")
     names = tuple(row.name for row in covered if row.origin == "source" and not row.frozen)
-    decay = {row.name: {"decay": beta} for row in covered if row.origin == "fresh" and beta is not None}
-    plan = plan.choose(update.by, "decay", decay, explicit=False)
+    if beta is not None:
+        plan = decayed(plan, update.by, {row.name: beta for row in covered if row.origin == "fresh"})
     bare = {name: {"weight_decay": False} for name in names}
     plan = plan.choose(update.by, "weight_decay", bare, explicit=False)
     return plan.with_update(update.model_copy(update={"names": names}))

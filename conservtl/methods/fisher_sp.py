@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -14,12 +14,13 @@ from conservtl.batches import row_count
 from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SourceError, SpecError
 from conservtl.functions import logits_of
+from conservtl.methods._quadratic import Quadratic, decayed, penalised
 from conservtl.methods.base import Strategy
 from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.per_example import PerExample
 
-__all__ = ["FisherMeasure", "FisherSP"]
+__all__ = ["FisherMeasure", "FisherPenalty", "FisherSP"]
 
 
 _FEW = 32  # classes, up to which the true Fisher is exact by default
@@ -113,6 +114,17 @@ class FisherMeasure(Measure):
         return {name: (square * scale).clamp(min=self.floor, max=self.clip) for name, square in found.items()}
 
 
+class FisherPenalty(Quadratic):
+    r"""A pull to the source weighed by F, :math:`\frac{1}{2} \sum_j \alpha_j F_j (w_j - w^0_j)^2`, alpha in rows."""
+
+    kind: Literal["fisher_sp"] = "fisher_sp"
+    column: ClassVar[Literal["pull", "decay"] | None] = "pull"
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"pull of {len(self.names)} parameters to the source, weighed by {', '.join(self.reads)}"
+
+
 _ALPHA = {"coupled": 0.1, "decoupled": 3.0}
 
 
@@ -182,10 +194,8 @@ class FisherSP(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Choose pulls weighed by the Fisher for source rows, decays for fresh ones, and ask for the Fisher."""
         alpha = _ALPHA[self.mode] if self.alpha is None else self.alpha
-        covered = [row for row in plan.rows if self.on == "all" or row.kind == "weight"]
+        covered = plan.rows_on(self.on)
         held = [row.name for row in covered if row.origin == "source"]
-        pull = {name: {"pull": alpha, "mode": self.mode, "importance": "fisher"} for name in held}
-        decay = {row.name: {"decay": self.beta, "mode": self.mode} for row in covered if row.origin == "fresh"}
         measure = FisherMeasure(
             by=self.label,
             data=self.data,
@@ -197,4 +207,6 @@ class FisherSP(Strategy):
             clip=self.clip,
         )
         plan = plan.with_measure(measure) if held else plan
-        return plan.choose(self.label, "pull", pull, explicit=False).choose(self.label, "decay", decay, explicit=False)
+        plan = decayed(plan, self.label, {row.name: self.beta for row in covered if row.origin == "fresh"}, self.mode)
+        penalty = FisherPenalty(by=self.label, names=(), mode=self.mode, reads=(measure.name,))
+        return penalised(plan, penalty, dict.fromkeys(held, alpha))

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from conservtl.bounds import NonNegative
+from conservtl.methods._quadratic import Quadratic, decayed, penalised
 from conservtl.methods.base import Strategy
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Row
 
-__all__ = ["L2SP"]
+__all__ = ["L2SP", "L2Penalty"]
 
 _ALPHA = {"coupled": 0.1, "decoupled": 10.0}
+
+
+class L2Penalty(Quadratic):
+    r"""A pull to the source: :math:`\frac{1}{2} \sum_j \alpha_j (w_j - w^0_j)^2`, alpha in the rows."""
+
+    kind: Literal["l2_sp"] = "l2_sp"
+    column: ClassVar[Literal["pull", "decay"] | None] = "pull"
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"pull of {len(self.names)} parameters to the source"
 
 
 class L2SP(Strategy):
@@ -78,13 +90,12 @@ class L2SP(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Choose pulls for source rows and decays for fresh ones."""
-        covered = [row for row in plan.rows if self.on == "all" or row.kind == "weight"]
+        covered = plan.rows_on(self.on)
         old = [row for row in covered if row.origin == "source"]
         new = [row for row in covered if row.origin == "fresh"]
-        held = {"mode": self.mode, "anchor": self.anchors, "anneal": self.anneal}
-        pull = {row.name: {"pull": self._at(row) / self._count(old), **held} for row in old}
-        decay = {row.name: {"decay": self.beta / self._count(new), "mode": self.mode} for row in new}
-        return plan.choose(self.label, "pull", pull, explicit=False).choose(self.label, "decay", decay, explicit=False)
+        plan = decayed(plan, self.label, {row.name: self.beta / self._count(new) for row in new}, self.mode)
+        penalty = L2Penalty(by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal)
+        return penalised(plan, penalty, {row.name: self._at(row) / self._count(old) for row in old})
 
     def _count(self, rows: Sequence[Row]) -> int:
         """What a strength is divided by."""

@@ -14,6 +14,7 @@ from conservtl.plan.decision import (
     Update,
     View,
 )
+from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row
 
@@ -28,6 +29,8 @@ __all__ = [
     "Measure",
     "MeasureContext",
     "Moving",
+    "Penalty",
+    "PenaltyKernel",
     "Phase",
     "Plan",
     "Row",

@@ -21,6 +21,7 @@ from conservtl.bounds import Count, Share
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.layers import Layer
+from conservtl.plan.row import Row
 from conservtl.spec_model import FrozenModel
 
 __all__ = [
@@ -154,16 +155,23 @@ class Moving:
     """One trained parameter in a step.
 
     Args:
-        name: its canonical name.
-        parameter: the tensor; where it is sharded a ``DTensor``, of which this process holds a part.
-        anchor: where it started, placed as it is; None where it is fresh, or the update does not ask.
-        group: the optimizer's group it stands in; ``lr`` is its rate.
+        row: its row of the plan.
+        parameter: the tensor; if it is sharded a ``DTensor``, of which this process holds a part.
+        anchor: its starting value, placed as it is; None if it is fresh, or if it is not asked for.
+        group: its group of the optimizer; ``lr`` is its rate.
+        measured: name of a measurement -> the tensor for this parameter, placed as it is.
     """
 
-    name: str
+    row: Row
     parameter: Tensor
     anchor: Tensor | None
     group: dict[str, Any]
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Canonical name of the parameter."""
+        return self.row.name
 
 
 @dataclass(frozen=True)

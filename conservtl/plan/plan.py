@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ from conservtl.plan.decision import (
     Update,
     Updates,
 )
+from conservtl.plan.penalty import Penalties, Penalty
 from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, changed, check_row
 from conservtl.plan.upgrade import upgrade
 from conservtl.spec_model import FrozenModel
@@ -52,6 +53,8 @@ class Plan(FrozenModel):
     """What is added to the loss."""
     updates: Updates = ()
     """What is done to weights at each step beside the gradient."""
+    penalties: Penalties = ()
+    """Penalties on weights."""
     measures: Measures = ()
     """What must be measured before training."""
     searches: Searches = ()
@@ -95,6 +98,7 @@ class Plan(FrozenModel):
             self.extensions,
             self.terms,
             self.updates,
+            self.penalties,
             self.measures,
             self.searches,
             self.after,
@@ -107,19 +111,28 @@ class Plan(FrozenModel):
                         f"{one.by} and {seen[one.name].by} both decide {one.name!r}. Leave one of the two out."
                     )
                 seen[one.name] = one
-        for update in self.updates:
-            if unknown := sorted(set(update.names) - names):
-                raise PlanError(f"plan: {update.by} acts on {unknown}, which the plan does not have.")
+        acting: tuple[Update | Penalty, ...] = (*self.updates, *self.penalties)
+        for one in acting:
+            if unknown := sorted(set(one.names) - names):
+                raise PlanError(f"plan: {one.by} acts on {unknown}, which the plan does not have.")
         for term in self.terms:
             if unknown := sorted(set(term.taps) - set(self.layers)):
                 raise PlanError(f"plan: {term.by} taps {unknown}, which are no layers of the plan.")
         measured = {measure.name for measure in self.measures}
-        for term in self.terms:
-            if unknown := sorted(set(term.reads) - measured):
-                raise PlanError(f"plan: {term.by} reads {unknown}, which no measure gives.")
-        for row in self.rows:
-            if row.importance is not None and row.importance not in measured:
-                raise PlanError(f"plan: {row.name!r} is weighed by {row.importance!r}, which no measure gives.")
+        reading: tuple[Term | Penalty, ...] = (*self.terms, *self.penalties)
+        for reader in reading:
+            if unknown := sorted(set(reader.reads) - measured):
+                raise PlanError(f"plan: {reader.by} reads {unknown}, which no measure gives.")
+        for column in ("pull", "decay"):
+            acts: dict[str, Penalty] = {}
+            for penalty in self.penalties:
+                for name in penalty.names if penalty.column == column else ():
+                    if name in acts:
+                        raise PlanError(
+                            f"{penalty.by} and {acts[name].by} both choose the {column} of {name!r} (layer "
+                            f"{self[name].layer!r}). Leave one strategy out."
+                        )
+                    acts[name] = penalty
 
     @classmethod
     def draw(
@@ -216,6 +229,20 @@ class Plan(FrozenModel):
     def _rows_by_name(self) -> dict[str, Row]:
         return {row.name: row for row in self.rows}
 
+    @property
+    def covered(self) -> Mapping[str, str]:
+        """Parameters that a penalty acts on -> the strategy it is by; the optimizer's weight decay is 0 on them."""
+        return self._covered
+
+    @cached_property
+    def _covered(self) -> dict[str, str]:
+        return {name: penalty.by for penalty in reversed(self.penalties) for name in penalty.names}
+
+    def strength_of(self, name: str, mode: Literal["coupled", "decoupled"]) -> float:
+        """Return the largest strength of the penalties of a mode on a parameter; 0 if there is none."""
+        acting = [one for one in self.penalties if one.mode == mode and name in one.names]
+        return max((one.strength(self[name]) or 0.0 for one in acting), default=0.0)
+
     def select(self, globs: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Glob -> the parameters it means: those of the layers it matches, or else parameters by name.
 
@@ -227,6 +254,10 @@ class Plan(FrozenModel):
         return {
             glob: others.get(glob, tuple(row.name for row in self.rows if row.layer in layers[glob])) for glob in globs
         }
+
+    def rows_on(self, on: Literal["weights", "all"]) -> tuple[Row, ...]:
+        """Return the rows that a strategy's field ``on`` covers: weights, or biases and norms too."""
+        return tuple(row for row in self.rows if on == "all" or row.kind == "weight")
 
     def by_layer(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
         """Layers with their rows, input side first."""
@@ -313,6 +344,21 @@ class Plan(FrozenModel):
             PlanError: there is one of its name, or it names what is no parameter.
         """
         return self._with(updates=(*self.updates, update))
+
+    def with_penalty(self, penalty: Penalty, *, replace: bool = False) -> Plan:
+        """Return the plan with one more penalty on weights.
+
+        Args:
+            penalty: to add.
+            replace: whether it takes the place of the one of its name.
+
+        Raises:
+            PlanError: there is one of its name, or of its column on the same rows; it names an unknown parameter, or
+                reads a measurement that the plan does not make.
+        """
+        if replace:
+            return self._with(penalties=tuple(penalty if one.name == penalty.name else one for one in self.penalties))
+        return self._with(penalties=(*self.penalties, penalty))
 
     def with_measure(self, measure: Measure) -> Plan:
         """The plan with one more thing to measure before training.

@@ -17,8 +17,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
     "frozen": ("frozen",),
     "rate": ("lr", "scale"),
-    "pull": ("pull", "mode", "importance", "anchor", "anneal"),
-    "decay": ("decay", "mode"),
+    "pull": ("pull",),
+    "decay": ("decay",),
     "weight_decay": ("weight_decay",),
     "statistics": ("statistics",),
 }
@@ -90,15 +90,6 @@ class Row(FrozenModel):
     """alpha: strength of the pull toward the source value; None: not covered."""
     decay: NonNegative | None = None
     """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
-    mode: Literal["coupled", "decoupled"] = "coupled"
-    """Whether pull and decay are part of the gradient or a step of their own before it."""
-    importance: str | None = None
-    """Name of the measurement that weighs each element's pull (a Fisher); None: all alike."""
-    anchor: Literal["fp32", "bf16", "cpu"] = "fp32"
-    """How the source value is held for the pull: on the device as the parameter is, in half the memory, or on the
-    CPU and sent to the device at each step."""
-    anneal: Anneal | None = None
-    """A factor on the pull over the steps; None: 1."""
     weight_decay: bool = True
     """Whether the optimizer's own weight decay may act on it."""
     statistics: Literal["follow", "hold"] = "follow"
@@ -113,11 +104,6 @@ class Row(FrozenModel):
         for length in self.shape:
             product *= length
         return product
-
-    @property
-    def covered(self) -> bool:
-        """Whether alpha or beta acts on it, so that the optimizer's weight decay must not."""
-        return self.pull is not None or self.decay is not None
 
     def rate(self, base: float) -> float:
         """Learning rate, given the optimizer's own ``base`` rate."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conservtl.plan.penalty import Penalty
     from conservtl.plan.plan import Plan
     from conservtl.plan.row import Row
 
@@ -17,6 +18,7 @@ HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 def lines(plan: Plan) -> list[tuple[str, ...]]:
     """One line a layer, a cell for each of ``HEADER``."""
     trained = set(plan.trained)
+    pulls, decays = _penalties(plan, "pull"), _penalties(plan, "decay")
     return [
         (
             layer,
@@ -24,8 +26,8 @@ def lines(plan: Plan) -> list[tuple[str, ...]]:
             _origin(rows),
             _state(plan, rows, trained),
             _span([row for row in rows if row.name in trained], _rate),
-            _span([row for row in rows if row.name in trained], lambda row: _strength(row, row.pull)),
-            _span([row for row in rows if row.name in trained], lambda row: _strength(row, row.decay)),
+            _span([row for row in rows if row.name in trained], lambda row: _strength(row.pull, pulls.get(row.name))),
+            _span([row for row in rows if row.name in trained], lambda row: _strength(row.decay, decays.get(row.name))),
         )
         for layer, rows in plan.by_layer()
     ]
@@ -57,6 +59,7 @@ def beside(plan: Plan) -> list[tuple[str, str]]:
         ("model", plan.extensions),
         ("before", (*plan.measures, *plan.searches)),
         ("loss", plan.terms),
+        ("penalty", tuple(one for one in plan.penalties if one.column is None)),
         ("each step", plan.updates),
         ("after", plan.after),
     )
@@ -108,11 +111,16 @@ def _rate(row: Row) -> str:
     return f"{row.lr:.3g}" if row.lr is not None else f"× {row.scale:.3g}"
 
 
-def _strength(row: Row, value: float | None) -> str:
+def _penalties(plan: Plan, column: str) -> dict[str, Penalty]:
+    """Parameter -> the penalty whose strength stands in a column."""
+    return {name: one for one in plan.penalties if one.column == column for name in one.names}
+
+
+def _strength(value: float | None, penalty: Penalty | None) -> str:
     if value is None:
         return ""
-    weighed = f" × {row.importance}" if row.importance is not None and value == row.pull else ""
-    return f"{value:.3g}{weighed}" if row.mode == "coupled" else f"{value:.3g}{weighed} decoupled"
+    cell = " × ".join((f"{value:.3g}", *(penalty.reads if penalty else ())))
+    return f"{cell} decoupled" if penalty and penalty.mode == "decoupled" else cell
 
 
 def _span(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["upgrade"]
@@ -43,4 +43,37 @@ def _instance_column(fields: Fields) -> Fields:
     return {**rest, "extensions": ({"kind": "instance_statistics", "by": by, "share": share, "names": names},)}
 
 
-_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches, _instance_column)
+def _penalty_columns(fields: Fields) -> Fields:
+    """Turn the columns ``mode``, ``importance``, ``anchor`` and ``anneal`` of the rows into penalties."""
+    rows = fields.get("rows", ())
+    if not any(isinstance(row, dict) and column in row for row in rows for column in _PENALTY_COLUMNS):
+        return fields
+    decayed = [row for row in rows if row.get("decay") is not None]
+    pulled: dict[tuple[str, ...], list[Fields]] = {}
+    for row in rows:
+        if row.get("pull") is not None:
+            pulled.setdefault(tuple(str(row.get(column)) for column in _PENALTY_COLUMNS), []).append(row)
+    penalties: list[Fields] = []
+    if decayed:
+        modes = {row.get("mode", "coupled") for row in decayed}
+        mode = "decoupled" if "decoupled" in modes else "coupled"
+        penalties.append({"kind": "l2_decay", **_author(decayed, "decay"), "mode": mode})
+    for alike in pulled.values():
+        first = alike[0]
+        given = {column: first[column] for column in ("mode", "anchor", "anneal") if first.get(column) is not None}
+        importance = first.get("importance")
+        kind, reads = ("l2_sp", ()) if importance is None else ("fisher_sp", (importance,))
+        penalties.append({"kind": kind, **_author(alike, "pull"), **given, "reads": reads})
+    rest = [{key: value for key, value in row.items() if key not in _PENALTY_COLUMNS} for row in rows]
+    return {**fields, "rows": rest, "penalties": penalties}
+
+
+def _author(rows: Sequence[Fields], column: str) -> Fields:
+    """Return the fields ``names`` and ``by`` of the penalty on some rows: a strategy that chose for all goes first."""
+    choices = [dict(row["chosen"][column]) for row in rows if column in row.get("chosen", {})]
+    choices.sort(key=lambda choice: bool(choice["explicit"]))
+    return {"by": choices[0]["by"] if choices else "L2SP", "names": [row["name"] for row in rows]}
+
+
+_PENALTY_COLUMNS = ("mode", "importance", "anchor", "anneal")
+_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches, _instance_column, _penalty_columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,13 @@ class Anchors:
         self.parameters = {n: _kept(p) for n, p in named_parameters(model).items() if n in names}
         self.buffers = {canonical(name): _kept(buffer) for name, buffer in unwrap(model).named_buffers()}
         self.placed: dict[tuple[str, str], Tensor] = {}
+        self.revision = 0
 
-    def of(self, name: str, parameter: Tensor, held: Literal["fp32", "bf16", "cpu"]) -> Tensor:
+    def of(self, name: str, parameter: Tensor, held: str) -> Tensor:
         """Where a parameter started: on the CPU, or placed as the parameter is."""
         start = self.parameters[name]
         if held != "cpu":
-            return self._place("anchor", name, start, parameter, torch.bfloat16 if held == "bf16" else None)
+            return self._place(held, name, start, parameter, torch.bfloat16 if held == "bf16" else None)
         if sharded(parameter):
             return place_like(start, parameter)
         if parameter.is_cuda and not start.is_pinned():
@@ -45,7 +46,8 @@ class Anchors:
 
     def forget(self) -> None:
         """Place all anew when they are next asked for."""
-        self.placed = {}  # another object, not an empty one: it tells hooks to ask again
+        self.placed = {}
+        self.revision += 1
 
     @torch.no_grad()
     def drift(self, plan: Plan, model: nn.Module) -> dict[str, float]:

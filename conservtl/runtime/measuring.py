@@ -66,24 +66,23 @@ def _agreed(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def check_importance(plan: Plan, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Hold what weighs the pull of each row to its shape.
+    """Raise unless the measurements that penalties read fit their parameters.
 
     Raises:
         SpecError: a tensor is missing, of another shape, negative or not finite.
     """
-    for row in plan.rows:
-        if row.importance is None or row.importance not in measured:
-            continue
-        found = measured[row.importance].get(row.name)
+    read = [(name, plan[row]) for one in plan.penalties for name in one.reads if name in measured for row in one.names]
+    for measure, row in read:
+        found = measured[measure].get(row.name)
         if found is None or tuple(found.shape) != row.shape:
             what = "nothing" if found is None else f"shape {tuple(found.shape)}"
             raise SpecError(
-                f"{row.importance!r} must weigh each element of {row.name!r}, of shape {row.shape}; it has {what} for "
+                f"{measure!r} must weigh each element of {row.name!r}, of shape {row.shape}; it has {what} for "
                 "it. Measure it on this model."
             )
         if not bool(((found >= 0) & found.isfinite()).all()):
             raise SpecError(
-                f"{row.importance!r} must be finite and at least 0; for {row.name!r} it reaches from "
+                f"{measure!r} must be finite and at least 0; for {row.name!r} it reaches from "
                 f"{float(found.min()):g} to {float(found.max()):g}. Measure it again."
             )
 

@@ -12,6 +12,7 @@ from torch import nn
 from conservtl.errors import SpecError
 from conservtl.kernels.dtensor import by_rows, sharded
 from conservtl.plan.decision import After, Update
+from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 
@@ -53,14 +54,14 @@ def build_optimizer(
     known = inspect.signature(cls).parameters
     defaults = {key: parameter.default for key, parameter in known.items()} | dict(options)
     _check_class(cls, name, rows)
-    _check_decay(name, rows, {**getattr(cls, "keywords", {}), **options})
+    _check_decay(name, plan, {**getattr(cls, "keywords", {}), **options})
     base = defaults.get("lr", inspect.Parameter.empty)
     if base is inspect.Parameter.empty or base is None:
         raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
     most = max(phase.scale for phase in plan.phases)
     for row in rows:
-        _check_row(row, parameters[row.name], row.rate(float(base)) * most)
-    acting: tuple[Update | After, ...] = (*plan.updates, *plan.after)
+        _check_row(plan, row, parameters[row.name], row.rate(float(base)) * most)
+    acting: tuple[Update | After | Penalty, ...] = (*plan.updates, *plan.after, *plan.penalties)
     for one in acting:
         _check_shards(one, parameters)
     for update in plan.updates:
@@ -68,7 +69,7 @@ def build_optimizer(
     layered = {name for update in plan.updates if update.layered for name in update.names}
     groups: dict[tuple[float, bool, str | None], list[tuple[str, nn.Parameter]]] = {}
     for row in rows:
-        bare = row.covered or not row.weight_decay
+        bare = row.name in plan.covered or not row.weight_decay
         key = (row.rate(float(base)) * scale, bare, row.layer if row.name in layered else None)
         groups.setdefault(key, []).append((row.name, parameters[row.name]))
     listed = [
@@ -99,24 +100,28 @@ def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: lis
             )
 
 
-def _check_decay(name: str, rows: list[Row], options: Mapping[str, Any]) -> None:
-    covered = [row for row in rows if row.covered]
+def _check_decay(name: str, plan: Plan, options: Mapping[str, Any]) -> None:
+    covered = [row for row in plan.trained if row in plan.covered]
     if covered and float(options.get("weight_decay", 0.0)) != 0.0:
-        by = covered[0].chosen["decay" if covered[0].pull is None else "pull"].by
+        by = plan.covered[covered[0]]
         raise SpecError(
             f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that "
-            f"{by} already pulls ({covered[0].name!r}, …). Leave weight_decay out, or leave {by} out."
+            f"{by} already pulls ({covered[0]!r}, …). Leave weight_decay out, or leave {by} out."
         )
 
 
-def _check_shards(one: Update | After, parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_shards(one: Update | After | Penalty, parameters: Mapping[str, nn.Parameter]) -> None:
+    if isinstance(one, Penalty):
+        whole, parts = one.sums_over in ("all", "parameters"), one.sums_over == "elements"
+    else:
+        whole, parts = not type(one).shards, False
     for name in getattr(one, "names", ()):
-        if sharded(parameters[name]) and not type(one).shards:
+        if sharded(parameters[name]) and whole:
             raise SpecError(
                 f"{one.by} acts on whole tensors, but {name!r} is sharded over processes. Train with DDP instead of "
                 f"FSDP, or leave {one.by} out."
             )
-        if sharded(parameters[name]) and not by_rows(parameters[name]):
+        if sharded(parameters[name]) and not parts and not by_rows(parameters[name]):
             raise SpecError(
                 f"{one.by} takes parameters that are sharded along their first dimension, but {name!r} is cut "
                 f"otherwise: {parameters[name].placements}. Shard it by rows, or leave {one.by} out."  # type: ignore[attr-defined]
@@ -132,16 +137,24 @@ def _check_update(update: Update, parameters: Mapping[str, nn.Parameter]) -> Non
             )
 
 
-def _check_row(row: Row, parameter: nn.Parameter, rate: float) -> None:
-    if not row.covered:
+def _check_row(plan: Plan, row: Row, parameter: nn.Parameter, rate: float) -> None:
+    for column in ("pull", "decay"):
+        if getattr(row, column) is not None and not any(
+            one.column == column and row.name in one.names for one in plan.penalties
+        ):
+            raise SpecError(
+                f"{row.chosen[column].by} gives {row.name!r} a {column} of {getattr(row, column):g}, but no penalty "
+                f"of the plan acts on it. Add one whose column is {column!r} with plan.with_penalty(...)."
+            )
+    if row.name not in plan.covered:
         return
     if parameter.dtype in _HALF:
         raise SpecError(
             f"{row.name!r} is {parameter.dtype}: steps as small as a pull's are lost in its rounding. Keep "
             "parameters in float32 and use autocast for speed."
         )
-    step = rate * max(row.pull or 0.0, row.decay or 0.0)
-    if row.mode == "decoupled" and step > 1:
+    step = rate * plan.strength_of(row.name, "decoupled")
+    if step > 1:
         raise SpecError(
             f"{row.name!r}: a decoupled pull of rate × strength = {step:g} overshoots the source (1 reaches it "
             "in one step). Lower alpha, beta or the rate."

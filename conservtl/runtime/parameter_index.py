@@ -1,8 +1,8 @@
-"""What stands in an optimizer's groups, sorted once for what acts on it at each step."""
+"""Cached lookup from an optimizer's parameters to what acts on them at each step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -10,41 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.kernels.pull import Pull, Pulled, gather
+from conservtl.kernels.gradient import GradientKernel
 from conservtl.plan.decision import Moving, Update
+from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.row import Row
+from conservtl.runtime.step_context import StepContext
 
-__all__ = ["ParameterIndex"]
+__all__ = ["ParameterIndex", "penalised"]
 
 
 class ParameterIndex:
-    """The parameters in an optimizer's groups with their rows and anchors.
+    """The parameters in an optimizer's groups, by name, with the kernels and lists that act on them.
 
-    What it hands out is kept until a group, a parameter, its memory, what is trained or where anchors lie is
-    another: looking takes some ten microseconds a step, sorting anew a hundred times that.
+    Kernels and lists are cached until a group, a parameter, its memory, its ``requires_grad`` or the context's
+    revision changes. The comparison takes some ten microseconds a step, building them anew a hundred times that.
 
     Args:
         optimizer: its groups carry ``param_names``.
-        rows: by name.
-        frozen: names frozen in the current phase, an object that is replaced when they change.
-        anchor: (name, parameter) -> where it is pulled to, as its row says it is held.
-        importance: (name, parameter) -> what weighs the pull of each of its elements, or None.
-        placed: an object that is replaced when anchors have to be asked for again.
+        context: the adaptation's state.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        rows: Mapping[str, Row],
-        frozen: Callable[[], frozenset[str]],
-        anchor: Callable[[str, Tensor], Tensor],
-        importance: Callable[[str, Tensor], Tensor | None],
-        placed: Callable[[], object],
-    ) -> None:
-        self._optimizer, self._rows = optimizer, rows
-        self._frozen, self._anchor, self._importance, self._placed = frozen, anchor, importance, placed
+    def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
+        self._optimizer, self._context = optimizer, context
+        self._revision = -1
         self._seen: tuple[list[Any], list[int], list[bool]] = ([], [], [])
-        self._pulls: dict[str, list[Pull]] = {}
+        self._kernels: dict[str, Sequence[PenaltyKernel]] = {}
         self._moving: dict[str, list[Moving]] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -53,59 +43,66 @@ class ParameterIndex:
             for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
                 yield name, parameter, group
 
-    def pulls(self, mode: str) -> list[Pull]:
-        """What is pulled in this way."""
-        self._look()
-        if mode not in self._pulls:
-            self._pulls[mode] = gather(self._pulled(mode))
-        return self._pulls[mode]
+    def kernels(self, penalty: Penalty) -> Sequence[PenaltyKernel]:
+        """Return the kernels of a penalty, for the parameters it acts on that are trained now."""
+        self._refresh()
+        if penalty.name not in self._kernels:
+            self._kernels[penalty.name] = self._build(penalty)
+        return self._kernels[penalty.name]
 
     def moving(self, update: Update) -> list[Moving]:
-        """What an update acts on."""
-        self._look()
-        found = self._moving.get(update.name)
-        if found is None:
-            found = list(self._moved(update))
-            if not any(self._rows[item.name].anchor == "cpu" for item in found):  # else they would stay on the device
-                self._moving[update.name] = found
-        return found
+        """Return the parameters that an update acts on."""
+        self._refresh()
+        moving = self._moving.get(update.name)
+        if moving is None:
+            storage = {name: one.anchor for one in self._context.plan.penalties for name in one.names}
+            moving = [self._moved(update, *one, storage.get(one[0].name)) for one in self._trained(update.names)]
+            if "cpu" not in map(storage.get, update.names):  # else the copies would stay on the device
+                self._moving[update.name] = moving
+        return moving
 
-    def _look(self) -> None:
-        """Forget what was sorted before something changed."""
+    def _refresh(self) -> None:
+        """Drop what was built before something changed."""
         groups = self._optimizer.param_groups
         parameters = list(chain.from_iterable(group["params"] for group in groups))
-        objects = [self._frozen(), self._placed(), *groups, *parameters]
+        objects = [*groups, *parameters]
         places = list(map(torch.Tensor.data_ptr, parameters))
         trained = list(map(attrgetter("requires_grad"), parameters))
         before, *facts = self._seen
         same = len(objects) == len(before) and all(map(is_, objects, before)) and facts == [places, trained]
-        if same and 0 not in places:  # a sharded tensor does not say where its shard lies
+        if same and self._revision == self._context.revision and 0 not in places:  # 0: a shard, whose place is hidden
             return
+        self._revision = self._context.revision
         self._seen = objects, places, trained
-        self._pulls, self._moving = {}, {}
+        self._kernels, self._moving = {}, {}
 
-    def _trained(self) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
-        frozen = self._frozen()
+    def _trained(self, names: Sequence[str]) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
+        """Those of some parameters that are trained now; a group of the user's own has none."""
+        wanted = set(names) - self._context.frozen
         for name, parameter, group in self:
-            row = self._rows.get(name)  # a group of the user's own is none of ours
-            if row is not None and name not in frozen and parameter.requires_grad:
-                yield row, parameter, group
+            if name in wanted and parameter.requires_grad:
+                yield self._context.plan[name], parameter, group
 
-    def _pulled(self, mode: str) -> Iterator[Pulled]:
-        for row, parameter, group in self._trained():
-            own = group if mode == "decoupled" else None  # so that one call serves all rates when coupled
-            if row.mode != mode:
-                continue
-            if row.pull:
-                anchor, importance = self._anchor(row.name, parameter), self._importance(row.name, parameter)
-                yield Pulled(parameter, anchor, row.pull, own, importance, row.anneal)
-            elif row.decay:
-                yield Pulled(parameter, None, row.decay, own)
+    def _build(self, penalty: Penalty) -> Sequence[PenaltyKernel]:
+        moving = [penalised(penalty, self._context, *one) for one in self._trained(penalty.names)]
+        if not moving:
+            return ()
+        kernels = penalty.kernels(moving)
+        return (GradientKernel(penalty, moving),) if kernels is None else kernels
 
-    def _moved(self, update: Update) -> Iterator[Moving]:
-        wanted = set(update.names)
-        for row, parameter, group in self._trained():
-            if row.name in wanted:
-                asked = type(update).anchors and row.origin == "source"
-                anchor = self._anchor(row.name, parameter).to(parameter.device) if asked else None
-                yield Moving(row.name, parameter, anchor, group)
+    def _moved(self, update: Update, row: Row, parameter: Tensor, group: dict[str, Any], storage: str | None) -> Moving:
+        if not type(update).anchors or row.origin != "source":
+            return Moving(row, parameter, None, group)
+        anchor = self._context.anchors.of(row.name, parameter, storage or "fp32")
+        return Moving(row, parameter, anchor.to(parameter.device), group)
+
+
+def penalised(penalty: Penalty, context: StepContext, row: Row, parameter: Tensor, group: dict[str, Any]) -> Moving:
+    """Return a parameter as a penalty receives it: its anchor stored as the penalty says, and its measurements."""
+    anchors, anchor = context.anchors, None
+    if type(penalty).anchors and row.origin == "source":
+        anchor = anchors.of(row.name, parameter, penalty.anchor)
+    if not context.measured.keys() >= set(penalty.reads):
+        context.check_measured()
+    measured = {name: anchors.weighing(name, context.measured[name], row.name, parameter) for name in penalty.reads}
+    return Moving(row, parameter, anchor, group, measured)

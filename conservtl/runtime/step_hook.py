@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from conservtl.plan.plan import Plan
 from conservtl.runtime.parameter_index import ParameterIndex
-from conservtl.runtime.update_runner import UpdateRunner
+from conservtl.runtime.penalty_runner import PenaltyRunner
+from conservtl.runtime.step_context import StepContext
 
 __all__ = ["StepHook"]
 
@@ -27,37 +26,16 @@ class StepHook:
 
     Args:
         optimizer: made by ``build_optimizer``: its groups carry ``param_names``.
-        plan: strengths.
-        frozen: names frozen in the current phase; asked before every step.
-        anchor: (name, parameter) -> where it is pulled to, as its row says it is held.
-        importance: (name, parameter) -> what weighs the pull of each of its elements, or None.
-        placed: an object that is replaced when anchors have to be asked for again.
-        updates: the plan's updates.
-        check: raises an error where the gradients lack what the plan adds to the loss.
-        pull: False leaves the pull to the caller's loss; all else is done all the same.
+        context: the state of the adaptation, read before every step.
+        penalties: False leaves the penalties to the caller's loss.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        plan: Plan,
-        frozen: Callable[[], frozenset[str]],
-        anchor: Callable[[str, Tensor], Tensor],
-        importance: Callable[[str, Tensor], Tensor | None],
-        placed: Callable[[], object],
-        updates: UpdateRunner,
-        check: Callable[[], None],
-        pull: bool,
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext, *, penalties: bool = True) -> None:
         self.optimizer = optimizer
-        self.frozen = frozen
-        self.updates = updates
-        self._check = check if plan.terms else None
-        self.members = ParameterIndex(
-            optimizer, {row.name: row for row in plan.rows}, frozen, anchor, importance, placed
-        )
+        self.index = ParameterIndex(optimizer, context)
+        self._context = context
+        self._penalties = PenaltyRunner(self.index, context) if penalties else None
         self._scaler: GradScaler | None = None
-        self._modes = {row.mode for row in plan.rows if row.pull or row.decay} if pull else set()
         self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -75,14 +53,14 @@ class StepHook:
 
     def prepare(self, *, training: bool) -> None:
         """Before a forward pass of the model."""
-        self.updates.prepare(self.members.moving, training=training)
+        self._context.updates.prepare(self.index.moving, training=training)
 
     def drop_frozen(self) -> None:
         """Forget gradients of parameters that this phase does not train."""
-        frozen = self.frozen()
+        frozen = self._context.frozen
         if not frozen:
             return
-        for name, parameter, _ in self.members:
+        for name, parameter, _ in self.index:
             if name in frozen:
                 parameter.grad = None
 
@@ -103,28 +81,25 @@ class StepHook:
 
     def _act(self) -> None:
         self.drop_frozen()
-        if self._check is not None and any(parameter.grad is not None for _, parameter, _ in self.members):
-            self._check()
+        if self._context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
+            self._context.check_terms()
         added, self._added = self._added, None
         skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
         if added is None or added[0] is not self._state():  # none yet, or in a step that the scaler skipped
             self._couple(scale)
-        self.updates.act("before", self.members.moving, skip, scale)  # first: it may set the rate that the pull goes by
-        if "decoupled" in self._modes:
-            for pull in self.members.pulls("decoupled"):
-                pull.move(self.updates.number, skip)
+        self._context.updates.act("before", self.index.moving, skip, scale)  # first: it may set a rate
+        if self._penalties is not None:
+            self._penalties.move_weights(skip)
 
     def _after_step(self, *_: Any) -> None:
-        self.updates.act("after", self.members.moving, getattr(self.optimizer, "found_inf", None))
-        self.updates.number += 1
+        self._context.updates.act("after", self.index.moving, getattr(self.optimizer, "found_inf", None))
+        self._context.updates.number += 1
 
     def _couple(self, scale: Tensor | None) -> None:
         """What is done to complete gradients, once a step."""
-        self.updates.act("gradients", self.members.moving, scale=scale)
-        if "coupled" in self._modes:
-            sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
-            for pull in self.members.pulls("coupled"):
-                pull.couple(self.updates.number, scale, sign)
+        self._context.updates.act("gradients", self.index.moving, scale=scale)
+        if self._penalties is not None:
+            self._penalties.add_gradients(scale, maximize=bool(self.optimizer.param_groups[0].get("maximize")))
 
     def _unscale(self, scaler: GradScaler) -> None:
         state = self._state()
@@ -142,4 +117,4 @@ class StepHook:
 
         A scaler that skips a step never calls it, so only they tell that the pull must be added again.
         """
-        return (self._state(), *(parameter.grad for _, parameter, _ in self.members))
+        return (self._state(), *(parameter.grad for _, parameter, _ in self.index))

@@ -13,7 +13,6 @@ from torch import nn
 from conservtl.kernels import pull as module
 from conservtl.kernels.dtensor import place_like
 from conservtl.kernels.pull import Pulled, gather
-from conservtl.plan.row import Anneal
 
 GROUPS = {rate: {"lr": rate} for rate in (0.1, 0.2)}
 
@@ -44,12 +43,12 @@ def pulled(
 
 def couple(items, scale=None, sign=1.0):
     for pull in gather(items):
-        pull.couple(0, scale, sign)
+        pull.add_gradients(sign, scale)
 
 
 def move(items, skip=None):
     for pull in gather(items):
-        pull.move(0, skip)
+        pull.move_weights(1.0, skip)
 
 
 def pull_of(item):
@@ -130,7 +129,7 @@ class TestGradients:
                 item.parameter.grad = gradient if number else None
             expected = [expected_gradient(item) for item in items]
             for pull in pulls:
-                pull.couple(number)
+                pull.add_gradients()
             for item, gradient in zip(items, expected, strict=True):
                 torch.testing.assert_close(item.parameter.grad, gradient)
 
@@ -145,10 +144,10 @@ class TestGradients:
 
     def test_at_strength_zero_nothing_is_done(self):
         """What has been annealed away costs nothing and makes no gradients."""
-        item = replace(pulled((3,), gradient=False), anneal=Anneal(steps=2))
+        item = pulled((3,), gradient=False)
         for pull in gather([item]):
-            pull.couple(2)
-            pull.move(2)
+            pull.add_gradients(0.0)
+            pull.move_weights(0.0)
         assert item.parameter.grad is None
 
     def test_does_not_cancel(self):

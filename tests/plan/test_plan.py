@@ -9,6 +9,7 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.methods import apply_all
+from conservtl.methods.l2_sp import L2Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Phase, Row
 from conservtl.testing.choices import whole_plan
@@ -78,10 +79,11 @@ class TestTable:
     def test_a_layer_in_parts(self):
         plan = Plan(
             rows=(
-                row("a.weight", pull=0.5, mode="decoupled", lr=1e-3),
+                row("a.weight", pull=0.5, lr=1e-3),
                 row("a.bias", frozen=True, kind="bias"),
                 fresh("a.extra", lr=1e-2),
-            )
+            ),
+            penalties=(L2Penalty(by="L2SP", names=("a.weight",), mode="decoupled"),),
         )
         line = str(plan).splitlines()[2]
         assert "source, part fresh" in line

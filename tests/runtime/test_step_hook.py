@@ -151,15 +151,15 @@ class Twin:
 
     def make(self):
         self.optimizer = self.adaptation.optimizer(torch.optim.SGD, lr=0.1)
-        members = self.adaptation.bound.hook.members
-        look = members._look
+        index = self.adaptation.bound.hook.index
+        refresh = index._refresh
 
         def forget():
-            members._seen = ([], [], [])
-            look()
+            index._seen = ([], [], [])
+            refresh()
 
         if self.forgets:
-            members._look = forget
+            index._refresh = forget
 
     def step(self, gradients=True):
         self.optimizer.zero_grad()
@@ -285,7 +285,7 @@ def test_steps_in_which_nothing_changed_sort_nothing(monkeypatch):
     """Nor do rates that follow a schedule."""
     adaptation, optimizer = adapted(ctl.L2SP(alpha=1.0, mode="decoupled"))
     optimizer.step()
-    monkeypatch.setattr(adaptation.bound.hook.members, "_anchor", None)
+    monkeypatch.setattr(adaptation.bound.anchors, "of", None)
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
     assert adaptation.model.weight[0, 0].item() == pytest.approx(0.45)
@@ -295,7 +295,7 @@ def test_anchors_on_the_cpu_are_not_kept_for_updates():
     """They would stay on the device."""
     adaptation = Twin("cpu", forgets=False).adaptation
     adaptation.start_phase(len(adaptation.plan.phases) - 1)
-    members = adaptation.bound.hook.members
+    index = adaptation.bound.hook.index
     update = ctl.Mixout(p=0.5).apply(adaptation.plan).updates[0]
-    assert members.moving(update)
-    assert members._moving == {}
+    assert index.moving(update)
+    assert index._moving == {}

@@ -101,8 +101,8 @@ class Good(ctl.Strategy):
     """How hard."""
 
     def apply(self, plan):
-        rows = {row.name: {"pull": self.strength} for row in plan.rows if row.origin == "source"}
-        return plan.choose(self.label, "pull", rows)
+        rows = {row.name: {"scale": self.strength} for row in plan.rows if row.origin == "source"}
+        return plan.choose(self.label, "rate", rows)
 
 
 SEEN = []
@@ -138,7 +138,7 @@ class Random(Good):
     kind: Literal["x"] = "x"
 
     def apply(self, plan):
-        return plan.choose(self.label, "pull", {plan.rows[0].name: {"pull": random.random()}})
+        return plan.choose(self.label, "rate", {plan.rows[0].name: {"scale": random.random()}})
 
 
 class DrawsTensors(Good):

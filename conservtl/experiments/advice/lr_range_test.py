@@ -159,8 +159,8 @@ def _reach(plan: Plan, highest: float) -> float:
                 f"range test: {row.chosen['rate'].by} gives {name!r} the absolute rate {row.lr:g}, which training.lr "
                 "does not change. Give ratios instead: leave its lr, source and fresh out."
             )
-        strength = max(row.pull or 0.0, row.decay or 0.0) * row.scale * most
-        if row.mode == "decoupled" and strength * highest > 1:
+        strength = plan.strength_of(name, "decoupled") * row.scale * most
+        if strength * highest > 1:
             highest = 1 / strength
     return highest
 

@@ -1,0 +1,75 @@
+"""The generic kernel of a penalty: its ``gradient``, a run of parameters at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conservtl.errors import SpecError
+from conservtl.kernels.deviation import placed, runs
+from conservtl.kernels.dtensor import local
+from conservtl.kernels.pull import dense_gradient
+from conservtl.plan.decision import Moving
+from conservtl.plan.penalty import Penalty
+
+__all__ = ["GradientKernel", "as_handed"]
+
+
+class GradientKernel:
+    """A ``PenaltyKernel`` for any penalty.
+
+    Args:
+        penalty: the penalty.
+        moving: the parameters it acts on that are trained now.
+    """
+
+    def __init__(self, penalty: Penalty, moving: Sequence[Moving]) -> None:
+        self._penalty = penalty
+        self._runs = [moving] if penalty.sums_over == "all" else list(runs(moving))
+
+    @torch.no_grad()
+    def add_gradients(self, factor: float, scale: Tensor | None) -> None:
+        """Add factor × scale × the penalty's gradient to each parameter's gradient."""
+        for item, gradient in self._gradients():
+            if scale is not None:
+                gradient.mul_(_on(scale, gradient))
+            local(dense_gradient(item.parameter)).add_(gradient, alpha=factor)
+
+    @torch.no_grad()
+    def move_weights(self, factor: float, skip: Tensor | None) -> None:
+        """Subtract rate × factor × the penalty's gradient from each parameter, nothing if the step is skipped."""
+        for item, gradient in self._gradients():
+            weight = local(item.parameter)
+            step = gradient.mul_(item.group["lr"] * factor)
+            weight.sub_(step if skip is None else torch.where(_on(skip, weight) == 0, step, 0))
+
+    def _gradients(self) -> Iterator[tuple[Moving, Tensor]]:
+        """Each parameter with a copy of its gradient; those of a run are computed before the first is given."""
+        for run in self._runs:
+            handed = [as_handed(item) for item in run]
+            gradients = self._penalty.gradient(handed)
+            self._check(handed, gradients)
+            yield from ((item, gradient.clone()) for item, gradient in zip(run, gradients, strict=True))
+
+    def _check(self, handed: Sequence[Moving], gradients: Any) -> None:
+        shapes = [tuple(item.parameter.shape) for item in handed]
+        received = [tuple(getattr(gradient, "shape", ())) for gradient in gradients]
+        if received != shapes:
+            raise SpecError(
+                f"{self._penalty.by}: gradient() must return one tensor for each parameter, of its shape {shapes}; "
+                f"received {received}."
+            )
+
+
+def as_handed(item: Moving) -> Moving:
+    """Return plain tensors on one device: this process's parts, and the anchor in the parameter's type."""
+    parameter = local(item.parameter).detach()
+    anchor = None if item.anchor is None else placed(local(item.anchor), parameter)
+    return Moving(item.row, parameter, anchor, item.group, {name: local(t) for name, t in item.measured.items()})
+
+
+def _on(scalar: Tensor, like: Tensor) -> Tensor:
+    return scalar.to(like.device, like.dtype, non_blocking=scalar.device.type == "cpu").reshape(())

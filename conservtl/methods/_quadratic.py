@@ -1,0 +1,125 @@
+"""Quadratic penalties, strength/2 times the squared distance: their kernel, and plain L2 on fresh parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from conservtl.kernels.pull import Pull, Pulled, gather
+from conservtl.plan.decision import Moving
+from conservtl.plan.penalty import Penalty
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
+
+__all__ = ["L2Decay", "Quadratic", "decayed", "penalised"]
+
+
+class Quadratic(Penalty):
+    r"""Strength / 2 times the sum of squared differences to the anchor, weighed by the measurements it reads.
+
+    .. math:: \frac{1}{2} \sum_p s_p \sum_j F_{pj} (w_{pj} - w^0_{pj})^2
+
+    with s the strength in each parameter's row, F the product of the measurements, and w^0 zero without an anchor.
+    """
+
+    sums_over: ClassVar[Literal["elements", "rows", "parameters", "all"]] = "elements"
+
+    def value(self, moving: Sequence[Moving]) -> Tensor:
+        """Return the penalty."""
+        terms = []
+        for item in moving:
+            square = (item.parameter if item.anchor is None else item.parameter - item.anchor).square()
+            weights = self._weights(item)
+            terms.append(self._strength(item.row) / 2 * (square if weights is None else square * weights).sum())
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    def gradient(self, moving: Sequence[Moving]) -> list[Tensor]:
+        """Return strength × F × (w - w0) of each parameter."""
+        gradients = []
+        for item in moving:
+            difference = item.parameter if item.anchor is None else item.parameter - item.anchor
+            weights = self._weights(item)
+            gradients.append(self._strength(item.row) * (difference if weights is None else difference * weights))
+        return gradients
+
+    def kernels(self, moving: Sequence[Moving]) -> Sequence[Pull]:
+        """Return pulls: the difference is never held for the whole model at once."""
+        return gather(
+            Pulled(
+                item.parameter,
+                item.anchor,
+                strength,
+                item.group if self.mode == "decoupled" else None,  # coupled, one kernel serves all rates
+                self._weights(item),
+            )
+            for item in moving
+            if (strength := self._strength(item.row))
+        )
+
+    def _strength(self, row: Row) -> float:
+        return self.strength(row) or 0.0
+
+    def _weights(self, item: Moving) -> Tensor | None:
+        weights = None
+        for name in self.reads:
+            weights = item.measured[name] if weights is None else weights * item.measured[name]
+        return weights
+
+
+class L2Decay(Quadratic):
+    r"""Plain L2 on fresh parameters: :math:`\frac{\beta}{2} \lVert w_N \rVert_2^2`, beta in their rows."""
+
+    kind: Literal["l2_decay"] = "l2_decay"
+    column: ClassVar[Literal["pull", "decay"] | None] = "decay"
+    anchors: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"plain L2 on {len(self.names)} fresh parameters"
+
+
+def decayed(plan: Plan, by: str, beta: Mapping[str, float], mode: Literal["coupled", "decoupled"] = "coupled") -> Plan:
+    """Return the plan with plain L2 on fresh parameters.
+
+    Strategies that give the same strength share one penalty, which is decoupled if one of them is.
+
+    Args:
+        plan: to add to.
+        by: the strategy.
+        beta: parameter -> strength.
+        mode: whether it is part of the gradient.
+
+    Raises:
+        PlanError: another strategy gives another strength.
+    """
+    return penalised(plan, L2Decay(by=by, names=(), mode=mode), beta)
+
+
+def penalised(plan: Plan, penalty: Penalty, strengths: Mapping[str, float]) -> Plan:
+    """Return the plan with strengths in the penalty's column and the penalty on their rows.
+
+    Args:
+        plan: to add to.
+        penalty: without names yet.
+        strengths: parameter -> strength.
+
+    Raises:
+        PlanError: another strategy gives another strength, or acts on the same rows in another way.
+    """
+    if not strengths or penalty.column is None:
+        return plan
+    chosen: dict[str, dict[str, Any]] = {name: {penalty.column: strength} for name, strength in strengths.items()}
+    plan = plan.choose(penalty.by, penalty.column, chosen, explicit=False)
+    same = next((one for one in plan.penalties if one.name == penalty.name), None)
+    joined = {*strengths, *(same.names if same is not None else ())}
+    names = tuple(row.name for row in plan.rows if row.name in joined)
+    merged = penalty.model_copy(update={"names": names, "by": plan[names[0]].chosen[penalty.column].by})
+    if same is not None:
+        if isinstance(penalty, L2Decay) and same.mode == "decoupled":
+            merged = merged.model_copy(update={"mode": same.mode})
+        alike = {"names": merged.names, "by": merged.by} | ({"mode": merged.mode} if isinstance(same, L2Decay) else {})
+        return plan.with_penalty(merged, replace=same.model_copy(update=alike) == merged)
+    return plan.with_penalty(merged)

@@ -1,0 +1,122 @@
+"""A penalty on weights: a decision with a value and a gradient, of which L2-SP is the first instance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from pydantic import SerializeAsAny
+from torch import Tensor
+
+from conservtl.errors import SpecError
+from conservtl.plan.decision import Decision, Moving
+from conservtl.plan.row import Anneal, Row
+
+__all__ = ["Penalties", "Penalty", "PenaltyKernel"]
+
+
+class PenaltyKernel(Protocol):
+    """A penalty prepared for a list of parameters, used for as many steps as their tensors stay in place."""
+
+    def add_gradients(self, factor: float, scale: Tensor | None) -> None:
+        """Add factor × scale × the penalty's gradient to each parameter's gradient.
+
+        Args:
+            factor: of the annealing, negative if the optimizer maximises.
+            scale: scalar tensor, the factor that the gradients still carry; None: 1.
+        """
+
+    def move_weights(self, factor: float, skip: Tensor | None) -> None:
+        """Subtract rate × factor × the penalty's gradient from each parameter.
+
+        Args:
+            factor: of the annealing.
+            skip: scalar tensor, non-zero if the step will be skipped; read on the device. None: never skipped.
+        """
+
+
+class Penalty(Decision):
+    r"""A penalty on weights, added to the gradients of each step or a step of its own.
+
+    A subclass gives ``value``, and ``gradient`` where it is quicker than automatic differentiation. Everything else is
+    done for it: loss scales, optimizers that maximise, missing and sparse gradients, accumulation, closures, skipped
+    steps, clipping (``adaptation.pull()``), annealing, sharded parameters, half-precision and CPU anchors. The
+    optimizer's own weight decay is 0 on its parameters.
+
+    Example:
+        >>> import conservtl as ctl
+        >>> from conservtl.plan import Penalty
+        >>> class Huber(Penalty):
+        ...     kind: Literal["huber_example"] = "huber_example"
+        ...     strength: float
+        ...     def describe(self):
+        ...         return f"Huber penalty of {self.strength:g} on {len(self.names)} parameters"
+        ...     def value(self, moving):
+        ...         return self.strength * sum(
+        ...             torch.nn.functional.huber_loss(item.parameter, item.anchor, reduction="sum") for item in moving
+        ...         )
+    """
+
+    names: tuple[str, ...]
+    """Parameters it acts on, while they are trained."""
+    mode: Literal["coupled", "decoupled"] = "coupled"
+    """coupled: part of the gradient. decoupled: a step of its own, rate × gradient, before the gradient step."""
+    anneal: Anneal | None = None
+    """Factor on the penalty over the steps; None: 1."""
+    anchor: Literal["fp32", "bf16", "cpu"] = "fp32"
+    """Storage of the starting values: on the device as the parameters are, in half the memory, or on the CPU and sent
+    to the device at each step."""
+    reads: tuple[str, ...] = ()
+    """Measurements it reads, by name. Each holds, for every parameter of ``names``, a finite tensor of its shape with
+    values of at least 0: a Fisher information, for example."""
+
+    column: ClassVar[Literal["pull", "decay"] | None] = None
+    """Column of the plan with its strength for each parameter (``item.row.pull``); None: its strength is a field."""
+    anchors: ClassVar[bool] = True
+    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory."""
+    sums_over: ClassVar[Literal["elements", "rows", "parameters", "all"]] = "all"
+    """The parts over which the value is a sum. all: ``value`` always sees all parameters, in memory at once.
+    parameters: it sees a few at a time. rows, elements: it sees this process's rows, or elements, of parameters that
+    are sharded (FSDP2), which the other two refuse."""
+
+    @abstractmethod
+    def value(self, moving: Sequence[Moving]) -> Tensor:
+        """Return the penalty, a scalar with its strength in it, differentiable with respect to ``item.parameter``.
+
+        Args:
+            moving: parameters, anchors (on the same device, of the same type) and measurements.
+        """
+
+    def gradient(self, moving: Sequence[Moving]) -> list[Tensor]:
+        """Return the gradient of ``value`` with respect to each parameter; by default by automatic differentiation."""
+        with torch.enable_grad():
+            leaves = [item.parameter.detach().requires_grad_() for item in moving]
+            value = self.value([replace(item, parameter=leaf) for item, leaf in zip(moving, leaves, strict=True)])
+            if not isinstance(value, Tensor) or value.ndim:
+                received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise SpecError(f"{self.by}: value() must return a scalar tensor; received {received}. Sum it.")
+            if not value.requires_grad:  # constant on these parameters
+                return [torch.zeros_like(leaf) for leaf in leaves]
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        return [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(leaves, gradients, strict=True)
+        ]
+
+    def strength(self, row: Row) -> float | None:
+        """Return the strength on a parameter: rate × strength above 1 is refused if decoupled. None: unknown."""
+        return None if self.column is None else getattr(row, self.column)
+
+    def kernels(self, moving: Sequence[Moving]) -> Sequence[PenaltyKernel] | None:  # noqa: ARG002
+        """Return prepared kernels that do for ``moving`` what ``gradient`` says; None: the generic kernel.
+
+        Args:
+            moving: parameters as they are, sharded ones too; anchors as ``anchor`` says they are stored.
+        """
+        return None
+
+
+Penalties = tuple[SerializeAsAny[Penalty], ...]
