@@ -1,38 +1,85 @@
-"""Auto-RGN: rates from relative gradient norms."""
+"""Auto-RGN: learning rates from relative gradient norms."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from conservtl.bounds import Count, Share
 from conservtl.kernels.deviation import TINY, norms, together
 from conservtl.kernels.dtensor import local
+from conservtl.methods._rows import source_parameters
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
 __all__ = ["AutoRGN", "AutoRGNUpdate"]
 
+_FACTOR, _RATE = "share", "own_lr"  # keys of an optimizer's group, saved with it
 
-_SHARE, _OWN = "share", "own_lr"
 
+class AutoRGN(Strategy):
+    r"""Scale each layer's learning rate by the norm of its gradient relative to the norm of its weights.
 
-class AutoRGNUpdate(Update):
-    """Each layer's rate times its share: |g| / |w|, over the largest of any layer.
+    .. math:: \eta_l = \eta \, \frac{r_l}{\max_k r_k}, \qquad r_l = \frac{\lVert g_l \rVert_2}{\lVert w_l \rVert_2}
 
-    The share stands in the optimizer's groups, and is saved with them; it acts on the rate during the step alone, so
-    that schedulers and phases go on with rates that are theirs.
+    over a layer's parameters from the source; g is the gradient of the loss before any pull. The first step decides
+    at once, then every ``every`` steps the mean of r since the last decision does. The ratio does not depend on a
+    loss scale, and on the batch size only through the noise of the gradient. Fresh parameters, and layers whose
+    weights are all zero, keep the full rate.
+
+    The factor acts during the step alone, on the rate that a schedule, a phase or ``DiscriminativeLR`` gives.
+    Everything that the rate multiplies (a decoupled pull, a proximal step, weight decay) follows it.
+
+    Measured: docs/methods.md.
+
+    Cost: the norms of gradients and weights in each step, one or more optimizer groups for each layer; the host waits
+    for the device once in ``every`` steps.
+
+    Reference:
+        Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts", section 4: there a ratio
+        for each tensor, once an epoch.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+        >>> source = {"0.weight": torch.ones(1, 1), "1.weight": torch.ones(1, 1)}
+        >>> adaptation = ctl.adapt(model, source, [ctl.AutoRGN()])
+        >>> optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        >>> model[0].weight.grad, model[1].weight.grad = torch.tensor([[4.0]]), torch.tensor([[1.0]])
+        >>> optimizer.step()  # the second layer takes a quarter of the rate
+        >>> [round(1 - layer.weight.item(), 3) for layer in model]
+        [0.4, 0.025]
     """
 
     kind: Literal["auto_rgn"] = "auto_rgn"
-    every: Annotated[int, Field(ge=1)]
-    """Steps from one decision to the next; the one moment at which the host waits for the device."""
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The smallest share."""
+    order: ClassVar[Order] = Order.HEAD  # its update comes first, so that the others see the rate it sets
+    every: Count = 10
+    """Steps from one decision to the next."""
+    floor: Share = 0.0
+    """Smallest factor; 1 is plain training."""
+
+    def apply(self, plan: Plan) -> Plan:
+        """Add the update."""
+        names = source_parameters(plan, "all")
+        return plan.with_update(AutoRGNUpdate(by=self.label, names=names, every=self.every, floor=self.floor))
+
+
+class AutoRGNUpdate(Update):
+    """Each layer's rate times its factor: |g| / |w|, divided by the largest such ratio of any layer.
+
+    The factor is kept in the optimizer's groups and saved with them. It multiplies the rate during the step alone, so
+    that schedulers and phases see their own rates.
+    """
+
+    kind: Literal["auto_rgn"] = "auto_rgn"
+    every: Count
+    """Steps from one decision to the next; the host waits for the device at decisions only."""
+    floor: Share = 0.0
+    """Smallest factor."""
 
     layered: ClassVar[bool] = True
     anchors: ClassVar[bool] = False
@@ -40,45 +87,44 @@ class AutoRGNUpdate(Update):
 
     def describe(self) -> str:
         """One line for the plan's table."""
-        return f"rate × relative gradient norm of each layer, decided every {self.every} steps"
+        return f"learning rate × relative gradient norm of each layer, decided every {self.every} steps"
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Add this step's ratios to their sums; a step with gradients that are not finite does not count."""
+        """Add this step's ratios to their sums, unless one is not finite."""
         layers = _by_layer(step.moving)
         if not layers:
             return
-        items = [item for own in layers.values() for item in own]
-        of = [item.parameter for item in items]
-        weights = [local(parameter) for parameter in of]
+        parameters = [item.parameter for items in layers.values() for item in items]
+        weights = [local(parameter) for parameter in parameters]
         gradients = [
             weight.new_zeros(()) if parameter.grad is None else local(parameter.grad)
-            for weight, parameter in zip(weights, of, strict=True)
+            for weight, parameter in zip(weights, parameters, strict=True)
         ]
-        sizes = [len(own) for own in layers.values()]
-        g, w = _norms(gradients, of, sizes), _norms(weights, of, sizes)
-        if step.scale is not None:  # it changes from step to step, so the mean would feel it
+        sizes = [len(items) for items in layers.values()]
+        g, w = _layer_norms(gradients, parameters, sizes), _layer_norms(weights, parameters, sizes)
+        if step.scale is not None:  # it may change between steps, and the mean would weigh them by it
             g = g / step.scale.to(g.device).reshape(())
-        # Weights of zero say nothing of a rate: the mark is a mean below zero.
+        # A layer of zero weights has no ratio: a negative sum marks it.
         ratios = torch.where(w > 0, g / w.clamp(min=TINY), -1.0)
         finite = ratios.isfinite().all()
         seen = torch.cat([torch.where(finite, ratios, 0.0), finite.to(ratios.dtype).reshape(1)])
         key = "|".join(layers)
-        found = state.get(key)
-        state.clear()  # of layers that another phase trained
-        state[key] = seen if found is None else found.to(seen.device) + seen
+        sums = state.get(key)
+        state.clear()  # it may hold the layers of another phase
+        state[key] = seen if sums is None else sums.to(seen.device) + seen
 
     def before(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Decide where it is time to, and put the shares into the rates."""
+        """Decide if a decision is due, and multiply the rates by the factors."""
         if step.number % self.every == 0:
             self._decide(step, state)
         for group in _groups(step.moving):
-            group[_OWN] = group["lr"]
-            group["lr"] = group["lr"] * group.get(_SHARE, 1.0)
+            group[_RATE] = group["lr"]
+            group["lr"] = group["lr"] * group.get(_FACTOR, 1.0)
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
-        """Give the groups their own rates back."""
+        """Restore the rates of the groups."""
         for group in _groups(step.moving):
-            group["lr"] = group.pop(_OWN)
+            group["lr"] = group.pop(_RATE)
 
     def _decide(self, step: Step, state: dict[str, Tensor]) -> None:
         layers = list(_by_layer(step.moving))
@@ -89,63 +135,30 @@ class AutoRGNUpdate(Update):
         largest = max(totals)
         if not count or largest <= 0:
             return
-        shares = {layer: total / largest for layer, total in zip(layers, totals, strict=True) if total >= 0}
+        factors = {layer: total / largest for layer, total in zip(layers, totals, strict=True) if total >= 0}
         for group in _groups(step.moving):
-            if group["layer"] in shares:
-                group[_SHARE] = max(self.floor, shares[group["layer"]])
+            if group["layer"] in factors:
+                group[_FACTOR] = max(self.floor, factors[group["layer"]])
 
 
 def _by_layer(moving: Sequence[Moving]) -> dict[str, list[Moving]]:
-    found: dict[str, list[Moving]] = {}
+    layers: dict[str, list[Moving]] = {}
     for item in moving:
-        found.setdefault(item.group["layer"], []).append(item)
-    return found
+        layers.setdefault(item.group["layer"], []).append(item)
+    return layers
 
 
 def _groups(moving: Sequence[Moving]) -> list[dict[str, Any]]:
     return list({id(item.group): item.group for item in moving}.values())
 
 
-def _norms(tensors: Sequence[Tensor], of: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Norms of so many tensors at a time, taken together."""
-    each = together(norms(tensors, of=of))
-    return torch.stack(torch._foreach_norm(torch.split_with_sizes(each, sizes)))  # noqa: SLF001
+def _layer_norms(tensors: Sequence[Tensor], parameters: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the norm of each layer.
 
-
-class AutoRGN(Strategy):
-    r"""Let each layer learn as fast as its gradient is large beside its weights.
-
-    .. math:: \eta_l = \eta \, \frac{r_l}{\max_k r_k}, \qquad r_l = \frac{\lVert g_l \rVert_2}{\lVert w_l \rVert_2}
-
-    over a layer's parameters that came from the source, g the loss's gradient before any pull. The first step decides
-    at once; then every ``every`` steps the mean of r since the last decision does. The ratio does not depend on the
-    batch size beyond the gradient's noise, nor on a loss scale. Whatever is fresh keeps its full rate, and so does a
-    layer whose weights are all zero.
-
-    The ratio multiplies the rate that a schedule, a phase or ``DiscriminativeLR`` gives, during the step alone; what
-    the rate multiplies (a decoupled pull, a proximal step, weight decay) follows it. The optimizer and its statistics
-    stay what they are.
-
-    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
-    new speaker with one and five recordings a word and for corrupted images: +0.0 ± 0.4, -0.0 ± 0.3 and +0.4 ± 0.8
-    (benchmarks/results/methods.md).
-
-    Cost: the norms of gradients and weights each step, groups for every layer; the host waits for the device once in
-    ``every`` steps.
-
-    Reference:
-        Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts", section 4: there a ratio
-        for each tensor, once an epoch.
+    Args:
+        tensors: weights or gradients, one for each parameter, layer by layer.
+        parameters: which of them are sharded over processes is read from these.
+        sizes: number of tensors in each layer.
     """
-
-    kind: Literal["auto_rgn"] = "auto_rgn"
-    order: ClassVar[Order] = Order.HEAD  # its update stands first, so that the others see the rate it sets
-    every: Annotated[int, Field(ge=1)] = 10
-    """Steps from one decision to the next."""
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The smallest ratio; 1 is plain training."""
-
-    def apply(self, plan: Plan) -> Plan:
-        """Add the update."""
-        names = tuple(row.name for row in plan.rows if row.origin == "source" and not row.frozen)
-        return plan.with_update(AutoRGNUpdate(by=self.label, names=names, every=self.every, floor=self.floor))
+    each = together(norms(tensors, of=parameters))
+    return torch.stack(torch._foreach_norm(torch.split_with_sizes(each, sizes)))  # noqa: SLF001

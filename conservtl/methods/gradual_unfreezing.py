@@ -1,73 +1,81 @@
-"""Gradual unfreezing: the same decisions, changing from phase to phase."""
+"""Gradual unfreezing: parameters that are trained change from phase to phase."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from conservtl.bounds import Positive
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Length, Phase
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["GradualUnfreezing", "Stage"]
 
-Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-
-class Stage(BaseModel):
+class Stage(FrozenModel):
     """One phase, written out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
-
     train: tuple[str, ...] | None = None
-    """Globs of the layers or parameters that are trained; None: all that are not frozen throughout."""
+    """Globs of the layers or parameters that are trained. None: all that are not frozen throughout."""
     epochs: Length | None = None
-    """How long, in epochs or as a share of the run's; None: to the end (the last stage only)."""
-    scale: Scale = 1.0
+    """Length, in epochs or as a share of the run's. None: to the end (the last stage only)."""
+    scale: Positive = 1.0
     """Factor on all rates."""
 
 
 class GradualUnfreezing(Strategy):
-    """Train one end first, then more, then everything.
+    """Train one end of the model first, then more of it, then everything.
 
-    ``by="head"`` (the classic): the head, or whatever is fresh, for ``epochs``, then everything.
-    ``by="layer"``: one layer more every ``epochs``, starting ``at`` the output or the input side.
-    ``phases``: written out stage by stage. What another strategy freezes throughout stays frozen.
+    ``by="head"`` (the classic): the head, or all fresh parameters, for ``epochs``; then everything. ``by="layer"``:
+    one layer more every ``epochs``, from the output or the input side (``at``). ``phases``: stages written out one by
+    one. Parameters that another strategy freezes throughout stay frozen.
 
     Reference:
         Howard and Ruder 2018, "Universal language model fine-tuning for text classification", 3.3.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = (torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3))) for _ in range(2))
+        >>> plan = ctl.adapt(model, source, [ctl.GradualUnfreezing(by="layer", epochs=2)]).plan
+        >>> for phase in plan.phases:
+        ...     print(f"{phase.name}, {phase.lasts}: {len(plan.rows) - len(phase.frozen)} parameters are trained")
+        1 layer, 2 epochs: 2 parameters are trained
+        2 layers, 2 epochs: 4 parameters are trained
+        all, to the end: 6 parameters are trained
     """
 
     kind: Literal["gradual_unfreezing"] = "gradual_unfreezing"
     order: ClassVar[Order] = Order.TIME
     by: Literal["head", "layer"] = "head"
-    """What is unfrozen at a time."""
+    """Unit that is unfrozen at a time."""
     epochs: Length = 1
     """Length of every phase but the last, in epochs or as a share of the run's; the last goes on to the end."""
     at: Literal["output", "input"] = "output"
-    """Which side comes first, for ``by="layer"``."""
-    scales: tuple[Scale, Scale] = (1.0, 1.0)
-    """Factors on the rates in the first phases and in the last; fastai's fine_tune has (1, 0.5)."""
+    """Side that is trained first, for ``by="layer"``."""
+    scales: tuple[Positive, Positive] = (1.0, 1.0)
+    """Factors on the rates in all phases but the last, and in the last; fastai's fine_tune has (1, 0.5)."""
     phases: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = None
-    """Explicit stages instead of ``by``."""
+    """Stages written out, instead of ``by``."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
         if self.phases and any(stage.epochs is None for stage in self.phases[:-1]):
             raise ValueError("every stage of phases but the last needs a number of epochs")
-        # By value: a spec with every default written out is the same spec.
+        # Compared by value: a spec with every default written out means the same.
         fields = type(self).model_fields
-        clash = [name for name in ("by", "epochs", "at", "scales") if getattr(self, name) != fields[name].default]
-        if self.phases and clash:
-            raise ValueError(f"phases are written out, so {clash} would be ignored: leave them out")
+        clashes = [name for name in ("by", "epochs", "at", "scales") if getattr(self, name) != fields[name].default]
+        if self.phases and clashes:
+            raise ValueError(f"phases are written out, so {clashes} would be ignored: leave them out")
         if self.phases is None and self.by == "head" and self.at != "output":
-            raise ValueError("at belongs to by='layer': the head is where it is. Leave at out, or set by='layer'")
+            raise ValueError("at is for by='layer' only. Leave at out, or set by='layer'")
         return self
 
     def apply(self, plan: Plan) -> Plan:
-        """Replace the plan's single phase."""
+        """Set the plan's phases."""
         if self.phases is not None:
             stages = [self._written(plan, stage, number) for number, stage in enumerate(self.phases)]
             return plan.with_phases(self.label, stages)
@@ -99,5 +107,6 @@ class GradualUnfreezing(Strategy):
 
 
 def _others(plan: Plan, trained: Sequence[str]) -> tuple[str, ...]:
-    kept = set(trained)
-    return tuple(row.name for row in plan.rows if row.name not in kept)
+    """Return the parameters that are not trained."""
+    names = set(trained)
+    return tuple(row.name for row in plan.rows if row.name not in names)

@@ -1,4 +1,4 @@
-"""Layer transfer: copy some layers from one side of the source, train the rest."""
+"""Layer transfer: some layers are copied from one side of the source, the others are trained."""
 
 from __future__ import annotations
 
@@ -13,42 +13,49 @@ from conservtl.plan.plan import Plan
 
 __all__ = ["LayerTransfer"]
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Fraction = Annotated[float, Field(gt=0, le=1, strict=True)]
+Number = Annotated[int, Field(ge=1, strict=True)]
+Part = Annotated[float, Field(gt=0, le=1, strict=True)]
 Globs = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class LayerTransfer(Strategy):
-    """Copy layers from one side of the source model and train the others.
+    """Copy layers from one side of the source model, freeze them, and train the others.
 
-    Vision keeps the input side (edges and shapes are shared between tasks), speech the output side
-    (what is said does not depend on who speaks). With ``layers`` = n, ``freeze`` on and
-    ``rest="fresh"`` this is AnB of the transferability experiments; with ``freeze`` off, AnB+.
+    For images transfer the input side: edges and shapes are shared between tasks. For speech transfer the output side:
+    the words do not depend on the speaker. ``layers`` = n with ``freeze`` and ``rest="fresh"`` is AnB of the
+    transferability experiments; without ``freeze`` it is AnB+.
 
     Raises:
-        SourceError: a transferred layer is not in the source, or not with this shape.
-        SpecError: more layers asked for than the model has, or a glob that matches no layer.
+        SourceError: a transferred layer is not in the source, or has another shape there.
+        SpecError: the model has fewer layers, or a glob matches none.
 
     Reference:
         Yosinski et al. 2014, "How transferable are features in deep neural networks?", section 3.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = (torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3))) for _ in range(2))
+        >>> plan = ctl.adapt(model, source, [ctl.LayerTransfer(layers=2, rest="fresh")]).plan
+        >>> [(row.name, row.origin, row.frozen) for row in plan.rows if row.kind == "weight"]
+        [('0.weight', 'source', True), ('1.weight', 'source', True), ('2.weight', 'fresh', False)]
     """
 
     kind: Literal["layer_transfer"] = "layer_transfer"
     order: ClassVar[Order] = Order.ORIGIN
     side: Literal["input", "output"] = "input"
-    """Which side of the source is transferred."""
-    layers: Count | Fraction | Globs
-    """How many layers from that side: a number, a fraction of all, or globs of layer names."""
+    """Side of the source that is transferred."""
+    layers: Number | Part | Globs
+    """Layers to transfer from that side: their number, their share of all layers, or globs of layer names."""
     rest: Literal["source", "fresh"] = "source"
-    """What the other layers start from. A layer that does not fit its source is fresh in any case."""
+    """Start of the other layers. A layer that does not fit its source is fresh in any case."""
     freeze: bool = True
     """Whether the transferred layers are frozen."""
 
     def apply(self, plan: Plan) -> Plan:
-        """Choose origins and what is frozen."""
+        """Choose origins, and the parameters that are frozen."""
         chosen = self.transferred(plan)
         for row in plan.rows:
-            # What another strategy made fresh fits; whether it may be claimed is for ``choose`` to say.
+            # A row that another strategy made fresh does fit its source; ``choose`` decides between the two.
             if row.layer in chosen and row.origin == "fresh" and not row.added and "origin" not in row.chosen:
                 raise SourceError(
                     f"{self.label}(side={self.side!r}): layer {row.layer!r} is to be transferred, but {row.name!r} "
@@ -64,11 +71,11 @@ class LayerTransfer(Strategy):
         return plan
 
     def transferred(self, plan: Plan) -> frozenset[str]:
-        """Names of the layers that are transferred; one that a strategy added does not count."""
+        """Return the names of the transferred layers; layers that a strategy added do not count."""
         layers = plan.own_layers
         if isinstance(self.layers, tuple):
-            found = select(self.layers, layers, "layer")
-            return frozenset(name for names in found.values() for name in names)
+            names = select(self.layers, layers, "layer").values()
+            return frozenset(name for matched in names for name in matched)
         count = self.layers if isinstance(self.layers, int) else max(1, round(self.layers * len(layers)))
         if count > len(layers):
             raise SpecError(

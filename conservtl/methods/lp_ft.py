@@ -1,50 +1,54 @@
-"""LP-FT: a linear probe first, then everything."""
+"""LP-FT: a linear probe first, then fine-tuning of everything."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
+from conservtl.bounds import Positive
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Length, Phase
 
 __all__ = ["LPFT"]
 
-Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
 
 class LPFT(Strategy):
-    """Train the head alone until it fits the source's features, then everything from there.
+    """Train the head alone until it fits the source's features, then train everything.
 
-    A head that starts at random sends large gradients into the body and distorts features that were good; one that
-    fits already does not. The head is whatever is fresh, or the classifier where nothing is. What another strategy
-    freezes throughout stays frozen.
+    A head that starts at random sends large gradients into the body and distorts good features; a fitted head does
+    not. The head is all fresh parameters, or the classifier if there are none. Parameters that another strategy
+    freezes throughout stay frozen.
 
-    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
-    new speaker with one and five recordings a word and for corrupted images: -0.3 ± 0.5, -0.1 ± 0.4 and -0.1 ± 0.9
-    (benchmarks/results/methods.md).
+    Measured: docs/methods.md.
 
-    Cost: none beside the epochs of the first phase, in which the frozen body is computed once where ``fit`` can
-    (held data, no augmentation).
+    Cost: the epochs of the first phase. ``fit`` computes the frozen body once for each example if it holds the data
+    and nothing augments it.
 
     Reference:
         Kumar, Raghunathan, Jones, Ma and Liang 2022, "Fine-tuning can distort pretrained features and underperform
         out-of-distribution", section 3.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = (torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3))) for _ in range(2))
+        >>> plan = ctl.adapt(model, source, [ctl.LPFT(fine_tuning=0.1)]).plan
+        >>> for phase in plan.phases:
+        ...     print(f"{phase.name}, {phase.lasts}, rates × {phase.scale:g}, frozen: {list(phase.frozen)}")
+        linear probe, 20 % of the epochs, rates × 1, frozen: ['0.weight', '0.bias', '1.weight', '1.bias']
+        fine-tuning, to the end, rates × 0.1, frozen: []
     """
 
     kind: Literal["lp_ft"] = "lp_ft"
     order: ClassVar[Order] = Order.TIME
     epochs: Length = 0.2
-    """Length of the linear probe, in epochs or as a share of the run's; the rest of it fine-tunes everything."""
-    probe: Scale = 1.0
-    """Factor on the rates while the head is trained alone; a probe bears more than fine-tuning does."""
-    fine_tuning: Scale = 1.0
-    """Factor on the rates when everything is trained."""
+    """Length of the linear probe, in epochs or as a share of the run's; fine-tuning takes the rest."""
+    probe: Positive = 1.0
+    """Factor on the rates of the linear probe; it bears a larger rate than fine-tuning does."""
+    fine_tuning: Positive = 1.0
+    """Factor on the rates of fine-tuning."""
 
     def apply(self, plan: Plan) -> Plan:
-        """Two phases."""
+        """Set two phases."""
         head = set(plan.new)
         body = tuple(row.name for row in plan.rows if row.name not in head)
         phases = (
