@@ -1,5 +1,6 @@
 """Domain adaptation with regularized transfer."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from conservtl.adaptation.adaptation import Adaptation
@@ -44,19 +45,19 @@ from conservtl.methods import (
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Phase, Row
 from conservtl.source.read import TransferReport
-from conservtl.weights.interpolation import interpolate, path
+from conservtl.weights.interpolation import interpolate, interpolation_path
 from conservtl.weights.recompute_bn import recompute_statistics
 from conservtl.weights.soup import soup
 
 if TYPE_CHECKING:
     from conservtl.engine import FitResult, Holdout, Training, best_block, fit
-    from conservtl.experiments import Adapted, Prediction, Recipe, Recommendation, load, recipe
-    from conservtl.experiments.advice import recommendation as recommend
+    from conservtl.experiments import Adapted, Prediction, Recipe, Recommendation, load_adapted, recipe, recommend
 
 __version__ = "0.1.0"
 
 _ENGINE = ("FitResult", "Holdout", "Training", "best_block", "fit")
-_EXPERIMENTS = ("Adapted", "Prediction", "Recipe", "Recommendation", "load", "recipe", "recommend")
+_EXPERIMENTS = ("Adapted", "Prediction", "Recipe", "Recommendation", "load_adapted", "recipe", "recommend")
+_RENAMED = {"load": "load_adapted", "path": "interpolation_path"}
 
 __all__ = [
     "L1SP",
@@ -110,8 +111,8 @@ __all__ = [
     "find_layers",
     "fit",
     "interpolate",
-    "load",
-    "path",
+    "interpolation_path",
+    "load_adapted",
     "recipe",
     "recommend",
     "recompute_statistics",
@@ -133,4 +134,8 @@ def __getattr__(name: str) -> Any:
         from conservtl import experiments
 
         return getattr(experiments, name)
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(f"conservtl.{name} is now conservtl.{new}.", DeprecationWarning, stacklevel=2)
+        return globals().get(new) or __getattr__(new)
     raise AttributeError(f"module 'conservtl' has no attribute {name!r}")

@@ -185,9 +185,9 @@ def predict(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings or images.", show_default=False)],
 ) -> None:
     """Say what the adapted model hears or sees: file, label and probability, tab-separated."""
-    from conservtl.experiments.run.bundle import load
+    from conservtl.experiments.run.bundle import load_adapted
 
-    for found in load(folder).predict(files):
+    for found in load_adapted(folder).predict(files):
         sys.stdout.write(f"{found.file}\t{found.label}\t{found.probability:.3f}\n")
 
 

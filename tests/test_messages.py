@@ -51,5 +51,13 @@ def test_weights_that_are_a_picture(tmp_path):
 
 
 def test_public_names_are_what_completion_shows():
-    assert "load" in dir(ctl)
+    assert "load_adapted" in dir(ctl)
     assert "Any" not in dir(ctl)
+
+
+@pytest.mark.parametrize(("old", "new"), [("load", "load_adapted"), ("path", "interpolation_path")])
+def test_a_renamed_function_warns_and_works(old, new):
+    with pytest.warns(DeprecationWarning, match=f"conservtl.{old} is now conservtl.{new}"):
+        assert getattr(ctl, old) is getattr(ctl, new)
+    assert new in ctl.__all__
+    assert old not in [*ctl.__all__, *dir(ctl)]

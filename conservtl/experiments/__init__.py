@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conservtl.experiments.advice.recommendation import Recommendation, recommend
-from conservtl.experiments.run.bundle import Adapted, Prediction, load
+from conservtl.experiments.run.bundle import Adapted, Prediction, load_adapted
 from conservtl.experiments.spec.recipes import Recipe, recipe
 
-__all__ = ["Adapted", "Prediction", "Recipe", "Recommendation", "load", "recipe", "recommend"]
+__all__ = ["Adapted", "Prediction", "Recipe", "Recommendation", "load_adapted", "recipe", "recommend"]

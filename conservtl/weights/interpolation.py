@@ -12,7 +12,7 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.layers import select, unwrap
 from conservtl.source.read import SourceLike, read_source
 
-__all__ = ["RUNNING", "Statistics", "between", "grid", "interpolate", "mixes", "path", "share"]
+__all__ = ["RUNNING", "Statistics", "between", "grid", "interpolate", "interpolation_path", "mixes", "share"]
 
 Statistics = Literal["interpolate", "adapted", "source"]
 """What becomes of running means and variances on the line."""
@@ -71,7 +71,7 @@ def interpolate(
     return _all_between(start, end, t, batch_norm)
 
 
-def path(
+def interpolation_path(
     source: SourceLike,
     adapted: SourceLike,
     points: int = 11,

@@ -189,7 +189,7 @@ def test_an_old_model_predicts_as_it_did(name):
     _needs(name)
     folder = FOLDER / "runs" / name
     expected = load_file(folder / "expected.safetensors")
-    adapted = ctl.load(folder)
+    adapted = ctl.load_adapted(folder)
     torch.testing.assert_close(
         adapted.probabilities(expected["inputs"]), expected["probabilities"], rtol=1e-4, atol=1e-5
     )
@@ -201,7 +201,7 @@ def test_an_old_model_is_a_source(name):
     """All that its file of weights holds is copied, what was added to the model included."""
     _needs(name)
     path = FOLDER / "runs" / name / "model.safetensors"
-    adaptation = ctl.adapt(ctl.load(path).model, path, [ctl.L2SP()], example=_inputs(name))
+    adaptation = ctl.adapt(ctl.load_adapted(path).model, path, [ctl.L2SP()], example=_inputs(name))
     weights = {key for key in load_file(path) if not key.endswith("num_batches_tracked")}
     assert set(adaptation.transfer.copied) >= weights
 
@@ -223,7 +223,7 @@ def test_an_old_fisher_weighs_a_pull_again():
     """What a run measured is taken by an adaptation of its model."""
     _needs("fisher")
     folder = FOLDER / "runs" / "fisher"
-    model = ctl.load(folder).model
+    model = ctl.load_adapted(folder).model
     adaptation = ctl.adapt(model, folder / "model.safetensors", [ctl.FisherSP(alpha=1)], example=_inputs("fisher"))
     found = {key.partition("/")[2]: tensor for key, tensor in load_file(folder / "measured.safetensors").items()}
     adaptation.use_measured("fisher", found)

@@ -206,7 +206,7 @@ def test_a_speech_run_predicts_from_its_file(classifier, layers, speech_fields, 
     strategy = {"kind": "feature_extraction", "classifier": classifier, "layers": layers}
     spec = parse_spec({**speech_fields, "strategies": [strategy]})
     report = run(spec, tmp_path / "out")
-    adapted, test = ctl.load(tmp_path / "out"), prepare(spec).domains.target_test
+    adapted, test = ctl.load_adapted(tmp_path / "out"), prepare(spec).domains.target_test
     right = (adapted.probabilities(test.inputs).argmax(1) == test.labels).float().mean().item()
     assert report["after"]["target"]["accuracy"] == pytest.approx(right)
     assert report["before"]["source"] is not None
@@ -228,7 +228,7 @@ def test_with_labels_of_its_own_the_source_keeps_its_head(tmp_path):
     report = run(spec, tmp_path / "out")
     assert report["after"]["source"] == report["before"]["source"]
     assert report["after"]["target"]["accuracy"] > report["before"]["target"]["accuracy"]
-    assert len(ctl.load(tmp_path / "out").labels) == 5
+    assert len(ctl.load_adapted(tmp_path / "out").labels) == 5
 
 
 def test_a_vision_model():

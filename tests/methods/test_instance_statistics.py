@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.experiments.run.bundle import load
+from conservtl.experiments.run.bundle import load_adapted
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import parse_spec
@@ -177,7 +177,7 @@ def test_one_value_a_channel_has_no_statistics_of_its_own():
 def test_a_runs_folder_gives_it_back(speech_fields, humming, tmp_path):
     spec = parse_spec({**speech_fields, "strategies": [INSTANCE.model_dump()]})
     report = run(spec, tmp_path / "out")
-    adapted = load(tmp_path / "out")
+    adapted = load_adapted(tmp_path / "out")
     assert len(extended_modules(adapted.model)) > 3
     assert {norm.share for norm in extended_modules(adapted.model).values()} == {1 / 4}
     test = prepare(spec).domains.target_test
@@ -192,7 +192,7 @@ def test_a_runs_folder_is_a_source_that_mixes(speech_fields, tmp_path):
     with pytest.raises(ctl.SourceError, match="mix in 25%"):
         run(parse_spec(fields), tmp_path / "second")
     second = run(parse_spec({**fields, "strategies": [INSTANCE.model_dump()]}), tmp_path / "second")
-    first = load(tmp_path / "first")
+    first = load_adapted(tmp_path / "first")
     test = prepare(parse_spec(fields)).domains.target_test
     right = first.probabilities(test.inputs).argmax(1).eq(test.labels).float().mean()
     assert second["before"]["target"]["accuracy"] == pytest.approx(float(right))

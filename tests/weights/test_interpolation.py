@@ -172,17 +172,17 @@ class TestInterpolate:
 class TestPath:
     def test_it_goes_from_end_to_end(self):
         source, adapted = pair()
-        found = dict(ctl.path(source, adapted, 5))
+        found = dict(ctl.interpolation_path(source, adapted, 5))
         assert list(found) == [0.0, 0.25, 0.5, 0.75, 1.0]
         for t, state in found.items():
             assert same(state, ctl.interpolate(source, adapted, t))
 
     def test_eleven_points_are_tenths(self):
-        assert [t for t, _ in ctl.path(*pair())] == pytest.approx([number / 10 for number in range(11)])
+        assert [t for t, _ in ctl.interpolation_path(*pair())] == pytest.approx([number / 10 for number in range(11)])
 
     def test_bad_input_is_refused_at_once(self):
         """Not when the first point is asked for."""
         with pytest.raises(ctl.SpecError, match="at least 2 points; received 1"):
-            ctl.path(*pair(), 1)
+            ctl.interpolation_path(*pair(), 1)
         with pytest.raises(ctl.SourceError, match="stands in the source model only"):
-            ctl.path(network(), {"body.weight": torch.zeros(5, 4)})
+            ctl.interpolation_path(network(), {"body.weight": torch.zeros(5, 4)})

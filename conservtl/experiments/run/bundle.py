@@ -24,7 +24,7 @@ from conservtl.plan.decision import Extensions
 from conservtl.runtime.extending import apply_extensions
 from conservtl.tasks import speech, vision
 
-__all__ = ["Adapted", "Prediction", "extend_model", "header_of", "load", "save_bundle", "save_measured"]
+__all__ = ["Adapted", "Prediction", "extend_model", "header_of", "load_adapted", "save_bundle", "save_measured"]
 
 _FILE = "model.safetensors"
 _MEASURED = "measured.safetensors"
@@ -125,7 +125,7 @@ def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) ->
         (folder / _MEASURED).chmod((folder / "spec.yaml").stat().st_mode)
 
 
-def load(folder: str | Path) -> Adapted:
+def load_adapted(folder: str | Path) -> Adapted:
     """Give back the model that a run adapted, ready to predict.
 
     Args:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 import conservtl as ctl
-from conservtl.experiments.run.bundle import load, save_bundle
+from conservtl.experiments.run.bundle import load_adapted, save_bundle
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.scoring import SourceView
 from conservtl.experiments.run.setting import prepare
@@ -28,7 +28,7 @@ def saved(fields, folder, strategies):
     ctl.fit(adaptation, setting.domains.shots, training=setting.spec.training)
     (folder / "spec.yaml").write_text("")
     save_bundle(folder, adaptation, setting)
-    return adaptation, setting.domains.target_test.inputs, load(folder).model
+    return adaptation, setting.domains.target_test.inputs, load_adapted(folder).model
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_run_that_trains_nothing_leaves_a_folder_with_everything(speech_fields
     assert (tmp_path / "out" / "report.html").is_file()
     setting = prepare(parse_spec(speech_fields))
     source = obtain_source(setting).model.state_dict()
-    now = load(tmp_path / "out").model.state_dict()
+    now = load_adapted(tmp_path / "out").model.state_dict()
     assert {name.rpartition(".")[2] for name in now if not torch.equal(now[name], source[name])} == {
         "running_mean",
         "running_var",

@@ -48,14 +48,14 @@ def test_a_run_leaves_a_folder_with_everything(done):
 def test_the_numbers_are_those_of_the_saved_model(done):
     report, out, spec = done
     domains = prepare(spec).domains
-    adapted = ctl.load(out)
+    adapted = ctl.load_adapted(out)
     right = adapted.probabilities(domains.target_test.inputs).argmax(-1) == domains.target_test.labels
     assert report["after"]["target"]["accuracy"] == pytest.approx(right.float().mean().item())
 
 
 def test_the_saved_model_predicts_files_with_its_labels(done, humming):
     _, out, _ = done
-    adapted = ctl.load(out)
+    adapted = ctl.load_adapted(out)
     assert adapted.labels == ("0", "1", "2")
     found = adapted.predict([humming / "0_cleo_0.wav", humming / "2_anna_3.wav"])
     assert [f.file.name for f in found] == ["0_cleo_0.wav", "2_anna_3.wav"]
@@ -236,7 +236,9 @@ def test_out_must_be_a_folder(speech_fields, tmp_path):
 
 def test_one_file_predicts_as_well_as_a_list(done, humming):
     _, out, _ = done
-    assert ctl.load(out).predict(humming / "0_cleo_0.wav") == ctl.load(out).predict([humming / "0_cleo_0.wav"])
+    assert ctl.load_adapted(out).predict(humming / "0_cleo_0.wav") == ctl.load_adapted(out).predict(
+        [humming / "0_cleo_0.wav"]
+    )
 
 
 def test_a_fresh_head_is_not_the_one_the_source_began_with(speech_fields):
