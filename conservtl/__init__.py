@@ -1,7 +1,11 @@
-"""Domain adaptation with regularized transfer."""
+"""Domain adaptation with regularized transfer.
 
+``__init__.pyi`` lists the same names for type checkers; ``python tests/write_stub.py`` writes it.
+"""
+
+import importlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
@@ -17,31 +21,8 @@ from conservtl.errors import (
     TrainingDivergedError,
 )
 from conservtl.layers import Layer, find_layers
-from conservtl.methods import (
-    L1SP,
-    L2SP,
-    LHUC,
-    LPFT,
-    AutoRGN,
-    DiscriminativeLR,
-    FeatureConservation,
-    FeatureExtraction,
-    FisherSP,
-    GradualUnfreezing,
-    GroupLassoSP,
-    InputTransform,
-    LayerTransfer,
-    Mixout,
-    NormAdaptation,
-    OutputConservation,
-    Projection,
-    SelectiveDecay,
-    SpectralShrinkage,
-    Stage,
-    Strategy,
-    SurgicalFineTuning,
-    WeightInterpolation,
-)
+from conservtl.methods import Strategy, builtin_strategies
+from conservtl.methods.gradual_unfreezing import Stage
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Phase, Row
 from conservtl.source.read import TransferReport
@@ -49,75 +30,50 @@ from conservtl.weights.interpolation import interpolate, interpolation_path
 from conservtl.weights.recompute_bn import recompute_statistics
 from conservtl.weights.soup import soup
 
-if TYPE_CHECKING:
-    from conservtl.engine import FitResult, Holdout, Training, best_block, fit
-    from conservtl.experiments import Adapted, Prediction, Recipe, Recommendation, load_adapted, recipe, recommend
-
 __version__ = "0.1.0"
 
-_ENGINE = ("FitResult", "Holdout", "Training", "best_block", "fit")
-_EXPERIMENTS = ("Adapted", "Prediction", "Recipe", "Recommendation", "load_adapted", "recipe", "recommend")
+_STRATEGIES = builtin_strategies()
+globals().update(_STRATEGIES)
+del builtin_strategies
+
+# Imported at first access, so that `import conservtl` is quick.
+_LAZY = {
+    **dict.fromkeys(["FitResult", "Holdout", "Training", "best_block", "fit"], "conservtl.engine"),
+    **dict.fromkeys(
+        ["Adapted", "Prediction", "Recipe", "Recommendation", "load_adapted", "recipe", "recommend"],
+        "conservtl.experiments",
+    ),
+}
 _RENAMED = {"load": "load_adapted", "path": "interpolation_path"}
 
 __all__ = [
-    "L1SP",
-    "L2SP",
-    "LHUC",
-    "LPFT",
     "Adaptation",
-    "Adapted",
     "Anneal",
-    "AutoRGN",
     "ConservtlError",
     "DataError",
-    "DiscriminativeLR",
-    "FeatureConservation",
-    "FeatureExtraction",
-    "FisherSP",
-    "FitResult",
-    "GradualUnfreezing",
-    "GroupLassoSP",
-    "Holdout",
     "InputError",
-    "InputTransform",
     "Layer",
-    "LayerTransfer",
     "MissingExtraError",
-    "Mixout",
-    "NormAdaptation",
-    "OutputConservation",
     "Phase",
     "Plan",
     "PlanError",
-    "Prediction",
-    "Projection",
-    "Recipe",
-    "Recommendation",
     "Row",
-    "SelectiveDecay",
     "SelectorError",
     "SourceError",
     "SpecError",
-    "SpectralShrinkage",
     "Stage",
     "Strategy",
-    "SurgicalFineTuning",
-    "Training",
     "TrainingDivergedError",
     "TransferReport",
-    "WeightInterpolation",
     "adapt",
-    "best_block",
     "find_layers",
-    "fit",
     "interpolate",
     "interpolation_path",
-    "load_adapted",
-    "recipe",
-    "recommend",
     "recompute_statistics",
     "soup",
 ]
+__all__ += [*_LAZY, *_STRATEGIES]  # noqa: PLE0604 - they are strings
+__all__.sort(key=lambda name: (name.upper() != name, name[0].islower(), name))  # constants, classes, functions
 
 
 def __dir__() -> list[str]:
@@ -125,15 +81,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Names that a loop of one's own does without: imported when first asked for, so that importing is quick."""
-    if name in _ENGINE:
-        from conservtl import engine
-
-        return getattr(engine, name)
-    if name in _EXPERIMENTS:
-        from conservtl import experiments
-
-        return getattr(experiments, name)
+    """Import a name at its first access, or return a renamed one with a warning."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     if name in _RENAMED:
         new = _RENAMED[name]
         warnings.warn(f"conservtl.{name} is now conservtl.{new}.", DeprecationWarning, stacklevel=2)

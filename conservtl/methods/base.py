@@ -1,82 +1,110 @@
-"""What a strategy is: a frozen spec and one pure function from plan to plan."""
+"""The base of every method: a frozen spec with one pure function from plan to plan."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import nn
 
 from conservtl.layers import Layer
 from conservtl.plan.plan import Plan
-from conservtl.spec_model import FrozenModel
+from conservtl.spec_model import FrozenModel, register
 
 __all__ = ["Order", "Strategy"]
 
 
 class Order(IntEnum):
-    """When a strategy is applied, whatever its place in the list: later ones read what earlier ones decide."""
+    """Order in which strategies are applied, whatever their place in the list; later ones read earlier decisions."""
 
     ORIGIN = 0
-    """Decides what comes from the source and what is frozen."""
+    """Decides which parameters come from the source and which are frozen."""
     HEAD = 1
-    """Reads what others made fresh; decides the head and what is frozen below it."""
+    """Reads which parameters are fresh; decides the head and what is frozen below it."""
     STRENGTH = 2
-    """Reads the origins; decides rates and pulls."""
+    """Reads the origins; decides rates, penalties and updates."""
     TIME = 3
-    """Reads all of it; decides phases."""
+    """Reads everything else; decides phases."""
 
 
 class Strategy(FrozenModel, ABC):
-    """Base of all strategies, a user's own included.
+    """Base class of all strategies, built-in or a user's own.
 
-    A subclass has a ``kind``, fields with bounds in their types, an ``order`` and ``apply``, which
-    touches no tensor and does no input or output. One that adds parameters to the model, or puts another head on
-    it, says so by ``extends``. ``conservtl.testing.check_strategy`` holds it to the contract.
+    A subclass has a constant ``kind``, fields with bounds in their types, an ``order`` and ``apply``. ``apply``
+    touches no tensor and does no input or output. A subclass registers itself by its ``kind``, so that specs can name
+    it. A strategy that adds parameters to the model or replaces its head sets ``extends`` and implements ``extend``,
+    ``retract`` and ``merge``. ``conservtl.testing.check_strategy`` checks the whole contract.
+
+    Example:
+        >>> from typing import Literal
+        >>> import conservtl as ctl
+        >>> class HoldFirst(ctl.Strategy):
+        ...     kind: Literal["hold_first"] = "hold_first"
+        ...     def apply(self, plan):
+        ...         return plan.choose(self.label, "frozen", {plan.rows[0].name: {"frozen": True}})
+        >>> from conservtl.methods import as_strategy
+        >>> as_strategy({"kind": "hold_first"})
+        HoldFirst(kind='hold_first')
     """
 
     kind: str
     order: ClassVar[Order] = Order.STRENGTH
+    """Order of application only; updates and penalties have a precedence of their own."""
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Short names that specs may use as ``kind`` -> the fields each presets; fields given beside a short name win."""
+
+    named: ClassVar[dict[str, type[Strategy]]] = {}
+    """Every registered class by its kind and by each of its aliases."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        kind = cls.model_fields["kind"]
+        if get_args(kind.annotation) == (kind.default,):
+            register(Strategy.named, cls, kind.default, *cls.__dict__.get("aliases", ()))
 
     @property
     def extends(self) -> bool:
-        """Whether it adds parameters to the model, or puts another head on it, in ``extend``."""
+        """Whether ``extend`` adds parameters to the model or replaces its head."""
         return False
 
     @abstractmethod
     def apply(self, plan: Plan) -> Plan:
-        """The plan with this strategy's decisions filled in."""
+        """Return the plan with this strategy's decisions filled in."""
 
     def concerns(self, model: nn.Module) -> bool:  # noqa: ARG002
-        """Whether it has anything to do with a model, unwrapped; one that has not is left out of the plan."""
+        """Return whether the strategy applies to the unwrapped model; if not, it is left out of the plan."""
         return True
 
     def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:
-        """Add parameters to the model in place, such that it computes what it did, or put another head on it.
+        """Add parameters to the model in place without changing its outputs, or replace its head.
 
-        That is done before the plan is drawn up.
+        Called before the plan is drawn up.
 
         Args:
             model: wrapped or not.
             layers: its layers, input side first.
-            example: an input, where the caller gave one.
+            example: an example input, or None.
 
         Returns:
-            Name of each added parameter -> what it is, as the plan's reason for a fresh one; none for another head of
-            the same name.
+            Name of each added parameter -> its description, shown in the plan as the reason why it is fresh. Empty if
+            the head was replaced under the same names.
         """
         raise NotImplementedError(f"{self.label} sets extends, so it needs extend().")
 
     def retract(self, model: nn.Module) -> None:
-        """Take away what ``extend`` added, whatever its values; nothing where there is nothing."""
+        """Remove what ``extend`` added, whatever its values; do nothing if there is nothing to remove."""
 
     def merge(self, model: nn.Module) -> bool:  # noqa: ARG002
-        """Move what ``extend`` added into the model's own weights, where that is exact; whether nothing is left."""
+        """Fold what ``extend`` added into the model's own weights if that is exact.
+
+        Returns:
+            Whether nothing that ``extend`` added is left in the model.
+        """
         return not self.extends
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Name of the strategy in plans and messages."""
         return type(self).__name__

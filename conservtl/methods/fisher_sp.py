@@ -159,6 +159,7 @@ class FisherSP(Strategy):
     """
 
     kind: Literal["fisher_sp"] = "fisher_sp"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ewc": {"data": "source"}}
     alpha: NonNegative | None = None
     """Strength on parameters from the source. None: 0.1 coupled, 3 decoupled."""
     beta: NonNegative = 0.01

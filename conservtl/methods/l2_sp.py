@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -60,6 +60,7 @@ class L2SP(Strategy):
     """
 
     kind: Literal["l2_sp"] = "l2_sp"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"l2sp": {}}
     alpha: NonNegative | None = None
     """Strength on parameters from the source. None: 0.1 coupled, 10 decoupled."""
     beta: NonNegative = 0.01

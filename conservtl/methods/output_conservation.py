@@ -132,6 +132,7 @@ class OutputConservation(Strategy):
     """
 
     kind: Literal["output_conservation"] = "output_conservation"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"kld": {"rho": 0.1}, "lwf": {"weight": 0.05}}
     rho: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the source's outputs in the targets, 0 to 1. None: 0.1, or ``weight`` is used instead. The surer the
     source is of what it gets wrong, the smaller it should be."""

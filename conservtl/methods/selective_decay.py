@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -101,6 +101,7 @@ class SelectiveDecay(Strategy):
     """
 
     kind: Literal["selective_decay"] = "selective_decay"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"spd": {}}
     strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     """lambda; 1 is the projection, more goes further back."""
     on: Literal["weights", "all"] = "weights"

@@ -79,6 +79,7 @@ class SpectralShrinkage(Strategy):
     """
 
     kind: Literal["spectral_shrinkage"] = "spectral_shrinkage"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bss": {}}
     eta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     """Strength; the paper's is 0.001."""
     k: Annotated[int, Field(ge=1)] = 1

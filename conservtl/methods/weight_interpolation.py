@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -110,6 +111,7 @@ class WeightInterpolation(Strategy):
     """
 
     kind: Literal["weight_interpolation"] = "weight_interpolation"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"wise_ft": {}}
     t: Annotated[float, Field(ge=0, le=1)] | None = 0.7
     """How far from the source (0) to the trained weights (1). None: the best on the validation part, the middle of
     those that are equal but for half an example."""

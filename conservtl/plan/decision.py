@@ -18,11 +18,10 @@ from pydantic import ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from conservtl.bounds import Count, Share
-from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.layers import Layer
 from conservtl.plan.row import Row
-from conservtl.spec_model import FrozenModel
+from conservtl.spec_model import FrozenModel, register
 
 __all__ = [
     "After",
@@ -59,13 +58,7 @@ class Decision(FrozenModel, ABC):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         kind = cls.model_fields["kind"].default
         if isinstance(kind, str):
-            other = Decision.kinds.setdefault(kind, cls)
-            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise SpecError(
-                    f"kind {kind!r} of {cls.__qualname__} is that of {other.__module__}.{other.__qualname__} already. "
-                    "Give it another."
-                )
-            Decision.kinds[kind] = cls  # of a module that was loaded again
+            register(Decision.kinds, cls, kind)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -9,9 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import nn
 
-from conservtl.errors import InputError
-from conservtl.layers import find_layers
-from conservtl.methods import (
+from conservtl import (
     L1SP,
     L2SP,
     LHUC,
@@ -35,9 +33,10 @@ from conservtl.methods import (
     Strategy,
     SurgicalFineTuning,
     WeightInterpolation,
-    apply_all,
-    extend_all,
 )
+from conservtl.errors import InputError
+from conservtl.layers import find_layers
+from conservtl.methods import apply_all, extend_all
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal
 from conservtl.testing.fields import instances

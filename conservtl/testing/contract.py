@@ -16,7 +16,11 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.errors import InputError
 from conservtl.layers import find_layers, named_parameters
-from conservtl.methods import L2SP, DiscriminativeLR, GradualUnfreezing, LayerTransfer, Strategy, apply_all
+from conservtl.methods import Strategy, apply_all
+from conservtl.methods.discriminative_lr import DiscriminativeLR
+from conservtl.methods.gradual_unfreezing import GradualUnfreezing
+from conservtl.methods.l2_sp import L2SP
+from conservtl.methods.layer_transfer import LayerTransfer
 from conservtl.plan.plan import Plan
 from conservtl.source.read import SourceLike
 from conservtl.testing.steps import backward, held, measured, outputs_of

@@ -9,7 +9,11 @@ from pydantic import BaseModel, ConfigDict
 
 from conservtl.engine import Training
 from conservtl.errors import SpecError
-from conservtl.methods import L2SP, AnyStrategy, FeatureConservation, NormAdaptation, WeightInterpolation
+from conservtl.methods import AnyStrategy
+from conservtl.methods.feature_conservation.strategy import FeatureConservation
+from conservtl.methods.l2_sp import L2SP
+from conservtl.methods.norm_adaptation.strategy import NormAdaptation
+from conservtl.methods.weight_interpolation import WeightInterpolation
 
 __all__ = ["RECIPES", "Recipe", "fill", "offer", "recipe"]
 

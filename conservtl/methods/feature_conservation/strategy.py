@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,6 +59,7 @@ class FeatureConservation(Strategy):
     """
 
     kind: Literal["feature_conservation"] = "feature_conservation"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"delta": {"attention": True}, "ldifs": {"metric": "ldifs"}}
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Strength. None: 0.01 for delta, 0.3 for ldifs."""
     metric: Literal["delta", "ldifs"] = "delta"

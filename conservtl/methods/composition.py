@@ -1,0 +1,71 @@
+"""Several strategies on one model: apply them to a plan, let them extend the model, take the extensions away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from conservtl.errors import SelectorError
+from conservtl.layers import find_layers, matches
+from conservtl.methods.base import Strategy
+from conservtl.plan.plan import Plan
+
+__all__ = ["apply_all", "extend_all", "retract_all"]
+
+
+def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
+    """Return the plan after all strategies, applied by their ``order``; their place in the list does not matter.
+
+    Args:
+        plan: the plan before any strategy.
+        strategies: in any order.
+
+    Raises:
+        SelectorError: a glob of a strategy matches nothing; the message names the strategy.
+        PlanError: two strategies contradict each other.
+    """
+    for strategy in sorted(strategies, key=lambda strategy: (strategy.order, strategy.kind, repr(strategy))):
+        try:
+            plan = strategy.apply(plan)
+        except SelectorError as error:
+            raise SelectorError(f"{strategy.label}: {error}") from None
+    return plan
+
+
+def extend_all(
+    model: nn.Module, strategies: Iterable[Strategy], example: Any = None, layers: Sequence[str] | None = None
+) -> tuple[dict[str, str], Sequence[str] | None]:
+    """Let strategies extend a model in place: all of them, or none if one raises.
+
+    Args:
+        model: wrapped or not.
+        strategies: extended in this order.
+        example: an example input, or None.
+        layers: globs that the caller cuts the model into layers by, or None.
+
+    Returns:
+        Name of each added parameter -> its description; and ``layers`` with the added modules that no glob matches
+        (an input transform, for example) in front.
+    """
+    added: dict[str, str] = {}
+    extended: list[Strategy] = []
+    try:
+        for strategy in (strategy for strategy in strategies if strategy.extends):
+            new = strategy.extend(model, find_layers(model, example, layers), example)
+            extended.append(strategy)
+            added |= new
+            if layers is not None:
+                unmatched = [name for name in new if not any(matches(glob, name) for glob in layers)]
+                layers = [*dict.fromkeys(name.rpartition(".")[0] for name in unmatched), *layers]
+    except BaseException:
+        retract_all(model, extended)
+        raise
+    return added, layers
+
+
+def retract_all(model: nn.Module, strategies: Iterable[Strategy]) -> None:
+    """Remove from a model what strategies added to it."""
+    for strategy in strategies:
+        strategy.retract(model)

@@ -1,0 +1,124 @@
+"""Strategies by name: the built-in ones found in this package, a user's own by import or entry point.
+
+A strategy registers itself when its class is defined, so importing its module is all that it takes. Specs never make
+conservtl import anything: only the modules of this package, installed entry points of the group ``conservtl.methods``
+and modules that the user names (``--import``, or ``import`` in Python) are imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Annotated, Any, Union
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from conservtl.errors import SpecError, wrong_tag
+from conservtl.methods.base import Strategy
+from conservtl.plugins import load_entry_points
+
+__all__ = ["AnyStrategy", "as_strategy", "builtin_strategies", "import_builtin"]
+
+_PACKAGE = __name__.rpartition(".")[0]
+_ENTRY_POINTS = "conservtl.methods"
+_OWN = " To use a strategy of your own, import its module first: `--import package.module` on the command line."
+
+
+def import_builtin() -> None:
+    """Import every module of ``conservtl.methods`` whose name has no leading underscore."""
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{_PACKAGE}.{module.name}")
+
+
+def builtin_strategies() -> dict[str, type[Strategy]]:
+    """Return every built-in strategy by the name of its class, sorted."""
+    builtin = {cls.__name__: cls for cls in _registered() if cls.__module__.startswith(f"{_PACKAGE}.")}
+    return dict(sorted(builtin.items()))
+
+
+def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
+    """Return a strategy unchanged, or make one from the fields that a spec would hold.
+
+    Args:
+        strategy: an instance, or its fields with ``kind`` (or a short name of one) among them.
+
+    Raises:
+        SpecError: it is neither, its kind is unknown, or a field is wrong.
+
+    Example:
+        >>> from conservtl.methods import as_strategy
+        >>> as_strategy({"kind": "l2_sp", "alpha": 0.5}).alpha
+        0.5
+    """
+    if isinstance(strategy, Strategy):
+        return strategy
+    if not isinstance(strategy, Mapping):
+        raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")
+    try:
+        return _validate(dict(strategy))
+    except PydanticCustomError as error:
+        raise SpecError(f"strategies: {error.message()}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
+
+
+def _registered() -> tuple[type[Strategy], ...]:
+    return tuple(dict.fromkeys(Strategy.named.values()))
+
+
+@lru_cache(maxsize=1)
+def _union(classes: tuple[type[Strategy], ...]) -> TypeAdapter[Strategy]:
+    union: Any = Annotated[Union[classes], Field(discriminator="kind")]  # noqa: UP007 - known at run time only
+    return TypeAdapter(union)
+
+
+def _all_kinds() -> TypeAdapter[Strategy]:
+    load_entry_points(_ENTRY_POINTS)
+    return _union(_registered())
+
+
+def _validate(value: Any) -> Strategy:
+    if isinstance(value, Strategy):
+        return value
+    kinds = _all_kinds()
+    try:
+        return kinds.validate_python(_without_alias(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] != "union_tag_invalid" or first["loc"]:
+            raise
+        aliases = [name for name, cls in Strategy.named.items() if name in cls.aliases]
+        message = wrong_tag(first, aliases) + _OWN
+        raise PydanticCustomError("unknown_strategy", "{message}", {"message": message}) from error
+
+
+def _without_alias(value: Any) -> Any:
+    """Replace a short name by its kind and the fields it presets."""
+    name = str(value.get("kind")) if isinstance(value, Mapping) else ""
+    cls = Strategy.named.get(name)
+    if cls is None or name not in cls.aliases:
+        return value
+    return {**cls.aliases[name], **value, "kind": cls.model_fields["kind"].default}
+
+
+class _Registered:
+    """Pydantic annotation: any registered strategy, told apart by ``kind``, registered after the spec's class too."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(_validate)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(_all_kinds().core_schema)
+
+
+AnyStrategy = Annotated[Strategy, _Registered]
+"""Every strategy that a spec can name, told apart by ``kind``."""
