@@ -1,11 +1,11 @@
 # Written by tests/write_stub.py. Do not edit.
 from conservtl.adaptation.adaptation import Adaptation as Adaptation
 from conservtl.adaptation.prepare import adapt as adapt
-from conservtl.engine.block_search import best_block as best_block
 from conservtl.engine.evaluation import Holdout as Holdout
 from conservtl.engine.loop import FitResult as FitResult
 from conservtl.engine.loop import fit as fit
 from conservtl.engine.training import Training as Training
+from conservtl.engine.trials import best_block as best_block
 from conservtl.errors import ConservtlError as ConservtlError
 from conservtl.errors import DataError as DataError
 from conservtl.errors import InputError as InputError

@@ -56,7 +56,7 @@ def load_entry_points(group: str) -> None:
     """Import everything that installed packages declare in an entry point group, once a process.
 
     Args:
-        group: ``conservtl.tasks`` or ``conservtl.strategies``.
+        group: ``conservtl.tasks`` or ``conservtl.methods``.
 
     Raises:
         SpecError: an entry point cannot be imported; the message names its package.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,14 @@ def test_all_is_sorted_and_complete():
     }
     assert own <= set(listed)
     assert set(listed) >= DESIGNED
+
+
+def test_type_checkers_see_the_same_names():
+    """``__init__.pyi`` is written from what is imported; a new or moved name makes it stale."""
+    written = runpy.run_path(str(Path(__file__).with_name("write_stub.py")))
+    assert written["STUB"].read_text() == written["stub"](), (
+        "conservtl/__init__.pyi is stale: run python tests/write_stub.py"
+    )
 
 
 @pytest.mark.parametrize("name", conservtl.__all__)

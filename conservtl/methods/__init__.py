@@ -1,7 +1,17 @@
 """The methods, one file or folder each: strategy, decision and formula together.
 
 Every module here without a leading underscore is imported, and each strategy in it registers itself by its ``kind``;
-no list names them.
+no list names them. So does a strategy of a user's own when its class is defined:
+
+Example:
+    >>> from typing import Literal
+    >>> import conservtl as ctl
+    >>> class HoldFirst(ctl.Strategy):
+    ...     kind: Literal["hold_first"] = "hold_first"
+    ...     def apply(self, plan):
+    ...         return plan.choose(self.label, "frozen", {plan.rows[0].name: {"frozen": True}})
+    >>> as_strategy({"kind": "hold_first"})
+    HoldFirst(kind='hold_first')
 """
 
 from conservtl.methods.base import Order, Strategy

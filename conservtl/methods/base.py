@@ -36,17 +36,6 @@ class Strategy(FrozenModel, ABC):
     touches no tensor and does no input or output. A subclass registers itself by its ``kind``, so that specs can name
     it. A strategy that adds parameters to the model or replaces its head sets ``extends`` and implements ``extend``,
     ``retract`` and ``merge``. ``conservtl.testing.check_strategy`` checks the whole contract.
-
-    Example:
-        >>> from typing import Literal
-        >>> import conservtl as ctl
-        >>> class HoldFirst(ctl.Strategy):
-        ...     kind: Literal["hold_first"] = "hold_first"
-        ...     def apply(self, plan):
-        ...         return plan.choose(self.label, "frozen", {plan.rows[0].name: {"frozen": True}})
-        >>> from conservtl.methods import as_strategy
-        >>> as_strategy({"kind": "hold_first"})
-        HoldFirst(kind='hold_first')
     """
 
     kind: str

@@ -117,7 +117,10 @@ def test_the_plan_says_that_a_pull_is_weighed():
     ("fields", "said"),
     [
         ({"kind": "l3_sp"}, r"strategies: 'l3_sp' is none of auto_rgn, .*wise_ft\. Did you mean 'l\w+'\?"),
-        ({"kind": "nothing like it"}, r"strategies: 'nothing like it' is none of auto_rgn, .*wise_ft\.$"),
+        (
+            {"kind": "nothing like it"},
+            r"strategies: 'nothing like it' is none of auto_rgn, .*wise_ft\. To use .* `--import package\.module`",
+        ),
     ],
 )
 def test_an_unknown_strategy_is_answered_with_the_nearest(fields, said):
