@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from conservtl.batches import batch_size as size_of
+from conservtl.batches import map_tensors, to_device
 from conservtl.data import Examples
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
 
-__all__ = ["Batch", "Contents", "Held", "Streamed", "as_batches"]
+__all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches"]
 
 _SHARE = 0.5  # of the device's free memory that held data may take
 
@@ -32,6 +35,9 @@ class Batch:
     content: Any
     size: int
     index: Tensor | None = None
+
+
+Waiting = Callable[[], Batch]
 
 
 class Contents:
@@ -84,7 +90,7 @@ class Held:
         self.part = part
         self._cuts = _cuts(self.length, batch_size, part[1])
         fits = _fits(sum(tensor.nbytes for tensor in tensors), device)
-        self._content: Any = _each(content, lambda tensor: tensor.to(device)) if fits else content
+        self._content: Any = map_tensors(content, lambda tensor: tensor.to(device)) if fits else content
         self._place = device if fits else torch.device("cpu")
 
     def count(self) -> int:
@@ -92,15 +98,24 @@ class Held:
         return len(self._cuts)
 
     def epoch(self, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch but the first ``skip``; their order is drawn as this is called."""
+        """Return the batches of an epoch but the first ``skip``; their order is drawn when this is called."""
+        return (make() for make in self.waiting(skip))
+
+    def waiting(self, skip: int = 0) -> Iterator[Waiting]:
+        """Return the same batches as functions that put them on the device."""
         order = _order(self.length, self.shuffle, self.part, self.device).to(self._place)
         rank, world = self.part
         parts = (index[rank::world] if world > 1 else index for index in torch.split(order, self._cuts)[skip:])
-        return (Batch(self.take(own), len(own), own) for own in parts)
+        return (partial(self._batch, own) for own in parts)
 
     def take(self, index: Tensor) -> Any:
         """The examples at these positions, on the device."""
-        return _each(self._content, lambda tensor: tensor.index_select(0, index.to(tensor.device)).to(self.device))
+        return map_tensors(
+            self._content, lambda tensor: tensor.index_select(0, index.to(tensor.device)).to(self.device)
+        )
+
+    def _batch(self, index: Tensor) -> Batch:
+        return Batch(self.take(index), len(index), index)
 
 
 class Streamed:
@@ -128,15 +143,19 @@ class Streamed:
             return None
 
     def epoch(self, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch but the first ``skip``, which are loaded all the same and dropped."""
+        """Return the batches of an epoch but the first ``skip``, which are loaded and dropped."""
+        return (make() for make in self.waiting(skip))
+
+    def waiting(self, skip: int = 0) -> Iterator[Waiting]:
+        """Return the same batches as functions that put them on the device."""
         iterator = iter(self.loader)
         for _ in range(skip):
             next(iterator, None)
-        return (self._batch(content) for content in iterator)
+        return (partial(self._batch, content) for content in iterator)
 
     def _batch(self, content: Any) -> Batch:
-        moved = _move(content, self.device)
-        return Batch(moved, _size(moved))
+        moved = to_device(content, self.device)
+        return Batch(moved, size_of(moved))
 
 
 class _Order:
@@ -218,32 +237,6 @@ def _order(length: int, shuffle: bool, part: tuple[int, int], device: torch.devi
     order = order.to(device)
     torch.distributed.broadcast(order, 0)
     return order[torch.arange(-(-length // world) * world, device=device) % length]
-
-
-def _each(content: Any, act: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(content, dict):
-        return {key: act(tensor) for key, tensor in content.items()}
-    return tuple(act(tensor) for tensor in content)
-
-
-def _move(content: Any, device: torch.device) -> Any:
-    if hasattr(content, "to"):
-        return content.to(device, non_blocking=True)
-    if isinstance(content, Mapping):
-        return {key: _move(value, device) for key, value in content.items()}
-    if isinstance(content, tuple) and hasattr(content, "_fields"):
-        return type(content)(*(_move(value, device) for value in content))
-    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        return tuple(_move(value, device) for value in content)
-    return content
-
-
-def _size(content: Any) -> int:
-    """Number of examples: the first tensor's length."""
-    if isinstance(content, Tensor):
-        return len(content) if content.ndim else 1
-    parts = content.values() if isinstance(content, Mapping) else content if isinstance(content, (tuple, list)) else ()
-    return next((_size(part) for part in parts if isinstance(part, (Tensor, Mapping, tuple, list))), 1)
 
 
 def _fits(size: int, device: torch.device) -> bool:

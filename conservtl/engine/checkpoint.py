@@ -17,9 +17,10 @@ from conservtl.engine.selection import Selection
 from conservtl.engine.session import Session
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.files import atomic_path, write_text
 from conservtl.layers import unwrap
 
-__all__ = ["Checkpoints", "State", "restore", "snapshot"]
+__all__ = ["Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 
 _OVERHEAD = 20  # a checkpoint waits this many times as long as the last one took to write
 
@@ -74,10 +75,8 @@ class Checkpoints:
         if not self._writes or (not now and time.perf_counter() < self._due):
             return
         begun = time.perf_counter()
-        temporary = self._path().with_suffix(".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content()), temporary)
-        temporary.replace(self._path())
+        with atomic_path(self._path()) as temporary:
+            torch.save(dict(content()), temporary)
         self._due = time.perf_counter() + _OVERHEAD * (time.perf_counter() - begun)
 
     def load(self) -> dict[str, Any]:
@@ -99,22 +98,36 @@ class Checkpoints:
     def write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``history.jsonl``, one line an epoch."""
         if self._writes and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / "history.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
-            temporary.replace(self.folder / "history.jsonl")
+            write_text("".join(json.dumps(line) + "\n" for line in history), self.folder / "history.jsonl")
 
     def _path(self) -> Path:
         return (self.folder or Path()) / "checkpoint.pt"
 
 
-def snapshot(session: Session, state: State, own: Sequence[torch.Generator]) -> dict[str, Any]:
-    """Everything that ``restore`` needs.
+def gather_generators(session: Session, own: Sequence[torch.Generator]) -> list[dict[str, Any]]:
+    """Return the states of the random generators of each of many processes; all of them call this together.
+
+    Args:
+        session: knows the processes.
+        own: generators that the run draws from beside the global ones.
+    """
+    if session.part[1] == 1:
+        return []
+    states: list[Any] = [None] * session.part[1]
+    torch.distributed.all_gather_object(states, generator_states(own))
+    return states
+
+
+def snapshot(
+    session: Session, state: State, own: Sequence[torch.Generator], gathered: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return everything that ``restore`` needs.
 
     Args:
         session: the model and its optimizer.
-        state: where the run stands.
-        own: generators the run draws from beside the global ones.
+        state: progress of the run.
+        own: generators that the run draws from beside the global ones.
+        gathered: the states of every process's generators; empty: only those of this process are known.
     """
     scaler = session.accelerator.scaler
     return {
@@ -125,11 +138,27 @@ def snapshot(session: Session, state: State, own: Sequence[torch.Generator]) -> 
         "optimizer": session.raw.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "generators": generator_states(own),
+        "processes": [dict(states) for states in gathered],
     }
 
 
-def restore(session: Session, found: Mapping[str, Any], own: Sequence[torch.Generator]) -> State:
+def restore(
+    session: Session,
+    found: Mapping[str, Any],
+    own: Sequence[torch.Generator],
+    augmenting: torch.Generator | None = None,
+) -> State:
     """Go on from a snapshot.
+
+    Each process restores its own generators. If the file holds those of one process only (it was written between two
+    epochs' ends, or by another number of processes), the augmentations of the others are drawn anew, so that no two
+    processes draw the same.
+
+    Args:
+        session: the model and its optimizer.
+        found: what ``snapshot`` returned.
+        own: generators that the run draws from beside the global ones.
+        augmenting: the one among them that augmentations are drawn from.
 
     Raises:
         SpecError: it was made with other settings.
@@ -148,5 +177,12 @@ def restore(session: Session, found: Mapping[str, Any], own: Sequence[torch.Gene
     session.raw.load_state_dict(found["optimizer"])  # after the adaptation, which scales rates as it begins a phase
     if found["scaler"] is not None and session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(found["scaler"])
+    state = State(**{**found["state"], "selection": Selection(**found["state"]["selection"])})
+    rank, world = session.part
+    if len(found.get("processes", ())) == world:
+        restore_generators(found["processes"][rank], own)
+        return state
     restore_generators(found["generators"], own)
-    return State(**{**found["state"], "selection": Selection(**found["state"]["selection"])})
+    if augmenting is not None and rank > 0:
+        augmenting.manual_seed(augmenting.initial_seed() + rank * (state.step + 1))
+    return state

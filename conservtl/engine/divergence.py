@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Losses:
 
     def add(self, loss: Tensor, batch: Batch, number: int, step: int) -> None:
         """The mean loss of a batch: the ``number``-th of its epoch, a part of step ``step``."""
-        self._waiting.append((loss.detach(), batch, number, step))
+        self._waiting.append((loss.detach(), replace(batch, content=None), number, step))  # its memory is free again
         if len(self._waiting) >= self._every:
             self.look()
 

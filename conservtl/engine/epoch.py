@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.engine.batching import Batch, Held, Streamed
+from conservtl.engine.batching import Batch, Held, Streamed, Waiting
 from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses, check_weights
 from conservtl.engine.evaluation import Functions
@@ -52,10 +52,11 @@ class Learner:
         self.session, self.settings = session, session.training
         self.functions, self.batches, self.steps, self.augment = functions, batches, steps, augment
         self.generators = list(batches.generators)
+        self.augmenting: torch.Generator | None = None
         if augment is not None:
-            own = torch.Generator(session.device)
-            own.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
-            self.generators.append(own)
+            self.augmenting = torch.Generator(session.device)
+            self.augmenting.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
+            self.generators.append(self.augmenting)
         self._keeps = keeps and augment is None and session.part[1] == 1
         self._kept: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None
@@ -106,7 +107,7 @@ class Learner:
             size = len(group)
             for number in range(1, size + 1):
                 with nullcontext() if number == size else session.no_sync():
-                    self._backward(group.pop(0), number, size)  # out of the list: its memory serves the next batch
+                    self._backward(group.pop(0)(), number, size)  # on the device one at a time
             session.step()
             state.batch += size
             state.step += 1
@@ -132,15 +133,15 @@ class Learner:
             self._kept.remove()
             self._kept = None
 
-    def _batches_left(self) -> Iterator[Batch]:
+    def _batches_left(self) -> Iterator[Waiting]:
         """The epoch's batches; in an epoch gone on with, its order is drawn again before time goes on."""
         state = self.state
         if not state.batch:
             state.drawn = generator_states(self.generators)
-            return self.batches.epoch()
+            return self.batches.waiting()
         now = generator_states(self.generators)
         restore_generators(state.drawn, self.generators)
-        left = self.batches.epoch(skip=state.batch)
+        left = self.batches.waiting(skip=state.batch)
         restore_generators(now, self.generators)
         return left
 
@@ -151,13 +152,19 @@ class Learner:
         self.session.backward(loss if size == 1 else loss / size)
 
     def _loss(self, batch: Batch) -> Tensor:
-        content = batch.content if self.augment is None else self.augment(batch.content, self.generators[-1])
+        content = batch.content
+        if self.augment is not None and self.augmenting is not None:
+            content = self.augment(content, self.augmenting)
         source = self._source.of(batch) if self._source is not None else None
         with nullcontext() if self._kept is None else self._kept.serving(batch.index):
             return self.session.loss(self.functions, content, source)
 
 
-def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Batches whose gradients make one step; the last group may be smaller, whether or not a length is known."""
+def _groups(batches: Iterator[Waiting], size: int) -> Iterator[list[Waiting]]:
+    """Yield batches whose gradients make one step.
+
+    The last group may be smaller, and data may have no length, so each group is read ahead before its first batch is
+    put on the device: the mean needs its size.
+    """
     while group := list(islice(batches, size)):
         yield group

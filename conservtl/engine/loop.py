@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batching import Contents, Held, Streamed, as_batches
-from conservtl.engine.checkpoint import Checkpoints, State, restore, snapshot
+from conservtl.engine.checkpoint import Checkpoints, State, gather_generators, restore, snapshot
 from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.finalize import Ended, finish
@@ -156,13 +156,13 @@ def fit(
         steps = total_steps(settings, batches.count())
         learner = Learner(session, functions, batches, steps, augment, keep_frozen_outputs)
         if found is not None:
-            learner.go_on_from(restore(session, found, learner.generators))
+            learner.go_on_from(restore(session, found, learner.generators, learner.augmenting))
         state = learner.state
         begun -= state.seconds
 
-        def save(*, now: bool) -> None:
+        def save(*, now: bool, gathered: Sequence[Mapping[str, Any]] = ()) -> None:
             state.seconds = time.perf_counter() - begun
-            store.save(lambda: snapshot(session, state, learner.generators), now=now)
+            store.save(lambda: snapshot(session, state, learner.generators, gathered), now=now)
 
         bar = Progress(steps, state.step, shown=progress and main)
         try:
@@ -178,7 +178,8 @@ def fit(
                     _close(learner, *held_out, time.perf_counter() - begun)
                     bar.show(state.history[-1])
                     store.write_history(state.history)
-                    save(now=stop.asked or not _goes_on(learner, phases))
+                    gathered = gather_generators(session, learner.generators) if folder is not None else ()
+                    save(now=stop.asked or not _goes_on(learner, phases), gathered=gathered)
                     if stop.asked:
                         raise KeyboardInterrupt
                     if tell is not None:
@@ -252,7 +253,7 @@ def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_
 
 def _training_batches(session: Session, train: Any) -> Held | Streamed:
     if isinstance(train, DataLoader) and session.part[1] > 1:
-        train = session.accelerator.prepare_data_loader(train)  # each process its own part
+        train = session.accelerator.prepare_data_loader(train, device_placement=False)  # each process its own part
     return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
 
 

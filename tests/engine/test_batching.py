@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import conservtl as ctl
 from conservtl.data import Examples
-from conservtl.engine.batching import Held, Streamed, as_batches
+from conservtl.engine.batching import Batch, Held, Streamed, as_batches
+from conservtl.engine.checkpoint import State
+from conservtl.engine.divergence import Losses
 
 CPU = torch.device("cpu")
 
@@ -128,3 +134,81 @@ def test_data_errors(plain, make, message):
     """Each says what came and what would do."""
     with pytest.raises(ctl.DataError, match=message):
         ctl.fit(plain(), make(), training=ctl.Training(epochs=1))
+
+
+class Recorded:
+    """A batch of a user's own that knows how many of its kind are on the device at once."""
+
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+    most: ClassVar[int] = 0
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def to(self, device, non_blocking=False):
+        moved = Recorded(self.inputs.to(device), self.labels.to(device))
+        Recorded.alive.add(moved)
+        Recorded.most = max(Recorded.most, len(Recorded.alive))
+        return moved
+
+
+class Unsized:
+    """Batches without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("make", [list, Unsized], ids=["with a length", "without one"])
+def test_one_batch_at_a_time_is_on_the_device(plain, data, make):
+    """While a group of batches is accumulated, its mean included, whose last group is smaller."""
+    Recorded.most = 0
+    batches = make([Recorded(x, y) for x, y in zip(data[0].split(10), data[1].split(10), strict=True)])
+    ours, theirs = plain(), plain()
+    options = {
+        "forward": lambda model, batch: model(batch.inputs),
+        "loss": lambda outputs, batch: F.cross_entropy(outputs, batch.labels),
+    }
+    training = ctl.Training(epochs=2, accumulate=3, lr=0.01)
+    assert ctl.fit(ours, batches, training=training, seed=0, **options).steps == 4
+    assert Recorded.most == 1
+    optimizer = theirs.optimizer(torch.optim.AdamW, lr=0.01)
+    torch.manual_seed(0)
+    theirs.model.train()
+    for group in ([0, 1, 2], [3, 4]) * 2:
+        for number in group:
+            rows = slice(10 * number, 10 * number + 10)
+            (F.cross_entropy(theirs.model(data[0][rows]), data[1][rows]) / len(group)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
+
+
+def test_one_batch_of_held_data_is_taken_at_a_time(plain, data, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    take = Held.take
+
+    def recorded(self, index):
+        content = take(self, index)
+        alive.add(content[0])
+        most.append(len(alive))
+        return content
+
+    monkeypatch.setattr(Held, "take", recorded)
+    ctl.fit(plain(), data, training=ctl.Training(epochs=1, batch_size=10, accumulate=5), keep_frozen_outputs=False)
+    assert most == [1] * 5
+
+
+def test_losses_that_wait_for_the_device_do_not_hold_batches():
+    """On a GPU 50 of them wait for a look."""
+    losses, inputs = Losses(State(), torch.device("cuda")), torch.ones(4, 3)
+    batch = Batch((inputs,), 4, torch.arange(4))
+    left = weakref.ref(inputs)
+    losses.add(torch.tensor(2.0), batch, 1, 1)
+    del batch, inputs
+    assert left() is None
+    losses.look()
+    assert (losses.state.total, losses.state.seen) == (8.0, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from contextlib import suppress
 
 import pytest
 import torch
@@ -49,6 +50,59 @@ def _process(rank, port, folder):
     found = weighed.model.state_dict(), weighed.measured["fisher"]
     torch.save((adaptation.model.state_dict(), result.steps, streamed.steps, *found), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _draw(rank, port, folder):
+    """Augmentations that each process draws: without a break, resumed, and resumed from a file of process 0 alone."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+
+    def run(stop=False, **options):
+        drawn = []
+
+        def augment(batch, generator):
+            drawn.append(torch.rand(1, generator=generator).item())
+            return batch
+
+        def tell(line):
+            if stop:
+                raise KeyboardInterrupt
+
+        training = ctl.Training(epochs=2, batch_size=4, device="cpu")
+        with suppress(KeyboardInterrupt):
+            ctl.fit(_adaptation(), _data(), training=training, seed=2, augment=augment, tell=tell, **options)
+        torch.distributed.barrier()
+        return drawn
+
+    whole = run()
+    begun = run(stop=True, out=f"{folder}/run")
+    file = f"{folder}/run/checkpoint.pt"
+    alone = torch.load(file, weights_only=True)
+    torch.distributed.barrier()
+    rest = run(out=f"{folder}/run", resume=True)
+    if rank == 0:
+        torch.save({key: value for key, value in alone.items() if key != "processes"}, file)
+    torch.distributed.barrier()
+    anew = run(out=f"{folder}/run", resume=True)
+    torch.save((whole, begun, rest, anew), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_each_process_goes_on_with_its_own_augmentations(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_draw, (port, str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for whole, begun, rest, anew in parts:
+        assert begun + rest == whole
+        assert len(anew) == len(rest) > 0
+    assert not set(parts[0][0]) & set(parts[1][0])
+    assert parts[0][3] == parts[0][2]
+    assert not set(parts[0][3]) & set(parts[1][3])
+    assert not set(parts[1][0]) & set(parts[1][3]), "nor what was drawn before"
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import conservtl as ctl
@@ -146,6 +147,61 @@ def test_another_plan_is_refused(plain, data, tmp_path):
     _run(plain, data, {}, out=tmp_path)
     with pytest.raises(ctl.PlanError, match="another plan"):
         _run(plain, data, {"strategies": [ctl.L2SP(alpha=0.1)]}, out=tmp_path, resume=True)
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_its_default(plain, data, same, interrupting, tmp_path):
+    whole, _ = _run(plain, data, {})
+    with pytest.raises(KeyboardInterrupt):
+        _run(plain, data, {}, out=tmp_path, forward=interrupting(6))
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del checkpoint["settings"]["select"], checkpoint["processes"]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    resumed, _ = _run(plain, data, {}, out=tmp_path, resume=True)
+    assert same(resumed.model, whole.model)
+    with pytest.raises(ctl.SpecError, match=r"training\.select=None, but now it is .*accuracy"):
+        _run(plain, data, {"training": {"select": "accuracy"}}, out=tmp_path, resume=True)
+
+
+def test_the_scalers_state_is_restored(plain, data, same, interrupting, tmp_path):
+    """In fp16: its scale grows every third step, and goes on growing from where it was."""
+
+    def accelerator():
+        found = Accelerator(cpu=True)
+        found.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        return found
+
+    ends = {"whole": accelerator(), "stopped": accelerator(), "resumed": accelerator()}
+    whole, _ = _run(plain, data, {}, accelerator=ends["whole"])
+    with pytest.raises(KeyboardInterrupt):
+        _run(plain, data, {}, out=tmp_path, forward=interrupting(7), accelerator=ends["stopped"])
+    resumed, _ = _run(plain, data, {}, out=tmp_path, resume=True, accelerator=ends["resumed"])
+    assert same(resumed.model, whole.model)
+    states = {name: end.scaler.state_dict() for name, end in ends.items()}
+    assert states["stopped"]["scale"] == 8 * 2**2
+    assert states["whole"]["scale"] == 8 * 2**5
+    assert states["resumed"] == states["whole"]
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(plain, data, same, monkeypatch, interrupting, tmp_path):
+    """Half of a file never stands where a checkpoint is looked for, nor beside it."""
+    whole, _ = _run(plain, data, {})
+    with pytest.raises(KeyboardInterrupt):
+        _run(plain, data, {}, out=tmp_path, forward=interrupting(6))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def torn(content, path):
+        path.write_bytes(b"PK half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("conservtl.engine.checkpoint.torch.save", torn)
+        with pytest.raises(OSError, match="No space left"):
+            _run(plain, data, {}, out=tmp_path, resume=True)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after["checkpoint.pt"] == before["checkpoint.pt"]
+    assert after.keys() == before.keys()
+    resumed, _ = _run(plain, data, {}, out=tmp_path, resume=True)
+    assert same(resumed.model, whole.model)
 
 
 def test_no_checkpoint(plain, data, tmp_path):
