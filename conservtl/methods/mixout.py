@@ -1,4 +1,4 @@
-"""Mixout: dropout whose zero is the source."""
+"""Mixout: dropout toward the source weights instead of zero."""
 
 from __future__ import annotations
 
@@ -8,36 +8,92 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from conservtl.bounds import NonNegativeInt, ProperShare
 from conservtl.kernels.deviation import placed
+from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Strategy
 from conservtl.plan.decision import Step, Update
 from conservtl.plan.plan import Plan
 
 __all__ = ["Mixout", "MixoutUpdate"]
 
+_PLAIN, _MASK = "plain:", "kept:"  # prefixes of keys in the update's state, saved with it
+_LEVELS = 1 << 16  # 16 random bits an element of a mask: a fifth of the time that a random float costs
 
-_PLAIN, _KEPT = "plain:", "kept:"
-_LEVELS = 1 << 16  # a mask's element costs 16 random bits: a fifth of the time that a random number costs
+
+class Mixout(Strategy):
+    r"""Train with a random part of the weights at their source values.
+
+    Forward passes in train mode and with gradients see
+
+    .. math:: \frac{(1 - M) \odot w^0 + M \odot w - p\,w^0}{1 - p} = w^0 + \frac{M \odot (w - w^0)}{1 - p}, \qquad
+        M \sim \operatorname{Bernoulli}(1 - p)
+
+    whose mean over masks is w; all other passes see w. A mask has one element for each element of a parameter and is
+    drawn for each step of the optimizer: all forward passes of one step, accumulated batches included, share it, and
+    so do all processes. p = 0 is plain training to the bit. Mixout acts as an L2 pull toward the source that grows
+    with p and with the curvature of the loss; it depends on neither the batch size nor the learning rate.
+
+    The model holds the mixed weights from the forward pass to the step. Saving or evaluating it in between restores
+    the plain ones, and so does ``adaptation.restore_weights()``. Penalties use the plain weights; only ``penalty()``
+    as a term of your own loss sees the mixed ones.
+
+    Measured: docs/methods.md.
+
+    Cost: memory for a second copy of the weights and for the masks between forward pass and step; six passes over the
+    weights a step, and drawing the masks. Sharded parameters are refused.
+
+    Reference:
+        Lee, Cho and Kang 2020, "Mixout: effective regularization to finetune large-scale pretrained language models",
+        equation 4.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> adaptation = ctl.adapt(model, {"weight": torch.zeros(1, 4)}, [ctl.Mixout(p=0.5)])
+        >>> optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> _ = model(torch.ones(1, 4))  # half of the weights at the source's 0, the others twice as far from it
+        >>> sorted(set(model.weight.flatten().tolist()))
+        [0.0, 2.0]
+        >>> adaptation.restore_weights()
+        >>> model.weight.tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+
+    kind: Literal["mixout"] = "mixout"
+    p: ProperShare = 0.7
+    """Share of the elements at their source values, rounded to 1/65,536."""
+    on: Coverage = "weights"
+    """weights: parameters of two dimensions or more that no norm owns. all: biases and norms too."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the masks."""
+
+    def apply(self, plan: Plan) -> Plan:
+        """Add the update."""
+        names = source_parameters(plan, self.on)
+        return plan.with_update(MixoutUpdate(by=self.label, names=names, p=self.p, seed=self.seed))
 
 
 class MixoutUpdate(Update):
-    """w0 + M (w - w0) / (1 - p) in place of w, from a training forward pass to the gradients."""
+    """w0 + M (w - w0) / (1 - p) in place of w, from a forward pass in train mode to the gradients."""
 
     kind: Literal["mixout"] = "mixout"
-    p: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the elements that are the source's, to 1/65,536."""
-    seed: Annotated[int, Field(ge=0)]
-    """Of the masks; the mask of a step depends on it and on the step's number alone, so every process draws the same
-    and a resumed run goes on with them."""
+    p: ProperShare
+    """Share of the elements at their source values, rounded to 1/65,536."""
+    seed: NonNegativeInt
+    """Seed of the masks. A mask depends on it and on the number of the step only: every process draws the same, and a
+    resumed run continues with the same masks."""
 
     forward: ClassVar[bool] = True
 
     def describe(self) -> str:
         """One line for the plan's table."""
-        return f"{self.p:g} of the elements of {len(self.names)} parameters at the source's values, drawn anew"
+        return f"{self.p:g} of the elements of {len(self.names)} parameters at source values, drawn for each step"
 
     def prepare(self, step: Step, state: dict[str, Tensor], training: bool) -> None:
-        """Mix for a training pass, unless they are mixed; put the plain weights back for any other."""
+        """Mix the weights for a pass in train mode, unless they are mixed; restore them for any other."""
         if not training:
             _restore(step, state)
             return
@@ -46,25 +102,25 @@ class MixoutUpdate(Update):
             if item.anchor is None or _PLAIN + item.name in state:
                 continue
             weight, anchor = item.parameter, placed(item.anchor, item.parameter)
-            if _KEPT + item.name not in state:
+            if _MASK + item.name not in state:
                 if weight.device not in generators:
                     generators[weight.device] = torch.Generator(weight.device)
                     generators[weight.device].manual_seed(self.seed * 1_000_003 + step.number)
-                state[_KEPT + item.name] = _mask(weight, self._dropped, generators[weight.device])
+                state[_MASK + item.name] = _draw_mask(weight, self._dropped, generators[weight.device])
             state[_PLAIN + item.name] = weight.clone()
-            weight.sub_(anchor).mul_(state[_KEPT + item.name].to(weight.device)).mul_(self._scale).add_(anchor)
+            weight.sub_(anchor).mul_(state[_MASK + item.name].to(weight.device)).mul_(self._scale).add_(anchor)
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Put the plain weights back, and make the gradients theirs: those of the mixed weights times M / (1 - p)."""
+        """Restore the plain weights, and turn the gradients into theirs: multiply by M / (1 - p)."""
         _restore(step, state)
         for item in step.moving:
-            kept = state.pop(_KEPT + item.name, None)
-            if kept is not None and item.parameter.grad is not None:
-                item.parameter.grad.mul_(kept.to(item.parameter.device)).mul_(self._scale)
+            mask = state.pop(_MASK + item.name, None)
+            if mask is not None and item.parameter.grad is not None:
+                item.parameter.grad.mul_(mask.to(item.parameter.device)).mul_(self._scale)
 
     @property
     def _dropped(self) -> int:
-        """How many of a mask element's levels mean the source's value."""
+        """Number of a mask element's levels that mean the source value."""
         return min(round(self.p * _LEVELS), _LEVELS - 1)
 
     @property
@@ -72,63 +128,17 @@ class MixoutUpdate(Update):
         return _LEVELS / (_LEVELS - self._dropped)
 
 
-def _mask(weight: Tensor, dropped: int, generator: torch.Generator) -> Tensor:
-    """True where the weight stays, laid out as it is."""
+def _draw_mask(weight: Tensor, dropped: int, generator: torch.Generator) -> Tensor:
+    """Return a mask, true for the elements that keep their value, in the memory layout of the weight."""
     words = torch.empty(-(-weight.numel() // 4), dtype=torch.int64, device=weight.device)
     levels = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: weight.numel()]
-    kept = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
-    return torch.ge(levels.view(weight.shape), dropped - _LEVELS // 2, out=kept)
+    mask = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
+    return torch.ge(levels.view(weight.shape), dropped - _LEVELS // 2, out=mask)
 
 
 def _restore(step: Step, state: dict[str, Tensor]) -> None:
+    """Restore plain weights if they are mixed."""
     for item in step.moving:
         plain = state.pop(_PLAIN + item.name, None)
         if plain is not None:
             item.parameter.copy_(plain)
-
-
-class Mixout(Strategy):
-    r"""Train with a random part of the weights at the source's values.
-
-    Forward passes in train mode and with gradients see
-
-    .. math:: \frac{(1 - M) \odot w^0 + M \odot w - p\,w^0}{1 - p} = w^0 + \frac{M \odot (w - w^0)}{1 - p}, \qquad
-        M \sim \operatorname{Bernoulli}(1 - p)
-
-    whose mean over masks is w; all others see w. A mask has an element for each of a parameter's, and is drawn anew for
-    every step of the optimizer: all forward passes of one step, accumulated batches included, share it, and so do all
-    processes. p = 0 is plain training to the bit. It acts as an L2 pull toward the source whose strength grows with p
-    and with the loss's curvature; it depends on neither the batch size nor the rate.
-
-    From the forward pass to the step the model holds the mixed weights. Saving or evaluating it in between puts the
-    plain ones back; ``adaptation.restore_weights()`` does so too. A pull toward the source goes by the plain weights;
-    only ``penalty()`` as a term of a loop's own loss sees the mixed ones.
-
-    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
-    new speaker with one and five recordings a word and for corrupted images: +0.1 ± 0.4, +0.2 ± 0.3 and +0.0 ± 0.7
-    (benchmarks/results/methods.md).
-
-    Cost: memory for the weights once more and for the masks between forward pass and step; six passes over the
-    weights, and the masks to draw. Not for sharded parameters.
-
-    Reference:
-        Lee, Cho and Kang 2020, "Mixout: effective regularization to finetune large-scale pretrained language models",
-        equation 4.
-    """
-
-    kind: Literal["mixout"] = "mixout"
-    p: Annotated[float, Field(ge=0, lt=1)] = 0.7
-    """Share of the elements at the source's values, to 1/65,536."""
-    on: Literal["weights", "all"] = "weights"
-    """weights: two dimensions or more and not owned by a norm. all: biases and norms too."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of the masks."""
-
-    def apply(self, plan: Plan) -> Plan:
-        """Add the update."""
-        names = tuple(
-            row.name
-            for row in plan.rows
-            if row.origin == "source" and not row.frozen and (self.on == "all" or row.kind == "weight")
-        )
-        return plan.with_update(MixoutUpdate(by=self.label, names=names, p=self.p, seed=self.seed))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
-from conservtl.methods.mixout import _mask
+from conservtl.methods.mixout import _draw_mask
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 0, 1, 0, 1])
@@ -67,7 +67,7 @@ def test_each_element_is_the_sources_or_is_scaled_away_from_it():
 def test_masks_hold_the_share_and_their_elements_are_independent(p):
     """Four elements come from one random word: neighbours must not agree more often than chance has it."""
     weight = torch.empty(257, 1031)
-    kept = _mask(weight, round(p * 65536), torch.Generator().manual_seed(0)).double()
+    kept = _draw_mask(weight, round(p * 65536), torch.Generator().manual_seed(0)).double()
     margin = 5 * (p * (1 - p) / weight.numel()) ** 0.5
     assert kept.mean() == pytest.approx(1 - p, abs=margin)
     for step in (1, 2, 3, 4, 1031):
@@ -79,7 +79,8 @@ def test_masks_hold_the_share_and_their_elements_are_independent(p):
 def test_a_mask_goes_by_the_element_however_it_lies_in_memory():
     plain = torch.empty(8, 4, 3, 3)
     masks = [
-        _mask(w, 30000, torch.Generator().manual_seed(0)) for w in (plain, plain.to(memory_format=torch.channels_last))
+        _draw_mask(w, 30000, torch.Generator().manual_seed(0))
+        for w in (plain, plain.to(memory_format=torch.channels_last))
     ]
     assert torch.equal(*masks)
     assert masks[1].stride() == plain.to(memory_format=torch.channels_last).stride()

@@ -1,16 +1,16 @@
-"""Radii learned on the validation part, once training is over."""
+"""Projection to radii that are learned on the validation part after training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from conservtl.bounds import Count, Positive
 from conservtl.errors import DataError, SpecError
 from conservtl.kernels.deviation import TINY, By, Norm, norms
 from conservtl.kernels.dtensor import place_like
@@ -23,29 +23,29 @@ __all__ = ["LearnedProjection"]
 
 
 class LearnedProjection(After):
-    """Projects each tensor to a radius that is learned on the validation loss of the projected model."""
+    """Project each tensor to a radius that is learned on the validation loss of the projected model."""
 
     kind: Literal["learned_projection"] = "learned_projection"
     names: tuple[str, ...]
-    """Parameters that are projected."""
+    """Parameters to project."""
     each: By
-    """What has a ball of its own; the radius is one a tensor."""
+    """Unit that has a ball; the radius is one for each tensor."""
     norm: Norm
-    """How the distance is measured."""
-    steps: Annotated[int, Field(ge=1)]
+    """Norm of the distance."""
+    steps: Count
     """Steps of Adam."""
-    rate: Annotated[float, Field(gt=0)]
-    """Its rate, for radii as shares of the distance gone."""
+    rate: Positive
+    """Adam's learning rate, for radii as shares of the distance covered in training."""
 
     scored: ClassVar[bool] = True
-    shards: ClassVar[bool] = False  # a sharded module takes no other weights for a call
+    shards: ClassVar[bool] = False  # functional_call cannot replace the weights of a sharded module
 
     def describe(self) -> str:
         """One line for the plan's table."""
         return f"{len(self.names)} parameters projected to radii learned on validation, {self.steps} steps"
 
     def finish(self, ending: FinishContext) -> dict[str, Any]:
-        """Learn the radii, and project."""
+        """Learn the radii, and project the weights."""
         if ending.valid is None or ending.objective is None:
             raise SpecError(
                 f"{self.by} learns on a validation part: pass finish(..., valid=batches), or give fit valid={{...}}."
@@ -57,11 +57,11 @@ class LearnedProjection(After):
         anchors = [place_like(ending.start[name], weight) for name, weight in zip(self.names, weights, strict=True)]
         moved = [weight - anchor for weight, anchor in zip(weights, anchors, strict=True)]
         sizes = norms(moved, self.each, self.norm)
-        reach = [size.max() for size in sizes]
+        furthest = [size.max() for size in sizes]
         keys = [f"model.{raw[name]}" for name in self.names]
 
         def projected(shares: Tensor) -> list[Tensor]:
-            parts = zip(anchors, moved, sizes, reach, shares.unbind(), strict=True)
+            parts = zip(anchors, moved, sizes, furthest, shares.unbind(), strict=True)
             return [w0 + d * (share * far / size.clamp(min=TINY)).clamp(max=1) for w0, d, size, far, share in parts]
 
         shares = torch.zeros(len(weights), device=weights[0].device, requires_grad=True)
@@ -75,12 +75,12 @@ class LearnedProjection(After):
                 shares.detach().clamp_(0, 1)
         for weight, value in zip(weights, projected(shares.detach()), strict=True):
             weight.copy_(value)
-        found = (shares.detach() * torch.stack(reach)).tolist()
-        return {"radii": dict(zip(self.names, found, strict=True)), "shares": shares.detach().tolist()}
+        radii = (shares.detach() * torch.stack(furthest)).tolist()
+        return {"radii": dict(zip(self.names, radii, strict=True)), "shares": shares.detach().tolist()}
 
 
 class _Objective(nn.Module):
-    """The loss of a model on a batch, as a module whose parameters can be replaced for a call."""
+    """Loss of a model on a batch, as a module whose parameters can be replaced for one call."""
 
     def __init__(self, model: nn.Module, loss: Any) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ class _Objective(nn.Module):
         self._loss = loss
 
     def forward(self, batch: Any) -> Tensor:
-        found: Tensor = self._loss(self.model, batch)
-        return found
+        loss: Tensor = self._loss(self.model, batch)
+        return loss
 
 
 def _endless(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """So many batches, gone through again and again."""
+    """Yield this many batches, iterating as often as necessary."""
     left = count
     while left:
         before = left
