@@ -30,10 +30,30 @@ Overrides = Annotated[
 ]
 
 
+def _import(modules: list[str] | None) -> list[str] | None:
+    """Import the modules of --import before a spec is read."""
+    from conservtl.plugins import import_modules
+
+    import_modules(modules or ())
+    return modules
+
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_import,
+        help="Import strategies or tasks of your own: package.module or a path. Repeatable.",
+    ),
+]
+
+
 @app.command()
 def plan(
     spec: SpecFile,
     overrides: Overrides = None,
+    _imports: Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one row a parameter.")] = False,
 ) -> None:
     """Show what will happen to every layer; train nothing."""
@@ -54,6 +74,7 @@ def run(
         "runs/latest"
     ),
     overrides: Overrides = None,
+    _imports: Imports = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
 ) -> None:
@@ -84,6 +105,7 @@ def compare(
     spec: SpecFile,
     out: Out = Path("runs/compare"),
     overrides: Overrides = None,
+    _imports: Imports = None,
     processes: Processes = 1,
     dry_run: DryRun = False,
 ) -> None:
@@ -106,6 +128,7 @@ def sweep(
     spec: SpecFile,
     out: Out = Path("runs/sweep"),
     overrides: Overrides = None,
+    _imports: Imports = None,
     processes: Processes = 1,
     dry_run: DryRun = False,
 ) -> None:
@@ -123,6 +146,7 @@ def tune(
     spec: SpecFile,
     out: Out = Path("runs/tune"),
     overrides: Overrides = None,
+    _imports: Imports = None,
     dry_run: DryRun = False,
 ) -> None:
     """Search the fields that the spec marks with a range: alpha: {range: [1, 100], log: true}."""
@@ -143,6 +167,7 @@ def tune(
 def recommend(
     spec: SpecFile,
     overrides: Overrides = None,
+    _imports: Imports = None,
     write: Annotated[Path | None, typer.Option("--write", help="File for the recommended spec.")] = None,
 ) -> None:
     """Measure which strategies fit this data, and say why."""
@@ -160,6 +185,7 @@ def recommend(
 def lr_find(
     spec: SpecFile,
     overrides: Overrides = None,
+    _imports: Imports = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the picture: .html or .png.")] = None,
 ) -> None:
     """Suggest a learning rate: a range test on a copy of the model; nothing is changed."""
@@ -183,6 +209,7 @@ def lr_find(
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What run --out wrote.", show_default=False)],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings or images.", show_default=False)],
+    _imports: Imports = None,
 ) -> None:
     """Say what the adapted model hears or sees: file, label and probability, tab-separated."""
     from conservtl.experiments.run.bundle import load_adapted
@@ -192,7 +219,7 @@ def predict(
 
 
 @app.command()
-def schema() -> None:
+def schema(_imports: Imports = None) -> None:
     """Print the JSON schema of a spec, for editors."""
     from conservtl.experiments.spec.spec import schema as spec_schema
 

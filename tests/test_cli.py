@@ -77,6 +77,65 @@ def test_schema_is_json(monkeypatch, capsys):
     assert "L2SP" in json.loads(out)["$defs"]
 
 
+OWN_STRATEGY = """
+from typing import Literal
+import conservtl as ctl
+
+class HoldBiases(ctl.Strategy):
+    kind: Literal["hold_biases"] = "hold_biases"
+
+    def apply(self, plan):
+        biases = [row.name for row in plan.rows if row.kind == "bias"]
+        return plan.choose(self.label, "frozen", {name: {"frozen": True} for name in biases})
+"""
+
+
+@pytest.fixture
+def own_strategy(tmp_path, monkeypatch):
+    """A module in the working directory that registers a strategy; forgotten after the test."""
+    from conservtl import Strategy, plugins
+
+    (tmp_path / "own_strategy.py").write_text(OWN_STRATEGY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_IMPORTED", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    Strategy.named.pop("hold_biases", None)
+    sys.modules.pop("own_strategy", None)
+
+
+@pytest.mark.usefixtures("own_strategy")
+def test_a_strategy_of_ones_own_is_imported_by_name(spec, monkeypatch, capsys):
+    """A spec imports nothing by itself; the error says how."""
+    named = ["--set", "strategies=[{kind: hold_biases}]"]
+    code, _, err = call(monkeypatch, capsys, "plan", spec, *named)
+    assert code == 2
+    assert "'hold_biases' is none of auto_rgn" in err
+    assert "`--import package.module`" in err
+    code, out, _ = call(monkeypatch, capsys, "plan", spec, *named, "--import", "own_strategy")
+    assert code == 0
+    assert " 3 frozen" in out
+    code, out, _ = call(monkeypatch, capsys, "schema", "--import", "own_strategy")
+    assert "HoldBiases" in json.loads(out)["$defs"]
+
+
+@pytest.mark.usefixtures("own_strategy")
+def test_processes_import_what_the_command_line_imports(spec, tmp_path, monkeypatch, capsys):
+    asked = ["--set", "compare={targets: [cleo], seeds: 2, baselines: []}", "--set", "strategies=[{kind: hold_biases}]"]
+    words = [*asked, "--import", "own_strategy", "--processes", 2, "--out", tmp_path / "compare"]
+    code, _, err = call(monkeypatch, capsys, "compare", spec, *words)
+    assert code == 0, err
+
+
+@pytest.mark.usefixtures("own_strategy")
+@pytest.mark.parametrize("verb", ["plan", "run", "compare", "sweep", "tune", "recommend", "lr-find", "schema"])
+def test_every_verb_that_reads_a_spec_imports(verb, spec, monkeypatch, capsys):
+    words = [] if verb == "schema" else [spec]
+    code, _, err = call(monkeypatch, capsys, verb, *words, "--import", "no_such_module")
+    assert code == 2
+    assert "--import 'no_such_module': the module cannot be imported" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
