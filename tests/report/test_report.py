@@ -19,6 +19,8 @@ from conservtl import extras
 from conservtl.errors import MissingExtraError
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.spec.spec import parse_spec
+from conservtl.layers import Layer, ParameterInfo
+from conservtl.plan.plan import Phase, Plan
 from conservtl.report import sentence, write_html, write_json
 from conservtl.report.figures import canvas
 from conservtl.report.figures.drift import drift_by_layer
@@ -28,35 +30,31 @@ from conservtl.report.text import summary
 LAYERS = ("conv1", "conv2", "head")
 
 
-def row(layer, kind, *, depth=0.0, **fields):
-    shape = [8, 4, 3, 3] if kind == "weight" else [8]
-    return {
-        "name": f"{layer}.{kind}",
-        "layer": layer,
-        "depth": depth,
-        "shape": shape,
-        "kind": kind,
-        "origin": "source",
-        "reason": None,
-        "frozen": False,
-        "lr": None,
-        "scale": 1.0,
-        "pull": 0.1,
-        "decay": None,
-        "mode": "coupled",
-    } | fields
+def a_plan(layers=LAYERS, *, phases=True):
+    """Convolutions of 296 parameters each: "conv1" frozen, "head" fresh, the others pulled toward the source."""
+    parts = {
+        layer: [ParameterInfo(f"{layer}.weight", (8, 4, 3, 3), "weight"), ParameterInfo(f"{layer}.bias", (8,), "bias")]
+        for layer in layers
+    }
+    names = {layer: [part.name for part in found] for layer, found in parts.items()}
+    shapes = {part.name: part.shape for layer, found in parts.items() if layer != "head" for part in found}
+    plan = Plan.draw(
+        [Layer(layer, tuple(found), (layer,)) for layer, found in parts.items()],
+        shapes,
+        dict.fromkeys(names["head"], "shape differs"),
+    )
+    plan = plan.choose("LayerTransfer", "frozen", {name: {"frozen": True} for name in names.get("conv1", ())})
+    pulled = [name for layer in layers if layer not in ("conv1", "head") for name in names[layer]]
+    plan = plan.choose("L2SP", "pull", {name: {"pull": 0.1} for name in pulled})
+    plan = plan.choose("L2SP", "decay", {name: {"decay": 0.01} for name in names["head"]})
+    if phases:
+        head = Phase(name="head", epochs=2, frozen=tuple(names["conv2"]))
+        plan = plan.with_phases("GradualUnfreezing", [head, Phase(scale=0.5)])
+    return plan.model_dump(mode="json")
 
 
-def a_report(layers=LAYERS, **changes):
+def a_report(layers=LAYERS, *, phases=True, **changes):
     """Everything a run can say: conv1 frozen, a fresh head, source and target measured."""
-    rows = []
-    for place, layer in enumerate(layers):
-        fields = {"depth": place / (len(layers) - 1)}
-        if layer == "conv1":
-            fields |= {"frozen": True, "pull": None}
-        if layer == "head":
-            fields |= {"origin": "fresh", "reason": "shape differs", "pull": None, "decay": 0.01}
-        rows += [row(layer, "weight", **fields), row(layer, "bias", **fields)]
     labels = ["zero", "one", "two"]
     return {
         "target": "jackson",
@@ -74,13 +72,7 @@ def a_report(layers=LAYERS, **changes):
             "source": None,
         },
         "drift": {layer: 0.01 * place for place, layer in enumerate(layers) if layer != "head"},
-        "plan": {
-            "rows": rows,
-            "phases": [
-                {"name": "head", "epochs": 2, "frozen": ["conv2.weight", "conv2.bias"], "scale": 1.0},
-                {"name": "all", "epochs": None, "frozen": [], "scale": 0.5},
-            ],
-        },
+        "plan": a_plan(layers, phases=phases),
         "spec": {"task": "speech", "seed": 0, "data": {"target": "jackson", "shots": 5}},
         "environment": {"conservtl": "0.1.0", "torch": "2.11.0", "device": "cpu"},
         "seconds": {"source": 20.1, "adapt": 14.2, "total": 36.0},
@@ -232,9 +224,8 @@ class TestPage:
     def test_names_are_text_whatever_they_hold(self, tmp_path):
         """In tables, in pictures and in what a screen reader says."""
         evil = "<script>alert('$x$')</script>"
-        report = a_report(layers=("conv1", evil, "head"), target=evil, spec={"task": evil})
+        report = a_report(layers=("conv1", evil, "head"), phases=False, target=evil, spec={"task": evil})
         report["per_class"]["target"]["labels"] = [evil, "$x_1$", "日本語"]
-        report["plan"]["phases"] = []
         html = page(tmp_path, report, a_history())
         assert "<script" not in html
         assert "&lt;script&gt;" in html
@@ -288,16 +279,14 @@ class TestPage:
 
     def test_sixty_layers(self, tmp_path):
         layers = ("conv1", *(f"encoder.layers.{i}.attention.out_proj" for i in range(58)), "head")
-        report = a_report(layers=layers)
-        report["plan"]["phases"] = []
+        report = a_report(layers=layers, phases=False)
         html = page(tmp_path, report)
         assert "60 layers" in html
         assert "e.l.57.attention.out_proj" in html
         assert "encoder.layers.57.attention.out_proj" in html
 
     def test_hundreds_of_layers_name_some(self):
-        report = a_report(layers=[f"layer{i}" for i in range(300)])
-        report["plan"]["phases"] = []
+        report = a_report(layers=[*(f"layer{i}" for i in range(299)), "head"], phases=False)
         picture = drift_by_layer(report)
         assert "every 5th named" in picture.svg
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, shorten
 from conservtl.report.text.metrics import number
-from conservtl.report.text.summary import plan_of
+from conservtl.report.text.summary import read_plan
 
 __all__ = ["drift_by_layer"]
 
@@ -49,7 +49,7 @@ def drift_by_layer(report: Mapping[str, Any]) -> Picture | None:
 
 def _bars(report: Mapping[str, Any]) -> list[Bar]:
     drift = {str(layer): number(value) for layer, value in (report.get("drift") or {}).items()}
-    plan = plan_of(report)
+    plan = read_plan(report)
     if plan is None:
         return [Bar(layer, 100 * value, "trained") for layer, value in drift.items() if value is not None]
     trained = set(plan.trained)

@@ -8,7 +8,7 @@ from typing import Any
 from conservtl.report.figures.canvas import Picture, draw
 from conservtl.report.figures.lines import DOMAINS, Points, draw_lines
 from conservtl.report.text.metrics import Metric, headline, number
-from conservtl.report.text.summary import plan_of
+from conservtl.report.text.summary import read_plan
 
 __all__ = ["kept_point", "weight_path"]
 
@@ -55,7 +55,7 @@ def _caption(report: Mapping[str, Any], metric: Metric, kept: float | None) -> s
     parts = [f"{name} ({metric.better} is better) of {between}{on}, without further training."]
     if kept is not None:
         parts.append(f"The rings are what was kept, t\u00a0=\u00a0{kept:g}.")
-    plan = plan_of(report)
+    plan = read_plan(report)
     if plan is not None and plan.fresh:
         parts.append("What is new is as trained all along, so only the rest starts at the source.")
     return " ".join(parts)

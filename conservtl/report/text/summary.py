@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from conservtl.plan.plan import Plan
-from conservtl.plan.row import Row
 from conservtl.report.text.metrics import Verdict, headline, number, pair
 
-__all__ = ["costly", "duration", "origin", "plan_of", "sentence", "verdict"]
+__all__ = ["costly", "duration", "origin", "read_plan", "sentence", "verdict"]
 
 
 def sentence(report: Mapping[str, Any]) -> str:
@@ -72,18 +71,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def plan_of(report: Mapping[str, Any]) -> Plan | None:
-    """The plan a report holds, as the terminal's table reads it; None where there is none."""
-    plan = report.get("plan") or {}
-    if not plan.get("rows"):
-        return None
-    rows = [{key: value for key, value in row.items() if key in Row.model_fields} for row in plan["rows"]]
-    for row in rows:
-        if row.get("origin", "source") == "source":
-            row["source_shape"] = row["shape"]
-        elif row.get("reason") is None:
-            row["reason"] = "not in the source"
-    return Plan.model_validate({**{key: plan[key] for key in Plan.model_fields if plan.get(key)}, "rows": rows})
+def read_plan(report: Mapping[str, Any]) -> Plan | None:
+    """Return the plan of a report; None if it has none."""
+    plan = report.get("plan")
+    return Plan.model_validate(plan) if plan else None
 
 
 def _target(report: Mapping[str, Any]) -> str:
@@ -133,7 +124,7 @@ def _agreement(report: Mapping[str, Any]) -> str:
 def _cost(report: Mapping[str, Any]) -> str:
     seconds = number((report.get("seconds") or {}).get("adapt"))
     within = "" if seconds is None else f" in {duration(seconds)}"
-    plan = plan_of(report)
+    plan = read_plan(report)
     if plan is None:
         return f"Trained{within}." if within else ""
     total = plan.totals()

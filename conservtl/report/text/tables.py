@@ -9,7 +9,7 @@ from typing import Any
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import HEADER, beside, lines
 from conservtl.report.text.metrics import Verdict, measured, number, pair, signless
-from conservtl.report.text.summary import plan_of
+from conservtl.report.text.summary import read_plan
 
 __all__ = ["Number", "PlanTable", "agreement", "before_after", "plan_table"]
 
@@ -91,7 +91,7 @@ def agreement(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
     """The table a plan prints, by layer; None where the report holds no plan."""
-    plan = plan_of(report)
+    plan = read_plan(report)
     if plan is None:
         return None
     reasons = {layer: "; ".join(dict.fromkeys(r.reason for r in rows if r.reason)) for layer, rows in plan.by_layer()}
