@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from conservtl.extras import require
@@ -52,7 +53,6 @@ _STYLE = {
     "text.parse_math": False,
     "text.usetex": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "conservtl",
 }
 
 
@@ -75,16 +75,16 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> st
     """Draw on a figure of the page's width and return it as an ``<svg>`` element.
 
     Args:
-        name: prefix of every id in the drawing, unique on the page.
+        name: unique on the page, so that ids of two drawings differ.
         alt: what a screen reader says in its place.
         height: inches.
         paint: draws on the figure it is given.
     """
-    with _style():
+    with _style({"svg.hashsalt": name}):
         out = io.StringIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         _painted(height, paint).savefig(out, format="svg", metadata=metadata)
-    return _embed(out.getvalue(), name, alt)
+    return _embed(out.getvalue(), alt)
 
 
 def draw_png(height: float, paint: Callable[[Any], None]) -> bytes:
@@ -94,7 +94,7 @@ def draw_png(height: float, paint: Callable[[Any], None]) -> bytes:
         height: inches.
         paint: draws on the figure it is given.
     """
-    with _style():
+    with _style({}):
         out = io.BytesIO()
         _painted(height, paint).savefig(out, format="png", dpi=150, facecolor="white")
     return out.getvalue()
@@ -138,34 +138,23 @@ def shorten(name: str, length: int) -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def _style(more: Mapping[str, Any]) -> Iterator[None]:
     """This look whatever the reader's own matplotlibrc says, which is as it was afterwards."""
     matplotlib = require("matplotlib", "report")
     with matplotlib.rc_context(), warnings.catch_warnings():
         # The reader's browser has the signs that the bundled font lacks; text stays text here.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(_STYLE | dict(more))
         yield
 
 
-def _embed(svg: str, name: str, alt: str) -> str:
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # A style element inside the drawing would hold for the whole page; the page has it in its own.
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+def _embed(svg: str, alt: str) -> str:
+    """Return the drawing as an element of a page, without what belongs to a file of its own."""
     svg = svg[svg.index("<svg") :].strip()
-    # Text of the drawing has no angle brackets left in it, so only tags are rewritten.
-    svg = re.sub(r"<[^>]+>", lambda tag: _prefix(tag[0], name), svg)
-    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-def _prefix(tag: str, name: str) -> str:
-    if tag.startswith("<svg"):
-        # Inside HTML the name spaces are known, and the size is the page's to choose.
-        tag = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", tag)
-    tag = re.sub(r'(\sid=")', rf"\g<1>{name}-", tag)
-    tag = re.sub(r'(href="#)', rf"\g<1>{name}-", tag)
-    tag = re.sub(r"(url\(#)", rf"\g<1>{name}-", tag)
-    return re.sub(r"\s*font-family: [^;\"]*;?", "", tag)
+    # Comments, and a style element that would hold for the whole page.
+    svg = re.sub(r"<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    # Names of groups ("axes_1") repeat in every drawing. Ids that are referred to are hashed with `svg.hashsalt`.
+    svg = re.sub(r'(<\w+[^<>]*?)\sid="[\w.]+_\d+"', r"\1", svg)
+    view = re.search(r'viewBox="[^"]*"', svg)
+    return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{escape(alt)}" {view[0] if view else ""}>', svg, count=1)

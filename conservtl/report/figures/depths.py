@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, Picture, bare, draw, shorten
-from conservtl.report.figures.labels import spread
+from conservtl.report.figures.labels import legend_beside
 from conservtl.report.text.intervals import Span, share
 
 __all__ = ["FORMS", "Points", "by_depth", "curve"]
@@ -17,14 +17,13 @@ Points = dict[int, Span]
 FORMS = {"AnB": "held (AnB)", "AnB+": "fine-tuned (AnB+)", "BnB": "control, held (BnB)", "BnB+": "control (BnB+)"}
 
 # Colours of Okabe and Ito's palette that stand for no domain.
-_LOOKS = {
+_LOOKS: dict[str, dict[str, Any]] = {
     "AnB": {"color": "#009E73", "linestyle": "-", "marker": "o", "linewidth": 2.0},
     "AnB+": {"color": "#A0457B", "linestyle": "--", "marker": "s", "linewidth": 2.0},
     "BnB": {"color": GREY, "linestyle": "-", "marker": "", "linewidth": 1.1},
     "BnB+": {"color": GREY, "linestyle": ":", "marker": "", "linewidth": 1.3},
 }
 _HEIGHT = 3.3
-_LINE = 13.0  # points from one name to the next
 _TICKS = 22  # numbers that fit under one panel
 
 
@@ -55,10 +54,10 @@ def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
     def paint(figure: Any) -> None:
         panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
         for axes, (side, curves) in zip(panels, sides.items(), strict=True):
-            _panel(axes, curves, before)
+            lines = _panel(axes, curves, before)
             _ticks(axes, side, layers)
         panels[0].set_ylabel(f"{domain} accuracy (%)", labelpad=7)
-        _names(figure, panels[-1], list(sides.values())[-1], before)
+        legend_beside(panels[-1], lines)
 
     names = {"target": "How far layers transfer", "source": "What is left of the source"}
     alt = f"{domain} accuracy over the number of layers transferred, from {' and '.join(sides)} side."
@@ -66,19 +65,26 @@ def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
     return Picture(names[domain], _caption(sides, domain), svg)
 
 
-def _panel(axes: Any, curves: Mapping[str, Points], before: Span | None) -> None:
+def _panel(axes: Any, curves: Mapping[str, Points], before: Span | None) -> list[tuple[Any, str, str]]:
+    """Draw one side's curves; return the entries of a legend."""
+    entries = []
     for form, points in curves.items():
         look = _LOOKS[form]
         places, spans = list(points), list(points.values())
         style = {"markevery": -(-len(places) // 15), "zorder": 2 if look["marker"] else 1.5, "clip_on": False}
-        axes.plot(places, [span.mean for span in spans], **style, **look)
+        (line,) = axes.plot(places, [span.mean for span in spans], label=FORMS[form], **style, **look)
+        control = look["color"] == GREY
+        entries.append((line, "#6B6B6B" if control else look["color"], "normal" if control else "bold"))
         if any(span.certain for span in spans):
             ends = [span.low for span in spans], [span.high for span in spans]
             axes.fill_between(places, *ends, color=look["color"], alpha=0.16, linewidth=0)
     if before is not None:
-        axes.axhline(before.mean, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+        dashes = (0, (5, 4))
+        line = axes.axhline(before.mean, color=INK, linewidth=0.9, linestyle=dashes, zorder=1, label="source as it is")
+        entries.append((line, INK, "normal"))
     bare(axes, grid="y")
     axes.spines["bottom"].set_visible(True)
+    return entries
 
 
 def _ticks(axes: Any, side: str, layers: Sequence[str]) -> None:
@@ -90,35 +96,6 @@ def _ticks(axes: Any, side: str, layers: Sequence[str]) -> None:
     axes.set_xticks(places, names, rotation=90, rotation_mode="anchor", ha="right", va="center", size=8.5)
     axes.set_xlim(-0.3, len(layers) + 0.3)
     axes.set_xlabel(f"layers transferred from the {side} side")
-
-
-def _names(figure: Any, axes: Any, curves: Mapping[str, Points], before: Span | None) -> None:
-    """Beside the last panel, at the height of each line's end."""
-    ends = [(FORMS[form], list(points.values())[-1].mean, _LOOKS[form]["color"]) for form, points in curves.items()]
-    if before is not None:
-        ends.append(("source as it is", before.mean, INK))
-    # Room for the widest name, before heights are read off the finished layout.
-    axes.annotate(" " * 42, (1, 0.5), xycoords="axes fraction", annotation_clip=False)
-    figure.draw_without_rendering()
-    frame = axes.get_window_extent()
-    heights = [72 / figure.dpi * (axes.transData.transform((0, end))[1] - frame.y0) for _, end, _ in ends]
-    for (name, end, colour), old, new in zip(
-        ends, heights, spread(heights, _LINE, 4.0, 72 / figure.dpi * frame.height - 4), strict=True
-    ):
-        quiet = colour == GREY
-        text = axes.annotate(
-            name,
-            (1, end),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(16, new - old),
-            textcoords="offset points",
-            color="#6B6B6B" if quiet else colour,
-            weight="normal" if quiet or colour == INK else "bold",
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkB": 0},
-        )
-        text.set_in_layout(False)
 
 
 def _caption(sides: Mapping[str, Mapping[str, Points]], domain: str) -> str:

@@ -36,7 +36,9 @@ def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: flo
     if min(values) >= 0:
         low = max(low, -0.04 * span)
     axes.set_ylim(low, high)
-    ends = _apart({domain: points[-1][1] for domain, points in lines.items()}, 0.075 * (high - low))
+    ends = {domain: points[-1][1] for domain, points in lines.items()}
+    close = len(ends) > 1 and max(ends.values()) - min(ends.values()) < 0.075 * (high - low)
+    upper = max(ends, key=lambda domain: ends[domain])
     last = max(points[-1][0] for points in lines.values())
     for domain, points in lines.items():
         colour, marker, style = _LOOKS[domain]
@@ -47,11 +49,12 @@ def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: flo
         digits = 1 if metric.share else 3
         axes.annotate(
             f"{domain} {points[-1][1]:.{digits}f}{unit}",
-            (last, ends[domain]),
+            (last, points[-1][1]),
             xytext=(10, 0),
             textcoords="offset points",
             color=colour,
-            va="center",
+            # Close ends: one name above its line and one below, so that they cannot cover each other.
+            va="center" if not close else "bottom" if domain == upper else "top",
             weight="bold",
             annotation_clip=False,
         )
@@ -61,13 +64,3 @@ def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: flo
     axes.set_ylabel(f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
     axes.yaxis.get_major_locator().set_params(nbins=7)
     bare(axes, grid="y")
-
-
-def _apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
-    """Heights of the names at the lines' ends, moved so that none covers another."""
-    order = sorted(heights, key=lambda domain: heights[domain])
-    moved = dict(heights)
-    if len(order) == 2 and (gap := heights[order[1]] - heights[order[0]]) < least:
-        moved[order[0]] -= (least - gap) / 2
-        moved[order[1]] += (least - gap) / 2
-    return moved

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conservtl.report.figures.canvas import PALE, Picture, bare, draw, shorten
-from conservtl.report.figures.labels import spread
+from conservtl.report.figures.labels import legend_beside
 from conservtl.report.text.intervals import Span
 from conservtl.report.text.variants import ORIGIN, Variant, variants
 
@@ -16,7 +16,6 @@ NAMED = 6
 """Variants of one's own that are drawn in full; the others, and most baselines, are thin lines without a name."""
 
 _NAME = 30
-_LINE = 13.0  # points from one name to the next
 _HEIGHT = 2.9  # inches of a panel
 _LINEAR = 0.5  # per cent: below, the axis of errors is linear, for 0 % has no place on a logarithmic one
 _TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -80,8 +79,9 @@ def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[int], named: set[
         if curve[-1][2].name not in named:
             axes.plot([n for n, _, _ in curve], [e.mean for _, e, _ in curve], color=PALE, linewidth=1.0, zorder=1)
     chosen = [curve for curve in curves if curve[-1][2].name in named]
-    for place, curve in enumerate(chosen):
-        _line(axes, curve, 1 + 0.06 * (place / max(1, len(chosen) - 1) - 0.5))
+    lines = [
+        _line(axes, curve, 1 + 0.06 * (place / max(1, len(chosen) - 1) - 0.5)) for place, curve in enumerate(chosen)
+    ]
     means = [error.mean for curve in chosen for _, error, _ in curve]
     low = max((tick for tick in _TICKS if tick <= min(means)), default=0)
     high = min((tick for tick in _TICKS if tick >= max(means)), default=100)
@@ -93,41 +93,19 @@ def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[int], named: set[
     axes.set_xlim(shots[0] / 1.12, shots[-1] * 1.12)
     bare(axes, grid="y")
     axes.spines["bottom"].set_visible(True)
-    _names(axes, chosen)
+    legend_beside(axes, lines)
 
 
-def _line(axes: Any, curve: Curve, aside: float) -> None:
-    """A method's line; a little to the side, so that bars of several do not cover each other."""
+def _line(axes: Any, curve: Curve, aside: float) -> tuple[Any, str, str]:
+    """Draw a method's line, moved a little so that error bars do not cover each other; return its legend entry."""
     row = curve[-1][2]
     places = [number * aside for number, _, _ in curve]
     means = [error.mean for _, error, _ in curve]
-    style = {"linewidth": 1.2, "zorder": 2} if row.baseline else {"linewidth": 1.8, "zorder": 2.5}
+    style: dict[str, Any] = {"linewidth": 1.2, "zorder": 2} if row.baseline else {"linewidth": 1.8, "zorder": 2.5}
     face = "white" if row.name == ORIGIN else row.colour
-    axes.plot(places, means, marker=row.shape, color=row.colour, markerfacecolor=face, clip_on=False, **style)
+    style |= {"marker": row.shape, "color": row.colour, "markerfacecolor": face, "clip_on": False}
+    (line,) = axes.plot(places, means, label=shorten(row.name, _NAME), **style)
     for x, (_, error, _) in zip(places, curve, strict=True):
         if error.certain:
             axes.errorbar([x], [error.mean], yerr=error.bars, fmt="none", ecolor=row.colour, alpha=0.45)
-
-
-def _names(axes: Any, curves: Sequence[Curve]) -> None:
-    """At the lines' ends, apart, tied to them."""
-    inside = axes.get_yaxis_transform()
-    height = 72 * (_HEIGHT - 0.7)
-    down = axes.transData.transform
-    whole = axes.transAxes.transform((0, 1))[1] - axes.transAxes.transform((0, 0))[1]
-    bottom = axes.transAxes.transform((0, 0))[1]
-    ends = [height * (down((1, curve[-1][1].mean))[1] - bottom) / whole for curve in curves]
-    for curve, end, moved in zip(curves, ends, spread(ends, _LINE, 0.0, height), strict=True):
-        row = curve[-1][2]
-        axes.annotate(
-            shorten(row.name, _NAME),
-            (1, curve[-1][1].mean),
-            xycoords=inside,
-            xytext=(22, moved - end),
-            textcoords="offset points",
-            color=row.ink,
-            weight="normal" if row.baseline else "bold",
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": row.colour, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkB": 0},
-        )
+    return line, row.ink, "normal" if row.baseline else "bold"

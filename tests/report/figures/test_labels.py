@@ -1,12 +1,13 @@
 """Names in pictures: none covers another, none covers a mark."""
 
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from conservtl.report.figures.labels import Box, place, spread
+from conservtl.report.figures.labels import Box, legend_beside, place
 
 AREA = Box(0, 0, 720, 330)
 marks = st.tuples(st.floats(10, 710), st.floats(10, 320))
@@ -42,21 +43,8 @@ class TestPlace:
         assert not any(one.meets(other) for one, other in combinations(boxes, 2))
 
 
-class TestSpread:
-    @given(st.lists(st.floats(0, 100), min_size=1, max_size=10))
-    def test_apart_in_order_and_within(self, heights):
-        moved = spread(heights, 10.0, 0.0, 100.0)
-        order = sorted(range(len(heights)), key=heights.__getitem__)
-        assert all(moved[b] - moved[a] >= 10 - 1e-9 for a, b in pairwise(order))
-        assert all(-1e-9 <= value <= 100 + 1e-9 for value in moved)
-
-    @given(st.floats(0, 40))
-    def test_what_is_apart_stays(self, start):
-        heights = [start + 30, start, start + 15]
-        assert spread(heights, 10.0, 0.0, 100.0) == pytest.approx(heights)
-
-    def test_two_at_one_height_share_the_way(self):
-        assert spread([50.0, 50.0], 10.0, 0.0, 100.0) == [45.0, 55.0]
-
-    def test_three_that_push_each_other_stay_around_their_mean(self):
-        assert spread([50.0, 51.0, 49.0], 10.0, 0.0, 100.0) == pytest.approx([50.0, 60.0, 40.0])
+def test_a_legend_lists_lines_from_the_highest_end_to_the_lowest():
+    axes = Figure().subplots()
+    lines = [axes.plot([0, 1], [9, end], label=name)[0] for name, end in (("middle", 2), ("low", 1), ("high", 3))]
+    legend_beside(axes, [(line, "#123456", "bold") for line in lines])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["high", "middle", "low"]
