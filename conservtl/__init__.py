@@ -25,7 +25,7 @@ from conservtl.methods import Strategy, builtin_strategies
 from conservtl.methods.gradual_unfreezing import Stage
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Phase, Row
-from conservtl.source.read import TransferReport
+from conservtl.source.transfer import TransferReport
 from conservtl.weights.interpolation import interpolate, interpolation_path
 from conservtl.weights.recompute_bn import recompute_statistics
 from conservtl.weights.soup import soup

@@ -20,7 +20,7 @@ from conservtl.plan.decision import Measure, Search, View
 from conservtl.plan.plan import Plan
 from conservtl.runtime.measuring import check_importance, measure
 from conservtl.runtime.penalty_runner import total_penalty
-from conservtl.source.read import TransferReport
+from conservtl.source.transfer import TransferReport
 
 __all__ = ["Adaptation"]
 

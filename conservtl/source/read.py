@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conservtl.errors import SourceError, did_you_mean
 from conservtl.layers import Layer, canonical, unwrap
 
-__all__ = ["Source", "SourceLike", "TransferReport", "read_source"]
+__all__ = ["Source", "SourceLike", "read_source"]
 
 
 SourceLike = str | Path | Mapping[str, Any] | nn.Module
@@ -97,29 +97,6 @@ class Source:
                     f"{self.where}: tensor {name!r} holds {bad} values that are NaN or infinite. A model cannot "
                     "be conserved from it: save the source again from a run that did not diverge."
                 )
-
-
-@dataclass(frozen=True)
-class TransferReport:
-    """What became of the source's tensors.
-
-    Args:
-        copied: names of the model's parameters and buffers that took a source value.
-        fresh: parameter name -> why it did not.
-        unused: source tensors that went nowhere.
-        notes: what was unwrapped, stripped or left aside while reading.
-    """
-
-    copied: tuple[str, ...]
-    fresh: dict[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        out = [f"copied {len(self.copied)} tensors, fresh {len(self.fresh)}, unused {len(self.unused)}", *self.notes]
-        out += [f"fresh  {name}: {reason}" for name, reason in self.fresh.items()]
-        out += [f"unused {name}" for name in self.unused]
-        return "\n".join(out)
 
 
 def read_source(source: SourceLike) -> Source:

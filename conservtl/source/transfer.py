@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,32 @@ from torch import Tensor, nn
 from conservtl.compat import NormBase, reset_method
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
 from conservtl.plan.plan import Plan
-from conservtl.source.read import Source, TransferReport
+from conservtl.source.read import Source
 
-__all__ = ["transfer"]
+__all__ = ["TransferReport", "transfer"]
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What became of the source's tensors.
+
+    Args:
+        copied: names of the model's parameters and buffers that took a source value.
+        fresh: parameter name -> why it did not.
+        unused: source tensors that went nowhere.
+        notes: what was unwrapped, stripped or left aside while reading.
+    """
+
+    copied: tuple[str, ...]
+    fresh: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        out = [f"copied {len(self.copied)} tensors, fresh {len(self.fresh)}, unused {len(self.unused)}", *self.notes]
+        out += [f"fresh  {name}: {reason}" for name, reason in self.fresh.items()]
+        out += [f"unused {name}" for name in self.unused]
+        return "\n".join(out)
 
 
 @torch.no_grad()
