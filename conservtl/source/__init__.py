@@ -1,4 +1,4 @@
-"""Source weights: read safely, checked against the model's structure, copied by the plan."""
+"""Source weights: read safely, checked against the model's structure, copied as the plan says."""
 
 from conservtl.source.read import Source, SourceLike, read_source
 from conservtl.source.structure import check_structure

@@ -1,4 +1,4 @@
-"""Check that a model is built as the source model was."""
+"""Comparison of the model's structure with the source model's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _STRUCTURE = ("stride", "dilation", "groups", "num_groups", "num_heads", "transp
 
 
 def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = ()) -> None:
-    """Hold the model to the structure the source's weights were learned in.
+    """Raise unless the model has the structure in which the source's weights were learned.
 
-    Weights of the right shape mean something else under another stride, dilation, number of groups
-    or norm; a layer that is missing leaves those behind it with inputs they never saw.
+    Weights of the same shape compute another function with another stride, dilation, number of groups or norm. A
+    missing layer changes the inputs of all layers after it.
 
     Args:
         model: the model to adapt.
@@ -32,31 +32,31 @@ def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = 
     Raises:
         SourceError: a layer with parameters, or a norm, is missing or differs; the message names it.
     """
-    ours = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
-    for raw, theirs in unwrap(source).named_modules():
+    modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
+    for raw, source_module in unwrap(source).named_modules():
         name = canonical(raw)
-        holds = bool(list(theirs.parameters(recurse=False))) or is_norm(theirs)
-        if not holds or any(matches(glob, name) for glob in allow):
+        compared = bool(list(source_module.parameters(recurse=False))) or is_norm(source_module)
+        if not compared or any(matches(glob, name) for glob in allow):
             continue
-        if name not in ours:
+        if name not in modules:
             raise SourceError(
-                f"the model has no layer {name!r}, which the source has ({type(theirs).__name__}). Keep it, "
+                f"the model has no layer {name!r}, which the source has ({type(source_module).__name__}). Keep it, "
                 f"or allow the difference by name: allow=[{name!r}]."
             )
-        if found := _difference(ours[name], theirs):
+        if difference := _difference(modules[name], source_module):
             raise SourceError(
-                f"layer {name!r}: {found}. The source's weights were learned in another structure; build "
-                f"the model as the source was, or allow the difference by name: allow=[{name!r}]."
+                f"layer {name!r}: {difference}. The source's weights were learned in another structure. Build "
+                f"the model like the source, or allow the difference by name: allow=[{name!r}]."
             )
 
 
 def check_extensions(plan: Plan, source: nn.Module) -> None:
-    """Raise if modules of the source compute otherwise than their class does, and the plan does not say so.
+    """Raise unless the plan extends the modules that are extended in the source.
 
-    The source's weights would then be those of another model.
+    Without the extension, the model computes another function with the source's weights.
 
     Raises:
-        SourceError: the plan has no such extension; the message names the strategy to add.
+        SourceError: the plan lacks an extension; the message names the strategy to add.
     """
     planned = {extension.kind for extension in plan.extensions}
     for module in extended_modules(source).values():
@@ -67,20 +67,21 @@ def check_extensions(plan: Plan, source: nn.Module) -> None:
             )
 
 
-def _difference(ours: nn.Module, theirs: nn.Module) -> str | None:
-    if _family(ours) is not _family(theirs):
-        return f"norm {type(ours).__name__} here, {type(theirs).__name__} in the source"
-    if not is_norm(ours) and not list(ours.parameters()):
-        return f"{type(ours).__name__} without parameters here, {type(theirs).__name__} in the source"
+def _difference(module: nn.Module, source: nn.Module) -> str | None:
+    """Return the first structural difference, or None."""
+    if _norm_type(module) is not _norm_type(source):
+        return f"norm {type(module).__name__} here, {type(source).__name__} in the source"
+    if not is_norm(module) and not list(module.parameters()):
+        return f"{type(module).__name__} without parameters here, {type(source).__name__} in the source"
     for attribute in _STRUCTURE:
-        a, b = getattr(ours, attribute, None), getattr(theirs, attribute, None)
-        if a != b and a is not None and b is not None:
-            return f"{attribute} {a} here, {b} in the source"
+        here, there = getattr(module, attribute, None), getattr(source, attribute, None)
+        if here != there and here is not None and there is not None:
+            return f"{attribute} {here} here, {there} in the source"
     return None
 
 
-def _family(module: nn.Module) -> type | None:
-    """The kind of norm; a synchronised batch norm computes what the plain one does."""
+def _norm_type(module: nn.Module) -> type | None:
+    """Return the type of norm, None for other modules; all batch norms compute the same function."""
     if isinstance(module, BatchNormBase):
         return BatchNormBase
     return type(module) if is_norm(module) else None

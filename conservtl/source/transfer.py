@@ -1,4 +1,4 @@
-"""Carrying out the plan's origins: source values copied, fresh layers as handed in or initialised anew."""
+"""Transfer of the source's values, as the plan's origins say; fresh parameters keep their values or get new ones."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["TransferReport", "transfer"]
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What became of the source's tensors.
+    """Report of a transfer: which tensors were copied, and which were not.
 
     Args:
-        copied: names of the model's parameters and buffers that took a source value.
-        fresh: parameter name -> why it did not.
-        unused: source tensors that went nowhere.
-        notes: what was unwrapped, stripped or left aside while reading.
+        copied: names of the model's parameters and buffers that received a source value.
+        fresh: name of each other parameter -> the reason.
+        unused: names of source tensors that were not copied.
+        notes: entries of the source that were unwrapped or ignored, and the prefix that was stripped.
     """
 
     copied: tuple[str, ...]
@@ -44,17 +44,16 @@ class TransferReport:
 def transfer(
     model: nn.Module, layers: tuple[Layer, ...], plan: Plan, values: Mapping[str, Tensor], source: Source
 ) -> TransferReport:
-    """Give the model its starting point.
+    """Copy the source's values into a model.
 
-    Fresh means what the layer held when the model was handed in; where that is the source's own
-    value, it is initialised anew.
+    A fresh parameter keeps the value it has in ``model``; if that is the source's value, it is initialised again.
 
     Args:
         model: changed in place.
-        layers: its layers.
-        plan: whose origins are carried out.
+        layers: the model's layers.
+        plan: says for each parameter whether it is copied or fresh.
         values: parameter name -> source tensor.
-        source: where buffers come from too.
+        source: provides the buffers.
     """
     parameters = named_parameters(model)
     kinds = {row.name: row.kind for row in plan.rows if row.origin == "fresh"}
@@ -77,9 +76,9 @@ def transfer(
 
 
 def _stale(plan: Plan, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
-    """Fresh parameters that hold the source's own value.
+    """Return the fresh parameters that hold the source's value.
 
-    A constant (a bias of zeros) says nothing where its module's weights differ.
+    A constant, such as a bias of zeros, is no evidence if the weights of its module differ.
     """
     same = [
         row.name
@@ -94,12 +93,12 @@ def _constant(tensor: Tensor) -> bool:
     return bool((tensor == tensor.flatten()[:1]).all())
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return torch.equal(ours, theirs.to(ours.device, ours.dtype))
+def _same(tensor: Tensor, source: Tensor) -> bool:
+    return torch.equal(tensor, source.to(tensor.device, tensor.dtype))
 
 
 def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Copy the buffers of what came from the source; a fresh norm does not keep the source's statistics."""
+    """Copy the buffers of copied modules and return their names; reset a fresh norm with the source's statistics."""
     origin = {row.name: row.origin for row in plan.rows if not row.added}
     modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
     copied, stale = [], []
@@ -108,11 +107,11 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
         if isinstance(buffer, nn.Parameter) or name not in tensors or tensors[name].shape != buffer.shape:
             continue
         owner = name.rpartition(".")[0]
-        beside = [origin[n] for n in origin if n.rpartition(".")[0] == owner]
-        if not beside:
-            holder = layer_of(layers, owner)
-            beside = [origin[info.name] for info in holder.parameters if info.name in origin] if holder else []
-        if "fresh" not in beside:
+        origins = [origin[n] for n in origin if n.rpartition(".")[0] == owner]
+        if not origins:  # a module without parameters follows its layer
+            layer = layer_of(layers, owner)
+            origins = [origin[info.name] for info in layer.parameters if info.name in origin] if layer else []
+        if "fresh" not in origins:
             buffer.copy_(tensors[name])
             copied.append(name)
         elif name.rpartition(".")[2] == "running_mean" and _same(buffer, tensors[name]):
@@ -124,19 +123,19 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
 
 
 def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
-    """Initialise these parameters anew, each as its module does, and leave all others as they are.
+    """Initialise these parameters again, each as its module does; all others keep their values.
 
     Args:
         model: changed in place.
-        kinds: parameter name -> its kind.
+        kinds: name of a parameter to initialise -> its kind.
     """
     modules = {canonical(name): module for name, module in model.named_modules()}
     parameters = named_parameters(model)
     owners = {owner: modules[owner] for owner in dict.fromkeys(name.rpartition(".")[0] for name in kinds)}
-    anew = {id(parameters[name]) for name in kinds}
-    touched: list[Tensor] = [p for module in owners.values() for p in module.parameters() if id(p) not in anew]
-    touched += [b for module in owners.values() if isinstance(module, NormBase) for b in module.buffers()]
-    keep = [(tensor, tensor.detach().clone()) for tensor in touched]
+    chosen = {id(parameters[name]) for name in kinds}
+    others: list[Tensor] = [p for module in owners.values() for p in module.parameters() if id(p) not in chosen]
+    others += [b for module in owners.values() if isinstance(module, NormBase) for b in module.buffers()]
+    saved = [(tensor, tensor.detach().clone()) for tensor in others]
     for owner, module in owners.items():
         reset = reset_method(module)
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
@@ -149,13 +148,13 @@ def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
             reset()
         else:
             for name in (name for name in kinds if name.rpartition(".")[0] == owner):
-                _initialise_loose(parameters[name], kinds[name], name)
-    for tensor, value in keep:
+                _initialise_by_kind(parameters[name], kinds[name], name)
+    for tensor, value in saved:
         tensor.copy_(value)
 
 
-def _initialise_loose(parameter: nn.Parameter, kind: str, name: str) -> None:
-    """A parameter whose module does not say how: as in ViT for tokens and positions, in RMSNorm for gains."""
+def _initialise_by_kind(parameter: nn.Parameter, kind: str, name: str) -> None:
+    """Initialise a parameter of a module without a reset method: tokens as in ViT, gains as in RMSNorm."""
     if parameter.ndim >= 2:
         nn.init.trunc_normal_(parameter, std=0.02)
     elif kind == "norm" and "bias" not in name:
