@@ -52,7 +52,7 @@ from conservtl.plan.plan import Plan as Plan
 from conservtl.plan.row import Anneal as Anneal
 from conservtl.plan.row import Phase as Phase
 from conservtl.plan.row import Row as Row
-from conservtl.source.read import TransferReport as TransferReport
+from conservtl.source.transfer import TransferReport as TransferReport
 from conservtl.weights.interpolation import interpolate as interpolate
 from conservtl.weights.interpolation import interpolation_path as interpolation_path
 from conservtl.weights.interpolation import interpolation_path as path
