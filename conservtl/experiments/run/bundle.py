@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.data import Preprocessing
-from conservtl.errors import DataError, SourceError
+from conservtl.errors import DataError, SourceError, SpecError
 from conservtl.experiments.run.setting import Setting, build_model, read_preprocessing
 from conservtl.layers import find_layers
 from conservtl.methods import as_strategy, extend_all
@@ -105,6 +106,7 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
             "extensions": [one.model_dump(mode="json") for one in adaptation.plan.extensions],
             "example": list(setting.example.shape),
             "layers": spec.layers,
+            "modules": sorted({type(one).__module__ for one in (*left, *adaptation.plan.extensions)}),
         }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     temporary = folder / f"{_FILE}.tmp"
@@ -169,13 +171,25 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
 
     Returns:
         Name of each added parameter -> its tensor at the identity, as after a merge.
+
+    Raises:
+        SourceError: a strategy or an extension of a user's own is not imported; the message names its module.
     """
     if (extended := header.get("extended")) is None:
         return {}
     example = None if extended["example"] is None else torch.zeros(extended["example"])
-    chosen = [as_strategy(fields) for fields in extended["strategies"]] if strategies else []
+    try:
+        chosen = [as_strategy(fields) for fields in extended["strategies"]] if strategies else []
+        extensions = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
+    except (SpecError, ValidationError) as error:
+        missing = [name for name in extended.get("modules", ()) if name not in sys.modules]
+        if not missing:
+            raise
+        raise SourceError(
+            f"the model was extended by code in {', '.join(missing)}, which is not imported. In Python, import it "
+            f"before loading the model; on the command line: --import {' --import '.join(missing)}."
+        ) from error
     added, cut = extend_all(model, chosen, example, extended["layers"])
-    extensions = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
     if extensions:
         apply_extensions(model, extensions, find_layers(model, example, cut))
     tensors = model.state_dict()

@@ -1,7 +1,9 @@
 """What strategies added to a model is saved with it: in its weights, or put there again when it is loaded."""
 
 import copy
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -52,6 +54,38 @@ def test_a_loaded_model_computes_what_the_adapted_one_did(speech_fields, tmp_pat
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) - set(start.state_dict()) == left
         assert ("extended" in json.loads(file.metadata()["conservtl"])) is bool(left)
+
+
+OWN = """
+from typing import Literal
+from conservtl.methods.input_transform.strategy import InputTransform
+
+class OwnTransform(InputTransform):
+    kind: Literal["own_transform"] = "own_transform"
+"""
+
+
+def test_a_model_extended_by_code_of_ones_own_names_what_to_import(speech_fields, tmp_path, monkeypatch):
+    (tmp_path / "own_transform.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def forget():
+        ctl.Strategy.named.pop("own_transform", None)
+        sys.modules.pop("own_transform", None)
+
+    try:
+        importlib.import_module("own_transform")
+        adaptation, inputs, model = saved(speech_fields, tmp_path, [{"kind": "own_transform"}])
+        forget()
+        with pytest.raises(ctl.SourceError, match=r"code in own_transform, which is not imported.*--import own_tra"):
+            load_adapted(tmp_path)
+        importlib.import_module("own_transform")
+        again = load_adapted(tmp_path).model
+    finally:
+        forget()
+    with torch.no_grad():
+        assert torch.equal(again(inputs), model(inputs))
+        torch.testing.assert_close(again(inputs), adaptation.model.eval()(inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_that_trains_nothing_leaves_a_folder_with_everything(speech_fields, tmp_path):
