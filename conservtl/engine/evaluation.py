@@ -12,7 +12,7 @@ from conservtl.engine.batching import as_batches
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics
-from conservtl.runtime.eval_mode import eval_mode
+from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["Functions", "Holdout", "evaluate"]
 

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.batches import tensors_of
+from conservtl.compat import forward_hooks
 from conservtl.engine.batching import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.layers import Layer, canonical, unwrap
+from conservtl.runtime.preserve import preserve_buffers
 
 __all__ = ["FrozenPrefixCache", "cache_frozen_prefix"]
 
@@ -109,11 +112,11 @@ def cache_frozen_prefix(
         return None
     probe = torch.arange(0, min(_CHUNK, batches.length), 2 if batches.length > 2 else 1)
     content = batches.take(probe)
-    with preserve_rng(), _buffers_restored(model):
+    with preserve_rng(), preserve_buffers(model):
         start = _generators(batches.device)
         calls, reference = _trace(run, content, [*prefix, *rest])
         ahead = _ahead(calls, prefix, rest, len(probe))
-        if not ahead or not _tensors(reference):
+        if not ahead or not tensors_of(reference):
             return None
         boundary = next(reversed(ahead))
         kinds = {module: (tuple(output.shape[1:]), output.dtype) for module, output in ahead.items()}
@@ -126,7 +129,7 @@ def cache_frozen_prefix(
             _set_generators(batches.device, start)
             try:
                 with torch.no_grad(), kept.serving(probe):
-                    return _alike(_tensors(run(content)), _tensors(reference))
+                    return _alike(tensors_of(run(content)), tensors_of(reference))
             except Exception:  # noqa: BLE001 - code between the modules may do anything to a placeholder
                 return False
 
@@ -153,7 +156,7 @@ def _split(
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether someone listens to what a placeholder would be."""
-    return any(inner._forward_hooks for inner in module.modules())  # noqa: SLF001
+    return any(forward_hooks(inner) for inner in module.modules())
 
 
 def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[tuple[nn.Module, Any]], Any]:
@@ -234,15 +237,6 @@ def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    """All tensors in a model's outputs."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    return [t for part in outputs for t in _tensors(part)] if isinstance(outputs, (tuple, list)) else []
-
-
 def _generators(device: torch.device) -> list[Tensor]:
     """States of the random generators a forward pass could draw from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
@@ -252,13 +246,3 @@ def _set_generators(device: torch.device, states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
-
-@contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)

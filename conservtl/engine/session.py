@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.plan.decision import View
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.preserve import preserve_modes
 
 __all__ = ["Session", "open_session"]
 
@@ -166,12 +168,9 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
 def _own_accelerator(training: Training) -> Iterator[Any]:
     """An Accelerator beside any that the process has: Accelerate shares one state a process among them all."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    shared = [AcceleratorState._shared_state, GradientState._shared_state]  # noqa: SLF001
-    if not distributed:
-        shared.append(PartialState._shared_state)  # noqa: SLF001
+    shared = accelerate_states(process=not distributed)
     found = [dict(state) for state in shared]
     precision, cpu = _precision(training)
     for state in shared:
@@ -238,18 +237,16 @@ def _threads(asked: int | None) -> Iterator[None]:
 def _as_found(adaptation: Adaptation, accelerator: Any) -> Iterator[None]:
     """Give the model its own ``forward`` and modes back, and take what was prepared out of the accelerator."""
     model = adaptation.model
-    modes = {module: module.training for module in model.modules()}
-    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    names = ("forward", *ACCELERATE_ATTRIBUTES)
     own = {name: model.__dict__[name] for name in names if name in model.__dict__}
-    prepared = [(list(kept), kept) for kept in (accelerator._models, accelerator._optimizers)]  # noqa: SLF001
+    prepared = [(list(objects), objects) for objects in prepared_objects(accelerator)]
     try:
-        yield
+        with preserve_modes(model):
+            yield
     finally:
         for name in names:
             model.__dict__.pop(name, None)
         model.__dict__.update(own)
         for before, now in prepared:
             now[:] = before
-        for module, mode in modes.items():
-            module.training = mode
         adaptation.keep_frozen()

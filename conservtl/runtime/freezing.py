@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from conservtl.compat import BatchNormBase, NormBase
 from conservtl.layers import Layer, canonical, layer_of, named_parameters
 from conservtl.plan.row import Row
 
@@ -17,8 +18,6 @@ __all__ = [
     "norms_with_rows",
     "tracks_statistics",
 ]
-
-_TRACKING = (nn.modules.batchnorm._NormBase,)  # noqa: SLF001 - batch and instance norms, SyncBatchNorm
 
 
 class _StayInEval:
@@ -86,9 +85,9 @@ def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], tra
 
 def tracks_statistics(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of what passes through it."""
-    return isinstance(module, _TRACKING) and module.track_running_stats
+    return isinstance(module, NormBase) and module.track_running_stats
 
 
 def keeps_batch_statistics(module: nn.Module) -> bool:
     """Whether a module is a batch norm that keeps running statistics; an instance norm computes each example's own."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and tracks_statistics(module)  # noqa: SLF001
+    return isinstance(module, BatchNormBase) and tracks_statistics(module)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conservtl.batches import check_batches, map_tensors
+from conservtl.batches import check_batches, to_device
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.plan.plan import Plan
+from conservtl.runtime.preserve import eval_mode, preserve_buffers, preserve_gradients
 
 __all__ = ["Placed", "check_importance", "measure"]
 
@@ -53,7 +54,12 @@ def measure(
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     found = {layer: modules[name] for layer, name in layers.items() if name in modules}
     probe = MeasureContext(model, Placed(batches, device), forward, loss, found, parameters, autocast)
-    with _as_found(model, parameters), torch.random.fork_rng():
+    with (
+        eval_mode(model),
+        preserve_buffers(model),
+        preserve_gradients(parameters.values()),
+        torch.random.fork_rng(),
+    ):
         return {name: _agreed(tensor.detach(), device) for name, tensor in one.compute(probe).items()}
 
 
@@ -94,24 +100,4 @@ class Placed:
         self._batches, self._device = batches, device
 
     def __iter__(self) -> Iterator[Any]:
-        return (map_tensors(batch, lambda tensor: tensor.to(self._device)) for batch in self._batches)
-
-
-@contextmanager
-def _as_found(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(trained[name])
-            parameter.grad = gradients[name]
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        return (to_device(batch, self._device) for batch in self._batches)

@@ -14,6 +14,7 @@ from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.measuring import Placed
+from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["recompute_statistics"]
 
@@ -40,22 +41,19 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], forward: Forw
     norms: list[Any] = [module for module in unwrap(model).modules() if tracks_statistics(module)]
     if not norms:
         return
-    modes = {module: module.training for module in model.modules()}
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     hooks = [norm.register_forward_pre_hook(_averaging()) for norm in norms]
     seen = False
-    model.eval()
-    for norm in norms:
-        norm.training = True  # set, not train(): that of a frozen norm stays in eval mode
     try:
-        for batch in Placed(batches, norms[0].running_mean.device):
-            forward(model, batch)
-            seen = True
+        with eval_mode(model):
+            for norm in norms:
+                norm.training = True  # set, not train(): that of a frozen norm stays in eval mode
+            for batch in Placed(batches, norms[0].running_mean.device):
+                forward(model, batch)
+                seen = True
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
         for norm, momentum, count in before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)

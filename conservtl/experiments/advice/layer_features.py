@@ -18,6 +18,7 @@ from conservtl.layers import Layer, canonical, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.runtime.channels import channel_axis, channels_first, pooled
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.preserve import preserve_modes
 
 __all__ = ["LayerFeatures", "features_of", "statistics_shift"]
 
@@ -159,11 +160,9 @@ class _Pool:
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Put the model back on its device and its modules into their modes."""
-    modes = {module: module.training for module in model.modules()}
     place = next(model.parameters()).device
-    try:
-        yield
-    finally:
-        model.to(place)
-        for module, mode in modes.items():
-            module.training = mode
+    with preserve_modes(model):
+        try:
+            yield
+        finally:
+            model.to(place)

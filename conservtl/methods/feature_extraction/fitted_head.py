@@ -20,8 +20,8 @@ from conservtl.methods.feature_extraction.probe_head import ProbeHead
 from conservtl.methods.feature_extraction.row_store import RowStore
 from conservtl.plan.decision import After, FinishContext
 from conservtl.runtime.channels import pooled
-from conservtl.runtime.eval_mode import eval_mode
 from conservtl.runtime.measuring import Placed
+from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["Classifier", "FittedHead", "nearest_means"]
 

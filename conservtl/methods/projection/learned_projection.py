@@ -16,8 +16,8 @@ from conservtl.kernels.deviation import TINY, By, Norm, norms
 from conservtl.kernels.dtensor import place_like
 from conservtl.layers import canonical
 from conservtl.plan.decision import After, FinishContext
-from conservtl.runtime.eval_mode import eval_mode
 from conservtl.runtime.measuring import Placed
+from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["LearnedProjection"]
 
