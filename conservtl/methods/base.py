@@ -44,6 +44,9 @@ class Strategy(FrozenModel, ABC):
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Short names that specs may use as ``kind`` -> the fields each presets; fields given beside a short name win."""
 
+    replaces_head: ClassVar[bool] = False
+    """Whether ``extend`` replaces the model's head, and so changes its outputs, instead of adding parameters."""
+
     named: ClassVar[dict[str, type[Strategy]]] = {}
     """Every registered class by its kind and by each of its aliases."""
 

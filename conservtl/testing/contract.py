@@ -16,6 +16,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.errors import InputError
 from conservtl.layers import find_layers, named_parameters
+from conservtl.layers.extended import extended_modules, restore_module
 from conservtl.methods import Strategy, apply_all
 from conservtl.methods.discriminative_lr import DiscriminativeLR
 from conservtl.methods.gradual_unfreezing import GradualUnfreezing
@@ -101,6 +102,7 @@ def check_strategy(
         _check_pure(strategy, plan)
         _check_place(strategy, plan)
         _check_memory(strategy, plan)
+        _check_extended_modules(strategy, case)
         _check_training(strategy, case)
         _check_skipped(strategy, case)
     if len(refusals) == len(cases):
@@ -187,9 +189,11 @@ def _check_extension(strategy: Strategy, case: _Case) -> None:
     names = list(named_parameters(model))
     _require(set(added) == set(names) - before[0].keys(), strategy, "extend must return what it added.")
     _require(_described(model)[1:] != before[1:], strategy, "extend changed nothing, but the strategy says it does.")
-    new = list(added) or list(_head(model, case.example))  # what adds nothing puts another head on the model
-    same = _same(outputs, outputs_of(model, case.example))
-    _require(same or not added, strategy, "extend changed what the model computes.")
+    rule = "extend added no parameters; if it replaces the head, declare that: replaces_head = True."
+    _require(bool(added) or strategy.replaces_head, strategy, rule)
+    new = [*added, *(_head(model, case.example) if strategy.replaces_head else ())]
+    same = strategy.replaces_head or _same(outputs, outputs_of(model, case.example))
+    _require(same, strategy, "extend changed what the model computes.")
     twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - made here
     for one in (model, copy.deepcopy(model), twin):
         _disturb(one, new)
@@ -206,6 +210,28 @@ def _check_extension(strategy: Strategy, case: _Case) -> None:
         _require(after[1:] == before[1:] and list(after[0]) == list(before[0]), strategy, "retract leaves something.")
         held = all(torch.equal(tensor, before[0][name]) for name, tensor in after[0].items())
         _require(held, strategy, "extend or retract changed the model's own parameters.")
+
+
+def _check_extended_modules(strategy: Strategy, case: _Case) -> None:
+    """Hold the extensions of a plan to copies, to pickles, to the model's state dict, and to their end."""
+    adaptation = case.adapted([strategy])
+    if not adaptation.plan.extensions:
+        return
+    model, plain = adaptation.model.eval(), copy.deepcopy(case.model)
+    names = model.state_dict().keys() - {row.name for row in adaptation.plan.rows if row.added}
+    _require(names == plain.state_dict().keys(), strategy, "an extended module changed the names in the state dict.")
+    extended = extended_modules(model)
+    _require(bool(extended), strategy, "its extension extends no module of the model.")
+    outputs = outputs_of(model, case.example)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - made here
+        rule = "a copy of the model computes otherwise; keep the settings of an extended module in its settings."
+        _require(_same(outputs, outputs_of(twin, case.example)), strategy, rule)
+    for module in extended.values():
+        restore_module(module)
+    left = not strategy.extends and _described(model)[1:] != _described(plain)[1:]
+    _require(not left, strategy, "something is left of its extension; change nothing but the class of a module.")
+    acts = not case.ordered or not _same(outputs, outputs_of(model, case.example))
+    _require(acts, strategy, "its extension has no effect on what the model computes.")
 
 
 def _head(model: nn.Module, example: Any) -> tuple[str, ...]:

@@ -17,7 +17,9 @@ from torch import nn
 
 import conservtl as ctl
 import conservtl.testing
+from conservtl.layers.extended import ExtendedModule, extend_module
 from conservtl.methods import Order
+from conservtl.plan import Extension
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Choice
 from conservtl.testing import check_strategy, instances, models, state_dicts, strategies
@@ -287,6 +289,69 @@ class SaysItMerged(Gain):
         return True
 
 
+class ReplacesSilently(Good):
+    """Puts another head on the model, and declares nothing."""
+
+    kind: Literal["replaces_silently"] = "replaces_silently"
+    extends: ClassVar[bool] = True
+
+    def apply(self, plan):
+        return plan
+
+    def extend(self, model, layers, example):
+        model[-1] = nn.Linear(3, len(model[-1].weight), dtype=model[-1].weight.dtype)
+        return {}
+
+
+class Louder(ExtendedModule):
+    kind = "louder"
+    settings = ("gain",)
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class LouderHead(Extension):
+    kind: Literal["louder"] = "louder"
+    gain: float
+    hooked: bool = False
+
+    def describe(self):
+        return "a louder head"
+
+    def extend(self, model, layers):
+        if self.hooked:
+            model[-1].register_forward_hook(look_on)
+        if self.gain:
+            extend_module(model[-1], Louder, gain=self.gain)
+
+
+class Loud(Good):
+    """Makes the last module louder, by an extension of the plan."""
+
+    kind: Literal["loud"] = "loud"
+    gain: ClassVar[float] = 2.0
+    hooked: ClassVar[bool] = False
+
+    def apply(self, plan):
+        return plan.with_extension(LouderHead(by=self.label, gain=self.gain, hooked=self.hooked))
+
+
+class NoLouder(Loud):
+    kind: Literal["no_louder"] = "no_louder"
+    gain: ClassVar[float] = 1.0
+
+
+class ExtendsNothing(Loud):
+    kind: Literal["extends_nothing"] = "extends_nothing"
+    gain: ClassVar[float] = 0.0
+
+
+class LoudWithAHook(Loud):
+    kind: Literal["loud_with_a_hook"] = "loud_with_a_hook"
+    hooked: ClassVar[bool] = True
+
+
 # Specs of other tests must not meet these.
 for name in [name for name, cls in ctl.Strategy.named.items() if cls.__module__ == __name__]:
     del ctl.Strategy.named[name]
@@ -296,6 +361,7 @@ class TestBroken:
     def test_a_good_one_passes(self):
         check_strategy(Good())
         check_strategy(Gain())
+        check_strategy(Loud())
 
     @pytest.mark.parametrize(
         ("strategy", "message"),
@@ -318,6 +384,10 @@ class TestBroken:
             (LeavesItsHook(), "retract leaves something"),
             (MergesHalf(), "merge changed what the model computes"),
             (SaysItMerged(), "merge says True, but something is left"),
+            (ReplacesSilently(), "extend added no parameters; if it replaces the head, declare that"),
+            (NoLouder(), "its extension has no effect on what the model computes"),
+            (ExtendsNothing(), "its extension extends no module"),
+            (LoudWithAHook(), "something is left of its extension"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, ctl.Strategy) else "",
     )

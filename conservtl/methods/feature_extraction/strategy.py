@@ -57,6 +57,7 @@ class FeatureExtraction(Strategy):
 
     kind: Literal["feature_extraction"] = "feature_extraction"
     order: ClassVar[Order] = Order.HEAD
+    replaces_head: ClassVar[bool] = True
     classifier: Literal["linear", "svm", "logistic", "ncm"] = "linear"
     """linear: trained by gradient. svm: a linear SVM, logistic: multinomial logistic regression, ncm: nearest class
     mean, fitted to the features (svm and logistic by scikit-learn)."""
