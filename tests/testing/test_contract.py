@@ -289,6 +289,10 @@ class SaysItMerged(Gain):
         return True
 
 
+class OtherHead(nn.Linear):
+    pass
+
+
 class ReplacesSilently(Good):
     """Puts another head on the model, and declares nothing."""
 
@@ -299,7 +303,7 @@ class ReplacesSilently(Good):
         return plan
 
     def extend(self, model, layers, example):
-        model[-1] = nn.Linear(3, len(model[-1].weight), dtype=model[-1].weight.dtype)
+        model[-1] = OtherHead(3, len(model[-1].weight))
         return {}
 
 
