@@ -1,13 +1,11 @@
-"""A model moved along the line between its start and what was trained, and left where it is best."""
+"""Moves of a model along the line between its starting point and its trained weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from conservtl.kernels.dtensor import place_like
@@ -17,17 +15,13 @@ from conservtl.weights.interpolation import RUNNING, Statistics, between, grid, 
 __all__ = ["WeightPath"]
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Points = Annotated[int, Field(ge=2)]
-
-
 class WeightPath:
-    """The line on which a model's weights can be moved, in place, from where they started to where they are now.
+    """The line from a starting point to a model's current weights, along which the model can be moved in place.
 
     Args:
-        model: wrapped or not; its weights as they are now are the line's end.
-        start: name -> tensor where the line starts. What is not in it stays as it is.
-        batch_norm: what becomes of running means and variances.
+        model: wrapped or not; its current weights are the end of the line.
+        start: name -> tensor at the start of the line. Other tensors do not move.
+        batch_norm: how running means and variances are treated.
         refresh: called after each move to a point between the ends.
     """
 
@@ -41,7 +35,7 @@ class WeightPath:
         buffers = {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
         tensors: dict[str, Tensor] = {**named_parameters(model), **buffers}
         end = {name: tensor.detach().clone() for name, tensor in tensors.items() if mixes(tensor)}
-        # Statistics that did not come from the source stay, but a refresh writes into them.
+        # Statistics without a start do not move, but a refresh overwrites them.
         self._start = {n: start.get(n, value) for n, value in end.items() if n in start or n.endswith(RUNNING)}
         self._end = {name: end[name] for name in self._start}
         self._live = {name: tensors[name] for name in self._start}
@@ -49,7 +43,7 @@ class WeightPath:
 
     @torch.no_grad()
     def move(self, t: float) -> None:
-        """Lay the weights at ``t`` into the model."""
+        """Set the model's weights to those at ``t``."""
         for name, tensor in self._live.items():
             end = self._end[name]
             tensor.copy_(between(place_like(self._start[name], end), end, share(name, t, self._batch_norm)))
@@ -57,18 +51,18 @@ class WeightPath:
             self._refresh()
 
     def choose(self, points: int, score: Callable[[], float], margin: float = 0.0) -> tuple[float, dict[float, float]]:
-        """Move to the middle of the points around the best that score no worse than it.
+        """Move to the middle of the neighbouring points whose score is the best one, up to the margin.
 
-        A few validation examples are soon all right: the first point where they are is one where much of the test
-        part is still wrong, and the last is the end of the line.
+        Few validation examples reach the best score at many points: at the first of these points, many test examples
+        are still wrong, and the last is often the end of the line.
 
         Args:
-            points: how many to try, evenly spaced.
-            score: () -> score of the model as it is, higher is better.
-            margin: differences up to this are chance.
+            points: number of evenly spaced points to try.
+            score: () -> score of the model's current weights, higher is better.
+            margin: scores that differ by no more than this are equal.
 
         Returns:
-            The t moved to, and t -> score.
+            The chosen t, and t -> score for all points.
         """
         scores = {}
         for t in grid(points):

@@ -1,4 +1,4 @@
-"""Running statistics of norms, computed anew for weights that were never trained with them."""
+"""Recomputation of the running statistics of norms for changed weights."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["recompute_statistics"]
 
 @torch.no_grad()
 def recompute_statistics(model: nn.Module, batches: Iterable[Any], forward: Forward = plain_forward) -> None:
-    """Compute the running means and variances of all norms anew, for the weights that the model has now.
+    """Recompute the running means and variances of all norms for the model's current weights.
 
-    Each becomes the plain average over the batches, whatever the norm's momentum; nothing of the old value is left.
-    Everything else is in eval mode meanwhile, so nothing is dropped out; modes, momenta and the counts of batches
-    are afterwards as they were. Norms that are frozen are computed too.
+    Each becomes the plain average over the batches, independent of its old value and of the norm's momentum. All other
+    modules are in eval mode meanwhile, so dropout is off. Modes, momenta and the counts of batches are restored.
+    Frozen norms are recomputed too.
 
     Args:
-        model: changed in place. A model without such norms stays as it is.
-        batches: (inputs, labels) or what ``forward`` takes; moved to the model's device one by one.
+        model: changed in place. A model without such norms stays unchanged.
+        batches: batches that ``forward`` accepts; each is moved to the model's device.
         forward: (model, batch) -> outputs.
 
     Raises:
-        DataError: there are no batches.
+        DataError: ``batches`` is empty.
 
     Reference:
         Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization", section 3.2.
@@ -47,7 +47,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], forward: Forw
     try:
         with eval_mode(model):
             for norm in norms:
-                norm.training = True  # set, not train(): that of a frozen norm stays in eval mode
+                norm.training = True  # assigned, because train() of a frozen norm stays in eval mode
             for batch in Placed(batches, norms[0].running_mean.device):
                 forward(model, batch)
                 seen = True
@@ -58,17 +58,17 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], forward: Forw
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
     if not seen:
-        raise DataError("there are no batches to compute statistics on. Give some, to be gone through again.")
+        raise DataError("batches must not be empty: there are no batches to compute statistics on. Pass some.")
 
 
 def _averaging() -> Callable[[nn.Module, Any], None]:
-    """A pre-hook that gives each call of a norm the same share in its statistics, a norm used twice included."""
+    """Return a pre-hook that gives each call of a norm the same share in its statistics, also for a norm used twice."""
     calls = 0
 
     def hook(norm: Any, _: Any) -> None:
         nonlocal calls
         if not calls:
-            norm.reset_running_stats()  # an old value may be infinite, and times 0 that is NaN
+            norm.reset_running_stats()  # an infinite old value times 0 would be NaN
         calls += 1
         norm.momentum = 1 / calls
 

@@ -1,4 +1,4 @@
-"""Model soups: the mean of several models that were adapted from one source."""
+"""Model soups: the mean of models adapted from one source."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ State = dict[str, Tensor]
 
 
 def soup(models: Sequence[SourceLike], *, score: Callable[[State], float] | None = None) -> State:
-    """One model out of several that were adapted from the same source: their mean, or that of the best of them.
+    """Return the mean of models adapted from the same source: of all, or of those that improve it.
 
-    Without ``score`` the uniform soup, the mean of all. With it the greedy one: the models in the order of their own
-    scores, each added where the mean with it scores no worse than the mean without.
+    Without ``score``, the uniform soup: the mean of all. With ``score``, the greedy soup: the models are tried in the
+    order of their scores, and each is added if the mean with it scores no worse than the mean without it.
 
-    Running means and variances are averaged like the weights; ``recompute_statistics`` makes them right for the
-    mean's own weights on the data it is given.
-    Integer buffers are those of the first model, in the greedy soup of the best.
+    Running means and variances are averaged like the weights; use ``recompute_statistics`` to compute them for the
+    averaged weights. Integer buffers are those of the first model (uniform) or the best model (greedy).
 
     Args:
-        models: two or more paths, state dicts or models.
-        score: state dict -> score on a validation part, higher is better; called once for each model, and once more
+        models: at least two paths, state dicts or models.
+        score: state dict -> score on validation data, higher is better; called once for each model, and once more
             for each but the best.
 
     Returns:
-        A state dict of new tensors, in the types and on the devices of the first (the best) model.
+        A state dict of new tensors, with the types and devices of the first (uniform) or best (greedy) model.
 
     Raises:
         SpecError: fewer than two models.
-        SourceError: they hold different tensors.
+        SourceError: the models differ in names or shapes of tensors.
 
     Reference:
         Wortsman et al. 2022, "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
@@ -51,26 +50,26 @@ def soup(models: Sequence[SourceLike], *, score: Callable[[State], float] | None
     """
     if not isinstance(models, Sequence) or isinstance(models, str) or len(models) < 2:
         count = len(models) if isinstance(models, (list, tuple)) else type(models).__name__
-        raise SpecError(f"models: a soup is made of a list of at least 2 models; received {count}.")
+        raise SpecError(f"models must be a list of at least 2 models; received {count}.")
     first = read_source(models[0]).tensors
     states = [first, *(read_source(model).matched(first).tensors for model in models[1:])]
     _check(states)
     if score is None:
         return _mean(states)
-    own = [score({name: tensor.clone() for name, tensor in state.items()}) for state in states]
-    order = sorted(range(len(states)), key=lambda number: own[number], reverse=True)
-    kept, best = [states[order[0]]], own[order[0]]
-    mean = _mean(kept)
+    scores = [score({name: tensor.clone() for name, tensor in state.items()}) for state in states]
+    order = sorted(range(len(states)), key=lambda number: scores[number], reverse=True)
+    chosen, best = [states[order[0]]], scores[order[0]]
+    mean = _mean(chosen)
     for number in order[1:]:
-        tried = _mean([*kept, states[number]])
-        found = score(tried)
-        if found >= best:
-            kept, best, mean = [*kept, states[number]], found, tried
+        candidate = _mean([*chosen, states[number]])
+        value = score(candidate)
+        if value >= best:
+            chosen, best, mean = [*chosen, states[number]], value, candidate
     return mean
 
 
 def _mean(states: Sequence[State]) -> State:
-    """The mean; where all are equal it is that value to the bit."""
+    """Return the mean; equal values stay exactly equal."""
     return {name: _mean_of([state[name] for state in states]) for name in states[0]}
 
 
@@ -88,9 +87,9 @@ def _check(states: Sequence[State]) -> None:
     for place, state in enumerate(states[1:], 2):
         shapes = {name: tensor.shape for name, tensor in state.items()}
         for name in [*first, *shapes]:
-            one, other = (tuple(found[name]) if name in found else "none" for found in (first, shapes))
-            if one != other:
+            expected, received = (tuple(known[name]) if name in known else "none" for known in (first, shapes))
+            if expected != received:
                 raise SourceError(
-                    f"models: {name!r} must have one shape in all of them, but it has {one} in the first and {other} "
-                    f"in model {place}. A soup takes models of one structure."
+                    f"models: {name!r} must have one shape in all models; received {expected} in the first and "
+                    f"{received} in model {place}. Pass models of one structure."
                 )

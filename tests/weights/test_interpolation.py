@@ -140,9 +140,9 @@ class TestInterpolate:
     def test_other_keys_are_refused(self):
         source, adapted = pair()
         less = {n: t for n, t in source.state_dict().items() if n != "head.bias"}
-        with pytest.raises(ctl.SourceError, match=r"'head.bias' stands in the adapted model only.*fresh=\['head.bias'"):
+        with pytest.raises(ctl.SourceError, match=r"'head.bias' is in the adapted model only.*fresh=\['head.bias'"):
             ctl.interpolate(less, adapted, 0.5)
-        with pytest.raises(ctl.SourceError, match=r"'head.bias' stands in the source model only"):
+        with pytest.raises(ctl.SourceError, match=r"'head.bias' is in the source model only"):
             ctl.interpolate(adapted, less, 0.5)
 
     def test_other_shapes_are_refused(self):
@@ -182,7 +182,7 @@ class TestPath:
 
     def test_bad_input_is_refused_at_once(self):
         """Not when the first point is asked for."""
-        with pytest.raises(ctl.SpecError, match="at least 2 points; received 1"):
+        with pytest.raises(ctl.SpecError, match="at least 2, for the two ends; received 1"):
             ctl.interpolation_path(*pair(), 1)
-        with pytest.raises(ctl.SourceError, match="stands in the source model only"):
+        with pytest.raises(ctl.SourceError, match="is in the source model only"):
             ctl.interpolation_path(network(), {"body.weight": torch.zeros(5, 4)})
