@@ -39,6 +39,7 @@ class State:
         history: a line an epoch.
         selection: the best evaluation so far.
         drawn: states of the random generators when the current epoch began.
+        threads: phase -> CPU threads chosen by timing.
     """
 
     epoch: int = 0
@@ -50,6 +51,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     selection: Selection = field(default_factory=Selection)
     drawn: dict[str, Any] = field(default_factory=dict)
+    threads: dict[int, int] = field(default_factory=dict)
 
 
 class Checkpoints:

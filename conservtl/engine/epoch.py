@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
 from conservtl.engine.source_output_cache import SourceOutputCache, cache_source_outputs
+from conservtl.engine.threads import ThreadTimer
 from conservtl.errors import DataError
 from conservtl.layers import named_parameters
 
@@ -72,11 +73,15 @@ class Learner:
         """Take up a state: a new one, or a restored one."""
         self.state = state
         self.losses = Losses(state, self.session.device)
+        timed = self.settings.threads == "auto" and self.session.device.type == "cpu"
+        self._timer = ThreadTimer(state.threads, torch.get_num_threads()) if timed else None
 
     def begin(self, phase: int) -> None:
         """Freeze and scale as a phase says; compute a frozen input side once, where that is possible."""
         if phase == self._phase:
             return
+        if self._timer is not None:
+            self._timer.begin(phase)
         if phase != self.session.adaptation.phase:
             self.state.selection.stale = 0
         self.forget()
@@ -105,10 +110,15 @@ class Learner:
         for group in _groups(self._batches_left(), settings.accumulate):
             session.rate(schedule_factor(settings, state.step, self.steps))
             size = len(group)
-            for number in range(1, size + 1):
-                with nullcontext() if number == size else session.no_sync():
-                    self._backward(group.pop(0)(), number, size)  # on the device one at a time
-            session.step()
+            timed: AbstractContextManager[list[int]] = nullcontext([]) if self._timer is None else self._timer.step()
+            with timed as sizes:
+                for number in range(1, size + 1):
+                    batch = group.pop(0)()
+                    sizes.append(batch.size)
+                    with nullcontext() if number == size else session.no_sync():
+                        self._backward(batch, number, size)
+                    del batch  # before the next is put on the device
+                session.step()
             state.batch += size
             state.step += 1
             yield

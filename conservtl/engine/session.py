@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.threads import cpu_threads
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.plan.decision import View
@@ -154,7 +155,7 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
     with (
         machine as ready,
         _determinism(training.deterministic),
-        _threads(training.threads),
+        cpu_threads(None if training.threads == "auto" else training.threads),
         _as_found(adaptation, ready),
     ):
         session = Session(adaptation, training, ready)
@@ -221,16 +222,6 @@ def _determinism(asked: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             del os.environ[_CUBLAS]
-
-
-@contextmanager
-def _threads(asked: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(asked or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

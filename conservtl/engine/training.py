@@ -39,9 +39,11 @@ class Training(BaseModel):
     """auto: bf16 on a GPU that has it, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads that torch may use; None: as many as it likes. One is best for a network so small that
-    threads mostly wait for each other, on a busy machine above all."""
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """CPU threads that torch may use; None: as many as it has. One is best for a network so small that threads mostly
+    wait for each other, above all on a busy machine. auto: one, unless all are a tenth faster in the first twelve
+    steps of a phase; the choice depends on time, so two runs may differ by the rounding of sums split over threads. A
+    resumed run keeps the choice. On a GPU auto is None."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged into one step."""
     clip: Annotated[float, Field(gt=0)] | None = None
