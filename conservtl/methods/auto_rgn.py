@@ -12,7 +12,7 @@ from conservtl.bounds import Count, Share
 from conservtl.kernels.deviation import TINY, norms, together
 from conservtl.kernels.dtensor import local
 from conservtl.methods._rows import source_parameters
-from conservtl.methods.base import Order, Strategy
+from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
@@ -57,6 +57,7 @@ class AutoRGN(Strategy):
 
     kind: Literal["auto_rgn"] = "auto_rgn"
     order: ClassVar[Order] = Order.HEAD  # its update comes first, so that the others see the rate it sets
+    test_fields: ClassVar[TestFields] = ({"every": range(1, 4)},)
     every: Count = 10
     """Steps from one decision to the next."""
     floor: Share = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, get_args
 
@@ -13,7 +14,21 @@ from conservtl.layers import Layer
 from conservtl.plan.plan import Plan
 from conservtl.spec_model import FrozenModel, register
 
-__all__ = ["Order", "Strategy"]
+__all__ = ["Aliases", "Order", "Span", "Strategy", "TestFields"]
+
+Aliases = Mapping[str, Mapping[str, Any]]
+"""Short names that specs may use as ``kind`` -> the fields each presets; fields given beside a short name win."""
+TestFields = Sequence[Mapping[str, Any]]
+"""Alternative sets of fields that property tests draw: field -> a ``Span`` or ``range``, a list of choices, a tuple of
+values, ``{str: values}`` for a dictionary by parameter, a type, or a constant."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Range of floats from ``low`` to ``high``, both included, that property tests draw from."""
+
+    low: float
+    high: float
 
 
 class Order(IntEnum):
@@ -41,8 +56,10 @@ class Strategy(FrozenModel, ABC):
     kind: str
     order: ClassVar[Order] = Order.STRENGTH
     """Order of application only; updates and penalties have a precedence of their own."""
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Short names that specs may use as ``kind`` -> the fields each presets; fields given beside a short name win."""
+    aliases: ClassVar[Aliases] = {}
+    """Short names of its kind."""
+    test_fields: ClassVar[TestFields] = ({},)
+    """Fields that ``conservtl.testing.strategies`` draws, if their types allow too much."""
 
     replaces_head: ClassVar[bool] = False
     """Whether ``extend`` replaces the model's head, and so changes its outputs, instead of adding parameters."""

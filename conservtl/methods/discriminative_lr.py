@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from conservtl.bounds import Fraction, Positive
 from conservtl.errors import SelectorError
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 
 __all__ = ["DiscriminativeLR"]
+
+_TESTED = Span(1e-6, 0.4)
 
 _RULES = ("decay", "lowest", "thirds", "groups")
 
@@ -44,6 +46,17 @@ class DiscriminativeLR(Strategy):
     """
 
     kind: Literal["discriminative_lr"] = "discriminative_lr"
+    test_fields: ClassVar[TestFields] = tuple(
+        dict.fromkeys(["decay", "lowest", "thirds", "groups", "source"])
+        | {"lr": [None, Span(0.4, 0.5)], "fresh": [None, _TESTED], rule: values}
+        for rule, values in {
+            "decay": Span(0.1, 1),
+            "lowest": _TESTED,
+            "thirds": (_TESTED, _TESTED, _TESTED),
+            "groups": {str: _TESTED},
+            "source": _TESTED,
+        }.items()
+    )
     lr: Positive | None = None
     """Full rate. None: the optimizer's own, with the others as ratios of it."""
     decay: Fraction | None = None

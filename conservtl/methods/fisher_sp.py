@@ -15,7 +15,7 @@ from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SourceError, SpecError
 from conservtl.functions import logits_of
 from conservtl.methods._quadratic import Quadratic, decayed, penalised
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.per_example import PerExample
@@ -159,7 +159,10 @@ class FisherSP(Strategy):
     """
 
     kind: Literal["fisher_sp"] = "fisher_sp"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ewc": {"data": "source"}}
+    aliases: ClassVar[Aliases] = {"ewc": {"data": "source"}}
+    test_fields: ClassVar[TestFields] = (
+        {"floor": Span(0.1, 1), "clip": [None, Span(1, 10)], "draws": [None, range(1, 4)]},
+    )
     alpha: NonNegative | None = None
     """Strength on parameters from the source. None: 0.1 coupled, 3 decoupled."""
     beta: NonNegative = 0.01

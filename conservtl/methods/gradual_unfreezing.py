@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from conservtl.bounds import Positive
-from conservtl.methods.base import Order, Strategy
+from conservtl.methods.base import Order, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Length, Phase
 from conservtl.spec_model import FrozenModel
@@ -19,6 +19,7 @@ __all__ = ["GradualUnfreezing", "Stage"]
 class Stage(FrozenModel):
     """One phase, written out."""
 
+    test_fields: ClassVar[TestFields] = ({"epochs": [range(1, 4), Span(0.05, 0.3)], "scale": Span(0.1, 1)},)
     train: tuple[str, ...] | None = None
     """Globs of the layers or parameters that are trained. None: all that are not frozen throughout."""
     epochs: Length | None = None
@@ -50,6 +51,10 @@ class GradualUnfreezing(Strategy):
 
     kind: Literal["gradual_unfreezing"] = "gradual_unfreezing"
     order: ClassVar[Order] = Order.TIME
+    test_fields: ClassVar[TestFields] = (
+        {"phases": None, "epochs": [range(1, 4), Span(0.05, 0.3)], "scales": (Span(0.1, 1), Span(0.1, 1))},
+        {"phases": tuple[Stage, ...], "by": "head", "epochs": 1, "at": "output", "scales": (1.0, 1.0)},
+    )
     by: Literal["head", "layer"] = "head"
     """Unit that is unfrozen at a time."""
     epochs: Length = 1

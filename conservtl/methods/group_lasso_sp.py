@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from conservtl.bounds import NonNegative
 from conservtl.methods._proximal import Proximal, with_proximal
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 
 __all__ = ["GroupLassoSP"]
@@ -41,6 +41,7 @@ class GroupLassoSP(Strategy):
     """
 
     kind: Literal["group_lasso_sp"] = "group_lasso_sp"
+    test_fields: ClassVar[TestFields] = ({"alpha": Span(0.1, 1), "beta": [None, 0.01]},)
     alpha: NonNegative = 0.1
     """Strength on parameters from the source."""
     beta: NonNegative | None = 0.01

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from conservtl.bounds import NonNegative
 from conservtl.methods._quadratic import Quadratic, decayed, penalised
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Row
 
@@ -60,7 +60,8 @@ class L2SP(Strategy):
     """
 
     kind: Literal["l2_sp"] = "l2_sp"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"l2sp": {}}
+    aliases: ClassVar[Aliases] = {"l2sp": {}}
+    test_fields: ClassVar[TestFields] = ({"depth": [None, (Span(0.1, 1), Span(0.1, 1))]},)
     alpha: NonNegative | None = None
     """Strength on parameters from the source. None: 0.1 coupled, 10 decoupled."""
     beta: NonNegative = 0.01

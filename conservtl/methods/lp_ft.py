@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from conservtl.bounds import Positive
-from conservtl.methods.base import Order, Strategy
+from conservtl.methods.base import Order, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Length, Phase
 
@@ -40,6 +40,9 @@ class LPFT(Strategy):
 
     kind: Literal["lp_ft"] = "lp_ft"
     order: ClassVar[Order] = Order.TIME
+    test_fields: ClassVar[TestFields] = (
+        {"epochs": [range(1, 4), Span(0.05, 0.3)], "probe": Span(0.1, 1), "fine_tuning": Span(0.1, 1)},
+    )
     epochs: Length = 0.2
     """Length of the linear probe, in epochs or as a share of the run's; fine-tuning takes the rest."""
     probe: Positive = 1.0

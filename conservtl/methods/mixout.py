@@ -11,7 +11,7 @@ from torch import Tensor
 from conservtl.bounds import NonNegativeInt, ProperShare
 from conservtl.kernels.deviation import placed
 from conservtl.methods._rows import Coverage, source_parameters
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.plan.decision import Step, Update
 from conservtl.plan.plan import Plan
 
@@ -63,6 +63,7 @@ class Mixout(Strategy):
     """
 
     kind: Literal["mixout"] = "mixout"
+    test_fields: ClassVar[TestFields] = ({"p": Span(0, 0.9)},)
     p: ProperShare = 0.7
     """Share of the elements at their source values, rounded to 1/65,536."""
     on: Coverage = "weights"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
 
@@ -132,7 +132,11 @@ class OutputConservation(Strategy):
     """
 
     kind: Literal["output_conservation"] = "output_conservation"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"kld": {"rho": 0.1}, "lwf": {"weight": 0.05}}
+    aliases: ClassVar[Aliases] = {"kld": {"rho": 0.1}, "lwf": {"weight": 0.05}}
+    test_fields: ClassVar[TestFields] = (
+        {"rho": [None, Span(0, 1)], "weight": None, "temperature": [None, Span(0.5, 4)]},
+        {"rho": None, "weight": Span(0, 2), "temperature": [None, Span(0.5, 4)]},
+    )
     rho: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the source's outputs in the targets, 0 to 1. None: 0.1, or ``weight`` is used instead. The surer the
     source is of what it gets wrong, the smaller it should be."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs, together, totals
 from conservtl.kernels.dtensor import local
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
 
@@ -101,7 +101,8 @@ class SelectiveDecay(Strategy):
     """
 
     kind: Literal["selective_decay"] = "selective_decay"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"spd": {}}
+    aliases: ClassVar[Aliases] = {"spd": {}}
+    test_fields: ClassVar[TestFields] = ({"strength": Span(0, 3)},)
     strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     """lambda; 1 is the projection, more goes further back."""
     on: Literal["weights", "all"] = "weights"

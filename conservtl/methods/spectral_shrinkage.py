@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conservtl.errors import SpecError
 from conservtl.layers import select
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
 
@@ -79,7 +79,8 @@ class SpectralShrinkage(Strategy):
     """
 
     kind: Literal["spectral_shrinkage"] = "spectral_shrinkage"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bss": {}}
+    aliases: ClassVar[Aliases] = {"bss": {}}
+    test_fields: ClassVar[TestFields] = ({"eta": Span(0.1, 1), "k": range(1, 4)},)
     eta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     """Strength; the paper's is 0.001."""
     k: Annotated[int, Field(ge=1)] = 1

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from conservtl.errors import PlanError, SpecError
 from conservtl.layers import select
-from conservtl.methods.base import Order, Strategy
+from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.plan.decision import Search
 from conservtl.plan.plan import Plan
 
@@ -74,6 +74,9 @@ class SurgicalFineTuning(Strategy):
 
     kind: Literal["surgical_fine_tuning"] = "surgical_fine_tuning"
     order: ClassVar[Order] = Order.HEAD
+    test_fields: ClassVar[TestFields] = (
+        {"block": [range(3), "first", "last", str], "candidates": None, "trial_epochs": None},
+    )
     block: Place | str = "first"
     """A glob of layers (a stage: ``layer1.*``); a position in the body, 0 at the input side, -1 the last before the
     head; ``first`` and ``last`` for these two; or ``best``, chosen on the validation part."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from conservtl.errors import SpecError
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Strategy
 from conservtl.plan.decision import After, FinishContext
 from conservtl.plan.plan import Plan
 from conservtl.weights.interpolation import Statistics
@@ -111,7 +110,7 @@ class WeightInterpolation(Strategy):
     """
 
     kind: Literal["weight_interpolation"] = "weight_interpolation"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"wise_ft": {}}
+    aliases: ClassVar[Aliases] = {"wise_ft": {}}
     t: Annotated[float, Field(ge=0, le=1)] | None = 0.7
     """How far from the source (0) to the trained weights (1). None: the best on the validation part, the middle of
     those that are equal but for half an example."""

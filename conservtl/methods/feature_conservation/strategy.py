@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from conservtl.errors import SpecError
 from conservtl.layers import select
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.methods.feature_conservation.attention import AttentionMeasure
 from conservtl.methods.feature_conservation.distance import FeatureConservationTerm
 from conservtl.plan.plan import Plan
@@ -59,7 +58,11 @@ class FeatureConservation(Strategy):
     """
 
     kind: Literal["feature_conservation"] = "feature_conservation"
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"delta": {"attention": True}, "ldifs": {"metric": "ldifs"}}
+    aliases: ClassVar[Aliases] = {"delta": {"attention": True}, "ldifs": {"metric": "ldifs"}}
+    test_fields: ClassVar[TestFields] = (
+        {"metric": "delta", "alpha": [None, Span(0.1, 1)]},
+        {"metric": "ldifs", "alpha": [None, Span(0.1, 1)], "attention": False},
+    )
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Strength. None: 0.01 for delta, 0.3 for ldifs."""
     metric: Literal["delta", "ldifs"] = "delta"

@@ -10,7 +10,7 @@ from torch import nn
 
 from conservtl.errors import SpecError
 from conservtl.layers import Layer
-from conservtl.methods.base import Order, Strategy
+from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.methods.feature_extraction import probe_head
 from conservtl.methods.feature_extraction.fitted_head import FittedHead
 from conservtl.plan.plan import Plan
@@ -58,6 +58,7 @@ class FeatureExtraction(Strategy):
     kind: Literal["feature_extraction"] = "feature_extraction"
     order: ClassVar[Order] = Order.HEAD
     replaces_head: ClassVar[bool] = True
+    test_fields: ClassVar[TestFields] = ({"C": None},)
     classifier: Literal["linear", "svm", "logistic", "ncm"] = "linear"
     """linear: trained by gradient. svm: a linear SVM, logistic: multinomial logistic regression, ncm: nearest class
     mean, fitted to the features (svm and logistic by scikit-learn)."""

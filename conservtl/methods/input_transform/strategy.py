@@ -10,7 +10,7 @@ from torch import nn
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer
-from conservtl.methods.base import Order, Strategy
+from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.methods.input_transform import affine
 from conservtl.plan.plan import Plan
 
@@ -50,6 +50,7 @@ class InputTransform(Strategy):
 
     kind: Literal["input_transform"] = "input_transform"
     order: ClassVar[Order] = Order.HEAD
+    test_fields: ClassVar[TestFields] = ({"dim": [1, -1]},)
     dim: int = 1
     """The axis of the features: 1 for (N, bands, frames) and (N, channels, height, width), -1 for (N, features) and
     (N, frames, features)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from conservtl.bounds import Count, Fraction, NonNegative
 from conservtl.kernels.deviation import TINY, By, Norm, deviations, move_toward, norms, runs
 from conservtl.methods._rows import Coverage, source_parameters
-from conservtl.methods.base import Strategy
+from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.methods.projection.learned_projection import LearnedProjection
 from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
@@ -62,6 +62,7 @@ class Projection(Strategy):
     """
 
     kind: Literal["projection"] = "projection"
+    test_fields: ClassVar[TestFields] = ({"radius": Span(0.1, 1), "steps": None, "rate": None},)
     radius: NonNegative | Literal["learn"] = 0.03
     """r, as a ratio if ``relative``. learn: learned on the validation part after training."""
     relative: bool = True
