@@ -76,11 +76,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Return the number of examples: the length of the first tensor, 1 for a scalar or a batch without tensors."""
-    first = next(_leaves(batch, lambda node: isinstance(node, (Tensor, PackedSequence))), None)
-    if isinstance(first, PackedSequence):
-        return int(first.batch_sizes[0])
-    return len(first) if first is not None and first.ndim else 1
+    """Return the number of examples: the length of the first tensor with dimensions, 1 for a batch without one."""
+    for leaf in _leaves(batch, lambda node: isinstance(node, (Tensor, PackedSequence))):
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])
+        if leaf.ndim:
+            return len(leaf)
+    return 1
 
 
 def row_count(batch: Any) -> int:

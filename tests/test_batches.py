@@ -114,12 +114,13 @@ def test_a_packed_sequence_stays_one():
         ({"names": ["a"], "inputs": X}, 3),
         ([], 1),
         (torch.tensor(1.0), 1),
+        ((torch.tensor(1.0), X), 3),
         ("text", 1),
         ((torch.zeros(0, 2), Y), 0),
         ((pack_sequence([torch.ones(3, 2), torch.ones(2, 2)]), torch.zeros(2)), 2),
     ],
 )
-def test_batch_size_is_the_first_tensors_length(batch, size):
+def test_batch_size_is_the_length_of_the_first_tensor_with_dimensions(batch, size):
     assert batch_size(batch) == size
 
 

@@ -1,6 +1,8 @@
 """What conservtl relies on in private names of torch and Accelerate, on the installed versions."""
 
 import copy
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -223,3 +225,10 @@ def test_tree_map_keeps_types_and_stops_at_leaves():
     assert compat.tree_leaves(tree, is_leaf=lambda node: isinstance(node, dict) and "z" in node)[-1] == {"z": 3}
     mapped = compat.tree_map(lambda leaf: [leaf], tree, is_leaf=lambda node: isinstance(node, tuple) and 2 in node)
     assert mapped == {"x": [[1], [(2, None)]], "y": Pair(["text"], {"z": [3]})}
+
+
+def test_no_other_module_uses_private_names():
+    root = Path(compat.__file__).parent
+    private = re.compile(r"SLF001|\btorch(\.\w+)*\._[a-z]|from (torch|accelerate)[\w.]*(\._[\w.]* import| import \(?_)")
+    found = {str(file.relative_to(root)) for file in root.rglob("*.py") if private.search(file.read_text("utf-8"))}
+    assert found == {"compat.py", "layers/first_use.py"}  # the latter asks whether torch._dynamo was imported

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from conservtl.compat import foreach_lerp_, foreach_norm, foreach_sub
 from conservtl.kernels.dtensor import local, over_parts, sharded
 from conservtl.kernels.pull import chunk
 from conservtl.plan.decision import Moving
@@ -40,7 +41,7 @@ def deviations(moving: Sequence[Moving]) -> tuple[list[Tensor], list[Tensor], li
     """Weights w, anchors w0 in their type, and w - w0; this process's parts of them where they are sharded."""
     weights = [local(item.parameter) for item in moving]
     anchors = [placed(local(item.anchor), weight) for item, weight in zip(moving, weights, strict=True)]
-    return weights, anchors, list(torch._foreach_sub(weights, anchors)) if weights else []  # noqa: SLF001
+    return weights, anchors, list(foreach_sub(weights, anchors)) if weights else []
 
 
 def placed(anchor: Tensor, parameter: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def norms(
     if not tensors:
         return []
     if by == "tensor" and norm == "frobenius":
-        found = list(torch._foreach_norm(list(tensors)))  # noqa: SLF001
+        found = list(foreach_norm(list(tensors)))
         if any(map(sharded, of)):
             return list(totals([size.square() for size in found], of).sqrt())
         return found
@@ -107,4 +108,4 @@ def move_toward(weights: Sequence[Tensor], anchors: Sequence[Tensor], amounts: S
         amounts: in [0, 1], of shapes that broadcast to the weights'.
     """
     if weights:
-        torch._foreach_lerp_(list(weights), list(anchors), list(amounts))
+        foreach_lerp_(list(weights), list(anchors), list(amounts))

@@ -9,6 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.compat import (
+    foreach_add_,
+    foreach_addcmul_,
+    foreach_clamp_max_,
+    foreach_copy_,
+    foreach_lerp_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_sub,
+)
 from conservtl.kernels.dtensor import local
 
 __all__ = ["Pull", "Pulled", "chunk", "dense_gradient", "gather"]
@@ -91,11 +101,11 @@ class Pull:
             gradients = part.gradients()
             differences = part.differences()
             if carried is not None:
-                differences = list(torch._foreach_mul(differences, carried))  # noqa: SLF001
+                differences = list(foreach_mul(differences, carried))
             if part.importances is not None:
-                torch._foreach_addcmul_(gradients, differences, part.importances, value=strength)
+                foreach_addcmul_(gradients, differences, part.importances, value=strength)
             else:
-                torch._foreach_add_(gradients, differences, alpha=strength)
+                foreach_add_(gradients, differences, alpha=strength)
 
     @torch.no_grad()
     def move_weights(self, factor: float = 1.0, skip: Tensor | None = None) -> None:
@@ -117,14 +127,14 @@ class Pull:
             amount = _sent(amount.reshape(()), weight)
         for part in self._parts:
             if part.anchors is None:
-                torch._foreach_mul_(part.weights, 1 - amount)
+                foreach_mul_(part.weights, 1 - amount)
             elif part.importances is not None:
-                shares = torch._foreach_mul(part.importances, amount)  # noqa: SLF001
-                torch._foreach_clamp_max_(shares, 1)  # no element goes beyond the source
-                torch._foreach_addcmul_(part.weights, part.differences(), shares, value=-1)
+                shares = foreach_mul(part.importances, amount)
+                foreach_clamp_max_(shares, 1)  # no element goes beyond the source
+                foreach_addcmul_(part.weights, part.differences(), shares, value=-1)
             else:
                 amounts = [amount] * len(part.weights) if isinstance(amount, Tensor) else amount
-                torch._foreach_lerp_(part.weights, part.placed(), amounts)
+                foreach_lerp_(part.weights, part.placed(), amounts)
 
 
 class _Part:
@@ -166,7 +176,7 @@ class _Part:
         if self.anchors is None:
             return self.weights
         if self._rooms is None:
-            return list(torch._foreach_sub(self.weights, self.placed()))  # noqa: SLF001
+            return list(foreach_sub(self.weights, self.placed()))
         for weight, anchor, room in zip(self.weights, self.placed(), self._rooms, strict=True):
             torch.sub(weight, anchor, out=room)
         return self._rooms
@@ -176,7 +186,7 @@ class _Part:
         if self.anchors is None or self.ready:
             return self.anchors or []
         rooms = self._rooms or [torch.empty_like(weight) for weight in self.weights]
-        torch._foreach_copy_(rooms, self.anchors, non_blocking=True)
+        foreach_copy_(rooms, self.anchors, non_blocking=True)
         return rooms
 
     def _of(self, tensor: Any) -> Tensor:

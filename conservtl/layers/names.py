@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -9,7 +10,17 @@ from torch import nn
 
 from conservtl.errors import SelectorError, hint
 
-__all__ = ["WRAPPED", "canonical", "glob_hint", "matches", "named_parameters", "select", "unwrap"]
+__all__ = [
+    "WRAPPED",
+    "canonical",
+    "glob_hint",
+    "holder_counts",
+    "matches",
+    "named_parameters",
+    "own_parameters",
+    "select",
+    "unwrap",
+]
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes in which torch.compile, activation checkpointing and FSDP store the wrapped module."""
@@ -52,6 +63,24 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         model: The model, wrapped or not.
     """
     return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that a module holds itself, without its children's; a tied one under each name.
+
+    Args:
+        module: Any module.
+    """
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def holder_counts(model: nn.Module) -> Counter[int]:
+    """Return id of a parameter -> how many modules hold it; more than 1 for a tied parameter.
+
+    Args:
+        model: The model, wrapped or not.
+    """
+    return Counter(id(parameter) for module in model.modules() for parameter in own_parameters(module).values())
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from conservtl.bounds import NonNegative
+from conservtl.compat import foreach_abs_, foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_reciprocal_
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
 from conservtl.methods._quadratic import decayed
 from conservtl.plan.decision import Moving, Step, Update
@@ -66,15 +66,15 @@ class Proximal(Update):
         thresholds = [self._threshold(item, skip) for item in moving]
         if self.penalty == "l1":
             sizes = moved
-            torch._foreach_abs_(sizes)
+            foreach_abs_(sizes)
         else:
             sizes = norms(moved, "row")
             roots = [math.sqrt(item.parameter.shape[1:].numel()) for item in moving]
             thresholds = [threshold * root for threshold, root in zip(thresholds, roots, strict=True)]
-        torch._foreach_clamp_min_(sizes, TINY)
-        torch._foreach_reciprocal_(sizes)
-        torch._foreach_mul_(sizes, thresholds)
-        torch._foreach_clamp_max_(sizes, 1.0)
+        foreach_clamp_min_(sizes, TINY)
+        foreach_reciprocal_(sizes)
+        foreach_mul_(sizes, thresholds)
+        foreach_clamp_max_(sizes, 1.0)
         move_toward(weights, anchors, sizes)
 
     def _threshold(self, item: Moving, skip: Tensor | None) -> Any:

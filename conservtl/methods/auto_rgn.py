@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conservtl.bounds import Count, Share
+from conservtl.compat import foreach_norm
 from conservtl.kernels.deviation import TINY, norms, together
 from conservtl.kernels.dtensor import local
 from conservtl.methods._rows import source_parameters
@@ -162,4 +163,4 @@ def _layer_norms(tensors: Sequence[Tensor], parameters: Sequence[Tensor], sizes:
         sizes: number of tensors in each layer.
     """
     each = together(norms(tensors, of=parameters))
-    return torch.stack(torch._foreach_norm(torch.split_with_sizes(each, sizes)))  # noqa: SLF001
+    return torch.stack(foreach_norm(torch.split_with_sizes(each, sizes)))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
+from conservtl.compat import BatchNormBase, forward_hooks, remove_forward_hooks
 from conservtl.errors import PlanError, SelectorError, SpecError
 from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
 from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
-from conservtl.layers.names import glob_hint
+from conservtl.layers.names import glob_hint, holder_counts, own_parameters
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
 
@@ -28,7 +27,7 @@ PARAMETER = "lhuc"
 
 _WEIGHTS: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
 _RECURRENT: dict[type[nn.Module], int] = {nn.RNN: -1, nn.LSTM: -1, nn.GRU: -1}
-_NORMS: dict[type[nn.Module], int] = {_BatchNorm: 1, nn.SyncBatchNorm: 1, nn.GroupNorm: 1, nn.LayerNorm: -1}
+_NORMS: dict[type[nn.Module], int] = {BatchNormBase: 1, nn.SyncBatchNorm: 1, nn.GroupNorm: 1, nn.LayerNorm: -1}
 _NORMS |= {nn.RMSNorm: -1}
 _SIZES = ("out_features", "out_channels", "num_features", "num_channels", "normalized_shape")
 
@@ -138,31 +137,29 @@ def _merge(model: nn.Module) -> bool:
     Those of recurrent layers, of norms without weights, of weights that another module shares and of parametrised
     ones stay.
     """
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())  # noqa: SLF001
+    holders = holder_counts(model)
     left = False
     for module in _extended(model):
-        own = module._parameters  # noqa: SLF001
-        values = [own[name] for name in ("weight", "bias") if own.get(name) is not None]
-        shared = any(owners[id(value)] > 1 for value in values)
-        if own.get("weight") is None or shared or _axis(module, _RECURRENT) is not None:
+        own = own_parameters(module)
+        values = [own[name] for name in ("weight", "bias") if name in own]
+        shared = any(holders[id(value)] > 1 for value in values)
+        if "weight" not in own or shared or _axis(module, _RECURRENT) is not None:
             left = True
             continue
         factor = _amplitude(own[PARAMETER])
         for value in values:
-            if value is not None:
-                value.mul_(factor.view(-1, *[1] * (value.ndim - 1)))
+            value.mul_(factor.view(-1, *[1] * (value.ndim - 1)))
         _remove(module)
     return not left
 
 
-def _amplitude(parameter: Tensor | None) -> Tensor:
-    assert parameter is not None
+def _amplitude(parameter: Tensor) -> Tensor:
     return 2 * torch.sigmoid(parameter)
 
 
 def _scale(module: nn.Module, _: Any, output: Any) -> Any:
     """The forward hook. A function of this module, so that it survives copies and pickles of the model."""
-    factor = _amplitude(module._parameters[PARAMETER])  # noqa: SLF001
+    factor = _amplitude(getattr(module, PARAMETER))
     if isinstance(output, tuple):  # of a recurrent layer: what comes out at each step, not the state
         first, *state = output
         if isinstance(first, PackedSequence):
@@ -198,14 +195,12 @@ def _outside_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _extended(model: nn.Module) -> list[nn.Module]:
-    return [module for module in unwrap(model).modules() if _scale in module._forward_hooks.values()]  # noqa: SLF001
+    return [module for module in unwrap(model).modules() if _scale in forward_hooks(module)]
 
 
 def _remove(module: nn.Module) -> None:
-    hooks = module._forward_hooks  # noqa: SLF001
-    for key in [key for key, hook in hooks.items() if hook is _scale]:
-        del hooks[key]
-    del module._parameters[PARAMETER]  # noqa: SLF001
+    remove_forward_hooks(module, lambda hook: hook is _scale)
+    delattr(module, PARAMETER)
 
 
 _REASON = "amplitudes of hidden units, which start at 1"

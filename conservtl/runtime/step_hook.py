@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from conservtl.compat import scaler_state
 from conservtl.runtime.parameter_index import ParameterIndex
 from conservtl.runtime.penalty_runner import PenaltyRunner
 from conservtl.runtime.step_context import StepContext
@@ -110,7 +111,7 @@ class StepHook:
         """The scaler's notes on this step, a new object after each ``update()``."""
         if self._scaler is None:
             return None
-        return self._scaler._per_optimizer_states[id(self.optimizer)]  # noqa: SLF001 - no public way to ask
+        return scaler_state(self._scaler, self.optimizer)
 
     def _token(self) -> tuple[Any, ...]:
         """Objects that are replaced when a new step begins: the scaler's state and the gradients.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
+from conservtl.compat import forward_hooks, forward_pre_hooks
 from conservtl.errors import InputError
 from conservtl.layers import find_layers, named_parameters
 from conservtl.layers.extended import extended_modules, restore_module
@@ -241,7 +242,7 @@ def _head(model: nn.Module, example: Any) -> tuple[str, ...]:
 def _described(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, type]], list[int]]:
     """Parameters and buffers, modules in their order, and how many hooks each has."""
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]  # noqa: SLF001
+    hooks = [len(forward_hooks(m)) + len(forward_pre_hooks(m)) for m in model.modules()]
     return tensors, [(name, type(module)) for name, module in model.named_modules()], hooks
 
 

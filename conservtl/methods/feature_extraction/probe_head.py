@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.batches import map_tensors
+from conservtl.compat import remove_forward_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, select, unwrap
 from conservtl.layers.first_use import calls
@@ -128,9 +129,7 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Seque
 def retract(model: nn.Module) -> None:
     """Put the head that was replaced back."""
     for parent in list(unwrap(model).modules()):
-        hooks = parent._forward_hooks  # noqa: SLF001
-        for tap in [key for key, hook in hooks.items() if isinstance(hook, _Tap)]:
-            del hooks[tap]
+        remove_forward_hooks(parent, lambda hook: isinstance(hook, _Tap))
         for name, child in list(parent.named_children()):
             if isinstance(child, ProbeHead):
                 setattr(parent, name, child.replaced[0].to(child.weight.device))

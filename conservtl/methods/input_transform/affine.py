@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.batches import map_tensors, tensors_of
+from conservtl.compat import register_first, remove_forward_pre_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.first_use import calls
+from conservtl.layers.names import holder_counts, own_parameters
 
 __all__ = ["NAME", "AffineTransform", "extend", "merge", "retract"]
 
@@ -65,21 +66,19 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bi
         SpecError: there is one already, the model has no parts to stand before, or the axis or its size is not known.
     """
     model = unwrap(model)
-    if NAME in model._modules:  # noqa: SLF001
+    if hasattr(model, NAME):
         raise SpecError(
             "InputTransform: the model has an input transform already. Merge or retract that of an earlier adaptation "
             "first (InputTransform().merge(model), InputTransform().retract(model)); there can be one."
         )
-    if not model._modules:  # noqa: SLF001
+    if not list(model.children()):
         raise SpecError(
             f"InputTransform: {type(model).__name__} is a single module, with nothing to put in front of. Wrap it: "
             "nn.Sequential(model)."
         )
     transform = AffineTransform(_size(model, layers, example, dim), dim, bias, next(model.parameters()))
     transform.train(model.training)
-    others = dict(model._modules)  # noqa: SLF001
-    model._modules.clear()  # noqa: SLF001 - it must come first: without an example, order is that of registration
-    model._modules.update({NAME: transform, **others})  # noqa: SLF001
+    register_first(model, NAME, transform)  # without an example, the order of layers is that of registration
     if not _runs_its_children(model):
         model.register_forward_pre_hook(_transformed, prepend=True, with_kwargs=True)
     transform.into = None if example is None else _consumer(model, example)
@@ -89,13 +88,9 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bi
 def retract(model: nn.Module) -> None:
     """Take it away, whatever its values."""
     model = unwrap(model)
-    if not isinstance(model._modules.get(NAME), AffineTransform):  # noqa: SLF001
-        return
-    del model._modules[NAME]  # noqa: SLF001
-    hooks = model._forward_pre_hooks  # noqa: SLF001
-    for key in [key for key, hook in hooks.items() if hook is _transformed]:
-        del hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)  # noqa: SLF001
+    if isinstance(getattr(model, NAME, None), AffineTransform):
+        delattr(model, NAME)
+        remove_forward_pre_hooks(model, lambda hook: hook is _transformed)
 
 
 @torch.no_grad()
@@ -106,7 +101,7 @@ def merge(model: nn.Module) -> bool:
     there, and where it has no bias to add to, only a transform without b can go.
     """
     model = unwrap(model)
-    transform = model._modules.get(NAME)  # noqa: SLF001
+    transform = getattr(model, NAME, None)
     if not isinstance(transform, AffineTransform):
         return True
     modules = {canonical(name): module for name, module in model.named_modules()}
@@ -114,7 +109,7 @@ def merge(model: nn.Module) -> bool:
     if transform.into is None or module is None or not _takes(model, module):
         return False
     if transform.bias is not None and bool(transform.bias.any()):
-        if module._parameters.get("bias") is None or _pads_with_zeros(module):  # noqa: SLF001
+        if "bias" not in own_parameters(module) or _pads_with_zeros(module):
             return False
         weight: Any = module.weight
         module.bias.add_(weight.flatten(2).sum(2) @ transform.bias if weight.ndim > 2 else weight @ transform.bias)
@@ -129,7 +124,7 @@ def _absorb(module: Any, weight: Tensor) -> None:
 
 def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The pre-hook of the model: its first tensor goes through the transform."""
-    transform = model._modules[NAME]  # noqa: SLF001
+    transform = getattr(model, NAME)
     assert isinstance(transform, AffineTransform)
     for place, value in enumerate(args):
         if isinstance(value, Tensor):
@@ -178,7 +173,7 @@ def _consumer(model: nn.Module, example: Any) -> str | None:
     outputs for random inputs as they were.
     """
     trial = copy.deepcopy(model).eval()
-    transform: Any = trial._modules[NAME]  # noqa: SLF001
+    transform: Any = getattr(trial, NAME)
     called: list[Any] = []
     for module in trial.modules():
         if _takes(trial, module):
@@ -225,9 +220,8 @@ def _takes(model: nn.Module, module: nn.Module) -> bool:
     plain = any(type(module).forward is kind.forward for kind in (nn.Linear, *_CONVOLUTIONS))
     if not plain or getattr(module, "groups", 1) != 1:
         return False
-    owners = Counter(id(own) for part in model.modules() for own in part._parameters.values())  # noqa: SLF001
-    weight = module._parameters.get("weight")  # noqa: SLF001
-    return weight is not None and owners[id(weight)] == 1
+    weight = own_parameters(module).get("weight")
+    return weight is not None and holder_counts(model)[id(weight)] == 1
 
 
 def _pads_with_zeros(module: Any) -> bool:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from conservtl.batches import tensors_of
+from conservtl.batches import batch_size
+from conservtl.compat import InstanceNormBase
 from conservtl.errors import DataError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.decision import Measure, MeasureContext
@@ -114,7 +114,7 @@ def _measured(probe: MeasureContext, norm: nn.Module, once: bool) -> tuple[_Mome
         norm: to be measured.
         once: whether it is called once only, so that nothing behind it needs to be computed.
     """
-    moments = _Moments(isinstance(norm, _InstanceNorm))
+    moments = _Moments(isinstance(norm, InstanceNormBase))
     examples = 0
 
     def listen(_: nn.Module, inputs: Any) -> None:
@@ -127,7 +127,7 @@ def _measured(probe: MeasureContext, norm: nn.Module, once: bool) -> tuple[_Mome
         for batch in probe.batches:
             with suppress(_Reached), probe.autocast():
                 probe.forward(probe.model, batch)
-            examples += next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 1)
+            examples += batch_size(batch)
     finally:
         hook.remove()
     return moments, examples

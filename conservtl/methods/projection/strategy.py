@@ -10,6 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from conservtl.bounds import Count, Fraction, NonNegative
+from conservtl.compat import foreach_clamp_min_, foreach_div, foreach_mul, foreach_sub
 from conservtl.kernels.deviation import TINY, By, Norm, deviations, move_toward, norms, runs
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Span, Strategy, TestFields
@@ -140,11 +141,11 @@ class ProjectionUpdate(Update):
         parameters = [item.parameter for item in moving]
         sizes = norms(moved, self.each, self.norm, of=parameters)
         if self.relative:
-            radii = torch._foreach_mul(norms(anchors, self.each, self.norm, of=parameters), self.radius)  # noqa: SLF001
+            radii = foreach_mul(norms(anchors, self.each, self.norm, of=parameters), self.radius)
         else:
             radii = tuple(torch.full_like(size, self.radius) for size in sizes)
-        torch._foreach_clamp_min_(sizes, TINY)
+        foreach_clamp_min_(sizes, TINY)
         ones = [torch.ones_like(size) for size in sizes]
-        shares_back = torch._foreach_sub(ones, torch._foreach_div(radii, sizes))  # noqa: SLF001
-        torch._foreach_clamp_min_(shares_back, 0.0)
+        shares_back = foreach_sub(ones, foreach_div(radii, sizes))
+        foreach_clamp_min_(shares_back, 0.0)
         move_toward(weights, anchors, shares_back)
