@@ -2,7 +2,7 @@
 from conservtl.adaptation.adaptation import Adaptation as Adaptation
 from conservtl.adaptation.prepare import adapt as adapt
 from conservtl.engine.evaluation import Holdout as Holdout
-from conservtl.engine.loop import FitResult as FitResult
+from conservtl.engine.fit_result import FitResult as FitResult
 from conservtl.engine.loop import fit as fit
 from conservtl.engine.training import Training as Training
 from conservtl.engine.trials import best_block as best_block

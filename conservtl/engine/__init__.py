@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from conservtl.engine.criterion import Criterion, harmonic_mean, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
-from conservtl.engine.loop import FitResult, fit
+from conservtl.engine.fit_result import FitResult
+from conservtl.engine.loop import fit
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.training import Training
 from conservtl.engine.trials import best_block

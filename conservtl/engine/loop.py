@@ -4,63 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.checkpoint import Checkpoints, State, gather_generators, restore, snapshot
 from conservtl.engine.epoch import Augment, Learner
-from conservtl.engine.evaluation import Functions, Holdout, evaluate
+from conservtl.engine.epoch_end import close_epoch, continues, evaluate_sets
+from conservtl.engine.evaluation import Functions
 from conservtl.engine.finalize import Ended, finish
+from conservtl.engine.fit_result import FitResult
 from conservtl.engine.interruption import interruptible
+from conservtl.engine.preparation import Sets, check_arguments, make_measurements, place_sets, training_batches
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
-from conservtl.engine.selection import check_selection, with_criterion
+from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.training import Training
-from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["fit", "trial_of"]
 
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a run did.
-
-    Args:
-        history: a line an epoch: epoch, step, phase, loss, lr, seconds, the metrics of each set under its name,
-            and under ``valid`` those that were selected on. Where nothing is trained one line, of epoch 0.
-        steps: optimizer steps done.
-        best: the best validation score, higher is better, with ``keep="path"`` that of the weights kept; None without
-            a validation set or without the metric to select on.
-        seconds: wall clock, with what was spent before the run was resumed.
-        precision: fp32, bf16 or fp16.
-        device: where it ran.
-        kept_outputs: whether a frozen input side was computed once only, in some phase.
-        after: what was done once training was over, by its name in the plan; under ``path`` the t that
-            ``keep="path"`` chose, and the metrics on the validation parts at every point.
-        path: the sets of ``path`` evaluated between the starting point (t = 0) and the trained weights (t = 1), each
-            entry with t, the metrics of each set, and whether it was kept.
-    """
-
-    history: tuple[dict[str, Any], ...]
-    steps: int
-    best: float | None
-    seconds: float
-    precision: str
-    device: str
-    kept_outputs: bool
-    after: dict[str, Any] = field(default_factory=dict)
-    path: tuple[dict[str, Any], ...] = ()
+Tell = Callable[[Mapping[str, Any]], None]
 
 
 def fit(
@@ -81,7 +51,7 @@ def fit(
     resume: bool = False,
     seed: int | None = None,
     progress: bool = False,
-    tell: Callable[[Mapping[str, Any]], None] | None = None,
+    tell: Tell | None = None,
     accelerator: Any = None,
 ) -> FitResult:
     """Train an adaptation by its plan.
@@ -129,67 +99,103 @@ def fit(
     """
     begun = time.perf_counter()
     settings = training or Training()
-    _check(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
+    check_arguments(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
     functions = Functions(forward, loss, metrics)
     check_selection(settings, valid or {}, adaptation.plan, metrics)
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
-    folder = Path(out) if out is not None else None
     if seed is not None:
         seed_all(seed)
     with open_session(adaptation, settings, accelerator) as session:
         main = session.part[0] == 0
-        store = Checkpoints(folder, main)
-        batches = _training_batches(session, train)
-        found = store.load() if resume else None
-        if found is not None:
-            adaptation.load_state_dict(found["adaptation"])  # with what was measured
-        _measure(session, functions, train if session.part[1] > 1 else batches, source)
-        held_out = _held_out(session, valid or {}), _held_out(session, watch or {})
-        shown = _held_out(session, path or {})
+        store = Checkpoints(Path(out) if out is not None else None, main)
+        batches = training_batches(session, train)
+        saved = store.load() if resume else None
+        if saved is not None:
+            adaptation.load_state_dict(saved["adaptation"])  # with its measurements and choices
+        measured = train if session.part[1] > 1 else batches
+        make_measurements(session, functions, measured, source)
+        sets = place_sets(session, valid, watch, path)
         if adaptation.plan.searches:
-            trial = trial_of(batches, held_out[0], functions, augment, accelerator)
-            run_searches(adaptation, held_out[0], settings, batches.generators, trial)
-            _measure(session, functions, train if session.part[1] > 1 else batches, source)  # what the choice asks for
+            trial = trial_of(batches, sets.valid, functions, augment, accelerator)
+            run_searches(adaptation, sets.valid, settings, batches.generators, trial)
+            make_measurements(session, functions, measured, source)  # those that the choice needs
         if not adaptation.plan.trained:
-            return _untrained(session, functions, batches, held_out, shown, store, begun)
+            return _untrained(session, functions, batches, sets, store, begun)
         session.begin()
         steps = total_steps(settings, batches.count())
         learner = Learner(session, functions, batches, steps, augment, keep_frozen_outputs)
-        if found is not None:
-            learner.go_on_from(restore(session, found, learner.generators, learner.augmenting))
-        state = learner.state
-        begun -= state.seconds
+        if saved is not None:
+            learner.go_on_from(restore(session, saved, learner.generators, learner.augmenting))
+        begun -= learner.state.seconds
+        bar = Progress(steps, learner.state.step, shown=progress and main)
+        _run_epochs(learner, phases, sets, store, bar, begun, tell)
+        if learner.state.selection.weights is not None:
+            unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)
+        ended = finish(session, functions, batches, sets.valid, sets.path)
+        return _result(session, learner.state, ended, begun, kept_outputs=learner.ever_kept)
 
-        def save(*, now: bool, gathered: Sequence[Mapping[str, Any]] = ()) -> None:
-            state.seconds = time.perf_counter() - begun
-            store.save(lambda: snapshot(session, state, learner.generators, gathered), now=now)
 
-        bar = Progress(steps, state.step, shown=progress and main)
-        try:
-            with bar, interruptible(folder is not None) as stop:
-                while _goes_on(learner, phases):
-                    learner.begin(phases[state.epoch])
-                    for _ in learner.epoch():
-                        bar.advance()
-                        if stop.asked:
-                            learner.check()
-                            save(now=True)
-                            raise KeyboardInterrupt
-                    _close(learner, *held_out, time.perf_counter() - begun)
-                    bar.show(state.history[-1])
-                    store.write_history(state.history)
-                    gathered = gather_generators(session, learner.generators) if folder is not None else ()
-                    save(now=stop.asked or not _goes_on(learner, phases), gathered=gathered)
+def _run_epochs(
+    learner: Learner,
+    phases: Sequence[int],
+    sets: Sets,
+    store: Checkpoints,
+    bar: Progress,
+    begun: float,
+    tell: Tell | None,
+) -> None:
+    """Train until the last epoch, or until the patience is exhausted.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+    """
+    state = learner.state
+
+    def save(*, now: bool, gathered: Sequence[Mapping[str, Any]] = ()) -> None:
+        state.seconds = time.perf_counter() - begun
+        store.save(lambda: snapshot(learner.session, state, learner.generators, gathered), now=now)
+
+    try:
+        with bar, interruptible(store.folder is not None) as stop:
+            while continues(learner, phases):
+                learner.begin(phases[state.epoch])
+                for _ in learner.epoch():
+                    bar.advance()
                     if stop.asked:
+                        learner.check()
+                        save(now=True)
                         raise KeyboardInterrupt
-                    if tell is not None:
-                        tell(state.history[-1])
-        finally:
-            learner.forget()
-        if state.selection.weights is not None:
-            unwrap(adaptation.model).load_state_dict(state.selection.weights)
-        ended = finish(session, functions, batches, held_out[0], shown)
-        return _result(session, state, ended, begun, kept_outputs=learner.ever_kept)
+                close_epoch(learner, sets, time.perf_counter() - begun)
+                bar.show(state.history[-1])
+                store.write_history(state.history)
+                gathered = gather_generators(learner.session, learner.generators) if store.folder is not None else ()
+                save(now=stop.asked or not continues(learner, phases), gathered=gathered)
+                if stop.asked:
+                    raise KeyboardInterrupt
+                if tell is not None:
+                    tell(state.history[-1])
+    finally:
+        learner.forget()
+
+
+def _untrained(
+    session: Session,
+    functions: Functions,
+    batches: Held | Streamed,
+    sets: Sets,
+    store: Checkpoints,
+    begun: float,
+) -> FitResult:
+    """Return the result of a plan that trains nothing: measurements are used and the end is done, without a step."""
+    state = State()
+    plan = session.adaptation.plan
+    # Without measurements there is no path either: the model is at its starting point.
+    ended = finish(session, functions, batches, sets.valid, sets.path if plan.measures else {})
+    line = {"epoch": 0, "step": 0, "phase": plan.phases[0].name}
+    line |= {"seconds": time.perf_counter() - begun, **evaluate_sets(session, functions, state, sets)}
+    state.history.append(line)
+    store.write_history(state.history)
+    return _result(session, state, ended, begun, kept_outputs=False)
 
 
 def trial_of(
@@ -216,27 +222,6 @@ def trial_of(
     return trial
 
 
-def _untrained(
-    session: Session,
-    functions: Functions,
-    batches: Held | Streamed,
-    held_out: tuple[Mapping[str, Holdout], Mapping[str, Holdout]],
-    shown: Mapping[str, Holdout],
-    store: Checkpoints,
-    begun: float,
-) -> FitResult:
-    """The result of a plan that trains nothing: what was measured is used, what comes at the end done, no step made."""
-    state = State()
-    plan = session.adaptation.plan
-    # Where nothing was measured either, there is no path: the model is where it started.
-    ended = finish(session, functions, batches, held_out[0], shown if plan.measures else {})
-    line = {"epoch": 0, "step": 0, "phase": plan.phases[0].name}
-    line |= {"seconds": time.perf_counter() - begun, **_evaluated(session, functions, state, *held_out)}
-    state.history.append(line)
-    store.write_history(state.history)
-    return _result(session, state, ended, begun, kept_outputs=False)
-
-
 def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_outputs: bool) -> FitResult:
     return FitResult(
         after=ended.after,
@@ -249,93 +234,3 @@ def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_
         device=str(session.device),
         kept_outputs=kept_outputs,
     )
-
-
-def _training_batches(session: Session, train: Any) -> Held | Streamed:
-    if isinstance(train, DataLoader) and session.part[1] > 1:
-        train = session.accelerator.prepare_data_loader(train, device_placement=False)  # each process its own part
-    return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
-
-
-def _measure(session: Session, functions: Functions, target: Any, source: Any) -> None:
-    """Measure what the plan needs before an optimizer can be made; of many processes each on all of the data.
-
-    Raises:
-        SpecError: it needs source data, and there is none.
-    """
-    adaptation = session.adaptation
-    for one in adaptation.bound.unmeasured():
-        if one.data == "source" and source is None:
-            raise SpecError(
-                f"{one.by} is measured on source data ({one.describe()}), but fit was given none. Pass source=data, or "
-                "choose what is measured on the target's."
-            )
-        adaptation.measure(
-            Contents(as_batches(target if one.data == "target" else source, 64, session.device, shuffle=False)),
-            on=one.data,
-            forward=functions.forward,
-            loss=functions.loss,
-            autocast=session.autocast,
-        )
-
-
-def _held_out(session: Session, sets: Mapping[str, Any]) -> dict[str, Holdout]:
-    """Sets to evaluate on, placed once for all evaluations."""
-    found = {name: data if isinstance(data, Holdout) else Holdout(data) for name, data in sets.items()}
-    return {
-        name: replace(one, data=as_batches(one.data, 256, session.device, shuffle=False)) for name, one in found.items()
-    }
-
-
-def _goes_on(learner: Learner, phases: list[int]) -> bool:
-    """Whether epochs are left, and the last phase has not gone stale."""
-    state, patience = learner.state, learner.settings.patience
-    stale = patience is not None and state.selection.stale >= patience and phases[state.epoch - 1] == phases[-1]
-    return state.epoch < len(phases) and not stale
-
-
-def _close(learner: Learner, valid: Mapping[str, Holdout], watch: Mapping[str, Holdout], seconds: float) -> None:
-    """End an epoch: its line in the history, with evaluations where they are due."""
-    session, settings, state = learner.session, learner.settings, learner.state
-    state.epoch, state.batch = state.epoch + 1, 0
-    line: dict[str, Any] = {
-        "epoch": state.epoch,
-        "step": state.step,
-        "phase": session.adaptation.plan.phases[session.adaptation.phase].name,
-        "loss": state.total / state.seen,
-        "lr": max(group["lr"] for group in session.raw.param_groups),
-        "seconds": seconds,
-    }
-    state.total, state.seen = 0.0, 0
-    if state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs:
-        line |= _evaluated(session, learner.functions, state, valid, watch)
-    state.history.append(line)
-
-
-def _evaluated(
-    session: Session,
-    functions: Functions,
-    state: State,
-    valid: Mapping[str, Holdout],
-    watch: Mapping[str, Holdout],
-) -> dict[str, Any]:
-    """Metrics of all sets, for a line of the history; the selection looks at those to validate on."""
-    found, seen = (
-        {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
-        for sets in (valid, watch)
-    )
-    if not found:
-        return seen
-    adaptation = session.adaptation
-    state.selection.look(found, adaptation.model, with_criterion(session.training, adaptation.plan))
-    return found | seen | {"valid": found}
-
-
-def _check(adaptation: Any, settings: Any, held_out: Mapping[str, Any]) -> None:
-    if not isinstance(adaptation, Adaptation):
-        raise SpecError(f"fit trains what adapt(model, source, ...) gives; received {type(adaptation).__name__}.")
-    if not isinstance(settings, Training):
-        raise SpecError(f"training must be a Training, such as Training(epochs=10); received {settings!r}.")
-    for name, sets in held_out.items():
-        if sets is not None and not isinstance(sets, Mapping):
-            raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(sets).__name__}.")

@@ -1,0 +1,64 @@
+"""The end of an epoch: its line in the history, its evaluations, and whether training continues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from conservtl.engine.checkpoint import State
+from conservtl.engine.epoch import Learner
+from conservtl.engine.evaluation import Functions, evaluate
+from conservtl.engine.preparation import Sets
+from conservtl.engine.selection import with_criterion
+from conservtl.engine.session import Session
+
+__all__ = ["close_epoch", "continues", "evaluate_sets"]
+
+
+def continues(learner: Learner, phases: Sequence[int]) -> bool:
+    """Whether epochs are left, and the last phase has not exhausted the patience.
+
+    Args:
+        learner: its state counts epochs and evaluations without a better score.
+        phases: the phase of each epoch.
+    """
+    state, patience = learner.state, learner.settings.patience
+    stale = patience is not None and state.selection.stale >= patience and phases[state.epoch - 1] == phases[-1]
+    return state.epoch < len(phases) and not stale
+
+
+def close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
+    """Append the epoch's line to the history, with evaluations if they are due.
+
+    Args:
+        learner: its state is brought to the beginning of the next epoch.
+        sets: evaluated on.
+        seconds: wall clock since the run began.
+    """
+    session, settings, state = learner.session, learner.settings, learner.state
+    state.epoch, state.batch = state.epoch + 1, 0
+    line: dict[str, Any] = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "phase": session.adaptation.plan.phases[session.adaptation.phase].name,
+        "loss": state.total / state.seen,
+        "lr": max(group["lr"] for group in session.raw.param_groups),
+        "seconds": seconds,
+    }
+    state.total, state.seen = 0.0, 0
+    if state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs:
+        line |= evaluate_sets(session, learner.functions, state, sets)
+    state.history.append(line)
+
+
+def evaluate_sets(session: Session, functions: Functions, state: State, sets: Sets) -> dict[str, Any]:
+    """Return the metrics of all sets for a line of the history, and update the selection by the validation sets."""
+    valid, watch = (
+        {name: evaluate(session.model, data, functions, session.device) for name, data in each.items()}
+        for each in (sets.valid, sets.watch)
+    )
+    if not valid:
+        return watch
+    adaptation = session.adaptation
+    state.selection.look(valid, adaptation.model, with_criterion(session.training, adaptation.plan))
+    return valid | watch | {"valid": valid}

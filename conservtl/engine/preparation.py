@@ -1,0 +1,100 @@
+"""Preparation of a run: arguments checked, data placed, measurements made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.evaluation import Functions, Holdout
+from conservtl.engine.session import Session
+from conservtl.engine.training import Training
+from conservtl.errors import SpecError
+
+__all__ = ["Sets", "check_arguments", "make_measurements", "place_sets", "training_batches"]
+
+_BATCH = 256  # examples a batch in evaluations
+_MEASURED = 64  # examples a batch in measurements, which compute gradients
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Sets to evaluate on, by name, placed once for all evaluations.
+
+    Args:
+        valid: selected on.
+        watch: shown only.
+        path: evaluated between the starting point and the trained weights.
+    """
+
+    valid: Mapping[str, Holdout]
+    watch: Mapping[str, Holdout]
+    path: Mapping[str, Holdout]
+
+
+def check_arguments(adaptation: Any, training: Any, sets: Mapping[str, Any]) -> None:
+    """Raise unless the arguments of ``fit`` have the right types.
+
+    Raises:
+        SpecError: one has not; the message names it.
+    """
+    if not isinstance(adaptation, Adaptation):
+        raise SpecError(f"fit trains the result of adapt(model, source, ...); received {type(adaptation).__name__}.")
+    if not isinstance(training, Training):
+        raise SpecError(f"training must be a Training, such as Training(epochs=10); received {training!r}.")
+    for name, given in sets.items():
+        if given is not None and not isinstance(given, Mapping):
+            raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(given).__name__}.")
+
+
+def training_batches(session: Session, train: Any) -> Held | Streamed:
+    """Return the batches of the training data, of this process's part if there are many."""
+    if isinstance(train, DataLoader) and session.part[1] > 1:
+        # Batches are moved one at a time when they are used.
+        train = session.accelerator.prepare_data_loader(train, device_placement=False)
+    return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
+
+
+def place_sets(
+    session: Session,
+    valid: Mapping[str, Any] | None,
+    watch: Mapping[str, Any] | None,
+    path: Mapping[str, Any] | None,
+) -> Sets:
+    """Return the sets of ``fit`` as batches, on the device if they fit."""
+
+    def placed(sets: Mapping[str, Any] | None) -> dict[str, Holdout]:
+        holdouts = {name: data if isinstance(data, Holdout) else Holdout(data) for name, data in (sets or {}).items()}
+        return {
+            name: replace(holdout, data=as_batches(holdout.data, _BATCH, session.device, shuffle=False))
+            for name, holdout in holdouts.items()
+        }
+
+    return Sets(placed(valid), placed(watch), placed(path))
+
+
+def make_measurements(session: Session, functions: Functions, target: Any, source: Any) -> None:
+    """Make the measurements that the plan needs before an optimizer; each process measures on all of the data.
+
+    Raises:
+        SpecError: a measurement needs source data, and there is none.
+    """
+    adaptation = session.adaptation
+    for measure in adaptation.bound.unmeasured():
+        if measure.data == "source" and source is None:
+            raise SpecError(
+                f"{measure.by} is measured on source data ({measure.describe()}), but fit was given none. Pass "
+                "source=data, or measure on the target's."
+            )
+        data = target if measure.data == "target" else source
+        adaptation.measure(
+            Contents(as_batches(data, _MEASURED, session.device, shuffle=False)),
+            on=measure.data,
+            forward=functions.forward,
+            loss=functions.loss,
+            autocast=session.autocast,
+        )
