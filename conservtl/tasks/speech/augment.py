@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from conservtl.bounds import Share
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["SpeechAugment", "mask", "mix_noise", "warp"]
 
 
-class SpeechAugment(BaseModel):
+class SpeechAugment(FrozenModel):
     """Random changes of a batch; every draw comes from the generator handed in.
 
     Reference:
@@ -19,8 +22,6 @@ class SpeechAugment(BaseModel):
         2013 (stretch of the frequency axis); Ko et al., "Audio Augmentation for Speech Recognition",
         2015 (stretch of the time axis).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     time_shift: Annotated[float, Field(ge=0, le=0.5)] = 0.08
     """Furthest shift in time, as a part of the length."""
@@ -32,11 +33,11 @@ class SpeechAugment(BaseModel):
     """Furthest stretch of the mel axis, as `time_stretch`. Log-mel inputs only."""
     time_masks: Annotated[int, Field(ge=0, le=20)] = 1
     """How many spans of frames (or samples) are blanked."""
-    time_mask: Annotated[float, Field(ge=0, le=1)] = 0.15
+    time_mask: Share = 0.15
     """Longest span, as a part of the length."""
     frequency_masks: Annotated[int, Field(ge=0, le=20)] = 1
     """How many spans of mel bands are blanked. Log-mel inputs only."""
-    frequency_mask: Annotated[float, Field(ge=0, le=1)] = 0.15
+    frequency_mask: Share = 0.15
     """Widest span, as a part of the bands."""
     tilt: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Standard deviation of a random smooth change of the balance between bands (another

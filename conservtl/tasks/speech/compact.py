@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
+
+from conservtl.bounds import ProperShare
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["TCResNet", "TCResNetArgs", "TemporalBlock"]
 
 Norm = Literal["batch", "group"]
 
 
-class TCResNetArgs(BaseModel):
+class TCResNetArgs(FrozenModel):
     """What can be set of a TC-ResNet."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     width: Annotated[float, Field(gt=0, le=16)] = 1.5
     """Factor on the channels 16, 24, 32, 48 (the paper's k)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    dropout: ProperShare = 0.3
     """Before the head."""
     norm: Norm = "batch"
     """Batch norm as in the paper, or group norm, which knows no running statistics."""

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import MinLen
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
+from conservtl.bounds import Count, NonNegativeInt, ProperShare
 from conservtl.data import Domains
 from conservtl.errors import SpecError
+from conservtl.spec_model import FrozenModel
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
@@ -33,14 +35,12 @@ _SOURCE_AUGMENT = SpeechAugment(
 Words = Annotated[tuple[str, ...], MinLen(2)]
 
 
-class _SpeechData(BaseModel):
+class _SpeechData(FrozenModel):
     """What all kinds of recordings share."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     shots: Annotated[int, Field(ge=1, le=10_000)] = 5
     """Recordings a word of the target speaker to adapt with; the rest is its test part."""
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation: ProperShare = 0.0
     """Part of the shots to validate on instead of training; with one shot there is none."""
     features: Features = Features()
     """How a recording becomes an input of the network."""
@@ -74,7 +74,7 @@ class FolderData(_SpeechData):
     """Takes of the source speakers that measure what is kept; never trained on."""
     words: Words | None = None
     """Labels to use; all found where null."""
-    limit: PositiveInt | None = None
+    limit: Count | None = None
     """Most source recordings a word to train on, and to test on; all where null."""
 
 
@@ -110,11 +110,11 @@ class SpeechCommandsData(_SpeechData):
     """The speaker to adapt to: the eight hexadecimal digits before `_nohash_`."""
     source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
     """The speakers of the source model; all others found where null."""
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    held_out: ProperShare = 0.1
     """Part of the source's recordings that measures what is kept: always the same one."""
     words: Words | None = None
     """Labels to use; all found where null."""
-    limit: PositiveInt | None = None
+    limit: Count | None = None
     """Most source recordings a word to train on, and to test on; all where null."""
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from conservtl.bounds import Fraction
 from conservtl.errors import DataError
 from conservtl.extras import require
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["Features", "SpeechPreprocessing", "fit_length", "log_mel", "normalise", "read_audio"]
 
@@ -21,10 +23,8 @@ _BATCH = 256  # recordings a mel computation: bounds the memory of the spectrogr
 _BLOCK = 2048  # recordings in memory as samples at one time
 
 
-class Features(BaseModel):
+class Features(FrozenModel):
     """How a recording becomes an input of the network."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["logmel", "waveform"] = "logmel"
     """`logmel`: (n_mels, frames). `waveform`: (samples,), for networks that start from samples."""
@@ -34,9 +34,9 @@ class Features(BaseModel):
     """Seconds. Longer recordings lose both ends, shorter ones are padded with silence, equally."""
     n_mels: Annotated[int, Field(ge=1, le=512)] = 40
     """Mel bands."""
-    window: Annotated[float, Field(gt=0, le=1)] = 0.040
+    window: Fraction = 0.040
     """Seconds of the analysis window."""
-    hop: Annotated[float, Field(gt=0, le=1)] = 0.020
+    hop: Fraction = 0.020
     """Seconds from one frame to the next."""
     range_db: Annotated[float, Field(gt=0, le=200)] = 40.0
     """Bands more than this many dB below the loudest of their recording count as silence, so that
@@ -57,10 +57,8 @@ class Features(BaseModel):
         return (self.n_mels, 1 + self.samples // max(1, round(self.hop * self.sample_rate)))
 
 
-class SpeechPreprocessing(BaseModel):
+class SpeechPreprocessing(FrozenModel):
     """Files to inputs, always the same way. Saved with the adapted model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     features: Features = Features()
     """How a recording becomes an input."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from conservtl.errors import SpecError, hint
+from conservtl.spec_model import FrozenModel
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.torchaudio_adapter import torchaudio_names, wrap
@@ -17,10 +18,8 @@ __all__ = ["ModelSpec", "build"]
 _BLOCKS = {"tc_resnet8": 1, "tc_resnet14": 2}
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(FrozenModel):
     """A network by name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Annotated[str, Field(min_length=1)] = "tc_resnet8"
     """`tc_resnet8`, `tc_resnet14`, or a name in `torchaudio.models` (`Wav2Letter`, `Conformer`,

@@ -6,20 +6,22 @@ import math
 from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from conservtl.bounds import Fraction
+from conservtl.spec_model import FrozenModel
+
 __all__ = ["VisionAugment", "usual_augment"]
 
-_Share = Annotated[float, Field(gt=0, le=1)]
 _Ratio = Annotated[float, Field(gt=0, le=10)]
 
 SMALL = 64
 """Up to this size (pixels) images are shifted; above, parts of them are cut out and enlarged."""
 
 
-class VisionAugment(BaseModel):
+class VisionAugment(FrozenModel):
     """Flips and crops, on the tensor's device.
 
     Example:
@@ -29,15 +31,13 @@ class VisionAugment(BaseModel):
         torch.Size([1, 1, 3, 4])
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     flip: bool = True
     """Mirror every second image, left to right. Not for digits or letters."""
 
     shift: int = Field(default=0, ge=0, le=512)
     """Move by up to this many pixels either way; what enters is the image mirrored at its edge."""
 
-    scale: tuple[_Share, _Share] | None = None
+    scale: tuple[Fraction, Fraction] | None = None
     """Cut out a part with this share of the area (least, most) and enlarge it to the whole; null: never."""
 
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)

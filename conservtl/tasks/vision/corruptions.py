@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from conservtl.bounds import NonNegativeInt
 from conservtl.errors import SpecError
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["SEVERITIES", "Corruption", "Name", "corrupt", "strength_of"]
 
@@ -61,10 +63,8 @@ _EDGES = {
 }
 
 
-class Corruption(BaseModel):
+class Corruption(FrozenModel):
     """A corruption of the target's images, the same at every reading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Name
     """Which corruption."""
@@ -77,7 +77,7 @@ class Corruption(BaseModel):
     """Replaces the severity: standard deviation of the noise (values in [0, 1]); of the blur, in pixels;
     radius of the disk, in pixels; factor of the contrast; shift of the brightness."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: NonNegativeInt = 0
     """Draws the noise, together with each image's name. Apart from the run's seed, so that runs with
     different seeds meet the same corrupted test images."""
 

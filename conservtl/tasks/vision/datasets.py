@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from conservtl.bounds import Count, NonNegativeInt
+from conservtl.spec_model import FrozenModel
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.image_settings import ImageSettings
@@ -20,12 +22,10 @@ _Digit = Annotated[int, Field(ge=0, le=9)]
 _WRITING = frozenset({"EMNIST", "KMNIST", "MNIST", "Omniglot", "QMNIST", "RenderedSST2", "SVHN", "USPS"})
 
 
-class _Images(BaseModel):
+class _Images(FrozenModel):
     """What every kind of image data shares."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    shots: int = Field(default=5, ge=1)
+    shots: Count = 5
     """Labelled target images a class to adapt with, drawn by the run's seed."""
 
     validation: float = Field(default=0.0, ge=0, le=0.9)
@@ -54,7 +54,7 @@ class _Split(_Images):
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of each class kept for testing, where the set has no test part of its own."""
 
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: NonNegativeInt = 0
     """Draws that part. Apart from the run's seed, so that a source trained once never saw a test part."""
 
 

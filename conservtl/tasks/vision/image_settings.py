@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from conservtl.bounds import Share
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["CIFAR_IMAGES", "IMAGENET_IMAGES", "ImageSettings"]
 
-_Unit = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0, le=10)]
 
 
-class ImageSettings(BaseModel):
+class ImageSettings(FrozenModel):
     """Size, crop and normalisation of images, as a model's weights expect them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     size: int = Field(default=224, ge=4, le=4096)
     """Height and width of the input in pixels."""
@@ -26,7 +26,7 @@ class ImageSettings(BaseModel):
     crop: Literal["center", "squash"] = "center"
     """`center` keeps the proportions and cuts the centre out; `squash` changes both sides to `size`."""
 
-    mean: tuple[_Unit, _Unit, _Unit] = (0.485, 0.456, 0.406)
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
     """Mean of red, green and blue, subtracted from values in [0, 1]."""
 
     std: tuple[_Positive, _Positive, _Positive] = (0.229, 0.224, 0.225)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 
 from conservtl.errors import SpecError, hint
 from conservtl.extras import require
+from conservtl.spec_model import FrozenModel
 from conservtl.tasks.vision.cifar_resnet import CIFAR_DEPTHS, CifarResNet
 from conservtl.tasks.vision.image_settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
@@ -19,10 +20,8 @@ _WEIGHTS = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "progre
 _TIMM = "timm/"
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(FrozenModel):
     """A network by name. Its weights are the source's business."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(default="cifar_resnet20", min_length=1)
     """`cifar_resnet20`, `32`, `44` or `56`; a classifier of torchvision (`resnet18`); or one of timm

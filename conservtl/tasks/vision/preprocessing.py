@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from conservtl.errors import DataError
 from conservtl.extras import require
+from conservtl.spec_model import FrozenModel
 from conservtl.tasks.vision.image_settings import ImageSettings
 
 __all__ = ["VisionPreprocessing", "open_image"]
@@ -34,10 +34,8 @@ def open_image(path: Path) -> Any:
         ) from error
 
 
-class VisionPreprocessing(BaseModel):
+class VisionPreprocessing(FrozenModel):
     """Opens images, brings them to size and normalises them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["vision"] = "vision"
     """Tells this record from other tasks' in a saved model."""
