@@ -38,7 +38,7 @@ from conservtl.methods.input_transform.strategy import InputTransform as InputTr
 from conservtl.methods.l1_sp import L1SP as L1SP
 from conservtl.methods.l2_sp import L2SP as L2SP
 from conservtl.methods.layer_transfer import LayerTransfer as LayerTransfer
-from conservtl.methods.lhuc import LHUC as LHUC
+from conservtl.methods.lhuc.strategy import LHUC as LHUC
 from conservtl.methods.lp_ft import LPFT as LPFT
 from conservtl.methods.mixout import Mixout as Mixout
 from conservtl.methods.norm_adaptation.strategy import NormAdaptation as NormAdaptation

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import conservtl as ctl
 from conservtl.layers import find_layers
-from conservtl.methods import lhuc
-from conservtl.methods.lhuc import hidden_units
+from conservtl.methods.lhuc.amplitudes import add_amplitudes, merge_amplitudes
+from conservtl.methods.lhuc.hidden_units import find_hidden_units
 from conservtl.testing.weights import random_weights
 
 X = torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -168,7 +168,7 @@ class TestUnits:
 
         model = nn.Sequential(Block(), Block(), nn.Linear(3, 2))
         inside = ["bn1", "bn2", "shortcut.1"]
-        assert hidden_units(model, find_layers(model)) == [f"{i}.{name}" for i in (0, 1) for name in inside]
+        assert find_hidden_units(model, find_layers(model)) == [f"{i}.{name}" for i in (0, 1) for name in inside]
 
     def test_the_example_shows_which_norm_is_behind_which_weight(self):
         """torch registers both norms of a transformer layer last; and its attention projects without being asked."""
@@ -177,19 +177,19 @@ class TestUnits:
             nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True),
             nn.Linear(4, 2),
         )
-        names = hidden_units(model, find_layers(model), example=torch.randn(2, 3, 4))
+        names = find_hidden_units(model, find_layers(model), example=torch.randn(2, 3, 4))
         assert names == ["0.linear1", "0.norm2", "1.linear1", "1.linear2"]
 
     def test_layers_and_modules_by_glob(self):
         model = network()
         layers = find_layers(model)
-        assert hidden_units(model, layers, ["0"]) == ["1"]
-        assert hidden_units(model, layers, ["7"]) == ["7"]
-        assert hidden_units(model, layers, ["1", "5"]) == ["1", "5"]
+        assert find_hidden_units(model, layers, ["0"]) == ["1"]
+        assert find_hidden_units(model, layers, ["7"]) == ["7"]
+        assert find_hidden_units(model, layers, ["1", "5"]) == ["1", "5"]
         with pytest.raises(
             ctl.SelectorError, match=r"LHUC: 'conv1' must match a layer, .*it matches none\. There are 0, 5, 7, 1\."
         ):
-            hidden_units(model, layers, ["conv1"])
+            find_hidden_units(model, layers, ["conv1"])
 
     def test_a_model_that_is_all_head_is_refused_and_left_as_it_was(self):
         model = nn.Linear(3, 2)
@@ -205,7 +205,7 @@ class TestUnits:
                 return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
         model = nn.Sequential(nn.Conv2d(2, 5, 1), ChannelsFirst(5), nn.ReLU(), nn.Flatten(), nn.Linear(125, 2))
-        assert hidden_units(model, find_layers(model)) == ["0"]
+        assert find_hidden_units(model, find_layers(model)) == ["0"]
 
 
 @torch.no_grad()
@@ -229,12 +229,12 @@ def test_channels_are_where_the_module_has_them(module, shape, axis):
     module = copy.deepcopy(module).eval()
     x = torch.randn(shape)
     plain = module(x)
-    lhuc._extend(module, [""])
+    add_amplitudes(module, [""])
     module.lhuc.copy_(torch.tensor([-1.0, 0.0, 2.0]))
     factor = 2 * torch.tensor([-1.0, 0.0, 2.0]).sigmoid()
     expected = (plain.movedim(axis, -1) * factor).movedim(-1, axis)
     assert torch.allclose(module(x), expected)
-    assert lhuc._merge(module)
+    assert merge_amplitudes(module)
     assert torch.allclose(module(x), expected, atol=1e-6)
 
 

@@ -1,0 +1,5 @@
+"""``LHUC``."""
+
+from conservtl.methods.lhuc.strategy import LHUC
+
+__all__ = ["LHUC"]

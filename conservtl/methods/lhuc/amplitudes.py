@@ -1,0 +1,102 @@
+"""Amplitudes of hidden units on a model: added, removed, and multiplied into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from conservtl.compat import forward_hooks, remove_forward_hooks
+from conservtl.errors import SpecError
+from conservtl.layers import canonical, unwrap
+from conservtl.layers.names import holder_counts, own_parameters
+from conservtl.methods.lhuc.hidden_units import channel_dim, is_recurrent, unit_count
+
+__all__ = ["PARAMETER", "add_amplitudes", "merge_amplitudes", "remove_amplitudes"]
+
+PARAMETER = "lhuc"
+"""Name of the amplitudes' parameter on the module whose output they scale."""
+
+
+def add_amplitudes(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Add amplitudes of 1 to modules, and return the names of the new parameters.
+
+    Args:
+        model: wrapped or not.
+        names: canonical names of modules.
+
+    Raises:
+        SpecError: a module has amplitudes already; none is changed.
+    """
+    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    if twice := [name for name in names if hasattr(modules[name], PARAMETER)]:
+        raise SpecError(
+            f"LHUC: module {twice[0]!r} has amplitudes already. Merge or retract those of an earlier adaptation first "
+            "(LHUC().merge(model), LHUC().retract(model)), and name each module in one LHUC only."
+        )
+    first = next(unwrap(model).parameters())
+    for name in names:
+        module = modules[name]
+        like = next(module.parameters(recurse=False), first)
+        zeros = torch.zeros(unit_count(module) or 0, device=like.device, dtype=like.dtype)
+        module.register_parameter(PARAMETER, nn.Parameter(zeros))
+        module.register_forward_hook(_scale, prepend=True)
+    return [f"{name}.{PARAMETER}" if name else PARAMETER for name in names]
+
+
+def remove_amplitudes(model: nn.Module) -> None:
+    """Remove all amplitudes, whatever their values."""
+    for module in _scaled_modules(model):
+        _remove(module)
+
+
+@torch.no_grad()
+def merge_amplitudes(model: nn.Module) -> bool:
+    """Multiply amplitudes into the weights and biases that they scale, and return whether none is left.
+
+    Amplitudes stay on recurrent layers, on norms without weights, on weights that several modules share and on
+    parametrised weights.
+    """
+    holders = holder_counts(model)
+    left = False
+    for module in _scaled_modules(model):
+        own = own_parameters(module)
+        values = [own[name] for name in ("weight", "bias") if name in own]
+        shared = any(holders[id(value)] > 1 for value in values)
+        if "weight" not in own or shared or is_recurrent(module):
+            left = True
+            continue
+        factor = _amplitude(own[PARAMETER])
+        for value in values:
+            value.mul_(factor.view(-1, *[1] * (value.ndim - 1)))
+        _remove(module)
+    return not left
+
+
+def _amplitude(parameter: Tensor) -> Tensor:
+    return 2 * torch.sigmoid(parameter)
+
+
+def _scale(module: nn.Module, _: Any, output: Any) -> Any:
+    """Scale a module's output: a forward hook, at module level so that copies and pickles of the model keep it."""
+    factor = _amplitude(getattr(module, PARAMETER))
+    if isinstance(output, tuple):  # of a recurrent layer: the outputs of all steps are scaled, its state is not
+        outputs, *state = output
+        if isinstance(outputs, PackedSequence):
+            return outputs._replace(data=outputs.data * factor.to(outputs.data.dtype)), *state
+        return outputs * factor.to(outputs.dtype), *state
+    shape = [1] * output.ndim
+    shape[channel_dim(module)] = -1
+    return output * factor.to(output.dtype).view(shape)
+
+
+def _scaled_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in unwrap(model).modules() if _scale in forward_hooks(module)]
+
+
+def _remove(module: nn.Module) -> None:
+    remove_forward_hooks(module, lambda hook: hook is _scale)
+    delattr(module, PARAMETER)

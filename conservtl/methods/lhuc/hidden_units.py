@@ -1,0 +1,131 @@
+"""Modules whose outputs are hidden units, which an amplitude can scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from conservtl.compat import BatchNormBase
+from conservtl.errors import SelectorError, SpecError
+from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
+from conservtl.layers.extended import own_class
+from conservtl.layers.first_use import first_use
+from conservtl.layers.names import glob_hint
+
+__all__ = ["channel_dim", "find_hidden_units", "is_recurrent", "unit_count"]
+
+_WEIGHTS: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
+_NORMS: dict[type[nn.Module], int] = {
+    BatchNormBase: 1,
+    nn.SyncBatchNorm: 1,
+    nn.GroupNorm: 1,
+    nn.LayerNorm: -1,
+    nn.RMSNorm: -1,
+}
+_RECURRENT: dict[type[nn.Module], int] = {nn.RNN: -1, nn.LSTM: -1, nn.GRU: -1}
+_SIZES = ("out_features", "out_channels", "num_features", "num_channels", "normalized_shape")
+
+
+def find_hidden_units(
+    model: nn.Module, layers: Sequence[Layer], on: Sequence[str] | None = None, example: object = None
+) -> list[str]:
+    """Return the names of the modules whose outputs are hidden units.
+
+    By default each linear map, convolution and recurrent layer of every layer but the last; if a norm follows it, that
+    norm instead, whose output the activation takes.
+
+    Args:
+        model: wrapped or not.
+        layers: its layers, input side first.
+        on: globs of layers (all of their units) or of modules.
+        example: an input, which shows the order of modules. None: their order of registration.
+
+    Raises:
+        SpecError: the model has none.
+        SelectorError: a glob matches none.
+    """
+    scalable = {name: module for name, module in _outside_attention(unwrap(model)) if unit_count(module) is not None}
+    if example is not None:
+        scalable = _by_use(scalable, first_use(unwrap(model), example))
+    units = _units(scalable, layers)
+    if on is None:
+        hidden = [name for name, layer in units.items() if layer != layers[-1].name]
+        if not hidden:
+            raise SpecError(
+                f"LHUC: {type(model).__name__} has no hidden linear map, convolution or recurrent layer whose units "
+                "could be scaled, nothing but its head. Adapt it by another strategy."
+            )
+        return hidden
+    chosen: dict[str, None] = {}
+    for glob in on:
+        inside = [name for name, layer in units.items() if matches(glob, layer)]
+        inside = inside or [name for name in scalable if matches(glob, name)]
+        if not inside:
+            raise SelectorError(
+                f"LHUC: {glob!r} must match a layer, or a linear, convolutional, recurrent or normalising module "
+                f"whose output can be scaled; it matches none."
+                f"{glob_hint(glob, [*dict.fromkeys(units.values()), *scalable])}"
+            )
+        chosen |= dict.fromkeys(inside)
+    return list(chosen)
+
+
+def unit_count(module: nn.Module) -> int | None:
+    """Return the number of channels of a module's output; None if an amplitude cannot scale it."""
+    if _dim(module, _WEIGHTS | _NORMS | _RECURRENT) is None:
+        return None
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    size = next(getattr(module, name) for name in _SIZES if hasattr(module, name))
+    if isinstance(size, tuple):
+        return size[0] if len(size) == 1 else None
+    return int(size)
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Return the dimension of the output that holds the channels."""
+    return _dim(module, _WEIGHTS | _NORMS) or 0
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is a recurrent layer of torch's."""
+    return _dim(module, _RECURRENT) is not None
+
+
+def _dim(module: nn.Module, kinds: dict[type[nn.Module], int]) -> int | None:
+    """Return the dimension of the channels; None for other kinds, and for classes with a forward of their own."""
+    return next((dim for kind, dim in kinds.items() if own_class(module).forward is kind.forward), None)
+
+
+def _by_use(modules: Mapping[str, nn.Module], used: Mapping[str, int]) -> dict[str, nn.Module]:
+    """Sort modules by their first use; those that are not used come last."""
+    places: dict[str, int] = {}
+    for tensor, place in used.items():
+        places.setdefault(tensor.rpartition(".")[0], place)
+    return dict(sorted(modules.items(), key=lambda item: places.get(item[0], len(used))))
+
+
+def _units(scalable: Mapping[str, nn.Module], layers: Sequence[Layer]) -> dict[str, str]:
+    """Return the layer of each module whose output holds units: a weight, or the norm that follows it."""
+    units: dict[str, str] = {}
+    before: tuple[str, str, int | None] | None = None  # the last weight, its layer and size
+    for name, module in scalable.items():
+        layer = layer_of(layers, name)
+        if layer is None:
+            continue
+        if _dim(module, _NORMS) is None:
+            before = (name, layer.name, unit_count(module))
+            units[name] = layer.name
+        elif before is not None and before[1:] == (layer.name, unit_count(module)):
+            del units[before[0]]
+            units[name] = layer.name
+            before = None
+    return units
+
+
+def _outside_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules by canonical name, without those inside attention: torch never calls its projection's forward."""
+    attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
+    inside = {id(part) for attention in attentions for part in attention.modules()}
+    return ((canonical(name), module) for name, module in model.named_modules() if id(module) not in inside)
