@@ -1,19 +1,31 @@
-"""What every task hands to the rest: labelled examples of two domains, and how inputs are made."""
+"""The data that a task loads: labelled examples of two domains, and how inputs are made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from conservtl.errors import DataError
 
-__all__ = ["Augmentation", "Data", "Domains", "Examples", "Preprocessing", "carve", "draw_shots", "spread"]
+__all__ = [
+    "Augmentation",
+    "Data",
+    "Domains",
+    "Examples",
+    "Preprocessing",
+    "carve",
+    "draw_shots",
+    "first_batch",
+    "join",
+    "length_of",
+    "spread",
+]
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,8 @@ class Examples:
 
     Args:
         inputs: (N, ...) float32, as the model takes them.
-        labels: (N,) int64, positions in the domain's label list.
-        names: N names a person can find the example by (a file, a voice and a word).
+        labels: (N,) int64, positions in the domain's label list; (N, ...) of another type for a task without classes.
+        names: N names that a person can find the examples by (a file, a voice and a word).
     """
 
     inputs: Tensor
@@ -34,32 +46,37 @@ class Examples:
         return len(self.names)
 
     def take(self, index: Sequence[int]) -> Examples:
-        """The examples at these positions, in this order."""
+        """Return the examples at these positions, in this order."""
         at = torch.as_tensor(list(index), dtype=torch.long)
         return Examples(self.inputs[at], self.labels[at], tuple(self.names[i] for i in index))
 
 
-Data = Examples | Dataset[tuple[Tensor, Tensor]]
-"""Examples where they fit into memory, else a map-style dataset of (input, label)."""
+Data = Examples | Mapping[str, Tensor] | Dataset[Any]
+"""Examples, or a dictionary of tensors with one row an example (padded sequences and their lengths, say), where they
+fit into memory; else a map-style dataset of (input, label) or of such dictionaries."""
 
 
 class Preprocessing(Protocol):
-    """From files to model inputs. A frozen Pydantic model, saved with the adapted model."""
+    """Makes model inputs of files. A frozen Pydantic model, saved with the adapted model."""
 
-    def read(self, files: Sequence[Path]) -> Tensor:
-        """Inputs for these files, (N, ...) float32."""
+    def read(self, files: Sequence[Path]) -> Any:
+        """Return the inputs for these files: (N, ...) float32, or a dictionary of the model's arguments."""
         ...
 
     def model_dump(self, *, mode: str = ...) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the fields as JSON."""
         ...
 
 
 class Augmentation(Protocol):
-    """Random changes of a batch of inputs; draws from ``generator`` alone."""
+    """Changes a batch of inputs at random; draws from ``generator`` alone. A frozen Pydantic model."""
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Changed inputs of the same shape, on the same device."""
+        """Return changed inputs of the same shape, on the same device."""
+        ...
+
+    def model_dump(self, *, mode: str = ...) -> dict[str, Any]:
+        """Return the fields as JSON."""
         ...
 
 
@@ -68,14 +85,15 @@ class Domains:
     """The two domains of a run.
 
     Args:
-        labels: the target's labels, in the order of the model's outputs.
-        source_labels: the source's labels, in the order of the source model's outputs.
+        labels: names of the model's outputs in their order: the target's classes, tokens or quantities.
+        source_labels: the same of the source model's outputs.
         shots: the target's labelled examples to adapt with.
-        validation: carved from the shots, or None.
+        validation: examples held out of the shots to select on, or None.
         target_test: the rest of the target; nothing is ever selected on it.
-        source_train: what a source model can be trained on, or None.
-        source_test: held out of it; measures what is kept. Labelled by ``source_labels``. Or None.
-        preprocessing: how files become inputs.
+        source_train: examples to train a source model on, or None.
+        source_test: source examples held out of training, to measure what is kept. Labelled by ``source_labels``. Or
+            None.
+        preprocessing: makes inputs of files.
         augmentation: for adapting from a few examples, or None.
         source_augmentation: for training a source model, or None.
     """
@@ -93,7 +111,7 @@ class Domains:
 
 
 def draw_shots(labels: Sequence[int], shots: int, seed: int) -> tuple[list[int], list[int]]:
-    """Positions of ``shots`` examples a label, drawn by ``seed``, and of all the others, both in order.
+    """Draw ``shots`` examples a label by ``seed``; return their positions and those of all others, both in order.
 
     Raises:
         DataError: a label has fewer than ``shots`` examples, or none is left to test with.
@@ -101,13 +119,13 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int) -> tuple[list[int],
     generator = torch.Generator().manual_seed(seed)
     chosen: set[int] = set()
     for label in sorted(set(labels)):
-        own = [i for i, other in enumerate(labels) if other == label]
-        if len(own) <= shots:
+        places = [i for i, other in enumerate(labels) if other == label]
+        if len(places) <= shots:
             raise DataError(
-                f"data.shots: label {label} has {len(own)} examples; {shots} to adapt with leave none to "
-                f"test on. Ask for at most {len(own) - 1}."
+                f"data.shots: label {label} has {len(places)} examples; {shots} to adapt with leave none to "
+                f"test on. Ask for at most {len(places) - 1}."
             )
-        chosen |= {own[i] for i in torch.randperm(len(own), generator=generator)[:shots].tolist()}
+        chosen |= {places[i] for i in torch.randperm(len(places), generator=generator)[:shots].tolist()}
     return sorted(chosen), [i for i in range(len(labels)) if i not in chosen]
 
 
@@ -120,16 +138,61 @@ def carve(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int],
     generator = torch.Generator().manual_seed(seed + 1)
     held: set[int] = set()
     for label in sorted(set(labels)):
-        own = [i for i, other in enumerate(labels) if other == label]
-        count = min(len(own) - 1, max(1, round(fraction * len(own)))) if fraction > 0 else 0
-        held |= {own[i] for i in torch.randperm(len(own), generator=generator)[:count].tolist()}
+        places = [i for i, other in enumerate(labels) if other == label]
+        count = min(len(places) - 1, max(1, round(fraction * len(places)))) if fraction > 0 else 0
+        held |= {places[i] for i in torch.randperm(len(places), generator=generator)[:count].tolist()}
     return [i for i in range(len(labels)) if i not in held], sorted(held)
 
 
+def length_of(data: Data) -> int:
+    """Return the number of examples."""
+    if isinstance(data, Mapping):
+        return len(next(iter(data.values())))
+    return len(data)  # type: ignore[arg-type]
+
+
 def spread(data: Data, most: int | None) -> Data:
-    """At most so many examples, evenly spread over the data; None: all of them."""
-    length = len(data)  # type: ignore[arg-type]
+    """Return at most ``most`` examples, evenly spread over the data; None: all of them."""
+    length = length_of(data)
     if most is None or length <= most:
         return data
-    index = [number * length // most for number in range(most)]
-    return data.take(index) if isinstance(data, Examples) else Subset(data, index)
+    places = [number * length // most for number in range(most)]
+    if isinstance(data, Examples):
+        return data.take(places)
+    if isinstance(data, Mapping):
+        return {key: tensor[places] for key, tensor in data.items()}
+    return Subset(data, places)
+
+
+def first_batch(data: Data, size: int) -> Any:
+    """Return the first ``size`` examples as a batch: (inputs, labels), or a dictionary."""
+    if isinstance(data, Examples):
+        return data.inputs[:size], data.labels[:size]
+    if isinstance(data, Mapping):
+        return {key: tensor[:size] for key, tensor in data.items()}
+    return default_collate([data[place] for place in range(min(size, length_of(data)))])
+
+
+def join(parts: Sequence[Data]) -> Data:
+    """Return the examples of all parts in one, each part as it is: Examples stay Examples."""
+    examples = [part for part in parts if isinstance(part, Examples)]
+    if len(examples) == len(parts):
+        inputs, labels = (torch.cat([getattr(part, name) for part in examples]) for name in ("inputs", "labels"))
+        return Examples(inputs, labels, tuple(name for part in examples for name in part.names))
+    datasets = [_Rows(part) if isinstance(part, (Examples, Mapping)) else part for part in parts]
+    return ConcatDataset(datasets)
+
+
+class _Rows(Dataset[Any]):
+    """Examples held in memory as a dataset of rows."""
+
+    def __init__(self, data: Examples | Mapping[str, Tensor]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return length_of(self.data)
+
+    def __getitem__(self, place: int) -> Any:
+        if isinstance(self.data, Examples):
+            return self.data.inputs[place], self.data.labels[place]
+        return {key: tensor[place] for key, tensor in self.data.items()}

@@ -1,1 +1,1 @@
-"""The tasks: how data of a domain becomes labelled inputs, and the models for them."""
+"""The tasks: sections of a spec, data, models, metrics and answers, a folder each. ``base`` holds the protocol."""

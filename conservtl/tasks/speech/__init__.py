@@ -9,6 +9,7 @@ from conservtl.tasks.speech.espeak import SOURCE_VOICES, TARGET_VOICES
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
 from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, SPEECH_COMMANDS
 from conservtl.tasks.speech.models import ModelSpec, build
+from conservtl.tasks.speech.task import Speech
 from conservtl.tasks.speech.torchaudio_adapter import FrameClassifier
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FolderData",
     "FrameClassifier",
     "ModelSpec",
+    "Speech",
     "SpeechAugment",
     "SpeechCommandsData",
     "SpeechPreprocessing",

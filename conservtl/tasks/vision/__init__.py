@@ -11,6 +11,7 @@ from conservtl.tasks.vision.image_settings import ImageSettings
 from conservtl.tasks.vision.loading import load, preprocessing_for
 from conservtl.tasks.vision.models import ModelSpec, build, published_settings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
+from conservtl.tasks.vision.task import Vision
 
 __all__ = [
     "CifarResNet",
@@ -21,6 +22,7 @@ __all__ = [
     "ImageSettings",
     "ModelSpec",
     "TorchvisionData",
+    "Vision",
     "VisionAugment",
     "VisionPreprocessing",
     "build",

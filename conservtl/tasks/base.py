@@ -1,0 +1,263 @@
+"""The task protocol: how the data of two domains is loaded, which model learns it, and how that is judged."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from conservtl.data import Augmentation, Data, Domains, Preprocessing
+from conservtl.functions import MetricValue, forward
+from conservtl.spec_model import FrozenModel
+
+__all__ = ["DataSection", "Headline", "Prediction", "Shift", "Task", "task_classes"]
+
+Shift = Literal["labels", "speaker", "input"]
+"""How the target differs from the source: other labels; the same labels from another speaker; the same labels for
+inputs that look or sound different."""
+
+_CLASSES: dict[str, type[Task]] = {}
+
+
+class DataSection(FrozenModel):
+    """Base of a task's ``data`` section: the fields that every study can vary."""
+
+    shots: Annotated[int, Field(ge=1)] = 5
+    """Labelled target examples to adapt with; of each class where the task has classes."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the shots to validate on instead of training."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The metric that a task is judged by.
+
+    Args:
+        metric: its key in the task's metrics.
+        better: which direction is better.
+        share: whether it is a share of 1, written in per cent; a score that combines both domains, and the
+            constrained score, are defined for shares only.
+        text: its name in a sentence; the key if empty.
+    """
+
+    metric: str = "accuracy"
+    better: Literal["higher", "lower"] = "higher"
+    share: bool = True
+    text: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its name in a sentence."""
+        return self.text or self.metric.replace("_", " ")
+
+    def show(self, value: float) -> str:
+        """Return a value as text, a share in per cent."""
+        return f"{100 * value:.1f} %" if self.share else f"{value:.3g}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a report needs to write and to judge it."""
+        return {"key": self.metric, "name": self.label, "better": self.better, "share": self.share}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The model's answer for one file.
+
+    Args:
+        file: the file.
+        label: the most probable label; a transcript or a number as text for a task without classes.
+        probability: of that answer, in [0, 1]; None where the task gives none.
+    """
+
+    file: Path
+    label: str
+    probability: float | None = None
+
+    def __str__(self) -> str:
+        parts = [str(self.file), self.label]
+        return "\t".join(parts if self.probability is None else [*parts, f"{self.probability:.3f}"])
+
+
+class Task(ABC):
+    """A kind of problem: sections of a spec, data, model, loss, metrics and answers.
+
+    A subclass with a ``name`` is known to specs as ``task: NAME`` as soon as its module is imported: by
+    ``--import``, or as an entry point of group ``conservtl.tasks``. It has no state.
+
+    A batch is what the task's data yields: (inputs, labels), or a dictionary of tensors. Everything else in
+    conservtl treats batches and outputs as opaque, so inputs of any length, sequences as outputs and a loss of its
+    own need no more than these methods.
+    """
+
+    name: ClassVar[str]
+    """Its name in a spec."""
+    summary: ClassVar[str]
+    """One line for the JSON schema."""
+    model_section: ClassVar[type[BaseModel]]
+    """The spec's ``model`` section; every field has a default."""
+    data_section: ClassVar[Any]
+    """The spec's ``data`` section: a subclass of ``DataSection``, or a union of them told apart by ``kind``."""
+    preprocessing: ClassVar[type[BaseModel]]
+    """The class of ``Domains.preprocessing``, to read back what was saved with a model."""
+    headline: ClassVar[Headline] = Headline()
+    """The metric that runs are selected and compared by."""
+    example: ClassVar[str] = "example"
+    """What a person calls one example: recording, image."""
+    has_classes: ClassVar[bool] = False
+    """Whether ``labels`` gives the class of each example: shots are counted a class, and ``recommend`` works."""
+    shift: ClassVar[Shift] = "input"
+    """How the target differs where source and target share their labels."""
+    usual_lr: ClassVar[float] = 3e-4
+    """A learning rate that fits the task's networks, for ``recommend``."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            return
+        known = _CLASSES.get(cls.name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            where = f"{known.__module__}.{known.__qualname__}"
+            raise TypeError(f"task {cls.name!r} is taken by {where}. Choose another name.")
+        _CLASSES[cls.name] = cls
+
+    @abstractmethod
+    def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
+        """Read the two domains that a spec names.
+
+        Args:
+            data: the spec's ``data`` section.
+            model: its ``model`` section, where the inputs depend on the network.
+            seed: draws the shots and the validation part.
+            source: False leaves the source's data unread; ``source_train`` and ``source_test`` are None.
+
+        Raises:
+            DataError: data is missing, unreadable, or contradicts the spec.
+        """
+
+    @abstractmethod
+    def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
+        """Return the named network with fresh weights.
+
+        Args:
+            model: the spec's ``model`` section.
+            preprocessing: how files become its inputs.
+            outputs: the number of its outputs, as many as ``Domains.labels``.
+
+        Raises:
+            SpecError: there is no such network, or its arguments do not fit.
+        """
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Return the model's outputs for a batch."""
+        return forward(model, batch)
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss, a scalar, the mean over the batch."""
+
+    @abstractmethod
+    def metrics(self, outputs: Any, batch: Any) -> Mapping[str, MetricValue]:
+        """Return each metric: its mean over the batch, or a pair (sum, count) that is pooled over a set."""
+
+    @abstractmethod
+    def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:
+        """Return the answer for each file from the outputs for all of them.
+
+        Args:
+            outputs: of the model, one row a file.
+            labels: names of the model's outputs.
+            files: what was read.
+        """
+
+    def inputs(self, batch: Any) -> Any:
+        """Return what the model is called with: the first of a tuple, or a dictionary without its labels."""
+        if isinstance(batch, Mapping):
+            return {key: value for key, value in batch.items() if key != "labels"}
+        return batch[0]
+
+    def labels(self, batch: Any) -> Tensor | None:  # noqa: ARG002
+        """Return the class of each example, (N,), or None where the task has no classes."""
+        return None
+
+    def agreement(self, outputs: Any, source: Any) -> Mapping[str, MetricValue]:  # noqa: ARG002
+        """Return how far outputs agree with the source model's on the same batch; empty: not measured.
+
+        Args:
+            outputs: of the adapted model, on the CPU.
+            source: of the source model, on the CPU.
+        """
+        return {}
+
+    def per_class(
+        self,
+        before: Sequence[Any],  # noqa: ARG002
+        after: Sequence[Any],  # noqa: ARG002
+        labels: Sequence[Any],  # noqa: ARG002
+        names: Sequence[str],  # noqa: ARG002
+    ) -> dict[str, Any] | None:
+        """Return the headline metric of each class before and after; None where the task has no classes.
+
+        Args:
+            before: outputs of the source model, a batch each.
+            after: outputs of the adapted model, a batch each.
+            labels: what ``labels`` gives for each batch.
+            names: the classes.
+        """
+        return None
+
+    def targets(self, data: Any) -> tuple[str, ...]:  # noqa: ARG002
+        """Return every target that a study can repeat its runs over: speakers, corruptions, ..."""
+        return ("the target",)
+
+    def on_target(self, data: Any, target: str) -> dict[str, Any]:  # noqa: ARG002
+        """Return the fields of a spec, by dotted name, that make another of ``targets`` the target."""
+        return {}
+
+    def target_name(self, data: Any, domains: Domains) -> str:  # noqa: ARG002
+        """Return what a report calls the target."""
+        return "the target"
+
+    def shares_labels(self, data: Any) -> bool:  # noqa: ARG002
+        """Whether source data has the target's labels by construction, so that both can be trained on together."""
+        return True
+
+    def augmented(self, augmentation: Augmentation | None) -> Callable[[Any, torch.Generator], Any] | None:
+        """Return a function that augments a batch with draws from a generator, as ``fit`` takes it.
+
+        Args:
+            augmentation: of inputs, from ``Domains``; None: no augmentation.
+        """
+        if augmentation is None:
+            return None
+
+        def augment(batch: Any, generator: torch.Generator) -> Any:
+            inputs, *rest = batch
+            return (augmentation(inputs, generator), *rest)
+
+        return augment
+
+    def fingerprint(self, data: Any, train: Data, preprocessing: Preprocessing) -> Any:
+        """Return what identifies the source's training data without decoding it, as JSON: for the model's cache.
+
+        Args:
+            data: the spec's ``data`` section.
+            train: the source's training data.
+            preprocessing: how files become inputs.
+
+        The default takes the whole section but ``shots`` and ``validation``, which belong to the target. A task whose
+        files can change under the same names adds their sizes and times (``conservtl.tasks.fingerprint``).
+        """
+        section = data.model_dump(mode="json", exclude={"shots", "validation"})
+        return [section, preprocessing.model_dump(mode="json"), len(train)]  # type: ignore[arg-type]
+
+
+def task_classes() -> dict[str, type[Task]]:
+    """Return the tasks defined so far, by name, those of user modules included."""
+    return {name: cls for name, cls in _CLASSES.items() if not inspect.isabstract(cls)}
