@@ -13,6 +13,7 @@ from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.decision import View
 from conservtl.runtime.extending import apply_extensions
+from conservtl.runtime.source_head import SourceHead
 from conservtl.runtime.taps import tensor_of
 from conservtl.source.read import Source
 
@@ -32,7 +33,7 @@ class SourceModelRunner:
         self.model = model.eval().requires_grad_(False)
         self._modules = {canonical(name): module for name, module in model.named_modules()}
         self._layers = dict(layers)
-        self._head = head
+        self._head = None if head is None else SourceHead(model, head)
         if lost := [layer for layer, name in layers.items() if name not in self._modules]:
             raise SourceError(f"the source model has no layer {lost[0]!r} to compare with. Tap layers that both have.")
 
@@ -44,7 +45,9 @@ class SourceModelRunner:
 
     def head(self, entered: Tensor) -> Any:
         """Outputs of the source's own head for the adapted body's features, with gradient to them."""
-        return self._modules[self._head or ""](entered)
+        if self._head is None:
+            raise RuntimeError("the outputs are compared as they are: the target has the source's labels")
+        return self._head.outputs(entered)
 
     @torch.no_grad()
     def view(self, run: Callable[[nn.Module], Any]) -> View:
@@ -64,7 +67,7 @@ class SourceModelRunner:
 
         taps = dict(self._layers)
         if self._head is not None:
-            taps[""] = self._head
+            taps[""] = self._head.name
         hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in taps.items()]
         self.model.eval()
         try:

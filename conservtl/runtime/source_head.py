@@ -1,0 +1,57 @@
+"""The source's own head on the body of an adapted model, where the target's labels differ from the source's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.layers import canonical, unwrap
+
+__all__ = ["SourceHead"]
+
+
+class SourceHead:
+    """The head of a source model.
+
+    Args:
+        source: the source model; not changed.
+        name: name of its head's module.
+    """
+
+    def __init__(self, source: nn.Module, name: str) -> None:
+        self.name = name
+        self.module = {canonical(own): module for own, module in source.named_modules()}[name]
+        self._copies: dict[torch.device, nn.Module] = {}
+
+    def outputs(self, entering: Tensor) -> Any:
+        """Return the head's outputs for the features that enter it, with gradient to them."""
+        return self.module(entering)
+
+    @contextmanager
+    def replacing(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Put the source's head into the place of a model's own for a while; yields the model, unwrapped.
+
+        The whole module is replaced, not its weights alone: the model's own head may be fed from other layers.
+
+        Args:
+            model: a model with the source's body; wrapped or not.
+        """
+        bare = unwrap(model)
+        parent, _, key = self.name.rpartition(".")
+        holder = bare.get_submodule(parent)
+        head = holder.get_submodule(key)
+        setattr(holder, key, self._on(next(bare.parameters()).device))
+        try:
+            yield bare
+        finally:
+            setattr(holder, key, head)
+
+    def _on(self, device: torch.device) -> nn.Module:
+        if device not in self._copies:
+            self._copies[device] = copy.deepcopy(self.module).to(device)
+        return self._copies[device]
