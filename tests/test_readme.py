@@ -82,7 +82,8 @@ def test_the_plan_is_shown_as_it_prints():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
 def test_every_command_of_ours_names_a_spec_and_fields_that_exist(document):
-    from conservtl.experiments.spec.search_space import ranges_of, with_values
+    from conservtl.experiments.spec.fields import with_values
+    from conservtl.experiments.spec.search_space import ranges_of
     from conservtl.experiments.spec.spec import load_spec, parse_spec, read_content
 
     lines = [line for block in blocks(document.read_text(), "sh") for line in block.splitlines()]

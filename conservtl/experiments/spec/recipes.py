@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from conservtl.engine import Training
 from conservtl.errors import SpecError
@@ -14,17 +12,16 @@ from conservtl.methods.feature_conservation.strategy import FeatureConservation
 from conservtl.methods.l2_sp import L2SP
 from conservtl.methods.norm_adaptation.strategy import NormAdaptation
 from conservtl.methods.weight_interpolation import WeightInterpolation
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["RECIPES", "Recipe", "fill", "offer", "recipe"]
 
 
-class Recipe(BaseModel):
+class Recipe(FrozenModel):
     """Strategies, and how to train with them. In a spec: ``strategies: {recipe: vision}``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    task: Literal["speech", "vision"]
-    """What it is for."""
+    task: str
+    """The task that it is for."""
     strategies: tuple[AnyStrategy, ...]
     """For ``adapt``."""
     training: Training

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from conservtl.errors import SpecError
+from conservtl.spec_model import FrozenModel
 
-__all__ = ["SearchRange", "ranges_of", "with_values"]
+__all__ = ["SearchRange", "ranges_of"]
 
 
-class SearchRange(BaseModel):
+class SearchRange(FrozenModel):
     """A field to be searched: ``{range: [1, 100], log: true}``, or ``{choices: [adamw, sgd]}``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     range: tuple[float, float] | None = None
     """Lowest and highest value; whole numbers where both are."""
@@ -61,18 +59,6 @@ def ranges_of(content: Mapping[str, Any]) -> dict[str, SearchRange]:
             "optimizer: {choices: [adamw, sgd]} in place of a value."
         )
     return found
-
-
-def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec's content with these values in place of the marks."""
-    filled: dict[str, Any] = copy.deepcopy(dict(content))
-    for dotted, value in values.items():
-        *path, last = dotted.split(".")
-        at: Any = filled
-        for key in path:
-            at = at[int(key)] if isinstance(at, list) else at[key]
-        at[int(last) if isinstance(at, list) else last] = value
-    return filled
 
 
 def _walk(value: Any, place: str) -> list[tuple[str, SearchRange]]:

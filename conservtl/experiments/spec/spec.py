@@ -1,95 +1,107 @@
-"""A spec: one file that says what is adapted to what, and how. Read, overridden, validated."""
+"""A spec: one file that names the data, the source model and the strategies of a run. Read, overridden, validated."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from conservtl.engine import Training
-from conservtl.errors import SpecError, hint, wrong_tag
+from conservtl.errors import SpecError
+from conservtl.experiments.spec.fields import with_values
+from conservtl.experiments.spec.messages import explain
 from conservtl.experiments.spec.recipes import fill, offer
 from conservtl.experiments.spec.study_sections import CompareSection, SweepSection, TuneSection
 from conservtl.methods import AnyStrategy
-from conservtl.tasks import speech, vision
+from conservtl.plugins import import_modules, imported_modules
+from conservtl.spec_model import FrozenModel
+from conservtl.tasks.base import Task
+from conservtl.tasks.registry import task_named, tasks
 
-__all__ = ["SourceSection", "Spec", "SpeechSpec", "VisionSpec", "dump_spec", "load_spec", "read_content", "schema"]
+__all__ = [
+    "SourceSection",
+    "Spec",
+    "dump_spec",
+    "load_spec",
+    "parse_spec",
+    "read_content",
+    "schema",
+    "spec_class",
+    "with_fields",
+]
 
 
-class SourceSection(BaseModel):
-    """Where the source model comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class SourceSection(FrozenModel):
+    """The source model's origin."""
 
     weights: Path | None = None
-    """File of source weights. None: a source model is trained on the source data, and cached."""
+    """File of source weights. null: a source model is trained on the source data, and cached."""
     data: Literal["auto"] | None = "auto"
-    """auto: the source part of ``data`` (other speakers, uncorrupted images, other classes). null: the
-    source is without data; what is kept is then measured on the source model's own outputs."""
+    """auto: the source part of ``data`` (other speakers, uncorrupted images, other classes). null: the source comes
+    without data; what the model keeps of it is then measured against the source model's own outputs."""
     labels: tuple[str, ...] | None = None
-    """The labels of the source model's outputs, in order, where they cannot be read off the source data.
-    Where they are the target's, in the same order, the source's head serves the target too."""
+    """The labels of the source model's outputs, in order, where the source data does not give them.
+    If they equal the target's, in the same order, the source's head serves the target too."""
     training: Training = Training(epochs=30, lr=1e-3, schedule="one_cycle", evaluate_every=1000)
-    """How a source model is trained where no weights are given."""
+    """How a source model is trained if no weights are given."""
     cache: Path | None = None
-    """Folder for trained source models, keyed by content. None: ``.cache/conservtl`` in the home folder."""
+    """Folder for trained source models, keyed by content. null: ``.cache/conservtl`` in the home folder."""
 
 
-class _Common(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class Spec(FrozenModel):
+    """What ``conservtl run`` takes. Each task has a subclass with its own ``model`` and ``data`` sections."""
 
+    task: str
+    """The kind of problem."""
+    model: Any
+    """The network."""
+    data: Any
+    """The data of both domains."""
     source: SourceSection = SourceSection()
     """The source model."""
     layers: tuple[str, ...] | None = None
-    """Globs of parameter names, input side first, where the layers found are not the ones you mean."""
+    """Globs of parameter names, input side first, if the layers found are not the ones you mean."""
     strategies: Annotated[tuple[AnyStrategy, ...], Field(json_schema_extra=offer)] = ()
-    """What to conserve and what to change; none at all is plain fine-tuning. Or ``{recipe: speaker}`` or
-    ``{recipe: vision}``: what conservtl does when told nothing more, with the training and the augmentation that go
-    with it; fields of those that the spec has win."""
+    """What to conserve and what to change; an empty list is plain fine-tuning. Or ``{recipe: speaker}`` or
+    ``{recipe: vision}``: the recommended strategies with their training and augmentation; fields of those that the
+    spec sets win."""
     training: Training = Training()
     """How to adapt."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Draws the shots, initialises what is fresh and orders the batches."""
+    """Draws the shots, initialises fresh parameters and orders the batches."""
     compare: CompareSection | None = None
-    """What ``conservtl compare`` runs; one run ignores it."""
+    """Settings of ``conservtl compare``; a single run ignores them."""
     sweep: SweepSection | None = None
-    """What ``conservtl sweep`` runs; one run ignores it."""
+    """Settings of ``conservtl sweep``; a single run ignores them."""
     tune: TuneSection | None = None
-    """What ``conservtl tune`` searches; one run ignores it."""
+    """Settings of ``conservtl tune``; a single run ignores them."""
+
+    @property
+    def problem(self) -> Task:
+        """The task object of ``task``."""
+        return task_named(self.task)
+
+    def __reduce__(self) -> Any:
+        """Pickle the fields and the imported modules: the class is made anew in another process."""
+        return _restore, (imported_modules(), self.model_dump(mode="json"))
 
 
-class SpeechSpec(_Common):
-    """Word recognition under a change of speaker."""
+def spec_class(name: str) -> type[Spec]:
+    """Return the spec class of a task, composed of its sections.
 
-    task: Literal["speech"]
-    model: speech.ModelSpec = speech.ModelSpec()
-    """The network."""
-    data: speech.DataSpec
-    """The recordings."""
-
-
-class VisionSpec(_Common):
-    """Image classification under a change of labels or of image quality."""
-
-    task: Literal["vision"]
-    model: vision.ModelSpec = vision.ModelSpec()
-    """The network."""
-    data: vision.DataSpec
-    """The images."""
+    Raises:
+        SpecError: no such task is known.
+    """
+    return _spec_class(type(task_named(name)))
 
 
-Spec = Annotated[SpeechSpec | VisionSpec, Field(discriminator="task")]
-"""What ``conservtl run`` takes."""
-
-_TASKS = ("speech", "vision")
-_ADAPTER: TypeAdapter[SpeechSpec | VisionSpec] = TypeAdapter(Spec)
-
-
-def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SpeechSpec | VisionSpec:
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Read a YAML or JSON file, apply ``a.b=c`` overrides, validate.
 
     Args:
@@ -104,7 +116,11 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SpeechSpec | V
 
 
 def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same, not validated: what a search finds its ranges in."""
+    """Read a file and apply overrides without validation: a search finds its ranges in the result.
+
+    Raises:
+        SpecError: the file cannot be read, or an override names no field.
+    """
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -114,119 +130,80 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
         raise SpecError(f"spec {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise SpecError(f"spec {str(path)!r} must hold fields (task, data, ...); received {type(content).__name__}.")
-    for override in _switches_first(overrides):
-        _override(content, override)
-    return content
+    try:
+        return with_values(content, dict(map(_override, overrides)))
+    except SpecError as error:
+        raise SpecError(f"--set {error}") from error
 
 
-def parse_spec(content: Mapping[str, Any], where: str = "spec") -> SpeechSpec | VisionSpec:
+def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
     """Validate fields that are already read.
 
     Raises:
         SpecError: a field is wrong.
     """
-    content = fill(content)
+    adapter = _adapter()
     try:
-        return _ADAPTER.validate_python(content)
+        return adapter.validate_python(fill(content))
     except ValidationError as error:
-        raise SpecError(f"{where}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from error
+        lines = [f"  {explain(one, adapter)}" for one in error.errors()]
+        raise SpecError(f"{where}:\n" + "\n".join(lines)) from error
 
 
-def dump_spec(spec: SpeechSpec | VisionSpec) -> str:
-    """The spec with every default written out, as YAML."""
+def with_fields(spec: Spec, fields: Mapping[str, Any]) -> Spec:
+    """Return the spec with other fields, by dotted name, validated.
+
+    Raises:
+        SpecError: there is no such field, or a value is wrong.
+    """
+    return parse_spec(with_values(spec.model_dump(mode="json"), fields))
+
+
+def dump_spec(spec: Spec) -> str:
+    """Return the spec with every default written out, as YAML."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def schema() -> str:
-    """JSON schema of a spec, for editors."""
-    return json.dumps(_ADAPTER.json_schema(), indent=2)
+    """Return the JSON schema of a spec, for editors."""
+    return json.dumps(_adapter().json_schema(), indent=2)
 
 
-def _switches_first(overrides: Iterable[str]) -> list[str]:
-    return sorted(overrides, key=lambda text: text.partition("=")[0].rpartition(".")[2] not in ("kind", "task"))
+def _adapter() -> TypeAdapter[Spec]:
+    """The validator of a spec of any task known so far."""
+    return _adapter_of(tuple(type(task) for task in tasks().values()))
 
 
-def _override(content: dict[str, Any], text: str) -> None:
-    field, equals, raw = text.partition("=")
-    keys = field.strip().split(".")
-    if not equals or not all(keys):
-        raise SpecError(f"--set {text!r} must have the form field.field=value, such as data.shots=1.")
-    try:
-        value = yaml.safe_load(raw) if raw.strip() else ""
-    except yaml.YAMLError as error:
-        raise SpecError(f"--set {text!r}: the value is not valid YAML: {error}") from error
-    at: Any = content
-    for key in keys[:-1]:
-        at = _step(at, key, text)
-    last = keys[-1]
-    if isinstance(at, list):
-        at[_position(at, last, text)] = value
-        return
-    if last in ("kind", "task") and at.get(last) not in (None, value):
-        for other in [key for key in at if last == "kind" or key in ("data", "model")]:
-            del at[other]
-    at[last] = value
+@cache
+def _adapter_of(classes: tuple[type[Task], ...]) -> TypeAdapter[Spec]:
+    union: Any = reduce(or_, map(_spec_class, classes))
+    tagged: Any = Annotated[union, Field(discriminator="task")]
+    return TypeAdapter(tagged)
 
 
-def _step(at: Any, key: str, text: str) -> Any:
-    if isinstance(at, list):
-        return at[_position(at, key, text)]
-    if at.get(key) is None:
-        at[key] = {}
-    if not isinstance(at[key], (dict, list)):
-        raise SpecError(f"--set {text!r}: {key!r} holds {at[key]!r}, which has no fields below it.")
-    return at[key]
-
-
-def _position(at: list[Any], key: str, text: str) -> int:
-    if not key.isdigit() or int(key) >= len(at):
-        raise SpecError(f"--set {text!r}: {key!r} must be a position in a list of {len(at)}, counted from 0.")
-    return int(key)
-
-
-def _explain(error: Any) -> str:
-    """One line: field, rule, value received, fix."""
-    kinds = _kinds()
-    place = [str(part) for part in error["loc"]]
-    shown = [part for i, part in enumerate(place) if part not in (*_TASKS, *kinds) or i == len(place) - 1]
-    field = ".".join(shown) or "spec"
-    received = error.get("input")
-    if error["type"] == "extra_forbidden":
-        return f"{field}: there is no such field.{hint(shown[-1], _siblings(place[:-1]))}"
-    if error["type"] == "union_tag_invalid":
-        return f"{field}: {wrong_tag(error)}"
-    message = error["msg"].replace("valid tuple", "list")
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = f"must hold fields of its own, such as {field}.{(_siblings(place) or ['kind'])[0]}"
-    short = "" if isinstance(received, (dict, list)) or error["type"] == "missing" else f"; received {received!r}"
-    return f"{field}: {message}{short}"
-
-
-def _siblings(place: Sequence[str]) -> list[str]:
-    """The fields of the section at a place: of the kind that stands there, or of what a field refers to."""
-    definitions = _definitions()
-    last = next((part for part in reversed(place) if not part.isdigit()), "")
-    for definition in definitions.values():
-        fields = definition.get("properties", {})
-        tags = {fields.get(tag, {}).get("const") for tag in ("kind", "task")}
-        if last in tags - {None}:
-            return [name for name in fields if name != "kind"]
-    for definition in definitions.values():
-        reference = definition.get("properties", {}).get(last, {}).get("$ref", "").rpartition("/")[2]
-        if reference:
-            return list(definitions[reference].get("properties", {}))
-    return []
-
-
-def _definitions() -> dict[str, Any]:
-    found: dict[str, Any] = _ADAPTER.json_schema().get("$defs", {})
-    return found
-
-
-def _kinds() -> set[str]:
-    """Tags of unions, which stand in the places of errors but not in a spec."""
-    return {
-        str(fields["kind"]["const"])
-        for fields in (definition.get("properties", {}) for definition in _definitions().values())
-        if "const" in fields.get("kind", {})
+@cache
+def _spec_class(task: type[Task]) -> type[Spec]:
+    sections: dict[str, Any] = {
+        "task": (Literal[task.name], Field(description=Spec.model_fields["task"].description)),
+        "model": (task.model_section, Field(default=task.model_section(), description="The network.")),
+        "data": (task.data_section, Field(description="The data of both domains.")),
     }
+    name = f"{task.name.title().replace('_', '').replace('-', '')}Spec"
+    return create_model(name, __base__=Spec, __doc__=task.summary, __module__=__name__, **sections)
+
+
+def _restore(modules: tuple[str, ...], content: dict[str, Any]) -> Spec:
+    import_modules(modules)
+    return parse_spec(content)
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """The dotted name and the value of ``field.field=value``."""
+    field, equals, raw = text.partition("=")
+    name = field.strip()
+    if not equals or not all(name.split(".")):
+        raise SpecError(f"{text!r} must have the form field.field=value, such as data.shots=1.")
+    try:
+        return name, yaml.safe_load(raw) if raw.strip() else ""
+    except yaml.YAMLError as error:
+        raise SpecError(f"{text!r}: the value is not valid YAML: {error}") from error

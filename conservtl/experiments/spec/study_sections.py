@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from conservtl.bounds import Count, NonNegative, NonNegativeInt, Positive
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["BASELINES", "CompareSection", "SweepSection", "TuneSection"]
 
@@ -22,44 +25,42 @@ BASELINES: tuple[Baseline, ...] = Baseline.__args__  # type: ignore[attr-defined
 """What every method is held against."""
 
 Overrides = dict[str, Any]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seeds = Annotated[int, Field(ge=1, le=1000)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
+class _Section(FrozenModel):
     targets: tuple[str, ...] | None = None
     """Speakers, or names of corruptions, each of them the target once. null: every speaker found, every corruption;
     only the spec's own where the data has neither."""
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 3
+    seeds: Seeds = 3
     """Runs of each, with seeds from the spec's own upward: other shots, other order, another source model."""
 
 
 class CompareSection(_Section):
     """Variants against baselines over targets, seeds and shots."""
 
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 5
+    seeds: Seeds = 5
     """Runs of each, with seeds from the spec's own upward: other shots, other order, another source model."""
-    shots: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    shots: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     """Numbers of labelled examples a class; null: the spec's own."""
-    variants: dict[str, Overrides] = {}
+    variants: dict[str, Overrides] = Field(default_factory=dict)
     """Name -> fields of the spec that differ, by dotted name: {"strong": {"strategies.0.alpha": 30}}. None at all:
     the spec as it is."""
     baselines: tuple[Baseline, ...] = BASELINES
     """Which of them are run."""
-    rates: tuple[Rate, Rate, Rate] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[Positive, Positive, Positive] = (1e-4, 3e-4, 1e-3)
     """Of plain fine-tuning, low, middle and high; each stops early on a part of the shots where there is more than
     one a class."""
-    probe_rate: Rate = 1e-2
+    probe_rate: Positive = 1e-2
     """Of the linear probe."""
-    scratch_rate: Rate = 1e-3
+    scratch_rate: Positive = 1e-3
     """Of training from scratch."""
 
 
 class SweepSection(_Section):
     """Over the number of layers that are transferred, and over the strength of a conservation method."""
 
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    layers: tuple[NonNegativeInt, ...] | None = None
     """Numbers of layers transferred; null: from none to all but the head."""
     sides: tuple[Literal["input", "output"], ...] = ("input", "output")
     """From which side they are counted."""
@@ -68,14 +69,14 @@ class SweepSection(_Section):
     strategy: Overrides | None = None
     """The method whose strength is swept, as fields of a strategy; null: the spec's first strategy that has one of the
     fields ``alpha``, ``rho`` or ``weight``, or decoupled L2-SP."""
-    strengths: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
+    strengths: tuple[NonNegative, ...] | None = None
     """Strengths; null: six decades around the method's own."""
 
 
 class TuneSection(_Section):
     """A search over the fields that are marked with a range."""
 
-    trials: Annotated[int, Field(ge=1)] = 30
+    trials: Count = 30
     """Of this process; several processes that share a storage add theirs."""
     objective: Literal["target", "harmonic", "both"] = "harmonic"
     """target accuracy, the harmonic mean of target and source, or both apart (a Pareto front); on validation parts."""
@@ -83,5 +84,5 @@ class TuneSection(_Section):
     """URL of an Optuna storage that processes share; null: a SQLite file in the folder."""
     prune: bool = True
     """Whether trials that fall behind the median are given up (one objective only)."""
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
+    seeds: Seeds = 1
     """Runs of each trial, averaged."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import conservtl as ctl
-from conservtl.experiments.spec.search_space import SearchRange, ranges_of, with_values
+from conservtl.experiments.spec.fields import with_values
+from conservtl.experiments.spec.search_space import SearchRange, ranges_of
 
 CONTENT = {
     "training": {"lr": {"range": [1e-5, 1e-3], "log": True}, "optimizer": {"choices": ["adamw", "sgd"]}},

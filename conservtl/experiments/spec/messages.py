@@ -1,0 +1,59 @@
+"""Messages for wrong fields of a spec: field, rule, value received, fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from conservtl.errors import hint, wrong_tag
+
+__all__ = ["explain"]
+
+
+def explain(error: Any, adapter: TypeAdapter[Any]) -> str:
+    """Return one line for an error of Pydantic.
+
+    Args:
+        error: one of ``ValidationError.errors()``.
+        adapter: the validator that found it; its schema holds the known fields.
+    """
+    definitions: dict[str, Any] = adapter.json_schema().get("$defs", {})
+    place = [str(part) for part in error["loc"]]
+    tags = _tags(definitions)
+    shown = [part for i, part in enumerate(place) if part not in tags or i == len(place) - 1]
+    field = ".".join(shown) or "spec"
+    if error["type"] == "extra_forbidden":
+        return f"{field}: there is no such field.{hint(shown[-1], _fields_at(place[:-1], definitions))}"
+    if error["type"] == "union_tag_invalid":
+        more = " A task of your own needs --import MODULE." if not place else ""
+        return f"{field}: {wrong_tag(error)}{more}"
+    message = error["msg"].replace("valid tuple", "list")
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = f"must hold fields of its own, such as {field}.{(_fields_at(place, definitions) or ['kind'])[0]}"
+    received = error.get("input")
+    short = "" if isinstance(received, (dict, list)) or error["type"] == "missing" else f"; received {received!r}"
+    return f"{field}: {message}{short}"
+
+
+def _fields_at(place: Sequence[str], definitions: dict[str, Any]) -> list[str]:
+    """The fields of the section at a place: of the kind that it has, or of the type that its field refers to."""
+    last = next((part for part in reversed(place) if not part.isdigit()), "")
+    for definition in definitions.values():
+        fields = definition.get("properties", {})
+        tags = {fields.get(tag, {}).get("const") for tag in ("kind", "task")}
+        if last in tags - {None}:
+            return [name for name in fields if name != "kind"]
+    for definition in definitions.values():
+        reference = definition.get("properties", {}).get(last, {}).get("$ref", "").rpartition("/")[2]
+        if reference:
+            return list(definitions[reference].get("properties", {}))
+    return []
+
+
+def _tags(definitions: dict[str, Any]) -> set[str]:
+    """Tags of unions, which Pydantic puts into the place of an error and a spec does not."""
+    sections = [definition.get("properties", {}) for definition in definitions.values()]
+    tags = (fields.get(tag, {}) for fields in sections for tag in ("kind", "task"))
+    return {str(tag["const"]) for tag in tags if "const" in tag}
