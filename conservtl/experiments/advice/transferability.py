@@ -11,7 +11,7 @@ from torch import Tensor
 from conservtl.errors import DataError
 from conservtl.extras import require
 
-__all__ = ["h_score", "leep", "log_me", "proxy_a_distance"]
+__all__ = ["leep", "log_me", "proxy_a_distance"]
 
 _ROUNDS = 200  # of the fixed point; it moves less than the tolerance long before
 _TOLERANCE = 1e-9  # nats an example
@@ -103,48 +103,6 @@ def leep(source_probabilities: Tensor, labels: Tensor) -> float:
     given = joint / joint.sum(0).clamp_min(torch.finfo(theta.dtype).tiny)
     likelihood = (theta @ given.mT).gather(1, classes[:, None])
     return float(likelihood.log().mean())
-
-
-def h_score(features: Tensor, labels: Tensor) -> float:
-    r"""H-score: the variance of the features between classes, in units of all of their variance.
-
-    .. math:: \operatorname{tr}\bigl(\Sigma_\lambda^{-1} (1 - \lambda)\, \Sigma_z\bigr), \qquad
-              \Sigma_\lambda = (1 - \lambda) \Sigma + \lambda \frac{\operatorname{tr} \Sigma}{D} I
-
-    with Sigma the covariance of the features, Sigma_z that of the class means that stand in for them, and lambda the
-    shrinkage of Ledoit and Wolf, without which fewer examples than dimensions would always score the most there is.
-    From 0 to the number of classes less one; higher is better.
-
-    Args:
-        features: (n, D).
-        labels: (n,) integers.
-
-    Raises:
-        DataError: fewer than two classes, shapes that do not fit, or features that are not finite.
-
-    Reference:
-        Bao et al. 2019, "An information-theoretic approach to transferability in task transfer learning". With
-        shrinkage: Ibrahim, Ponomareva and Mazumder 2022, "Newer is not always better: Rethinking transferability
-        metrics, their peculiarities, stability and performance". Shrinkage: Ledoit and Wolf 2004, "A well-conditioned
-        estimator for large-dimensional covariance matrices".
-    """
-    f, classes = _checked(features, labels, "h_score")
-    n, width = f.shape
-    f = f - f.mean(0)
-    y = torch.nn.functional.one_hot(classes).to(f)
-    between = (y.mT @ f) / y.sum(0)[:, None] * (y.sum(0)[:, None] / n).sqrt()
-    covariance = f.mT @ f / n
-    scale = covariance.trace() / width
-    if scale <= 0:
-        return 0.0
-    eye = torch.eye(width, dtype=f.dtype, device=f.device)
-    spread = (covariance - scale * eye).square().sum()
-    noise = (f.square().sum(1).square().sum() / n - covariance.square().sum()) / n
-    shrinkage = torch.ones_like(spread) if spread <= 0 else (noise / spread).clamp(0, 1)
-    regular = (1 - shrinkage) * covariance + shrinkage * scale * eye
-    # Of full rank unless the shrinkage is 0; the small part of the scale covers that.
-    solved = torch.linalg.solve(regular + 1e-10 * scale * eye, between.mT)
-    return float((1 - shrinkage) * (between.mT * solved).sum())
 
 
 def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: int = 0) -> float:
