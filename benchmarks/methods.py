@@ -37,10 +37,10 @@ from typing import Any
 
 import torch
 
-from conservtl import __version__, fit, recipe
+from conservtl import __version__, recipe
 from conservtl.engine import harmonic_mean
-from conservtl.experiments.run.scoring import outputs_of, scores
-from conservtl.experiments.run.setting import Setting, augmentation, prepare
+from conservtl.experiments.run.scoring import score_model
+from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import load_spec
 
@@ -158,24 +158,17 @@ def measure(setting: Setting, source: Any, before: Mapping[str, float]) -> dict[
     training = spec.training.model_copy(
         update={} if domains.validation is not None else {"evaluate_every": spec.training.epochs}
     )
-    fit(
-        adaptation,
-        domains.shots,
-        {"target": domains.validation} if domains.validation is not None else None,
-        training,
-        source=domains.source_train,
-        augment=augmentation(domains.augmentation),
-        seed=spec.seed,
-    )
+    valid = {"target": domains.validation} if domains.validation is not None else None
+    setting.fit(adaptation, domains.shots, valid, training)
     seconds = time.perf_counter() - begun
-    return {**before, **accuracies(adaptation.model, domains, "after"), "seconds": seconds}
+    return {**before, **accuracies(setting, adaptation.model, "after"), "seconds": seconds}
 
 
-def accuracies(model: torch.nn.Module, domains: Any, when: str) -> dict[str, float]:
+def accuracies(setting: Setting, model: torch.nn.Module, when: str) -> dict[str, float]:
     """In percent, on both test parts."""
-    model.eval()
-    tests = {"target": domains.target_test, "source": domains.source_test}
-    return {f"{name} {when}": 100 * scores(*outputs_of(model, data))["accuracy"] for name, data in tests.items()}
+    tests = {"target": setting.domains.target_test, "source": setting.domains.source_test}
+    scores = {name: score_model(setting.task, model, data) for name, data in tests.items()}
+    return {f"{name} {when}": 100 * found.metrics["accuracy"] for name, found in scores.items()}
 
 
 def compute(cases: Iterator[tuple[Path, dict[str, Any], list[str]]], part: tuple[int, int], only: list[str]) -> None:
@@ -201,7 +194,7 @@ def compute(cases: Iterator[tuple[Path, dict[str, Any], list[str]]], part: tuple
                 continue  # one recording a word cannot be parted
             if source is None:
                 source = obtain_source(setting)
-                before = accuracies(source.model, setting.domains, "before")
+                before = accuracies(setting, source.model, "before")
                 shared = setting.domains
             if setting.domains.validation is None:
                 augment = setting.domains.augmentation

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from conservtl import __version__, recommend
-from conservtl.experiments.spec.spec import load_spec, parse_spec
-from conservtl.experiments.studies.result_store import Many, with_fields
+from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
+from conservtl.experiments.studies.result_store import ResultStore
 from conservtl.experiments.studies.trial import Trial
 from conservtl.report import write_json
 from conservtl.tasks import speech
@@ -199,7 +199,7 @@ def main() -> None:
     if given.dry_run:
         return
     folder = given.out / "recommend"
-    many, found = Many(folder, lambda text: print(text, flush=True)), []
+    many, found = ResultStore(folder, lambda text: print(text, flush=True)), []
     for case in wanted:
         print(case.name, flush=True)
         listed = trials(case, given.seeds, folder)

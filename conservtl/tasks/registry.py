@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 import conservtl.tasks
-from conservtl.errors import SpecError, hint
+from conservtl.errors import SpecError, did_you_mean
 from conservtl.plugins import load_entry_points
 from conservtl.tasks.base import Task, task_classes
 
@@ -29,8 +29,12 @@ def tasks() -> dict[str, Task]:
     return {name: cls() for name, cls in sorted(task_classes().items())}
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str, module: str | None = None) -> Task:
     """Return the task of this name.
+
+    Args:
+        name: its name in a spec.
+        module: the module that defines it, if known, for the error message.
 
     Raises:
         SpecError: no such task is known.
@@ -38,7 +42,8 @@ def task_named(name: str) -> Task:
     known = tasks()
     if name not in known:
         raise SpecError(
-            f"task: {name!r} is none of {', '.join(known)}.{hint(name, list(known))} A task of your own is found "
-            "once its module is imported: pass --import MODULE."
+            f"task: {name!r} is none of {', '.join(known)}.{did_you_mean(name, known)} A task of your own is known "
+            f"once its module is imported. In Python, import it first; on the command line: --import "
+            f"{module or 'MODULE'}."
         )
     return known[name]

@@ -6,25 +6,23 @@ import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from conservtl.data import spread
-from conservtl.errors import DataError
+from conservtl.errors import DataError, SpecError
 from conservtl.experiments.advice.layer_features import LayerFeatures, features_of, statistics_shift
 from conservtl.experiments.advice.transferability import leep, log_me, proxy_a_distance
 from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.run.source_training import SourceModel
-from conservtl.experiments.spec.spec import SpeechSpec
 from conservtl.extras import require
 from conservtl.layers import find_layers
 from conservtl.runtime.freezing import keeps_batch_statistics
+from conservtl.tasks.base import Shift
 
 __all__ = ["Evidence", "gather"]
-
-Shift = Literal["labels", "speaker", "input"]
 
 ENOUGH_FOR_DISTANCE = 20
 """Target examples below which the proxy A-distance is not trusted: with 10, a linear classifier that has not enough to
@@ -95,10 +93,16 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
     """Measure everything on the source model, the shots and the source's data; nothing is trained.
 
     Raises:
+        SpecError: the task has no classes.
         DataError: the target has one class only.
         MissingExtraError: scikit-learn is not installed.
     """
     domains, spec = setting.domains, setting.spec
+    if not setting.task.has_classes:
+        raise SpecError(
+            f"recommend: LogME, LEEP and the count of examples need classes, and the task {setting.task.name!r} has "
+            "none. Search with conservtl tune or compare instead."
+        )
     if len(domains.labels) < 2:
         raise DataError(
             f"data: there is one class only, {domains.labels[0]!r}, so nothing can be told apart. Give two at least."
@@ -120,13 +124,8 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
     accuracy = None
     if not setting.shared and min(counts.values()) > 1:
         accuracy = _held_out_accuracy(torch.cat([target.layers[name] for name in chosen], 1), target.labels)
-    shift: Shift = "input"
-    if not setting.shared:
-        shift = "labels"
-    elif isinstance(spec, SpeechSpec):
-        shift = "speaker"
     return Evidence(
-        shift=shift,
+        shift=setting.shift,
         classes=len(domains.labels),
         examples=len(target.labels),
         fewest=min(counts.values()),

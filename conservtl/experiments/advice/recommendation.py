@@ -15,15 +15,13 @@ from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find
 from conservtl.experiments.advice.rules import Reason, advise, far, size
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec, dump_spec, load_spec, parse_spec
+from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec
 
 __all__ = ["Recommendation", "recommend"]
 
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 1e-3
-"""Practice's rates for fine-tuning: the range test decides between them."""
-USUAL_RATE = {"speech": 5e-4, "vision": 3e-4}
-"""What the shipped specs were tuned to. A range test on a few examples is noisy, and looks at the target alone: the
-rate is half-way between the two, on a logarithmic scale."""
+"""The range test decides between the two, averaged on a logarithmic scale with the task's usual rate: a test on a few
+examples is noisy, and measures the target alone."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Recommendation:
         range_test: what set the rate; None where nothing is trained, or it was not asked for.
     """
 
-    spec: SpeechSpec | VisionSpec
+    spec: Spec
     choices: tuple[Reason, ...]
     evidence: Evidence
     range_test: RangeTest | None
@@ -73,9 +71,7 @@ class Recommendation:
         return "\n".join(lines)
 
 
-def recommend(
-    spec: SpeechSpec | VisionSpec | Mapping[str, Any] | str | Path, *, range_test: bool = True
-) -> Recommendation:
+def recommend(spec: Spec | Mapping[str, Any] | str | Path, *, range_test: bool = True) -> Recommendation:
     """Say which strategies fit a spec's data and source model, and how to train.
 
     What is measured: how many examples there are, a class and a parameter; the proxy A-distance between source and
@@ -112,21 +108,21 @@ def recommend(
         rate = found.training.lr
         if range_test:
             seen = lr_find(found)
-            rate = math.sqrt(USUAL_RATE[found.task] * _bounded(seen.suggestion))
+            rate = math.sqrt(found.problem.usual_lr * _bounded(seen.suggestion))
         lr = float(f"{_bounded(rate):.1e}")
-        choices.append(Reason("rate", _rate(lr, USUAL_RATE[found.task], seen)))
+        choices.append(Reason("rate", _rate(lr, found.problem.usual_lr, seen)))
         training = found.training.model_copy(update={"lr": lr})
         found = found.model_copy(update={"training": training})
     return Recommendation(found, tuple(choices), evidence, seen)
 
 
-def _read(spec: SpeechSpec | VisionSpec | Mapping[str, Any] | str | Path) -> SpeechSpec | VisionSpec:
+def _read(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
     if isinstance(spec, (str, Path)):
         return load_spec(spec)
     return parse_spec(spec) if isinstance(spec, Mapping) else spec
 
 
-def _short(spec: SpeechSpec | VisionSpec) -> str:
+def _short(spec: Spec) -> str:
     """What was chosen, as it would be written in a spec by hand."""
     strategies = [{"kind": one.kind, **one.model_dump(mode="json", exclude_defaults=True)} for one in spec.strategies]
     training = spec.training.model_dump(mode="json", exclude_defaults=True)

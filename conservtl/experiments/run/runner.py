@@ -1,4 +1,4 @@
-"""One run: from a spec to an adapted model and a report of what was gained and what was lost."""
+"""One run: from a spec to an adapted model and a report of gains on the target and losses on the source."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import Any
 import torch
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine import Holdout, fit
+from conservtl.data import length_of
+from conservtl.engine import Holdout
 from conservtl.errors import MissingExtraError, SpecError
 from conservtl.experiments.run.bundle import save_bundle, save_measured
-from conservtl.experiments.run.evaluation_sets import device_of, outputs_on, valid_sets, wants_source, watch_sets
-from conservtl.experiments.run.scoring import agreement, per_class, scores
-from conservtl.experiments.run.setting import Setting, augmentation, prepare
+from conservtl.experiments.run.evaluation_sets import (
+    device_of,
+    score_on_tests,
+    selects_on_source,
+    sets_to_select_on,
+    sets_to_watch,
+)
+from conservtl.experiments.run.scoring import Scores, agreement
+from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec, dump_spec
+from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
 from conservtl.plan.plan import Plan
 from conservtl.report import sentence, write_html, write_json, write_tensorboard
@@ -26,11 +33,11 @@ from conservtl.report import sentence, write_html, write_json, write_tensorboard
 __all__ = ["plan_of", "run"]
 
 _RESULTS = ("report.json", "report.html", "model.safetensors", "measured.safetensors")
-_PATH = 2000  # test examples of a domain that are looked at on each point of the path
+_PATH_EXAMPLES = 2000  # test examples of a domain that are evaluated at each point of the path
 
 
-def plan_of(spec: SpeechSpec | VisionSpec) -> Plan:
-    """The plan of a spec; reads the data and the shapes of the source, trains nothing."""
+def plan_of(spec: Spec) -> Plan:
+    """Return the plan of a spec; reads the data and the shapes of the source, trains nothing."""
     setting = prepare(spec)
     if spec.source.weights is not None:
         return setting.adaptation(obtain_source(setting).model).plan
@@ -38,20 +45,20 @@ def plan_of(spec: SpeechSpec | VisionSpec) -> Plan:
 
 
 def run(
-    spec: SpeechSpec | VisionSpec,
+    spec: Spec,
     out: str | Path,
     *,
     resume: bool = False,
     progress: bool = False,
     tensorboard: bool = False,
 ) -> dict[str, Any]:
-    """Adapt, measure, and write a folder with everything that came of it.
+    """Adapt, measure, and write a folder with report, model and history.
 
     Args:
-        spec: what to do.
+        spec: the run's spec.
         out: folder for ``report.json``, ``report.html``, ``model.safetensors``, ``spec.yaml`` and
-            ``history.jsonl``; a checkpoint while it runs. An earlier run's files in it give way.
-        resume: go on from the checkpoint in ``out``.
+            ``history.jsonl``; a checkpoint while it runs. Files of an earlier run in it are replaced.
+        resume: continue from the checkpoint in ``out``.
         progress: show bars.
         tensorboard: write the history into ``tensorboard`` below the folder, too.
 
@@ -71,25 +78,21 @@ def run(
     adaptation = setting.adaptation(source.model)
     _begin(folder, resume=resume)
     (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
-    before = outputs_on(setting, source, adaptation.model if not setting.shared else source.model)
-    path = watch_sets(setting, source, _PATH)
-    result = fit(
+    before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)
+    path = sets_to_watch(setting, source, _PATH_EXAMPLES)
+    result = setting.fit(
         adaptation,
         setting.domains.shots,
-        valid_sets(setting, source, both=wants_source(spec, adaptation.plan)),
-        spec.training,
-        watch=watch_sets(setting, source),
+        sets_to_select_on(setting, source, both=selects_on_source(spec, adaptation.plan)),
+        watch=sets_to_watch(setting, source),
         path=path,
-        source=setting.domains.source_train,
-        augment=augmentation(setting.domains.augmentation),
         out=folder,
         resume=resume,
-        seed=spec.seed,
         progress=progress,
     )
     if tensorboard:
         write_tensorboard(result.history, folder / "tensorboard")
-    after = outputs_on(setting, source, adaptation.model)
+    after = score_on_tests(setting, source, adaptation.model)
     report = _report(setting, source, adaptation, before, after) | {
         "seconds": {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun},
         "environment": _environment(result.device, result.precision),
@@ -97,7 +100,9 @@ def run(
     report["kept_outputs"] = result.kept_outputs
     report["finished"] = result.after
     report["path"] = list(result.path)
-    report["path_examples"] = {name: len(one.data if isinstance(one, Holdout) else one) for name, one in path.items()}
+    report["path_examples"] = {
+        name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
+    }
     report["sentence"] = sentence(report)
     save_bundle(folder, adaptation, setting)
     save_measured(folder, adaptation.measured)
@@ -110,29 +115,41 @@ def run(
 
 
 def _begin(folder: Path, *, resume: bool) -> None:
-    """Make the folder, and take an earlier run's results out of it: an interrupted run must not look finished."""
+    """Make the folder and delete an earlier run's results, so that an interrupted run does not look finished."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _RESULTS if resume else (*_RESULTS, "checkpoint.pt", "history.jsonl"):
         (folder / name).unlink(missing_ok=True)
 
 
 def _report(
-    setting: Setting, source: SourceModel, adaptation: Adaptation, before: Mapping[str, Any], after: Mapping[str, Any]
+    setting: Setting,
+    source: SourceModel,
+    adaptation: Adaptation,
+    before: Mapping[str, Scores],
+    after: Mapping[str, Scores],
 ) -> dict[str, Any]:
-    domains, spec = setting.domains, setting.spec
+    domains, spec, task = setting.domains, setting.spec, setting.task
     names = {"target": domains.labels, "source": domains.source_labels}
     agreed = None
     if setting.shared:
-        theirs = before["target"][0]
-        agreed = {when: agreement(found["target"][0], theirs) for when, found in (("before", before), ("after", after))}
+        sides = {
+            when: agreement(task, scores["target"], before["target"])
+            for when, scores in (("before", before), ("after", after))
+        }
+        agreed = sides if all(sides.values()) else None
     return {
         "target": setting.target,
         "shots": spec.data.shots,
-        "before": {name: scores(*before[name]) if name in before else None for name in names},
-        "after": {name: scores(*after[name]) if name in after else None for name in names},
+        "metric": task.headline.as_json(),
+        "example": task.example,
+        "classes": task.has_classes,
+        "before": {name: before[name].metrics if name in before else None for name in names},
+        "after": {name: after[name].metrics if name in after else None for name in names},
         "agreement": agreed,
         "per_class": {
-            name: per_class(before[name][0], after[name][0], after[name][1], names[name]) if name in after else None
+            name: task.per_class(before[name].outputs, after[name].outputs, after[name].labels, names[name])
+            if name in after
+            else None
             for name in names
         },
         "drift": adaptation.drift(),

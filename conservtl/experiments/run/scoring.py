@@ -1,102 +1,78 @@
-"""What a model knows: accuracy on both domains, class by class, and agreement with the source model."""
+"""Scores of a model on a set: the task's loss and metrics, with the outputs behind them for tables."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch import nn
 
+from conservtl.batches import batch_size, map_tensors
 from conservtl.data import Data
-from conservtl.engine.batching import as_batches
-from conservtl.layers import unwrap
+from conservtl.engine import Functions, Holdout, evaluate
+from conservtl.functions import MetricPool
+from conservtl.runtime.source_head import SourceHead
+from conservtl.tasks.base import Task
 
-__all__ = ["SourceView", "agreement", "outputs_of", "per_class", "scores"]
-
-_CPU = torch.device("cpu")
-
-
-class SourceView:
-    """The adapted body under the source's own head, which was kept aside.
-
-    Where the labels changed, this measures what the adapted body still knows of the source.
-
-    Args:
-        source: the source model; not changed.
-        head: names of its classifier's parameters.
-    """
-
-    def __init__(self, source: nn.Module, head: Sequence[str]) -> None:
-        self.source = source
-        self.head = head
-
-    def __call__(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Source logits of the adapted body, (N, source classes)."""
-        name = self.head[0].rpartition(".")[0]
-        parent, _, key = name.rpartition(".")
-        holder = unwrap(model).get_submodule(parent)
-        own = holder.get_submodule(key)
-        # The module and not its weights alone: the adapted model's may be fed from other layers.
-        setattr(holder, key, copy.deepcopy(self.source.get_submodule(name)).to(inputs.device))
-        try:
-            logits: Tensor = unwrap(model)(inputs)
-        finally:
-            setattr(holder, key, own)
-        return logits
+__all__ = ["Scores", "agreement", "on_source_head", "score_model"]
 
 
-@torch.no_grad()
-def outputs_of(call: Callable[[Tensor], Tensor], data: Data, device: torch.device = _CPU) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and labels (N,) of a whole set, on the CPU."""
-    logits, labels = [], []
-    for batch in as_batches(data, 256, device, shuffle=False).epoch():
-        inputs, truth = batch.content
-        logits.append(call(inputs).float().cpu())
-        labels.append(truth.cpu())
-    return torch.cat(logits), torch.cat(labels)
-
-
-def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and mean cross-entropy."""
-    return {
-        "accuracy": float((logits.argmax(-1) == labels).float().mean()),
-        "loss": float(F.cross_entropy(logits, labels)),
-    }
-
-
-def agreement(logits: Tensor, source: Tensor) -> dict[str, float]:
-    """How far a model still says what the source model says.
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of a model on a set, and its outputs.
 
     Args:
-        logits: (N, classes) of the adapted model.
-        source: (N, classes) of the source model, on the same examples.
-
-    Returns:
-        ``agreement``: share of examples with the same largest logit; ``kl``: mean KL(source || adapted) in
-        nats.
+        metrics: loss and the task's metrics over the set.
+        outputs: of each batch, on the CPU.
+        labels: classes of each batch, on the CPU; None each where the task has no classes.
     """
-    kl = F.kl_div(logits.log_softmax(-1), source.log_softmax(-1), reduction="batchmean", log_target=True)
-    return {"agreement": float((logits.argmax(-1) == source.argmax(-1)).float().mean()), "kl": max(0.0, float(kl))}
+
+    metrics: dict[str, float]
+    outputs: tuple[Any, ...]
+    labels: tuple[Any, ...]
 
 
-def per_class(before: Tensor, after: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy of each class before and after.
+def score_model(task: Task, model: nn.Module, data: Data | Holdout) -> Scores:
+    """Evaluate a model where it is; its modes and all random generators are left as found.
 
     Args:
-        before: (N, classes) logits.
-        after: (N, classes) logits.
-        labels: (N,) positions in ``names``.
-        names: the classes.
+        task: gives loss, metrics and labels.
+        model: the model.
+        data: a set; a ``Holdout`` brings a forward of its own.
     """
-    out: dict[str, Any] = {"labels": list(names), "before": [], "after": [], "counts": []}
-    for label in range(len(names)):
-        own = labels == label
-        count = int(own.sum())
-        out["counts"].append(count)
-        for key, logits in (("before", before), ("after", after)):
-            right = int((logits[own].argmax(-1) == label).sum())
-            out[key].append(right / count if count else None)
-    return out
+    outputs: list[Any] = []
+    labels: list[Any] = []
+
+    def metrics(out: Any, batch: Any) -> Mapping[str, Any]:
+        outputs.append(map_tensors(out, _on_cpu))
+        labels.append(map_tensors(task.labels(batch), _on_cpu))
+        return task.metrics(out, batch)
+
+    functions = Functions(task.forward, task.loss, metrics)
+    found = evaluate(model, data, functions, next(model.parameters()).device)
+    return Scores(found, tuple(outputs), tuple(labels))
+
+
+def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] | None:
+    """Return how far a model's outputs agree with the source model's on the same set; None: the task has no measure."""
+    pool = MetricPool()
+    for out, reference in zip(adapted.outputs, source.outputs, strict=True):
+        pool.add(task.agreement(out, reference), batch_size(out))
+    return pool.result() or None
+
+
+def on_source_head(task: Task, data: Data, head: SourceHead | None) -> Any:
+    """Return a set on which the source's own head replaces the model's; the data itself where there is no such head."""
+    if head is None:
+        return data
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        with head.replacing(model) as replaced:
+            return task.forward(replaced, batch)
+
+    return Holdout(data, forward=forward)
+
+
+def _on_cpu(tensor: Any) -> Any:
+    return tensor.detach().float().cpu() if tensor.is_floating_point() else tensor.detach().cpu()

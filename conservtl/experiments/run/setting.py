@@ -1,4 +1,4 @@
-"""A run's setting: the domains and the models that a spec names."""
+"""A run's setting: the task, the domains and the models that a spec names."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
-from conservtl.data import Data, Domains, Examples, Preprocessing
+from conservtl.data import Domains, first_batch
+from conservtl.engine import FitResult, Training, fit
 from conservtl.errors import SpecError
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec
+from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
+from conservtl.runtime.source_head import SourceHead
 from conservtl.source.read import SourceLike
-from conservtl.tasks import speech, vision
+from conservtl.tasks.base import Shift, Task
 
-__all__ = ["Setting", "augmentation", "build_model", "prepare", "read_preprocessing"]
+__all__ = ["Setting", "prepare"]
 
-
-_APART = 2**31  # beyond every seed that a spec can have
+_TARGET_SEED = 2**31  # beyond every seed that a spec can have
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run starts from.
+    """The starting point of a run.
 
     Args:
         spec: the run's spec.
@@ -35,57 +36,81 @@ class Setting:
         shared: whether source and target have the same labels in the same order.
     """
 
-    spec: SpeechSpec | VisionSpec
+    spec: Spec
     domains: Domains
-    example: Tensor
+    example: Any
     shared: bool
 
-    def model(self, classes: int, *, target: bool = False) -> nn.Module:
-        """A model with this many outputs, initialised by the spec's seed.
-
-        Args:
-            classes: number of outputs.
-            target: whether it is the one to adapt; drawn otherwise than a source model, whose body was trained under
-                the very head it began with.
-        """
-        with torch.random.fork_rng():
-            torch.manual_seed(self.spec.seed + _APART * target)
-            return build_model(self.spec.task, self.spec.model, self.domains.preprocessing, classes)
-
-    def adaptation(self, source: SourceLike) -> Adaptation:
-        """The spec's strategies on a model for the target, from this source."""
-        model = self.model(len(self.domains.labels), target=True)
-        spec = self.spec
-        fresh = {} if self.shared else dict.fromkeys(self.head(model), "its labels differ from the source's")
-        with torch.random.fork_rng():
-            torch.manual_seed(spec.seed)
-            return adapt(
-                model,
-                source,
-                spec.strategies,
-                example=self.example,
-                layers=spec.layers,
-                fresh=fresh,
-            )
+    @property
+    def task(self) -> Task:
+        """The spec's task."""
+        return self.spec.problem
 
     @property
     def target(self) -> str:
-        """What a report calls the target."""
-        data = self.spec.data
-        if isinstance(data, vision.DigitsData):
-            return f"the digits {', '.join(self.domains.labels)}"
-        if isinstance(data, (vision.ImageFolderData, vision.TorchvisionData)):
-            corruption = data.corruption
-            name = data.root.name if isinstance(data, vision.ImageFolderData) else data.name
-            return f"{corruption.name} (severity {corruption.severity})" if corruption else name
-        return data.target
+        """The target's name in a report."""
+        return self.task.target_name(self.spec.data, self.domains)
+
+    @property
+    def shift(self) -> Shift:
+        """How the target differs from the source."""
+        return self.task.shift if self.shared else "labels"
+
+    def model(self, outputs: int, *, target: bool = False) -> nn.Module:
+        """Return a model initialised by the spec's seed.
+
+        Args:
+            outputs: number of its outputs.
+            target: whether it is the one to adapt. Its initial values differ from the source model's, whose body was
+                trained under the very head it began with.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.spec.seed + _TARGET_SEED * target)
+            return self.task.build(self.spec.model, self.domains.preprocessing, outputs)
+
+    def adaptation(self, source: SourceLike) -> Adaptation:
+        """Apply the spec's strategies to a model for the target, from this source."""
+        model, spec = self.model(len(self.domains.labels), target=True), self.spec
+        fresh = {} if self.shared else dict.fromkeys(self.head(model), "its labels differ from the source's")
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.seed)
+            return adapt(model, source, spec.strategies, example=self.example, layers=spec.layers, fresh=fresh)
+
+    def fit(
+        self, adaptation: Adaptation, train: Any, valid: Any = None, training: Training | None = None, **options: Any
+    ) -> FitResult:
+        """Train with the task's functions, the spec's seed and the domains' augmentation and source data.
+
+        Args:
+            adaptation: a model of this task.
+            train: the training data.
+            valid: the sets to select on, or None.
+            training: settings; None: the spec's.
+            options: further arguments of ``fit``, which win over those of the setting.
+        """
+        return fit(adaptation, train, valid, training or self.spec.training, **self.fit_arguments() | options)
+
+    def fit_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``fit`` that follow from task, domains and seed."""
+        return {
+            "forward": self.task.forward,
+            "loss": self.task.loss,
+            "metrics": self.task.metrics,
+            "augment": self.task.augmented(self.domains.augmentation),
+            "source": self.domains.source_train,
+            "seed": self.spec.seed,
+        }
 
     def head(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the classifier's parameters."""
+        """Return the names of the head's parameters."""
         return Plan.draw(find_layers(model, self.example, self.spec.layers), {}, {}).head
 
+    def source_head(self, source: nn.Module) -> SourceHead | None:
+        """Return the source model's own head; None where the labels are shared, so that one head serves both."""
+        return None if self.shared else SourceHead(source, self.head(source)[0].rpartition(".")[0])
 
-def prepare(spec: SpeechSpec | VisionSpec) -> Setting:
+
+def prepare(spec: Spec) -> Setting:
     """Read the data that a spec names.
 
     Raises:
@@ -98,40 +123,9 @@ def prepare(spec: SpeechSpec | VisionSpec) -> Setting:
             "source: with data null there is nothing to train a source model on. Give source.weights, "
             "or leave source.data at auto."
         )
-    if isinstance(spec, SpeechSpec):
-        domains = speech.load(spec.data, seed=spec.seed, source=source)
-    else:
-        domains = vision.load(spec.data, model=spec.model, seed=spec.seed, source=source)
+    task = spec.problem
+    domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
     if spec.source.labels is not None:
         domains = replace(domains, source_labels=spec.source.labels)
-    return Setting(spec, domains, _example(domains.shots), domains.labels == domains.source_labels)
-
-
-def build_model(task: str, model: Any, preprocessing: Preprocessing, classes: int) -> nn.Module:
-    """A model by name, for inputs made by this preprocessing."""
-    built: nn.Module = (speech if task == "speech" else vision).build(model, preprocessing, classes)
-    return built
-
-
-def read_preprocessing(task: str, fields: dict[str, Any]) -> Preprocessing:
-    """The preprocessing that was saved with a model."""
-    kind = speech.SpeechPreprocessing if task == "speech" else vision.VisionPreprocessing
-    return kind.model_validate(fields)
-
-
-def augmentation(augment: Any) -> Any:
-    """An augmentation of inputs, as ``fit`` takes it: of (inputs, labels)."""
-    if augment is None:
-        return None
-
-    def act(batch: Any, generator: torch.Generator) -> Any:
-        inputs, labels = batch
-        return augment(inputs, generator), labels
-
-    return act
-
-
-def _example(data: Data) -> Tensor:
-    if isinstance(data, Examples):
-        return data.inputs[:2]
-    return torch.stack([data[i][0] for i in range(2)])
+    example = task.inputs(first_batch(domains.shots, 2))
+    return Setting(spec, domains, example, domains.labels == domains.source_labels)

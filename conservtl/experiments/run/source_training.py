@@ -1,49 +1,48 @@
-"""The source model: from given weights, or trained on the source data and kept in a cache."""
+"""The source model: read from given weights, or trained on the source data and cached."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conservtl.adaptation.prepare import adapt
-from conservtl.data import Data, Examples
-from conservtl.engine import fit
+from conservtl.data import Data
 from conservtl.errors import SourceError, SpecError
-from conservtl.experiments.run.bundle import extend_model, header_of
-from conservtl.experiments.run.setting import Setting, augmentation
+from conservtl.experiments.run.bundle_header import extend_model, read_header
+from conservtl.experiments.run.setting import Setting
+from conservtl.files import atomic_path
 from conservtl.source.read import read_source
 
 __all__ = ["SourceModel", "obtain_source"]
 
+_FORMAT = 2  # of the cache's keys
+
 
 @dataclass(frozen=True)
 class SourceModel:
-    """The source model and how it was come by.
+    """A source model and its origin.
 
     Args:
         model: in eval mode, on the CPU.
-        classes: number of its outputs.
+        outputs: number of its outputs.
         origin: "given", "trained" or "cached".
-        notes: what reading the weights found.
+        notes: remarks on the weights that were read.
     """
 
     model: nn.Module
-    classes: int
+    outputs: int
     origin: str
     notes: tuple[str, ...] = ()
 
 
 def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
-    """Load the weights that the spec gives, or else train a source model once and keep it.
+    """Load the weights that the spec gives, or else train a source model once and cache it.
 
     Raises:
         SourceError: the weights do not fit the model.
@@ -57,53 +56,54 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
         raise SpecError(
             "source: the data names no source to train a model on. Give source.weights, or data with a source part."
         )
-    classes = len(setting.domains.source_labels)
-    model = setting.model(classes)
+    outputs = len(setting.domains.source_labels)
+    model = setting.model(outputs)
     path = _cache(setting) / f"{spec.task}-{_key(setting, data)}.safetensors"
     if path.is_file():
         model.load_state_dict(load_file(path))
-        return SourceModel(model.eval(), classes, "cached")
-    fit(
+        return SourceModel(model.eval(), outputs, "cached")
+    setting.fit(
         adapt(model, model, example=setting.example, layers=spec.layers),
         data,
         training=spec.source.training,
-        augment=augmentation(setting.domains.source_augmentation),
-        seed=spec.seed,
+        augment=setting.task.augmented(setting.domains.source_augmentation),
         progress=progress,
     )
     model = model.cpu().eval()
-    _write(model, path)
-    return SourceModel(model, classes, "trained")
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+    return SourceModel(model, outputs, "trained")
 
 
 def _given(setting: Setting, weights: Path) -> SourceModel:
-    classes = len(setting.domains.source_labels or setting.domains.labels)
+    outputs = len(setting.domains.source_labels or setting.domains.labels)
     read = read_source(weights)
-    model = setting.model(classes)
+    model = setting.model(outputs)
     head = setting.head(model)
     found = read.matched(model.state_dict())
     found.check_finite()
-    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    theirs = {name: tuple(found.tensors[name].shape) for name in own if name in found.tensors}
-    if theirs.get(head[0], own[head[0]])[0] != own[head[0]][0]:  # a head's weight has a row for each class
-        classes = theirs[head[0]][0]
-        model = setting.model(classes)
-        own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    for name, shape in own.items():
-        if name not in theirs and not name.endswith("num_batches_tracked"):
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    given = {name: tuple(found.tensors[name].shape) for name in shapes if name in found.tensors}
+    if given.get(head[0], shapes[head[0]])[0] != shapes[head[0]][0]:  # a head's weight has a row for each output
+        outputs = given[head[0]][0]
+        model = setting.model(outputs)
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    network = f"model {setting.spec.model.model_dump(mode='json')}"
+    for name, shape in shapes.items():
+        if name not in given and not name.endswith("num_batches_tracked"):
             raise SourceError(
-                f"source.weights {weights.name!r} has no tensor {name!r}, which model.name={setting.spec.model.name} "
-                "needs. Choose the model that the weights were trained with."
+                f"source.weights {weights.name!r} has no tensor {name!r}, which {network} needs. Choose the model that "
+                "the weights were trained with."
             )
-        if name in theirs and theirs[name] != shape:
+        if name in given and given[name] != shape:
             raise SourceError(
-                f"source.weights {weights.name!r}: {name!r} has shape {theirs[name]}, but model.name="
-                f"{setting.spec.model.name} needs {shape}. Choose the model that the weights were trained with."
+                f"source.weights {weights.name!r}: {name!r} has shape {given[name]}, but {network} needs {shape}. "
+                "Choose the model that the weights were trained with."
             )
-    model.load_state_dict({name: found.tensors[name] for name in theirs}, strict=False)
-    if weights.suffix == ".safetensors" and (said := header_of(weights)) is not None:
-        extend_model(model, said, strategies=False)
-    return SourceModel(model.eval(), classes, "given", found.notes)
+    model.load_state_dict({name: found.tensors[name] for name in given}, strict=False)
+    if weights.suffix == ".safetensors" and (header := read_header(weights)) is not None:
+        extend_model(model, header, strategies=False)
+    return SourceModel(model.eval(), outputs, "given", found.notes)
 
 
 def _cache(setting: Setting) -> Path:
@@ -111,31 +111,21 @@ def _cache(setting: Setting) -> Path:
 
 
 def _key(setting: Setting, data: Data) -> str:
-    """A name for everything that the trained source model depends on."""
-    augment: Any = setting.domains.source_augmentation
-    said = {
-        "model": setting.spec.model.model_dump(mode="json"),
-        "training": setting.spec.source.training.model_dump(mode="json"),
-        "augmentation": augment.model_dump(mode="json") if augment is not None else None,
-        "labels": setting.domains.source_labels,
-        "seed": setting.spec.seed,
+    """A name for everything that the trained source model depends on; reads no example."""
+    from conservtl import __version__
+
+    spec, domains = setting.spec, setting.domains
+    augmentation = domains.source_augmentation
+    parts = {
+        "format": _FORMAT,
+        "conservtl": __version__,
         "torch": torch.__version__,
+        "task": spec.task,
+        "model": spec.model.model_dump(mode="json"),
+        "training": spec.source.training.model_dump(mode="json"),
+        "augmentation": augmentation.model_dump(mode="json") if augmentation is not None else None,
+        "labels": domains.source_labels,
+        "seed": spec.seed,
+        "data": setting.task.fingerprint(spec.data, data, domains.preprocessing),
     }
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    if isinstance(data, Examples):
-        digest.update(data.inputs.contiguous().numpy().tobytes())
-        digest.update(data.labels.numpy().tobytes())
-    else:
-        for i in range(len(data)):  # type: ignore[arg-type]
-            inputs, label = data[i]
-            digest.update(inputs.contiguous().numpy().tobytes() + bytes([int(label) % 256]))
-    return digest.hexdigest()[:24]
-
-
-def _write(model: nn.Module, path: Path) -> None:
-    """Whole or not at all, also when two runs write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
-    Path(temporary).replace(path)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

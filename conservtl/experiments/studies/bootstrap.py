@@ -18,8 +18,8 @@ class Interval:
     """A mean and its 95 % interval.
 
     Args:
-        mean: of the values.
-        low: lower end; the mean itself where there is one value only.
+        mean: the mean.
+        low: lower end; the mean itself if there is one value only.
         high: upper end.
         count: number of values.
     """
@@ -31,10 +31,10 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean with its 95 % interval by Student's t.
+    """Return the mean with its 95 % interval by Student's t.
 
     Args:
-        values: one a run, at least one.
+        values: one for each run, at least one.
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -45,20 +45,20 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def interval(values: Sequence[float]) -> dict[str, float] | None:
-    """The same as JSON holds it; None of no values."""
+    """Return the mean with its interval as JSON; None if there are no values."""
     return asdict(mean_interval(values)) if values else None
 
 
 def bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of paired differences with its 95 % bootstrap interval, percentiles over resampled targets and runs.
+    """Return the mean of paired differences with its 95 % bootstrap interval (percentiles).
 
-    Runs on one target are more alike than runs on several: targets are drawn first, then runs of each (a cluster
-    bootstrap; Davison and Hinkley 1997, section 3.8). With one target only its runs are drawn.
+    A cluster bootstrap, since runs on one target are more alike than runs on several: it draws targets first, then
+    runs of each (Davison and Hinkley 1997, section 3.8). With one target it draws runs only.
 
     Args:
         differences: for each target, the differences of its runs.
-        draws: resamples.
-        seed: of the draws.
+        draws: number of resamples.
+        seed: seeds the draws.
     """
     groups = [torch.tensor(list(group), dtype=torch.float64) for group in differences if len(group)]
     generator = torch.Generator().manual_seed(seed)
@@ -67,20 +67,20 @@ def bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed:
     for _ in groups:
         chosen = torch.randint(len(groups), (draws,), generator=generator)
         for number, group in enumerate(groups):
-            own = chosen == number
-            rows = torch.randint(len(group), (int(own.sum()), len(group)), generator=generator)
-            means[own] += group[rows].sum(-1)
-            counts[own] += len(group)
+            places = chosen == number
+            rows = torch.randint(len(group), (int(places.sum()), len(group)), generator=generator)
+            means[places] += group[rows].sum(-1)
+            counts[places] += len(group)
     resampled = means / counts
     low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    every = torch.cat(groups)
-    return Interval(float(every.mean()), low, high, len(every))
+    values = torch.cat(groups)
+    return Interval(float(values.mean()), low, high, len(values))
 
 
 def constrained(runs: Sequence[tuple[float, float, float, float]], kappa: float = 0.03) -> float:
-    """Mean over runs of max(0, kappa - source degradation) / kappa times the share of target errors mended.
+    """Return the mean over runs of max(0, kappa - source degradation) / kappa times the share of target errors mended.
 
-    1 mends every error on the target and loses nothing on the source; whoever loses kappa or more gets nothing.
+    1: every target error is mended and the source loses nothing. A run whose source loses kappa or more counts 0.
 
     Args:
         runs: accuracies in [0, 1]: target before, target after, source before, source after.
@@ -91,7 +91,7 @@ def constrained(runs: Sequence[tuple[float, float, float, float]], kappa: float 
     """
     values = []
     for target_before, target_after, source_before, source_after in runs:
-        left = max(0.0, kappa - max(0.0, source_before - source_after)) / kappa
+        weight = max(0.0, kappa - max(0.0, source_before - source_after)) / kappa
         errors = 1 - target_before
-        values.append(left * ((target_after - target_before) / errors if errors > 0 else 0.0))
+        values.append(weight * ((target_after - target_before) / errors if errors > 0 else 0.0))
     return statistics.fmean(values)

@@ -6,220 +6,168 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from conservtl.engine import harmonic_mean
-from conservtl.errors import SpecError
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec
-from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
-from conservtl.experiments.studies.bootstrap import bootstrap, constrained, interval, mean_interval
-from conservtl.experiments.studies.result_store import Many, estimate, with_fields
+from conservtl.experiments.spec.spec import Spec, with_fields
+from conservtl.experiments.spec.study_sections import CompareSection
+from conservtl.experiments.studies.bootstrap import bootstrap, interval
+from conservtl.experiments.studies.judge import Judge
+from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import How, Trial
+from conservtl.experiments.studies.trial import Trial
+from conservtl.experiments.studies.variants import Role, baseline_ids, variants_of
 
 __all__ = ["compare", "plan_trials", "summarise"]
 
 _ENOUGH = 5  # pairs below which an interval says too little to call a winner
-_EARLY = {"keep": "target", "patience": 5}
+
+Runs = Sequence[Mapping[str, Any]]
 
 
 def compare(
-    spec: SpeechSpec | VisionSpec,
+    spec: Spec,
     out: str | Path,
     *,
     processes: int = 1,
     dry_run: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run everything that is not there yet, and sum it up.
+    """Run every variant that has no result yet, and summarise all of them.
 
     Args:
         spec: the spec, with a ``compare`` section or without.
-        out: folder; results are kept run by run in ``runs``, so that an interrupted comparison goes on.
-        processes: runs done at the same time.
+        out: folder; results are stored run by run in ``runs``, so that an interrupted comparison continues.
+        processes: number of processes.
         dry_run: only count the runs and estimate their time from a measured step.
-        say: told of progress.
+        say: is called with lines of progress.
 
     Returns:
         The content of ``compare.json``; with ``dry_run`` the estimate.
 
     Raises:
         SpecError: variants that do not make a spec, or have a baseline's name.
-        DataError: fewer recordings than shots, an unknown target.
+        DataError: fewer examples than shots, an unknown target.
     """
     trials = plan_trials(spec)
     if dry_run:
         return estimate(trials, processes)
-    runs = Many(Path(out), say).results(trials, processes)
-    return summarise(spec, runs)
+    return summarise(spec, ResultStore(Path(out), say).results(trials, processes))
 
 
-def plan_trials(spec: SpeechSpec | VisionSpec) -> list[Trial]:
-    """Every run, those that share data and a source model together."""
+def plan_trials(spec: Spec) -> list[Trial]:
+    """Return every run, those that share data and a source model together."""
     section = spec.compare or CompareSection()
-    variants = _variants(spec, section)
+    variants = variants_of(spec, section)
     trials = []
     for target in section.targets or targets_of(spec):
         for seed in range(spec.seed, spec.seed + section.seeds):
             for shots in section.shots or (spec.data.shots,):
-                here = with_fields(on_target(spec, target), {"seed": seed, "data.shots": shots})
-                trials += [Trial(name, target, make(here), how) for name, (make, how) in variants.items()]
+                run = with_fields(on_target(spec, target), {"seed": seed, "data.shots": shots})
+                trials += [Trial(one.label, target, one.make(run), one.how) for one in variants]
     return trials
 
 
-Make = Callable[[Any], Any]
-
-
-def _variants(spec: SpeechSpec | VisionSpec, section: CompareSection) -> dict[str, tuple[Make, How]]:
-    """Name -> how its spec is made from a run's, and how it is trained."""
-    own: dict[str, Mapping[str, Any]] = dict(section.variants) or {_name(spec): {}}
-    if clash := set(own) & set(BASELINES):
-        raise SpecError(f"compare.variants: {sorted(clash)} are names of baselines. Give them names of their own.")
-    found: dict[str, tuple[Make, How]] = {}
-    for name in map(str, section.baselines):
-        if name == "joint training" and not _same_labels(spec):
-            continue
-        found[name] = _baseline(name, section)
-    for name, fields in own.items():
-        found[name] = (_maker(fields), "adapt")
-    return found
-
-
-def _maker(fields: Mapping[str, Any]) -> Make:
-    return lambda spec: with_fields(spec, fields)
-
-
-def _baseline(name: str, section: CompareSection) -> tuple[Make, How]:
-    plain: dict[str, Any] = {"strategies": []}
-    rates = dict(zip(("low", "middle", "high"), section.rates, strict=True))
-    if name == "source as it is":
-        return _maker(plain), "source"
-    if name == "from scratch":
-        return _maker({**plain, "training.lr": section.scratch_rate, "training.batch_norm": "train"}), "scratch"
-    if name == "linear probe":
-        probe = {"strategies": [{"kind": "feature_extraction"}], "training.lr": section.probe_rate}
-        return _maker(probe), "adapt"
-    if name == "joint training":
-        return _joint, "joint"
-    if name == "fine-tuning, interpolated":
-        return _maker({"strategies": [{"kind": "weight_interpolation"}], "training.lr": section.rates[1]}), "adapt"
-    lr = rates[name.removeprefix("fine-tuning, ").removesuffix(" rate")]
-
-    def stopped_early(spec: Any) -> Any:
-        if spec.data.shots < 2:
-            return with_fields(spec, {**plain, "training.lr": lr})
-        every = max(1, spec.training.epochs // 20)
-        early = {f"training.{key}": value for key, value in {**_EARLY, "evaluate_every": every}.items()}
-        return with_fields(spec, {**plain, "training.lr": lr, "data.validation": 0.2, **early})
-
-    return stopped_early, "adapt"
-
-
-def _joint(spec: Any) -> Any:
-    """As many epochs as make about the steps of adapting."""
-    return with_fields(spec, {"strategies": [], "training.epochs": max(1, spec.training.epochs // 20)})
-
-
-def _name(spec: SpeechSpec | VisionSpec) -> str:
-    return " + ".join(strategy.label for strategy in spec.strategies) or "the spec"
-
-
-def _same_labels(spec: SpeechSpec | VisionSpec) -> bool:
-    """Whether source data can be trained on together with the target's."""
-    apart = spec.data.kind == "digits" or getattr(spec.data, "source_root", None) is not None
-    return spec.source.data is not None and not apart
-
-
-def summarise(spec: SpeechSpec | VisionSpec, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Tables of all runs: one for each number of shots, a row for each variant, in the order they were run.
+def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
+    """Summarise all runs in tables: one for each number of shots, a row for each variant, in the order they were run.
 
     Returns:
-        ``tables``: [{shots, best_baseline, rows: [{variant, baseline, target, source, harmonic, constrained, seconds,
-        difference, wins}]}] with intervals as {mean, low, high, count}; ``per_target``; ``runs``; ``verdict``, a
-        sentence for each table; ``left_out``, what could not be measured and why.
+        ``metric``: the headline metric; ``combination``: name of the score for both domains; ``tables``: [{shots,
+        best_baseline, best_baseline_id, rows: [{id, variant, role, baseline, target, source, harmonic, constrained,
+        seconds, difference, wins, per_target}]}] with intervals as {mean, low, high, count}, ``harmonic`` the score
+        for both domains and ``difference`` its gain over the best baseline, positive if better; ``runs``;
+        ``verdict``, a sentence for each table; ``left_out``, what could not be measured and why.
     """
+    judge = Judge(spec.problem.headline)
     by_shots: dict[int, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         by_shots[run["shots"]][run["variant"]].append(run)
-    tables = [_table(shots, variants) for shots, variants in sorted(by_shots.items())]
+    tables = [_table(judge, shots, variants) for shots, variants in sorted(by_shots.items())]
     left_out = []
     if any(run["after"]["source"] is None for run in runs):
-        left_out.append("source kept, harmonic mean and constrained score: the source has no data to measure them on")
+        left_out.append(
+            f"source kept, {judge.combination} and constrained score: the source has no data to measure them on"
+        )
     return {
         "kind": "compare",
+        "metric": judge.headline.as_json(),
+        "combination": judge.combination,
+        "classes": spec.problem.has_classes,
         "tables": tables,
-        "verdict": [_verdict(table) for table in tables],
+        "verdict": [_verdict(judge, table, classes=spec.problem.has_classes) for table in tables],
         "left_out": left_out,
         "runs": [dict(run) for run in runs],
         "spec": spec.model_dump(mode="json"),
     }
 
 
-def _table(shots: int, variants: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    baselines: list[str] = [name for name in variants if name in BASELINES and name != "joint training"]
-    score: dict[str, float] = {
-        name: mean_interval([_score(run) for run in runs]).mean for name, runs in variants.items()
-    }
-    best = max(baselines, key=score.__getitem__) if baselines else None
-    return {
-        "shots": shots,
-        "best_baseline": best,
-        "rows": [_row(name, runs, variants[best] if best else ()) for name, runs in variants.items()],
-    }
+def _table(judge: Judge, shots: int, variants: Mapping[str, Runs]) -> dict[str, Any]:
+    kinds: dict[str, tuple[str, Role]] = {label: (label, "method") for label in variants}
+    kinds |= {label: kind for label, kind in baseline_ids().items() if label in variants}
+    scores = {label: fmean(judge.score(run["after"]) for run in runs) for label, runs in variants.items()}
+    competing = [label for label, (_, role) in kinds.items() if role in ("source", "baseline")]
+    best = max(competing, key=lambda label: judge.rank(scores[label])) if competing else None
+    rows = []
+    for label, runs in variants.items():
+        identity, role = kinds[label]
+        row = {"id": identity, "variant": label, "role": role, "baseline": role != "method"}
+        rows.append(row | _figures(judge, runs, variants[best] if best is not None else ()))
+    best_id = kinds[best][0] if best is not None else None
+    return {"shots": shots, "best_baseline": best, "best_baseline_id": best_id, "rows": rows}
 
 
-def _row(name: str, runs: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
+    """The figures of a variant's runs, and their paired differences from those of the best baseline."""
     sourced = [run for run in runs if run["after"]["source"] is not None]
-    four = [(r["before"]["target"], r["after"]["target"], r["before"]["source"], r["after"]["source"]) for r in sourced]
-    other = {(run["target"], run["seed"]): _score(run) for run in best}
+    quadruples = [
+        (run["before"]["target"], run["after"]["target"], run["before"]["source"], run["after"]["source"])
+        for run in sourced
+    ]
+    reference = {(run["target"], run["seed"]): judge.score(run["after"]) for run in best}
     pairs: dict[str, list[float]] = defaultdict(list)
     for run in runs:
-        if (key := (run["target"], run["seed"])) in other:
-            pairs[run["target"]].append(_score(run) - other[key])
+        if (key := (run["target"], run["seed"])) in reference:
+            pairs[run["target"]].append(judge.gain(judge.score(run["after"]), reference[key]))
     difference = bootstrap(list(pairs.values())) if pairs and best and runs is not best else None
     return {
-        "variant": name,
-        "baseline": name in BASELINES,
         "target": interval([run["after"]["target"] for run in runs]),
         "source": interval([run["after"]["source"] for run in sourced]),
-        "harmonic": interval([_score(run) for run in sourced]),
-        "constrained": constrained(four) if sourced else None,
+        "harmonic": interval([judge.score(run["after"]) for run in sourced]),
+        "constrained": judge.constrained(quadruples),
         "seconds": interval([run["seconds"] for run in runs]),
         "difference": asdict(difference) if difference is not None else None,
         "wins": bool(difference is not None and difference.low > 0 and difference.count >= _ENOUGH),
         "per_target": {
             target: {
-                "before": interval([run["before"]["target"] for run in runs if run["target"] == target]),
-                "after": interval([run["after"]["target"] for run in runs if run["target"] == target]),
+                when: interval([run[when]["target"] for run in runs if run["target"] == target])
+                for when in ("before", "after")
             }
             for target in dict.fromkeys(run["target"] for run in runs)
         },
     }
 
 
-def _score(run: Mapping[str, Any]) -> float:
-    """What decides: the harmonic mean of both domains, or the target where there is no source to measure."""
-    after = run["after"]
-    if after["source"] is None:
-        return float(after["target"])
-    return harmonic_mean([after["target"], after["source"]])
-
-
-def _verdict(table: Mapping[str, Any]) -> str:
+def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     """One sentence, plain where nothing wins."""
-    where = f"At {table['shots']} {'shot' if table['shots'] == 1 else 'shots'} a class"
-    own = [row for row in table["rows"] if not row["baseline"]]
-    if table["best_baseline"] is None or not own:
-        return f"{where} there is nothing to hold against each other."
-    best = max(own, key=lambda row: (row["harmonic"] or row["target"])["mean"])
-    what = "harmonic mean of target and source" if best["harmonic"] else "target accuracy"
+    shots = f"{table['shots']} {'shot' if table['shots'] == 1 else 'shots'}"
+    where = f"At {shots} a class" if classes else f"At {shots}"
+    methods = [row for row in table["rows"] if not row["baseline"]]
+    if table["best_baseline"] is None or not methods:
+        return f"{where} there is nothing to compare with."
+    best = max(methods, key=lambda row: judge.rank((row["harmonic"] or row["target"])["mean"]))
+    what = f"{judge.combination} of target and source" if best["harmonic"] else f"target {judge.headline.label}"
     gap = best["difference"]
-    said = f"{100 * gap['mean']:+.1f} points ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}) in the {what}"
+    mean, low, high = (_difference(judge, gap[key]) for key in ("mean", "low", "high"))
+    figures = f"{mean}{' points' if judge.headline.share else ''} ({low} to {high}) in the {what}"
     if best["wins"]:
-        return f"{where} {best['variant']} beats the best baseline, {table['best_baseline']}: {said}."
+        return f"{where} {best['variant']} beats the best baseline, {table['best_baseline']}: {figures}."
     if gap["count"] < _ENOUGH:
-        return f"{where} {gap['count']} paired runs are too few to tell: {best['variant']} is nearest, {said}."
+        return f"{where} {gap['count']} paired runs are too few to tell: {best['variant']} is nearest, {figures}."
     return (
         f"{where} nothing beats the best baseline, {table['best_baseline']}, beyond chance: the nearest is "
-        f"{best['variant']}, {said}."
+        f"{best['variant']}, {figures}."
     )
+
+
+def _difference(judge: Judge, gain: float) -> str:
+    return f"{100 * gain:+.1f}" if judge.headline.share else f"{gain:+.3g}"

@@ -9,10 +9,10 @@ from typing import Any
 
 from conservtl.errors import SpecError
 from conservtl.experiments.run.setting import prepare
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec
+from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import SweepSection
 from conservtl.experiments.studies.bootstrap import interval
-from conservtl.experiments.studies.result_store import Many, estimate, with_fields
+from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
 from conservtl.experiments.studies.trial import How, Trial
 from conservtl.layers import find_layers
@@ -27,7 +27,7 @@ _RHOS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 def sweep(
-    spec: SpeechSpec | VisionSpec,
+    spec: Spec,
     out: str | Path,
     *,
     processes: int = 1,
@@ -57,12 +57,13 @@ def sweep(
     trials = plan_trials(spec, len(layers))
     if dry_run:
         return estimate([trial for trial, _ in trials], processes)
-    runs = Many(Path(out), say).results([trial for trial, _ in trials], processes)
+    runs = ResultStore(Path(out), say).results([trial for trial, _ in trials], processes)
     marks: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for (_, mark), run in zip(trials, runs, strict=True):
         marks[mark].append(run)
     return {
         "kind": "sweep",
+        "metric": spec.problem.headline.as_json(),
         "layers": list(layers),
         "curves": _curves(marks),
         "strengths": [
@@ -70,7 +71,7 @@ def sweep(
             for mark, found in marks.items()
             if mark[0] == "strength"
         ],
-        "path": _path(marks.get(("path",), [])),
+        "path": _path(marks.get(("path",), []), spec.problem.headline.metric),
         "before": {
             name: interval([run["before"][name] for run in runs if run["before"][name] is not None])
             for name in ("target", "source")
@@ -80,7 +81,7 @@ def sweep(
     }
 
 
-def plan_trials(spec: SpeechSpec | VisionSpec, layers: int) -> list[tuple[Trial, tuple[Any, ...]]]:
+def plan_trials(spec: Spec, layers: int) -> list[tuple[Trial, tuple[Any, ...]]]:
     """Every run with the point of a curve that it belongs to, those that share data and a source model together."""
     section = spec.sweep or SweepSection()
     numbers = section.layers if section.layers is not None else tuple(range(layers))
@@ -114,7 +115,7 @@ def _transferring(spec: Any, target: str, side: str, n: int, form: str) -> Trial
     return Trial(f"{form} from the {side} side, {n} layers", target, chosen, how)
 
 
-def _layers(spec: SpeechSpec | VisionSpec) -> tuple[str, ...]:
+def _layers(spec: Spec) -> tuple[str, ...]:
     """Layers that can be transferred: all where the labels are shared, else all but the head."""
     setting = prepare(on_target(spec, ((spec.sweep or SweepSection()).targets or targets_of(spec))[0]))
     model = setting.model(len(setting.domains.labels))
@@ -122,7 +123,7 @@ def _layers(spec: SpeechSpec | VisionSpec) -> tuple[str, ...]:
     return layers if setting.shared else layers[:-1]
 
 
-def _strengths(spec: SpeechSpec | VisionSpec, section: SweepSection) -> tuple[dict[str, Any], str, tuple[float, ...]]:
+def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, tuple[float, ...]]:
     """The method whose strength is swept, the field that holds it, and its values."""
     given = [section.strategy] if section.strategy else [one.model_dump(mode="json") for one in spec.strategies]
     for fields in given:
@@ -159,14 +160,14 @@ def _point(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _path(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _path(runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
     """The mean over runs of plain fine-tuning at each point between source and adapted weights."""
     points: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for at in run["path"]:
             for name in ("target", "source"):
                 if name in at:
-                    points[at["t"]][name].append(at[name]["accuracy"])
+                    points[at["t"]][name].append(at[name][metric])
     return [
         {"t": t, **{name: interval(values) for name, values in found.items()}} for t, found in sorted(points.items())
     ]

@@ -1,30 +1,18 @@
-"""What a domain's runs can be repeated over: speakers, corruptions."""
+"""The targets that runs are repeated over: speakers, corruptions, ... as the task names them."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec
-from conservtl.experiments.studies.result_store import with_fields
-from conservtl.tasks import speech, vision
+from conservtl.experiments.spec.spec import Spec, with_fields
 
 __all__ = ["on_target", "targets_of"]
 
 
-def targets_of(spec: SpeechSpec | VisionSpec) -> tuple[str, ...]:
-    """Every speaker found, or every corruption where the spec has one; else the one target that there is."""
-    if isinstance(spec, SpeechSpec):
-        return speech.speakers(spec.data)
-    if getattr(spec.data, "corruption", None) is not None:
-        names = vision.Corruption.model_fields["name"].annotation
-        return tuple(get_args(names))
-    return ("the target",)
+def targets_of(spec: Spec) -> tuple[str, ...]:
+    """Return every target that the spec's data has."""
+    return spec.problem.targets(spec.data)
 
 
-def on_target(spec: SpeechSpec | VisionSpec, target: str) -> Any:
-    """The spec with another target."""
-    if isinstance(spec, SpeechSpec):
-        return with_fields(spec, {"data.target": target})
-    if getattr(spec.data, "corruption", None) is not None:
-        return with_fields(spec, {"data.corruption.name": target})
-    return spec
+def on_target(spec: Spec, target: str) -> Spec:
+    """Return the spec with another target."""
+    fields = spec.problem.on_target(spec.data, target)
+    return with_fields(spec, fields) if fields else spec

@@ -1,4 +1,4 @@
-"""One run among many: what it is, what names it, and its figures; nothing is written."""
+"""One run among many: its key, and the headline metrics it gives; it writes nothing."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
-from conservtl.data import Data, Examples
-from conservtl.engine import Training, fit, harmonic_mean
+from conservtl.data import Data, join, length_of
+from conservtl.engine import Training
 from conservtl.errors import SpecError
-from conservtl.experiments.run.evaluation_sets import outputs_on, valid_sets, wants_source, watch_sets
-from conservtl.experiments.run.scoring import scores
-from conservtl.experiments.run.setting import Setting, augmentation, prepare
+from conservtl.experiments.run.evaluation_sets import (
+    score_on_tests,
+    selects_on_source,
+    sets_to_select_on,
+    sets_to_watch,
+)
+from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
-from conservtl.experiments.spec.spec import SpeechSpec, VisionSpec, parse_spec
+from conservtl.experiments.spec.spec import Spec, parse_spec
+from conservtl.experiments.studies.judge import Judge
 
-__all__ = ["Trial", "run_trial"]
+__all__ = ["How", "Trial", "run_trial"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
+
+_FORMAT = 2  # of a stored result
 
 
 @dataclass(frozen=True)
@@ -36,51 +42,48 @@ class Trial:
     """One run of many.
 
     Args:
-        variant: what is compared: a name.
+        variant: label of the variant that it belongs to.
         target: the speaker, the corruption, ...
-        spec: of the run, seed and shots in it.
-        how: adapt; source: nothing is trained; scratch: nothing comes from the source; joint: on source and target
-            data together; control: from a network that was trained from scratch on the target's shots.
-        path: whether the points between the starting point and the trained weights are measured too.
+        spec: of the run, with its seed and shots.
+        how: adapt; source: train nothing; scratch: take nothing from the source; joint: train on source and target
+            data together; control: start from a network that was trained from scratch on the target's shots.
+        path: whether the points between the starting point and the trained weights are evaluated too.
     """
 
     variant: str
     target: str
-    spec: SpeechSpec | VisionSpec
+    spec: Spec
     how: How = "adapt"
     path: bool = False
 
     @property
     def key(self) -> str:
-        """Names everything that the run depends on."""
+        """A name for everything that the result depends on."""
         from conservtl import __version__
 
-        said = [
-            self.spec.model_dump(mode="json", exclude={"compare", "sweep", "tune"}),
-            self.how,
-            self.path,
-            __version__,
-        ]
-        return hashlib.sha256(json.dumps([*said, torch.__version__], sort_keys=True).encode()).hexdigest()[:20]
+        spec = self.spec.model_dump(mode="json", exclude={"compare", "sweep", "tune"})
+        parts = [spec, self.how, self.path, __version__, torch.__version__, _FORMAT]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
     @property
     def place(self) -> str:
-        """Names the data and the source model, which trials can share."""
-        return _place(self.spec)
+        """The data and the source model, which trials share, as JSON: every field that does not adapt."""
+        shared = self.spec.model_dump(mode="json", include={"task", "model", "source", "data", "seed", "layers"})
+        return json.dumps(shared, sort_keys=True)
 
 
 def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) -> dict[str, Any]:
-    """Do it.
+    """Run the trial and return its metrics.
 
     Args:
-        trial: what to do.
-        judge: whether ``valid`` is wanted: accuracies on the validation part and on the source's training data.
-        tell: called with each epoch's line of the history; what it raises ends the trial.
+        trial: the trial.
+        judge: whether to return ``valid``, the metrics on the validation part and on the source's training data.
+        tell: is called with each epoch's line of the history; an exception that it raises ends the trial.
 
     Returns:
-        ``variant``, ``target``, ``shots``, ``seed``; ``before`` and ``after``, each {"target": accuracy, "source":
-        accuracy or None}; ``harmonic`` of the two afterwards (None without a source test part), ``seconds`` of
-        adapting, ``trained`` parameters, ``steps``, ``path`` as ``FitResult`` has it.
+        ``variant``, ``target``, ``shots``, ``seed``; ``before`` and ``after``, the headline metric of "target" and
+        "source" (None without a source test part); ``harmonic``, the score of both afterwards; ``seconds`` of
+        adapting; number of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
     """
     setting, source, before = _shared(trial.place)
     setting = replace(setting, spec=trial.spec)
@@ -88,20 +91,17 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
     adaptation = _adaptation(trial.how, setting, source)
     result = None
     if trial.how != "source":
-        result = fit(
+        result = setting.fit(
             adaptation,
-            _data(trial.how, setting),
-            valid_sets(setting, source, both=judge or wants_source(trial.spec, adaptation.plan)),
-            _quiet(setting),
-            path=watch_sets(setting, source) if trial.path else None,
-            source=setting.domains.source_train,
-            augment=augmentation(setting.domains.augmentation),
-            seed=trial.spec.seed,
+            _training_data(trial.how, setting),
+            sets_to_select_on(setting, source, both=judge or selects_on_source(trial.spec, adaptation.plan)),
+            _training(setting),
+            path=sets_to_watch(setting, source) if trial.path else None,
             tell=tell,
         )
     seconds = time.perf_counter() - begun
-    after = before if trial.how == "source" else _accuracies(setting, source, adaptation)
-    kept = after["source"]
+    after = before if trial.how == "source" else _headlines(setting, source, adaptation)
+    both = after["target"] is not None and after["source"] is not None
     return {
         "variant": trial.variant,
         "target": trial.target,
@@ -109,24 +109,18 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "seed": trial.spec.seed,
         "before": before,
         "after": after,
-        "harmonic": None if kept is None else harmonic_mean([after["target"] or 0.0, kept]),
+        "harmonic": Judge(setting.task.headline).score(after) if both else None,
         "seconds": seconds,
         "trained": adaptation.plan.totals()["trained"] if trial.how != "source" else 0,
         "steps": result.steps if result else 0,
         "path": list(result.path) if result else [],
-        "valid": _judged(result.history[-1]) if judge and result else None,
+        "valid": _on_valid(setting, result.history[-1]) if judge and result else None,
     }
 
 
-def _judged(line: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracies on what may be selected on, from the last line of a history."""
-    return {name: found["accuracy"] for name, found in line["valid"].items()}
-
-
-def _place(spec: SpeechSpec | VisionSpec) -> str:
-    """Everything but what adapts: task, model, source, data, seed."""
-    shared = spec.model_dump(mode="json", include={"task", "model", "source", "data", "seed", "layers"})
-    return json.dumps(shared, sort_keys=True)
+def _on_valid(setting: Setting, line: Mapping[str, Any]) -> dict[str, float]:
+    """Headline metrics of the sets to select on, from the last line of a history."""
+    return {name: metrics[setting.task.headline.metric] for name, metrics in line["valid"].items()}
 
 
 @lru_cache(maxsize=2)
@@ -134,21 +128,22 @@ def _shared(place: str) -> tuple[Setting, SourceModel, dict[str, float | None]]:
     """Data and source model, read once for all trials that share them."""
     setting = prepare(parse_spec(json.loads(place)))
     source = obtain_source(setting)
-    return setting, source, _accuracies(setting, source, None)
+    return setting, source, _headlines(setting, source, None)
 
 
-def _accuracies(setting: Setting, source: SourceModel, adaptation: Adaptation | None) -> dict[str, float | None]:
-    """On both test parts; of the source model where nothing has been adapted yet."""
+def _headlines(setting: Setting, source: SourceModel, adaptation: Adaptation | None) -> dict[str, float | None]:
+    """The headline metric on both test parts; of the source model if nothing is adapted yet."""
     model = source.model if adaptation is None else adaptation.model
     if adaptation is None and not setting.shared:
         model = setting.adaptation(source.model).model
-    found = outputs_on(setting, source, model)
-    return {name: scores(*found[name])["accuracy"] if name in found else None for name in ("target", "source")}
+    scores, metric = score_on_tests(setting, source, model), setting.task.headline.metric
+    return {name: scores[name].metrics[metric] if name in scores else None for name in ("target", "source")}
 
 
 def _adaptation(how: How, setting: Setting, source: SourceModel) -> Adaptation:
     if how == "control":
-        return setting.adaptation(_control(_place(setting.spec), setting.spec.training.model_dump_json()))
+        place = Trial("control", "", setting.spec).place
+        return setting.adaptation(_control(place, setting.spec.training.model_dump_json()))
     return _scratch(setting) if how == "scratch" else setting.adaptation(source.model)
 
 
@@ -162,30 +157,22 @@ def _control(place: str, training: str) -> nn.Module:
     """A network trained from scratch on the target's shots, once for all trials that start from it."""
     setting = _shared(place)[0]
     adaptation = _scratch(setting)
-    settings = Training.model_validate_json(training)
-    augment = augmentation(setting.domains.augmentation)
-    fit(adaptation, setting.domains.shots, training=settings, augment=augment, seed=setting.spec.seed)
+    setting.fit(adaptation, setting.domains.shots, training=Training.model_validate_json(training))
     return adaptation.model
 
 
-def _data(how: How, setting: Setting) -> Data:
-    """The shots; for joint training with the source's data, each domain as often as the other."""
-    shots, others = setting.domains.shots, setting.domains.source_train
+def _training_data(how: How, setting: Setting) -> Data:
+    """The shots; for joint training also the source's data, each domain as often as the other."""
+    shots, source = setting.domains.shots, setting.domains.source_train
     if how != "joint":
         return shots
-    if others is None or not setting.shared:
+    if source is None or not setting.shared:
         raise SpecError("joint training needs source data with the target's labels. Leave it out of the baselines.")
-    times = max(1, len(others) // len(shots))  # type: ignore[arg-type]
-    if not isinstance(shots, Examples) or not isinstance(others, Examples):
-        parts: list[Any] = [others, *[shots] * times]
-        return ConcatDataset(parts)
-    inputs = torch.cat([others.inputs, *[shots.inputs] * times])
-    labels = torch.cat([others.labels, *[shots.labels] * times])
-    return Examples(inputs, labels, others.names + shots.names * times)
+    return join([source, *[shots] * max(1, length_of(source) // length_of(shots))])
 
 
-def _quiet(setting: Setting) -> Any:
-    """The training; without a validation part nothing is evaluated along the way."""
+def _training(setting: Setting) -> Training:
+    """The spec's training; without a validation part nothing is evaluated before the last epoch."""
     training = setting.spec.training
     if setting.domains.validation is not None:
         return training

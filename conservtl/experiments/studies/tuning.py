@@ -1,4 +1,4 @@
-"""Tune: a search over the fields that a spec marks with a range, shared by as many processes as are started."""
+"""Tune: a search over the fields that a spec marks with a range; any number of processes share one study."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conservtl.engine import harmonic_mean
 from conservtl.errors import ConservtlError, InputError, SpecError
-from conservtl.experiments.spec.search_space import SearchRange, ranges_of, with_values
-from conservtl.experiments.spec.spec import dump_spec, parse_spec
+from conservtl.experiments.spec.fields import with_values
+from conservtl.experiments.spec.search_space import SearchRange, ranges_of
+from conservtl.experiments.spec.spec import dump_spec, parse_spec, with_fields
 from conservtl.experiments.spec.study_sections import TuneSection
-from conservtl.experiments.studies.result_store import estimate, with_fields
+from conservtl.experiments.studies.judge import Judge
+from conservtl.experiments.studies.result_store import estimate
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.extras import require
 from conservtl.files import write_text
@@ -27,16 +28,16 @@ _NAME = "conservtl"
 def tune(
     content: Mapping[str, Any], out: str | Path, *, dry_run: bool = False, say: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Search the marked fields; on validation parts alone.
+    """Search the marked fields, judged on validation parts alone.
 
-    Several processes started by hand with the same spec and storage share one study; one that is killed loses the
-    trial it was at, and no other.
+    Several processes started by hand with the same spec and storage share one study; a killed process loses only the
+    trial that it was running.
 
     Args:
-        content: the spec as it was read, marks in it.
+        content: the spec as it was read, with its marks.
         out: folder for ``tune.json``, ``best.yaml`` and, by default, the storage.
         dry_run: only count the runs and estimate their time from a measured step.
-        say: told of progress.
+        say: is called with lines of progress.
 
     Returns:
         The content of ``tune.json``: every trial of the study so far, and which are best.
@@ -46,8 +47,8 @@ def tune(
             spec.
         MissingExtraError: Optuna is not installed.
     """
-    marks = ranges_of(content)
-    first = parse_spec(with_values(content, {name: mark.first() for name, mark in marks.items()}))
+    ranges = ranges_of(content)
+    first = parse_spec(with_values(content, {name: field.first() for name, field in ranges.items()}))
     section = first.tune or TuneSection()
     if first.data.validation == 0 or first.data.shots < 2:
         raise SpecError(
@@ -55,15 +56,17 @@ def tune(
             f"data.shots {first.data.shots}. Set data.validation to 0.4, say, with at least 2 shots."
         )
     if section.objective != "target" and first.source.data is None:
-        raise SpecError(f"tune.objective={section.objective} looks at the source, which has no data. Use target.")
+        raise SpecError(f"tune.objective={section.objective} needs source data, and source.data is null. Use target.")
     runs = section.trials * section.seeds
     if dry_run:
         return {**estimate([Trial("tune", "the spec's", first)], 1), "runs": runs}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    study = _study(section, content, folder)
-    study.optimize(_Objective(content, marks, section, say or (lambda _: None)), n_trials=section.trials, catch=_CATCH)
-    result = _result(study, marks, section, content)
+    judge = Judge(first.problem.headline)
+    study = _study(section, content, folder, judge)
+    objective = _Objective(content, ranges, section, judge, say or (lambda _: None))
+    study.optimize(objective, n_trials=section.trials, catch=_CATCH)
+    result = _result(study, ranges, section, content) | {"metric": judge.headline.as_json()}
     for number, trial in enumerate(result["best"]):
         name = "best.yaml" if len(result["best"]) == 1 else f"best-{number}.yaml"
         params = next(one["params"] for one in result["trials"] if one["number"] == trial)
@@ -75,82 +78,83 @@ _CATCH: tuple[type[Exception], ...] = (ConservtlError,)
 
 
 class _Objective:
-    """What Optuna calls for each trial."""
+    """The function that Optuna calls for each trial."""
 
     def __init__(
         self,
         content: Mapping[str, Any],
-        marks: Mapping[str, SearchRange],
+        ranges: Mapping[str, SearchRange],
         section: TuneSection,
+        judge: Judge,
         say: Callable[[str], None],
     ) -> None:
-        self.content, self.marks, self.section, self.say = content, marks, section, say
+        self.content, self.ranges, self.section, self.judge, self.say = content, ranges, section, judge, say
 
     def __call__(self, trial: Any) -> Any:
-        params = {name: _suggest(trial, name, mark) for name, mark in self.marks.items()}
+        params = {name: _suggest(trial, name, field) for name, field in self.ranges.items()}
         try:
             spec = parse_spec(with_values(self.content, params))
         except InputError as error:
             trial.set_user_attr("why", str(error))
             raise
-        found = []
+        runs = []
         for number in range(self.section.seeds):
-            step = number * spec.training.epochs
-            own = with_fields(spec, {"seed": spec.seed + number})
-            tell = partial(self._told, trial, step)
-            found.append(run_trial(Trial("tune", "the spec's", own), judge=True, tell=tell))
-        mean = {name: sum(run["valid"][name] for run in found) / len(found) for name in found[0]["valid"]}
+            tell = partial(self._prune, trial, number * spec.training.epochs)
+            seeded = with_fields(spec, {"seed": spec.seed + number})
+            runs.append(run_trial(Trial("tune", "the spec's", seeded), judge=True, tell=tell))
+        mean = {name: sum(run["valid"][name] for run in runs) / len(runs) for name in runs[0]["valid"]}
         trial.set_user_attr("target", mean["target"])
         trial.set_user_attr("source", mean.get("source"))
-        trial.set_user_attr("seconds", sum(run["seconds"] for run in found))
-        self.say(f"trial {trial.number}: {', '.join(f'{name} {100 * value:.1f} %' for name, value in mean.items())}")
+        trial.set_user_attr("seconds", sum(run["seconds"] for run in runs))
+        shown = ", ".join(f"{name} {self.judge.headline.show(value)}" for name, value in mean.items())
+        self.say(f"trial {trial.number}: {shown}")
         return (mean["target"], mean["source"]) if self.section.objective == "both" else self._score(mean)
 
-    def _told(self, trial: Any, step: int, line: Mapping[str, Any]) -> None:
-        """Give a trial up that has fallen behind."""
+    def _prune(self, trial: Any, step: int, line: Mapping[str, Any]) -> None:
+        """Give up a trial that has fallen behind the median."""
         if "valid" not in line or not self.section.prune or self.section.objective == "both":
             return
-        found = {name: metrics["accuracy"] for name, metrics in line["valid"].items()}
-        trial.report(self._score(found), step + line["epoch"])
+        values = {name: metrics[self.judge.headline.metric] for name, metrics in line["valid"].items()}
+        trial.report(self._score(values), step + line["epoch"])
         if trial.should_prune():
             raise require("optuna", "experiments").TrialPruned
 
-    def _score(self, found: Mapping[str, float]) -> float:
+    def _score(self, values: Mapping[str, float]) -> float:
         if self.section.objective == "target":
-            return found["target"]
-        return harmonic_mean([found["target"], found["source"]])
+            return values["target"]
+        return self.judge.both(values["target"], values["source"])
 
 
-def _suggest(trial: Any, name: str, mark: SearchRange) -> Any:
-    if mark.choices is not None:
-        return trial.suggest_categorical(name, list(mark.choices))
-    low, high = mark.range or (0.0, 1.0)
-    if mark.whole:
+def _suggest(trial: Any, name: str, field: SearchRange) -> Any:
+    if field.choices is not None:
+        return trial.suggest_categorical(name, list(field.choices))
+    low, high = field.range or (0.0, 1.0)
+    if field.whole:
         return trial.suggest_int(name, int(low), int(high))
-    return trial.suggest_float(name, low, high, log=mark.log)
+    return trial.suggest_float(name, low, high, log=field.log)
 
 
-def _study(section: TuneSection, content: Mapping[str, Any], folder: Path) -> Any:
+def _study(section: TuneSection, content: Mapping[str, Any], folder: Path, judge: Judge) -> Any:
     """The study in the storage, or a new one.
 
     Raises:
-        SpecError: the one there is of another spec.
+        SpecError: the storage holds a study of another spec.
     """
     optuna = require("optuna", "experiments")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = section.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
-    said = {key: value for key, value in content.items() if key != "tune"} | {"objective": section.objective}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    searched = {key: value for key, value in content.items() if key != "tune"} | {"objective": section.objective}
+    digest = hashlib.sha256(json.dumps(searched, sort_keys=True, default=str).encode()).hexdigest()[:16]
     both = section.objective == "both"
     study = optuna.create_study(
         study_name=_NAME,
         storage=url,
         load_if_exists=True,
-        directions=["maximize"] * (2 if both else 1),
+        directions=["maximize" if judge.headline.better == "higher" else "minimize"] * (2 if both else 1),
         pruner=optuna.pruners.MedianPruner() if section.prune and not both else optuna.pruners.NopPruner(),
     )
-    theirs = study.user_attrs.get("spec")
-    if theirs is not None and theirs != digest:
+    stored = study.user_attrs.get("spec")
+    if stored is not None and stored != digest:
         raise SpecError(
             f"tune.storage: the study in {url} is of another spec (another field, range or objective). Give another "
             "storage, or another --out."
@@ -160,7 +164,7 @@ def _study(section: TuneSection, content: Mapping[str, Any], folder: Path) -> An
 
 
 def _result(
-    study: Any, marks: Mapping[str, SearchRange], section: TuneSection, content: Mapping[str, Any]
+    study: Any, ranges: Mapping[str, SearchRange], section: TuneSection, content: Mapping[str, Any]
 ) -> dict[str, Any]:
     trials = [
         {
@@ -176,10 +180,10 @@ def _result(
         for trial in study.get_trials(deepcopy=False)
     ]
     fields = {
-        name: {"choices": list(mark.choices)}
-        if mark.choices is not None
-        else {"low": (mark.range or (0, 0))[0], "high": (mark.range or (0, 0))[1], "log": mark.log}
-        for name, mark in marks.items()
+        name: {"choices": list(field.choices)}
+        if field.choices is not None
+        else {"low": (field.range or (0, 0))[0], "high": (field.range or (0, 0))[1], "log": field.log}
+        for name, field in ranges.items()
     }
     done = any(trial["state"] == "complete" for trial in trials)
     best = (study.best_trials if section.objective == "both" else [study.best_trial]) if done else []

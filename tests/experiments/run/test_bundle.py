@@ -13,10 +13,10 @@ from torch import nn
 import conservtl as ctl
 from conservtl.experiments.run.bundle import load_adapted, save_bundle
 from conservtl.experiments.run.runner import run
-from conservtl.experiments.run.scoring import SourceView
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import parse_spec
+from conservtl.runtime.source_head import SourceHead
 from conservtl.testing.weights import random_weights
 
 LHUC = {"kind": "lhuc"}
@@ -116,4 +116,6 @@ def test_an_adapted_body_is_measured_on_the_source_with_what_was_added_to_it():
     body = copy.deepcopy(source)
     body.load_state_dict({**random_weights(source, 0), **{k: v for k, v in source.state_dict().items() if k[0] == "2"}})
     expected = body[2](2 * torch.tensor(1.0).sigmoid() * body[0](x).relu())
-    assert torch.allclose(SourceView(source, ["2.weight", "2.bias"])(model, x), expected, atol=1e-6)
+    with SourceHead(source, "2").replacing(model) as replaced:
+        assert torch.allclose(replaced(x), expected, atol=1e-6)
+    assert model[2].weight.shape == (2, 4)

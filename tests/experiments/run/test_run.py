@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 import conservtl as ctl
 from conservtl.data import Examples, spread
 from conservtl.experiments.run.runner import plan_of, run
-from conservtl.experiments.run.scoring import agreement, per_class, scores
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import load_spec, parse_spec
+from conservtl.tasks.speech import Speech
 
 
 @pytest.fixture
@@ -204,18 +204,21 @@ def test_agreement_is_the_kl_divergence_from_the_source():
     source = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log()
     adapted = torch.tensor([[0.6, 0.4], [0.4, 0.6]]).log()
     by_hand = [0.2 * math.log(0.2 / 0.6) + 0.8 * math.log(0.8 / 0.4), 0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6)]
-    assert agreement(adapted, source)["kl"] == pytest.approx(sum(by_hand) / 2, abs=1e-6)
-    assert agreement(adapted[:1], source[:1])["agreement"] == 0.0
+    task = Speech()
+    assert task.agreement(adapted, source)["kl"] == pytest.approx(sum(by_hand) / 2, abs=1e-6)
+    assert task.agreement(adapted[:1], source[:1])["agreement"] == 0.0
 
 
 def test_accuracy_by_class_counts_each_class_on_its_own():
     labels = torch.tensor([0, 0, 1])
     before, after = torch.eye(3)[[0, 1, 1]], torch.eye(3)[[0, 0, 0]]
-    found = per_class(before, after, labels, ["a", "b", "c"])
+    found = Speech().per_class(
+        [before[:1], before[1:]], [after[:1], after[1:]], [labels[:1], labels[1:]], ["a", "b", "c"]
+    )
     assert found["before"] == [0.5, 1.0, None]
     assert found["after"] == [1.0, 0.0, None]
     assert (found["labels"], found["counts"]) == (["a", "b", "c"], [2, 1, 0])
-    assert scores(before, labels)["accuracy"] == pytest.approx(2 / 3)
+    assert Speech().metrics(before, (None, labels))["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_a_new_run_does_not_leave_an_earlier_ones_results_beside_its_own(done, speech_fields):

@@ -11,13 +11,13 @@ import conservtl as ctl
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
-from conservtl.experiments.spec.spec import load_spec, parse_spec
+from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
 from conservtl.experiments.spec.study_sections import BASELINES
-from conservtl.experiments.studies import result_store as many
+from conservtl.experiments.studies import result_store
 from conservtl.experiments.studies import trial as module
 from conservtl.experiments.studies.comparison import compare, plan_trials, summarise
 from conservtl.experiments.studies.layer_sweep import sweep
-from conservtl.experiments.studies.result_store import Many, with_fields
+from conservtl.experiments.studies.result_store import ResultStore
 from conservtl.experiments.studies.targets import targets_of
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.experiments.studies.tuning import tune
@@ -54,10 +54,10 @@ class TestTrial:
     def test_joint_training_sees_each_domain_as_often(self, speech_fields):
         setting = prepare(parse_spec(speech_fields))
         domains = setting.domains
-        both = module._data("joint", setting)
+        both = module._training_data("joint", setting)
         times = len(domains.source_train) // len(domains.shots)
         assert len(both) == len(both.labels) == len(domains.source_train) + times * len(domains.shots)
-        assert module._data("adapt", setting) is domains.shots
+        assert module._training_data("adapt", setting) is domains.shots
         assert run_trial(Trial("x", "cleo", setting.spec, "joint"))["steps"] > 0
 
     def test_its_key_names_all_it_depends_on(self, speech_fields):
@@ -101,7 +101,7 @@ class TestCompare:
                 raise KeyboardInterrupt
             return run_trial(trial)
 
-        monkeypatch.setattr(many, "run_trial", counted)
+        monkeypatch.setattr(result_store, "run_trial", counted)
         with pytest.raises(KeyboardInterrupt):
             compare(spec, tmp_path)
         assert len(list((tmp_path / "runs").glob("*.json"))) == 2
@@ -296,4 +296,4 @@ class TestTune:
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ctl.SpecError, match="is a file"):
-        Many(tmp_path / "x")
+        ResultStore(tmp_path / "x")

@@ -1,0 +1,92 @@
+"""The header of a saved model: what it is built with, and how it was extended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from conservtl.errors import SourceError, SpecError
+from conservtl.layers import find_layers
+from conservtl.methods import as_strategy, extend_all
+from conservtl.plan.decision import Extensions
+from conservtl.runtime.extending import apply_extensions
+
+__all__ = ["describe_example", "extend_model", "read_header"]
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """Return what a run wrote beside the weights; None for a file that no run wrote."""
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get("conservtl")
+    return None if header is None else _upgraded(json.loads(header))
+
+
+def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: bool = True) -> dict[str, Tensor]:
+    """Extend a model in place as the run did that wrote a header.
+
+    Args:
+        model: built as the header says.
+        header: what ``read_header`` returned.
+        strategies: whether parameters that strategies added are added too.
+
+    Returns:
+        Name of each added parameter -> its tensor at the identity, as after a merge.
+
+    Raises:
+        SourceError: a strategy or an extension of a user's own is not imported; the message names its module.
+    """
+    if (extended := header.get("extended")) is None:
+        return {}
+    example = _example(extended["example"])
+    try:
+        chosen = [as_strategy(fields) for fields in extended["strategies"]] if strategies else []
+        extensions = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
+    except (SpecError, ValidationError) as error:
+        missing = [name for name in extended.get("modules", ()) if name not in sys.modules]
+        if not missing:
+            raise
+        raise SourceError(
+            f"the model was extended by code in {', '.join(missing)}, which is not imported. In Python, import it "
+            f"before loading the model; on the command line: --import {' --import '.join(missing)}."
+        ) from error
+    added, cut = extend_all(model, chosen, example, extended["layers"])
+    if extensions:
+        apply_extensions(model, extensions, find_layers(model, example, cut))
+    tensors = model.state_dict()
+    return {name: tensors[name] for name in added}
+
+
+def _upgraded(header: dict[str, Any]) -> dict[str, Any]:
+    """Return a header as this version writes it: an earlier one named each norm that mixes and its share."""
+    shares = header.pop("instance_statistics", {})
+    if shares:
+        names = {share: [name for name, other in shares.items() if other == share] for share in shares.values()}
+        extended = header.setdefault("extended", {"strategies": [], "example": None, "layers": None})
+        extended["extensions"] = [
+            {"kind": "instance_statistics", "by": "NormAdaptation", "share": share, "names": names[share]}
+            for share in names
+        ]
+    return header
+
+
+def describe_example(example: Any) -> Any:
+    """Return an example as JSON: the shape of a tensor; the values of one of integers, such as lengths."""
+    if isinstance(example, Mapping):
+        return {name: describe_example(value) for name, value in example.items()}
+    return list(example.shape) if example.is_floating_point() else {"values": example.tolist()}
+
+
+def _example(described: Any) -> Any:
+    if isinstance(described, Mapping):
+        if set(described) == {"values"}:
+            return torch.tensor(described["values"])
+        return {name: _example(value) for name, value in described.items()}
+    return None if described is None else torch.zeros(described)

@@ -1,0 +1,114 @@
+"""The variants of a comparison: baselines and the spec's own, each with an id, a label and a role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from conservtl.errors import SpecError
+from conservtl.experiments.spec.spec import Spec, with_fields
+from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
+from conservtl.experiments.studies.trial import How
+
+__all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "variants_of"]
+
+Role = Literal["source", "baseline", "bound", "method"]
+"""source: the source model itself; baseline: what methods are compared with; bound: a baseline that uses source data,
+out of competition; method: what the comparison asks about."""
+
+_EPOCHS_A_STEP = 20  # joint training takes so many times fewer epochs; early stopping evaluates so many times a run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Args:
+        id: a name for programs.
+        label: a name for people, unique among the variants of a comparison.
+        role: what it is in the comparison.
+        how: how it is trained.
+        make: makes its spec from that of a run.
+    """
+
+    id: str
+    label: str
+    role: Role
+    how: How
+    make: Callable[[Spec], Spec]
+
+
+def variants_of(spec: Spec, section: CompareSection) -> list[Variant]:
+    """Return the baselines that apply to a spec, then its own variants.
+
+    Raises:
+        SpecError: a variant has the name of a baseline.
+    """
+    own: dict[str, Mapping[str, Any]] = dict(section.variants) or {_name(spec): {}}
+    if clash := set(own) & set(BASELINES):
+        raise SpecError(f"compare.variants: {sorted(clash)} are names of baselines. Give them names of their own.")
+    known = {variant.label: variant for variant in _baselines(section)}
+    chosen = [known[str(label)] for label in section.baselines]
+    joint = spec.source.data is not None and spec.problem.shares_labels(spec.data)
+    chosen = [variant for variant in chosen if variant.how != "joint" or joint]
+    return chosen + [Variant(label, label, "method", "adapt", _changes(fields)) for label, fields in own.items()]
+
+
+def baseline_ids() -> dict[str, tuple[str, Role]]:
+    """Return id and role of each baseline by its label."""
+    return {variant.label: (variant.id, variant.role) for variant in _baselines(CompareSection())}
+
+
+def early_stopping(spec: Spec) -> dict[str, Any]:
+    """Return the fields that stop a run early and keep its best weights; none with one shot, which leaves nothing.
+
+    Selection is the spec's own where it selects (``training.keep`` and ``data.validation``), so that a baseline is
+    judged as the variants are; else the best weights by the target, on a fifth of the shots.
+    """
+    if spec.data.shots < 2:
+        return {}
+    keep = spec.training.keep
+    if keep == "path":
+        keep = "harmonic" if spec.source.data is not None else "target"
+    return {
+        "training.keep": "target" if keep == "last" else keep,
+        "training.patience": 5,
+        "training.evaluate_every": max(1, spec.training.epochs // _EPOCHS_A_STEP),
+        "data.validation": spec.data.validation or 0.2,
+    }
+
+
+def _baselines(section: CompareSection) -> list[Variant]:
+    plain: dict[str, Any] = {"strategies": []}
+    scratch = {**plain, "training.lr": section.scratch_rate, "training.batch_norm": "train"}
+    probe = {"strategies": [{"kind": "feature_extraction"}], "training.lr": section.probe_rate}
+    interpolated = {"strategies": [{"kind": "weight_interpolation"}], "training.lr": section.rates[1]}
+    return [
+        Variant("source", "source as it is", "source", "source", _changes(plain)),
+        Variant("scratch", "from scratch", "baseline", "scratch", _changes(scratch)),
+        Variant("linear_probe", "linear probe", "baseline", "adapt", _changes(probe)),
+        *(
+            Variant(f"fine_tuning_{name}", f"fine-tuning, {name} rate", "baseline", "adapt", _fine_tuning(rate))
+            for name, rate in zip(("low", "middle", "high"), section.rates, strict=True)
+        ),
+        Variant("interpolated", "fine-tuning, interpolated", "baseline", "adapt", _changes(interpolated)),
+        Variant("joint", "joint training", "bound", "joint", _joint),
+    ]
+
+
+def _changes(fields: Mapping[str, Any]) -> Callable[[Spec], Spec]:
+    return lambda spec: with_fields(spec, fields)
+
+
+def _fine_tuning(rate: float) -> Callable[[Spec], Spec]:
+    return lambda spec: with_fields(spec, {"strategies": [], "training.lr": rate, **early_stopping(spec)})
+
+
+def _joint(spec: Spec) -> Spec:
+    """As many epochs as make about the steps of adapting."""
+    return with_fields(spec, {"strategies": [], "training.epochs": max(1, spec.training.epochs // _EPOCHS_A_STEP)})
+
+
+def _name(spec: Spec) -> str:
+    return " + ".join(strategy.label for strategy in spec.strategies) or "the spec"
