@@ -18,7 +18,6 @@ from conservtl.errors import TrainingDivergedError as TrainingDivergedError
 from conservtl.experiments.advice.recommendation import Recommendation as Recommendation
 from conservtl.experiments.advice.recommendation import recommend as recommend
 from conservtl.experiments.run.bundle import Adapted as Adapted
-from conservtl.experiments.run.bundle import Prediction as Prediction
 from conservtl.experiments.run.bundle import load_adapted as load
 from conservtl.experiments.run.bundle import load_adapted as load_adapted
 from conservtl.experiments.spec.recipes import Recipe as Recipe
@@ -53,6 +52,7 @@ from conservtl.plan.row import Anneal as Anneal
 from conservtl.plan.row import Phase as Phase
 from conservtl.plan.row import Row as Row
 from conservtl.source.transfer import TransferReport as TransferReport
+from conservtl.tasks.base import Prediction as Prediction
 from conservtl.weights.interpolation import interpolate as interpolate
 from conservtl.weights.interpolation import interpolation_path as interpolation_path
 from conservtl.weights.interpolation import interpolation_path as path
