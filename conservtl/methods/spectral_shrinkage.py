@@ -82,6 +82,7 @@ class SpectralShrinkageTerm(Term):
     k: Count = 1
     """Number of singular values."""
 
+    mean_over_batch: ClassVar[bool] = False  # singular values are those of a batch, as in the paper
     source: ClassVar[bool] = False
 
     def describe(self) -> str:

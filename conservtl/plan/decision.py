@@ -129,6 +129,8 @@ class Term(Decision):
 
     source: ClassVar[bool] = True
     """Whether it looks at the source model; a frozen copy is then kept, and run on each batch."""
+    mean_over_batch: ClassVar[bool] = True
+    """Whether the value is a mean over the batch, so that a batch twice over gives the same value."""
     heads: ClassVar[bool] = False
     """Whether it compares outputs, so that the source's head is kept where the target has labels of its own."""
 

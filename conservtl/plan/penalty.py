@@ -19,7 +19,7 @@ __all__ = ["Penalties", "Penalty", "PenaltyKernel"]
 
 
 class PenaltyKernel(Protocol):
-    """A penalty prepared for a list of parameters, used for as many steps as their tensors stay in place."""
+    """A penalty prepared for a list of parameters, for as many steps as their tensors stay; called without autograd."""
 
     def add_gradients(self, factor: float, scale: Tensor | None) -> None:
         """Add factor × scale × the penalty's gradient to each parameter's gradient.

@@ -28,6 +28,7 @@ class PenaltyRunner:
     def __init__(self, index: ParameterIndex, context: StepContext) -> None:
         self._index, self._context = index, context
 
+    @torch.no_grad()
     def add_gradients(self, scale: Tensor | None, *, maximize: bool) -> None:
         """Add the coupled penalties to complete gradients, once a step.
 
@@ -41,6 +42,7 @@ class PenaltyRunner:
                 for kernel in self._index.kernels(penalty):
                     kernel.add_gradients(-factor if maximize else factor, scale)
 
+    @torch.no_grad()
     def move_weights(self, skip: Tensor | None) -> None:
         """Carry out the steps of the decoupled penalties.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
+from conservtl.batches import map_tensors
 from conservtl.compat import forward_hooks, forward_pre_hooks
 from conservtl.errors import InputError
 from conservtl.layers import find_layers, named_parameters
@@ -25,7 +26,8 @@ from conservtl.methods.l2_sp import L2SP
 from conservtl.methods.layer_transfer import LayerTransfer
 from conservtl.plan.plan import Plan
 from conservtl.source.read import SourceLike
-from conservtl.testing.steps import backward, held, measured, outputs_of
+from conservtl.testing.laws import LAWS, LawCase, check_law
+from conservtl.testing.steps import backward, doubled, held, measured, objective, outputs_of
 from conservtl.testing.weights import random_weights
 
 __all__ = ["check_strategy"]
@@ -87,6 +89,7 @@ def check_strategy(
     """
     _check_spec(strategy)
     refusals = []
+    lawful = False  # the laws of a step take long, and one model shows them
     cases = list(_cases(model, source, example))
     for case in cases:
         try:
@@ -106,6 +109,10 @@ def check_strategy(
         _check_extended_modules(strategy, case)
         _check_training(strategy, case)
         _check_skipped(strategy, case)
+        if not lawful and (tried := _law_case(strategy, case)) is not None:
+            lawful = True
+            for law in LAWS:
+                check_law(law, tried)
     if len(refusals) == len(cases):
         raise refusals[0]
 
@@ -312,6 +319,43 @@ def _check_skipped(strategy: Strategy, case: _Case) -> None:
     optimizer.step()
     moved = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
     _require(not moved, strategy, f"{moved[:1]} moved in a step that was skipped; heed step.skip.")
+
+
+def _law_case(strategy: Strategy, case: _Case) -> LawCase | None:
+    """Return what the laws of a step are tried on; None if nothing is trained, or a search comes first.
+
+    Weights have moved away from the source, and numbers are in double precision if the model takes them.
+    """
+    model = copy.deepcopy(case.model).double()
+    example = map_tensors(case.example, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        outputs_of(copy.deepcopy(model).eval(), example)
+    except RuntimeError:
+        model, example = case.model, case.example
+    precise = replace(case, model=model, example=example)
+    ready = precise.adapted([strategy])
+    trained = [one for one in named_parameters(ready.model).values() if one.requires_grad]
+    if not all(one.is_floating_point() for one in named_parameters(ready.model).values()):
+        return None
+    if not trained or not measured(ready, example):
+        return None
+    ready.start_phase(len(ready.plan.phases) - 1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in named_parameters(ready.model).items():
+            if name not in ready.frozen:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
+    means = all(type(term).mean_over_batch for term in ready.plan.terms)
+    return LawCase(
+        label=strategy.label,
+        make=lambda: copy.deepcopy(ready),
+        rebuild=lambda: precise.adapted([strategy]),
+        objective=objective,
+        batch=example,
+        parts=(example, example),
+        doubled=doubled(copy.deepcopy(model).eval(), example) if means and example is not None else None,
+        options={"lr": _RATE, "momentum": 0.9},
+    )
 
 
 def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:

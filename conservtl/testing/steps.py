@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.batches import map_tensors, tensors_of
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.runtime.freezing import tracks_statistics
 
-__all__ = ["backward", "held", "measured", "outputs_of"]
+__all__ = ["backward", "doubled", "evaluated", "held", "measured", "objective", "outputs_of"]
 
 
 def held(adaptation: Adaptation) -> dict[str, Tensor]:
@@ -41,22 +42,44 @@ def measured(adaptation: Adaptation, example: Any) -> bool:
     return not adaptation.outstanding()
 
 
-def backward(adaptation: Adaptation, example: Any, step: int) -> None:
-    """Gradients of some loss with the plan's terms; random ones where there is no input to have a loss of."""
+def objective(adaptation: Adaptation, example: Any, seed: int = 0) -> Tensor:
+    """Return some loss of the model with the plan's terms; without an input, one linear in the parameters."""
     model = adaptation.model
     if example is None and adaptation.plan.terms:
-        return
+        return torch.zeros(())
     if example is None:
-        generator = torch.Generator().manual_seed(step)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
-        return
+        generator = torch.Generator().manual_seed(seed)
+        trained = [one for one in model.parameters() if one.requires_grad]
+        noise = [torch.randn(one.shape, generator=generator).to(one) for one in trained]
+        return sum(((one * factor).sum() for one, factor in zip(trained, noise, strict=True)), torch.zeros(()))
     outputs = _call(model, example)
     loss = sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
+    if not loss.requires_grad:
+        return loss
+    return adaptation.loss(loss, outputs, tuple(example) if isinstance(example, list) else example)
+
+
+def backward(adaptation: Adaptation, example: Any, step: int) -> None:
+    """Compute the gradients of ``objective``."""
+    loss = objective(adaptation, example, step)
     if loss.requires_grad:
-        inputs = tuple(example) if isinstance(example, list) else example
-        adaptation.loss(loss, outputs, inputs).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def evaluated(model: nn.Module) -> None:
+    """Put a model in train mode but its modules in eval mode: a step depends on neither chance nor the batch."""
+    model.eval()
+    unwrap(model).training = True
+
+
+def doubled(model: nn.Module, example: Any) -> Any:
+    """Return an example twice over; None unless the first dimension of all its tensors is that of examples."""
+    sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(example)}
+    outputs = {len(tensor) if tensor.ndim else 0 for tensor in outputs_of(model, example)}
+    if len(sizes) != 1 or sizes != outputs:
+        return None
+    twice = map_tensors(example, lambda tensor: torch.cat([tensor, tensor]))
+    return twice if {2 * size for size in sizes} == {len(tensor) for tensor in outputs_of(model, twice)} else None
 
 
 @torch.no_grad()
