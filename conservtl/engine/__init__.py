@@ -1,4 +1,4 @@
-"""The training loop, and what it stands on: batches, device and precision, checkpoints."""
+"""The training loop: batches, device and precision, selection, checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: held on the device and indexed there where the data fits, streamed where it does not."""
+"""Batches of the training and evaluation data: indexed on the device if the data fits, else streamed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from conservtl.errors import DataError
 
 __all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches"]
 
-_SHARE = 0.5  # of the device's free memory that held data may take
+_SHARE = 0.5  # largest share of the device's free memory for held data
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step gets.
+    """One batch on the device.
 
     Args:
-        content: what the model's ``forward`` and ``loss`` take: a tuple or a dictionary of tensors.
+        content: the batch as ``forward`` and ``loss`` take it, such as a tuple or a dictionary of tensors.
         size: number of examples.
-        index: positions of the examples in the data, where it is held; None where it streams.
+        index: (size,), positions of the examples in held data; None for streamed data.
     """
 
     content: Any
@@ -41,10 +41,10 @@ Waiting = Callable[[], Batch]
 
 
 class Contents:
-    """The contents of batches, to be gone through again; the order that training draws is not touched.
+    """Iterable over the contents of batches, without advancing the random generators of training.
 
     Args:
-        batches: as ``as_batches`` gives them.
+        batches: from ``as_batches``.
     """
 
     def __init__(self, batches: Held | Streamed) -> None:
@@ -59,15 +59,18 @@ class Contents:
 class Held:
     """Tensors on the device, batched by index.
 
-    Shuffled with one ``torch.randperm`` an epoch from the global generator, as a loop written by hand
-    would be. A last batch of one example joins the batch before it: batch norm cannot train on one.
+    Each epoch is shuffled with one ``torch.randperm`` from the global generator, like a loop written by hand. A last
+    batch of one example is joined to the batch before: batch norm cannot train on one example.
 
     Args:
-        content: tensors of the same length, in a tuple or a dictionary.
-        batch_size: examples a batch and process.
-        device: where they are held, if they fit.
-        shuffle: whether the order is drawn anew each epoch.
+        content: tensors of the same length N, in a tuple or a dictionary.
+        batch_size: examples per batch and process.
+        device: device of the batches, and of the data if it fits.
+        shuffle: whether to draw a new order each epoch.
         part: (rank, number of processes).
+
+    Raises:
+        DataError: the tensors differ in length, or are empty.
     """
 
     generators: tuple[torch.Generator, ...] = ()
@@ -94,7 +97,7 @@ class Held:
         self._place = device if fits else torch.device("cpu")
 
     def count(self) -> int:
-        """Batches an epoch."""
+        """Return the number of batches per epoch."""
         return len(self._cuts)
 
     def epoch(self, skip: int = 0) -> Iterator[Batch]:
@@ -109,7 +112,7 @@ class Held:
         return (partial(self._batch, own) for own in parts)
 
     def take(self, index: Tensor) -> Any:
-        """The examples at these positions, on the device."""
+        """Return the examples at these positions, on the device."""
         return map_tensors(
             self._content, lambda tensor: tensor.index_select(0, index.to(tensor.device)).to(self.device)
         )
@@ -119,7 +122,7 @@ class Held:
 
 
 class Streamed:
-    """Batches from a DataLoader or any iterable that can be gone through again."""
+    """Batches from a DataLoader or another iterable that can be iterated repeatedly."""
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self.loader = loader
@@ -127,14 +130,14 @@ class Streamed:
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
-        """Generators of the loader's own, which a checkpoint has to keep."""
+        """Random generators of the loader, to be saved in checkpoints."""
         batches = getattr(self.loader, "batch_sampler", None)
         owners = (self.loader, getattr(self.loader, "sampler", None), batches, getattr(batches, "sampler", None))
-        found = (getattr(owner, "generator", None) for owner in owners)
-        return tuple({id(own): own for own in found if isinstance(own, torch.Generator)}.values())
+        generators = (getattr(owner, "generator", None) for owner in owners)
+        return tuple({id(one): one for one in generators if isinstance(one, torch.Generator)}.values())
 
     def count(self) -> int | None:
-        """Batches an epoch, None where the iterable has no length."""
+        """Return the number of batches per epoch, None for an iterable without a length."""
         if not isinstance(self.loader, Sized):
             return None
         try:
@@ -159,7 +162,7 @@ class Streamed:
 
 
 class _Order:
-    """A batch sampler: the same batches, shuffle and parts as ``Held`` makes."""
+    """Batch sampler with the same batches, order and parts as ``Held``."""
 
     def __init__(self, length: int, batch_size: int, shuffle: bool, part: tuple[int, int]) -> None:
         self.length, self.shuffle, self.part = length, shuffle, part
@@ -177,18 +180,18 @@ class _Order:
 def as_batches(
     data: Any, batch_size: int, device: torch.device, *, shuffle: bool, part: tuple[int, int] = (0, 1)
 ) -> Held | Streamed:
-    """Batches from whatever data comes as.
+    """Return the batches of data of any supported kind.
 
     Args:
-        data: ``Examples``; a tuple or dictionary of tensors; a ``TensorDataset``; any other dataset of
-            examples (loaded by a DataLoader); a DataLoader or another iterable of batches.
-        batch_size: examples a batch, where the batches are made here.
-        device: where batches are wanted.
-        shuffle: whether batches made here are shuffled.
-        part: (rank, number of processes); a DataLoader or iterable of your own must see to its part itself.
+        data: ``Examples``; a tuple or dictionary of tensors; a ``TensorDataset``; another dataset of examples (loaded
+            by a DataLoader); a DataLoader or another iterable of batches; or the result of this function.
+        batch_size: examples per batch, for data that is not batched yet.
+        device: device of the batches.
+        shuffle: whether to shuffle data that is not batched yet.
+        part: (rank, number of processes); a DataLoader or an iterable must select its part itself.
 
     Raises:
-        DataError: none of these, or empty.
+        DataError: the data is of another kind, or empty.
     """
     if isinstance(data, (Held, Streamed)):
         return data
@@ -201,7 +204,7 @@ def as_batches(
     if isinstance(data, Mapping):
         if not data or not all(isinstance(t, Tensor) for t in data.values()):
             kinds = {key: type(value).__name__ for key, value in data.items()}
-            raise DataError(f"data: a dictionary must hold tensors with an example a row; received {kinds}.")
+            raise DataError(f"data: a dictionary must hold tensors with one row per example; received {kinds}.")
         return Held(dict(data), batch_size, device, shuffle, part)
     pinned = device.type == "cuda"
     if isinstance(data, IterableDataset):
@@ -212,14 +215,14 @@ def as_batches(
         data = DataLoader(data, batch_sampler=_Order(len(data), batch_size, shuffle, part), pin_memory=pinned)  # type: ignore[arg-type]
     if isinstance(data, (Iterator, str, bytes)) or not isinstance(data, Iterable):
         raise DataError(
-            "data must be Examples, tensors, a dataset or an iterable of batches that can be gone through "
-            f"again (a DataLoader, a list); received {type(data).__name__}."
+            "data must be Examples, tensors, a dataset or an iterable of batches that can be iterated repeatedly "
+            f"(a DataLoader, a list); received {type(data).__name__}."
         )
     return Streamed(data, device)
 
 
 def _cuts(length: int, batch_size: int, world: int) -> list[int]:
-    """Examples a batch, all processes together; each process gets as many batches, of the same sizes."""
+    """Return the examples per batch of all processes together; each process gets batches of the same sizes."""
     total = -(-length // world) * world
     size = batch_size * world
     cuts = [size] * (total // size) + ([total % size] if total % size else [])
@@ -229,7 +232,7 @@ def _cuts(length: int, batch_size: int, world: int) -> list[int]:
 
 
 def _order(length: int, shuffle: bool, part: tuple[int, int], device: torch.device) -> Tensor:
-    """Positions in the order of an epoch; the same for all processes, some twice where they do not divide evenly."""
+    """Return the positions in the order of an epoch, the same for all processes; some twice if they do not divide."""
     order = torch.randperm(length) if shuffle else torch.arange(length)
     world = part[1]
     if world == 1:

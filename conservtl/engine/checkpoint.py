@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on bit for bit, written whole or not at all."""
+"""Checkpoints: the complete state of a run, written atomically, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from conservtl.layers import unwrap
 
 __all__ = ["Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 
-_OVERHEAD = 20  # a checkpoint waits this many times as long as the last one took to write
+_OVERHEAD = 20  # least time between checkpoints, as a multiple of the time that the last one took to write
 
 
 @dataclass
 class State:
-    """Where a run stands.
+    """Progress of a run.
 
     Args:
-        epoch: epochs finished.
-        batch: batches of the current epoch done.
-        step: optimizer steps done.
-        seconds: time spent before the run was last resumed.
-        total: sum of the current epoch's losses over its examples so far.
-        seen: the number of those examples.
-        history: a line an epoch.
+        epoch: finished epochs.
+        batch: finished batches of the current epoch.
+        step: finished optimizer steps.
+        seconds: wall clock before the run was last resumed.
+        total: sum of the losses of the current epoch's examples so far.
+        seen: number of those examples.
+        history: one line per epoch.
         selection: the best evaluation so far.
-        drawn: states of the random generators when the current epoch began.
+        drawn: states of the random generators at the beginning of the current epoch.
         threads: phase -> CPU threads chosen by timing.
     """
 
@@ -58,7 +58,7 @@ class Checkpoints:
     """A folder's ``checkpoint.pt`` and ``history.jsonl``.
 
     Args:
-        folder: None keeps nothing.
+        folder: where they are; None writes nothing.
         main: whether this process writes.
     """
 
@@ -68,11 +68,11 @@ class Checkpoints:
         self._due = 0.0
 
     def save(self, content: Callable[[], Mapping[str, Any]], *, now: bool = False) -> None:
-        """Write a checkpoint, unless the last one is so recent that writing would cost the run much.
+        """Write a checkpoint, unless the last one is so recent that writing would slow the run down.
 
         Args:
-            content: makes what is written; called only if it is.
-            now: write in any case.
+            content: returns the content; called only if it is written.
+            now: whether to write in any case.
         """
         if not self._writes or (not now and time.perf_counter() < self._due):
             return
@@ -82,13 +82,13 @@ class Checkpoints:
         self._due = time.perf_counter() + _OVERHEAD * (time.perf_counter() - begun)
 
     def load(self) -> dict[str, Any]:
-        """The checkpoint to resume from.
+        """Return the checkpoint to resume from.
 
         Raises:
-            SpecError: there is none, or it cannot be read.
+            SpecError: there is no checkpoint, or it cannot be read.
         """
         if self.folder is None:
-            raise SpecError("resume: the checkpoint is looked for in out, which is None. Pass the folder of the run.")
+            raise SpecError("resume: the checkpoint is read from out, which is None. Pass the folder of the run.")
         if not self._path().is_file():
             raise SpecError(f"resume: there is no checkpoint in {self.folder}. Run without resume to begin.")
         try:
@@ -98,7 +98,7 @@ class Checkpoints:
         return loaded
 
     def write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write ``history.jsonl``, one line an epoch."""
+        """Write ``history.jsonl``, one line per epoch."""
         if self._writes and self.folder is not None:
             write_text("".join(json.dumps(line) + "\n" for line in history), self.folder / "history.jsonl")
 
@@ -150,21 +150,24 @@ def restore(
     own: Sequence[torch.Generator],
     augmenting: torch.Generator | None = None,
 ) -> State:
-    """Go on from a snapshot.
+    """Restore the model, its optimizer and the random generators from a snapshot.
 
-    Each process restores its own generators. If the file holds those of one process only (it was written between two
-    epochs' ends, or by another number of processes), the augmentations of the others are drawn anew, so that no two
-    processes draw the same.
+    Each process restores its own generators. If the file holds those of one process only (it was written within an
+    epoch, or by another number of processes), the other processes draw their augmentations from new seeds, so that no
+    two processes draw the same.
 
     Args:
         session: the model and its optimizer.
         found: what ``snapshot`` returned.
         own: generators that the run draws from beside the global ones.
-        augmenting: the one among them that augmentations are drawn from.
+        augmenting: the generator among them that augmentations are drawn from.
+
+    Returns:
+        The progress of the run.
 
     Raises:
-        SpecError: it was made with other settings.
-        PlanError: it was made by another plan.
+        SpecError: the snapshot was made with other settings.
+        PlanError: the snapshot was made with another plan.
     """
     settings = session.training.model_dump(mode="json")
     saved = Training().model_dump(mode="json") | found["settings"]  # an older version may not have had all of them

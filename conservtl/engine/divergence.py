@@ -1,4 +1,4 @@
-"""A run that diverges stops, and says where: at which batch, which step, which weights."""
+"""Detection of divergence: the run stops and names the batch, the step or the weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from conservtl.errors import TrainingDivergedError
 
 __all__ = ["Losses", "check_weights"]
 
-_LOOK = 50  # steps between looks at the loss on a GPU; each look waits for it
+_LOOK = 50  # steps between two reads of the losses on a GPU: each waits for the device
 _ADVICE = "The last good checkpoint is kept; lower training.lr, set training.clip"
 
 
 class Losses:
-    """Adds up an epoch's losses in a state, and stops the run at one that is not finite.
+    """Sums up an epoch's losses, and stops the run at one that is not finite.
 
     Args:
-        state: its ``total`` and ``seen`` are kept up to date at each look.
-        device: on a GPU losses are looked at now and then only.
+        state: its ``total`` and ``seen`` are updated at each read.
+        device: on a GPU the losses of many steps are read together.
     """
 
     def __init__(self, state: State, device: torch.device) -> None:
@@ -33,13 +33,20 @@ class Losses:
         self._waiting: list[tuple[Tensor, Batch, int, int]] = []
 
     def add(self, loss: Tensor, batch: Batch, number: int, step: int) -> None:
-        """The mean loss of a batch: the ``number``-th of its epoch, a part of step ``step``."""
+        """Add the mean loss of a batch.
+
+        Args:
+            loss: scalar.
+            batch: its size and index are kept.
+            number: position of the batch in its epoch, from 1.
+            step: the step that the batch is a part of, from 1.
+        """
         self._waiting.append((loss.detach(), replace(batch, content=None), number, step))  # its memory is free again
         if len(self._waiting) >= self._every:
             self.look()
 
     def look(self) -> None:
-        """Add up what waits.
+        """Read and sum up the losses that were added since the last read.
 
         Raises:
             TrainingDivergedError: a loss is NaN or infinite.
@@ -50,7 +57,7 @@ class Losses:
             if not math.isfinite(value):
                 raise TrainingDivergedError(
                     f"the loss is {value} at batch {number} of epoch {self.state.epoch + 1} (step {step}"
-                    f"{_examples(batch)}). {_ADVICE}, or look at that batch."
+                    f"{_examples(batch)}). {_ADVICE}, or inspect that batch."
                 )
             self.state.total += value * batch.size
             self.state.seen += batch.size
@@ -58,10 +65,10 @@ class Losses:
 
 @torch.no_grad()
 def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    """Whether what is trained is finite: an infinite gradient shows in the weights before it shows in a loss.
+    """Raise unless all trained parameters are finite: an infinite gradient shows in them before it shows in a loss.
 
     Raises:
-        TrainingDivergedError: a parameter is not; the message names it.
+        TrainingDivergedError: a parameter is not finite; the message names it.
     """
     for name, parameter in parameters.items():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
@@ -69,7 +76,7 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
 
 
 def _examples(batch: Batch) -> str:
-    """Which examples of held data it was."""
+    """Return the positions of the examples, for a message; empty for streamed data."""
     if batch.index is None:
         return ""
     first = ", ".join(str(position) for position in batch.index[:8].tolist())

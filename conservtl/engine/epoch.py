@@ -1,4 +1,4 @@
-"""One epoch: groups of batches, and for each group forward, loss, backward and a step."""
+"""One epoch: forward, loss and backward for each batch, a step for each group of batches."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Augment = Callable[[Any, torch.Generator], Any]
 
 
 class Learner:
-    """What an epoch acts on.
+    """Trains an adaptation epoch by epoch.
 
     Args:
-        session: the model, its optimizer and their machine.
+        session: the model, its optimizer and the device.
         functions: forward and loss.
         batches: the training data.
-        steps: optimizer steps of the whole run, 0 where nobody knows.
-        augment: changes each batch, or None.
-        keeps: whether a frozen input side may be computed once.
+        steps: optimizer steps of the whole run, 0 if unknown.
+        augment: (content, generator) -> content, applied to each batch; None: not.
+        caches: whether to compute a frozen input side, and the source model's outputs, once if possible.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Learner:
         batches: Held | Streamed,
         steps: int,
         augment: Augment | None,
-        keeps: bool,
+        caches: bool,
     ) -> None:
         self.session, self.settings = session, session.training
         self.functions, self.batches, self.steps, self.augment = functions, batches, steps, augment
@@ -58,26 +58,26 @@ class Learner:
             self.augmenting = torch.Generator(session.device)
             self.augmenting.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
             self.generators.append(self.augmenting)
-        self._keeps = keeps and augment is None and session.part[1] == 1
-        self._kept: FrozenPrefixCache | None = None
+        self._caches = caches and augment is None and session.part[1] == 1
+        self._prefix: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None
-        if keeps and augment is None and isinstance(batches, Held):
+        if caches and augment is None and isinstance(batches, Held):
             self._source = cache_source_outputs(
                 session.adaptation.bound.terms.needs_source, partial(session.source_view, functions), batches
             )
         self._phase: int | None = None
-        self.ever_kept = False
+        self.ever_cached = False
         self.go_on_from(State())
 
     def go_on_from(self, state: State) -> None:
-        """Take up a state: a new one, or a restored one."""
+        """Continue from a state, new or restored."""
         self.state = state
         self.losses = Losses(state, self.session.device)
         timed = self.settings.threads == "auto" and self.session.device.type == "cpu"
         self._timer = ThreadTimer(state.threads, torch.get_num_threads()) if timed else None
 
     def begin(self, phase: int) -> None:
-        """Freeze and scale as a phase says; compute a frozen input side once, where that is possible."""
+        """Begin a phase: freeze, scale rates, and compute a frozen input side once if possible."""
         if phase == self._phase:
             return
         if self._timer is not None:
@@ -87,19 +87,19 @@ class Learner:
         self.forget()
         self._phase = phase
         self.session.start_phase(phase)
-        if self._keeps and isinstance(self.batches, Held):
+        if self._caches and isinstance(self.batches, Held):
             adaptation = self.session.adaptation
-            self._kept = cache_frozen_prefix(
+            self._prefix = cache_frozen_prefix(
                 self.session.model,
                 partial(self.functions.forward, self.session.model),
                 adaptation.layers,
                 adaptation.frozen,
                 self.batches,
             )
-            self.ever_kept |= self._kept is not None
+            self.ever_cached |= self._prefix is not None
 
     def epoch(self) -> Iterator[None]:
-        """The steps of an epoch that are left; yields after each, when the state is whole.
+        """Run the remaining steps of an epoch; yield after each, when the state is complete.
 
         Raises:
             TrainingDivergedError: a loss or a weight is not finite.
@@ -124,39 +124,39 @@ class Learner:
             yield
         if not state.batch:
             raise DataError(
-                "train: the data gave no batches. Give some, in an iterable to be gone through more than once."
+                "train: the data gave no batches. Pass a non-empty iterable that can be iterated repeatedly."
             )
         self.check()
 
     def check(self) -> None:
-        """Whether all is finite so far.
+        """Raise unless all losses and weights are finite.
 
         Raises:
-            TrainingDivergedError: it is not.
+            TrainingDivergedError: a loss or a weight is not finite.
         """
         self.losses.look()
         check_weights(named_parameters(self.session.adaptation.model), self.state.step)
 
     def forget(self) -> None:
-        """Let the frozen input side compute again."""
-        if self._kept is not None:
-            self._kept.remove()
-            self._kept = None
+        """Remove the cache of the frozen input side."""
+        if self._prefix is not None:
+            self._prefix.remove()
+            self._prefix = None
 
     def _batches_left(self) -> Iterator[Waiting]:
-        """The epoch's batches; in an epoch gone on with, its order is drawn again before time goes on."""
+        """Return the epoch's remaining batches; in a resumed epoch, draw its order again from the saved generators."""
         state = self.state
         if not state.batch:
             state.drawn = generator_states(self.generators)
             return self.batches.waiting()
-        now = generator_states(self.generators)
+        current = generator_states(self.generators)
         restore_generators(state.drawn, self.generators)
-        left = self.batches.waiting(skip=state.batch)
-        restore_generators(now, self.generators)
-        return left
+        remaining = self.batches.waiting(skip=state.batch)
+        restore_generators(current, self.generators)
+        return remaining
 
     def _backward(self, batch: Batch, number: int, size: int) -> None:
-        """Gradients of the ``number``-th batch of a group of ``size``."""
+        """Add the gradients of the ``number``-th batch of a group of ``size``."""
         loss = self._loss(batch)
         self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
         self.session.backward(loss if size == 1 else loss / size)
@@ -166,7 +166,7 @@ class Learner:
         if self.augment is not None and self.augmenting is not None:
             content = self.augment(content, self.augmenting)
         source = self._source.of(batch) if self._source is not None else None
-        with nullcontext() if self._kept is None else self._kept.serving(batch.index):
+        with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
             return self.session.loss(self.functions, content, source)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: mean loss and metrics over a set."""
+"""Evaluation: mean loss and metrics of a set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Functions", "Holdout", "evaluate"]
 
 @dataclass(frozen=True)
 class Functions:
-    """The three functions that make a task.
+    """The three functions of a task.
 
     Args:
         forward: (model, batch) -> outputs.
@@ -34,13 +34,18 @@ class Functions:
 
 @dataclass(frozen=True)
 class Holdout:
-    """A set to evaluate on in another way than the training set: another head, other labels.
+    """A set with functions of its own, for another head or other labels.
 
     Args:
-        data: whatever ``fit`` takes as data.
-        forward: replaces the run's forward.
-        loss: replaces the run's loss.
-        metrics: replaces the run's metrics.
+        data: any data that ``fit`` takes.
+        forward: replaces the run's forward; None: the run's.
+        loss: replaces the run's loss; None: the run's.
+        metrics: replaces the run's metrics; None: the run's.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> data = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+        >>> held_out = ctl.Holdout(data, metrics=lambda outputs, batch: {"norm": outputs.norm()})
     """
 
     data: Any
@@ -53,17 +58,20 @@ class Holdout:
 def evaluate(
     model: nn.Module, data: Any, functions: Functions, device: torch.device, batch_size: int = 256
 ) -> dict[str, float]:
-    """Mean loss and metrics over a set; the mode of every module, and every random generator, is left as found.
+    """Return the mean loss and metrics of a set; modes and random generators are restored.
 
     Args:
         model: evaluated in eval mode, on ``device``.
-        data: whatever ``fit`` takes as data, or a ``Holdout``.
+        data: any data that ``fit`` takes, or a ``Holdout``.
         functions: the run's functions.
-        device: where batches are moved.
-        batch_size: where batches are made here.
+        device: device of the batches.
+        batch_size: examples per batch, for data that is not batched yet.
+
+    Returns:
+        Name of each metric, and ``loss`` -> value.
 
     Raises:
-        DataError: there is nothing in it.
+        DataError: the set is empty.
     """
     if isinstance(data, Holdout):
         functions = Functions(
@@ -78,5 +86,5 @@ def evaluate(
             pool.add({"loss": loss, **functions.metrics(outputs, batch.content)}, batch.size)
             seen += batch.size
     if not seen:
-        raise DataError("a set to evaluate on has no examples; leave it out or give some.")
+        raise DataError("a set to evaluate on has no examples. Leave it out, or give it some.")
     return pool.result()

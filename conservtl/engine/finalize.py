@@ -1,4 +1,4 @@
-"""What comes after the last epoch: the path to the trained weights, and what the plan asks for at the end."""
+"""The end of a run: the path to the trained weights, and the plan's ``after`` decisions."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from conservtl.weights.path import WeightPath
 
 __all__ = ["Ended", "finish"]
 
-_POINTS = 11  # on a path, both ends included
+_POINTS = 11  # points on a path, both ends included
 
 Found = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What was found and done after training.
+    """Results after training.
 
     Args:
-        after: what the plan or ``training.keep`` asked for, by its name.
-        path: t, metrics of each set, and whether it was kept, for each point that was shown.
-        best: the validation score of what was chosen on the path; None where nothing was.
+        after: name of each ``after`` decision, and ``path`` for ``training.keep`` -> its facts.
+        path: for each point that was evaluated: t, metrics of each set, and whether it was kept.
+        best: the validation score of the point chosen on the path; None if none was chosen.
     """
 
     after: dict[str, Any]
@@ -47,57 +47,57 @@ def finish(
     valid: Mapping[str, Holdout],
     shown: Mapping[str, Holdout],
 ) -> Ended:
-    """Look along the path, keep the best point of it where the settings say so, and do what the plan asks for.
+    """Evaluate the path, keep its best point if the settings say so, and carry out the plan's ``after`` decisions.
 
     Args:
-        session: the model, with the weights that training left or that were selected.
-        functions: the run's.
+        session: the model, with its last or its selected weights.
+        functions: the run's functions.
         batches: the training data.
-        valid: what may be chosen on.
-        shown: evaluated along the path, never chosen on.
+        valid: sets to choose on.
+        shown: sets to evaluate along the path, never chosen on.
     """
     adaptation, keep, select = session.adaptation, session.training.keep, session.training.select
     adaptation.restore_weights()
     target = valid.get("target")
 
-    def look(sets: Mapping[str, Holdout]) -> Found:
+    def measure(sets: Mapping[str, Holdout]) -> Found:
         return {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
 
     chooses = target is not None and (keep == "path" or any(type(one).scored for one in adaptation.plan.after))
     margin = _margin(target, select or ACCURACY) if target is not None and chooses else 0.0
-    seen: dict[float, Found] = {}
+    points: dict[float, Found] = {}
     after: dict[str, Any] = {}
     best = None
     if shown or keep == "path":
         line = WeightPath(unwrap(adaptation.model), adaptation.start)
         for t in grid(_POINTS) if shown else ():
             line.move(t)
-            seen[t] = look(shown)
+            points[t] = measure(shown)
         line.move(1.0)
         if keep == "path":
             tried: list[Found] = []
 
             def judge() -> float:
-                tried.append(look(valid))
+                tried.append(measure(valid))
                 return score(tried[-1], keep, select)
 
             t, scores = line.choose(_POINTS, judge, margin)
             after["path"] = {"t": t, "points": [{"t": t, **found} for t, found in zip(scores, tried, strict=True)]}
             best = scores[t]
-        del line  # its copy of the weights is not needed any more
+        del line  # frees its copy of the weights
     target = valid.get("target")
     after |= adaptation.finish(
         Contents(batches),
         forward=functions.forward,
-        score=(lambda: score(look(valid), keep, select)) if target is not None else None,
+        score=(lambda: score(measure(valid), keep, select)) if target is not None else None,
         valid=Contents(target.data) if target is not None else None,
         objective=_objective(target, functions),
         margin=margin,
     )
     kept = next((facts["t"] for facts in after.values() if "t" in facts), None if after else 1.0)
     if shown and kept is not None and kept < 1:
-        seen[kept] = look(shown)  # as it was left, with whatever statistics
-    return Ended(after, tuple({"t": t, **seen[t], "kept": t == kept} for t in sorted(seen)), best)
+        points[kept] = measure(shown)  # the model as it is now, with its statistics
+    return Ended(after, tuple({"t": t, **points[t], "kept": t == kept} for t in sorted(points)), best)
 
 
 def _margin(target: Holdout, select: Criterion) -> float:
@@ -110,7 +110,7 @@ def _margin(target: Holdout, select: Criterion) -> float:
 
 
 def _objective(data: Holdout | None, functions: Functions) -> Callable[[nn.Module, Any], Tensor]:
-    """Loss of a model on a batch of a set."""
+    """Return the function (model, batch) -> loss of a set."""
     forward: Forward = (data and data.forward) or functions.forward
     loss: Loss = (data and data.loss) or functions.loss
     return lambda model, batch: loss(forward(model, batch), batch)

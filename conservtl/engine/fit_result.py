@@ -10,22 +10,22 @@ __all__ = ["FitResult"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run did.
+    """Result of a run.
 
     Args:
-        history: a line an epoch: epoch, step, phase, loss, lr, seconds, the metrics of each set under its name,
-            and under ``valid`` those that were selected on. Where nothing is trained one line, of epoch 0.
-        steps: optimizer steps done.
+        history: one line per epoch: epoch, step, phase, loss, lr, seconds, the metrics of each set under its name, and
+            those of the validation sets under ``valid``. A plan that trains nothing has one line, of epoch 0.
+        steps: optimizer steps.
         best: the best validation score, higher is better, with ``keep="path"`` that of the weights kept; None without
             a validation set or without the metric to select on.
-        seconds: wall clock, with what was spent before the run was resumed.
+        seconds: wall clock, with the time before the run was resumed.
         precision: fp32, bf16 or fp16.
-        device: where it ran.
-        kept_outputs: whether a frozen input side was computed once only, in some phase.
-        after: what was done once training was over, by its name in the plan; under ``path`` the t that
-            ``keep="path"`` chose, and the metrics on the validation parts at every point.
-        path: the sets of ``path`` evaluated between the starting point (t = 0) and the trained weights (t = 1), each
-            entry with t, the metrics of each set, and whether it was kept.
+        device: device of the run.
+        kept_outputs: whether the outputs of a frozen input side were cached in some phase.
+        after: name of each ``after`` decision of the plan -> its facts; under ``path`` the t that ``keep="path"``
+            chose, and the metrics of the validation sets at every point.
+        path: for each point between the starting point (t = 0) and the trained weights (t = 1): t, the metrics of the
+            sets of ``path``, and whether it was kept.
     """
 
     history: tuple[dict[str, Any], ...]

@@ -1,4 +1,4 @@
-"""A frozen input side computes the same for the same example every epoch: compute it once."""
+"""Cache of a frozen input side: its outputs for each example are the same in every epoch."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from conservtl.runtime.preserve import preserve_buffers
 
 __all__ = ["FrozenPrefixCache", "cache_frozen_prefix"]
 
-_LIMIT = 2 << 30  # bytes of kept outputs; beyond it a step computes them again
-_CHUNK = 64  # examples at a time while they are computed
-_ROUNDING = 1e-2  # of the largest value; bfloat16 is the coarsest, anything else that differs differs by far more
+_LIMIT = 2 << 30  # largest cache in bytes; larger outputs are computed in each step
+_CHUNK = 64  # examples per batch while the cache is filled
+_ROUNDING = 1e-2  # tolerance, relative to the largest value: the rounding of bfloat16; real differences are larger
 
 Run = Callable[[Any], Any]
 Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass at the boundary
-    """The boundary's output is known; what lies behind it is not wanted."""
+    """Raised once the boundary's output is known, to skip the rest of the model."""
 
 
 class FrozenPrefixCache:
-    """Stands in for the frozen input side while ``index`` says which examples a step is about.
+    """Replaces the frozen input side by its cached outputs inside ``serving``.
 
-    The boundary, the last frozen module to run, returns its kept outputs; those before it return
-    placeholders of the right shape. With ``index`` None everything computes as usual.
+    The boundary, the last frozen module to run, returns its cached outputs; the modules before it return placeholders
+    of the right shape. Outside ``serving`` all modules compute.
 
     Args:
-        boundary: the module whose outputs are kept.
-        skipped: modules that run before it -> (shape behind the batch, type) of their outputs.
-        outputs: (N, ...) the boundary's output for every example.
+        boundary: the module whose outputs are cached.
+        skipped: modules that run before it -> (shape without the batch axis, type) of their outputs.
+        outputs: (N, ...), the boundary's output for each example.
     """
 
     def __init__(self, boundary: nn.Module, skipped: Mapping[nn.Module, Kind], outputs: Tensor) -> None:
         self.outputs = outputs
         self.index: Tensor | None = None
-        self.light = False  # whether placeholders have no storage; else they are NaN, which spoils whatever uses it
-        self._own = {module: module.__dict__.get("forward") for module in (boundary, *skipped)}
-        self._replace(boundary, self._kept)
+        self.light = False  # whether placeholders have no storage; else they are NaN, which spreads to their uses
+        self._originals = {module: module.__dict__.get("forward") for module in (boundary, *skipped)}
+        self._replace(boundary, self._cached)
         for module, kind in skipped.items():
             self._replace(module, partial(self._placeholder, *kind))
 
@@ -63,48 +63,48 @@ class FrozenPrefixCache:
             self.index = None
 
     def remove(self) -> None:
-        """Give every module its own forward back."""
-        for module, own in self._own.items():
+        """Restore the forward method of every module."""
+        for module, original in self._originals.items():
             del module.forward
-            if own is not None:
-                module.forward = own
+            if original is not None:
+                module.forward = original
 
-    def _replace(self, module: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> None:
+    def _replace(self, module: nn.Module, replacement: Callable[[Tensor], Tensor]) -> None:
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs) if self.index is None else stand_in(self.index)
+            return original(*args, **kwargs) if self.index is None else replacement(self.index)
 
         module.forward = forward
 
-    def _kept(self, index: Tensor) -> Tensor:
+    def _cached(self, index: Tensor) -> Tensor:
         return self.outputs.index_select(0, index.to(self.outputs.device))
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
         device = torch.device("meta") if self.light else self.outputs.device
-        return torch.full((len(index), *shape), torch.nan, dtype=dtype, device=device)  # whole: it may be written to
+        # Not expanded: a module may write into it.
+        return torch.full((len(index), *shape), torch.nan, dtype=dtype, device=device)
 
 
 def cache_frozen_prefix(
     model: nn.Module, run: Run, layers: Sequence[Layer], frozen: frozenset[str], batches: Held
 ) -> FrozenPrefixCache | None:
-    """Compute the frozen input side once over all examples, if that changes nothing.
+    """Return a cache of the frozen input side over all examples, if caching changes no output.
 
-    It would where something random, or something that depends on the other examples of a batch, stands
-    in it; where it has a state of its own or hooks; where a module runs more than once or gives anything but
-    one tensor with an example a row; where what is trained takes something from before the boundary. None
-    of this is guessed from names: the model is run on a few examples with and without, in the mode it
-    trains in, with placeholders that spoil any output they reach.
+    Caching is refused if the input side draws random numbers, mixes the examples of a batch, has state or hooks, runs a
+    module more than once or returns anything but one tensor with one row per example; or if a trained module takes an
+    input from before the boundary. Nothing is inferred from names: the model is run on a few examples with and without
+    the cache, in training mode, with placeholders that invalidate every output they reach.
 
     Args:
-        model: in training mode, on its device. Its buffers and the random generators are left as found.
+        model: in training mode, on its device. Its buffers and the random generators are restored.
         run: batch content -> model outputs, under the run's autocast.
         layers: the model's layers, input side first.
         frozen: parameters that the current phase does not train.
         batches: the training data, without augmentation.
 
     Returns:
-        None where nothing can be kept.
+        The cache, or None if nothing can be cached.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     prefix, rest = _split(layers, frozen, modules)
@@ -123,51 +123,51 @@ def cache_frozen_prefix(
         outputs = _features(model, run, boundary, batches)
         if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [ahead.pop(boundary)]):
             return None
-        kept = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs)
+        cache = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs)
 
         def agrees() -> bool:
             _set_generators(batches.device, start)
             try:
-                with torch.no_grad(), kept.serving(probe):
+                with torch.no_grad(), cache.serving(probe):
                     return _alike(tensors_of(run(content)), tensors_of(reference))
             except Exception:  # noqa: BLE001 - code between the modules may do anything to a placeholder
                 return False
 
-        # NaN first: nothing that reaches an output survives it, but `real.add_(meta)` does nothing and says nothing.
+        # NaN first, which invalidates every output it reaches: `real.add_(meta)` silently does nothing.
         if not agrees():
-            kept.remove()
+            cache.remove()
             return None
-        kept.light = True
-        kept.light = agrees()
-        return kept
+        cache.light = True
+        cache.light = agrees()
+        return cache
 
 
 def _split(
     layers: Sequence[Layer], frozen: frozenset[str], modules: Mapping[str, nn.Module]
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Modules of the frozen input side, and of everything behind it."""
+    """Return the modules of the frozen input side, and the modules of all layers after it."""
     prefix: dict[nn.Module, None] = {}
     rest: dict[nn.Module, None] = {}
     for layer in layers:
-        held = not rest and all(info.name in frozen for info in layer.parameters)
-        (prefix if held else rest).update(dict.fromkeys(modules[name] for name in layer.modules))
+        is_frozen = not rest and all(info.name in frozen for info in layer.parameters)
+        (prefix if is_frozen else rest).update(dict.fromkeys(modules[name] for name in layer.modules))
     return [module for module in prefix if module not in rest], list(rest)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to what a placeholder would be."""
+    """Whether a forward hook would receive a placeholder."""
     return any(forward_hooks(inner) for inner in module.modules())
 
 
 def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[tuple[nn.Module, Any]], Any]:
-    """Which of these modules run, in order, with their outputs; and the model's output."""
+    """Return the calls of these modules, in order, with their outputs; and the model's output."""
     calls: list[tuple[nn.Module, Any]] = []
 
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        # A copy: what comes next may write into it, as ReLU(inplace=True) does.
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        # A copy: the next module may write into it, as ReLU(inplace=True) does.
         calls.append((module, output.clone() if isinstance(output, Tensor) else output))
 
-    hooks = [module.register_forward_hook(note) for module in modules]
+    hooks = [module.register_forward_hook(record) for module in modules]
     try:
         return calls, run(content)
     finally:
@@ -178,7 +178,7 @@ def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[t
 def _ahead(
     calls: Sequence[tuple[nn.Module, Any]], prefix: Sequence[nn.Module], rest: Sequence[nn.Module], size: int
 ) -> dict[nn.Module, Tensor]:
-    """The frozen modules that run before any other and once only, with outputs of an example a row."""
+    """Return the frozen modules that run before any other and once, with outputs of one row per example."""
     order = [module for module, _ in calls]
 
     def plain(call: tuple[nn.Module, Any]) -> bool:
@@ -199,11 +199,11 @@ def _ahead(
 
 @torch.no_grad()
 def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) -> Tensor | None:
-    """The boundary's outputs for all examples, or None where something else changes or they are too large."""
-    caught: list[Any] = []
+    """Return the boundary's outputs for all examples; None if a state changes or they are too large."""
+    outputs: list[Any] = []
 
     def catch(_: nn.Module, __: Any, output: Any) -> None:
-        caught.append(output)
+        outputs.append(output)
         raise _Reached
 
     hook = boundary.register_forward_hook(catch)
@@ -216,18 +216,18 @@ def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) ->
                 pass
             else:
                 return None
-            if caught[0].nbytes / len(index) * batches.length > _LIMIT:
+            if outputs[0].nbytes / len(index) * batches.length > _LIMIT:
                 return None
     finally:
         hook.remove()
-    now = [*_generators(batches.device), *model.buffers()]
-    if any(not torch.equal(a, b) for a, b in zip(states, now, strict=True)):
+    current = [*_generators(batches.device), *model.buffers()]
+    if any(not torch.equal(a, b) for a, b in zip(states, current, strict=True)):
         return None
-    return torch.cat(caught)
+    return torch.cat(outputs)
 
 
 def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether tensors are the same to the rounding of another batch size or precision, and finite."""
+    """Whether tensors are finite and equal, up to the rounding of another batch size or precision."""
     if [(a.shape, a.device) for a in found] != [(b.shape, b.device) for b in expected]:
         return False
     for a, b in zip(found, expected, strict=True):
@@ -238,7 +238,7 @@ def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def _generators(device: torch.device) -> list[Tensor]:
-    """States of the random generators a forward pass could draw from."""
+    """Return the states of the random generators that a forward pass may draw from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, so that a run stops with its state whole."""
+"""Ctrl-C handled between two steps, so that a run stops in a complete state."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Interruption:
 
 @contextmanager
 def interruptible(active: bool) -> Iterator[Interruption]:
-    """While inside, a first Ctrl-C is remembered and a second one acts at once.
+    """Record a first Ctrl-C inside the block; a second one interrupts at once.
 
     Args:
-        active: False, or any thread but the main one, leaves Ctrl-C as it is.
+        active: whether to do so; any thread but the main one leaves Ctrl-C as it is.
     """
     stop = Interruption()
     if not active or threading.current_thread() is not threading.main_thread():
@@ -30,12 +30,12 @@ def interruptible(active: bool) -> Iterator[Interruption]:
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def remember(number: int, frame: Any) -> None:
+    def record(number: int, frame: Any) -> None:
         if stop.asked and callable(before):
             before(number, frame)
         stop.asked = True
 
-    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGINT, record)
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""The training loop. It knows strategies only through the plan."""
+"""The training loop. It reads strategies' decisions from the plan only."""
 
 from __future__ import annotations
 
@@ -62,40 +62,49 @@ def fit(
             for each group of ``accumulate`` batches:
                 for each batch: loss(forward(model, batch), batch) / batches in the group, backward
                 pull, clip, step
-            evaluate; remember the best; checkpoint; stop early
-        load the best; walk the path; do what the plan asks for at the end
+            evaluate; record the best; checkpoint; stop early
+        load the best; evaluate the path; carry out the plan's "after" decisions
 
     Args:
-        adaptation: what ``adapt`` made. Its model is trained in place and left on the device.
-        train: ``Examples``, a tuple or dictionary of tensors (held on the device and batched there, where
-            they fit), a dataset, a DataLoader or another iterable of batches.
-        valid: {"target": data, "source": data}: what ``training.keep`` and ``patience`` select on, never a
-            test part. Data as for ``train``, or a ``Holdout`` with functions of its own.
-        training: settings.
+        adaptation: result of ``adapt``. Its model is trained in place and left on the device.
+        train: ``Examples``, a tuple or dictionary of tensors (held on the device and batched there if they fit), a
+            dataset, a DataLoader or another iterable of batches.
+        valid: {"target": data, "source": data}: sets that ``training.keep`` and ``patience`` select on, never a test
+            part. Data as for ``train``, or a ``Holdout`` with functions of its own.
+        training: settings; None: the defaults.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
         metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count) to pool over the set};
             ``training.select`` names the one to select on, accuracy by default.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
-        path: the same, evaluated once training is over at 11 points between the starting point and the trained
-            weights.
-        source: source data, for what the plan must measure on it (a Fisher, say). Data as for ``train``.
+        path: the same, evaluated after training at 11 points between the starting point and the trained weights.
+        source: source data, for measurements on it such as a Fisher. Data as for ``train``.
         augment: (batch, generator) -> batch, drawn anew for each batch from that generator alone.
-        keep_frozen_outputs: compute a frozen input side once, and the source model's outputs where a strategy
-            compares with them, where that changes nothing but rounding: on held data, without ``augment``, with
-            nothing random in it.
+        keep_frozen_outputs: whether to compute a frozen input side, and the source model's outputs that a strategy
+            compares with, only once, if that changes nothing but rounding: on held data, without ``augment``, without
+            random layers in the input side.
         out: folder for ``history.jsonl`` and ``checkpoint.pt``.
-        resume: go on from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
-        seed: seeds torch, NumPy and Python first; None leaves the generators as they are.
-        progress: a bar with the rate and both metrics.
-        tell: called with each epoch's line of the history, for a log of your own; what it raises ends training.
-        accelerator: your own ``accelerate.Accelerator``.
+        resume: whether to continue from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
+        seed: seed of torch, NumPy and Python; None leaves the generators as they are.
+        progress: whether to show a bar with steps per second and the metrics.
+        tell: called with each epoch's line of the history, for a log; an exception that it raises ends training.
+        accelerator: an ``accelerate.Accelerator`` to use instead of a new one.
 
     Raises:
-        SpecError: settings that do not fit together, or no checkpoint to resume from.
-        DataError: data that is empty or of no known kind.
+        SpecError: settings contradict each other, a metric to select on is missing, or there is no checkpoint.
+        DataError: data is empty or of an unknown kind.
         TrainingDivergedError: the loss is NaN or infinite; the last good checkpoint is kept.
-        KeyboardInterrupt: interrupted, after a checkpoint was written to ``out``.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint was written to ``out``.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+        >>> adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=0.1)])
+        >>> inputs, labels = torch.randn(32, 4), torch.randint(2, (32,))
+        >>> held_out = {"target": (inputs[24:], labels[24:])}
+        >>> training = ctl.Training(epochs=2, keep="target", device="cpu")
+        >>> ctl.fit(adaptation, (inputs[:24], labels[:24]), held_out, training, seed=0).steps
+        2
     """
     begun = time.perf_counter()
     settings = training or Training()
@@ -132,7 +141,7 @@ def fit(
         if learner.state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)
         ended = finish(session, functions, batches, sets.valid, sets.path)
-        return _result(session, learner.state, ended, begun, kept_outputs=learner.ever_kept)
+        return _result(session, learner.state, ended, begun, kept_outputs=learner.ever_cached)
 
 
 def _run_epochs(
@@ -223,6 +232,7 @@ def trial_of(
 
 
 def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_outputs: bool) -> FitResult:
+    """Return the result of a run that began at ``begun``."""
     return FitResult(
         after=ended.after,
         path=ended.path,

@@ -1,4 +1,4 @@
-"""A progress bar with the rate and both metrics."""
+"""Progress bar with steps per second and the last metrics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _EVERY = 0.1  # seconds between updates of the bar
 
 
 class Progress:
-    """Shows steps, steps a second and the last evaluation on stderr; nothing where it is not shown.
+    """Shows steps, steps per second and the last evaluation on stderr.
 
     Args:
-        steps: steps in all, 0 where unknown.
-        done: steps done before, where a run is resumed.
-        shown: whether to show it.
+        steps: steps of the run, 0 if unknown.
+        done: steps done before a run was resumed.
+        shown: whether to show anything.
     """
 
     def __init__(self, steps: int, done: int = 0, *, shown: bool) -> None:
@@ -52,7 +52,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self) -> None:
-        """One step more."""
+        """Count one step."""
         self._done += 1
         if self._bar is not None and time.perf_counter() >= self._due:
             self._due = time.perf_counter() + _EVERY
@@ -60,7 +60,7 @@ class Progress:
             self._bar.update(self._task, completed=self._done, rate=f"{speed:.1f} steps/s" if speed else "")
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """The last line of the history."""
+        """Show the last line of the history."""
         if self._bar is None:
             return
         parts = [f"epoch {line['epoch']}", f"loss {line['loss']:.3f}"]

@@ -1,4 +1,4 @@
-"""Random generators: seeded, saved and brought back together."""
+"""Random generators: seed, save and restore all of them together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["generator_states", "preserve_rng", "restore_generators", "seed_all"]
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy and torch on all devices."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is the one datasets draw from
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - datasets draw from the global generator
     torch.manual_seed(seed)
 
 
 def generator_states(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """States of all global generators, and of some that a run uses beside them; as a checkpoint can hold them."""
+    """Return the states of all global generators and of those in ``own``, in a form that a checkpoint can hold."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -35,7 +35,7 @@ def generator_states(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
 
 
 def restore_generators(states: Mapping[str, Any], own: Sequence[torch.Generator] = ()) -> None:
-    """Bring back what ``generator_states`` gave for the same generators."""
+    """Restore the states that ``generator_states`` returned for the same generators."""
     torch.set_rng_state(states["torch"])
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

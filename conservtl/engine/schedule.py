@@ -1,4 +1,4 @@
-"""Time: how many steps there are, the factor on all rates at each, and the phase of each epoch."""
+"""Schedule: the number of steps, the factor on all rates at each step, and the phase of each epoch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ __all__ = ["phase_of_epoch", "schedule_factor", "total_steps"]
 
 
 def schedule_factor(training: Training, step: int, steps: int) -> float:
-    """Factor on all rates at a step, 0 to ``steps`` - 1.
+    """Return the factor on all rates at a step.
 
-    one_cycle rises over 30 % of the steps from 1/25 to 1 and falls to 0, both along a cosine (Smith
-    and Topin 2018, as fastai has it).
+    one_cycle rises over 30 % of the steps from 1/25 to 1 and then falls to 0, both along a cosine, as in fastai.
+
+    Args:
+        training: schedule and warm-up.
+        step: 0 to ``steps`` - 1.
+        steps: steps of the run.
+
+    Reference:
+        Smith and Topin 2018, "Super-convergence: very fast training of neural networks using large learning rates".
     """
     if training.schedule == "one_cycle":
         rise = max(1.0, 0.3 * steps)
@@ -29,14 +36,14 @@ def schedule_factor(training: Training, step: int, steps: int) -> float:
 
 
 def total_steps(training: Training, batches: int | None) -> int:
-    """Optimizer steps of a run, 0 where nobody knows.
+    """Return the number of optimizer steps of a run, 0 if unknown.
 
     Args:
         training: settings.
-        batches: batches an epoch, None where unknown.
+        batches: batches per epoch, None if unknown.
 
     Raises:
-        SpecError: the schedule needs a length that the data does not have, or has no use for a warm-up.
+        SpecError: the schedule needs the number of steps and the data has no length, or a warm-up is set for one_cycle.
     """
     if training.schedule == "one_cycle" and training.warmup:
         raise SpecError(
@@ -47,17 +54,17 @@ def total_steps(training: Training, batches: int | None) -> int:
         return training.epochs * math.ceil(batches / training.accumulate)
     if training.schedule != "constant" or training.warmup:
         raise SpecError(
-            f"training.schedule is {training.schedule}, which needs to know the number of steps, but the training data "
-            "has no length. Use constant without warmup, or data with a length."
+            f"training.schedule is {training.schedule}, which needs the number of steps, but the training data has no "
+            "length. Use constant without warmup, or data with a length."
         )
     return 0
 
 
 def phase_of_epoch(plan: Plan, epochs: int) -> list[int]:
-    """The phase of each epoch.
+    """Return the phase of each epoch.
 
     Raises:
-        SpecError: the phases take more or fewer epochs.
+        SpecError: the phases take more or fewer epochs than the run.
     """
     lengths = [phase.length(epochs) for phase in plan.phases]
     order = [n for n, length in enumerate(lengths) for _ in range(length or 0)]
@@ -73,5 +80,5 @@ def phase_of_epoch(plan: Plan, epochs: int) -> list[int]:
 
 
 def _cosine(share: float) -> float:
-    """From 1 at 0 to 0 at 1."""
+    """Return half a cosine wave: 1 at 0, 0 at 1."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

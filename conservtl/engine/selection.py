@@ -1,4 +1,4 @@
-"""Selection: which weights are kept, and when training stops early. Looks at validation parts only."""
+"""Selection of the weights to keep, and early stopping, by validation sets only."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan,
     missing = [name for name in ("target", "source")[: 2 if training.keep == "harmonic" else 1] if name not in valid]
     if _selects(training) and missing:
         raise SpecError(
-            f"training.keep={training.keep} and patience={training.patience} look at a validation part, but "
+            f"training.keep={training.keep} and patience={training.patience} choose by a validation set, but "
             f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
         )
-    for one in plan.after:
-        if training.keep == "path" and one.interpolates:
-            raise SpecError(f"training.keep=path and {one.by} both interpolate the weights. Leave one of the two out.")
+    for after in plan.after:
+        if training.keep == "path" and after.interpolates:
+            raise SpecError(f"training.keep=path and {after.by} both interpolate the weights. Leave one of them out.")
     choosing = _choosers(plan)
     if choosing and "target" not in valid:
         raise SpecError(

@@ -1,4 +1,4 @@
-"""Device, precision and processes: the model and its optimizer prepared by Accelerate, and put back."""
+"""Device, precision and processes: a model and its optimizer, prepared by Accelerate for a run and restored."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from conservtl.runtime.preserve import preserve_modes
 __all__ = ["Session", "open_session"]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-_TORCH = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # where gradients and steps are torch's own
+_TORCH = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # types for which gradients and steps are plain torch
 
 
 class Session:
-    """What a training step needs of the machine. Made by ``open_session``.
+    """A model and its optimizer on a device, for one run. ``open_session`` makes it.
 
     Args:
         adaptation: its model is moved to the device.
-        training: the optimizer, and what a step does beside it.
+        training: optimizer, clipping, batch norms.
         accelerator: decides device, precision and processes.
     """
 
@@ -46,19 +46,19 @@ class Session:
         self.part: tuple[int, int] = (accelerator.process_index, accelerator.num_processes)
         adaptation.model.to(self.device)
         self.model = adaptation.model
-        # Accelerate's own step looks for an optional package in the file system each time, a tenth of a millisecond.
+        # Accelerate's step searches the file system for an optional package each time, a tenth of a millisecond.
         self._direct = str(accelerator.distributed_type.value) in _TORCH
         self._factor: float | None = None
 
     def begin(self) -> None:
-        """Make the optimizer and prepare both, once all that the plan needs to know is measured."""
+        """Make the optimizer and prepare it with the model, once the plan's measurements and searches are done."""
         cls, options = self.training.make()
         self.raw = self.adaptation.optimizer(cls, **options)
         self.model, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
         self.adaptation.keep_frozen()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What the model's own forward pass runs under."""
+        """Return the context that the model's forward pass runs in."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
@@ -69,7 +69,7 @@ class Session:
         return "fp32" if mixed == "no" else mixed
 
     def train(self) -> None:
-        """Put the model into training mode, and all of its norms back into eval mode where the settings say so."""
+        """Put the model into training mode, and its norms into eval mode if the settings say so."""
         self.model.train()
         if self.training.batch_norm == "eval":
             for module in self.model.modules():
@@ -77,13 +77,13 @@ class Session:
                     module.eval()
 
     def start_phase(self, phase: int) -> None:
-        """Freeze and scale as the plan's phase says, in training mode."""
+        """Begin a phase of the plan, in training mode."""
         self.adaptation.start_phase(phase)
-        self._factor = None  # the rates have changed, so the next factor is applied even if it is the same
+        self._factor = None  # the rates have changed: the next factor is applied even if it is the same
         self.train()
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """For a backward that is not followed by a step: processes need not exchange gradients yet."""
+        """Return a context for a backward that no step follows: processes do not exchange gradients."""
         return self.accelerator.no_sync(self.model) if self.part[1] > 1 else nullcontext()
 
     def source_view(self, functions: Functions, content: Any) -> View | None:
@@ -106,7 +106,7 @@ class Session:
         return self.adaptation.loss(loss, outputs, source=source)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss, scaled where the precision asks for it."""
+        """Add the gradients of a loss, scaled in fp16."""
         scaler = self.accelerator.scaler
         if not self._direct:
             self.accelerator.backward(loss)
@@ -116,7 +116,7 @@ class Session:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
-        """Pull and clip where clipping is on, then the optimizer's step, then no gradients."""
+        """Pull and clip if clipping is on, make the optimizer's step, drop the gradients."""
         scaler = self.accelerator.scaler
         if self.training.clip is not None:
             self.adaptation.pull(scaler)  # unscales first
@@ -131,7 +131,7 @@ class Session:
         self.raw.zero_grad()
 
     def rate(self, factor: float) -> None:
-        """Schedule: each group's rate is its own times one factor."""
+        """Set each group's rate to its initial rate times one factor."""
         if factor == self._factor:
             return
         for group in self.raw.param_groups:
@@ -141,22 +141,22 @@ class Session:
 
 @contextmanager
 def open_session(adaptation: Adaptation, training: Training, accelerator: Any = None) -> Iterator[Session]:
-    """A session; the model's methods and modes, and the process's settings, are afterwards as they were found.
+    """Open a session; restore the model's methods and modes, and the settings of the process, at its end.
 
     Args:
         adaptation: its model is moved to the device, and stays there.
         training: device, precision, optimizer.
-        accelerator: your own ``accelerate.Accelerator``, which then decides device and precision.
+        accelerator: an ``accelerate.Accelerator`` that decides device and precision; None: one made from ``training``.
 
     Raises:
-        SpecError: settings that this machine or this accelerator cannot serve.
+        SpecError: this machine or this accelerator does not support the settings.
     """
     machine = _own_accelerator(training) if accelerator is None else nullcontext(_checked(accelerator))
     with (
         machine as ready,
         _determinism(training.deterministic),
         cpu_threads(None if training.threads == "auto" else training.threads),
-        _as_found(adaptation, ready),
+        _preserve(adaptation, ready),
     ):
         session = Session(adaptation, training, ready)
         try:
@@ -167,25 +167,25 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
 
 @contextmanager
 def _own_accelerator(training: Training) -> Iterator[Any]:
-    """An Accelerator beside any that the process has: Accelerate shares one state a process among them all."""
+    """Yield a new Accelerator, and restore the state that Accelerate shares between all of a process."""
     from accelerate import Accelerator
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     shared = accelerate_states(process=not distributed)
-    found = [dict(state) for state in shared]
+    saved = [dict(state) for state in shared]
     precision, cpu = _precision(training)
     for state in shared:
         state.clear()
     try:
         yield Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
     finally:
-        for state, before in zip(shared, found, strict=True):
+        for state, before in zip(shared, saved, strict=True):
             state.clear()
             state.update(before)
 
 
 def _precision(training: Training) -> tuple[str, bool]:
-    """The precision, and whether to stay on the CPU."""
+    """Return the precision, and whether to stay on the CPU."""
     cpu = training.device == "cpu" or not torch.cuda.is_available()
     if training.device == "cuda" and cpu:
         raise SpecError("training.device is cuda, but torch finds no GPU here. Set it to auto or cpu.")
@@ -197,20 +197,22 @@ def _precision(training: Training) -> tuple[str, bool]:
 
 
 def _checked(accelerator: Any) -> Any:
+    """Return the accelerator unless it accumulates gradients itself."""
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise SpecError(
-            f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates by itself. Leave it at 1 and "
+            f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates itself. Leave it at 1 and "
             "set training.accumulate."
         )
     return accelerator
 
 
 @contextmanager
-def _determinism(asked: bool) -> Iterator[None]:
-    if not asked:
+def _determinism(active: bool) -> Iterator[None]:
+    """Refuse operations that are not deterministic inside the block, if ``active``."""
+    if not active:
         yield
         return
-    refused = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
     os.environ.setdefault(_CUBLAS, ":4096:8")  # without it torch refuses every matrix product on a GPU
     torch.use_deterministic_algorithms(True)
@@ -218,18 +220,18 @@ def _determinism(asked: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(refused[0], warn_only=refused[1])
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             del os.environ[_CUBLAS]
 
 
 @contextmanager
-def _as_found(adaptation: Adaptation, accelerator: Any) -> Iterator[None]:
-    """Give the model its own ``forward`` and modes back, and take what was prepared out of the accelerator."""
+def _preserve(adaptation: Adaptation, accelerator: Any) -> Iterator[None]:
+    """Restore the model's ``forward`` and modes, and the accelerator's lists of prepared objects, after the block."""
     model = adaptation.model
     names = ("forward", *ACCELERATE_ATTRIBUTES)
-    own = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    attributes = {name: model.__dict__[name] for name in names if name in model.__dict__}
     prepared = [(list(objects), objects) for objects in prepared_objects(accelerator)]
     try:
         with preserve_modes(model):
@@ -237,7 +239,7 @@ def _as_found(adaptation: Adaptation, accelerator: Any) -> Iterator[None]:
     finally:
         for name in names:
             model.__dict__.pop(name, None)
-        model.__dict__.update(own)
+        model.__dict__.update(attributes)
         for before, now in prepared:
             now[:] = before
         adaptation.keep_frozen()

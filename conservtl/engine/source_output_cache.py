@@ -1,4 +1,4 @@
-"""The source model says the same of the same example every epoch: ask it once."""
+"""Cache of the source model's outputs: they are the same for each example in every epoch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from conservtl.plan.decision import View
 
 __all__ = ["SourceOutputCache", "cache_source_outputs"]
 
-_LIMIT = 2 << 30  # bytes kept in memory; beyond it they go into a file that is mapped
-_CHUNK = 64  # examples at a time
+_LIMIT = 2 << 30  # largest cache in memory, in bytes; a larger one is a memory-mapped file
+_CHUNK = 64  # examples per batch
 
 
 class SourceOutputCache:
-    """What the source model makes of every example of held data.
+    """Outputs and tapped features of the source model for all examples of held data.
 
     Args:
-        outputs: (N, ...) its outputs.
+        outputs: (N, ...).
         features: layer -> (N, ...).
-        device: of the batches.
-        folder: where mapped files lie; it goes with this object.
+        device: device of the batches.
+        folder: folder of mapped files, deleted with this object.
     """
 
     def __init__(
@@ -43,59 +43,59 @@ class SourceOutputCache:
             weakref.finalize(self, folder.cleanup)
 
     def of(self, batch: Batch) -> View:
-        """The examples of a batch."""
+        """Return the view of a batch."""
         index = batch.index
         if index is None:
             raise RuntimeError("a batch of held data has an index")
 
-        def take(kept: Tensor) -> Tensor:
-            return kept.index_select(0, index.to(kept.device)).to(self._device)
+        def rows(cached: Tensor) -> Tensor:
+            return cached.index_select(0, index.to(cached.device)).to(self._device)
 
-        return View(take(self._outputs), {layer: take(kept) for layer, kept in self._features.items()})
+        return View(rows(self._outputs), {layer: rows(cached) for layer, cached in self._features.items()})
 
 
 def cache_source_outputs(
     needs_source: bool, view: Callable[[Any], View | None], batches: Held
 ) -> SourceOutputCache | None:
-    """Ask the source model about all examples once, in the order they are held.
+    """Run the source model once on all examples, in the order of the data.
 
-    It runs in eval mode, so that nothing depends on the other examples of a batch. What does not fit into memory is
-    kept in a temporary file and mapped.
+    The source model runs in eval mode, so its outputs do not depend on the other examples of a batch. A cache that
+    does not fit into memory is written to a temporary file and mapped.
 
     Args:
-        needs_source: whether a term looks at the source model at all.
-        view: batch content -> what the source model makes of it.
+        needs_source: whether a term compares with the source model.
+        view: batch content -> the source model's view of it.
         batches: the training data, without augmentation.
 
     Returns:
-        None where outputs or features are no tensors with an example a row.
+        The cache; None if no term needs it, or outputs or features are not tensors with one row per example.
     """
     if not needs_source:
         return None
-    store: list[Tensor] = []
+    caches: list[Tensor] = []
     folder: tempfile.TemporaryDirectory[str] | None = None
     layers: list[str] = []
-    at = 0
+    start = 0
     for index in torch.split(torch.arange(batches.length), _CHUNK):
-        seen = view(batches.take(index))
-        if seen is None:
+        part = view(batches.take(index))
+        if part is None:
             return None
-        layers = list(seen.features)
-        found = [logits_of(seen.outputs), *seen.features.values()]
-        if any(not isinstance(tensor, Tensor) or tensor.shape[:1] != index.shape for tensor in found):
+        layers = list(part.features)
+        tensors = [logits_of(part.outputs), *part.features.values()]
+        if any(not isinstance(tensor, Tensor) or tensor.shape[:1] != index.shape for tensor in tensors):
             return None
-        if not store:
-            size = sum(tensor[0].nbytes for tensor in found) * batches.length
+        if not caches:
+            size = sum(tensor[0].nbytes for tensor in tensors) * batches.length
             folder = tempfile.TemporaryDirectory(prefix="conservtl-") if size > _LIMIT else None
-            store = [_room(tensor, batches.length, folder, number) for number, tensor in enumerate(found)]
-        for room, tensor in zip(store, found, strict=True):
-            room[at : at + len(index)] = tensor.to(room.device)
-        at += len(index)
-    return SourceOutputCache(store[0], dict(zip(layers, store[1:], strict=True)), batches.device, folder)
+            caches = [_allocate(tensor, batches.length, folder, number) for number, tensor in enumerate(tensors)]
+        for cache, tensor in zip(caches, tensors, strict=True):
+            cache[start : start + len(index)] = tensor.to(cache.device)
+        start += len(index)
+    return SourceOutputCache(caches[0], dict(zip(layers, caches[1:], strict=True)), batches.device, folder)
 
 
-def _room(like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str] | None, number: int) -> Tensor:
-    """Room for an example a row: beside the batches, or in a mapped file."""
+def _allocate(like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str] | None, number: int) -> Tensor:
+    """Return an empty tensor of one row per example: on the device of ``like``, or in a mapped file."""
     shape = (length, *like.shape[1:])
     if folder is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""How to train: the settings of a run."""
+"""Settings of a run."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ _CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.o
 
 
 class Training(BaseModel):
-    """Settings of ``fit``. Practice's rates: 1e-5 to 1e-3 for fine-tuning, 1e-3 from scratch."""
+    """Settings of ``fit``. Usual rates: 1e-5 to 1e-3 for fine-tuning, 1e-3 from scratch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training data, all phases together."""
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """Examples a step and process, where ``fit`` makes the batches; a DataLoader brings its own."""
+    """Examples per step and process, for data that ``fit`` batches; a DataLoader has its own."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """sgd has a momentum of 0.9."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    """The optimizer's own rate, which the plan's ratios multiply."""
+    """The optimizer's rate, which the plan's ratios multiply."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """The optimizer's own weight decay; None: its default, and 0 on what L2-SP covers."""
+    """The optimizer's weight decay; None: its default, and 0 on parameters whose decay the plan decides."""
     fused: bool = False
-    """One kernel for all of a step's weights: faster, and equal to the plain step to rounding."""
+    """One kernel for all weights of a step: faster, and equal to the plain step up to rounding."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     """One factor on all groups, over all steps."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps over which the factor rises from 0 (constant and cosine)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32."""
+    """auto: bf16 on a GPU that supports it, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """CPU threads that torch may use; None: as many as it has. One is best for a network so small that threads mostly
     wait for each other, above all on a busy machine. auto: one, unless all are a tenth faster in the first twelve
@@ -47,9 +47,9 @@ class Training(BaseModel):
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged into one step."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of all gradients together, the pull's included."""
+    """Largest norm of all gradients together, with the pull; None: not clipped."""
     batch_norm: Literal["train", "eval"] = "train"
-    """Whether batch norms of trained layers follow the target's statistics or keep the source's."""
+    """Batch norms of trained layers: train updates their statistics on the target, eval keeps the source's."""
     keep: Literal["last", "target", "harmonic", "path"] = "last"
     """Weights to keep: the last, or those with the best validation score, of the target or of target and source
     together; the loss decides between equal scores. path: the best of 11 points between the starting point and the
@@ -60,15 +60,15 @@ class Training(BaseModel):
     accuracy. Scores of target and source together: the harmonic mean of a metric of which higher values are better,
     the sum of one of which lower values are better."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Evaluations without a better validation score after which training stops; None: never. Only the
-    last phase can be cut short. The path then ends at the weights it stopped at."""
+    """Evaluations without a better validation score after which training stops; None: never. Only the last phase can
+    be cut short. The path then ends at the last weights."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     deterministic: bool = False
-    """Refuse operations that are not deterministic on a GPU, while training."""
+    """Whether to refuse operations that are not deterministic on a GPU while training."""
 
     def make(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """The optimizer class and its keyword arguments."""
+        """Return the optimizer class and its keyword arguments."""
         options: dict[str, Any] = {"lr": self.lr}
         if self.weight_decay is not None:
             options["weight_decay"] = self.weight_decay

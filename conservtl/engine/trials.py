@@ -39,7 +39,7 @@ def best_block(
     the search decides. ``fit`` does this by itself.
 
     Args:
-        adaptation: its plan is drawn up again; its weights, and all random generators, are left as they are.
+        adaptation: its plan is drawn up again; its weights and all random generators are restored.
         train: as for ``fit``.
         valid: {"target": data}, or with "source" for a harmonic mean, as for ``fit``.
         training: the run's settings; a trial takes a fifth of its epochs, unless the strategy says how many.

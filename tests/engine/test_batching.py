@@ -123,7 +123,7 @@ def test_workers(plain, data):
         (lambda: {"inputs": torch.zeros(3), "text": ["a"]}, "a dictionary must hold tensors.*'text': 'list'"),
         (dict, "a dictionary must hold tensors"),
         (lambda: Pairs([], []), "the dataset has no examples"),
-        (lambda: iter([(torch.zeros(2, 3, 12), torch.zeros(2))]), "gone through again"),
+        (lambda: iter([(torch.zeros(2, 3, 12), torch.zeros(2))]), "can be iterated repeatedly"),
         (lambda: 3, "received int"),
         (lambda: "recordings", "received str"),
         (lambda: None, "received NoneType"),
