@@ -1,4 +1,4 @@
-"""An affine map over the features of a model's input, in front of all else."""
+"""Affine transform of a model's input: added, removed, and merged into the weights that take the input."""
 
 from __future__ import annotations
 
@@ -17,53 +17,53 @@ from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.first_use import calls
 from conservtl.layers.names import holder_counts, own_parameters
 
-__all__ = ["NAME", "AffineTransform", "extend", "merge", "retract"]
+__all__ = ["NAME", "AffineTransform", "add_transform", "merge_transform", "remove_transform"]
 
 NAME = "input_transform"
-"""What the module is called on the model."""
+"""Name of the module on the model."""
 
-_CLOSE = 1e-3  # of the largest output; where a merge is wrong, outputs differ by far more
+_CLOSE = 1e-3  # of the largest output; after a wrong merge outputs differ by far more
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AffineTransform(nn.Module):
-    """x + D x + b over one axis of x; the identity at the start, and where weight decay pulls to.
+    """x + D x + b over one axis of x. It begins as the identity, to which weight decay pulls it back.
 
     Args:
-        size: of that axis.
-        dim: which.
-        bias: whether there is a b.
-        like: gives device and type.
+        size: length of the axis.
+        dim: the axis.
+        bias: whether to add b.
+        like: tensor with the device and type of the parameters.
     """
 
-    complete = True  # a layer of its own, which norms and tokens behind it do not join
+    complete = True  # a layer by itself: norms and tokens behind it do not join it
 
     def __init__(self, size: int, dim: int, bias: bool, like: Tensor) -> None:
         super().__init__()
         self.dim = dim
         self.into: str | None = None
-        """The module that it can be merged into."""
+        """Name of the module that the transform can be merged into."""
         self.weight = nn.Parameter(torch.zeros(size, size, device=like.device, dtype=like.dtype))
         zeros = torch.zeros(size, device=like.device, dtype=like.dtype)
         self.bias = nn.Parameter(zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Return the transform of x, of the same shape."""
         return x + F.linear(x.movedim(self.dim, -1), self.weight, self.bias).movedim(-1, self.dim)
 
 
-def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bias: bool) -> list[str]:
-    """Put an identity before everything; returns its parameters' names.
+def add_transform(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bias: bool) -> list[str]:
+    """Add an identity at the model's input, and return the names of its parameters.
 
     Args:
         model: wrapped or not.
         layers: its layers, input side first.
         example: an input, or None.
-        dim: the axis of the input that is transformed.
-        bias: whether there is one.
+        dim: the axis of the input to transform.
+        bias: whether to add a bias.
 
     Raises:
-        SpecError: there is one already, the model has no parts to stand before, or the axis or its size is not known.
+        SpecError: the model has a transform already or no children, or the length of the axis is unknown.
     """
     model = unwrap(model)
     if hasattr(model, NAME):
@@ -85,8 +85,8 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bi
     return [f"{NAME}.{name}" for name, _ in transform.named_parameters()]
 
 
-def retract(model: nn.Module) -> None:
-    """Take it away, whatever its values."""
+def remove_transform(model: nn.Module) -> None:
+    """Remove the transform, whatever its values."""
     model = unwrap(model)
     if isinstance(getattr(model, NAME, None), AffineTransform):
         delattr(model, NAME)
@@ -94,11 +94,11 @@ def retract(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> bool:
-    """Move it into the weights that take the input, where that is exact; whether nothing is left.
+def merge_transform(model: nn.Module) -> bool:
+    """Merge the transform into the weights that take the input if that is exact, and return whether none is left.
 
-    W (x + D x + b) + c = (W + W D) x + (W b + c). A convolution that pads with zeros sees no b at the border, so
-    there, and where it has no bias to add to, only a transform without b can go.
+    W (x + D x + b) + c = (W + W D) x + (W b + c). A convolution that pads with zeros sees no b at the border. There,
+    and if it has no bias c to add to, only a transform whose b is zero can be merged.
     """
     model = unwrap(model)
     transform = getattr(model, NAME, None)
@@ -114,16 +114,17 @@ def merge(model: nn.Module) -> bool:
         weight: Any = module.weight
         module.bias.add_(weight.flatten(2).sum(2) @ transform.bias if weight.ndim > 2 else weight @ transform.bias)
     _absorb(module, transform.weight)
-    retract(model)
+    remove_transform(model)
     return True
 
 
 def _absorb(module: Any, weight: Tensor) -> None:
+    """Add W D to W."""
     module.weight.add_(torch.tensordot(module.weight, weight, dims=([1], [0])).movedim(-1, 1))
 
 
 def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The pre-hook of the model: its first tensor goes through the transform."""
+    """Transform the first tensor of a model's inputs: a pre-hook of the model."""
     transform = getattr(model, NAME)
     assert isinstance(transform, AffineTransform)
     for place, value in enumerate(args):
@@ -136,14 +137,14 @@ def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _runs_its_children(model: nn.Module) -> bool:
-    """Whether the model calls all that is registered, in order, so that a first child needs no hook."""
+    """Whether the model calls all of its children in order, so that a first child needs no hook."""
     return type(model).forward is nn.Sequential.forward
 
 
 def _size(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int) -> int:
-    """Length of the axis, from an example or else from the weights that the input meets first."""
+    """Return the length of the axis, from an example or else from the first weight."""
     if example is not None:
-        first = next((tensor for tensor in tensors_of(example)), None)
+        first = next(iter(tensors_of(example)), None)
         if first is None or not first.is_floating_point() or not -first.ndim < dim < first.ndim:
             seen = "no tensor" if first is None else f"a tensor of shape {tuple(first.shape)}, {first.dtype}"
             raise SpecError(
@@ -153,13 +154,13 @@ def _size(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int) -> 
         return first.shape[dim]
     modules = {canonical(name): module for name, module in model.named_modules()}
     names = [info.name for info in layers[0].parameters if info.kind == "weight"]
-    meets = modules.get(names[0].rpartition(".")[0]) if names else None
-    if isinstance(meets, _CONVOLUTIONS) and dim in (1, -1 - len(meets.kernel_size)):
-        return meets.in_channels
-    if isinstance(meets, nn.Linear):
-        return meets.in_features
-    if isinstance(meets, nn.RNNBase) and dim == -1:
-        return meets.input_size
+    module = modules.get(names[0].rpartition(".")[0]) if names else None
+    if isinstance(module, _CONVOLUTIONS) and dim in (1, -1 - len(module.kernel_size)):
+        return module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, nn.RNNBase) and dim == -1:
+        return module.input_size
     raise SpecError(
         f"InputTransform: the length of the input's axis {dim} cannot be told from layer {layers[0].name!r}. Pass "
         "adapt(..., example=a batch of inputs)."
@@ -167,10 +168,10 @@ def _size(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int) -> 
 
 
 def _consumer(model: nn.Module, example: Any) -> str | None:
-    """The module that takes the transformed input and nothing else does, so that a transform can be merged into it.
+    """Return the name of the one module that takes the transformed input, if a transform can be merged into it.
 
-    Tried out on a copy: merged into the first linear map or convolution that runs, a random transform must leave the
-    outputs for random inputs as they were.
+    Tested on a copy of the model: a random transform, merged into the first linear map or convolution that runs, must
+    not change the outputs for random inputs.
     """
     trial = copy.deepcopy(model).eval()
     transform: Any = getattr(trial, NAME)
@@ -190,16 +191,17 @@ def _consumer(model: nn.Module, example: Any) -> str | None:
             expected = _outputs(call, trial)
             if expected is None:
                 continue
-            taker = called[0] if called else None
-            if taker is None or taker.weight.shape[1] != len(transform.weight):
+            first = called[0] if called else None
+            if first is None or first.weight.shape[1] != len(transform.weight):
                 return None
-            _absorb(taker, transform.weight)
+            _absorb(first, transform.weight)
             transform.weight.zero_()
-            return names[taker] if _alike(expected, _outputs(call, trial)) else None
+            return names[first] if _close(expected, _outputs(call, trial)) else None
     return None
 
 
 def _outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor] | None:
+    """Return the outputs of a call, with the same random numbers each time; None if it fails."""
     torch.manual_seed(0)
     try:
         return tensors_of(call(model))
@@ -207,7 +209,7 @@ def _outputs(call: Callable[[nn.Module], Any], model: nn.Module) -> list[Tensor]
         return None
 
 
-def _alike(a: list[Tensor], b: list[Tensor] | None) -> bool:
+def _close(a: list[Tensor], b: list[Tensor] | None) -> bool:
     """Whether outputs are equal to rounding, and finite."""
     if b is None or not a or len(a) != len(b):
         return False
@@ -216,7 +218,7 @@ def _alike(a: list[Tensor], b: list[Tensor] | None) -> bool:
 
 
 def _takes(model: nn.Module, module: nn.Module) -> bool:
-    """Whether it is a linear map or an ungrouped convolution with a weight of its own."""
+    """Whether a module is a linear map or an ungrouped convolution with a weight that no other module shares."""
     plain = any(type(module).forward is kind.forward for kind in (nn.Linear, *_CONVOLUTIONS))
     if not plain or getattr(module, "groups", 1) != 1:
         return False

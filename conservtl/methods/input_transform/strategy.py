@@ -1,4 +1,4 @@
-"""An affine transform of the input, learned from the target: the speaker's features made those of the source."""
+"""Affine transform of the input, trained on the target: it maps the speaker's features to the source's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer
+from conservtl.methods._rows import freeze_all_but
 from conservtl.methods.base import Order, Strategy, TestFields
-from conservtl.methods.input_transform import affine
+from conservtl.methods.input_transform.affine import NAME, add_transform, merge_transform, remove_transform
 from conservtl.plan.plan import Plan
 
 __all__ = ["InputTransform"]
@@ -20,44 +21,54 @@ _REASON = "a transform of the input, which starts as the identity"
 
 
 class InputTransform(Strategy):
-    r"""Put an affine layer over the input's features, and train little else.
+    r"""Train an affine layer over the input's features, and little else.
 
     .. math:: x' = (I + D)\,x + b
 
-    over one axis of the input, the same at every time and place, with D = 0 and b = 0 at the start, so that the model
-    computes what it did. It is a layer of its own, ``input_transform``, at the input side. A weight decay, the
-    optimizer's or ``L2SP(beta=...)``, pulls D to zero, and so the transform to the identity.
+    over one axis of the input, the same at every time and place. D = 0 and b = 0 at the start, so that the model's
+    outputs do not change. The transform is a layer of its own, ``input_transform``, at the input side. Weight decay,
+    the optimizer's or that of ``L2SP(beta=...)``, pulls D to zero and so the transform to the identity.
 
-    ``merge`` (``adaptation.merged()``) multiplies it into the convolution or linear map that takes the input, exactly
-    to rounding, so that the adapted model costs nothing: where an ``example`` showed which one takes it, and nothing
-    else does; and with b only where that one has a bias and pads with no zeros. Otherwise it stays.
+    ``merge`` (``adaptation.merged()``) multiplies the transform into the convolution or linear map that takes the
+    input, exact to rounding, so that the adapted model costs nothing more. That needs an ``example``, which shows that
+    one module alone takes the input; to merge b, that module must have a bias and not pad with zeros. Otherwise the
+    transform stays.
 
-    With AdamW on spoken digits a rate of 3e-3 served; 1e-2 and 3e-2 cost the source much.
+    It needs a smaller learning rate than ``LHUC``.
 
-    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
-    new speaker with one and five recordings a word and for corrupted images: -1.0 ± 1.0, -1.1 ± 0.9 and -13.1 ± 3.6
-    (benchmarks/results/methods.md). So it loses to it: a few numbers to keep for each target are its gain, not
-    accuracy, and an image has three channels to mix.
+    Measured: docs/methods.md.
 
-    Cost: features squared numbers to train and to keep for each speaker, and one product in each step.
+    Cost: features squared numbers to train, and to store for each speaker; one product a step.
 
     Reference:
         Neto et al. 1995, "Speaker-adaptation for hybrid HMM-ANN continuous speech recognition system" (linear input
         network). Gemello et al. 2007, "Linear hidden transformations for adaptation of hybrid ANN/HMM models". Seide,
         Li, Chen and Yu 2011, "Feature engineering in context-dependent deep neural networks for conversational speech
         transcription" (feature-space discriminative linear regression).
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)) for _ in range(2))
+        >>> adaptation = ctl.adapt(model, source, [ctl.InputTransform(dim=-1)], example=torch.randn(5, 4))
+        >>> adaptation.plan.trained
+        ('input_transform.weight', 'input_transform.bias')
+        >>> x = torch.randn(5, 4)
+        >>> bool(torch.equal(model(x), source(x)))
+        True
+        >>> [name for name, _ in adaptation.merged().named_parameters()]
+        ['0.weight', '0.bias', '1.weight', '1.bias']
     """
 
     kind: Literal["input_transform"] = "input_transform"
     order: ClassVar[Order] = Order.HEAD
     test_fields: ClassVar[TestFields] = ({"dim": [1, -1]},)
     dim: int = 1
-    """The axis of the features: 1 for (N, bands, frames) and (N, channels, height, width), -1 for (N, features) and
+    """Axis of the features: 1 for (N, bands, frames) and (N, channels, height, width), -1 for (N, features) and
     (N, frames, features)."""
     bias: bool = True
-    """Whether there is a b."""
+    """Whether the transform has a bias b."""
     freeze: bool = True
-    """Whether everything but the transform, and what else is fresh, is frozen."""
+    """Whether everything is frozen except the transform and other fresh parameters."""
 
     @model_validator(mode="after")
     def _not_the_batch(self) -> Self:
@@ -67,29 +78,23 @@ class InputTransform(Strategy):
 
     @property
     def extends(self) -> bool:
-        """It adds a transform."""
+        """True: a transform is added."""
         return True
 
     def apply(self, plan: Plan) -> Plan:
-        """Choose what is frozen."""
-        if not any(row.added and row.layer == affine.NAME for row in plan.rows):
-            raise PlanError(
-                f"{self.label}: the plan's model has no such transform. Let adapt(model, ...) put it there."
-            )
-        if not self.freeze:
-            return plan
-        rows = [row for row in plan.rows if "frozen" in row.chosen or not row.frozen]  # what has no gradient stays
-        frozen = {row.name: {"frozen": row.origin == "source"} for row in rows}
-        return plan.choose(self.label, "frozen", frozen, explicit=False)
+        """Choose the parameters that are frozen."""
+        if not any(row.added and row.layer == NAME for row in plan.rows):
+            raise PlanError(f"{self.label}: the plan's model has no such transform. Let adapt(model, ...) add it.")
+        return freeze_all_but(plan, self.label, plan.fresh) if self.freeze else plan
 
     def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:
-        """Put the identity in front."""
-        return dict.fromkeys(affine.extend(model, layers, example, self.dim, self.bias), _REASON)
+        """Add the identity at the input."""
+        return dict.fromkeys(add_transform(model, layers, example, self.dim, self.bias), _REASON)
 
     def retract(self, model: nn.Module) -> None:
-        """Take it away."""
-        affine.retract(model)
+        """Remove the transform."""
+        remove_transform(model)
 
     def merge(self, model: nn.Module) -> bool:
-        """Multiply it into the weights that take the input."""
-        return affine.merge(model)
+        """Merge the transform into the weights that take the input."""
+        return merge_transform(model)

@@ -1,17 +1,17 @@
-"""Running statistics of norms on other data than they were learned on: the target's, or a mixture."""
+"""Running statistics of norms, measured on the target: alone, or mixed with the source's."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from conservtl.batches import batch_size
+from conservtl.bounds import NonNegativeInt
 from conservtl.compat import InstanceNormBase
 from conservtl.errors import DataError, SpecError
 from conservtl.layers import canonical, unwrap
@@ -22,18 +22,18 @@ __all__ = ["NormStatisticsMeasure"]
 
 
 class NormStatisticsMeasure(Measure):
-    r"""Mean and variance of what reaches each norm, over all of the data, mixed with those of the source.
+    r"""Mean and variance of each norm's input over all of the data, mixed with those of the source.
 
     .. math:: \frac{N}{N + n} \text{source} + \frac{n}{N + n} \text{target}
 
-    Each norm in its turn, behind norms that have been adapted already, all in eval mode, so that what is found is what
-    the model will see, whatever the size and order of the batches: averages over the statistics of batches, as momentum
-    gives them, depend on both.
+    The norms are measured in the order of the forward pass, each behind norms that are adapted already, all in eval
+    mode: so the inputs measured are those that the adapted model computes. The result does not depend on the size and
+    order of the batches, as momentum's average over batches does.
     """
 
     kind: Literal["norm_statistics"] = "norm_statistics"
-    prior: Annotated[int, Field(ge=0)] = 0
-    """N: how many target examples the source's statistics weigh as much as. 0: the target's alone."""
+    prior: NonNegativeInt = 0
+    """N: number of target examples that the source's statistics weigh as much as. 0: the target's alone."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
@@ -41,7 +41,7 @@ class NormStatisticsMeasure(Measure):
         return f"statistics of the norms on the target{share}"
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model without statistics.
+        """Raise unless a norm of the model keeps statistics.
 
         Raises:
             SpecError: no norm keeps any.
@@ -54,10 +54,10 @@ class NormStatisticsMeasure(Measure):
 
     @torch.no_grad()
     def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
-        """Name of the buffer -> its adapted value.
+        """Return the adapted value of each buffer by its name.
 
         Raises:
-            DataError: a norm sees a single value a channel, which has no variance.
+            DataError: a norm sees one value a channel in all of the data, which has no variance.
         """
         found: dict[str, Tensor] = {}
         norms = _norms(unwrap(probe.model))
@@ -76,7 +76,7 @@ class NormStatisticsMeasure(Measure):
         return found
 
     def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
-        """Put the statistics into the norms."""
+        """Write the statistics into the norms."""
         buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
         with torch.no_grad():
             for name, value in found.items():
@@ -87,12 +87,12 @@ def _norms(model: nn.Module) -> dict[str, Any]:
     return {canonical(name): module for name, module in model.named_modules() if tracks_statistics(module)}
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass behind the norm that is measured
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass at the norm that is measured
     pass
 
 
 def _calls(probe: MeasureContext, norms: Mapping[str, nn.Module]) -> Counter[str]:
-    """How often each norm is called in a forward pass, in the order of first use; without those that are not."""
+    """Count the calls of each norm in a forward pass, in the order of first use; norms without calls are left out."""
     calls: Counter[str] = Counter()
 
     def counter(name: str) -> Callable[[nn.Module, Any], None]:
@@ -107,12 +107,12 @@ def _calls(probe: MeasureContext, norms: Mapping[str, nn.Module]) -> Counter[str
 
 
 def _measured(probe: MeasureContext, norm: nn.Module, once: bool) -> tuple[_Moments, int]:
-    """Moments of a norm's input over all of the data, and the number of examples.
+    """Return the moments of a norm's input over all of the data, and the number of examples.
 
     Args:
         probe: the model and the data.
-        norm: to be measured.
-        once: whether it is called once only, so that nothing behind it needs to be computed.
+        norm: the norm to measure.
+        once: whether it is called once in a forward pass, which can then end there.
     """
     moments = _Moments(isinstance(norm, InstanceNormBase))
     examples = 0
@@ -134,7 +134,11 @@ def _measured(probe: MeasureContext, norm: nn.Module, once: bool) -> tuple[_Mome
 
 
 class _Moments:
-    """Mean and variance in double precision, gathered over batches: of all values a channel, or for each instance."""
+    """Mean and variance of each channel in double precision, gathered over batches.
+
+    Args:
+        instances: whether to average the moments of each instance, as instance norms do, instead of pooling all values.
+    """
 
     def __init__(self, instances: bool) -> None:
         self.instances = instances
@@ -143,9 +147,9 @@ class _Moments:
         self._square: Any = 0.0
 
     def take(self, x: Tensor) -> None:
-        """Add a norm's input, (N, channels, ...)."""
+        """Add a batch of a norm's input, (N, channels, ...)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.instances:  # the average over instances of each one's own, as torch keeps it
+        if self.instances:  # torch keeps the average over instances
             values = x.flatten(2)
             self._add(len(x), values.mean(2).double().mean(0), len(x) * values.var(2).double().mean(0))
             return
@@ -163,11 +167,11 @@ class _Moments:
 
     @property
     def single(self) -> bool:
-        """Whether there is no variance to speak of."""
+        """Whether the variance is undefined: one value in all."""
         return self.count == 1 and not self.instances
 
     @property
     def variance(self) -> Tensor:
-        """Unbiased, as torch keeps it."""
+        """Unbiased variance, as torch keeps it."""
         variance: Tensor = self._square / (self.count if self.instances else self.count - 1)
         return variance

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import nn
 
+from conservtl.bounds import NonNegativeInt
 from conservtl.errors import SpecError
+from conservtl.methods._rows import freeze_all_but
 from conservtl.methods.base import Order, Strategy
 from conservtl.methods.norm_adaptation.instance_statistics import InstanceStatistics
 from conservtl.methods.norm_adaptation.norm_statistics import NormStatisticsMeasure
@@ -20,80 +21,90 @@ _PRIOR = {"mixed": 16, "instance": 5}
 
 
 class NormAdaptation(Strategy):
-    r"""Give the norms the target's statistics before training, train their scales and shifts, freeze the rest.
+    r"""Give norms the target's statistics before training, train their scales and shifts, and freeze the rest.
 
     .. math:: \bar\mu = \frac{N}{N + n} \mu_s + \frac{n}{N + n} \mu_t \qquad
               \bar\sigma^2 = \frac{N}{N + n} \sigma_s^2 + \frac{n}{N + n} \sigma_t^2
 
-    with n the number of the target's adaptation examples, N the ``prior``. They are measured over all of the adaptation
-    data as it stands, without augmentation, norm by norm behind those adapted already, so that neither the size nor
-    the order of batches matters; then they stand still, in training too. Fresh norms follow their batches as ever.
+    with n the number of the target's adaptation examples and N the ``prior``. The statistics are measured over all of
+    the adaptation data without augmentation, norm by norm in the order of the forward pass, each behind norms that are
+    adapted already: neither the size nor the order of batches matters. Then they are held, in training too. Fresh
+    norms follow their batches.
 
-    ``statistics="instance"`` measures nothing: each example, of the source or the target, in training and after, is
-    normalised by the source's statistics mixed with its own, n = 1, so that an example of whichever domain comes with
-    what it needs to be seen; ``train="all"`` leaves the rest to other strategies. What it brings to corrupted images is
-    measured with the recipe for them (benchmarks/results/methods.md). It stays with the adapted model, which ``merged``
-    keeps and a run's folder tells. Where a norm sees one value a channel and example (behind a linear map) it goes by
-    the source's statistics alone.
+    ``statistics="instance"`` measures nothing. In training and after, each example is normalised by the source's
+    statistics mixed with its own, n = 1, whichever domain it is from. Use ``train="all"`` to leave the choice of
+    trained parameters to other strategies. The mixture is part of the adapted model: ``merged`` keeps it, and so does
+    a run's folder. A norm that sees one value for each channel and example (behind a linear map) uses the source's
+    statistics alone.
 
-    ``train="nothing"`` is statistics alone (adaptive batch normalisation): without anything fresh no step is made.
-    ``train="affine"`` leaves a batch norm's two numbers a channel to train, and works on layer norms too, with
-    ``statistics="source"``. What is fresh is trained in any case.
+    ``train="nothing"`` adapts the statistics alone (adaptive batch normalisation); no step is made unless something is
+    fresh. ``train="affine"`` trains a batch norm's two numbers for each channel; with ``statistics="source"`` it suits
+    layer norms too. Fresh parameters are trained in any case.
 
-    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
-    new speaker with one and five recordings a word and for corrupted images: -0.4 ± 0.4, -0.5 ± 0.3 and -8.1 ± 2.2
-    (benchmarks/results/methods.md). So the default, norms alone on mixed statistics, loses to it.
+    Measured: docs/methods.md.
 
-    Cost: before training a forward pass over the adaptation data for each norm, up to that norm; afterwards none. For
-    ``instance`` nothing before, and at each norm its input's mean and variance once more, in training and after.
+    Cost: before training, one forward pass over the adaptation data for each norm, up to that norm; afterwards none.
+    For ``instance`` none before, and at each norm the mean and variance of its input, in training and after.
 
     Reference:
         Li, Wang, Shi, Liu and Hou 2017, "Revisiting batch normalization for practical domain adaptation" (the target's
         own statistics). Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
-        adaptation", section 3 (the mixture; with n = 1 that of one example). Wang et al. 2021, "Tent: Fully test-time
+        adaptation", section 3 (the mixture; n = 1 for one example). Wang et al. 2021, "Tent: Fully test-time
         adaptation by entropy minimization", section 3.2 (scales and shifts alone, there without labels).
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Flatten(), torch.nn.Linear(2, 1))
+        >>> source = {**model.state_dict(), "0.running_mean": torch.tensor([4.0])}
+        >>> adaptation = ctl.adapt(model, source, [ctl.NormAdaptation(prior=1)])
+        >>> adaptation.plan.trained
+        ('0.weight', '0.bias')
+        >>> adaptation.measure([(torch.zeros(3, 1, 2), torch.zeros(3))])  # three examples of mean 0
+        >>> model[0].running_mean  # (1 × 4 + 3 × 0) / (1 + 3)
+        tensor([1.])
     """
 
     kind: Literal["norm_adaptation"] = "norm_adaptation"
     order: ClassVar[Order] = Order.HEAD
     train: Literal["affine", "nothing", "all"] = "affine"
-    """affine: scales and shifts of the norms alone; nothing: the statistics only; all: no freezing."""
+    """affine: scales and shifts of the norms alone. nothing: the statistics only. all: nothing is frozen."""
     head: bool = False
-    """Whether the head is trained too where it comes from the source. What is fresh always is."""
+    """Whether a head from the source is trained too; a fresh one always is."""
     statistics: Literal["source", "target", "mixed", "instance"] = "mixed"
-    """Whose statistics the norms go by."""
-    prior: Annotated[int, Field(ge=0)] | None = None
-    """N, for mixed and instance: how many examples the source's statistics weigh as much as; None: 16 and 5. One as
-    large as the adaptation data keeps more of the source."""
+    """Statistics that the norms use."""
+    prior: NonNegativeInt | None = None
+    """N, for mixed and instance: number of examples that the source's statistics weigh as much as. None: 16 for mixed,
+    5 for instance. A prior as large as the adaptation data keeps more of the source."""
     required: bool = True
-    """Whether a model without a batch norm that keeps statistics is refused; else it is left as it is."""
+    """Whether a model without a batch norm that keeps statistics is refused; if not, the strategy is left out there."""
 
     def concerns(self, model: nn.Module) -> bool:
-        """Whether it is required, or the model has such a norm."""
+        """Return whether the strategy is required, or the model has a batch norm that keeps statistics."""
         return self.required or any(map(keeps_batch_statistics, model.modules()))
 
     def apply(self, plan: Plan) -> Plan:
-        """Choose what is frozen, hold the statistics, and ask for the measurement."""
-        free = {row.name for row in plan.rows if row.origin == "fresh"}
-        free |= set(plan.head) if self.head else set()
-        if self.train == "affine":
-            norms = {row.name for row in plan.rows if row.kind == "norm" and not row.added}
-            if not norms:
-                raise SpecError(
-                    f"{self.label}: train='affine' trains the scales and shifts of norms, and the model has none. "
-                    "Use train='all' or 'nothing', or another strategy."
-                )
-            free |= norms
+        """Choose the parameters that are frozen, hold the statistics, and add the measurement or the mixture."""
         if self.train != "all":
-            rows = [row for row in plan.rows if "frozen" in row.chosen or not row.frozen]  # what has no gradient stays
-            frozen = {row.name: {"frozen": row.name not in free} for row in rows}
-            plan = plan.choose(self.label, "frozen", frozen, explicit=False)
-        prior = _PRIOR.get(self.statistics, 0) if self.prior is None else self.prior
-        # All layers, not norms alone: a norm without parameters has no row of its own.
+            plan = freeze_all_but(plan, self.label, self._trained(plan))
+        # Rows of all layers, not of norms alone: a norm without parameters has no row of its own.
         copied = tuple(row.name for row in plan.rows if row.origin == "source")
         plan = plan.choose(self.label, "statistics", {name: {"statistics": "hold"} for name in copied}, explicit=False)
         if self.statistics == "source" or not copied:
             return plan
+        prior = _PRIOR.get(self.statistics, 0) if self.prior is None else self.prior
         if self.statistics == "instance":
             return plan.with_extension(InstanceStatistics(by=self.label, share=1 / (prior + 1), names=copied))
         return plan.with_measure(NormStatisticsMeasure(by=self.label, prior=prior if self.statistics == "mixed" else 0))
+
+    def _trained(self, plan: Plan) -> set[str]:
+        """Return the parameters that are not frozen."""
+        trained = {*plan.fresh, *(plan.head if self.head else ())}
+        if self.train == "nothing":
+            return trained
+        norms = {row.name for row in plan.rows if row.kind == "norm" and not row.added}
+        if not norms:
+            raise SpecError(
+                f"{self.label}: train='affine' trains the scales and shifts of norms, and the model has none. "
+                "Use train='all' or 'nothing', or another strategy."
+            )
+        return trained | norms
