@@ -11,7 +11,7 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.layers import find_layers
-from conservtl.methods.feature_extraction import probe_head as probe
+from conservtl.methods.feature_extraction.probe_head import add_probe_head, remove_probe_head
 
 
 class HeadFirst(nn.Module):
@@ -42,7 +42,7 @@ class Frames(nn.Module):
 
 def extended(model, example, globs):
     torch.manual_seed(0)
-    probe.extend(model, find_layers(model, example), example, globs)
+    add_probe_head(model, find_layers(model, example), example, globs)
     return model
 
 
@@ -114,7 +114,7 @@ def test_a_convolutional_head_gives_as_many_dimensions_as_before():
 def test_it_is_taken_away_again():
     model = HeadFirst().eval()
     expected, head = model(X), model.head
-    probe.retract(extended(model, X, ["one", "head"]))
+    remove_probe_head(extended(model, X, ["one", "head"]))
     assert model.head is head
     assert torch.equal(model(X), expected)
     assert not any(module._forward_hooks for module in model.modules())
@@ -145,5 +145,5 @@ class TestRefused:
     def test_an_example_that_does_not_fit(self):
         model = HeadFirst()
         with pytest.raises(ctl.SpecError, match="cannot be called with it"):
-            probe.extend(model, find_layers(model), X[:, :1], ["one"])
+            add_probe_head(model, find_layers(model), X[:, :1], ["one"])
         assert type(model.head) is nn.Linear

@@ -1,17 +1,17 @@
-"""Classifiers fitted to the features of a model that is trained no further, as values of its head."""
+"""Classifiers that are fitted to a trained model's features and written into its head."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from conservtl.bounds import Positive
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
 from conservtl.functions import Forward, labels_of, logits_of
@@ -27,8 +27,8 @@ __all__ = ["Classifier", "FittedHead", "nearest_means"]
 
 Classifier = Literal["svm", "logistic", "ncm"]
 
-_BLOCK = 4096  # rows at a time, where a mapped matrix is read
-_ROUNDING = 1e-2  # of the largest score; where a head's outputs are not the model's, they differ by far more
+_BLOCK = 4096  # rows of a mapped matrix to read at a time
+_ROUNDING = 1e-2  # of the largest score; if the model's outputs are not its head's, they differ by far more
 _STEPS = 10_000
 
 Scores = tuple[Any, Any]
@@ -36,29 +36,29 @@ Scores = tuple[Any, Any]
 
 
 class FittedHead(After):
-    """The head becomes a classifier that is fitted to what enters it."""
+    """Replace the head's values by a classifier that is fitted to its input."""
 
     kind: Literal["fitted_head"] = "fitted_head"
     classifier: Classifier
-    """Which."""
-    C: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Strength of the loss against the regularisation; None for class means, which have none."""
+    """Classifier to fit."""
+    C: Positive | None = None
+    """Weight of the loss relative to the regularisation. None: no regularisation, for class means."""
     head: str
-    """The head's module."""
+    """Name of the head's module."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
-        what = {"svm": "a linear SVM", "logistic": "a logistic regression", "ncm": "the nearest class mean"}
+        names = {"svm": "a linear SVM", "logistic": "a logistic regression", "ncm": "the nearest class mean"}
         strength = "" if self.C is None else f" (C = {self.C:g})"
-        return f"{self.head} becomes {what[self.classifier]}{strength}, fitted to the features of the training data"
+        return f"{self.head} becomes {names[self.classifier]}{strength}, fitted to the features of the training data"
 
     def finish(self, ending: FinishContext) -> dict[str, Any]:
-        """Compute the features of each example once, fit, and write the scores into the head."""
+        """Compute the features of each example once, fit the classifier, and write it into the head."""
         if ending.batches is None:
             raise SpecError(f"{self.by} fits its classifier to the training data: pass its batches, finish(batches).")
         model = unwrap(ending.model)
         head: Any = {canonical(name): module for name, module in model.named_modules()}[self.head]
-        features, labels = _everyones(*self._features(model, head, ending.batches, ending.forward))
+        features, labels = _gathered(*self._features(model, head, ending.batches, ending.forward))
         self._check_classes(labels, len(head.weight))
         facts = {"classifier": self.classifier, "examples": len(features), "features": features.shape[1]}
         strength = self.C
@@ -73,7 +73,7 @@ class FittedHead(After):
         return facts
 
     def _features(self, model: nn.Module, head: Any, batches: Iterable[Any], forward: Forward) -> tuple[Any, Any]:
-        """Features (N, D) and labels (N,) of all batches, with the model in eval mode."""
+        """Return the features (N, D) and labels (N,) of all batches, with the model in eval mode."""
         rows = RowStore()
         labels: list[Tensor] = []
         entered: list[Tensor] = []
@@ -83,11 +83,11 @@ class FittedHead(After):
                 for batch in Placed(batches, head.weight.device):
                     entered.clear()
                     outputs = forward(model, batch)
-                    truth = self._labels(batch)
+                    targets = self._labels(batch)
                     if not labels:
-                        self._check_head(model, head, outputs, entered, len(truth))
+                        self._check_head(model, head, outputs, entered, len(targets))
                     rows.add(entered[0])
-                    labels.append(truth.cpu())
+                    labels.append(targets.cpu())
         finally:
             catch.remove()
         if not labels:
@@ -97,21 +97,21 @@ class FittedHead(After):
     def _labels(self, batch: Any) -> Tensor:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-            found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
+            received = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
             raise DataError(
                 f"{self.by}: classifier={self.classifier!r} needs one class for each example, integers of shape (N,); "
-                f"received {found}. Use classifier='linear' for other targets."
+                f"received {received}. Use classifier='linear' for other targets."
             )
         return labels
 
     def _check_head(self, model: nn.Module, head: Any, outputs: Any, entered: list[Tensor], size: int) -> None:
-        """Hold the model's scores to be linear in what enters the head, up to what is the same for all classes."""
+        """Raise unless the model's scores are linear in the head's input, up to an offset that all classes share."""
         scores = logits_of(outputs)
-        right = len(entered) == 1 and entered[0].ndim == 2 and len(entered[0]) == size
-        if right and isinstance(scores, Tensor) and scores.shape == (size, len(head.weight)):
+        by_example = len(entered) == 1 and entered[0].ndim == 2 and len(entered[0]) == size
+        if by_example and isinstance(scores, Tensor) and scores.shape == (size, len(head.weight)):
             expected = F.linear(entered[0], head.weight.flatten(1), head.bias)
-            apart = (scores - scores.mean(1, keepdim=True)) - (expected - expected.mean(1, keepdim=True))
-            if bool(apart.abs().max() <= _ROUNDING * expected.abs().max()):
+            difference = (scores - scores.mean(1, keepdim=True)) - (expected - expected.mean(1, keepdim=True))
+            if bool(difference.abs().max() <= _ROUNDING * expected.abs().max()):
                 return
         raise SpecError(
             f"{self.by}: classifier={self.classifier!r} is written into {self.head!r}, so the outputs of "
@@ -134,11 +134,11 @@ class FittedHead(After):
 
 
 def nearest_means(features: Any, labels: Any) -> Scores:
-    """Scores whose order is that of distances to the class means m: 2 m.x - |m|².
+    """Return scores that rank classes by the distance to their means m: 2 m.x - |m|².
 
     Args:
         features: (N, D).
-        labels: (N,) classes, each of which occurs.
+        labels: (N,) classes; every class occurs.
     """
     counts = np.bincount(labels)
     sums = np.zeros((len(counts), features.shape[1]))
@@ -149,29 +149,29 @@ def nearest_means(features: Any, labels: Any) -> Scores:
 
 
 def _fit(classifier: str, features: Any, labels: Any, strength: float) -> tuple[Any, Any, bool]:
-    """Weight, bias, and whether the solver came to its end."""
+    """Return weight, bias, and whether the solver converged."""
     if classifier == "svm":
         make = require("sklearn.svm", "experiments").LinearSVC
         model = make(C=strength, max_iter=_STEPS, random_state=0)
     else:
         make = require("sklearn.linear_model", "experiments").LogisticRegression
         model = make(C=strength, max_iter=_STEPS)
-    late = require("sklearn.exceptions", "experiments").ConvergenceWarning
+    unfinished = require("sklearn.exceptions", "experiments").ConvergenceWarning
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", late)
+        warnings.simplefilter("always", unfinished)
         model.fit(features, labels)
     weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
-    if len(weight) == 1:  # one row for two classes: the same margin between two
+    if len(weight) == 1:  # scikit-learn gives two classes one row; two rows with the same margin
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return weight, bias, not any(issubclass(one.category, late) for one in caught)
+    return weight, bias, not any(issubclass(warning.category, unfinished) for warning in caught)
 
 
 def _standardised(features: Any, fit: Callable[[Any], tuple[Any, Any, bool]]) -> tuple[Any, Any, bool]:
-    """What ``fit`` finds on features of mean 0 and variance 1, as scores of the features as they were.
+    """Fit to features scaled to mean 0 and variance 1, and return weight and bias for the features as they are.
 
     Args:
         features: (N, D), changed in place.
-        fit: standardised features -> weight, bias and what it has to say.
+        fit: scaled features -> weight, bias, and whether the solver converged.
     """
     blocks = list(_blocks(len(features)))
     mean = sum(features[rows].sum(0, dtype=np.float64) for rows in blocks) / len(features)
@@ -181,9 +181,9 @@ def _standardised(features: Any, fit: Callable[[Any], tuple[Any, Any, bool]]) ->
     scale[scale == 0] = 1.0
     for rows in blocks:
         features[rows] = (features[rows] - mean) / scale
-    weight, bias, said = fit(features)
+    weight, bias, converged = fit(features)
     weight = weight / scale
-    return weight, bias - weight @ mean, said
+    return weight, bias - weight @ mean, converged
 
 
 def _blocks(length: int) -> Iterator[slice]:
@@ -191,14 +191,14 @@ def _blocks(length: int) -> Iterator[slice]:
 
 
 def _entering(head: Any, entered: Tensor) -> Tensor:
-    """Features (N, D) of what enters a head."""
+    """Return the features (N, D) in a head's input."""
     if isinstance(head, ProbeHead):
         return head.features(entered)
     return pooled(entered, 1) if head.weight.ndim > 2 else entered
 
 
-def _everyones(features: Any, labels: Any) -> tuple[Any, Any]:
-    """Features and labels of all processes, so that each fits the same."""
+def _gathered(features: Any, labels: Any) -> tuple[Any, Any]:
+    """Gather features and labels of all processes, so that each fits the same classifier."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return features, labels

@@ -1,4 +1,4 @@
-"""A linear head over the outputs of layers inside a model, in the place of its own."""
+"""A linear head that is fed from layers inside a model and replaces the model's own."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from conservtl.plan.plan import Plan
 from conservtl.runtime.channels import channel_axis, channels_first, pooled
 from conservtl.runtime.taps import tensor_of
 
-__all__ = ["ProbeHead", "extend", "retract"]
-
+__all__ = ["ProbeHead", "add_probe_head", "remove_probe_head"]
 
 _HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ProbeHead(nn.Linear):
-    """A linear map of what some layers put out: the means over positions, side by side.
+    """A linear map of the outputs of some layers: their means over positions, concatenated.
 
     Args:
-        head: the module whose place it takes; kept aside, and no part of the model.
-        sizes: layer -> number of its channels, in the order of depth.
-        own: number of features of the head's own input, which come last; 0: they are not used.
+        head: the module to replace; kept, but not as a part of the model.
+        sizes: layer -> number of its channels, by depth.
+        own: number of features of the head's own input, which come last. 0: that input is not used.
     """
 
     def __init__(self, head: Any, sizes: dict[str, int], own: int) -> None:
@@ -39,12 +38,12 @@ class ProbeHead(nn.Linear):
         super().__init__(sum(sizes.values()) + own, len(like), device=like.device, dtype=like.dtype)
         self.layers = tuple(sizes)
         self.own = own > 0
-        self.replaced = [head]  # in a list: no child
+        self.replaced = [head]  # in a list, so that it is no child
         self.caught: dict[str, Tensor] = {}
         self.train(head.training)
 
     def features(self, entered: Tensor) -> Tensor:
-        """The features (N, D) of the forward pass under way.
+        """Return the features (N, D) of the current forward pass.
 
         Args:
             entered: the input of the head that was replaced.
@@ -58,44 +57,44 @@ class ProbeHead(nn.Linear):
         return torch.cat([*parts, *([pooled(entered, 1)] if self.own else [])], 1)
 
     def forward(self, entered: Tensor) -> Tensor:
-        """Scores (N, classes), with as many dimensions as the head that was replaced gives."""
+        """Return scores (N, classes), with the number of dimensions that the replaced head gives."""
         features = self.features(entered)
         self.caught.clear()
         return F.linear(features, self.weight, self.bias).view(len(features), -1, *[1] * (entered.ndim - 2))
 
 
 class _Tap:
-    """A forward hook that hands the probe what a layer puts out."""
+    """A forward hook that passes a layer's output to the probe head."""
 
     computes = True
-    """It is no observer: the model needs it to run."""
+    """The model needs this hook to run: it does not only observe."""
 
     def __init__(self, probe: ProbeHead, layer: str, first: int) -> None:
         self.probe, self.layer, self.first = probe, layer, first
 
     def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
-        found = tensor_of(output, self.layer)
-        # A copy: what comes next may write into it, as ReLU(inplace=True) does.
-        self.probe.caught[self.layer] = pooled(found, channel_axis(found, self.first)).clone()
+        tensor = tensor_of(output, self.layer)
+        # A copy: the next module may overwrite it, as ReLU(inplace=True) does.
+        self.probe.caught[self.layer] = pooled(tensor, channel_axis(tensor, self.first)).clone()
 
 
-def extend(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Sequence[str]) -> None:
-    """Put a probe of these layers in the place of the head.
+def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Sequence[str]) -> None:
+    """Replace the head by one that is fed from layers.
 
     Args:
         model: wrapped or not.
         layers: its layers, input side first.
         example: an input.
-        globs: of layers; the last one stands for what enters the head.
+        globs: of layers; the last layer means the head's input.
 
     Raises:
         SelectorError: a glob matches no layer.
-        SpecError: there is no example, or no head that can be replaced.
+        SpecError: there is no example, or the head cannot be replaced.
     """
     model = unwrap(model)
     plan = Plan.draw(layers, {}, {})
     name, last = plan.head_module, plan.layers[-1]
-    found = {layer for names in select(globs, plan.layers, "layer").values() for layer in names}
+    chosen = {layer for names in select(globs, plan.layers, "layer").values() for layer in names}
     modules = {canonical(key): module for key, module in model.named_modules()}
     head = modules.get(name)
     if isinstance(head, ProbeHead):
@@ -110,24 +109,24 @@ def extend(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Seque
         )
     if example is None:
         raise SpecError(
-            f"FeatureExtraction: how many features the layers {sorted(found)} give is seen by running the model. Pass "
+            f"FeatureExtraction: how many features the layers {sorted(chosen)} give is seen by running the model. Pass "
             "adapt(..., example=a batch of inputs)."
         )
-    parts = {layer.name: layer.modules[-1] for layer in layers if layer.name in found - {last} and layer.modules}
-    if bare := found - {last} - parts.keys():
+    parts = {layer.name: layer.modules[-1] for layer in layers if layer.name in chosen - {last} and layer.modules}
+    if bare := chosen - {last} - parts.keys():
         raise SpecError(f"FeatureExtraction: {min(bare)!r} is a parameter outside all modules, so it has no output.")
     first = {layer: channels_first(rows) for layer, rows in plan.by_layer()}
     outputs, entered = _outputs(model, example, parts, name)
     sizes = {layer: outputs[layer].shape[channel_axis(outputs[layer], first[layer])] for layer in parts}
-    probe = ProbeHead(head, sizes, entered.shape[1] if last in found else 0)
+    probe = ProbeHead(head, sizes, entered.shape[1] if last in chosen else 0)
     for layer, module in parts.items():
         modules[module].register_forward_hook(_Tap(probe, layer, first[layer]))
     holder, _, key = name.rpartition(".")
     setattr(modules[holder], key, probe)
 
 
-def retract(model: nn.Module) -> None:
-    """Put the head that was replaced back."""
+def remove_probe_head(model: nn.Module) -> None:
+    """Restore the head that was replaced."""
     for parent in list(unwrap(model).modules()):
         remove_forward_hooks(parent, lambda hook: isinstance(hook, _Tap))
         for name, child in list(parent.named_children()):
@@ -136,7 +135,7 @@ def retract(model: nn.Module) -> None:
 
 
 def _outputs(model: nn.Module, example: Any, parts: dict[str, str], head: str) -> tuple[dict[str, Tensor], Tensor]:
-    """What layers put out and what enters the head, seen on a copy of the model in eval mode."""
+    """Return the outputs of layers and the input of the head, from a copy of the model in eval mode."""
     trial = copy.deepcopy(model).eval()
     modules = {canonical(name): module for name, module in trial.named_modules()}
     outputs: dict[str, Tensor] = {}
@@ -151,7 +150,7 @@ def _outputs(model: nn.Module, example: Any, parts: dict[str, str], head: str) -
             try:
                 call(trial)
                 break
-            except Exception as caught:  # noqa: BLE001 - a model may fail in any way; the next attempt decides
+            except Exception as caught:  # noqa: BLE001 - a model may fail in any way; the next way to call it may work
                 error = caught
         else:
             raise SpecError(f"example: the model cannot be called with it: {error}. Pass a batch of inputs.") from error

@@ -1,4 +1,4 @@
-"""Rows gathered batch by batch: in memory, or beyond a limit in a file that is mapped."""
+"""Rows of a matrix, collected batch by batch in memory, or in a mapped file above a limit."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from torch import Tensor
 
 __all__ = ["RowStore"]
 
-_LIMIT = 2 << 30  # bytes kept in memory
+_LIMIT = 2 << 30  # bytes
 
 
 class RowStore:
     """A matrix that grows by rows.
 
     Args:
-        limit: bytes in memory; beyond it all rows go into a temporary file without a name, which goes with the matrix.
+        limit: bytes to keep in memory. Above it all rows are written to an unnamed temporary file, which is deleted
+            with the matrix.
     """
 
     def __init__(self, limit: int = _LIMIT) -> None:
         self._limit = limit
-        self._held: list[Any] = []
+        self._buffer: list[Any] = []
         self._shape = (0, 0)
         self._file: Any = None
 
     def add(self, rows: Tensor) -> None:
-        """More rows, (n, D); half precision becomes single."""
+        """Append rows (n, D); half precision becomes single."""
         wide = rows.detach() if rows.itemsize >= 4 else rows.detach().float()
-        self._held.append(np.ascontiguousarray(wide.cpu().numpy()))
+        self._buffer.append(np.ascontiguousarray(wide.cpu().numpy()))
         self._shape = (self._shape[0] + len(wide), wide.shape[1])
-        self._dtype = self._held[-1].dtype
+        self._dtype = self._buffer[-1].dtype
         if self._dtype.itemsize * self._shape[0] * self._shape[1] > self._limit:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="conservtl-")  # noqa: SIM115 - closed with this object
                 weakref.finalize(self, self._file.close)
-            for held in self._held:
-                self._file.write(held.data)
-            self._held = []
+            for block in self._buffer:
+                self._file.write(block.data)
+            self._buffer = []
 
     def matrix(self) -> Any:
-        """All of them, an array that can be written to."""
+        """Return all rows as a writable array."""
         if self._file is None:
-            return np.concatenate(self._held)
+            return np.concatenate(self._buffer)
         self._file.flush()
         return np.memmap(self._file, self._dtype, "r+", shape=self._shape)

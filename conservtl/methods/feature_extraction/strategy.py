@@ -1,4 +1,4 @@
-"""Feature extraction: the source model as it is, a new head on top."""
+"""Feature extraction: a new head on the frozen source model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
+from conservtl.bounds import Positive
 from conservtl.errors import SpecError
 from conservtl.layers import Layer
 from conservtl.methods.base import Order, Strategy, TestFields
-from conservtl.methods.feature_extraction import probe_head
 from conservtl.methods.feature_extraction.fitted_head import FittedHead
+from conservtl.methods.feature_extraction.probe_head import add_probe_head, remove_probe_head
 from conservtl.plan.plan import Plan
 
 __all__ = ["FeatureExtraction"]
@@ -21,18 +22,18 @@ _C = {"svm": 0.03, "logistic": 0.1}
 
 
 class FeatureExtraction(Strategy):
-    r"""Freeze everything and put a new head on it: trained, or fitted to the features.
+    r"""Freeze everything and put a new head on it, trained by gradient or fitted to the features.
 
-    The head is the classifier: fresh already where its labels or its shape differ, and made fresh
-    where it would fit. Whatever else is fresh is trained with it; the norm before it stays the
-    source's.
+    The head is the classifier. It is fresh already if its labels or its shape differ, and is made fresh if not. Other
+    fresh parameters are trained with it; the norm before it stays the source's.
 
-    ``classifier="linear"`` trains it by gradient. The frozen body's features are computed once and reused by ``fit``
-    where nothing random stands before them (no augmentation, no active dropout) and they come from the last layer.
+    ``classifier="linear"`` trains the head by gradient. ``fit`` computes the frozen body's features once and reuses
+    them if nothing random acts before them (augmentation, dropout) and they come from the last layer.
 
-    The others are fitted once training is over (there is none, unless other layers are fresh) to the features x of the
-    training data, computed once, in eval mode and without augmentation, and kept in memory, beyond 2 GiB in a mapped
-    file. They are linear, s = W x + b, and written into the head, so that the model's weights are all that is saved.
+    The other classifiers are fitted after training (there is none, unless other parameters are fresh) to the features
+    x of the training data. These are computed once, in eval mode and without augmentation, and kept in memory, above
+    2 GiB in a mapped file. The classifiers are linear, s = W x + b, and written into the head, so that the model's
+    weights hold everything.
 
     .. math:: \text{svm:}\quad \min \tfrac{1}{2}|w_c|^2 + C \sum_i \max(0, 1 - y_{ic} s_{ic})^2
               \quad\text{for each class } c \text{ against the rest}, y = \pm 1
@@ -42,17 +43,25 @@ class FeatureExtraction(Strategy):
     .. math:: \text{ncm:}\quad s_c = 2\, m_c \cdot x - |m_c|^2, \quad m_c \text{ the mean of class } c:
               \text{ the nearest has the largest score}
 
-    The first two on features of mean 0 and variance 1 over the training data, which W and b take in. C stands on a sum
-    over examples: more of them weaken the regularisation. Only the logistic scores are meant as probabilities.
+    The first two are fitted to features scaled to mean 0 and variance 1 over the training data; W and b include the
+    scaling. C multiplies a sum over examples, so more examples weaken the regularisation. Only the logistic scores are
+    meant as probabilities.
 
-    With ``layers`` the features are the outputs of those, means over positions, side by side. The new head takes the
-    place of the model's, under its name, and is fed from them; how many they are is seen by running ``example``.
+    With ``layers`` the features are the outputs of these layers, as means over positions, concatenated. The new head
+    replaces the model's under the same name. Running ``example`` shows the number of features.
 
-    Cost: one forward pass for each example; scikit-learn works on a copy in double precision (svm).
+    Cost: one forward pass for each example; for svm, scikit-learn works on a copy in double precision.
 
     Reference:
         Donahue et al. 2014, "DeCAF"; Sharif Razavian et al. 2014, "CNN features off-the-shelf". Mensink et al. 2013,
         "Distance-based image classification: Generalizing to new classes at near-zero cost" (nearest class mean).
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> source, model = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)) for _ in range(2))
+        >>> plan = ctl.adapt(model, source, [ctl.FeatureExtraction()]).plan
+        >>> [(row.name, row.origin, row.frozen) for row in plan.rows if row.kind == "weight"]
+        [('0.weight', 'source', True), ('1.weight', 'fresh', False)]
     """
 
     kind: Literal["feature_extraction"] = "feature_extraction"
@@ -60,13 +69,13 @@ class FeatureExtraction(Strategy):
     replaces_head: ClassVar[bool] = True
     test_fields: ClassVar[TestFields] = ({"C": None},)
     classifier: Literal["linear", "svm", "logistic", "ncm"] = "linear"
-    """linear: trained by gradient. svm: a linear SVM, logistic: multinomial logistic regression, ncm: nearest class
-    mean, fitted to the features (svm and logistic by scikit-learn)."""
-    C: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Strength of the loss against the regularisation of svm and logistic. None: 0.03 for svm, 0.1 for logistic."""
+    """linear: trained by gradient. Fitted to the features (svm and logistic by scikit-learn): svm, a linear SVM;
+    logistic, multinomial logistic regression; ncm, nearest class mean."""
+    C: Positive | None = None
+    """Weight of the loss relative to the regularisation, for svm and logistic. None: 0.03 for svm, 0.1 for logistic."""
     layers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Names or globs of the layers whose outputs are the features; the last stands for what enters the head. None: that
-    alone."""
+    """Names or globs of the layers whose outputs are the features; the last layer means the head's input. None: the
+    head's input alone."""
 
     @model_validator(mode="after")
     def _regularised(self) -> Self:
@@ -76,21 +85,21 @@ class FeatureExtraction(Strategy):
 
     @property
     def extends(self) -> bool:
-        """Whether it puts another head on the model."""
+        """Whether the head is replaced by one that is fed from layers."""
         return self.layers is not None
 
     def apply(self, plan: Plan) -> Plan:
-        """Freeze the body; the head is fresh, and trained or fitted."""
+        """Freeze the body, and make the head fresh: trained or fitted."""
         head = plan.head
-        made = [name for name in head if name not in plan.fresh]
+        copied = [name for name in head if name not in plan.fresh]
         fresh = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
-        plan = plan.choose(self.label, "origin", dict.fromkeys(made, fresh))
+        plan = plan.choose(self.label, "origin", dict.fromkeys(copied, fresh))
         body = {row.name: {"frozen": True} for row in plan.rows if row.origin == "source"}
         plan = plan.choose(self.label, "frozen", body, explicit=False)
-        learns = [row.name for row in plan.rows if row.name not in head and (row.origin == "fresh" or not row.frozen)]
-        # What else is to learn needs a head to learn under; a fitted one comes when that is done.
+        others = [row.name for row in plan.rows if row.name not in head and (row.origin == "fresh" or not row.frozen)]
+        # Other trained parameters need a head to be trained under; a fitted head replaces it afterwards.
         fitted = self.classifier != "linear"
-        frozen = {name: {"frozen": fitted and not learns} for name in plan.fresh}
+        frozen = {name: {"frozen": fitted and not others} for name in plan.fresh}
         plan = plan.choose(self.label, "frozen", frozen)
         return plan.with_after(self._fitted(plan)) if fitted else plan
 
@@ -108,11 +117,11 @@ class FeatureExtraction(Strategy):
         return FittedHead(by=self.label, classifier=self.classifier, C=strength, head=name)
 
     def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:
-        """Put a head in the model's place that is fed from the layers; it adds nothing by another name."""
-        probe_head.extend(model, layers, example, self.layers or ())
+        """Replace the head by one that is fed from the layers, with parameters of the same names."""
+        add_probe_head(model, layers, example, self.layers or ())
         return {}
 
     def retract(self, model: nn.Module) -> None:
-        """Put the model's own head back."""
+        """Restore the model's own head."""
         if self.extends:
-            probe_head.retract(model)
+            remove_probe_head(model)
