@@ -90,38 +90,45 @@ class Adaptation:
     def optimizer(
         self, cls: Callable[..., torch.optim.Optimizer], *, pull: bool = True, **options: Any
     ) -> torch.optim.Optimizer:
-        """An optimizer with the plan's rates in its groups and the pull in its step.
+        """Return an optimizer with the plan's rates in its groups and the pull in its step.
 
-        The pull acts before the step, after any clipping of your own; call ``pull()`` before you clip
-        to have it clipped with the rest, as a term in the loss would be. Call this after the model has
-        been moved, wrapped or sharded.
+        The pull acts before the step, after clipping; call ``pull()`` before you clip to clip it with the task's
+        gradients, as a term in the loss would be. Call this after the model has been moved, wrapped or sharded.
 
         Args:
             cls: any optimizer class that takes groups and dense gradients.
-            pull: False for those who put ``penalty()`` into their loss.
+            pull: whether the step adds the penalties' gradients; False for a loss that contains ``penalty()``.
             options: passed to ``cls``; ``lr`` is the rate that the plan's ratios multiply.
 
         Raises:
-            SpecError: the optimizer cannot carry the plan out, or something must be measured first; the message says
-                why.
+            SpecError: the optimizer cannot carry out the plan, or a measurement or search must be made first.
+
+        Example:
+            >>> import torch, conservtl as ctl
+            >>> source, model = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+            >>> adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=0.1)])
+            >>> optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3)
         """
         return self.bound.make_optimizer(cls, options, pull=pull)
 
     def loss(self, loss: Tensor, outputs: Any, inputs: Any = None, *, source: View | None = None) -> Tensor:
-        """The task's loss with the plan's terms on outputs and features: what to call ``backward`` on.
+        """Return the loss to call ``backward`` on: the task's loss with the plan's terms on outputs and features.
 
-        Without such terms it is the loss as it is.
+        Without such terms it is ``loss`` itself.
 
         Args:
-            loss: of the task, a scalar, the mean over the batch.
-            outputs: what the model gave in the forward pass just made.
-            inputs: what it was given: a tensor, a tuple of positional or a dictionary of keyword arguments. The
-                source model is run on the same, in eval mode, under the autocast that is active here.
-            source: instead of ``inputs``: what ``source_view(inputs)`` gave, kept from an earlier epoch.
+            loss: the task's loss, a scalar, the mean over the batch.
+            outputs: the model's outputs in the forward pass just made.
+            inputs: the model's inputs in that pass: a tensor, a tuple of positional or a dictionary of keyword
+                arguments. The source model is run on them in eval mode, under the autocast that is active here.
+            source: instead of ``inputs``, the result of ``source_view(inputs)`` from an earlier epoch.
+
+        Returns:
+            A scalar.
 
         Raises:
-            SpecError: the loss is no scalar, the source's view is needed and neither is given, or the model made no
-                forward pass.
+            SpecError: the loss is no scalar, a term needs the source's view and neither ``inputs`` nor ``source`` is
+                given, or the model made no forward pass.
         """
         if loss.ndim:
             raise SpecError(
@@ -161,21 +168,21 @@ class Adaptation:
         loss: Loss = cross_entropy,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Measure what the plan asks for on this data, once, before training.
+        """Make the plan's measurements on this data, once, before training.
 
-        Many processes: all call it together, on the same data, before the model is wrapped.
+        With many processes, all call this together, on the same data, before the model is wrapped.
 
         Args:
-            batches: a list, a DataLoader or the like of (inputs, labels), or of what ``forward`` and ``loss`` take;
-                gone through more than once.
-            on: whether they are the target's or the source's; the plan says what it needs.
+            batches: a list, a DataLoader or another collection of (inputs, labels), or of batches that ``forward`` and
+                ``loss`` take; iterated repeatedly.
+            on: domain of the batches; measurements on the other domain are left out.
             forward: (model, batch) -> outputs.
             loss: (outputs, batch) -> scalar, the mean over the batch.
-            autocast: makes the context of each forward pass.
+            autocast: returns the context of each forward pass.
 
         Raises:
-            DataError: there are no batches, a single one, or a generator of them.
-            SpecError: the model cannot be measured so; the message says why.
+            DataError: there are no batches, a single one, or an iterator.
+            SpecError: the measurement is not possible on this model.
         """
         for one in self.bound.unmeasured():
             if one.data == on:
@@ -187,24 +194,24 @@ class Adaptation:
                 one.use(unwrap(self.model), found)
 
     def use_measured(self, name: str, found: Mapping[str, Tensor]) -> None:
-        """Take a measurement that was made before, instead of measuring: a Fisher that was saved with a run, say.
+        """Use a measurement made before, such as a Fisher saved with a run, instead of measuring.
 
         Args:
-            name: of the measurement, as the plan has it.
-            found: name -> tensor, as ``measured[name]`` holds it.
+            name: name of the measurement in the plan.
+            found: name -> tensor, in the form of ``measured[name]``.
 
         Raises:
-            SpecError: the plan has no such measurement, or it does not fit the model.
+            SpecError: the plan has no such measurement, or the tensors do not fit the model.
         """
-        wanted = {one.name: one for one in self.plan.measures}
-        if name not in wanted:
-            raise SpecError(f"use_measured: the plan measures {sorted(wanted)}; received {name!r}. Use one of those.")
-        own = {key: tensor.detach().to("cpu", copy=True) for key, tensor in found.items()}
-        wanted[name].verify(own)
-        check_importance(self.plan, {name: own})
-        self.measured[name] = own
+        measures = {one.name: one for one in self.plan.measures}
+        if name not in measures:
+            raise SpecError(f"use_measured: the plan measures {sorted(measures)}; received {name!r}. Use one of those.")
+        copied = {key: tensor.detach().to("cpu", copy=True) for key, tensor in found.items()}
+        measures[name].verify(copied)
+        check_importance(self.plan, {name: copied})
+        self.measured[name] = copied
         self.bound.anchors.forget()
-        wanted[name].use(unwrap(self.model), own)
+        measures[name].use(unwrap(self.model), copied)
 
     def replan(self, **facts: str) -> None:
         """Draw up the plan again with new facts, before an optimizer is made.
@@ -227,44 +234,47 @@ class Adaptation:
         objective: Callable[[nn.Module, Any], Tensor] = _finishing.mean_cross_entropy,
         margin: float = 0.0,
     ) -> dict[str, Any]:
-        """Do what the plan asks for once training is over; ``fit`` does so by itself.
+        """Carry out the plan's ``after`` decisions at the end of training; ``fit`` does this by itself.
 
         Args:
-            batches: the training data's, for what recomputes statistics; gone through more than once.
+            batches: batches of the training data, to recompute statistics on; iterated repeatedly.
             forward: (model, batch) -> outputs.
-            score: () -> score of the model as it is, on a validation part; higher is better.
-            valid: the validation part's batches, to be gone through more than once.
-            objective: (model, batch of ``valid``) -> its loss, a scalar.
-            margin: differences of the score that are no more than chance: what half an example is worth, say.
+            score: () -> score of the model's current weights on a validation part; higher is better.
+            valid: batches of the validation part; iterated repeatedly.
+            objective: (model, batch of ``valid``) -> loss, a scalar.
+            margin: largest difference of two scores that counts as chance, such as that of half an example.
 
         Returns:
-            What a report may want to say.
+            Name of each decision -> its facts for a report.
+
+        Raises:
+            SpecError: a decision needs a validation part, or batches, and there are none.
         """
         return _finishing.finish(self.bound, self.start, batches, forward, score, valid, objective, margin)
 
     def merged(self) -> nn.Module:
-        """A copy of the model without what strategies added to it, where that can be merged into the weights exactly.
+        """Return a copy of the model in which added parameters are merged into the weights, if that is exact.
 
-        What cannot be merged stays in it. Where nothing was added it is a plain copy.
+        Additions that cannot be merged stay. Without additions it is a plain copy.
         """
         return _finishing.merged(self.bound)
 
     def restore_weights(self) -> None:
-        """Put the weights back that an update has replaced for a training pass (Mixout), where no step followed it.
+        """Restore plain weights if an update (Mixout) replaced them for a forward pass that no step followed.
 
-        Saving the model, evaluating it and the methods here do so by themselves; call it where you read the weights
-        otherwise after a step that a scaler skipped.
+        Saving or evaluating the model, and the methods here, do this by themselves. Call it before you read the
+        weights in another way after a step that a scaler skipped.
         """
         self.bound.restore_weights()
 
     def pull(self, scaler: GradScaler | None = None) -> None:
-        """Add the coupled pull to the gradients now, for those who clip: backward, pull, clip, step.
+        """Add the coupled pull to the gradients now, to clip it with them: backward, pull, clip, step.
 
-        The next step then adds nothing. A decoupled pull is no gradient, and stays in the step. To throw away what
-        ``backward`` and ``pull`` made, without a step, set gradients to None (torch's default), not to zero.
+        The next step then adds nothing. A decoupled pull is no gradient, and stays in the step. To discard gradients
+        without a step, set them to None (torch's default), not to zero.
 
         Args:
-            scaler: the GradScaler of an fp16 loop; gradients still scaled are unscaled first.
+            scaler: the GradScaler of an fp16 loop; gradients that are still scaled are unscaled first.
 
         Raises:
             SpecError: no optimizer has been made yet.
@@ -274,27 +284,25 @@ class Adaptation:
         self.bound.hook.add(scaler)
 
     def penalty(self) -> Tensor:
-        """Return the sum of the plan's penalties over what is trained now, a scalar with gradient.
+        """Return the sum of the plan's penalties over the parameters that are trained now, a scalar with gradient.
 
-        For ``L2SP`` it is alpha/2 |w_S - w0|^2 + beta/2 |w_N|^2.
-
-        For a log, or for the loss of a loop whose optimizer was made with ``pull=False``. Where parameters
-        are sharded, all processes call it together, and ``drift()`` too.
+        For ``L2SP`` it is alpha/2 |w_S - w0|^2 + beta/2 |w_N|^2. Log it, or add it to the loss if the optimizer was
+        made with ``pull=False``. With sharded parameters all processes call this, and ``drift()``, together.
 
         Raises:
-            SpecError: a penalty reads what is not measured yet.
+            SpecError: a penalty reads a measurement that has not been made.
         """
         return total_penalty(self.bound, named_parameters(self.model))
 
     def drift(self) -> dict[str, float]:
-        """How far each layer has moved: |w - w0| / |w0| over its parameters from the source; fresh layers left out."""
+        """Return layer -> |w - w0| / |w0| over its parameters from the source; fresh layers are left out."""
         self.restore_weights()
         return self.bound.anchors.drift(self.plan, self.model)
 
     def start_phase(self, phase: int) -> None:
         """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates.
 
-        A scheduler of torch's keeps the rates it began with: make a new one after this.
+        A scheduler of torch keeps its first rates: make a new one after this.
 
         Args:
             phase: position in ``plan.phases``.

@@ -110,7 +110,8 @@ class BoundPlan:
         """
         if outstanding := self.outstanding():
             first = outstanding[0]
-            raise SpecError(f"{first.by} needs a measurement first ({first.describe()}). {first.remedy}")
+            kind = "search" if isinstance(first, Search) else "measurement"
+            raise SpecError(f"{first.by} needs a {kind} first ({first.describe()}). {first.remedy}")
 
     def make_optimizer(
         self, cls: Callable[..., torch.optim.Optimizer], options: dict[str, Any], *, pull: bool

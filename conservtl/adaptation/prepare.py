@@ -1,4 +1,4 @@
-"""The entry for people with a loop of their own: a plan drawn up, weights copied. Prepares, never trains."""
+"""The entry point: ``adapt`` draws up a plan and copies the source's weights; it never trains."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ def adapt(
     fresh: Sequence[str] | Mapping[str, str] = (),
     allow: Sequence[str] = (),
 ) -> Adaptation:
-    """Prepares and never trains: draws up the plan, copies the source's weights, fixes the anchors.
+    """Draw up the plan, copy the source's weights and fix the anchors; nothing is trained.
 
-    The model is changed in place (``adaptation.model is model``), after everything has been checked.
-    Many processes: initialise the process group first, adapt, then wrap.
+    The model is changed in place (``adaptation.model is model``), after everything has been checked. With many
+    processes, initialise the process group first, adapt, then wrap.
 
     Args:
         model: built for the target task, on any device.
         source: a path, a state dict or a model; see ``read_source``.
-        strategies: their order does not matter. None at all is plain fine-tuning.
-        example: a batch as the model takes it (a tensor, a tuple of positional or a dictionary of
-            keyword arguments); finds the order of layers by running a copy of the model once.
-        layers: globs of parameter names, input side first, to say yourself what the layers are.
-        fresh: globs of parameters or layers not to be copied even where they fit, a head for other labels
-            say; as a mapping, glob -> the reason that the plan gives.
-        allow: globs of modules that may be missing in the model, or built differently than in a
-            source that is a model.
+        strategies: in any order; none is plain fine-tuning.
+        example: a batch as the model takes it (a tensor, a tuple of positional or a dictionary of keyword arguments),
+            to find the order of layers by running a copy of the model once.
+        layers: globs of parameter names, input side first, that define the layers.
+        fresh: globs of parameters or layers not to copy although they fit, such as a head for other labels; or a
+            mapping glob -> reason, which the plan shows.
+        allow: globs of modules that the model may lack, or build differently, if the source is a model.
+
+    Returns:
+        The adaptation, at its starting point.
 
     Raises:
-        InputError: one of its kinds, with what to mend.
+        InputError: one of its kinds; the message says what to change.
 
     Example:
         >>> import torch, conservtl as ctl
@@ -64,13 +66,13 @@ def adapt(
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
     if isinstance(strategies, (Strategy, str)):
         raise SpecError(f"strategies must be a list: write [{strategies!r}].")
-    chosen = tuple(one for one in map(as_strategy, strategies) if one.concerns(unwrap(model)))
+    chosen = tuple(strategy for strategy in map(as_strategy, strategies) if strategy.concerns(unwrap(model)))
     read = read_source(source)
     if read.module is not None and read.module is not unwrap(model):
         check_structure(model, read.module, allow)
     read = read.matched(map(canonical, unwrap(model).state_dict()))
     read.check_finite(other_than=_masks(model))
-    bare = copy.deepcopy(unwrap(model)) if any(one.extends for one in chosen) else unwrap(model)
+    bare = copy.deepcopy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
     added, layers = extend_all(model, chosen, example, layers)
     try:
         _check_merged(read, added)
@@ -87,7 +89,7 @@ def adapt(
             check_extensions(plan, read.module)
         head = _own_head(plan, declared)
         names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
-        compared = any(term.source for term in plan.terms) or any(one.data == "source" for one in plan.measures)
+        compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
         source_model = build_source_model(bare, read, names) if compared else None
     except BaseException:
         retract_all(model, chosen)
@@ -97,14 +99,14 @@ def adapt(
 
 
 def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:
-    """Name of the head's module, where the target has labels of its own: another shape, or declared fresh."""
+    """Return the head's module if the target has labels of its own: another shape, or declared fresh; else None."""
     rows = [plan[name] for name in plan.head]
     other = any(row.name in declared or (row.source_shape or row.shape) != row.shape for row in rows)
     return rows[0].name.rpartition(".")[0] if other else None
 
 
 def _check_merged(source: Source, added: Iterable[str]) -> None:
-    """Refuse a source that was adapted and still holds what was added to it: it would be left behind."""
+    """Raise if the source holds parameters that an earlier adaptation added: they would not be copied."""
     if left := [name for name in added if name in source.tensors]:
         raise SourceError(
             f"{source.where} holds {left[0]!r}, which a strategy added to it when it was adapted. Merge it into its "
@@ -113,13 +115,13 @@ def _check_merged(source: Source, added: Iterable[str]) -> None:
 
 
 def _masks(model: nn.Module) -> set[str]:
-    """Buffers that may hold infinities by design: all but running statistics."""
+    """Return the buffers that may hold infinities by design: all but running statistics."""
     buffers = {canonical(name) for name, _ in unwrap(model).named_buffers()}
     return {name for name in buffers if not name.endswith(("running_mean", "running_var"))}
 
 
 def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Parameters declared fresh by a glob of parameter or layer names -> the reason."""
+    """Return parameter -> reason, for those declared fresh by a glob of parameter or layer names."""
     if isinstance(fresh, str):
         raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
     reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}

@@ -1,4 +1,4 @@
-"""The channel axis of a layer's features, and their means over positions."""
+"""Channel axis of a layer's features, and means over positions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["channel_axis", "channels_first", "pooled"]
 
 
 def channels_first(rows: tuple[Row, ...]) -> int:
-    """Number of dimensions with which a layer's output has its channels second, (N, C, ...); 0: always last.
+    """Return the number of dimensions of outputs whose channels are second, (N, C, ...); 0: channels are always last.
 
-    Those of its convolutions: with as many dimensions as their weights outputs are theirs, with other numbers of
-    something behind them. In one dimension (N, C, frames) and (N, frames, C) look alike: there the layer's last weight
-    decides, so that a Conformer's block, which ends with a linear layer, has them last.
+    A layer with convolutions has outputs of as many dimensions as their weights; outputs with another number come from
+    a later module. For one spatial dimension (N, C, frames) and (N, frames, C) have equally many: there the layer's
+    last weight decides, so that a Conformer's block, which ends with a linear layer, has its channels last.
     """
     counts = [len(row.shape) for row in rows if row.kind == "weight"]
     most = max(counts, default=0)
@@ -22,15 +22,18 @@ def channels_first(rows: tuple[Row, ...]) -> int:
 
 
 def channel_axis(features: Tensor, first: int) -> int:
-    """Axis of the channels, given what ``channels_first`` says of the layer."""
+    """Return the channel axis; ``first`` is the layer's ``channels_first``."""
     return 1 if features.ndim == first else features.ndim - 1
 
 
 def pooled(features: Tensor, axis: int) -> Tensor:
-    """Means (N, channels) over all positions of (N, ...).
+    """Return the means over all positions.
 
     Args:
-        features: at least two dimensions.
-        axis: of the channels.
+        features: (N, ...), of at least two dimensions.
+        axis: axis of the channels.
+
+    Returns:
+        (N, channels).
     """
     return features.movedim(axis, 1).flatten(2).mean(2) if features.ndim > 2 else features

@@ -1,4 +1,4 @@
-"""Freezing, one policy for all strategies: no gradient, no update, no drifting statistics."""
+"""Freezing, the same for all strategies: no gradient, no update, no change of running statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class _StayInEval:
-    """Stands in for a norm's ``train`` method, which every ``model.train()`` calls."""
+    """Replaces a norm's ``train`` method, which every ``model.train()`` calls."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
@@ -34,13 +34,13 @@ class _StayInEval:
 def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep: Collection[str] = ()) -> None:
     """Freeze these parameters and train the others.
 
-    A frozen parameter's ``grad`` is dropped: a zeroed one would still get weight decay and momentum.
+    A frozen parameter's ``grad`` is set to None: with a zero gradient it would still get weight decay and momentum.
 
     Args:
         parameters: all parameters by name.
         frozen: names to freeze.
-        keep: names among them that keep receiving gradients, which are then dropped before each step
-            (under DDP a parameter unfrozen after wrapping would never be reduced).
+        keep: names among them that still receive gradients, which are dropped before each step: DDP would never
+            synchronise a parameter that is unfrozen after wrapping.
     """
     for name, parameter in parameters.items():
         parameter.requires_grad_((name not in frozen or name in keep) and parameter.is_floating_point())
@@ -49,31 +49,31 @@ def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep
 
 
 def norms_with_rows(model: nn.Module, rows: Iterable[Row], layers: tuple[Layer, ...]) -> dict[nn.Module, list[Row]]:
-    """Each norm that tracks statistics, with the rows that speak for it: its own parameters', or else its layer's."""
+    """Return each norm that tracks statistics with the rows of its parameters, or of its layer if it has none."""
     own_rows = {row.name: row for row in rows if not row.added}
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
-    found = {}
+    norms = {}
     for module, norm in model.named_modules():
         if tracks_statistics(norm):
             own = [name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in own_rows]
             if not own and (layer := layer_of(layers, canonical(module))):
                 own = [info.name for info in layer.parameters if info.name in own_rows]
-            found[norm] = [own_rows[name] for name in own]
-    return found
+            norms[norm] = [own_rows[name] for name in own]
+    return norms
 
 
 def holds(rows: Sequence[Row], frozen: Collection[str]) -> bool:
-    """Whether a norm with these rows keeps its statistics: all of it is frozen, or a strategy said so."""
+    """Whether a norm with these rows keeps its statistics: all rows are frozen, or a strategy decides so."""
     return any(row.statistics == "hold" for row in rows) or (bool(rows) and all(row.name in frozen for row in rows))
 
 
 def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], training: bool) -> None:
-    """Keep the norms of frozen layers in eval mode through every ``train()``, and free the others.
+    """Keep the norms of frozen layers in eval mode through every ``train()``, and release the others.
 
     Args:
         norms: all norms that track statistics.
         held: those whose layers are frozen.
-        training: the mode of the model, taken by a norm that is freed.
+        training: mode of the model, which a released norm takes.
     """
     for norm in norms:
         if norm in held:
@@ -84,10 +84,10 @@ def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], tra
 
 
 def tracks_statistics(module: nn.Module) -> bool:
-    """Whether a module keeps running statistics of what passes through it."""
+    """Whether a module keeps running statistics of its inputs."""
     return isinstance(module, NormBase) and module.track_running_stats
 
 
 def keeps_batch_statistics(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that keeps running statistics; an instance norm computes each example's own."""
+    """Whether a module is a batch norm that keeps running statistics; an instance norm uses each example's own."""
     return isinstance(module, BatchNormBase) and tracks_statistics(module)

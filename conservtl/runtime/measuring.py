@@ -1,4 +1,4 @@
-"""Measuring before training: the model in eval mode, everything afterwards as it was."""
+"""Measurements before training, with the model in eval mode and restored afterwards."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ def measure(
     loss: Loss,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Tensor]:
-    """Carry out one measurement; modes, gradients, buffers and random generators are left as found.
+    """Make one measurement; modes, gradients, buffers and random generators are restored.
 
     Args:
-        one: what to measure.
+        one: the measurement.
         model: on its device.
-        batches: to be gone through more than once; moved to the model's device one by one.
+        batches: iterated repeatedly; moved to the model's device one by one.
         layers: layer -> name of its module.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
-        autocast: makes the context of each forward pass.
+        autocast: returns the context of each forward pass.
 
     Returns:
         Name -> tensor, on the CPU.
 
     Raises:
-        DataError: there are no batches, a single one, or a generator of them.
+        DataError: there are no batches, a single one, or an iterator.
     """
     check_batches(batches, one.by)
     if next(iter(batches), None) is None:
-        raise DataError(f"{one.by}: there are no batches to measure on. Give some, to be gone through more than once.")
+        raise DataError(f"{one.by}: there are no batches to measure on. Pass a non-empty collection of batches.")
     parameters = named_parameters(model)
     device = next(iter(parameters.values())).device
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
-    found = {layer: modules[name] for layer, name in layers.items() if name in modules}
-    probe = MeasureContext(model, Placed(batches, device), forward, loss, found, parameters, autocast)
+    tapped = {layer: modules[name] for layer, name in layers.items() if name in modules}
+    context = MeasureContext(model, Placed(batches, device), forward, loss, tapped, parameters, autocast)
     with (
         eval_mode(model),
         preserve_buffers(model),
         preserve_gradients(parameters.values()),
         torch.random.fork_rng(),
     ):
-        return {name: _agreed(tensor.detach(), device) for name, tensor in one.compute(probe).items()}
+        return {name: _agreed(tensor.detach(), device) for name, tensor in one.compute(context).items()}
 
 
 def _agreed(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the CPU; of many processes the first one's, so that rounding does not drive them apart."""
+    """Return the tensor on the CPU; with many processes that of the first, so that rounding does not separate them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         tensor = tensor.to(device).contiguous()
         torch.distributed.broadcast(tensor, 0)
@@ -94,7 +94,7 @@ def check_importance(plan: Plan, measured: Mapping[str, Mapping[str, Tensor]]) -
 
 
 class Placed:
-    """Batches on a device, each moved when it is asked for."""
+    """Iterable over batches that moves each to a device when it is reached."""
 
     def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
         self._batches, self._device = batches, device

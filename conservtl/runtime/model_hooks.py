@@ -1,4 +1,4 @@
-"""Hooks of a model that know who listens: before each forward pass, and before its state dict is made."""
+"""Hooks of a model: before each forward pass, and before its state dict is made."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ __all__ = ["ForwardHook", "Listener", "StateDictHook"]
 
 
 class Listener(Protocol):
-    """Who wants to know."""
+    """Object that a hook calls."""
 
     def before_forward(self, *, training: bool) -> None:
-        """A forward pass begins; ``training``: in train mode and with gradients."""
+        """Prepare for a forward pass; ``training``: in train mode and with gradients."""
 
     def restore_weights(self) -> None:
-        """The weights are about to be read."""
+        """Prepare for a read of the weights."""
 
 
 class ForwardHook:
-    """A forward pre-hook of the model that knows who listens. A copy of it, with a copied model, does nothing."""
+    """Forward pre-hook that calls its listener, held by a weak reference. A copy, in a copied model, does nothing."""
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = None if listener is None else weakref.ref(listener)
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        """Tell who listens, where there is someone left."""
+        """Call the listener if it still exists."""
         listener = self._listener() if self._listener is not None else None
         if listener is not None:
             self.act(listener, module)
 
     def act(self, listener: Listener, module: nn.Module) -> None:
-        """Tell it."""
+        """Announce a forward pass."""
         listener.before_forward(training=module.training and torch.is_grad_enabled())
 
     def __deepcopy__(self, _: Any) -> ForwardHook:
@@ -45,8 +45,8 @@ class ForwardHook:
 
 
 class StateDictHook(ForwardHook):
-    """The same, before the model's state dict is made."""
+    """Hook that calls its listener before the model's state dict is made."""
 
     def act(self, listener: Listener, _: nn.Module) -> None:
-        """Tell it."""
+        """Announce a read of the weights."""
         listener.restore_weights()

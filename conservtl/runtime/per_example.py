@@ -1,4 +1,4 @@
-"""Squared gradients of single examples, summed: never the square of a batch's gradient."""
+"""Sums of the squared gradients of single examples, which the square of a batch's gradient is not."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from conservtl.batches import replace_tensors, row_count, tensors_of
 
 __all__ = ["PerExample"]
 
-_ELEMENTS = 1 << 26  # of gradients at once
-_MOST = 64  # examples at once; beyond it a CPU gains nothing
+_ELEMENTS = 1 << 26  # most elements of gradients at once
+_MOST = 64  # most examples at once; more bring nothing on a CPU
 _SLOW = "There is a performance drop because we have not yet implemented the batching rule"
 
 Value = Callable[[nn.Module, Any], Tensor]
 
 
 class PerExample:
-    """Sums of squared gradients, as many examples at a time as fit; one at a time where ``vmap`` refuses the model.
+    """Sums of squared gradients, many examples at a time, or one at a time if ``vmap`` refuses the model.
 
-    It refuses what writes into its inputs, branches on values, or brings kernels of its own.
+    ``vmap`` refuses models that write into their inputs, branch on values, or have custom kernels.
 
     Args:
         model: in eval mode.
-        parameters: canonical name -> parameter to differentiate by.
+        parameters: canonical name -> parameter to differentiate with respect to.
         value: (model, batch of one) -> scalar.
     """
 
@@ -41,18 +41,18 @@ class PerExample:
         elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._chunk = max(1, min(_MOST, _ELEMENTS // max(1, elements)))
         self._batched = self._chunk > 1
-        # cuDNN's recurrences have no backward in eval mode, torch's own have
+        # cuDNN's recurrent layers have no backward in eval mode; torch's have.
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
 
     def squares(self, batch: Any, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Sum over a batch's examples of weight × squared gradient, by canonical name.
+        """Return the sum over a batch's examples of weight × squared gradient, by canonical name.
 
         Args:
-            batch: its tensors have an example a row; numbers are shared.
-            weights: (N,), one an example; None: 1.
+            batch: its tensors have one row per example; scalars are shared.
+            weights: (N,), one per example; None: 1.
 
         Raises:
-            SpecError: a tensor has no example a row.
+            SpecError: a tensor has another number of rows.
         """
         size = row_count(batch)
         weights = torch.ones(size) if weights is None else weights
@@ -74,7 +74,7 @@ class PerExample:
 
     @torch.no_grad()
     def _together(self, part: Any, weights: Tensor) -> dict[str, Tensor] | None:
-        """All examples in one pass, or None where the model cannot be batched over."""
+        """Return the sums of all examples in one pass; None if ``vmap`` refuses the model."""
         tensors = tensors_of(part)
 
         def one(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class PerExample:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=_SLOW)
                 gradients = vmap(grad(one), in_dims=(None, *places))(parameters, *tensors)
-        except Exception:  # noqa: BLE001 - a model may refuse in any way; what is wrong without vmap too, says so itself
+        except Exception:  # noqa: BLE001 - vmap may fail in any way; an error of the model itself is raised again one by one
             self._batched = False
             return None
         return {
@@ -114,7 +114,7 @@ class PerExample:
 
 
 class _Whole(nn.Module):
-    """The model and what is computed of its outputs, to be called with other parameters."""
+    """The model and a function of its outputs, to be called with other parameters."""
 
     def __init__(self, model: nn.Module, value: Value) -> None:
         super().__init__()
@@ -122,5 +122,5 @@ class _Whole(nn.Module):
         self._value = value
 
     def forward(self, batch: Any) -> Tensor:
-        """The value of a batch of one."""
+        """Return the value of a batch of one."""
         return self._value(self.model, batch)

@@ -1,4 +1,4 @@
-"""Taps: catch the outputs of layers and the inputs of modules in a forward pass."""
+"""Taps: record the outputs of layers and the inputs of modules in a forward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Taps", "tensor_of"]
 
 
 class _Tap:
-    """A forward hook that keeps the last output, or a pre-hook that keeps the last input.
+    """Forward hook that records the last output, or pre-hook that records the last input.
 
-    A copy of it, with a copied model, keeps nothing.
+    A copy, in a copied model, records nothing.
     """
 
     def __init__(self, layer: str) -> None:
@@ -27,7 +27,7 @@ class _Tap:
 
     def __call__(self, _: nn.Module, inputs: Any, output: Any = None) -> None:
         if self.live and torch.is_grad_enabled():
-            # A copy: what comes next may write into it, as ReLU(inplace=True) does.
+            # A copy: the next module may write into it, as ReLU(inplace=True) does.
             self.output = tensor_of(inputs if output is None else output, self.layer).clone()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,12 +35,15 @@ class _Tap:
 
 
 class Taps:
-    """Outputs of some layers, and inputs of some modules, caught as the model computes them.
+    """Records outputs of layers and inputs of modules in forward passes with gradients.
 
     Args:
-        model: hooks are put on its modules; its forward passes with gradients are listened to.
+        model: hooks are registered on its modules.
         layers: layer -> name of the module whose output is the layer's.
-        enters: names of the modules whose inputs are wanted.
+        enters: names of the modules whose inputs to record.
+
+    Raises:
+        SelectorError: the model has no such module.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], enters: Collection[str] = ()) -> None:
@@ -53,33 +56,37 @@ class Taps:
         self._handles += [modules[name].register_forward_pre_hook(tap) for name, tap in self._inputs.items()]
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What was caught in the last forward pass, once: features by layer, and inputs by module.
+        """Return the records of the last forward pass, once: layer -> features, and module -> input.
 
         Raises:
-            SpecError: there was none.
+            SpecError: there was no forward pass since the last call.
         """
-        wanted = [*self._taps.values(), *self._inputs.values()]
-        if missing := [tap.layer for tap in wanted if tap.output is None]:
+        taps = [*self._taps.values(), *self._inputs.values()]
+        if missing := [tap.layer for tap in taps if tap.output is None]:
             raise SpecError(
                 f"the outputs of {missing} are not known: the model made no forward pass with gradients since the last "
                 "loss. Call model(inputs) first, then adaptation.loss(...), once for each."
             )
-        found = {layer: tap.output for layer, tap in self._taps.items() if tap.output is not None}
+        features = {layer: tap.output for layer, tap in self._taps.items() if tap.output is not None}
         entered = {name: tap.output for name, tap in self._inputs.items() if tap.output is not None}
-        for tap in wanted:
+        for tap in taps:
             tap.output = None
-        return found, entered
+        return features, entered
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def tensor_of(output: Any, layer: str) -> Tensor:
-    """A layer's output: a tensor, or the first of what a recurrent or a transformer layer gives."""
+    """Return a layer's output: a tensor, or the first part of a tuple, as of recurrent and transformer layers.
+
+    Raises:
+        SpecError: the output is no tensor.
+    """
     while isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor):
-        raise SpecError(f"layer {layer!r} gives a {type(output).__name__}, no tensor to compare. Tap another layer.")
+        raise SpecError(f"layer {layer!r} returns a {type(output).__name__}, no tensor to compare. Tap another layer.")
     return output

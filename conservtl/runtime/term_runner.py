@@ -1,4 +1,4 @@
-"""The plan's terms on a model: what is added to the task's loss."""
+"""Terms of a plan, added to the task's loss."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class TermRunner:
     """Adds the terms of a plan to a loss.
 
     Args:
-        plan: whose terms are carried out.
-        model: the model that is trained; hooks are put on what is tapped.
+        plan: the plan.
+        model: the model that is trained; hooks are registered on tapped modules.
         layers: layer -> name of the module whose output is the layer's.
-        source_model: the source model, None where no term looks at it.
-        head: name of the head's module where the target has labels of its own.
+        source_model: the source model, None if no term needs it.
+        head: name of the head's module if the target has labels of its own.
+
+    Raises:
+        SpecError: a term taps a layer without an output.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class TermRunner:
         self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._head)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
-        self._added = False  # since the last step
+        self._added = False  # to a loss since the last step
         self.attach(model)
 
     @property
@@ -52,23 +55,23 @@ class TermRunner:
         return any(term.source for term in self.terms)
 
     def attach(self, model: nn.Module) -> None:
-        """Listen to a model: the one it was made for, or its copy."""
+        """Register the taps on a model: the one of the constructor, or its copy."""
         enters = [name for term in self.terms for name in term.enters]
         enters = list(dict.fromkeys([*enters, *([] if self._head is None else [self._head])]))
         if self._layers or enters:
             self._taps = Taps(model, self._layers, enters)
 
     def detach(self) -> None:
-        """Stop listening."""
+        """Remove the taps."""
         if self._taps is not None:
             self._taps.remove()
 
     def source_view(self, run: Callable[[nn.Module], Any], device: Any) -> View | None:
-        """What the source model makes of a batch; None where no term looks at it.
+        """Return the source model's view of a batch; None if no term needs it.
 
         Args:
-            run: calls a model with the batch.
-            device: where the batch is.
+            run: model -> outputs for the batch.
+            device: device of the batch.
         """
         if self.source_model is None or not self.needs_source:
             return None
@@ -78,12 +81,12 @@ class TermRunner:
     def objective(
         self, loss: Tensor, outputs: Any, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]
     ) -> Tensor:
-        """The loss with all terms.
+        """Return the loss with all terms.
 
         Args:
-            loss: the task's own, a scalar.
-            outputs: of the adapted model, from the forward pass just made.
-            source: what the source model makes of the same inputs.
+            loss: the task's loss, a scalar.
+            outputs: outputs of the adapted model in the forward pass just made.
+            source: the source model's view of the same inputs; None if no term needs it.
             measured: measurements by name.
         """
         if not loss.requires_grad:
@@ -99,12 +102,12 @@ class TermRunner:
         for term in self.terms:
             total = total * term.task
         for term in self.terms:
-            read = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
-            total = total + term.value(view, source if term.source else None, read)
+            measurements = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
+            total = total + term.value(view, source if term.source else None, measurements)
         return total
 
     def check_added(self) -> None:
-        """Refuse a step whose gradients lack the terms.
+        """Raise if the gradients of a step lack the terms.
 
         Raises:
             SpecError: there are terms, and none was added to a loss since the last step.
@@ -116,18 +119,18 @@ class TermRunner:
             )
         self._added = False
 
-    def _on(self, device: torch.device, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A measurement on the device, sent there once: a step must not wait for it."""
+    def _on(self, device: torch.device, name: str, measurement: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a measurement on the device, copied there once: a step must not wait for it."""
         placed = self._placed.get(name)
-        if placed is None or placed[0] is not found or placed[1] != device:
-            placed = found, device, {key: tensor.to(device) for key, tensor in found.items()}
+        if placed is None or placed[0] is not measurement or placed[1] != device:
+            placed = measurement, device, {key: tensor.to(device) for key, tensor in measurement.items()}
             self._placed[name] = placed
         return placed[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TermRunner:
         new = object.__new__(TermRunner)
         memo[id(self)] = new
-        new.__dict__.update(self.__dict__, _taps=None, _placed={})  # the source_model never changes, so copies share it
+        new.__dict__.update(self.__dict__, _taps=None, _placed={})  # copies share the source model, which never changes
         return new
 
     def __getstate__(self) -> dict[str, Any]:

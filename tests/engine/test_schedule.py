@@ -108,7 +108,7 @@ def test_a_schedule_needs_a_length(plain, data):
         def __iter__(self):
             yield data
 
-    with pytest.raises(ctl.SpecError, match="schedule is cosine, which needs the number of steps, but the training data has no length"):
+    with pytest.raises(ctl.SpecError, match="which needs the number of steps, but the training data has no length"):
         ctl.fit(plain(), Endless(), training=ctl.Training(schedule="cosine"))
 
 
