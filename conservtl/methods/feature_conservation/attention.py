@@ -1,4 +1,4 @@
-"""How much each channel of a layer matters to the task: the rise of the loss when it is zeroed."""
+"""Weight of each channel of a layer for the task: the rise of the loss if the channel is zeroed."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from conservtl.runtime.channels import channel_axis
 
 __all__ = ["AttentionMeasure"]
 
-_ELEMENTS = 1 << 24  # of a layer's output, repeated with a channel zeroed in each
+_ELEMENTS = 1 << 24  # of a layer's repeated output, with another channel zeroed in each copy
 
 
 class AttentionMeasure(Measure):
-    """Softmax over a layer's channels of the rise of the task's loss when a channel is zeroed, times their number.
+    """Softmax, over a layer's channels, of the rise of the task's loss if a channel is zeroed, times their number.
 
-    One pass over the data a layer, in the model's own precision: the layer's output is repeated for as many channels as
-    fit, another one zeroed in each, and what comes behind it sees them all as one batch.
+    One pass over the data for each layer, in the model's own precision. The layer's output is repeated for as many
+    channels as fit in memory, with another channel zeroed in each copy; the modules behind it see one large batch.
     """
 
     kind: Literal["attention"] = "attention"
     layers: tuple[str, ...]
-    """Layers."""
+    """Layers to measure."""
     first: dict[str, int] = Field(default_factory=dict)
-    """Layer -> number of dimensions with which its output has the channels second, not last."""
+    """Layer -> number of dimensions of its output if channels are its second axis, not its last."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
         return f"rise of the loss with each channel zeroed, at {', '.join(self.layers)}, on {self.data} data"
 
     def verify(self, found: Mapping[str, Tensor]) -> None:
-        """Hold it to a vector of weights for each layer."""
+        """Raise unless there is a vector of weights for each layer."""
         for layer in self.layers:
             shape = tuple(found[layer].shape) if layer in found else None
             if shape is None or len(shape) != 1:
@@ -48,7 +48,7 @@ class AttentionMeasure(Measure):
 
     @torch.no_grad()
     def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
-        """The attention of each layer, (channels,), 1 on average."""
+        """Return the attention of each layer, (channels,), 1 on average."""
         rises: dict[str, Tensor] = {}
         count = 0
         for batch in probe.batches:
@@ -62,12 +62,12 @@ class AttentionMeasure(Measure):
 
 
 class _Occluded:
-    """The model with channels of one layer zeroed.
+    """Losses of the model with channels of one layer zeroed.
 
     Args:
-        probe: the model and what is computed with it.
+        probe: the model and the data.
         layer: the layer.
-        first: what ``channels_first`` says of it.
+        first: what ``channels_first`` returns for it.
     """
 
     def __init__(self, probe: MeasureContext, layer: str, first: int) -> None:
@@ -77,7 +77,7 @@ class _Occluded:
         self.module = probe.modules[layer]
 
     def losses(self, batch: Any, size: int) -> Tensor:
-        """(channels,) the loss with each channel zeroed."""
+        """Return the loss with each channel zeroed, (channels,)."""
         shape: list[tuple[int, int]] = []
 
         def look(output: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _Occluded:
         return torch.cat([self._together(batch, size, part) for part in torch.split(torch.arange(channels), at_once)])
 
     def _together(self, batch: Any, size: int, zeroed: Tensor) -> Tensor:
-        """The losses of some channels in one pass."""
+        """Return the losses of some channels, computed in one pass."""
         copies = len(zeroed)
 
         def occlude(output: Tensor) -> Tensor:
@@ -109,22 +109,23 @@ class _Occluded:
 
         try:
             return self._split(self._run(batch, occlude), batch, size, copies)
-        except Exception:  # noqa: BLE001 - a path around the layer may refuse in any way: all of the model sees the copies
+        except Exception:  # noqa: BLE001 - a path around the layer may fail in any way: repeat the inputs of the whole model
             wide = map_tensors(batch, lambda tensor: _repeat(tensor, copies) if tensor.ndim else tensor)
             return self._split(self._run(wide, occlude), batch, size, copies)
 
     def _split(self, outputs: Any, batch: Any, size: int, copies: int) -> Tensor:
+        """Return the loss of each copy."""
         if any(len(tensor) != copies * size for tensor in tensors_of(outputs) if tensor.ndim):
             raise SpecError(f"layer {self.layer!r}: the model's outputs have no example a row. Set attention=False.")
         losses = []
         for copy in range(copies):
-            own = slice(copy * size, (copy + 1) * size)
-            rows = [tensor[own] if tensor.ndim else tensor for tensor in tensors_of(outputs)]
+            part = slice(copy * size, (copy + 1) * size)
+            rows = [tensor[part] if tensor.ndim else tensor for tensor in tensors_of(outputs)]
             losses.append(self.probe.loss(replace_tensors(outputs, rows), batch))
         return torch.stack(losses)
 
     def _run(self, batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        """The outputs of the model, with the layer's output changed."""
+        """Return the outputs of the model with the layer's output changed."""
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             return _first_changed(output, change)
@@ -137,7 +138,7 @@ class _Occluded:
 
 
 def _first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A layer's output with its tensor changed: the first of what a recurrent or a transformer layer gives."""
+    """Return a layer's output with its tensor changed; of a tuple (recurrent, transformer layers) the first."""
     if isinstance(output, Tensor):
         return change(output)
     return (_first_changed(output[0], change), *output[1:])
