@@ -1,4 +1,4 @@
-"""Word recognition: recordings of several speakers, one of them the target to adapt to."""
+"""Word classification: recordings of several speakers, one of whom is the target of the adaptation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Runs alone in a fresh process: espeak-ng's library by ctypes, utterances in, 16-bit samples out.
+"""Script of a separate process: utterances in, 16-bit samples out, through espeak-ng's library and ctypes.
 
-Standard library only, so that the process starts in milliseconds. espeak-ng's output depends on what
-the process said before and, where a voice breathes (whispers, Klatt's synthesiser), on a random number
-generator that it seeds with the clock: with a seed of ours, the same utterances in a fresh process give
-the same bytes.
+It imports the standard library only, so that the process starts in milliseconds. espeak-ng's output depends on earlier
+utterances of the process and, for whispers and Klatt's synthesiser, on a random number generator that it seeds with
+the clock. With a fixed seed, the same utterances in a new process give the same bytes.
 
 Request (JSON on stdin): {"library", "data", "utterances": [[voice, text, rate, pitch, range], ...]}.
 Answer: one JSON line on stdout, {"rate", "lengths"} or {"error"}, then the samples, native 16-bit.
@@ -24,10 +23,10 @@ _UTF8 = 1  # espeakCHARS_UTF8
 
 
 def speak(request: dict[str, Any]) -> tuple[int, list[bytes]]:
-    """Sample rate in Hz, and the 16-bit samples of each utterance.
+    """Return the sample rate in Hz and the 16-bit samples of each utterance.
 
     Raises:
-        RuntimeError: the library refuses its data, a voice or a text.
+        RuntimeError: the library rejects its data, a voice or a text.
     """
     library = ctypes.CDLL(request["library"])
     parts: list[bytes] = []
@@ -54,13 +53,13 @@ def speak(request: dict[str, Any]) -> tuple[int, list[bytes]]:
         code = library.espeak_Synth(encoded, len(encoded) + 1, 0, 0, 0, _UTF8, None, None)
         library.espeak_Synchronize()
         if code or not parts:
-            raise RuntimeError(f"voice {voice!r} says nothing for {text!r} (espeak_Synth returned {code})")
+            raise RuntimeError(f"voice {voice!r} returns no samples for {text!r} (espeak_Synth returned {code})")
         spoken.append(b"".join(parts))
     return rate, spoken
 
 
 def main() -> None:
-    """Answer the one request on stdin."""
+    """Read a request from stdin and write the answer to stdout."""
     out = sys.stdout.buffer
     try:
         rate, spoken = speak(json.load(sys.stdin))

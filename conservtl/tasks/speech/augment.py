@@ -1,4 +1,4 @@
-"""Random changes of inputs: for adapting from few recordings, and for a source that must carry over."""
+"""Random augmentation of speech inputs, for few target recordings and for training a source model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SpeechAugment", "mask", "mix_noise", "warp"]
 
 
 class SpeechAugment(FrozenModel):
-    """Random changes of a batch; every draw comes from the generator handed in.
+    """Random augmentation of a batch; all random numbers come from the given generator.
 
     Reference:
         Park et al., "SpecAugment", 2019 (masks); Jaitly and Hinton, "Vocal Tract Length Perturbation",
@@ -24,29 +24,29 @@ class SpeechAugment(FrozenModel):
     """
 
     time_shift: Annotated[float, Field(ge=0, le=0.5)] = 0.08
-    """Furthest shift in time, as a part of the length."""
+    """Largest shift in time, as a share of the length."""
     time_stretch: Annotated[float, Field(ge=0, lt=0.9)] = 0.0
-    """Furthest change of speed: 0.2 draws factors between 0.8 and 1.2. Log-mel inputs only."""
+    """Largest change of speed: 0.2 draws factors between 0.8 and 1.2. Log-mel inputs only."""
     frequency_shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Furthest shift along the mel axis, as a part of it. Log-mel inputs only."""
+    """Largest shift along the mel axis, as a share of the bands. Log-mel inputs only."""
     frequency_stretch: Annotated[float, Field(ge=0, lt=0.9)] = 0.0
-    """Furthest stretch of the mel axis, as `time_stretch`. Log-mel inputs only."""
+    """Largest stretch of the mel axis: 0.2 draws factors between 0.8 and 1.2. Log-mel inputs only."""
     time_masks: Annotated[int, Field(ge=0, le=20)] = 1
-    """How many spans of frames (or samples) are blanked."""
+    """Number of spans of frames (or samples) that are masked."""
     time_mask: Share = 0.15
-    """Longest span, as a part of the length."""
+    """Longest span, as a share of the length."""
     frequency_masks: Annotated[int, Field(ge=0, le=20)] = 1
-    """How many spans of mel bands are blanked. Log-mel inputs only."""
+    """Number of spans of mel bands that are masked. Log-mel inputs only."""
     frequency_mask: Share = 0.15
-    """Widest span, as a part of the bands."""
+    """Widest span, as a share of the bands."""
     tilt: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Standard deviation of a random smooth change of the balance between bands (another
-    microphone, another room), in units of the input. Log-mel inputs only."""
+    """Standard deviation of a smooth random offset of the bands (another microphone, another room), in units of the
+    input. Log-mel inputs only."""
     noise: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Largest standard deviation of the noise added, in units of the input."""
+    """Largest standard deviation of the added noise, in units of the input."""
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """A changed copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""
+        """Return an augmented copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""
         draw = _Draw(generator, inputs)
         if inputs.ndim == 2:
             shifted = shift_wave(inputs, draw.symmetric(len(inputs)) * self.time_shift)
@@ -66,7 +66,7 @@ class SpeechAugment(FrozenModel):
 
 
 class _Draw:
-    """Random numbers for one batch: drawn on the generator's device, moved to the inputs'."""
+    """Random numbers for one batch, drawn on the generator's device and moved to the inputs' device."""
 
     def __init__(self, generator: torch.Generator, like: Tensor) -> None:
         self.generator, self.like = generator, like
@@ -84,11 +84,11 @@ class _Draw:
 
 
 def warp(inputs: Tensor, time: tuple[Tensor, Tensor], frequency: tuple[Tensor, Tensor]) -> Tensor:
-    """Stretch and shift both axes of spectrograms about their centre; the edge is repeated beyond it.
+    """Stretch spectrograms about their centre and shift them, along both axes; edge values are repeated outside.
 
     Args:
         inputs: (N, bands, frames).
-        time: (N,) relative changes of speed and (N,) shifts as a part of the length.
+        time: (N,) relative changes of speed and (N,) shifts as a share of the length.
         frequency: the same for the mel axis.
     """
     matrix = inputs.new_zeros(len(inputs), 2, 3)
@@ -102,27 +102,27 @@ def warp(inputs: Tensor, time: tuple[Tensor, Tensor], frequency: tuple[Tensor, T
     return warped.squeeze(1)
 
 
-def shift_wave(inputs: Tensor, parts: Tensor) -> Tensor:
-    """Shift (N, samples) by (N,) parts of the length; silence comes in at the side left behind."""
+def shift_wave(inputs: Tensor, shares: Tensor) -> Tensor:
+    """Shift (N, samples) by (N,) shares of the length; the gap becomes silence."""
     samples = inputs.shape[-1]
-    at = torch.arange(samples, device=inputs.device) - (parts * samples).round().long().unsqueeze(1)
+    at = torch.arange(samples, device=inputs.device) - (shares * samples).round().long().unsqueeze(1)
     inside = (at >= 0) & (at < samples)
     return torch.where(inside, inputs.gather(1, at.clamp(0, samples - 1)), inputs.new_zeros(()))
 
 
 def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _Draw) -> Tensor:
-    """Replace ``count`` random spans along ``dim``, each at most ``widest`` of it, by the example's mean."""
+    """Replace ``count`` random spans along ``dim``, each at most the share ``widest`` of it, by the example's mean."""
     if count == 0 or widest == 0:
         return inputs
     size, n = inputs.shape[dim], len(inputs)
     width = draw.uniform(n, count, 1) * widest * size
     start = draw.uniform(n, count, 1) * (size - width)
     at = torch.arange(size, device=inputs.device)
-    blank = ((at >= start) & (at < start + width)).any(dim=1)
+    masked = ((at >= start) & (at < start + width)).any(dim=1)
     shape = [n] + [1] * (inputs.ndim - 1)
     shape[dim] = size
     mean = inputs.mean(dim=tuple(range(1, inputs.ndim)), keepdim=True)
-    return torch.where(blank.view(shape), mean, inputs)
+    return torch.where(masked.view(shape), mean, inputs)
 
 
 def tilt(inputs: Tensor, strength: float, draw: _Draw) -> Tensor:
@@ -130,8 +130,8 @@ def tilt(inputs: Tensor, strength: float, draw: _Draw) -> Tensor:
     if strength == 0:
         return inputs
     bands = inputs.shape[1]
-    place = (torch.arange(bands, device=inputs.device, dtype=inputs.dtype) + 0.5) / bands
-    waves = torch.stack([torch.cos(torch.pi * k * place) / k for k in (1, 2, 3)])
+    position = (torch.arange(bands, device=inputs.device, dtype=inputs.dtype) + 0.5) / bands
+    waves = torch.stack([torch.cos(torch.pi * k * position) / k for k in (1, 2, 3)])
     return inputs + (strength * draw.normal(len(inputs), 3) @ waves).unsqueeze(-1)
 
 

@@ -16,22 +16,22 @@ Norm = Literal["batch", "group"]
 
 
 class TCResNetArgs(FrozenModel):
-    """What can be set of a TC-ResNet."""
+    """Arguments of a TC-ResNet."""
 
     width: Annotated[float, Field(gt=0, le=16)] = 1.5
-    """Factor on the channels 16, 24, 32, 48 (the paper's k)."""
+    """Multiplier of the channels 16, 24, 32, 48 (the paper's k)."""
     dropout: ProperShare = 0.3
-    """Before the head."""
+    """Dropout probability before the head."""
     norm: Norm = "batch"
-    """Batch norm as in the paper, or group norm, which knows no running statistics."""
+    """Batch norm as in the paper, or group norm, which has no running statistics."""
 
 
 class TCResNet(nn.Module):
-    """TC-ResNet: each mel band is a channel, and every convolution runs over time alone.
+    """TC-ResNet: each mel band is a channel, and every convolution runs along time only.
 
     Args:
-        bands: mel bands.
-        classes: words.
+        bands: number of mel bands.
+        classes: number of words.
         blocks_a_width: 1 for TC-ResNet8, 2 for TC-ResNet14.
         args: width, dropout and norm.
 
@@ -54,12 +54,12 @@ class TCResNet(nn.Module):
         self.head = nn.Linear(before, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, bands, frames) to (N, classes) logits."""
+        """Return (N, classes) logits for (N, bands, frames)."""
         return self.head(self.dropout(self.blocks(self.stem(inputs)).mean(dim=-1)))  # type: ignore[no-any-return]
 
 
 class TemporalBlock(nn.Module):
-    """Two convolutions of nine frames and a shortcut; the first takes every ``stride``-th frame."""
+    """Two convolutions over nine frames and a shortcut; the first has the stride."""
 
     def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class TemporalBlock(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, before, frames) to (N, after, frames / stride)."""
+        """Return (N, after, frames / stride) features for (N, before, frames)."""
         inner = self.norm1(self.conv1(inputs)).relu()
         return (self.norm2(self.conv2(inner)) + self.shortcut(inputs)).relu()  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Where recordings come from, as a spec, and how they are loaded."""
+"""Specs of speech data, and loading of the two domains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 
 __all__ = ["DataSpec", "EspeakData", "FolderData", "SpeechCommandsData", "load", "speakers"]
 
-# Mild: stronger changes cost the compact network accuracy on source and target alike.
+# Mild: stronger augmentation lowers the compact network's accuracy on source and target.
 _SOURCE_AUGMENT = SpeechAugment(
     time_shift=0.1,
     time_stretch=0.12,
@@ -36,116 +36,116 @@ Words = Annotated[tuple[str, ...], MinLen(2)]
 
 
 class _SpeechData(FrozenModel):
-    """What all kinds of recordings share."""
+    """Fields of all kinds of speech data."""
 
     shots: Annotated[int, Field(ge=1, le=10_000)] = 5
-    """Recordings a word of the target speaker to adapt with; the rest is its test part."""
+    """Recordings of each word by the target speaker for adaptation; the others are the test part."""
     validation: ProperShare = 0.0
-    """Part of the shots to validate on instead of training; with one shot there is none."""
+    """Share of the shots for validation instead of training; 0 with one shot."""
     features: Features = Features()
-    """How a recording becomes an input of the network."""
+    """Conversion of a recording to an input of the network."""
     augment: SpeechAugment | None = SpeechAugment()
-    """Random changes of the shots while adapting; null for none."""
+    """Augmentation of the shots during adaptation; null for none."""
     source_augment: SpeechAugment | None = _SOURCE_AUGMENT
-    """Random changes of the source's recordings while a source model is trained; null for none."""
+    """Augmentation of the source's recordings while a source model is trained; null for none."""
 
     def protocol(
         self, target: str, seed: int, speakers: tuple[str, ...] | None, limit: int | None, *, source: bool
     ) -> Protocol:
-        """Who adapts, on how much, and who is the source."""
+        """Return the split of speakers and recordings."""
         return Protocol(target, self.shots, self.validation, seed, speakers, limit, source)
 
 
 class FolderData(_SpeechData):
-    """Recordings under a folder, labelled by the names of their files."""
+    """Recordings below a folder, labelled by their file names."""
 
     kind: Literal["folder"] = "folder"
-    """Recordings in files."""
+    """Recordings in files, labelled by a pattern."""
     root: Path
-    """The folder; all below it is searched."""
+    """The folder; its subfolders are searched too."""
     pattern: str = FREE_SPOKEN_DIGITS
-    """Regular expression for the end of a file's path, with the groups `label`, `speaker` and, where
-    there is one, `take`. The default fits free spoken digits, `{label}_{speaker}_{take}.wav`."""
+    """Regular expression for the end of a file's path, with the groups `label`, `speaker` and optionally `take`. The
+    default matches free spoken digits, `{label}_{speaker}_{take}.wav`."""
     target: str
-    """The speaker to adapt to."""
+    """The speaker to whom the model is adapted."""
     source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
-    """The speakers of the source model; all others found where null."""
+    """The speakers of the source model; null for all but the target."""
     held_out_takes: tuple[NonNegativeInt, ...] = (0, 1, 2, 3, 4)
-    """Takes of the source speakers that measure what is kept; never trained on."""
+    """Takes of the source speakers that form the source's test part; never trained on."""
     words: Words | None = None
-    """Labels to use; all found where null."""
+    """Labels to use; null for all."""
     limit: Count | None = None
-    """Most source recordings a word to train on, and to test on; all where null."""
+    """Largest number of source recordings of each word, for training and for testing each; null for all."""
 
 
 class EspeakData(_SpeechData):
-    """Synthetic speakers: espeak-ng's voices, embedded, the same at every run."""
+    """Synthetic speakers: espeak-ng's voices, the same in every run."""
 
     kind: Literal["espeak"] = "espeak"
-    """Synthetic recordings."""
+    """Synthetic recordings of espeak-ng."""
     target: str = TARGET_VOICES[0]
-    """The voice to adapt to, as espeak-ng names it: `de+f4` is the German voice, fourth female variant."""
+    """The voice to which the model is adapted, by its name in espeak-ng: `de+f4` is German, fourth female variant."""
     voices: Annotated[tuple[str, ...], Field(min_length=1)] = SOURCE_VOICES
     """The voices of the source model."""
     words: Words = DIGITS
-    """What they say."""
+    """The words they say."""
     takes: Annotated[int, Field(ge=1, le=1000)] = 6
-    """Recordings of a word by each source voice to train on, each at its own rate and pitch."""
+    """Recordings of each word by each source voice for training, with different rates and pitches."""
     held_out: Annotated[int, Field(ge=1, le=1000)] = 2
-    """As many more, to measure what is kept."""
+    """Further recordings of each word by each source voice, for the source's test part."""
     target_takes: Annotated[int, Field(ge=2, le=1000)] = 25
-    """Recordings of a word by the target voice, shots and test part together."""
+    """Recordings of each word by the target voice, shots and test part together."""
 
 
 class SpeechCommandsData(_SpeechData):
-    """Speech Commands (Warden, 2018), laid out as torchaudio unpacks it; nothing is downloaded."""
+    """Speech Commands (Warden, 2018) in the folders that torchaudio unpacks; nothing is downloaded."""
 
     kind: Literal["speechcommands"] = "speechcommands"
-    """torchaudio's SPEECHCOMMANDS."""
+    """Speech Commands, read by torchaudio."""
     root: Path
-    """The folder that holds `SpeechCommands/speech_commands_v0.02`."""
+    """The folder that contains `SpeechCommands/speech_commands_v0.02`."""
     version: Literal["speech_commands_v0.01", "speech_commands_v0.02"] = "speech_commands_v0.02"
-    """Which release."""
+    """Release of the set."""
     target: str
-    """The speaker to adapt to: the eight hexadecimal digits before `_nohash_`."""
+    """The speaker to whom the model is adapted: the eight hexadecimal digits before `_nohash_`."""
     source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
-    """The speakers of the source model; all others found where null."""
+    """The speakers of the source model; null for all but the target."""
     held_out: ProperShare = 0.1
-    """Part of the source's recordings that measures what is kept: always the same one."""
+    """Share of the source's recordings that forms its test part, the same in every run."""
     words: Words | None = None
-    """Labels to use; all found where null."""
+    """Labels to use; null for all."""
     limit: Count | None = None
-    """Most source recordings a word to train on, and to test on; all where null."""
+    """Largest number of source recordings of each word, for training and for testing each; null for all."""
 
 
 DataSpec = Annotated[FolderData | EspeakData | SpeechCommandsData, Field(discriminator="kind")]
-"""Recordings of words by several speakers, one of them the target."""
+"""Spec of speech data, selected by ``kind``."""
 
 
 def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, source: bool = True) -> Domains:
-    """Read what a spec names and split it into the two domains.
+    """Read the recordings of a spec and split them into the two domains.
 
-    The shots are drawn by ``seed``; which recordings of the source are held out does not depend on it,
-    so a source model trained once is never tested on what it was trained on.
+    The shots depend on ``seed``. The source's test part does not, so that a source model that was trained once is
+    never tested on its training recordings.
 
     Args:
         data: the spec.
         seed: draws the shots and the validation part.
-        source: False reads no recording of the source; ``source_train`` and ``source_test`` are None.
+        source: whether to read the source's recordings; otherwise ``source_train`` and ``source_test`` are None.
 
     Raises:
         DataError: recordings are missing, unreadable, or contradict the spec.
-        SpecError: the pattern is none, or the espeak-ng voices contradict each other.
-        MissingExtraError: an optional dependency is needed.
+        SpecError: the pattern is invalid, or the espeak-ng voices contradict each other.
+        MissingExtraError: an optional dependency is missing.
     """
     if isinstance(data, EspeakData):
         return _load_espeak(data, seed, source=source)
-    found = _recordings(data)
+    recordings = _recordings(data)
     preprocessing = SpeechPreprocessing(features=data.features)
     return domains(
-        found,
+        recordings,
         data.protocol(data.target, seed, data.source_speakers, data.limit, source=source),
-        lambda recordings: preprocessing.read([Path(r.name) for r in recordings]),
+        lambda chosen: preprocessing.read([Path(r.name) for r in chosen]),
         preprocessing,
         data.augment,
         data.source_augment,
@@ -153,7 +153,7 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
 
 
 def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, ...]:
-    """Who can be the target: every speaker found, or the embedded voices.
+    """Return the possible targets: every speaker of the recordings, or the target voices of espeak-ng.
 
     Raises:
         DataError: recordings are missing.
@@ -172,30 +172,29 @@ def _recordings(data: FolderData | SpeechCommandsData) -> list[Recording]:
 def _check_voices(data: EspeakData) -> None:
     if data.target in data.voices:
         raise SpecError(
-            f"data.voices: source and target are disjoint, and the target {data.target!r} is listed. "
-            f"Take it out of the list."
+            f"data.voices must not contain data.target; received {data.target!r} in both. Remove it from data.voices."
         )
     if data.target_takes <= data.shots:
         raise SpecError(
-            f"data.target_takes is more than data.shots, or nothing is left to test on; got {data.target_takes} "
-            f"and {data.shots}. Raise data.target_takes."
+            f"data.target_takes must be larger than data.shots, to leave recordings for testing; received "
+            f"{data.target_takes} and {data.shots}. Raise data.target_takes."
         )
 
 
 def _load_espeak(data: EspeakData, seed: int, *, source: bool) -> Domains:
     _check_voices(data)
-    said = takes_of(data.target, data.words, data.target_takes)
+    utterances = takes_of(data.target, data.words, data.target_takes)
     for voice in data.voices:
-        said += takes_of(voice, data.words, data.takes + data.held_out)
-    by_name = {f"{u.voice}/{u.word}/{u.take}": u for u in said}
-    found = [
+        utterances += takes_of(voice, data.words, data.takes + data.held_out)
+    by_name = {f"{u.voice}/{u.word}/{u.take}": u for u in utterances}
+    recordings = [
         Recording(name, u.word, u.voice, held_out=u.voice != data.target and u.take >= data.takes)
         for name, u in by_name.items()
     ]
     preprocessing = SpeechPreprocessing(features=data.features)
 
-    def read(recordings: Sequence[Recording]) -> Tensor:
-        return preprocessing.transform(speak([by_name[r.name] for r in recordings]))
+    def read(chosen: Sequence[Recording]) -> Tensor:
+        return preprocessing.transform(speak([by_name[r.name] for r in chosen]))
 
-    who = data.protocol(data.target, seed, data.voices, None, source=source)
-    return domains(found, who, read, preprocessing, data.augment, data.source_augment)
+    protocol = data.protocol(data.target, seed, data.voices, None, source=source)
+    return domains(recordings, protocol, read, preprocessing, data.augment, data.source_augment)

@@ -1,4 +1,4 @@
-"""Synthetic speakers from espeak-ng, through espeakng-loader: offline, and the same bytes every time."""
+"""Synthetic speakers from espeak-ng, through espeakng-loader: offline and deterministic."""
 
 from __future__ import annotations
 
@@ -39,23 +39,22 @@ SOURCE_VOICES = (
     "en-029+m5",
     "en-us-nyc+m6",
 )
-"""Men and women with seven accents."""
+"""Male and female voices with seven accents."""
 
 TARGET_VOICES = ("de+f4", "pl", "fr+m2", "sv+m1", "it+f2", "en-us+whisperf")
-"""Voices that a model trained on the source voices finds hard: readers who pronounce English words by the
-rules of their own language, and a whisper."""
+"""Voices on which a model trained on the source voices makes many errors: foreign accents and a whisper."""
 
-_LONGEST = 120  # seconds a process may take for one voice
+_TIMEOUT = 120  # seconds for the process of one voice
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One word as one voice says it once.
+    """One recording of a word by a voice.
 
     Args:
-        voice: espeak-ng's name, with a variant after `+`.
+        voice: name in espeak-ng, with a variant after `+`.
         word: the text.
-        take: its number.
+        take: number of the recording.
         rate: words a minute.
         pitch: 0 to 99.
         pitch_range: 0 (monotone) to 99.
@@ -70,27 +69,27 @@ class Utterance:
 
 
 def takes_of(voice: str, words: Sequence[str], takes: int) -> list[Utterance]:
-    """``takes`` recordings of each word, at rates and pitches drawn from the name of each.
+    """Return ``takes`` utterances of each word, with rates and pitches drawn from a hash of their names.
 
-    Rates lie between 130 and 220 words a minute, pitches between 30 and 70.
+    Rates are between 130 and 220 words a minute, pitches between 30 and 70.
     """
-    said = []
+    utterances = []
     for word in words:
         for take in range(takes):
             draw = hashlib.sha256(f"{voice}/{word}/{take}".encode()).digest()
-            said.append(Utterance(voice, word, take, 130 + draw[0] % 91, 30 + draw[1] % 41, 30 + draw[2] % 41))
-    return said
+            utterances.append(Utterance(voice, word, take, 130 + draw[0] % 91, 30 + draw[1] % 41, 30 + draw[2] % 41))
+    return utterances
 
 
 def speak(utterances: Sequence[Utterance]) -> list[tuple[Tensor, int]]:
-    """Synthesise: each (samples,) float32 in [-1, 1], with its sample rate in Hz.
+    """Synthesise each utterance: (samples,) float32 in [-1, 1], and the sample rate in Hz.
 
-    Each voice speaks in a fresh process of its own, since espeak-ng's output depends on what the process
-    said before: a voice then sounds the same whichever others there are. A voice that does not exist is
-    refused here; espeak-ng itself accepts an unknown variant in silence.
+    Each voice runs in a new process, because espeak-ng's output depends on earlier utterances of the process: a voice
+    then sounds the same, whichever other voices there are. Unknown variants are checked here, because espeak-ng
+    accepts them silently.
 
     Raises:
-        DataError: a voice or variant does not exist, or says nothing.
+        DataError: a voice or variant does not exist, or returns no samples.
         MissingExtraError: espeakng-loader is not installed.
     """
     loader = require("espeakng_loader", "demo")
@@ -98,8 +97,8 @@ def speak(utterances: Sequence[Utterance]) -> list[tuple[Tensor, int]]:
     spoken: dict[Utterance, tuple[Tensor, int]] = {}
     for voice in dict.fromkeys(u.voice for u in utterances):
         _check_variant(voice, data)
-        own = [u for u in utterances if u.voice == voice]
-        spoken |= dict(zip(own, _in_fresh_process(own, library, data), strict=True))
+        selected = [u for u in utterances if u.voice == voice]
+        spoken |= dict(zip(selected, _in_new_process(selected, library, data), strict=True))
     return [_as_recorded(u, *spoken[u]) for u in utterances]
 
 
@@ -108,31 +107,31 @@ def _check_variant(voice: str, data: Path) -> None:
     known = sorted(file.name for file in (data / "voices" / "!v").iterdir())
     if plus and variant not in known:
         raise DataError(
-            f"data: espeak-ng has no voice variant {variant!r} (in {voice!r}). Name one of: {', '.join(known)}."
+            f"data: espeak-ng has no voice variant {variant!r} (in {voice!r}). Choose one of: {', '.join(known)}."
         )
 
 
-def _in_fresh_process(utterances: Sequence[Utterance], library: str, data: Path) -> list[tuple[Tensor, int]]:
+def _in_new_process(utterances: Sequence[Utterance], library: str, data: Path) -> list[tuple[Tensor, int]]:
     request = {
         "library": library,
         "data": str(data),
         "utterances": [[u.voice, u.word, u.rate, u.pitch, u.pitch_range] for u in utterances],
     }
     worker = Path(__file__).with_name("_espeak_worker.py")
-    done = subprocess.run(  # noqa: S603 - our own file, run by this interpreter
+    done = subprocess.run(  # noqa: S603 - a file of this package, run by this interpreter
         [sys.executable, "-I", str(worker)],
         input=json.dumps(request).encode(),
         capture_output=True,
-        timeout=_LONGEST,
+        timeout=_TIMEOUT,
         check=False,
     )
-    head, _, body = done.stdout.partition(b"\n")
-    failed = done.returncode != 0 or not head
-    answer: dict[str, Any] = {"error": done.stderr.decode()[-500:]} if failed else json.loads(head)
+    header, _, body = done.stdout.partition(b"\n")
+    failed = done.returncode != 0 or not header
+    answer: dict[str, Any] = {"error": done.stderr.decode()[-500:]} if failed else json.loads(header)
     if "error" in answer:
         raise DataError(
-            f"data: espeak-ng cannot say {utterances[0].word!r} with {utterances[0].voice!r}: "
-            f"{answer['error'] or f'its process ended with code {done.returncode}'}. Name another voice."
+            f"data: espeak-ng cannot synthesise {utterances[0].word!r} with {utterances[0].voice!r}: "
+            f"{answer['error'] or f'its process ended with code {done.returncode}'}. Choose another voice."
         )
     lengths: list[int] = answer["lengths"]
     samples = torch.frombuffer(bytearray(body), dtype=torch.int16).float() / 32768
@@ -140,7 +139,7 @@ def _in_fresh_process(utterances: Sequence[Utterance], library: str, data: Path)
 
 
 def _as_recorded(utterance: Utterance, wave: Tensor, rate: int) -> tuple[Tensor, int]:
-    """As a microphone would have it: cut loosely, at some level, with some noise; the same every time."""
+    """Add silence at both ends, a gain and noise, as in a recording; drawn from a hash of the utterance's name."""
     name = f"{utterance.voice}/{utterance.word}/{utterance.take}/room"
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Networks by name: the compact keyword networks, and any of torchaudio's."""
+"""Networks by name: compact keyword networks and those of torchaudio."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class ModelSpec(FrozenModel):
     """`tc_resnet8`, `tc_resnet14`, or a name in `torchaudio.models` (`Wav2Letter`, `Conformer`,
     `wav2vec2_base`, ...)."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the network: `width`, `dropout` and `norm` of a TC-ResNet, or torchaudio's own."""
+    """Arguments of the network: `width`, `dropout` and `norm` of a TC-ResNet, or those of torchaudio's function."""
 
 
 def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) -> nn.Module:
-    """A network with random weights that maps inputs of ``preprocessing`` to (N, classes) logits.
+    """Build a network with random weights that maps inputs of ``preprocessing`` to (N, classes) logits.
 
     Raises:
-        SpecError: the name is unknown, the arguments do not fit, or the network does not turn these
-            inputs into a sequence of vectors.
+        SpecError: the name is unknown, the arguments do not fit, or the network does not map these inputs to a
+            sequence of vectors.
         MissingExtraError: torchaudio is not installed.
     """
     if model.name in _BLOCKS:
@@ -41,8 +41,8 @@ def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) ->
     known = torchaudio_names()
     if model.name not in known:
         raise SpecError(
-            f"model.name is a compact network ({', '.join(_BLOCKS)}) or a name in torchaudio.models; "
-            f"got {model.name!r}.{hint(model.name, [*_BLOCKS, *known], count=5)}"
+            f"model.name must be a compact network ({', '.join(_BLOCKS)}) or a name in torchaudio.models; "
+            f"received {model.name!r}.{hint(model.name, [*_BLOCKS, *known], count=5)}"
         )
     return wrap(model.name, model.args, preprocessing.features, classes)
 
@@ -51,8 +51,7 @@ def _compact(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int)
     features = preprocessing.features
     if features.kind != "logmel":
         raise SpecError(
-            f"model.name: {model.name} takes log-mel inputs; data.features.kind is {features.kind!r}. "
-            f"Set it to 'logmel'."
+            f"data.features.kind must be 'logmel' for {model.name}; received {features.kind!r}. Set it to 'logmel'."
         )
     try:
         args = TCResNetArgs.model_validate(model.args)
@@ -60,6 +59,6 @@ def _compact(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int)
         first = error.errors()[0]
         raise SpecError(
             f"model.args.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}; "
-            f"got {first['input']!r}. {model.name} takes {', '.join(TCResNetArgs.model_fields)}."
+            f"received {first['input']!r}. {model.name} takes {', '.join(TCResNetArgs.model_fields)}."
         ) from error
     return TCResNet(features.n_mels, classes, _BLOCKS[model.name], args)

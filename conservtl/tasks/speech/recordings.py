@@ -1,4 +1,4 @@
-"""Labelled recordings of several speakers, and how they become the two domains of a run."""
+"""Split of labelled recordings of several speakers into the two domains of a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from conservtl.errors import DataError
 
 __all__ = ["Protocol", "Recording", "domains"]
 
-_SHOWN = 12  # speakers or words named in a message
+_SHOWN = 12  # speakers or words listed in a message
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One spoken word.
+    """A recording of one word.
 
     Args:
-        name: what a person can find it by: its file, or its voice and word.
+        name: its file, or its voice, word and take.
         label: the word.
-        speaker: who says it.
-        held_out: kept away from source training, to measure what is kept.
+        speaker: the speaker.
+        held_out: whether it belongs to the source's test part.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Recording:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Who adapts, on how much, and who is the source.
+    """Rules of the split into target and source.
 
     Args:
-        target: the speaker to adapt to.
-        shots: recordings a word to adapt with.
-        validation: part of the shots to validate on.
+        target: the target speaker.
+        shots: recordings of each word for adaptation.
+        validation: share of the shots for validation.
         seed: draws the shots.
-        source_speakers: the source's speakers; all but the target where None.
-        limit: most source recordings a word to train on, and to test on; all where None.
-        source: False leaves the source's recordings unread.
+        source_speakers: the source's speakers; None for all but the target.
+        limit: largest number of source recordings of each word, for training and testing each; None for all.
+        source: whether to read the source's recordings.
     """
 
     target: str
@@ -66,52 +66,52 @@ def domains(
     augmentation: Augmentation | None,
     source_augmentation: Augmentation | None,
 ) -> Domains:
-    """Split recordings into the target's shots and test part and the source's training and held-out part.
+    """Split recordings into the target's shots and test part and the source's training and test parts.
 
     Args:
-        found: all recordings, of all speakers.
-        protocol: who adapts and on how much.
-        read: inputs for some of them, (N, ...).
-        preprocessing: handed on.
-        augmentation: handed on, for the shots.
-        source_augmentation: handed on, for training the source.
+        found: all recordings of all speakers.
+        protocol: rules of the split.
+        read: recordings -> inputs (N, ...).
+        preprocessing: part of the result.
+        augmentation: part of the result, for the shots.
+        source_augmentation: part of the result, for training the source.
 
     Raises:
-        DataError: the target is not among the speakers, lacks a word, or has too few recordings of one;
-            no other speaker is there; a word has no recording to train the source on.
+        DataError: the target is not among the speakers, lacks a word, or has too few recordings of a word; there is
+            no other speaker; a word has no recording to train the source on.
     """
     target = [r for r in found if r.speaker == protocol.target]
     if not target:
         raise DataError(
-            f"data.target: no recording is of speaker {protocol.target!r}. Name one of those found: "
+            f"data.target must be a speaker of the recordings; received {protocol.target!r}. Choose one of: "
             f"{_listed({r.speaker for r in found})}."
         )
     source = _of_source(found, protocol)
     labels, source_labels = _labels(target, source)
-    _enough(target, protocol.shots)
+    _check_shots(target, protocol.shots)
 
-    position = [labels.index(r.label) for r in target]
-    shots, rest = draw_shots(position, protocol.shots, protocol.seed)
-    train, held = carve([position[i] for i in shots], protocol.validation, protocol.seed)
-    own = _examples(target, labels, read)
-    adapting = own.take(shots)
+    classes = [labels.index(r.label) for r in target]
+    shots, rest = draw_shots(classes, protocol.shots, protocol.seed)
+    train, validation = carve([classes[i] for i in shots], protocol.validation, protocol.seed)
+    examples = _examples(target, labels, read)
+    shot_examples = examples.take(shots)
 
-    training = testing = None
+    source_train = source_test = None
     if protocol.source:
-        learned = _limited([r for r in source if not r.held_out], protocol.limit)
-        kept = _limited([r for r in source if r.held_out], protocol.limit)
-        _covered(learned, source_labels)
-        inputs = _examples(learned + kept, source_labels, read)
-        training = inputs.take(range(len(learned)))
-        testing = inputs.take(range(len(learned), len(inputs))) if kept else None
+        trained = _limited([r for r in source if not r.held_out], protocol.limit)
+        tested = _limited([r for r in source if r.held_out], protocol.limit)
+        _check_source_words(trained, source_labels)
+        both = _examples(trained + tested, source_labels, read)
+        source_train = both.take(range(len(trained)))
+        source_test = both.take(range(len(trained), len(both))) if tested else None
     return Domains(
         labels=labels,
         source_labels=source_labels,
-        shots=adapting.take(train),
-        validation=adapting.take(held) if held else None,
-        target_test=own.take(rest),
-        source_train=training,
-        source_test=testing,
+        shots=shot_examples.take(train),
+        validation=shot_examples.take(validation) if validation else None,
+        target_test=examples.take(rest),
+        source_train=source_train,
+        source_test=source_test,
         preprocessing=preprocessing,
         augmentation=augmentation,
         source_augmentation=source_augmentation,
@@ -123,63 +123,64 @@ def _of_source(found: Sequence[Recording], protocol: Protocol) -> list[Recording
     wanted = others if protocol.source_speakers is None else set(protocol.source_speakers)
     if protocol.target in wanted:
         raise DataError(
-            f"data.source_speakers: source and target are disjoint, and the target {protocol.target!r} is "
-            f"listed. Take it out of the list."
+            f"data.source_speakers must not contain data.target; received {protocol.target!r} in both. Remove it from "
+            f"data.source_speakers."
         )
     if missing := wanted - others:
         raise DataError(
-            f"data.source_speakers: no recording is of {_listed(missing)}. Name some of those found: {_listed(others)}."
+            f"data.source_speakers must be speakers of the recordings; received {_listed(missing)}. "
+            f"Choose from: {_listed(others)}."
         )
     if not wanted and protocol.source:
         raise DataError(
-            f"data.target: {protocol.target!r} is the only speaker, and a source model needs others to train "
-            f"on. Add recordings of other speakers, or start from weights of your own."
+            f"data.target must not be the only speaker, because a source model is trained on others; received "
+            f"{protocol.target!r}. Add recordings of other speakers, or start from existing weights."
         )
     return [r for r in found if r.speaker in wanted]
 
 
 def _labels(target: Sequence[Recording], source: Sequence[Recording]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    own, others = {r.label for r in target}, {r.label for r in source}
-    if lacking := others - own:
+    words, source_words = {r.label for r in target}, {r.label for r in source}
+    if missing := source_words - words:
         raise DataError(
-            f"data.target: {target[0].speaker!r} has no recording of {_listed(lacking)}, which the source "
-            f"speakers say. Record them, or list in data.words only what everybody says: {_listed(own)}."
+            f"data.target: {target[0].speaker!r} has no recording of {_listed(missing)}, which the source "
+            f"speakers say. Record them, or set data.words to the words of the target: {_listed(words)}."
         )
-    return tuple(sorted(own)), tuple(sorted(others or own))
+    return tuple(sorted(words)), tuple(sorted(source_words or words))
 
 
-def _enough(target: Sequence[Recording], shots: int) -> None:
+def _check_shots(target: Sequence[Recording], shots: int) -> None:
     for label in sorted({r.label for r in target}):
         count = sum(r.label == label for r in target)
         if count <= shots:
             raise DataError(
-                f"data.shots: {target[0].speaker!r} has {count} recordings of {label!r}; {shots} to adapt "
-                f"with leave none to test on. Ask for at most {count - 1} shots, or record more."
+                f"data.shots: {target[0].speaker!r} has {count} recordings of {label!r}; {shots} shots leave none "
+                f"for testing. Set data.shots to at most {count - 1}, or record more."
             )
 
 
-def _covered(learned: Sequence[Recording], labels: Sequence[str]) -> None:
-    if missing := set(labels) - {r.label for r in learned}:
+def _check_source_words(trained: Sequence[Recording], labels: Sequence[str]) -> None:
+    if missing := set(labels) - {r.label for r in trained}:
         raise DataError(
-            f"data: all the source's recordings of {_listed(missing)} are held out, so none is left to train "
-            f"on. Hold out fewer takes (data.held_out_takes or data.held_out)."
+            f"data: all of the source's recordings of {_listed(missing)} are held out, which leaves none for "
+            f"training. Hold out fewer takes (data.held_out_takes or data.held_out)."
         )
 
 
 def _limited(recordings: list[Recording], limit: int | None) -> list[Recording]:
-    """At most ``limit`` recordings a word: those whose names hash lowest, so speakers are mixed."""
+    """Return at most ``limit`` recordings of each word: those with the lowest hash, which mixes speakers."""
     if limit is None:
         return recordings
-    kept: set[Recording] = set()
+    chosen: set[Recording] = set()
     for label in {r.label for r in recordings}:
-        kept |= set(sorted((r for r in recordings if r.label == label), key=_digest)[:limit])
-    return [r for r in recordings if r in kept]
+        chosen |= set(sorted((r for r in recordings if r.label == label), key=_digest)[:limit])
+    return [r for r in recordings if r in chosen]
 
 
 def _digest(recording: Recording) -> str:
-    """Independent of the folder the recordings lie in."""
-    own = f"{recording.label}/{recording.speaker}/{Path(recording.name).name}"
-    return hashlib.sha256(own.encode()).hexdigest()
+    """Return a hash that is independent of the recordings' folder."""
+    key = f"{recording.label}/{recording.speaker}/{Path(recording.name).name}"
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _examples(
@@ -187,8 +188,8 @@ def _examples(
     labels: Sequence[str],
     read: Callable[[Sequence[Recording]], Tensor],
 ) -> Examples:
-    at = torch.tensor([labels.index(r.label) for r in recordings], dtype=torch.long)
-    return Examples(read(recordings), at, tuple(r.name for r in recordings))
+    classes = torch.tensor([labels.index(r.label) for r in recordings], dtype=torch.long)
+    return Examples(read(recordings), classes, tuple(r.name for r in recordings))
 
 
 def _listed(names: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Any torchaudio network as a classifier of recordings: frames, their mean over time, a linear head."""
+"""Adapter of torchaudio networks to classification: mean of the frames over time and a linear head."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["FrameClassifier", "torchaudio_names", "wrap"]
 
 Layout = Literal["samples", "bands_frames", "frames_bands", "channel_samples", "channel_frames_bands"]
 
-# Where a network expects the number of mel bands, under the names torchaudio gives it.
+# Names of the argument for the number of mel bands in torchaudio's networks.
 _BAND_ARGS = ("input_dim", "num_features", "n_feature")
 
 
 class FrameClassifier(nn.Module):
-    """A network that gives a vector a frame, their mean over time, and a linear head.
+    """A network that returns one vector a frame, followed by the mean over time and a linear head.
 
     Args:
         backbone: the network.
         size: length of its vectors.
-        classes: words.
-        layout: how it takes its inputs.
-        time: which dimension of its output is time, 1 or 2.
-        lengths: whether it wants the number of frames of each input as a second argument.
+        classes: number of words.
+        layout: order of the axes of its input.
+        time: time axis of its output, 1 or 2.
+        lengths: whether its second argument is the number of frames of each input.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class FrameClassifier(nn.Module):
         self.layout, self.time, self.lengths = layout, time, lengths
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, bands, frames) or (N, samples) to (N, classes) logits."""
+        """Return (N, classes) logits for (N, bands, frames) or (N, samples)."""
         frames = run_backbone(self.backbone, inputs, self.layout, lengths=self.lengths)
         return self.head(frames.mean(dim=self.time))  # type: ignore[no-any-return]
 
 
 def torchaudio_names() -> list[str]:
-    """Names in ``torchaudio.models`` that make a network.
+    """Return the names in ``torchaudio.models`` that build a network.
 
     Raises:
         MissingExtraError: torchaudio is not installed.
@@ -57,15 +57,15 @@ def torchaudio_names() -> list[str]:
     return [name for name in models.__all__ if _is_network(getattr(models, name))]
 
 
-def _is_network(made: Any) -> bool:
-    return inspect.isfunction(made) or (inspect.isclass(made) and issubclass(made, nn.Module))
+def _is_network(value: Any) -> bool:
+    return inspect.isfunction(value) or (inspect.isclass(value) and issubclass(value, nn.Module))
 
 
 def wrap(name: str, args: dict[str, Any], features: Features, classes: int) -> FrameClassifier:
-    """Build ``torchaudio.models.<name>`` and find out, on one silent input, how it takes and gives frames.
+    """Build ``torchaudio.models.<name>`` and find the shape of its output from one silent input.
 
     Raises:
-        SpecError: the arguments do not fit, or no way of calling it gives a vector a frame.
+        SpecError: the arguments do not fit, or the network does not return one vector a frame.
     """
     make = getattr(require("torchaudio.models", "speech"), name)
     backbone = _construct(name, make, _with_bands(make, args, features))
@@ -80,26 +80,26 @@ def wrap(name: str, args: dict[str, Any], features: Features, classes: int) -> F
         raise SpecError(
             f"model.name: torchaudio's {name} does not turn inputs of shape {features.shape} "
             f"({features.kind}) into frames: {error}. "
-            f"Change model.args or data.features, or name another network."
+            f"Change model.args or data.features, or choose another network."
         ) from error
     finally:
         backbone.train(training)
     if not isinstance(frames, Tensor) or frames.ndim != 3:
         raise SpecError(
-            f"model.name: a network that gives one vector a frame is needed; torchaudio's {name} gives "
-            f"{_shape(frames)}. Name another, such as Wav2Letter, Conformer or wav2vec2_base."
+            f"model.name must be a network that returns one vector a frame; torchaudio's {name} returns "
+            f"{_shape(frames)}. Choose another, such as Wav2Letter, Conformer or wav2vec2_base."
         )
     time = 2 if name == "Wav2Letter" else 1
     return FrameClassifier(backbone, frames.shape[3 - time], classes, layout, time, lengths=lengths)
 
 
 def _with_bands(make: Callable[..., nn.Module], args: dict[str, Any], features: Features) -> dict[str, Any]:
-    """The arguments, with the number of bands and the kind of input filled in where they are left out."""
+    """Return the arguments, with defaults for the number of bands and the kind of input."""
     names = inspect.signature(make).parameters
     filled: dict[str, Any] = {
         name: features.n_mels for name in _BAND_ARGS if name in names and features.kind == "logmel"
     }
-    if "input_type" in names:  # Wav2Letter; its "mfcc" stands for any feature bands
+    if "input_type" in names:  # Wav2Letter; its "mfcc" means any feature bands
         filled["input_type"] = "mfcc" if features.kind == "logmel" else "waveform"
     return {**filled, **args}
 
@@ -114,12 +114,12 @@ def _construct(name: str, make: Callable[..., nn.Module], args: dict[str, Any]) 
             f"model.args: torchaudio's {name} cannot be built with {args}: {error}. It takes: {takes or 'none'}."
         ) from error
     if not isinstance(backbone, nn.Module):
-        raise SpecError(f"model.name: torchaudio's {name} makes no network. Name another.")
+        raise SpecError(f"model.name must be a network; torchaudio's {name} builds none. Choose another.")
     return backbone
 
 
 def _calling_convention(name: str, backbone: nn.Module, features: Features) -> tuple[Layout, bool]:
-    """How the network takes a batch, read from its forward's signature."""
+    """Return the layout of the network's input and whether it takes lengths, from the signature of its forward."""
     parameters = inspect.signature(backbone.forward).parameters
     lengths = "lengths" in parameters and parameters["lengths"].default is inspect.Parameter.empty
     if features.kind == "waveform":
@@ -130,7 +130,7 @@ def _calling_convention(name: str, backbone: nn.Module, features: Features) -> t
 
 
 def run_backbone(backbone: nn.Module, inputs: Tensor, layout: Layout, *, lengths: bool) -> Tensor:
-    """Call the network on inputs in its own layout; of several outputs, the first."""
+    """Return the network's first output for inputs converted to its layout."""
     if layout in {"frames_bands", "channel_frames_bands"}:
         inputs = inputs.transpose(1, 2)
     if layout in {"channel_samples", "channel_frames_bands"}:

@@ -163,10 +163,10 @@ def test_pattern_is_checked(tmp_path, pattern, message):
     [
         ({"root": "nowhere"}, r"data\.root.*nowhere"),
         ({"pattern": r"(?P<label>\d)-(?P<speaker>\w+)\.wav"}, r"data\.pattern.*0_s0_0\.wav"),
-        ({"pattern": r"(?P<label>\d)_(?P<take>\w+)_(?P<speaker>\d+)\.wav"}, r"'take' is a number.*'s0'"),
+        ({"pattern": r"(?P<label>\d)_(?P<take>\w+)_(?P<speaker>\d+)\.wav"}, r"'take' must match a number.*'s0'"),
         ({"target": "ann"}, r"data\.target.*'ann'.*'s0', 's1', 's2'"),
         ({"shots": 10}, r"data\.shots: 's0' has 10 recordings of '0'.*at most 9"),
-        ({"source_speakers": ["s0"]}, "disjoint"),
+        ({"source_speakers": ["s0"]}, r"data\.source_speakers must not contain data\.target; received 's0'"),
         ({"source_speakers": ["bob"]}, r"'bob'.*'s1', 's2'"),
         ({"words": ["0", "eleven"]}, r"data\.words.*eleven"),
         ({"held_out_takes": list(range(10))}, "held out"),

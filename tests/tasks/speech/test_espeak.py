@@ -64,7 +64,10 @@ def test_domains_of_voices():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"target": SOURCE_VOICES[0]}, "disjoint"), ({"target_takes": 5}, r"Raise data\.target_takes")],
+    [
+        ({"target": SOURCE_VOICES[0]}, r"data\.voices must not contain data\.target; received 'en-us'"),
+        ({"target_takes": 5}, r"Raise data\.target_takes"),
+    ],
 )
 def test_settings_that_cannot_be(fields, message):
     with pytest.raises(SpecError, match=message):

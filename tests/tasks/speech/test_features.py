@@ -102,12 +102,12 @@ def test_read_refuses_what_is_no_recording(tmp_path: Path):
     with pytest.raises(DataError, match=r"gone\.wav"):
         SpeechPreprocessing().read([tmp_path / "gone.wav"])
     soundfile.write(tmp_path / "empty.wav", torch.zeros(0).numpy(), 8000)
-    with pytest.raises(DataError, match=r"empty\.wav holds no sample"):
+    with pytest.raises(DataError, match=r"empty\.wav has no samples"):
         SpeechPreprocessing().read([tmp_path / "empty.wav"])
     soundfile.write(tmp_path / "nan.wav", torch.full((9,), torch.nan).numpy(), 8000, subtype="FLOAT")
     with pytest.raises(DataError, match="not finite"):
         SpeechPreprocessing().read([tmp_path / "nan.wav"])
-    with pytest.raises(DataError, match="got none"):
+    with pytest.raises(DataError, match="received none"):
         SpeechPreprocessing().read([])
 
 

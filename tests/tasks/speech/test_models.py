@@ -71,7 +71,7 @@ def test_the_compact_network_has_blocks_of_one_class():
         ({"name": "tc_resnet8"}, "waveform", "logmel"),
         ({"name": "Conformer"}, "logmel", "num_heads"),
         ({"name": "Tacotron2"}, "logmel", "into frames"),
-        ({"name": "Hypothesis"}, "logmel", "got 'Hypothesis'"),
+        ({"name": "Hypothesis"}, "logmel", "received 'Hypothesis'"),
     ],
 )
 def test_networks_that_cannot_be(spec, kind, message):
