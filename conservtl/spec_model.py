@@ -10,7 +10,7 @@ from conservtl.errors import SpecError
 
 __all__ = ["FrozenModel", "register"]
 
-Model = TypeVar("Model", bound=BaseModel)
+Class = TypeVar("Class")
 
 
 class FrozenModel(BaseModel):
@@ -19,7 +19,7 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
 
-def register(registry: dict[str, type[Model]], cls: type[Model], *names: str) -> None:
+def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) -> None:
     """Enter a class under its kind and its short names.
 
     The same class defined again, by a notebook's cell or a reloaded module, replaces the former.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from conservtl.data import Augmentation, Data, Domains, Preprocessing
 from conservtl.functions import MetricValue, forward
-from conservtl.spec_model import FrozenModel
+from conservtl.spec_model import FrozenModel, register
 
 __all__ = ["DataSection", "Headline", "Prediction", "Shift", "Task", "task_classes"]
 
@@ -121,11 +121,7 @@ class Task(ABC):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             return
-        known = _CLASSES.get(cls.name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            where = f"{known.__module__}.{known.__qualname__}"
-            raise TypeError(f"task {cls.name!r} is taken by {where}. Choose another name.")
-        _CLASSES[cls.name] = cls
+        register(_CLASSES, cls, cls.name)
 
     @abstractmethod
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import conservtl as ctl
+from conservtl.experiments.run.evaluation_sets import score_on_tests
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
@@ -30,6 +31,29 @@ def fields(speech_fields):
         "data": {**speech_fields["data"], "shots": 2},
         "compare": {"targets": ["cleo", "anna"], "seeds": 1, "baselines": ["source as it is", "fine-tuning, low rate"]},
     }
+
+
+def after_epoch(spec, epoch):
+    """Accuracies of a run's weights after so many epochs."""
+
+    class EnoughError(Exception):
+        pass
+
+    setting = prepare(spec)
+    source = obtain_source(setting)
+    adaptation = setting.adaptation(source.model)
+    found = {}
+
+    def tell(line):
+        if line["epoch"] == epoch:
+            scores = score_on_tests(setting, source, adaptation.model)
+            found.update({name: scores[name].metrics["accuracy"] for name in scores})
+            raise EnoughError
+
+    valid = {"target": setting.domains.validation, "source": setting.domains.source_train}
+    with pytest.raises(EnoughError):
+        setting.fit(adaptation, setting.domains.shots, valid, tell=tell)
+    return found
 
 
 class TestTrial:
@@ -74,6 +98,15 @@ class TestTrial:
             Trial("another name", "cleo", with_fields(spec, {"compare": {"seeds": 2}})).key
             == Trial("own", "cleo", spec).key
         )
+
+    def test_trials_share_data_and_source_only_if_the_model_is_the_same(self, speech_fields):
+        """A wider network is another source model, and its trial trains it."""
+        spec = parse_spec({**speech_fields, "strategies": []})
+        wide = with_fields(spec, {"model.args": {"width": 2.0}})
+        assert Trial("a", "cleo", spec).place != Trial("a", "cleo", wide).place
+        assert Trial("a", "cleo", spec).place == Trial("a", "cleo", with_fields(spec, {"training.lr": 1.0})).place
+        trained = [run_trial(Trial("a", "cleo", one))["trained"] for one in (spec, wide)]
+        assert trained[1] > 1.5 * trained[0]
 
 
 class TestCompare:
@@ -130,6 +163,33 @@ class TestCompare:
             (1, None, False),
             (2, 5, True),
         }
+
+    @pytest.mark.parametrize(
+        ("spec", "selection"),
+        [
+            ({}, ("target", 0.2)),
+            ({"data.validation": 0.5, "training.keep": "target"}, ("target", 0.5)),
+            ({"data.validation": 0.5, "training.keep": "harmonic"}, ("harmonic", 0.5)),
+            ({"data.validation": 0.5, "training.keep": "path"}, ("harmonic", 0.5)),
+        ],
+    )
+    def test_a_baseline_that_stops_early_selects_by_the_rule_of_the_variants(self, fields, spec, selection):
+        own = with_fields(parse_spec(fields), spec)
+        (low, _) = [t for t in plan_trials(own) if t.variant == "fine-tuning, low rate"]
+        assert (low.spec.training.keep, low.spec.data.validation) == selection
+
+    def test_a_baseline_that_stops_early_keeps_its_best_weights(self, fields):
+        """Its result is that of the epoch with the best validation score; the last epoch's is another."""
+        fields["data"] |= {"shots": 4}
+        fields["training"] = {"epochs": 12, "lr": 1e-3}
+        fields["compare"] |= {"targets": ["cleo"], "rates": [0.2, 0.3, 0.4]}
+        (low,) = [t for t in plan_trials(parse_spec(fields)) if t.variant == "fine-tuning, low rate"]
+        lines = []
+        result = run_trial(low, judge=True, tell=lines.append)
+        scores = [(line["valid"]["target"]["accuracy"], -line["valid"]["target"]["loss"]) for line in lines]
+        best = max(range(len(scores)), key=lambda epoch: scores[epoch])
+        assert result["after"] == after_epoch(low.spec, best + 1)
+        assert result["after"] != after_epoch(low.spec, len(lines)), "the case must end worse than its best epoch"
 
     def test_a_variant_of_a_baselines_name_is_refused(self, fields):
         fields["compare"]["variants"] = {"from scratch": {}}
