@@ -85,6 +85,7 @@ def test_every_command_of_ours_names_a_spec_and_fields_that_exist(document):
     from conservtl.experiments.spec.fields import with_values
     from conservtl.experiments.spec.search_space import ranges_of
     from conservtl.experiments.spec.spec import load_spec, parse_spec, read_content
+    from conservtl.plugins import import_modules
 
     lines = [line for block in blocks(document.read_text(), "sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in lines if line.startswith("conservtl ")]
@@ -92,6 +93,7 @@ def test_every_command_of_ours_names_a_spec_and_fields_that_exist(document):
     for _, verb, *words in ours:
         assert verb in {"plan", "run", "predict", "schema", "recommend", "lr-find", "compare", "sweep", "tune"}
         overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        import_modules(str(ROOT / words[i + 1]) for i, word in enumerate(words) if word == "--import")
         if verb == "tune":
             content = read_content(ROOT / words[0], overrides)
             parse_spec(with_values(content, {name: mark.first() for name, mark in ranges_of(content).items()}))

@@ -1,0 +1,107 @@
+"""Examples of extending conservtl, from the source tree and from an installed wheel."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "extend"
+QUICK = ["source.training.epochs=1", "training.epochs=1", "training.evaluate_every=1"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this source tree."""
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed, so no wheel can be built")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+    (found,) = folder.glob("conservtl-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module", params=["source tree", "wheel"])
+def python(request, tmp_path_factory):
+    """Run Python beside a copy of the examples, with conservtl from the source tree or from the wheel alone."""
+    folder = tmp_path_factory.mktemp("work")
+    shutil.copytree(EXAMPLES, folder / "extend", ignore=shutil.ignore_patterns("__pycache__"))
+    site = ROOT
+    if request.param == "wheel":
+        site = folder / "site"
+        zipfile.ZipFile(request.getfixturevalue("wheel")).extractall(site)
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *others]), "OMP_NUM_THREADS": "1"}
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    where = run("-c", "import conservtl; print(conservtl.__file__)").stdout.strip()
+    assert Path(where).is_relative_to(site)
+    return run
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_a_method_keeps_the_contract(python, script):
+    done = python(f"extend/{script}")
+    assert done.returncode == 0, done.stderr
+    assert "keeps the contract" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "shown"),
+    [
+        ("extend/hold_norms.py", "hold_norms", r"\), [1-9]\d* frozen"),
+        ("extend/weight_noise.py", "weight_noise", r"noise of 0\.001 on"),
+        ("extend.huber_penalty", "huber_sp", r"Huber penalty of 0\.1 beyond 0\.05 on"),
+    ],
+)
+def test_a_spec_names_it_after_an_import(python, module, kind, shown):
+    pytest.importorskip("sklearn")
+    words = ["-m", "conservtl.cli", "plan", "extend/spec.yaml", "--set", f"strategies=[{{kind: {kind}}}]"]
+    words += [word for text in QUICK for word in ("--set", text)]
+    done = python(*words)
+    assert done.returncode == 2
+    assert "--import package.module" in done.stderr
+    done = python(*words, "--import", module)
+    assert done.returncode == 0, done.stderr
+    assert re.search(shown, done.stdout)
+
+
+def test_a_run_with_a_penalty_of_ones_own(python, tmp_path):
+    pytest.importorskip("sklearn")
+    settings = [word for text in (*QUICK, f"source.cache={tmp_path / 'cache'}") for word in ("--set", text)]
+    words = ["-m", "conservtl.cli", "run", "extend/spec.yaml", *settings, "--import", "extend/huber_penalty.py"]
+    done = python(*words, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "target accuracy" in done.stdout
+    assert "Huber penalty of 0.1 beyond 0.05" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_wheel_holds_all_that_is_not_code(wheel):
+    """Templates of pages, the stub and the marker that let type checkers in, the command."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "conservtl"
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"conservtl/py.typed", "conservtl/__init__.pyi", "conservtl/report/pages/run.html.j2"} <= expected
+    assert expected <= names
+    assert not {name for name in names if not name.startswith("conservtl")}
