@@ -66,7 +66,7 @@ def test_a_method_keeps_the_contract(python, script):
 @pytest.mark.parametrize(
     ("module", "kind", "shown"),
     [
-        ("extend/hold_norms.py", "hold_norms", r"\), [1-9]\d* frozen"),
+        ("extend/hold_norms.py", "hold_norms", r"\), [1-9][\d,]* frozen"),
         ("extend/weight_noise.py", "weight_noise", r"noise of 0\.001 on"),
         ("extend.huber_penalty", "huber_sp", r"Huber penalty of 0\.1 beyond 0\.05 on"),
     ],
