@@ -20,6 +20,8 @@ MEANS = {
 }
 BASELINES = tuple(MEANS)
 LONG = "a name that is so very long that nobody would put it in a spec " * 2
+ACCURACY = {"key": "accuracy", "name": "accuracy", "better": "higher", "share": True}
+ROLES = {"source as it is": "source", "joint training": "bound"}
 OWN = {
     "L2-SP then interpolation": (0.968, 0.99),
     "L2-SP": (0.962, 0.985),
@@ -66,7 +68,9 @@ def a_comparison(shots=(5,), seeds=5, targets=("jackson", "nicolas", "theo", "yw
             gap = interval([a - b for a, b in zip(scores, others, strict=True)])
             rows.append(
                 {
+                    "id": name,
                     "variant": name,
+                    "role": ROLES.get(name, "baseline") if name in BASELINES else "method",
                     "baseline": name in BASELINES,
                     "target": interval([to for _, to, _ in found]),
                     "source": interval([kept for *_, kept in found]) if source else None,
@@ -84,10 +88,11 @@ def a_comparison(shots=(5,), seeds=5, targets=("jackson", "nicolas", "theo", "yw
                     },
                 }
             )
-        tables.append({"shots": number, "best_baseline": best, "rows": rows})
+        tables.append({"shots": number, "best_baseline": best, "best_baseline_id": best, "rows": rows})
     left = [] if source else ["source kept, harmonic mean and constrained score: the source has no data"]
     return {
         "kind": "compare",
+        "metric": ACCURACY,
         "tables": tables,
         "verdict": [f"At {number} shots something wins by +1.0 points." for number in shots],
         "left_out": left,
@@ -124,6 +129,7 @@ def a_sweep(layers=("stem", "blocks.0", "blocks.1", "head"), seeds=3, *, source=
         path.append({"t": t, **{name: value for name, value in found.items() if value is not None}})
     return {
         "kind": "sweep",
+        "metric": ACCURACY,
         "layers": list(layers),
         "curves": curves,
         "strengths": [{"method": "l2_sp", "strength": s, **point(*both)} for s, both in accuracies.items()],
@@ -173,6 +179,7 @@ def a_search(objective="harmonic", trials=20, fields=FIELDS):
         best = [a["number"] for a in done if not any(_beats(b["values"], a["values"]) for b in done)]
     return {
         "kind": "tune",
+        "metric": ACCURACY,
         "objective": objective,
         "fields": fields,
         "trials": found,
@@ -183,6 +190,32 @@ def a_search(objective="harmonic", trials=20, fields=FIELDS):
 
 def _beats(one, other):
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+
+
+ERROR_RATE = {"key": "wer", "name": "word error rate", "better": "lower", "share": True}
+DISTANCE = {"key": "distance", "name": "distance", "better": "lower", "share": False}
+
+
+def in_errors(value, *, share=True):
+    """The same result for an error rate, 1 minus each accuracy; else for a distance, 20 times that."""
+    metric, scale = (ERROR_RATE, 1.0) if share else (DISTANCE, 20.0)
+    if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+        return value | {
+            "mean": scale * (1 - value["mean"]),
+            "low": scale * (1 - value["high"]),
+            "high": scale * (1 - value["low"]),
+        }
+    if isinstance(value, dict):
+        untouched = ("seconds", "difference", "params", "fields")
+        errors = {key: each if key in untouched else in_errors(each, share=share) for key, each in value.items()}
+        if "trials" in value:
+            for trial in errors["trials"]:
+                trial["values"] = [scale * (1 - each) for each in trial["values"]]
+                for domain in ("target", "source"):
+                    if trial[domain] is not None:
+                        trial[domain] = scale * (1 - trial[domain])
+        return errors | ({"metric": metric} if "metric" in value else {})
+    return [in_errors(each, share=share) for each in value] if isinstance(value, list) else value
 
 
 class _Balance(HTMLParser):
@@ -235,3 +268,9 @@ def written(tmp_path):
 def results():
     """The three makers of results."""
     return {"compare": a_comparison, "sweep": a_sweep, "tune": a_search}
+
+
+@pytest.fixture
+def errors():
+    """Turns a result in accuracies into one in errors."""
+    return in_errors

@@ -59,6 +59,8 @@ def a_report(layers=LAYERS, *, phases=True, **changes):
     return {
         "target": "jackson",
         "shots": 5,
+        "example": "recording",
+        "classes": True,
         "before": {"target": {"accuracy": 0.7236, "loss": 0.9}, "source": {"accuracy": 0.994, "loss": 0.02}},
         "after": {"target": {"accuracy": 0.9751, "loss": 0.1}, "source": {"accuracy": 0.989, "loss": 0.05}},
         "agreement": {"before": {"agreement": 1.0, "kl": 0.0}, "after": {"agreement": 0.8, "kl": 0.31}},
@@ -141,22 +143,22 @@ class TestSentence:
 
     def test_a_lower_word_error_rate_is_better(self):
         """And a transcript has no class, so the shots are counted as a whole."""
-        better = sentence(a_report(**measured(0.41, 0.24, source=(0.10, 0.12), metric="wer")))
+        better = sentence(a_report(classes=False, **measured(0.41, 0.24, source=(0.10, 0.12), metric="wer")))
         assert better.startswith("Adapted to jackson from 5 recordings: target word error rate 41.0 % → 24.0 %")
         assert "source word error rate 10.0 % → 12.0 % (+2.0 points)" in better
         assert "made the target worse" in sentence(a_report(**measured(0.24, 0.41, metric="wer")))
 
     @pytest.mark.parametrize(
-        ("task", "shots", "words"),
+        ("example", "shots", "words"),
         [
-            ("speech", 1, "from 1 recording a class"),
-            ("vision", 2, "from 2 images a class"),
-            ("other", 3, "from 3 examples a class"),
-            ("speech", None, "Adapted to jackson: "),
+            ("recording", 1, "from 1 recording a class"),
+            ("image", 2, "from 2 images a class"),
+            ("example", 3, "from 3 examples a class"),
+            ("recording", None, "Adapted to jackson: "),
         ],
     )
-    def test_shots_are_what_the_task_calls_them(self, task, shots, words):
-        assert words in sentence(a_report(spec={"task": task}, shots=shots))
+    def test_shots_are_what_the_task_calls_them(self, example, shots, words):
+        assert words in sentence(a_report(example=example, shots=shots))
 
     @pytest.mark.parametrize(
         ("seconds", "words"), [(0.42, "0.4 s"), (14.2, "14 s"), (125, "2 min 05 s"), (7325, "2 h 02 min")]
@@ -268,8 +270,8 @@ class TestPage:
     def test_the_epoch_that_was_kept_is_marked(self, tmp_path):
         report, history = a_report(), a_history()
         history[1]["target"] = dict(report["after"]["target"])
-        assert "The ring is the epoch that was kept." in page(tmp_path, report, history)
-        assert "The ring" not in page(tmp_path, a_report(), a_history())
+        assert "Ring: the epoch that was kept." in page(tmp_path, report, history)
+        assert "Ring:" not in page(tmp_path, a_report(), a_history())
 
     def test_word_error_rates(self, tmp_path):
         history = [{"epoch": 1, "phase": "all", "target": {"wer": 0.24}}]
@@ -370,7 +372,7 @@ class TestPath:
         assert "target 90.0 %" in picture.svg
         assert "source 89.0 %" in picture.svg
         assert "on 2,000 target and 150 source test examples" in picture.caption
-        assert "what was kept, t\u00a0=\u00a00.7." in picture.caption
+        assert "the weights that were kept, t\u00a0=\u00a00.7." in picture.caption
 
     def test_what_was_kept_is_ringed_on_both_lines(self):
         """Two marks more than without."""
@@ -379,13 +381,13 @@ class TestPath:
 
     def test_new_parameters_are_said_to_be_as_trained(self):
         """The plan of this report has a fresh head."""
-        assert "What is new is as trained" in weight_path(a_report(path=a_path())).caption
-        assert "What is new" not in weight_path(a_report(path=a_path(), plan=None)).caption
+        assert "New parameters keep their trained values" in weight_path(a_report(path=a_path())).caption
+        assert "New parameters" not in weight_path(a_report(path=a_path(), plan=None)).caption
 
     def test_the_curves_say_that_the_weights_were_taken_back(self, tmp_path):
         """They end at the trained weights, the table does not."""
-        assert "taken back to t\u00a0=\u00a00.7" in page(tmp_path, a_report(path=a_path()), a_history())
-        assert "taken back" not in page(tmp_path, a_report(path=a_path(1.0)), a_history())
+        assert "moved back to t\u00a0=\u00a00.7" in page(tmp_path, a_report(path=a_path()), a_history())
+        assert "moved back" not in page(tmp_path, a_report(path=a_path(1.0)), a_history())
 
     def test_it_stands_on_the_page_and_is_left_out_where_it_was_not_measured(self, tmp_path):
         assert page(tmp_path, a_report(path=a_path()), a_history()).count("<svg") == 4

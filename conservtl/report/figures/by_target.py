@@ -1,4 +1,4 @@
-"""Each target before and after, for the best of one's own and the best baseline."""
+"""Each target before and after, for the best method and the best baseline."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
-from conservtl.report.text.intervals import Span, signed
-from conservtl.report.text.variants import Variant, best_baseline, best_own, variants
+from conservtl.report.text.intervals import Span
+from conservtl.report.text.metrics import ACCURACY, Metric, signed
+from conservtl.report.text.variants import Variant, best_baseline, best_method, variants
 
 __all__ = ["SHOWN", "by_target"]
 
 SHOWN = 20
-"""Targets a picture has room for; beyond that, those that differ most."""
+"""Number of targets in a picture; of more, those that differ most."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One target: accuracy before, and after each method (own first), in per cent."""
+    """One target: the metric before and after each method (the best method first), in the shown unit."""
 
     name: str
     before: Span
@@ -26,74 +27,85 @@ class Target:
 
     @property
     def difference(self) -> float:
-        """Between the methods; of one alone, what it changed."""
+        """Difference of the method from the baseline; of a method alone, its change."""
         other = self.after[1] if len(self.after) > 1 else self.before
         return self.after[0].mean - other.mean
 
 
-def by_target(table: Mapping[str, Any]) -> Picture | None:
-    """A row a target; None where there is only one, or nothing to show."""
-    rows = variants(table)
-    shown = [row for row in (best_own(rows), best_baseline(rows)) if row is not None]
+def by_target(table: Mapping[str, Any], metric: Metric = ACCURACY) -> Picture | None:
+    """Draw one row a target; None if there are fewer than two."""
+    rows = variants(table, metric)
+    shown = [row for row in (best_method(rows), best_baseline(rows)) if row is not None]
     targets = _targets(shown)
     if len(targets) < 2:
         return None
-    chosen = sorted(targets, key=lambda each: -abs(each.difference))[:SHOWN]
-    chosen = sorted(chosen, key=lambda each: -each.difference)
-
-    def paint(figure: Any) -> None:
-        _paint(figure.subplots(), chosen, shown)
-
+    chosen = sorted(targets, key=lambda target: -abs(target.difference))[:SHOWN]
+    chosen = sorted(chosen, key=lambda target: -metric.rank(target.difference))
     names = " and ".join(row.name for row in shown)
-    svg = draw("targets", f"Accuracy of each target before and after {names}.", 0.36 * len(chosen) + 1.0, paint)
+    alt = f"{metric.name} of each target before and after {names}."
+    svg = draw(
+        "targets", alt, 0.36 * len(chosen) + 1.0, lambda figure: _paint(figure.subplots(), chosen, shown, metric)
+    )
     return Picture("Target by target", _caption(targets, chosen, shown), svg)
 
 
 def _targets(shown: Sequence[Variant]) -> list[Target]:
     if not shown:
         return []
-    found = []
-    for name, (before, _) in shown[0].per_target.items():
-        if all(name in row.per_target for row in shown):
-            found.append(Target(name, before, tuple(row.per_target[name][1] for row in shown)))
-    return found
+    return [
+        Target(name, before, tuple(row.per_target[name][1] for row in shown))
+        for name, (before, _) in shown[0].per_target.items()
+        if all(name in row.per_target for row in shown)
+    ]
 
 
-def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[Variant]) -> None:
-    ends = [end for each in targets for span in (each.before, *each.after) for end in (span.mean, span.low)]
-    means = [span.mean for each in targets for span in (each.before, *each.after)]
-    low = max(min(ends), min(means) - 0.5 * (max(means) - min(means))) - 2
-    axes.set_xlim(max(low, -2), 101.5)
+def _limits(targets: Sequence[Target], metric: Metric) -> tuple[float, float]:
+    """Return the range of the axis: all means, and intervals up to half the means' range beyond."""
+    spans = [span for target in targets for span in (target.before, *target.after)]
+    means = [span.mean for span in spans]
+    reach = 0.5 * (max(means) - min(means))
+    if metric.share:
+        low = max(min(span.low for span in spans), min(means) - reach) - 2
+        return max(low, -2), 101.5 if metric.better == "higher" else min(101.5, max(means) + reach + 2)
+    pad = 0.1 * reach or 0.5
+    low = max(min(span.low for span in spans), min(means) - reach)
+    return low - pad, min(max(span.high for span in spans), max(means) + reach) + pad
+
+
+def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[Variant], metric: Metric) -> None:
+    low, high = _limits(targets, metric)
+    axes.set_xlim(low, high)
     places = range(len(targets))
     # Faint rows lead the eye from the name to the number.
-    axes.hlines(places, max(low, -2), 101.5, color=PALE, linewidth=0.5, zorder=0.5)
-    before = [each.before.mean for each in targets]
+    axes.hlines(places, low, high, color=PALE, linewidth=0.5, zorder=0.5)
+    before = [target.before.mean for target in targets]
     axes.plot(before, places, "D", markersize=5.5, color="white", markeredgecolor=INK, label="before", zorder=3)
     for side, row in enumerate(shown):
         up = 0.0 if len(shown) == 1 else (-0.17, 0.17)[side]
-        for place, each in zip(places, targets, strict=True):
-            span = each.after[side]
-            axes.plot([each.before.mean, span.mean], [place, place + up], color=row.colour, alpha=0.25, linewidth=2)
+        for place, target in zip(places, targets, strict=True):
+            span = target.after[side]
+            axes.plot([target.before.mean, span.mean], [place, place + up], color=row.colour, alpha=0.25, linewidth=2)
             if span.certain:
                 axes.errorbar([span.mean], [place + up], xerr=span.bars, fmt="none", ecolor=row.colour, elinewidth=1.2)
-        after = [each.after[side].mean for each in targets]
+        after = [target.after[side].mean for target in targets]
         heights = [place + up for place in places]
         axes.plot(after, heights, row.shape, markersize=6.5, color=row.colour, label=shorten(row.name, 40), zorder=3.5)
-    for place, each in zip(places, targets, strict=True):
+    for place, target in zip(places, targets, strict=True):
         axes.annotate(
-            signed(each.difference),
+            signed(target.difference, metric.digits),
             (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(40, 0),
             textcoords="offset points",
             ha="right",
             va="center",
-            weight="bold" if each.difference > 0.05 else "normal",
+            weight="bold" if metric.rank(target.difference) > 0.5 * 10**-metric.digits else "normal",
         )
-    axes.annotate("points", (1, 1), xycoords="axes fraction", xytext=(40, 8), textcoords="offset points", ha="right")
-    axes.set_yticks(places, [shorten(each.name, 24) for each in targets])
+    head = "points" if metric.share else "difference"
+    axes.annotate(head, (1, 1), xycoords="axes fraction", xytext=(40, 8), textcoords="offset points", ha="right")
+    axes.set_yticks(places, [shorten(target.name, 24) for target in targets])
     axes.set_ylim(len(targets) - 0.4, -0.6)
-    axes.set_xlabel("target accuracy (%)")
+    axes.set_xlabel(metric.with_unit(f"target {metric.name}"))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handletextpad=0.2, columnspacing=1.4)
     axes.xaxis.get_major_locator().set_params(nbins=7, steps=[1, 2, 5, 10])
     bare(axes, grid="x")
@@ -103,10 +115,10 @@ def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[Variant]) -> No
 def _caption(targets: Sequence[Target], chosen: Sequence[Target], shown: Sequence[Variant]) -> str:
     parts = []
     if len(shown) > 1:
-        parts.append(f"At the right: {shown[0].name} less {shown[1].name}.")
+        parts.append(f"At the right: {shown[0].name} minus {shown[1].name}.")
     else:
-        parts.append(f"At the right: what {shown[0].name} changed.")
-    if any(span.certain for each in chosen for span in each.after):
+        parts.append(f"At the right: the change by {shown[0].name}.")
+    if any(span.certain for target in chosen for span in target.after):
         parts.append("Bars: 95 % intervals of the mean over seeds.")
     else:
         parts.append("Means over seeds.")

@@ -1,4 +1,4 @@
-"""Accuracy of each class, before and after."""
+"""The headline metric of each class, before and after."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
-from conservtl.report.text.intervals import signed
-from conservtl.report.text.metrics import number
+from conservtl.report.text.metrics import Metric, headline, number, signed
 
-__all__ = ["SHOWN", "per_class"]
+__all__ = ["SHOWN", "class_chart"]
 
 SHOWN = 20
-"""Classes a picture has room for; beyond that, those that changed most."""
+"""Number of classes in a picture; of more, those that changed most."""
 
 _COLOURS = {"target": TARGET, "source": SOURCE}
 
 
 @dataclass(frozen=True)
 class Class:
-    """One class: accuracies in per cent, and how many test examples they rest on."""
+    """One class: the metric in the shown unit, and the number of test examples."""
 
     label: str
     before: float
@@ -29,48 +28,60 @@ class Class:
 
     @property
     def change(self) -> float:
-        """In percentage points."""
+        """Difference in the shown unit."""
         return self.after - self.before
 
 
-def per_class(report: Mapping[str, Any]) -> Picture | None:
-    """A line from before to after for each class of target and source; None where there is none."""
-    given = report.get("per_class") or {}
-    panels = {domain: _classes(given.get(domain) or {}) for domain in _COLOURS}
+def class_chart(report: Mapping[str, Any]) -> Picture | None:
+    """Draw a line from before to after for each class of target and source; None if the report has no classes."""
+    metric = headline(report)
+    per_class = report.get("per_class") or {}
+    panels = {domain: _classes(per_class.get(domain) or {}, metric) for domain in _COLOURS}
     panels = {domain: classes for domain, classes in panels.items() if classes}
     if not panels:
         return None
     shown = {domain: _most_changed(classes) for domain, classes in panels.items()}
     rows = max(len(classes) for classes in shown.values())
-    # One scale for both, so that a glance compares what was gained with what was lost.
-    low = 10 * (min(min(each.before, each.after) for classes in shown.values() for each in classes) // 10) - 3
-    low = min(low, 47)
+    low, high = _limits(
+        [value for classes in shown.values() for each in classes for value in (each.before, each.after)], metric
+    )
 
     def paint(figure: Any) -> None:
         for axes, (domain, classes) in zip(
             figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
         ):
-            _dumbbells(axes, domain, classes, rows)
-            axes.set_xlim(low, 102)
+            _dumbbells(axes, domain, classes, rows, metric)
+            axes.set_xlim(low, high)
             # Faint rows lead the eye from the name to the number.
-            axes.hlines(range(len(classes)), low, 102, color=PALE, linewidth=0.5, zorder=0.5)
+            axes.hlines(range(len(classes)), low, high, color=PALE, linewidth=0.5, zorder=0.5)
 
-    alt = f"Accuracy by class before and after, for {' and '.join(shown)}."
+    alt = f"{metric.name} by class before and after, for {' and '.join(shown)}."
     svg = draw("classes", alt, 0.27 * rows + 1.1, paint)
     return Picture("Class by class", _caption(panels), svg)
 
 
-def _classes(given: Mapping[str, Any]) -> list[Class]:
-    labels = given.get("labels") or []
-    before, after = given.get("before") or [], given.get("after") or []
-    counts = given.get("counts") or [None] * len(labels)
-    out = []
+def _limits(values: Sequence[float], metric: Metric) -> tuple[float, float]:
+    """Return one range for both domains, so that a gain and a loss are compared at a glance."""
+    low, high = min(values), max(values)
+    if not metric.share:
+        pad = 0.05 * (high - low) or 0.5
+        return low - pad, high + pad
+    if metric.better == "lower":
+        return -2, max(10 * -(-high // 10) + 3, 53)
+    return min(10 * (low // 10) - 3, 47), 102
+
+
+def _classes(domain: Mapping[str, Any], metric: Metric) -> list[Class]:
+    labels = domain.get("labels") or []
+    before, after = domain.get("before") or [], domain.get("after") or []
+    counts = domain.get("counts") or [None] * len(labels)
+    classes = []
     for label, first, second, count in zip(labels, before, after, counts, strict=True):
         start, end = number(first), number(second)
-        # A class without test examples has no accuracy.
+        # Not measured without test examples.
         if start is not None and end is not None and count != 0:
-            out.append(Class(str(label), 100 * start, 100 * end, count))
-    return out
+            classes.append(Class(str(label), metric.scaled(start), metric.scaled(end), count))
+    return classes
 
 
 def _most_changed(classes: Sequence[Class]) -> list[Class]:
@@ -80,7 +91,8 @@ def _most_changed(classes: Sequence[Class]) -> list[Class]:
     return sorted(chosen, key=lambda each: -each.change)
 
 
-def _dumbbells(axes: Any, domain: str, classes: Sequence[Class], rows: int) -> None:
+def _dumbbells(axes: Any, domain: str, classes: Sequence[Class], rows: int, metric: Metric) -> None:
+    """Draw one row a class: a ring before, a dot after."""
     colour = _COLOURS[domain]
     places = range(len(classes))
     before, after = [each.before for each in classes], [each.after for each in classes]
@@ -89,21 +101,21 @@ def _dumbbells(axes: Any, domain: str, classes: Sequence[Class], rows: int) -> N
     axes.plot(after, places, "o", color=colour, markersize=7, label="after", zorder=1.9)
     for place, each in zip(places, classes, strict=True):
         axes.annotate(
-            signed(each.change),
+            signed(each.change, metric.digits),
             (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(36, 0),
             textcoords="offset points",
             ha="right",
             va="center",
-            weight="bold" if each.change < -0.05 else "normal",
+            weight="bold" if metric.rank(each.change) < -0.5 * 10**-metric.digits else "normal",
         )
     axes.set_yticks(places, [_name(each, classes) for each in classes])
     axes.set_ylim(rows - 0.4, -0.6)
-    axes.xaxis.get_major_locator().set_params(nbins=5, steps=[1, 2, 5, 10], integer=True)
-    axes.set_xlabel("accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(nbins=5, steps=[1, 2, 5, 10], integer=metric.share)
+    axes.set_xlabel(metric.label)
     head = {"xycoords": "axes fraction", "xytext": (36, 8), "textcoords": "offset points", "ha": "right"}
-    axes.annotate("points", (1, 1), **head)
+    axes.annotate("points" if metric.share else "difference", (1, 1), **head)
     axes.set_ylabel(f"{domain} class", labelpad=8)
     axes.legend(
         loc="lower left",

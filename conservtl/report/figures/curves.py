@@ -1,4 +1,4 @@
-"""Learning curves: target and source over epochs, from before the first step on."""
+"""Learning curves: target and source over epochs, the starting point included."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["learning_curves"]
 
 
 def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Target and source over epochs, the training loss beneath; None without history.
+    """Draw target and source over epochs, with the training loss beneath; None without history.
 
     Args:
-        report: gives the values before training (epoch 0).
-        history: one entry an epoch; entries that were not evaluated leave no point.
+        report: gives the metric before training (epoch 0).
+        history: one entry an epoch; an entry without evaluation has no point.
     """
     metric = headline(report)
     lines = {domain: _points(report, history, domain, metric) for domain in DOMAINS}
@@ -28,7 +28,7 @@ def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, An
     if not history or not lines:
         return None
     phases = _phases(history)
-    fits = _fits(phases)
+    named = _names_fit(phases)
     kept = _kept(report, history, metric)
 
     def paint(figure: Any) -> None:
@@ -40,16 +40,16 @@ def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, An
         for panel in panels:
             for _, start, _ in phases[1:]:
                 panel.axvline(start, color=GREY, linewidth=1, linestyle=(0, (2, 3)))
-        _name_phases(panels[0], phases, fits)
+        _label_phases(panels[0], phases, named=named)
         figure.align_ylabels(panels)
         panels[-1].set_xlabel("epochs trained (0: before)")
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
 
     alt = f"Learning curves: {metric.name} of {' and '.join(lines)} over {round(phases[-1][2])} epochs."
     back = kept_point(report)
-    caption = _caption(metric, ring=kept is not None, borders=len(phases) > 1, named=fits)
+    caption = _caption(metric, ring=kept is not None, borders=len(phases) > 1, named=named)
     if back is not None and back < 1:
-        caption += f" Then the weights were taken back to t\u00a0=\u00a0{back:g} of the path beneath."
+        caption += f" Then the weights were moved back to t\u00a0=\u00a0{back:g} of the path below."
     svg = draw("curves", alt, 4.2 if losses else 3.2, paint)
     return Picture("Over the epochs", caption, svg)
 
@@ -61,7 +61,7 @@ def _points(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], dom
         value = number((entry.get(domain) or {}).get(metric.key))
         if value is not None:
             points[float(entry["epoch"])] = metric.scaled(value)
-    # The value before training alone is no curve.
+    # The value before training is no curve by itself.
     return sorted(points.items()) if any(epoch > 0 for epoch in points) else []
 
 
@@ -76,7 +76,7 @@ def _losses(axes: Any, losses: Points) -> None:
 
 
 def _phases(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
-    """Name, first and last number of epochs trained of each phase."""
+    """Return name, first and last epoch of each phase."""
     phases, start = [], 0.0
     for name, entries in groupby(history, lambda entry: str(entry.get("phase") or "all")):
         end = float(list(entries)[-1]["epoch"])
@@ -85,17 +85,17 @@ def _phases(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, floa
     return phases
 
 
-def _fits(phases: Sequence[tuple[str, float, float]]) -> bool:
-    # About 95 characters fit across; where a name is wider than its phase, numbers stand for them all.
+def _names_fit(phases: Sequence[tuple[str, float, float]]) -> bool:
+    """Whether every name is narrower than its phase, at about 95 characters across; else phases are numbered."""
     return all(len(name) + 2 <= 95 * (end - start) / phases[-1][2] for name, start, end in phases)
 
 
-def _name_phases(axes: Any, phases: Sequence[tuple[str, float, float]], fits: bool) -> None:
+def _label_phases(axes: Any, phases: Sequence[tuple[str, float, float]], *, named: bool) -> None:
     if len(phases) < 2:
         return
     for index, (name, start, end) in enumerate(phases, 1):
         axes.annotate(
-            name if fits else str(index),
+            name if named else str(index),
             ((start + end) / 2, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 6),
@@ -106,7 +106,7 @@ def _name_phases(axes: Any, phases: Sequence[tuple[str, float, float]], fits: bo
 
 
 def _kept(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], metric: Metric) -> float | None:
-    """The epoch whose values the report gives as those after training, unless that is the last one."""
+    """Return the epoch whose weights were kept; None if it is the last one or unknown."""
     after = (report.get("after") or {}).get("target") or {}
     evaluated = [entry for entry in history if number((entry.get("target") or {}).get(metric.key)) is not None]
     same = [entry for entry in evaluated if all(entry["target"].get(key) == after[key] for key in after)]
@@ -116,10 +116,9 @@ def _kept(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], metri
 
 
 def _caption(metric: Metric, *, ring: bool, borders: bool, named: bool) -> str:
-    name = f"{metric.name[0].upper()}{metric.name[1:]}"
-    parts = [f"{name} ({metric.better} is better) at the epochs that were evaluated; 0 is before."]
+    parts = [f"{metric.direction} at the evaluated epochs; 0: before training."]
     if ring:
-        parts.append("The ring is the epoch that was kept.")
+        parts.append("Ring: the epoch that was kept.")
     if borders:
-        parts.append(f"Dotted lines are phase borders{'' if named else ', numbered as in the table of phases'}.")
+        parts.append(f"Dotted lines: phase borders{'' if named else ', numbered as in the table of phases'}.")
     return " ".join(parts)

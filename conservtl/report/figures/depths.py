@@ -1,4 +1,4 @@
-"""Accuracy over the number of layers transferred, from either side."""
+"""The metric over the number of layers transferred, from either side."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, Picture, bare, draw, shorten
 from conservtl.report.figures.labels import legend_beside
-from conservtl.report.text.intervals import Span, share
+from conservtl.report.text.intervals import Span, metric_span
+from conservtl.report.text.metrics import headline
 
 __all__ = ["FORMS", "Points", "by_depth", "curve"]
 
 Points = dict[int, Span]
-"""Number of layers -> accuracy in per cent."""
+"""Number of layers -> the metric in the shown unit."""
 
 FORMS = {"AnB": "held (AnB)", "AnB+": "fine-tuned (AnB+)", "BnB": "control, held (BnB)", "BnB+": "control (BnB+)"}
 
-# Colours of Okabe and Ito's palette that stand for no domain.
+# Colours of Okabe and Ito's palette that no domain has.
 _LOOKS: dict[str, dict[str, Any]] = {
     "AnB": {"color": "#009E73", "linestyle": "-", "marker": "o", "linewidth": 2.0},
     "AnB+": {"color": "#A0457B", "linestyle": "--", "marker": "s", "linewidth": 2.0},
@@ -24,22 +25,22 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "BnB+": {"color": GREY, "linestyle": ":", "marker": "", "linewidth": 1.3},
 }
 _HEIGHT = 3.3
-_TICKS = 22  # numbers that fit under one panel
+_TICKS = 22  # number of ticks that fit under one panel
 
 
 def curve(result: Mapping[str, Any], side: str, form: str, domain: str) -> Points:
-    """The points of one curve that were measured."""
-    found = {}
+    """Return the measured points of one curve."""
+    metric, points = headline(result), {}
     for each in result.get("curves") or []:
         if each["side"] == side and each["form"] == form:
             for point in each["points"]:
-                if (span := share(point.get(domain))) is not None:
-                    found[int(point["n"])] = span
-    return dict(sorted(found.items()))
+                if (span := metric_span(point.get(domain), metric)) is not None:
+                    points[int(point["n"])] = span
+    return dict(sorted(points.items()))
 
 
 def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
-    """Both sides in one picture; None where nothing was measured."""
+    """Draw both sides in one picture; None if nothing was measured."""
     sides = {}
     for side in ("input", "output"):
         curves = {form: points for form in FORMS if (points := curve(result, side, form, domain))}
@@ -47,7 +48,8 @@ def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
             sides[side] = curves
     if not sides:
         return None
-    before = share((result.get("before") or {}).get(domain))
+    metric = headline(result)
+    before = metric_span((result.get("before") or {}).get(domain), metric)
     layers = [str(layer) for layer in result["layers"]]
     longest = max(len(shorten(layer, 18)) for layer in layers)
 
@@ -56,11 +58,11 @@ def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
         for axes, (side, curves) in zip(panels, sides.items(), strict=True):
             lines = _panel(axes, curves, before)
             _ticks(axes, side, layers)
-        panels[0].set_ylabel(f"{domain} accuracy (%)", labelpad=7)
+        panels[0].set_ylabel(metric.with_unit(f"{domain} {metric.name}"), labelpad=7)
         legend_beside(panels[-1], lines)
 
     names = {"target": "How far layers transfer", "source": "What is left of the source"}
-    alt = f"{domain} accuracy over the number of layers transferred, from {' and '.join(sides)} side."
+    alt = f"{domain} {metric.name} over the number of layers transferred, from {' and '.join(sides)} side."
     svg = draw(f"depth-{domain}", alt, _HEIGHT + 0.055 * longest, paint)
     return Picture(names[domain], _caption(sides, domain), svg)
 
@@ -88,7 +90,7 @@ def _panel(axes: Any, curves: Mapping[str, Points], before: Span | None) -> list
 
 
 def _ticks(axes: Any, side: str, layers: Sequence[str]) -> None:
-    """The number of layers, and the one that it adds."""
+    """Label each number of layers with the layer that it adds."""
     order = layers if side == "input" else list(reversed(layers))
     every = -(-len(layers) // _TICKS)
     places = range(0, len(layers) + 1, every)
@@ -103,8 +105,8 @@ def _caption(sides: Mapping[str, Mapping[str, Points]], domain: str) -> str:
     bands = "Bands: 95 % intervals of the mean." if any(s.certain for s in spans) else "One run each: no intervals."
     controls = any(form.startswith("B") for curves in sides.values() for form in curves)
     text = (
-        "Layers that are transferred start from the source; all others are initialised anew. "
-        "Beneath each number stands the layer that it adds."
+        "Transferred layers start from the source; all others are initialised anew. "
+        "Beside each number: the layer that it adds."
     )
     if controls:
         text += " Grey: controls, which start from a network trained on the target’s shots alone."

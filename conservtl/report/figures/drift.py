@@ -1,4 +1,4 @@
-"""How far each layer moved from its source values, in the order of the network."""
+"""Distance of each layer from its source values, in the order of the network."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from conservtl.report.text.summary import read_plan
 
 __all__ = ["drift_by_layer"]
 
-_ROWS = 24  # layers that still get a row and a number each
-_TICKS = 70  # names that still fit under upright bars
+_ROWS = 24  # number of layers up to which each gets a row and a number
+_TICKS = 70  # number of names that fit under upright bars
 _NAME = 26  # characters of a name under an upright bar
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One layer: its drift in per cent, None for a fresh one, and what was done to it."""
+    """One layer: its drift in per cent (None if fresh) and its state."""
 
     layer: str
     drift: float | None
@@ -27,7 +27,7 @@ class Bar:
 
 
 def drift_by_layer(report: Mapping[str, Any]) -> Picture | None:
-    """Bars from the input side on, frozen and fresh layers marked; None where no drift was measured."""
+    """Draw one bar a layer, input side first, frozen and fresh layers marked; None if no drift was measured."""
     bars = _bars(report)
     moved = [bar for bar in bars if bar.drift is not None]
     if not moved:
@@ -35,15 +35,15 @@ def drift_by_layer(report: Mapping[str, Any]) -> Picture | None:
     most = max(moved, key=lambda bar: bar.drift or 0)
     alt = f"Drift by layer, {len(bars)} layers; {most.layer} moved most, by {most.drift:.2g} %."
     if len(bars) <= _ROWS:
-        svg = draw("drift", alt, 0.27 * len(bars) + 0.75, lambda figure: _lying(figure.subplots(), bars))
+        svg = draw("drift", alt, 0.27 * len(bars) + 0.75, lambda figure: _horizontal(figure.subplots(), bars))
     else:
         longest = max(len(shorten(bar.layer, _NAME)) for bar in bars)
-        svg = draw("drift", alt, 2.9 + 0.065 * longest, lambda figure: _standing(figure.subplots(), bars))
-    marks = {"frozen": "frozen throughout", "fresh": "new, so there is no source value to drift from"}
+        svg = draw("drift", alt, 2.9 + 0.065 * longest, lambda figure: _upright(figure.subplots(), bars))
+    marks = {"frozen": "frozen throughout", "fresh": "new, without a source value"}
     states = {bar.state for bar in bars}
     notes = "".join(f" “{state}”: {text}." for state, text in marks.items() if state in states)
     side = "at the top" if len(bars) <= _ROWS else "on the left"
-    caption = f"Distance from the source weights over their own length; input side {side}.{notes}"
+    caption = f"Distance from the source weights over their norm; input side {side}.{notes}"
     return Picture("How far each layer moved", caption, svg)
 
 
@@ -61,11 +61,11 @@ def _bars(report: Mapping[str, Any]) -> list[Bar]:
         elif value is not None:
             still = not any(row.name in trained for row in rows)
             bars.append(Bar(layer, 100 * value, "frozen" if still else "trained"))
-    # What the plan does not know moved too.
+    # Layers that are not in the plan.
     return bars + [Bar(layer, 100 * value, "trained") for layer, value in drift.items() if value is not None]
 
 
-def _lying(axes: Any, bars: Sequence[Bar]) -> None:
+def _horizontal(axes: Any, bars: Sequence[Bar]) -> None:
     widths = [bar.drift or 0 for bar in bars]
     longest = max(widths) or 1
     colours = [GREY if bar.state == "frozen" else TARGET for bar in bars]
@@ -91,7 +91,7 @@ def _lying(axes: Any, bars: Sequence[Bar]) -> None:
     bare(axes, grid="x")
 
 
-def _standing(axes: Any, bars: Sequence[Bar]) -> None:
+def _upright(axes: Any, bars: Sequence[Bar]) -> None:
     heights = [bar.drift or 0 for bar in bars]
     longest = max(heights) or 1
     colours = [GREY if bar.state == "frozen" else TARGET for bar in bars]

@@ -14,21 +14,22 @@ Points = list[tuple[float, float]]
 
 DOMAINS = ("target", "source")
 
-_LEAST_SPAN = 0.05  # a change of less than that must not fill the picture
+_LEAST_SPAN = 0.05  # of a share, that the axis spans at least: a smaller change must not fill the picture
 _LOOKS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 
 
 def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: float | None) -> None:
-    """Both domains' lines, named at their ends.
+    """Draw the lines of both domains, with a name at the right end of each.
 
     Args:
         axes: matplotlib's.
-        lines: domain -> its points, left to right.
-        metric: what the heights are.
-        kept: where on each line a ring stands; None: nowhere.
+        lines: domain -> its points, from left to right, in the shown unit.
+        metric: of the heights.
+        kept: position of a ring on each line; None: no ring.
     """
     values = [value for points in lines.values() for _, value in points]
-    span = max(max(values) - min(values), metric.scaled(_LEAST_SPAN))
+    least = metric.scaled(_LEAST_SPAN) if metric.share else _LEAST_SPAN * max(map(abs, values))
+    span = max(max(values) - min(values), least) or 1.0
     middle = (max(values) + min(values)) / 2
     low, high = middle - 0.58 * span, middle + 0.58 * span
     if metric.share and high > 100 >= max(values):
@@ -45,10 +46,8 @@ def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: flo
         places, heights = zip(*points, strict=True)
         every = max(1, len(points) // 25)  # a marker a point would hide a long curve
         axes.plot(places, heights, style, color=colour, marker=marker, markevery=every, clip_on=False)
-        unit = f" {metric.unit}" if metric.unit else ""
-        digits = 1 if metric.share else 3
         axes.annotate(
-            f"{domain} {points[-1][1]:.{digits}f}{unit}",
+            f"{domain} {metric.show_scaled(points[-1][1])}",
             (last, points[-1][1]),
             xytext=(10, 0),
             textcoords="offset points",
@@ -61,6 +60,6 @@ def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: flo
     for points in lines.values():
         if kept is not None and (mark := dict(points).get(kept)) is not None:
             axes.plot([kept], [mark], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK, clip_on=False)
-    axes.set_ylabel(f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
+    axes.set_ylabel(metric.label)
     axes.yaxis.get_major_locator().set_params(nbins=7)
     bare(axes, grid="y")

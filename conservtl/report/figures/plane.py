@@ -1,21 +1,24 @@
-"""The plane of source accuracy kept and target accuracy, in which every method is a point."""
+"""The plane of source and target metric, in which every method is a point; up and to the right is better."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, bare
 from conservtl.report.figures.labels import Label, annotate
-from conservtl.report.text.intervals import Span, harmonic
+from conservtl.report.text.intervals import Span
+from conservtl.report.text.metrics import ACCURACY, Metric, true_minus
 
-__all__ = ["PlanePoint", "Window", "paint_plane", "window"]
+__all__ = ["PlanePoint", "Window", "metric_axis", "paint_plane", "window", "window_of"]
 
-_ROOM = 0.6  # of the means' own range, that intervals may add on each side
-_LEAST = 4.0  # points an axis spans at least: less is noise
-_GAP = 1.5  # a gap this many times as wide as all that lies above it is not drawn to scale
+_MARGIN = 0.6  # of the means' own range, that intervals may add on each side
+_LEAST_SPAN = 4.0  # percentage points that an axis spans at least: less is noise
+_LEAST_SHARE = 0.05  # of the largest value, that an axis of a metric without bounds spans at least
+_GAP = 1.5  # a gap this many times as wide as the range above it is cut out
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,14 @@ class PlanePoint:
     """One point of the plane.
 
     Args:
-        name: written beside it; empty: nothing is.
-        source: in per cent.
-        target: in per cent.
+        name: written beside it; empty: no name.
+        source: in the shown unit.
+        target: in the shown unit.
         colour: of the mark.
         ink: of the name.
         shape: matplotlib's marker.
-        strong: whether it is what is asked about, not what that is held against.
-        keep: whether it must be drawn to scale.
+        strong: whether it is a method in question, and not a baseline.
+        to_scale: whether it must not be cut off at the edge.
         hollow: whether it is drawn as an outline.
     """
 
@@ -41,68 +44,100 @@ class PlanePoint:
     ink: str = INK
     shape: str = "o"
     strong: bool = False
-    keep: bool = False
+    to_scale: bool = False
     hollow: bool = False
 
 
 @dataclass(frozen=True)
 class Window:
-    """What an axis shows: values from ``low`` to ``high``; what lies below ``cut`` stands at its edge."""
+    """Range of an axis from ``low`` to ``high``; values below ``cut`` are drawn at its edge."""
 
     low: float
     high: float
     cut: float
 
     def edge(self, value: float) -> float:
-        """Where a value stands."""
+        """Return where a value is drawn."""
         return value if value >= self.cut else self.low + 0.03 * (self.high - self.low)
 
 
-def window(spans: Sequence[Span], keep: Sequence[Span] = (), bottom: float = 0.0, top: float = 100.0) -> Window:
-    """What an axis shows, so that one value far below does not squash the rest.
+def window(
+    spans: Sequence[Span],
+    to_scale: Sequence[Span] = (),
+    bottom: float = 0.0,
+    top: float = 100.0,
+    least: float = _LEAST_SPAN,
+) -> Window:
+    """Return the range of an axis, so that one value far below does not squash the others.
 
     Args:
-        spans: everything on the axis.
-        keep: what must be drawn to scale.
-        bottom: no value lies below.
-        top: no value lies above.
+        spans: all values on the axis.
+        to_scale: those that must not be cut off.
+        bottom: lowest possible value.
+        top: highest possible value.
+        least: the least range of values to show.
     """
     means = sorted(span.mean for span in spans)
-    kept = min((span.mean for span in keep), default=means[-1])
+    lowest = min((span.mean for span in to_scale), default=means[-1])
     cut = means[0]
     for below, above in pairwise(means):
         half = sum(mean >= above for mean in means) * 2 >= len(means)
-        if half and above <= kept and above - below > max(_LEAST, _GAP * (means[-1] - above)):
+        if half and above <= lowest and above - below > max(least, _GAP * (means[-1] - above)):
             cut = above
     shown = [span for span in spans if span.mean >= cut]
-    reach = max(_LEAST, means[-1] - cut)
-    low = max(cut - _ROOM * reach, min(span.low for span in shown))
-    high = min(means[-1] + _ROOM * reach, max(span.high for span in shown))
-    pad = 0.06 * max(_LEAST, high - low)
+    reach = max(least, means[-1] - cut)
+    low = max(cut - _MARGIN * reach, min(span.low for span in shown))
+    high = min(means[-1] + _MARGIN * reach, max(span.high for span in shown))
+    pad = 0.06 * max(least, high - low)
     if cut > means[0]:
-        pad *= 2.5  # room for what stands at the edge
+        pad *= 2.5  # room for the marks at the edge
     return Window(max(low - pad, bottom - 0.02 * reach), min(high + pad, top + 0.02 * reach), cut)
 
 
+def window_of(spans: Sequence[Span], metric: Metric, to_scale: Sequence[Span] = ()) -> Window:
+    """Return the range of an axis of this metric, on which higher is better (see ``metric_axis``).
+
+    Args:
+        spans: all values on the axis, mirrored if lower is better.
+        metric: gives bounds and direction.
+        to_scale: those that must not be cut off.
+    """
+    low, high = metric.bounds
+    if metric.better == "lower":
+        low, high = -high, -low
+    least = _LEAST_SPAN if metric.share else _LEAST_SHARE * max(abs(span.mean) for span in spans)
+    return window(spans, to_scale, low, high, least or 1.0)
+
+
+def metric_axis(axis: Any, metric: Metric) -> None:
+    """Label an axis on which a metric is negated if lower is better, so that up and to the right is better."""
+    if metric.better == "lower":
+        axis.set_major_formatter(lambda value, _: true_minus(f"{-value:.6g}" if value else "0"))
+
+
 def paint_plane(
-    figure: Any, axes: Any, marks: Sequence[PlanePoint], paths: Iterable[tuple[Sequence[PlanePoint], str, str]] = ()
+    figure: Any,
+    axes: Any,
+    marks: Sequence[PlanePoint],
+    paths: Iterable[tuple[Sequence[PlanePoint], str, str]] = (),
+    metric: Metric = ACCURACY,
 ) -> None:
-    """Draw marks with their intervals, lines of equal harmonic mean, and names.
+    """Draw marks with their intervals, lines of equal combined score, and names.
 
     Args:
         figure: the figure, laid out at the end.
         axes: matplotlib's.
         marks: most important first.
         paths: marks joined in order, with a colour and a stroke.
+        metric: of both axes.
     """
-    paths = list(paths)
-    every = [*marks, *(mark for path, _, _ in paths for mark in path)]
-    keep = [mark for mark in every if mark.keep]
-    across = window([mark.source for mark in every], [mark.source for mark in keep])
-    up = window([mark.target for mark in every], [mark.target for mark in keep])
+    paths = [([_upward(mark, metric) for mark in path], colour, stroke) for path, colour, stroke in paths]
+    every = [*(_upward(mark, metric) for mark in marks), *(mark for path, _, _ in paths for mark in path)]
+    across = window_of([mark.source for mark in every], metric, [mark.source for mark in every if mark.to_scale])
+    up = window_of([mark.target for mark in every], metric, [mark.target for mark in every if mark.to_scale])
     axes.set_xlim(across.low, across.high)
     axes.set_ylim(up.low, up.high)
-    _equal(axes, across, up)
+    _equal_scores(axes, across, up, metric)
     lines = []
     for path, colour, stroke in paths:
         corners = [(across.edge(mark.source.mean), up.edge(mark.target.mean)) for mark in path]
@@ -110,23 +145,32 @@ def paint_plane(
         lines.append(corners)
     for mark in reversed(every):
         lines += _mark(axes, mark, across, up)
-    axes.set_xlabel("source accuracy kept (%)")
-    axes.set_ylabel("target accuracy (%)")
+    kept = "" if metric.better == "lower" else " kept"
+    axes.set_xlabel(metric.with_unit(f"source {metric.name}{kept}"))
+    axes.set_ylabel(metric.with_unit(f"target {metric.name}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(nbins=7, steps=[1, 2, 5, 10])
+        metric_axis(axis, metric)
     bare(axes, grid="y")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(True)
     axes.spines[["left", "bottom"]].set_color(GREY)
-    annotate(figure, axes, [_label(mark, across, up) for mark in every if mark.name], lines)
+    annotate(figure, axes, [_label(mark, across, up, metric) for mark in every if mark.name], lines)
+
+
+def _upward(mark: PlanePoint, metric: Metric) -> PlanePoint:
+    """Return the mark with negated values if lower is better."""
+    if metric.better != "lower":
+        return mark
+    return replace(mark, source=mark.source.mirrored(), target=mark.target.mirrored())
 
 
 def _mark(axes: Any, mark: PlanePoint, across: Window, up: Window) -> list[list[tuple[float, float]]]:
-    """Draw one mark; returns its error bars as lines."""
+    """Draw one mark; return its error bars as lines."""
     x, y = across.edge(mark.source.mean), up.edge(mark.target.mean)
     size = 8 if mark.strong else 7 if mark.name else 4.5
     if x != mark.source.mean or y != mark.target.mean:
-        # Beyond the edge: an arrow says where.
+        # Beyond the edge: a triangle points to where the mark would be.
         shape = (3, 0, 90) if y == mark.target.mean else (3, 0, 180) if x == mark.source.mean else (3, 0, 135)
         axes.plot([x], [y], marker=shape, markersize=size + 1, color=mark.colour, linestyle="none")
         return []
@@ -146,9 +190,10 @@ def _mark(axes: Any, mark: PlanePoint, across: Window, up: Window) -> list[list[
     ]
 
 
-def _label(mark: PlanePoint, across: Window, up: Window) -> Label:
+def _label(mark: PlanePoint, across: Window, up: Window, metric: Metric) -> Label:
+    """Return the mark's name, with the values that lie beyond the edge."""
     beyond = [
-        f"{name} {span.text()} %"
+        f"{name} {metric.show_scaled(-span.mean if metric.better == 'lower' else span.mean)}"
         for name, span, axis in (("source", mark.source, across), ("target", mark.target, up))
         if span.mean < axis.cut
     ]
@@ -157,21 +202,32 @@ def _label(mark: PlanePoint, across: Window, up: Window) -> Label:
     return Label(text, at, mark.ink, "bold" if mark.strong else "normal")
 
 
-def _equal(axes: Any, across: Window, up: Window) -> None:
-    """Faint lines of equal harmonic mean, named where they leave on the right."""
-    low, high = harmonic(max(0.0, across.low), max(0.0, up.low)), harmonic(across.high, up.high)
-    step = next((s for s in (0.5, 1, 2, 5, 10, 20) if (high - low) / s <= 7), 20)
-    first = int(low // step) + 1
-    levels = [level for k in range(first, int(high / step) + 1) if (level := step * k) < 100]
+def _equal_scores(axes: Any, across: Window, up: Window, metric: Metric) -> None:
+    """Draw faint lines of equal combined score, labelled at the right edge."""
+    # Correct shares, where lower is better: 100 plus the negated value.
+    shift = 100.0 if metric.share and metric.better == "lower" else 0.0
+
+    def score(x: float, y: float) -> float:
+        if not metric.share:
+            return (x + y) / 2
+        return ACCURACY.combined(max(0.0, x + shift), max(0.0, y + shift))
+
+    def height(level: float, x: float) -> float | None:
+        if not metric.share:
+            return 2 * level - x
+        x += shift
+        return level * x / (2 * x - level) - shift if 2 * x > 1.01 * level else None
+
     named = False
-    for level in levels:
+    for level in _levels(score(across.low, up.low), score(across.high, up.high), metric):
         xs = [across.low + (across.high - across.low) * k / 60 for k in range(61)]
-        points = [(x, level * x / (2 * x - level)) for x in xs if 2 * x > 1.01 * level]
+        points = [(x, y) for x in xs if (y := height(level, x)) is not None]
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), color=PALE, linewidth=0.9, zorder=0.5)
         if up.low <= points[-1][1] <= up.high:
-            text = f"{level:g}" if named else f"{level:g} harmonic mean"
+            value = shift - level if metric.better == "lower" else level
+            text = true_minus(f"{value:.6g}") + ("" if named else f" {metric.combination}")
             named = True
             axes.annotate(
                 text,
@@ -183,3 +239,12 @@ def _equal(axes: Any, across: Window, up: Window) -> None:
                 va="center",
                 annotation_clip=False,
             )
+
+
+def _levels(low: float, high: float, metric: Metric) -> list[float]:
+    """Return at most seven round numbers between two scores."""
+    steps = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+    least = 0.5 if metric.share else 0.0
+    step = next((step for step in steps if step >= least and (high - low) / step <= 7), steps[-1])
+    levels = [step * k for k in range(math.floor(low / step) + 1, math.floor(high / step) + 1)]
+    return [level for level in levels if not metric.share or level < 100]

@@ -1,4 +1,4 @@
-"""The strength of a conservation, with the path between source and fine-tuned weights beside it."""
+"""The strength of a conservation, and the path between source and fine-tuned weights beside it."""
 
 from __future__ import annotations
 
@@ -8,51 +8,53 @@ from typing import Any
 
 from conservtl.report.figures.canvas import INK, SOURCE, TARGET, Picture, bare, draw
 from conservtl.report.figures.plane import PlanePoint, paint_plane
-from conservtl.report.text.intervals import Span, harmonic, share
+from conservtl.report.text.intervals import Span, metric_span
+from conservtl.report.text.metrics import Metric, headline
 
-__all__ = ["StrengthStep", "best_step", "method_of", "path_of", "strength_curve", "strengths_of"]
+__all__ = ["StrengthStep", "best_step", "path_of", "strength_curve", "strengths_of", "swept_method"]
 
-_WIDE = 30.0  # a range of more than this is drawn on a logarithmic axis
+_WIDE = 30.0  # ratio of the largest to the least strength beyond which the axis is logarithmic
 _DOMAINS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 _PATH = "#8A6000"
 
 
 @dataclass(frozen=True)
 class StrengthStep:
-    """What came of one strength, or of one point of the path, in per cent."""
+    """Results at one strength or at one point of the path, in the shown unit."""
 
     at: float
     target: Span
     source: Span | None
+    metric: Metric
 
     @property
     def score(self) -> float:
-        """The harmonic mean; the target where there is no source to measure."""
-        return self.target.mean if self.source is None else harmonic(self.target.mean, self.source.mean)
+        """The score for both domains; the target's metric if the source has no data."""
+        return self.target.mean if self.source is None else self.metric.combined(self.target.mean, self.source.mean)
 
 
 def strengths_of(result: Mapping[str, Any]) -> list[StrengthStep]:
-    """The strengths, in order."""
-    return _steps(result.get("strengths") or [], "strength")
+    """Return the strengths in ascending order."""
+    return _steps(result.get("strengths") or [], "strength", headline(result))
 
 
 def path_of(result: Mapping[str, Any]) -> list[StrengthStep]:
-    """The points of the path, from the source on."""
-    return _steps(result.get("path") or [], "t")
+    """Return the points of the path, from the source on."""
+    return _steps(result.get("path") or [], "t", headline(result))
 
 
 def best_step(steps: Sequence[StrengthStep]) -> StrengthStep | None:
-    """The one with the best score."""
-    return max(steps, key=lambda step: step.score, default=None)
+    """Return the step with the best score."""
+    return max(steps, key=lambda step: step.metric.rank(step.score), default=None)
 
 
 def strength_curve(result: Mapping[str, Any]) -> Picture | None:
-    """Accuracy against strength, and strength and path in the target-source plane; None where there are neither."""
+    """Draw the metric against strength, and strength and path in the plane; None if there are neither."""
     strengths, path = strengths_of(result), path_of(result)
     if not strengths and not path:
         return None
     plane = all(step.source is not None for step in (*strengths, *path))
-    method = method_of(result)
+    method, metric = swept_method(result), headline(result)
     left = [(strengths, f"strength of {method}", True)] if strengths else []
     if not plane and path:
         left.append((path, "t (0: the source, 1: fine-tuned)", False))
@@ -60,20 +62,20 @@ def strength_curve(result: Mapping[str, Any]) -> Picture | None:
     def paint(figure: Any) -> None:
         panels = list(figure.subplots(1, len(left) + plane, squeeze=False)[0])
         for axes, (steps, name, scaled) in zip(panels, left, strict=False):
-            _over(axes, steps, name, scaled=scaled)
+            _against(axes, steps, name, metric, scaled=scaled)
         if plane:
-            _plane(figure, panels[-1], strengths, path, method)
+            _plane(figure, panels[-1], strengths, path, method, metric)
 
-    svg = draw("strength", f"Target and source accuracy against the strength of {method}.", 3.9, paint)
-    return Picture("How strong", _caption(strengths, path, plane=plane), svg)
+    svg = draw("strength", f"Target and source {metric.name} against the strength of {method}.", 3.9, paint)
+    return Picture("How strong", _caption(strengths, path, metric, plane=plane), svg)
 
 
-def _caption(strengths: Sequence[StrengthStep], path: Sequence[StrengthStep], *, plane: bool) -> str:
-    walk = "the path (1 − t) × source + t × fine-tuned weights, which costs no training of its own"
-    shown = ["accuracy against strength"] if strengths else []
+def _caption(strengths: Sequence[StrengthStep], path: Sequence[StrengthStep], metric: Metric, *, plane: bool) -> str:
+    walk = "the path (1 − t) × source + t × fine-tuned weights, which needs no further training"
+    shown = [f"{metric.name} against strength"] if strengths else []
     if plane:
         both = " and ".join([*(["the strengths"] if strengths else []), *([walk] if path else [])])
-        shown.append(f"target against source: {both}, with lines of equal harmonic mean (%)")
+        shown.append(f"target against source: {both}, with lines of equal {metric.with_unit(metric.combination)}")
     elif path:
         shown.append(walk)
     places = ("Left", "Right") if len(shown) == 2 else ("Shown",)
@@ -83,32 +85,32 @@ def _caption(strengths: Sequence[StrengthStep], path: Sequence[StrengthStep], *,
     return " ".join(parts)
 
 
-def method_of(result: Mapping[str, Any]) -> str:
-    """The method whose strength is swept."""
+def swept_method(result: Mapping[str, Any]) -> str:
+    """Return the name of the method whose strength is swept."""
     return str(next((each.get("method") for each in result.get("strengths") or []), "the conservation"))
 
 
-def _steps(given: Sequence[Mapping[str, Any]], key: str) -> list[StrengthStep]:
-    found = []
-    for each in given:
-        target = share(each.get("target"))
-        if target is not None:
-            found.append(StrengthStep(float(each[key]), target, share(each.get("source"))))
-    return sorted(found, key=lambda step: step.at)
+def _steps(points: Sequence[Mapping[str, Any]], key: str, metric: Metric) -> list[StrengthStep]:
+    steps = [
+        StrengthStep(float(point[key]), target, metric_span(point.get("source"), metric), metric)
+        for point in points
+        if (target := metric_span(point.get("target"), metric)) is not None
+    ]
+    return sorted(steps, key=lambda step: step.at)
 
 
-def _over(axes: Any, steps: Sequence[StrengthStep], name: str, *, scaled: bool) -> None:
-    """Both domains over strength or t, named in a legend."""
+def _against(axes: Any, steps: Sequence[StrengthStep], name: str, metric: Metric, *, scaled: bool) -> None:
+    """Draw both domains against strength or t, with a legend."""
     positive = [step.at for step in steps if step.at > 0]
     log = scaled and bool(positive) and max(positive) / min(positive) > _WIDE
-    # Strength 0 has no place on a logarithmic axis: a step of ten left of the least that has.
+    # A logarithmic axis has no 0: strength 0 is drawn a factor of ten left of the least positive one.
     places = [step.at if step.at > 0 or not log else min(positive) / 10 for step in steps]
     for domain, (colour, marker, stroke) in _DOMAINS.items():
         spans = [step.target if domain == "target" else step.source for step in steps]
-        there = [(place, span) for place, span in zip(places, spans, strict=True) if span is not None]
-        if not there:
+        measured = [(place, span) for place, span in zip(places, spans, strict=True) if span is not None]
+        if not measured:
             continue
-        xs, ys = zip(*there, strict=True)
+        xs, ys = zip(*measured, strict=True)
         axes.plot(xs, [y.mean for y in ys], stroke, color=colour, marker=marker, label=domain, clip_on=False)
         axes.fill_between(xs, [y.low for y in ys], [y.high for y in ys], color=colour, alpha=0.15, linewidth=0)
     if log:
@@ -118,15 +120,21 @@ def _over(axes: Any, steps: Sequence[StrengthStep], name: str, *, scaled: bool) 
             axes.tick_params(axis="x", rotation=90)
     axes.minorticks_off()
     axes.set_xlabel(f"{name} (log scale)" if log else name)
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(metric.label)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handletextpad=0.4)
     bare(axes, grid="y")
     axes.spines["bottom"].set_visible(True)
 
 
 def _plane(
-    figure: Any, axes: Any, strengths: Sequence[StrengthStep], path: Sequence[StrengthStep], method: str
+    figure: Any,
+    axes: Any,
+    strengths: Sequence[StrengthStep],
+    path: Sequence[StrengthStep],
+    method: str,
+    metric: Metric,
 ) -> None:
+    """Draw strengths and path as two lines of the target-source plane."""
     best, middle = best_step(strengths), best_step(path)
     lines = []
     if strengths:
@@ -145,9 +153,9 @@ def _plane(
     for (_, colour, stroke), name in zip(lines, names, strict=True):
         axes.plot([], [], stroke, color=colour, label=name)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handletextpad=0.4)
-    paint_plane(figure, axes, [], lines)
+    paint_plane(figure, axes, [], lines, metric)
 
 
 def _mark(step: StrengthStep, name: str, colour: str, shape: str, *, strong: bool) -> PlanePoint:
-    assert step.source is not None  # the plane is drawn only where all have one
+    assert step.source is not None  # the plane is drawn only if every step has one
     return PlanePoint(name, step.source, step.target, colour, colour if name else INK, shape, strong=strong)

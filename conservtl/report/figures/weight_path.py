@@ -1,4 +1,4 @@
-"""The path: target and source on the straight line from the starting point to the trained weights."""
+"""Target and source on the straight line from the starting weights to the trained weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["kept_point", "weight_path"]
 
 
 def weight_path(report: Mapping[str, Any]) -> Picture | None:
-    """Target and source along the path; None where it was not measured."""
+    """Draw target and source along the path; None if it was not measured."""
     entries = report.get("path") or []
     metric = headline(report)
     lines = {domain: _points(entries, domain, metric) for domain in DOMAINS}
@@ -37,25 +37,24 @@ def weight_path(report: Mapping[str, Any]) -> Picture | None:
 
 
 def kept_point(report: Mapping[str, Any]) -> float | None:
-    """Where on the path the weights lie that were kept; None where it was not measured, or they lie elsewhere."""
+    """Return the position on the path of the weights that were kept; None if it is unknown or off the path."""
     return next((float(entry["t"]) for entry in report.get("path") or [] if entry.get("kept")), None)
 
 
 def _points(entries: Any, domain: str, metric: Metric) -> Points:
-    found = [(float(entry["t"]), number((entry.get(domain) or {}).get(metric.key))) for entry in entries]
-    return sorted((t, metric.scaled(value)) for t, value in found if value is not None)
+    values = [(float(entry["t"]), number((entry.get(domain) or {}).get(metric.key))) for entry in entries]
+    return sorted((t, metric.scaled(value)) for t, value in values if value is not None)
 
 
 def _caption(report: Mapping[str, Any], metric: Metric, kept: float | None) -> str:
-    name = f"{metric.name[0].upper()}{metric.name[1:]}"
     examples = report.get("path_examples") or {}
     counts = " and ".join(f"{examples[domain]:,} {domain}" for domain in DOMAINS if domain in examples)
     on = f", on {counts} test examples" if counts else ""
     between = "(1 − t) × the starting weights + t × the trained ones"
-    parts = [f"{name} ({metric.better} is better) of {between}{on}, without further training."]
+    parts = [f"{metric.direction} of {between}{on}, without further training."]
     if kept is not None:
-        parts.append(f"The rings are what was kept, t\u00a0=\u00a0{kept:g}.")
+        parts.append(f"Rings: the weights that were kept, t\u00a0=\u00a0{kept:g}.")
     plan = read_plan(report)
     if plan is not None and plan.fresh:
-        parts.append("What is new is as trained all along, so only the rest starts at the source.")
+        parts.append("New parameters keep their trained values; only the others start at the source.")
     return " ".join(parts)

@@ -7,104 +7,125 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conservtl.report.figures.by_target import by_target
-from conservtl.report.figures.frontier import frontier, shots_text
+from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
-from conservtl.report.pages.rendering import render_many
-from conservtl.report.text.html_table import Cell, Grid, Line
+from conservtl.report.pages.rendering import render_study
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import Span
-from conservtl.report.text.metrics import Verdict
-from conservtl.report.text.summary import duration
-from conservtl.report.text.variants import Variant, best_own, main_table, variants
+from conservtl.report.text.metrics import Metric, Verdict, headline
+from conservtl.report.text.summary import duration, shots_text
+from conservtl.report.text.variants import Variant, best_method, main_table, variants
 
 __all__ = ["write_compare"]
 
-_NOTHING = Cell("–")
+_MISSING = Cell("–")
 
 
 def write_compare(result: Mapping[str, Any], path: Path) -> None:
-    """Write a comparison as one page that needs nothing else: no script, no font, no address on the network.
+    """Write a comparison as one self-contained page: no script, no font, no link to the network.
 
-    The verdict, the frontier and the table of the spec's own number of shots (else the most) stand first.
+    The verdict, the frontier and the table of the spec's own number of shots (else of the most) come first.
 
     Args:
-        result: what ``compare.json`` holds.
+        result: content of ``compare.json``.
         path: the file to write or replace.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
     tables, verdicts = result["tables"], list(result["verdict"])
+    metric, classes = headline(result), bool(result.get("classes", True))
     first = main_table(result)
     others = [place for place in range(len(tables)) if place != first]
-    render_many(
+    render_study(
         path,
         over="Comparison",
         title="Which method",
         sentence=verdicts[first] if tables else "There are no runs to compare.",
-        tone=_tone(tables[first]) if tables else "unknown",
+        tone=_tone(tables[first], metric) if tables else "unknown",
         more=[verdicts[place] for place in others],
         notes=[f"Not measured: {text}." for text in result.get("left_out") or []],
         parts=[
-            *([frontier(tables[first], "frontier"), _grid(tables[first])] if tables else []),
-            error_by_shots(tables, tables[first]) if tables else None,
-            by_target(tables[first]) if tables else None,
-            *(part for place in others for part in (frontier(tables[place], f"frontier{place}"), _grid(tables[place]))),
+            part
+            for place in ((first,) if tables else ())
+            for part in (
+                frontier(tables[place], "frontier", metric, classes=classes),
+                _table(tables[place], metric, classes),
+                error_by_shots(tables, tables[place], metric, classes=classes),
+                by_target(tables[place], metric),
+            )
+        ]
+        + [
+            part
+            for place in others
+            for part in (
+                frontier(tables[place], f"frontier{place}", metric, classes=classes),
+                _table(tables[place], metric, classes),
+            )
         ],
         spec=result.get("spec"),
     )
 
 
-def _tone(table: Mapping[str, Any]) -> Verdict:
-    own = best_own(variants(table))
-    return "unknown" if own is None or own.difference is None else _against(own) or "same"
+def _tone(table: Mapping[str, Any], metric: Metric) -> Verdict:
+    best = best_method(variants(table, metric))
+    return "unknown" if best is None or best.difference is None else _against_baseline(best) or "same"
 
 
-def _against(row: Variant) -> Literal["", "better", "worse"]:
-    """A win, a loss beyond chance, or neither."""
+def _against_baseline(row: Variant) -> Literal["", "better", "worse"]:
+    """Return whether a variant wins, or loses beyond chance."""
     if row.wins:
         return "better"
     gap = row.difference
     return "worse" if gap is not None and gap.certain and gap.high < 0 else ""
 
 
-def _grid(table: Mapping[str, Any]) -> Grid:
-    """A row a variant, the best harmonic mean first; columns that nothing has are left out."""
-    rows = sorted(variants(table), key=lambda row: -row.score.mean)
+def _table(table: Mapping[str, Any], metric: Metric, classes: bool) -> HtmlTable:
+    """Return one row a variant, the best first, without the columns that no variant fills."""
+    rows = sorted(variants(table, metric), key=lambda row: -row.rank)
     sourced = any(row.source is not None for row in rows)
+    scored = any(row.constrained is not None for row in rows)
     compared = any(row.difference is not None for row in rows)
-    header = ["", "target (%)"]
-    header += ["source kept (%)", "harmonic mean (%)", "constrained score"] if sourced else []
-    header += ["against the best baseline (points)"] if compared else []
+    header = ["", metric.with_unit("target")]
+    header += [metric.kept, metric.with_unit(metric.combination)] if sourced else []
+    header += ["constrained score"] if scored else []
+    header += [f"against the best baseline{' (points)' if metric.share else ''}"] if compared else []
     header += ["time a run", "runs"]
-    note = "Beneath each mean its 95 % interval." if any(row.target.certain for row in rows) else ""
+    notes = [] if metric.key == "accuracy" else [f"{metric.direction}."]
+    if any(row.target.certain for row in rows):
+        notes.append("Beneath each mean its 95 % interval.")
     if compared:
-        note += " Differences are paired: same target, same seed."
-    if sourced:
-        note += (
-            " Constrained score: the share of target errors mended, scaled down by what the source lost "
-            "(nothing is left of it at a loss of 3 points)."
+        positive = "" if metric.better != "lower" else ", positive if better"
+        notes.append(f"Differences are paired: same target, same seed{positive}.")
+    if scored:
+        notes.append(
+            "Constrained score: the share of target errors corrected, scaled down by the source's loss "
+            "(to 0 at a loss of 3 points)."
         )
-    lines = [Line(_cells(row, sourced, compared), "quiet" if row.baseline else "strong") for row in rows]
-    return Grid(f"In numbers, {shots_text(table['shots'])}", note.strip(), header, lines)
+    columns = (sourced, scored, compared)
+    lines = [TableRow(_cells(row, *columns), "quiet" if row.baseline else "strong") for row in rows]
+    where = shots_text(table["shots"], classes=classes)
+    return HtmlTable(f"In numbers, {where}", " ".join(notes), header, lines)
 
 
-def _cells(row: Variant, sourced: bool, compared: bool) -> list[Cell]:
+def _cells(row: Variant, sourced: bool, scored: bool, compared: bool) -> list[Cell]:
     cells = [Cell(row.name, row.note, colour=row.colour, mark=row.sign), _cell(row.target)]
     if sourced:
-        score = _NOTHING if row.constrained is None else Cell(f"{row.constrained:.2f}")
-        cells += [_cell(row.source), _cell(row.harmonic, strong=not row.baseline), score]
+        cells += [_cell(row.source), _cell(row.combined, strong=not row.baseline)]
+    if scored:
+        cells.append(_MISSING if row.constrained is None else Cell(f"{row.constrained:.2f}"))
     if compared:
         cells.append(_difference(row))
-    time = _NOTHING if row.seconds is None else Cell(duration(row.seconds.mean))
+    time = _MISSING if row.seconds is None else Cell(duration(row.seconds.mean))
     return [*cells, time, Cell(str(row.target.count))]
 
 
 def _cell(span: Span | None, *, strong: bool = False) -> Cell:
-    return _NOTHING if span is None else Cell(span.text(), span.ends(), "strong" if strong else "")
+    return _MISSING if span is None else Cell(span.text(), span.ends(), "strong" if strong else "")
 
 
 def _difference(row: Variant) -> Cell:
     if row.difference is None:
         return Cell("" if row.best else "–")
-    kind = "" if row.baseline else _against(row)
+    kind = "" if row.baseline else _against_baseline(row)
     return Cell(row.difference.signed(), row.difference.signed_ends(), kind)

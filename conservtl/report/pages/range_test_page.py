@@ -1,4 +1,4 @@
-"""The picture of a range test: loss against learning rate, with what was read off it."""
+"""The picture of a range test: loss against learning rate, with the suggested rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from conservtl.errors import SpecError
 from conservtl.files import write_bytes
 from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, draw_png
-from conservtl.report.pages.rendering import render_many
+from conservtl.report.pages.rendering import render_study
 
 __all__ = ["check_picture", "range_test_sentence", "write_range_test"]
 
@@ -19,14 +19,14 @@ _KINDS = (".html", ".png")
 
 
 def write_range_test(result: Mapping[str, Any], path: Path) -> None:
-    """Write a range test as a page that needs nothing else, or as a picture.
+    """Write a range test as a self-contained page or as a picture.
 
     Args:
         result: rates, losses, smoothed, suggestion, steepest, diverged; and spec, for the page.
         path: ``.html`` or ``.png``, to write or replace.
 
     Raises:
-        SpecError: another kind of file.
+        SpecError: the file has another suffix.
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
     check_picture(path)
@@ -35,42 +35,44 @@ def write_range_test(result: Mapping[str, Any], path: Path) -> None:
         return
     alt = f"The loss against the learning rate; suggested is {result['suggestion']:.1e}."
     caption = (
-        "Dots: the loss at each step, while the rate grows from one to the next. Line: averaged over neighbouring "
+        "Dots: the loss at each step, while the rate grows from step to step. Line: averaged over neighbouring "
         f"steps. {_ended(result)}"
     )
     svg = draw("range", alt, _HEIGHT, lambda figure: _paint(figure, result))
-    render_many(
+    render_study(
         path,
         over="Range test",
         title="Which learning rate",
         sentence=range_test_sentence(result),
         parts=[Picture("Loss against learning rate", caption, svg)],
-        notes=["The loss is the target's alone. Where the source is to be kept, a lower rate keeps more of it."],
+        notes=["The loss is that of the target alone. A lower rate keeps more of the source."],
         spec=result.get("spec"),
     )
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a file that no picture can be written to, before time is spent.
+    """Raise unless a file has the suffix of a picture; called before time is spent.
 
     Raises:
-        SpecError: it is neither ``.html`` nor ``.png``.
+        SpecError: the suffix is neither ``.html`` nor ``.png``.
     """
     if path.suffix not in _KINDS:
-        raise SpecError(f"out: the picture is a file of kind .html or .png; received {str(path)!r}. Give one of them.")
+        raise SpecError(
+            f"out: the picture must be a file .html or .png; received {str(path)!r}. Use one of these suffixes."
+        )
 
 
 def range_test_sentence(result: Mapping[str, Any]) -> str:
-    """What is suggested, and why."""
+    """Return the suggested rate and the reason as a sentence."""
     return (
-        f"A learning rate of {result['suggestion']:.1e} is suggested: a tenth of {10 * result['suggestion']:.1e}, up "
-        f"to which the loss is at its lowest. It falls fastest at {result['steepest']:.1e}."
+        f"A learning rate of {result['suggestion']:.1e} is suggested: a tenth of {10 * result['suggestion']:.1e}, "
+        f"where the loss is lowest. It falls fastest at {result['steepest']:.1e}."
     )
 
 
 def _ended(result: Mapping[str, Any]) -> str:
     last = f"{result['rates'][-1]:.1e}"
-    return f"It diverged at {last}." if result["diverged"] else f"It ended at {last} without diverging."
+    return f"The loss diverged at {last}." if result["diverged"] else f"The test ended at {last} without diverging."
 
 
 def _paint(figure: Any, result: Mapping[str, Any]) -> None:
@@ -99,8 +101,8 @@ def _paint(figure: Any, result: Mapping[str, Any]) -> None:
         )
     decades = range(math.ceil(math.log10(rates[0]) - 1e-9), math.floor(math.log10(rates[-1]) + 1e-9) + 1)
     axes.set_xticks([10.0**decade for decade in decades], [f"1e{decade}" for decade in decades])
-    axes.set_xlabel("learning rate (the optimizer's own; log scale)")
-    axes.set_ylabel("loss (cross-entropy, and the plan's terms)")
+    axes.set_xlabel("learning rate (of the optimizer; log scale)")
+    axes.set_ylabel("loss, with the plan's terms")
     axes.minorticks_off()
     bare(axes, grid="y")
     axes.spines["bottom"].set_visible(True)

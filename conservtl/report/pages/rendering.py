@@ -1,4 +1,4 @@
-"""Pages from templates: one look for all of them, nothing in them that stands elsewhere."""
+"""Pages from templates: one look for all of them, each complete in itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import yaml
 from conservtl.extras import require
 from conservtl.files import write_text
 from conservtl.report.figures.canvas import Picture
-from conservtl.report.text.html_table import Grid
+from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import Verdict
 from conservtl.report.text.report_json import plain
 
-__all__ = ["render", "render_many", "settings"]
+__all__ = ["as_yaml", "render", "render_study"]
 
 
 def render(template: str, path: Path, **content: Any) -> None:
@@ -26,7 +26,7 @@ def render(template: str, path: Path, **content: Any) -> None:
     Args:
         template: file beside this one.
         path: the file to write or replace.
-        content: what the template names; ``sentence`` stands on top.
+        content: variables of the template; ``sentence`` is the heading.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -43,33 +43,33 @@ def render(template: str, path: Path, **content: Any) -> None:
     write_text(environment.get_template(template).render(**content), path)
 
 
-def render_many(
+def render_study(
     path: Path,
     *,
     over: str,
     title: str,
     sentence: str,
-    parts: Sequence[Picture | Grid | None],
+    parts: Sequence[Picture | HtmlTable | None],
     spec: Any,
     tone: Verdict = "unknown",
     more: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page of a question that took many runs.
+    """Write the page of a study of many runs.
 
     Args:
         path: the file to write or replace.
-        over: what kind of page it is.
+        over: kind of page, above the heading.
         title: of the browser's tab.
-        sentence: the answer.
+        sentence: the answer, as the heading.
         parts: pictures and tables from the top down; None is left out.
         spec: the settings.
-        tone: what colours the sentence.
-        more: further sentences that answer.
-        notes: what is to be known beside.
+        tone: colours the heading.
+        more: further sentences of the answer.
+        notes: remarks.
     """
     render(
-        "many.html.j2",
+        "study.html.j2",
         Path(path),
         over=over,
         title=title,
@@ -78,24 +78,24 @@ def render_many(
         more=more,
         notes=notes,
         parts=[part for part in parts if part is not None],
-        spec=settings(spec),
+        spec=as_yaml(spec),
         environment=[],
         seconds=[],
     )
 
 
-def settings(spec: Mapping[str, Any] | None) -> str:
-    """A spec as YAML; empty where there is none."""
+def as_yaml(spec: Mapping[str, Any] | None) -> str:
+    """Return a spec as YAML; empty if there is none."""
     return yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True) if spec else ""
 
 
 def _unbroken(text: str) -> str:
-    """A number and its unit stay on one line."""
+    """Keep a number and its unit on one line."""
     return text.replace(" %", "\u00a0%").replace(" points", "\u00a0points")
 
 
 def _breakable(name: str) -> str:
-    """A dotted name may go on in the next line after each part."""
+    """Allow a line break after each part of a dotted name."""
     return re.sub(r"(?<=\w)([._])(?=\w)", "\\1\u200b", name)
 
 

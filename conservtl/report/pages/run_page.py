@@ -1,4 +1,4 @@
-"""The report as one self-contained page."""
+"""The page of a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conservtl.report.figures.classes import per_class
+from conservtl.report.figures.classes import class_chart
 from conservtl.report.figures.curves import learning_curves
 from conservtl.report.figures.drift import drift_by_layer
 from conservtl.report.figures.weight_path import weight_path
-from conservtl.report.pages.rendering import render, settings
+from conservtl.report.pages.rendering import as_yaml, render
 from conservtl.report.text.metrics import Verdict, number
 from conservtl.report.text.summary import costly, duration, sentence, verdict
-from conservtl.report.text.tables import agreement, before_after, plan_table
+from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
 
 __all__ = ["write_html"]
 
@@ -21,17 +21,17 @@ _NAMES = {"conservtl": "conservtl", "torch": "PyTorch", "python": "Python", "cud
 
 
 def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a report as one page that needs nothing else: no script, no font, no address on the network.
+    """Write a report as one self-contained page: no script, no font, no link to the network.
 
     Args:
-        report: what ``report.json`` holds. Parts that are missing are left out of the page.
-        history: one entry an epoch, as ``history.jsonl`` holds them; may be empty.
+        report: content of ``report.json``; missing parts are left out of the page.
+        history: content of ``history.jsonl``, one entry an epoch; may be empty.
         path: the file to write or replace.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), per_class(report)]
+    pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), class_chart(report)]
     render(
         "run.html.j2",
         path,
@@ -39,18 +39,18 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         title=f"Adapted to {report.get('target') or 'the target'}",
         sentence=str(report.get("sentence") or sentence(report)),
         tone=_tone(report),
-        numbers=before_after(report),
+        numbers=metric_rows(report),
         pictures=[picture for picture in pictures if picture],
         plan=plan_table(report),
-        agreement=agreement(report),
-        spec=settings(report.get("spec")),
+        agreement=agreement_rows(report),
+        spec=as_yaml(report.get("spec")),
         environment=_environment(report),
         seconds=_seconds(report),
     )
 
 
 def _tone(report: Mapping[str, Any]) -> Verdict:
-    """What colours the sentence: a gain that cost more than it brought is no gain."""
+    """Return the colour of the sentence; a gain that cost the source more counts as worse."""
     return "worse" if costly(report) else verdict(report)
 
 

@@ -7,36 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.report.figures.depths import FORMS, Points, by_depth, curve
-from conservtl.report.figures.strengths import StrengthStep, best_step, method_of, path_of, strength_curve, strengths_of
-from conservtl.report.pages.rendering import render_many
-from conservtl.report.text.html_table import Cell, Grid, Line
-from conservtl.report.text.intervals import Span
+from conservtl.report.figures.strengths import (
+    StrengthStep,
+    best_step,
+    path_of,
+    strength_curve,
+    strengths_of,
+    swept_method,
+)
+from conservtl.report.pages.rendering import render_study
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
+from conservtl.report.text.intervals import Span, single
+from conservtl.report.text.metrics import ACCURACY, Metric, headline
 
 __all__ = ["free_layers", "sweep_sentences", "write_sweep"]
 
-_POINT = 1.0  # percentage points that a difference must have to be worth a word
+_POINT = 1.0  # percentage points that a difference must have to count
+_RELATIVE = 0.01  # of the better value, if the metric is no share
 _SIDES = ("input", "output")
 
 
 def write_sweep(result: Mapping[str, Any], path: Path) -> None:
-    """Write a sweep as one page that needs nothing else: no script, no font, no address on the network.
+    """Write a sweep as one self-contained page: no script, no font, no link to the network.
 
     Args:
-        result: what ``sweep.json`` holds.
+        result: content of ``sweep.json``.
         path: the file to write or replace.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    said = sweep_sentences(result)
+    sentences = sweep_sentences(result)
     unmeasured = (result.get("before") or {}).get("source") is None
-    render_many(
+    render_study(
         path,
         over="Sweep over layers and strengths",
         title="How many layers, how strong",
-        sentence=said[0] if said else "There are no runs to sum up.",
-        more=said[1:],
-        notes=["Not measured: what the source keeps, for it has no data."] if unmeasured else [],
+        sentence=sentences[0] if sentences else "There are no runs to summarise.",
+        more=sentences[1:],
+        notes=["Not measured: what the source keeps, because it has no data."] if unmeasured else [],
         parts=[
             by_depth(result, "target"),
             _layers(result),
@@ -49,12 +58,13 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
 
 
 def sweep_sentences(result: Mapping[str, Any]) -> list[str]:
-    """Which side transfers better, how many layers can be held, and which strength is best."""
-    return [text for text in (_better_side(result), _holding(result), _strongest(result)) if text]
+    """Return which side transfers better, how many layers can be held, and which strength is best."""
+    return [text for text in (_better_side(result), _holding(result), _best_strength(result)) if text]
 
 
 def _better_side(result: Mapping[str, Any]) -> str:
-    """By the layers that are held, where the sides differ: neither none nor all of them."""
+    """Compare the sides by their held layers, at the numbers where the sides differ: neither none nor all."""
+    metric = headline(result)
     held = {side: curve(result, side, "AnB", "target") for side in _SIDES}
     common = [n for n in held["input"] if n in held["output"] and 0 < n < len(result["layers"])]
     if not common:
@@ -65,63 +75,81 @@ def _better_side(result: Mapping[str, Any]) -> str:
         if len(common) == 1
         else f"{common[0]} to {common[-1]} layers"
     )
-    high, low = sorted(_SIDES, key=lambda side: -means[side])
-    if means[high] - means[low] < _POINT:
+    good, poor = sorted(_SIDES, key=lambda side: -metric.rank(means[side]))
+    shown = {side: metric.show_scaled(mean) for side, mean in means.items()}
+    if metric.rank(means[good]) - metric.rank(means[poor]) < _least(means[good], metric):
         return (
-            f"Both sides transfer alike: held, target accuracy is {means['input']:.1f} % from the input side and "
-            f"{means['output']:.1f} % from the output side, over {over}."
+            f"Both sides transfer alike: held, target {metric.name} is {shown['input']} from the input side and "
+            f"{shown['output']} from the output side, over {over}."
         )
     return (
-        f"The {high} side transfers better: held, target accuracy is {means[high]:.1f} % against {means[low]:.1f} % "
-        f"from the {low} side, over {over}."
+        f"The {good} side transfers better: held, target {metric.name} is {shown[good]} against {shown[poor]} "
+        f"from the {poor} side, over {over}."
     )
 
 
 def _holding(result: Mapping[str, Any]) -> str:
-    """Up to how many layers holding them costs the target less than a point against fine-tuning them too."""
-    free, bound = [], []
+    """Return the number of layers that can be held at little cost to the target, compared with fine-tuning them."""
+    metric, free, bound = headline(result), [], []
+    cost = "a point" if metric.share else f"{100 * _RELATIVE:g} %"
     for side in _SIDES:
-        up_to, costly = free_layers(*(curve(result, side, form, "target") for form in ("AnB", "AnB+")))
+        held, tuned = (curve(result, side, form, "target") for form in ("AnB", "AnB+"))
+        up_to, costly = free_layers(held, tuned, metric)
         if up_to:
             free.append(f"up to {up_to} of {len(result['layers'])} layers from the {side} side")
         elif costly:
             bound.append(f"the first {f'{costly} ' if costly > 1 else ''}from the {side} side")
     if free:
         more = f"; {bound[0]} more" if bound else ""
-        return f"Held instead of fine-tuned, {' and '.join(free)} cost the target less than a point{more}."
-    return f"Held instead of fine-tuned, even {' or '.join(bound)} costs the target a point or more." if bound else ""
+        return f"Held instead of fine-tuned, {' and '.join(free)} cost the target less than {cost}{more}."
+    return f"Held instead of fine-tuned, even {' or '.join(bound)} costs the target {cost} or more." if bound else ""
 
 
-def free_layers(held: Points, tuned: Points) -> tuple[int, int]:
-    """Up to how many layers holding them costs less than a point at every number measured, and where it costs more.
+def free_layers(held: Points, tuned: Points, metric: Metric = ACCURACY) -> tuple[int, int]:
+    """Return up to how many layers can be held at a cost of less than a point, and the first number that costs more.
 
-    Numbers that bring nothing even fine-tuned, against no layer at all, say nothing about holding and do not count.
-    0 stands for none.
+    A number of layers that gains nothing over none even if fine-tuned says nothing about holding and is passed over.
+    0 if there is no such number.
+
+    Args:
+        held: the metric by number of layers, held.
+        tuned: the same layers fine-tuned.
+        metric: of both.
     """
     free, nothing = 0, tuned.get(0)
     for n in sorted(set(held) & set(tuned) - {0}):
-        if nothing is not None and tuned[n].mean - nothing.mean < _POINT:
+        least = _least(tuned[n].mean, metric)
+        if nothing is not None and metric.rank(tuned[n].mean) - metric.rank(nothing.mean) < least:
             continue
-        if tuned[n].mean - held[n].mean >= _POINT:
+        if metric.rank(tuned[n].mean) - metric.rank(held[n].mean) >= least:
             return free, n
         free = n
     return free, 0
 
 
-def _strongest(result: Mapping[str, Any]) -> str:
+def _least(value: float, metric: Metric) -> float:
+    """Return the least difference from a value that counts, in the shown unit."""
+    return _POINT if metric.share else _RELATIVE * abs(value)
+
+
+def _best_strength(result: Mapping[str, Any]) -> str:
+    metric = headline(result)
     best, path = best_step(strengths_of(result)), best_step(path_of(result))
     if best is None:
         return ""
-    what = "target accuracy" if best.source is None else "harmonic mean"
-    text = f"Of the strengths of {method_of(result)}, {best.at:g} has the best {what}, {best.score:.1f} %"
+    what = f"target {metric.name}" if best.source is None else metric.combination
+    text = f"Of the strengths of {swept_method(result)}, {best.at:g} has the best {what}, "
+    text += metric.show_scaled(best.score)
     if best.source is not None:
-        text += f" (target {best.target.text()} %, source {best.source.text()} %)"
+        target, source = (metric.show_scaled(span.mean) for span in (best.target, best.source))
+        text += f" (target {target}, source {source})"
     if path is not None:
-        text += f"; the path to fine-tuned weights reaches {path.score:.1f} %, at t = {path.at:g}"
+        text += f"; the path to fine-tuned weights reaches {metric.show_scaled(path.score)}, at t = {path.at:g}"
     return f"{text}."
 
 
-def _layers(result: Mapping[str, Any]) -> Grid | None:
+def _layers(result: Mapping[str, Any]) -> HtmlTable | None:
+    metric = headline(result)
     columns = [
         (f"{FORMS[form]}, {side}", points)
         for side in _SIDES
@@ -131,27 +159,33 @@ def _layers(result: Mapping[str, Any]) -> Grid | None:
     if not columns:
         return None
     numbers = sorted({n for _, points in columns for n in points})
-    lines = [Line([Cell(str(n)), *(_cell(points.get(n)) for _, points in columns)]) for n in numbers]
+    rows = [TableRow([Cell(str(n)), *(_cell(points.get(n)) for _, points in columns)]) for n in numbers]
     header = ["layers transferred", *(f"{name} side" for name, _ in columns)]
-    return Grid(
-        "In numbers, target accuracy (%)", _note([p for _, points in columns for p in points.values()]), header, lines
-    )
+    note = _note([span for _, points in columns for span in points.values()])
+    return HtmlTable(f"In numbers, {metric.with_unit(f'target {metric.name}')}", note, header, rows)
 
 
-def _strengths(result: Mapping[str, Any]) -> Grid | None:
+def _strengths(result: Mapping[str, Any]) -> HtmlTable | None:
+    metric = headline(result)
     steps = strengths_of(result)
     if not steps:
         return None
     best = best_step(steps)
     sourced = any(step.source is not None for step in steps)
-    header = ["strength", "target (%)", *(["source kept (%)", "harmonic mean of both (%)"] if sourced else [])]
-    lines = [Line(_row(step, sourced=sourced, best=step == best), "strong" if step == best else "") for step in steps]
-    return Grid(f"Strengths of {method_of(result)}", _note([step.target for step in steps]), header, lines)
+    both = [metric.kept, metric.with_unit(f"{metric.combination} of both")]
+    header = ["strength", metric.with_unit("target"), *(both if sourced else [])]
+    rows = [
+        TableRow(_row(step, sourced=sourced, best=step == best), "strong" if step == best else "") for step in steps
+    ]
+    return HtmlTable(f"Strengths of {swept_method(result)}", _note([step.target for step in steps]), header, rows)
 
 
 def _row(step: StrengthStep, *, sourced: bool, best: bool) -> list[Cell]:
     cells = [Cell(f"{step.at:g}", "the best" if best else ""), _cell(step.target)]
-    return [*cells, _cell(step.source), Cell(f"{step.score:.1f}", kind="strong" if best else "")] if sourced else cells
+    if not sourced:
+        return cells
+    score = single(step.score, step.metric)
+    return [*cells, _cell(step.source), Cell(score.text(), kind="strong" if best else "")]
 
 
 def _cell(span: Span | None) -> Cell:

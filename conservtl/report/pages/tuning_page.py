@@ -8,136 +8,134 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conservtl.report.figures.trials import SCORES, Try, front, over_fields, over_time, tries
-from conservtl.report.pages.rendering import render_many
-from conservtl.report.text.html_table import Cell, Grid, Line
-from conservtl.report.text.intervals import harmonic
+from conservtl.report.figures.trials import SearchTrial, against_fields, front, over_time, score_name, trials_of
+from conservtl.report.pages.rendering import render_study
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
+from conservtl.report.text.intervals import single
+from conservtl.report.text.metrics import Metric, headline
 from conservtl.report.text.summary import duration
 
 __all__ = ["tune_sentence", "write_tune"]
 
-_ROWS = 8  # trials in the table, where there is no front
-_OWN = 4  # fields that get a column each; more of them share one
-_EDGE = 0.03  # of a range: nearer to its end than that is at its end
+_ROWS = 8  # number of trials in the table if there is no front
+_COLUMNS = 4  # number of fields up to which each gets a column; more share one
+_EDGE = 0.03  # of a range: a value nearer to its end than that is at the end
 
 
 def write_tune(result: Mapping[str, Any], path: Path) -> None:
-    """Write a search as one page that needs nothing else: no script, no font, no address on the network.
+    """Write a search as one self-contained page: no script, no font, no link to the network.
 
     Args:
-        result: what ``tune.json`` holds.
+        result: content of ``tune.json``.
         path: the file to write or replace.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    trials = tries(result)
+    trials, metric = trials_of(result), headline(result)
     both = result["objective"] == "both"
-    fields, grid = over_fields(result, trials), _grid(result, trials)
-    render_many(
+    fields, table = against_fields(result, trials), _table(result, trials)
+    render_study(
         path,
         over="Search over settings",
         title="Which settings",
         sentence=tune_sentence(result),
         notes=_notes(result, trials),
-        parts=[*((front(trials), grid, fields) if both else (fields, grid)), over_time(result, trials)],
+        parts=[*((front(trials, metric), table, fields) if both else (fields, table)), over_time(result, trials)],
         spec=result.get("spec"),
     )
 
 
 def tune_sentence(result: Mapping[str, Any]) -> str:
-    """What was found, and among how many."""
-    trials = tries(result)
-    best = sorted((trial for trial in trials if trial.best and trial.score is not None), key=_order)
+    """Return the best trial and the number of trials as a sentence."""
+    trials, metric = trials_of(result), headline(result)
+    best = sorted((trial for trial in trials if trial.best and trial.score is not None), key=lambda trial: -trial.rank)
     if not trials:
         return "There are no trials yet."
-    if not best:
+    if not best or best[0].score is None:
         return f"No trial of {len(trials)} is complete, so there is nothing to choose from."
-    first, what = best[0], SCORES[result["objective"]]
+    first, score = best[0], metric.show_scaled(best[0].score)
     if result["objective"] == "both":
-        low, high = min(best, key=lambda trial: trial.target or 0), max(best, key=lambda trial: trial.target or 0)
+        ends = [choose(best, key=lambda trial: trial.target or 0) for choose in (min, max)]
         text = f"Of {_many(len(trials), 'trial')}, {len(best)} {'is' if len(best) == 1 else 'are'} on the Pareto front"
         if len(best) > 1:
-            text += f", from {_pair(low)} to {_pair(high)}"
-        return f"{text}; the best harmonic mean, {first.score:.1f} %, is that of trial {first.number}."
+            text += f", from {_pair(ends[0])} to {_pair(ends[1])}"
+        return f"{text}; the best {metric.combination}, {score}, is that of trial {first.number}."
     also = f" ({_pair(first)})" if result["objective"] == "harmonic" and first.target is not None else ""
-    return f"Of {_many(len(trials), 'trial')}, number {first.number} is the best: {what} {first.score:.1f} %{also}."
+    return f"Of {_many(len(trials), 'trial')}, number {first.number} is the best: {score_name(result)} {score}{also}."
 
 
-def _order(trial: Try) -> float:
-    return -(trial.score or 0.0)
-
-
-def _pair(trial: Try) -> str:
-    source = "" if trial.source is None else f", source {trial.source:.1f} %"
-    return f"target {trial.target or 0:.1f} %{source}"
+def _pair(trial: SearchTrial) -> str:
+    show = trial.metric.show_scaled
+    return f"target {show(trial.target or 0)}" + ("" if trial.source is None else f", source {show(trial.source)}")
 
 
 def _many(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
-def _notes(result: Mapping[str, Any], trials: Sequence[Try]) -> list[str]:
-    """Where the best lies at the end of a range, and what became of trials that are not complete."""
+def _notes(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> list[str]:
+    """Return remarks: a best value at the end of its range, and trials that are not complete."""
     notes = []
-    best = min((trial for trial in trials if trial.best), key=_order, default=None)
+    best = max((trial for trial in trials if trial.best), key=lambda trial: trial.rank, default=None)
     for name, field in result["fields"].items() if best is not None else ():
         if best is not None and name in best.params and at_the_end(best.params[name], field):
             notes.append(
                 f"{name} = {_value(best.params[name])} lies at the end of its range ({field['low']:g} to "
-                f"{field['high']:g}): a wider one may hold better."
+                f"{field['high']:g}): a wider range may hold a better value."
             )
     states = Counter(trial.state for trial in trials if not trial.complete)
     if states:
-        said = ", ".join(
-            f"{count} {'given up early' if state == 'pruned' else state}" for state, count in states.items()
+        counts = ", ".join(
+            f"{count} {'stopped early' if state == 'pruned' else state}" for state, count in states.items()
         )
-        notes.append(f"Not complete: {said}.")
+        notes.append(f"Not complete: {counts}.")
     why = Counter(trial.why for trial in trials if trial.state == "failed" and trial.why)
     notes += [f"{_many(count, 'trial')} failed: {reason}" for reason, count in why.most_common(2)]
     if best is None:
         return notes
-    return [*notes, "Accuracies are on validation parts, which the search has looked at: expect a little less."]
+    return [*notes, "Results are on validation parts, which the search has used: expect a little less on test data."]
 
 
 def at_the_end(value: Any, field: Mapping[str, Any]) -> bool:
-    """Whether a value is so near an end of its range that a wider range may hold a better one."""
+    """Return whether a value is so near an end of its range that a wider range may hold a better one."""
     if field.get("choices") is not None:
         return False
-    low, high, at = float(field["low"]), float(field["high"]), float(value)
+    low, high, number = float(field["low"]), float(field["high"]), float(value)
     if field.get("log"):
-        low, high, at = math.log(low), math.log(high), math.log(at)
-    return high > low and min(at - low, high - at) < _EDGE * (high - low)
+        low, high, number = math.log(low), math.log(high), math.log(number)
+    return high > low and min(number - low, high - number) < _EDGE * (high - low)
 
 
-def _grid(result: Mapping[str, Any], trials: Sequence[Try]) -> Grid | None:
-    """Those on the front, or the best few."""
-    both = result["objective"] == "both"
-    scored = sorted((trial for trial in trials if trial.complete), key=_order)
-    shown = [trial for trial in scored if trial.best] if both else scored[:_ROWS]
+def _table(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> HtmlTable | None:
+    """Return the trials on the Pareto front, or the best few."""
+    metric, both = headline(result), result["objective"] == "both"
+    complete = sorted((trial for trial in trials if trial.complete), key=lambda trial: -trial.rank)
+    shown = [trial for trial in complete if trial.best] if both else complete[:_ROWS]
     if not shown:
         return None
     fields = list(result["fields"])
-    apart = len(fields) <= _OWN
+    apart = len(fields) <= _COLUMNS
     sourced = any(trial.source is not None for trial in shown)
-    measured = ["target (%)", *(["source kept (%)", "harmonic mean (%)"] if sourced else [])]
+    kept = [metric.kept, metric.with_unit(metric.combination)]
+    measured = [metric.with_unit("target"), *(kept if sourced else [])]
     header = ["trial", *measured, *(fields if apart else ["settings"]), "time"]
-    lines = [
-        Line(_cells(trial, fields, sourced=sourced, apart=apart), "strong" if trial.best and not both else "")
+    rows = [
+        TableRow(
+            _cells(trial, fields, metric, sourced=sourced, apart=apart), "strong" if trial.best and not both else ""
+        )
         for trial in shown
     ]
     title = "On the Pareto front" if both else "The best trials"
-    return Grid(title, "", header, lines, frozenset({0} if apart else {0, len(header) - 2}))
+    return HtmlTable(title, "", header, rows, frozenset({0} if apart else {0, len(header) - 2}))
 
 
-def _cells(trial: Try, fields: Sequence[str], *, sourced: bool, apart: bool) -> list[Cell]:
-    cells = [Cell(f"#{trial.number}"), _percent(trial.target)]
+def _cells(trial: SearchTrial, fields: Sequence[str], metric: Metric, *, sourced: bool, apart: bool) -> list[Cell]:
+    cells = [Cell(f"#{trial.number}"), _cell(trial.target, metric)]
     if sourced:
         known = trial.target is not None and trial.source is not None
-        cells += [
-            _percent(trial.source),
-            _percent(harmonic(trial.target or 0, trial.source or 0) if known else None),
-        ]
+        both = metric.combined(trial.target or 0, trial.source or 0) if known else None
+        cells += [_cell(trial.source, metric), _cell(both, metric)]
     values = [_value(trial.params[name]) if name in trial.params else "–" for name in fields]
     if apart:
         cells += [Cell(value) for value in values]
@@ -146,8 +144,8 @@ def _cells(trial: Try, fields: Sequence[str], *, sourced: bool, apart: bool) -> 
     return [*cells, Cell("–" if trial.seconds is None else duration(trial.seconds))]
 
 
-def _percent(value: float | None) -> Cell:
-    return Cell("–" if value is None else f"{value:.1f}")
+def _cell(value: float | None, metric: Metric) -> Cell:
+    return Cell("–" if value is None else single(value, metric).text())
 
 
 def _value(value: Any) -> str:

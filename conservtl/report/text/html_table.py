@@ -1,4 +1,4 @@
-"""A table as plain text: what stands in which cell, and how it is meant."""
+"""A table of a page as plain text: cells, rows, columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Cell", "Grid", "Line"]
+__all__ = ["Cell", "HtmlTable", "TableRow"]
 
 
 @dataclass(frozen=True)
@@ -14,47 +14,47 @@ class Cell:
     """One cell.
 
     Args:
-        text: what it says.
-        small: said beneath, smaller: an interval, a remark.
-        kind: how it is meant.
-        colour: of the mark before it, as in the pictures; empty: none.
+        text: its content.
+        note: small text beneath: an interval, a remark.
+        kind: emphasis.
+        colour: of the mark before the text, as in the pictures; empty: no mark.
         mark: the mark.
     """
 
     text: str
-    small: str = ""
+    note: str = ""
     kind: Literal["", "better", "worse", "strong"] = ""
     colour: str = ""
     mark: str = "●"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row: ``quiet`` for what is only held against, ``strong`` for what is asked about."""
+class TableRow:
+    """One row: ``strong`` for the method in question, ``quiet`` for what it is compared with."""
 
     cells: Sequence[Cell]
     kind: Literal["", "quiet", "strong"] = ""
 
 
 @dataclass(frozen=True)
-class Grid:
+class HtmlTable:
     """A table of the page.
 
     Args:
         title: above it; empty: none.
         note: how to read it.
         header: names of the columns.
-        lines: rows.
-        words: places of the columns that hold words; the others hold numbers and stand to the right.
+        rows: from the top down.
+        text_columns: positions of the columns of text; the others hold numbers, aligned to the right.
     """
 
     title: str
     note: str
     header: Sequence[str]
-    lines: Sequence[Line]
-    words: frozenset[int] = field(default=frozenset({0}))
+    rows: Sequence[TableRow]
+    text_columns: frozenset[int] = field(default=frozenset({0}))
 
     @property
-    def numbers(self) -> frozenset[int]:
-        """Places of the columns that hold numbers."""
-        return frozenset(range(len(self.header))) - self.words
+    def number_columns(self) -> frozenset[int]:
+        """Positions of the columns of numbers."""
+        return frozenset(range(len(self.header))) - self.text_columns

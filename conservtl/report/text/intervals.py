@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conservtl.report.text.metrics import number, signless
+from conservtl.report.text.metrics import ACCURACY, Metric, number, signed, true_minus
 
-__all__ = ["Span", "harmonic", "points", "seconds", "share", "signed"]
+__all__ = ["Span", "difference_span", "metric_span", "single", "time_span"]
 
 
 @dataclass(frozen=True)
 class Span:
-    """A mean with its interval; of one value only, both ends are the mean.
+    """A mean with its interval; both ends are the mean if there is one value only.
 
     Args:
-        mean: in the unit that is shown.
+        mean: in the shown unit.
         low: lower end.
         high: upper end.
         count: number of values.
+        digits: after the point, where it is written.
     """
 
     mean: float
     low: float
     high: float
     count: int
+    digits: int = 1
 
     @property
     def bars(self) -> tuple[tuple[float], tuple[float]]:
-        """What matplotlib's error bars take."""
+        """Lengths below and above the mean, as matplotlib's error bars take them."""
         return (max(0.0, self.mean - self.low),), (max(0.0, self.high - self.mean),)
 
     @property
@@ -37,60 +40,59 @@ class Span:
         """Whether there is an interval to show."""
         return self.count > 1
 
-    def text(self, digits: int = 1) -> str:
-        """The mean."""
-        return signless(f"{self.mean:.{digits}f}")
+    def text(self) -> str:
+        """Return the mean as text."""
+        return true_minus(f"{self.mean:.{self.digits}f}")
 
-    def ends(self, digits: int = 1) -> str:
-        """The interval; empty where one value has none."""
-        return signless(f"{self.low:.{digits}f}–{self.high:.{digits}f}") if self.certain else ""
+    def ends(self) -> str:
+        """Return the interval as text; empty if there is none."""
+        low, high = (f"{end:.{self.digits}f}" for end in (self.low, self.high))
+        return true_minus(f"{low}–{high}") if self.certain else ""
 
     def signed(self) -> str:
-        """A difference with its sign."""
-        return signed(self.mean)
+        """Return a difference with its sign."""
+        return signed(self.mean, self.digits)
 
     def signed_ends(self) -> str:
-        """The interval of a difference."""
-        return f"{signed(self.low)} to {signed(self.high)}" if self.certain else ""
+        """Return the interval of a difference; empty if there is none."""
+        return f"{signed(self.low, self.digits)} to {signed(self.high, self.digits)}" if self.certain else ""
+
+    def mirrored(self, around: float = 0.0) -> Span:
+        """Return ``around`` minus each value, with low and high exchanged."""
+        return Span(around - self.mean, around - self.high, around - self.low, self.count, self.digits)
 
 
-def share(value: Any) -> Span | None:
-    """A share of 1, or an interval of shares, in per cent; no end lies where no share can."""
-    given = points(value)
-    if given is None:
-        return None
-    return Span(given.mean, max(0.0, given.low), min(100.0, given.high), given.count)
+def single(value: float, metric: Metric = ACCURACY) -> Span:
+    """Return the span of one value that is in the shown unit already."""
+    return Span(value, value, value, 1, metric.digits)
 
 
-def points(value: Any) -> Span | None:
-    """A difference of shares, or its interval, in percentage points."""
-    return _span(value, 100.0)
+def metric_span(value: Any, metric: Metric = ACCURACY) -> Span | None:
+    """Return a metric's value or interval in the shown unit, its ends within the metric's bounds.
+
+    Args:
+        value: a number or {mean, low, high, count}; None or NaN if not measured.
+        metric: gives unit, digits and bounds.
+    """
+    low, high = metric.bounds
+    return _span(value, metric.scaled(1.0), metric.digits, low, high)
 
 
-def seconds(value: Any) -> Span | None:
-    """A time, which is never negative."""
-    given = _span(value, 1.0)
-    return None if given is None else Span(given.mean, max(0.0, given.low), given.high, given.count)
+def difference_span(value: Any, metric: Metric = ACCURACY) -> Span | None:
+    """Return a difference of a metric or its interval, in the shown unit."""
+    return _span(value, metric.scaled(1.0), metric.digits)
 
 
-def harmonic(target: float, source: float) -> float:
-    """The harmonic mean of two numbers that are not negative."""
-    return 2 * target * source / (target + source) if target + source > 0 else 0.0
+def time_span(value: Any) -> Span | None:
+    """Return a time in seconds or its interval, which is never negative."""
+    return _span(value, 1.0, 1, low=0.0)
 
 
-def _span(value: Any, scale: float) -> Span | None:
+def _span(value: Any, scale: float, digits: int, low: float = -math.inf, high: float = math.inf) -> Span | None:
     if not isinstance(value, Mapping):
-        mean = number(value)
-        return None if mean is None else Span(scale * mean, scale * mean, scale * mean, 1)
-    mean, low, high = (number(value.get(key)) for key in ("mean", "low", "high"))
+        value = {"mean": value}
+    mean, *ends = (number(value.get(key)) for key in ("mean", "low", "high"))
     if mean is None:
         return None
-    ends = [mean if end is None else end for end in (low, high)]
-    return Span(scale * mean, scale * ends[0], scale * ends[1], int(value.get("count") or 1))
-
-
-def signed(value: float) -> str:
-    """A difference with its sign, as wide for minus as for plus."""
-    value = round(value, 1)
-    sign = "±" if value == 0 else "+" if value > 0 else "−"
-    return f"{sign}{abs(value):.1f}"
+    first, last = (scale * (mean if end is None else end) for end in ends)
+    return Span(scale * mean, max(low, first), min(high, last), int(value.get("count") or 1), digits)

@@ -8,15 +8,18 @@ from typing import Any
 from conservtl.plan.plan import Plan
 from conservtl.report.text.metrics import Verdict, headline, number, pair
 
-__all__ = ["costly", "duration", "origin", "read_plan", "sentence", "verdict"]
+__all__ = ["costly", "duration", "read_plan", "sentence", "shots_text", "target_text", "verdict"]
 
 
 def sentence(report: Mapping[str, Any]) -> str:
-    """What a run did to the target, what the source lost, and what it cost.
+    """Return a sentence about the target's gain, the source's loss and the cost of a run.
+
+    Args:
+        report: content of ``report.json``; missing parts are left out of the sentence.
 
     Example:
         >>> print(sentence({
-        ...     "target": "jackson", "shots": 5, "spec": {"task": "speech"}, "seconds": {"adapt": 14.2},
+        ...     "target": "jackson", "shots": 5, "example": "recording", "classes": True, "seconds": {"adapt": 14.2},
         ...     "before": {"target": {"accuracy": 0.724}, "source": {"accuracy": 0.994}},
         ...     "after": {"target": {"accuracy": 0.976}, "source": {"accuracy": 0.989}},
         ... }))
@@ -32,13 +35,13 @@ source kept 98.9 % of 99.4 % (−0.5 points). Trained in 14 s.
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
-    """Whether the target got better."""
+    """Return whether the target got better."""
     metric = headline(report)
     return metric.verdict(pair(report, "target", metric.key))
 
 
 def costly(report: Mapping[str, Any]) -> bool:
-    """Whether the target gained, and the source lost more than that."""
+    """Return whether the target gained and the source lost more than that."""
     metric = headline(report)
     gain = metric.gain(pair(report, "target", metric.key))
     kept = metric.gain(pair(report, "source", metric.key))
@@ -47,20 +50,22 @@ def costly(report: Mapping[str, Any]) -> bool:
     return round(gain + kept, 3) < 0
 
 
-def origin(report: Mapping[str, Any]) -> str:
-    """What was adapted to, and from how much."""
+def target_text(report: Mapping[str, Any]) -> str:
+    """Return the name of the target and the number of examples adapted to."""
     target, shots = report.get("target") or "the target", report.get("shots")
     if shots is None:
         return str(target)
-    task = str((report.get("spec") or {}).get("task") or "")
-    thing = "recording" if "speech" in task else "image" if "vision" in task else "example"
-    # A transcript has no class, so there the shots are the whole set.
-    whole = headline(report).key in ("wer", "cer")
-    return f"{target} from {shots} {thing}{'' if shots == 1 else 's'}{'' if whole else ' a class'}"
+    example = str(report.get("example") or "example")
+    return f"{target} from {shots_text(shots, example, classes=bool(report.get('classes')))}"
+
+
+def shots_text(shots: int, example: str = "shot", *, classes: bool = True) -> str:
+    """Return a number of shots in words, of each class if there are classes."""
+    return f"{shots} {example}{'' if shots == 1 else 's'}{' a class' if classes else ''}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
+    """Return seconds in the units a person would use."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -78,22 +83,22 @@ def read_plan(report: Mapping[str, Any]) -> Plan | None:
 
 
 def _target(report: Mapping[str, Any]) -> str:
-    metric = headline(report)
-    target = pair(report, "target", metric.key)
-    if not target.measured:
-        return f"Adapted to {origin(report)}: target not measured"
-    if target.before is None or target.after is None:
-        when = "before (not measured after)" if target.after is None else "after (not measured before)"
-        value = metric.show(target.before if target.after is None else target.after)
-        return f"Adapted to {origin(report)}: target {metric.name} {value} {when}"
-    numbers = f"{metric.show(target.before)} → {metric.show(target.after)} ({metric.change(target)})"
-    match metric.verdict(target):
+    metric, target = headline(report), target_text(report)
+    values = pair(report, "target", metric.key)
+    if not values.measured:
+        return f"Adapted to {target}: target not measured"
+    if values.before is None or values.after is None:
+        when = "before (not measured after)" if values.after is None else "after (not measured before)"
+        value = metric.show(values.before if values.after is None else values.after)
+        return f"Adapted to {target}: target {metric.name} {value} {when}"
+    numbers = f"{metric.show(values.before)} → {metric.show(values.after)} ({metric.change(values)})"
+    match metric.verdict(values):
         case "worse":
-            return f"Adapting to {origin(report)} made the target worse: {metric.name} {numbers}"
+            return f"Adapting to {target} made the target worse: {metric.name} {numbers}"
         case "same":
-            return f"Adapting to {origin(report)} did not improve the target: {metric.name} {numbers}"
+            return f"Adapting to {target} did not improve the target: {metric.name} {numbers}"
         case _:
-            return f"Adapted to {origin(report)}: target {metric.name} {numbers}"
+            return f"Adapted to {target}: target {metric.name} {numbers}"
 
 
 def _source(report: Mapping[str, Any]) -> str:
@@ -112,32 +117,32 @@ def _source(report: Mapping[str, Any]) -> str:
 def _agreement(report: Mapping[str, Any]) -> str:
     sides = report.get("agreement") or {}
     before, after = (sides.get("before") or {}), (sides.get("after") or {})
-    now, kl = number(after.get("agreement")), number(after.get("kl"))
-    if now is None:
+    share, kl = number(after.get("agreement")), number(after.get("kl"))
+    if share is None:
         return "source not measured"
     start = number(before.get("agreement"))
-    span = f"{100 * now:.1f} %" if start is None else f"{100 * start:.1f} % → {100 * now:.1f} %"
+    shares = f"{100 * share:.1f} %" if start is None else f"{100 * start:.1f} % → {100 * share:.1f} %"
     divergence = "" if kl is None else f" (KL {kl:.2f})"
-    return f"without source data, agreement with the source model {span}{divergence}"
+    return f"without source data, agreement with the source model {shares}{divergence}"
 
 
 def _cost(report: Mapping[str, Any]) -> str:
     seconds = number((report.get("seconds") or {}).get("adapt"))
-    within = "" if seconds is None else f" in {duration(seconds)}"
+    time = "" if seconds is None else f" in {duration(seconds)}"
     plan = read_plan(report)
     if plan is None:
-        return f"Trained{within}." if within else ""
-    total = plan.totals()
-    share = total["trained"] / max(1, total["all"])
-    if total["trained"] == total["all"]:
-        return f"All {_count(total['all'])} parameters trained{within}."
-    return f"{_percent(share)} of {_count(total['all'])} parameters trained{within}."
+        return f"Trained{time}." if time else ""
+    totals = plan.totals()
+    share = totals["trained"] / max(1, totals["all"])
+    if totals["trained"] == totals["all"]:
+        return f"All {_count(totals['all'])} parameters trained{time}."
+    return f"{_percent(share)} of {_count(totals['all'])} parameters trained{time}."
 
 
 def _percent(share: float) -> str:
     if share == 0:
         return "None"
-    # Neither end may be rounded to: some are trained, and some are not.
+    # Never rounded to 0 or 100: some parameters are trained and some are not.
     return f"{100 * share:.2g} %" if share < 0.01 else f"{min(99, round(100 * share))} %"
 
 

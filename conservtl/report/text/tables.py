@@ -1,4 +1,4 @@
-"""The tables of the page, as plain rows of text."""
+"""The tables of a run's page, as rows of text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import HEADER, beside, lines
-from conservtl.report.text.metrics import Verdict, measured, number, pair, signless
+from conservtl.report.text.metrics import Verdict, metrics_of, number, pair, signed
 from conservtl.report.text.summary import read_plan
 
-__all__ = ["Number", "PlanTable", "agreement", "before_after", "plan_table"]
+__all__ = ["LayerRow", "MetricRow", "PlanTable", "agreement_rows", "metric_rows", "plan_table"]
 
 
 @dataclass(frozen=True)
-class Number:
-    """One row of the table of results."""
+class MetricRow:
+    """One metric of one domain."""
 
     domain: str
     name: str
@@ -28,7 +28,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Line:
+class LayerRow:
     """One layer of the plan."""
 
     cells: tuple[str, ...]
@@ -39,24 +39,24 @@ class Line:
 
 @dataclass(frozen=True)
 class PlanTable:
-    """The plan by layer, with its totals and phases, and what is decided beside the layers."""
+    """The plan by layer, with its totals, phases and decisions beside the layers."""
 
     header: tuple[str, ...]
-    lines: list[Line]
+    rows: list[LayerRow]
     totals: list[tuple[str, str]]
     phases: list[tuple[str, str, str, str]]
     ratios: bool
     beside: list[tuple[str, str]]
 
 
-def before_after(report: Mapping[str, Any]) -> list[Number]:
-    """Every metric of target and source, the one that matters most first in each."""
+def metric_rows(report: Mapping[str, Any]) -> list[MetricRow]:
+    """Return every metric of target and source, the most important one first in each."""
     rows = []
     for domain in ("target", "source"):
-        for place, metric in enumerate(measured(report, domain)):
+        for place, metric in enumerate(metrics_of(report, domain)):
             values = pair(report, domain, metric.key)
             rows.append(
-                Number(
+                MetricRow(
                     domain=domain,
                     name=metric.name,
                     before=metric.show(values.before),
@@ -69,34 +69,34 @@ def before_after(report: Mapping[str, Any]) -> list[Number]:
     return rows
 
 
-def agreement(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """How much of the source model's behaviour is left: name, before, after, difference."""
-    given = report.get("agreement") or {}
+def agreement_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return how far the model agrees with the source model: name, before, after, difference."""
+    sides = report.get("agreement") or {}
     rows = []
     for key, name in (
         ("agreement", "same answer as the source model"),
         ("kl", "KL divergence from it (nats)"),
     ):
-        before, after = (number((given.get(side) or {}).get(key)) for side in ("before", "after"))
+        before, after = (number((sides.get(side) or {}).get(key)) for side in ("before", "after"))
         if before is None and after is None:
             continue
         share = key == "agreement"
         shown = [("–" if v is None else f"{100 * v:.1f} %" if share else f"{v:.3f}") for v in (before, after)]
         change = ""
         if before is not None and after is not None:
-            change = f"{100 * (after - before):+.1f} points" if share else f"{after - before:+.3f}"
-        rows.append((name, *shown, signless(change)))
+            change = f"{signed(100 * (after - before))} points" if share else signed(after - before, 3)
+        rows.append((name, *shown, change))
     return rows
 
 
 def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
-    """The table a plan prints, by layer; None where the report holds no plan."""
+    """Return the table that a plan prints, by layer; None if the report has no plan."""
     plan = read_plan(report)
     if plan is None:
         return None
     reasons = {layer: "; ".join(dict.fromkeys(r.reason for r in rows if r.reason)) for layer, rows in plan.by_layer()}
     rows = [
-        Line(cells, cells[3] == "frozen", cells[2] != "source", reasons[layer])
+        LayerRow(cells, cells[3] == "frozen", cells[2] != "source", reasons[layer])
         for (layer, _), cells in zip(plan.by_layer(), lines(plan), strict=True)
     ]
     total = plan.totals()
@@ -105,18 +105,18 @@ def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
         (name, f"{total[name]:,} ({100 * total[name] / whole:.1f} %)")
         for name in ("trained", "frozen", "copied", "fresh")
     ]
-    ratios = any("×" in line.cells[4] for line in rows)
+    ratios = any("×" in row.cells[4] for row in rows)
     return PlanTable(HEADER, rows, [("all", f"{total['all']:,}"), *totals], _phases(plan), ratios, beside(plan))
 
 
 def _phases(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """Name, length, scale on the rates and trained layers of each phase, where there is more than one."""
+    """Return name, length, scale on the rates and trained layers of each phase; empty if there is only one."""
     if len(plan.phases) < 2:
         return []
-    out = []
+    rows = []
     for place, phase in enumerate(plan.phases):
         frozen = plan.frozen_in(place)
         names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
         trains = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-        out.append((phase.name, phase.lasts, f"× {phase.scale:g}", trains))
-    return out
+        rows.append((phase.name, phase.lasts, f"× {phase.scale:g}", trains))
+    return rows

@@ -1,4 +1,4 @@
-"""The rows of a comparison, with the look that each has in every picture."""
+"""The methods of a comparison, each with its look in every picture."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK
-from conservtl.report.text.intervals import Span, points, seconds, share
+from conservtl.report.text.intervals import Span, difference_span, metric_span, time_span
+from conservtl.report.text.metrics import ACCURACY, Metric
 
-__all__ = ["ORIGIN", "Variant", "best_baseline", "best_own", "main_table", "variants"]
-
-ORIGIN = "source as it is"
-_BOUND = "joint training"
+__all__ = ["Variant", "best_baseline", "best_method", "main_table", "variants"]
 
 # Okabe and Ito's palette; shapes tell variants apart too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -24,15 +22,26 @@ _SIGNS = {"o": "●", "s": "■", "^": "▲", "v": "▼", "P": "✚", "X": "✖"
 
 @dataclass(frozen=True)
 class Variant:
-    """One method: what came of it, in per cent and points, and how it is drawn."""
+    """One method with its results, in the shown unit, and its look.
+
+    Args:
+        name: its label.
+        role: "source" (the source model unchanged), "baseline", "bound" (a baseline that uses source data, out of
+            competition) or "method" (what the comparison asks about).
+        best: whether it is the best baseline.
+        wins: whether it beats the best baseline beyond chance.
+        rank: a key that is largest for the best variant.
+        difference: gain over the best baseline, positive if better.
+    """
 
     name: str
-    baseline: bool
+    role: str
     best: bool
     wins: bool
     target: Span
     source: Span | None
-    harmonic: Span | None
+    combined: Span | None
+    rank: float
     constrained: float | None
     difference: Span | None
     seconds: Span | None
@@ -42,9 +51,14 @@ class Variant:
     shape: str
 
     @property
-    def score(self) -> Span:
-        """What decides: the harmonic mean, or the target where there is no source to measure."""
-        return self.harmonic or self.target
+    def baseline(self) -> bool:
+        """Whether methods are compared with it."""
+        return self.role != "method"
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is the source model as it is."""
+        return self.role == "source"
 
     @property
     def sign(self) -> str:
@@ -53,63 +67,66 @@ class Variant:
 
     @property
     def note(self) -> str:
-        """What is to be known about it."""
-        if self.name == _BOUND:
+        """A remark beneath its name."""
+        if self.role == "bound":
             return "uses source data: an upper bound"
         return "the best baseline" if self.best else ""
 
 
-def variants(table: Mapping[str, Any]) -> list[Variant]:
-    """One for each row that was measured on the target, in the table's order."""
-    found, own = [], 0
+def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Variant]:
+    """Return the rows of a table that were measured on the target, in its order."""
+    result: list[Variant] = []
+    methods = 0
     for row in table.get("rows") or []:
-        target = share(row.get("target"))
+        target, combined = metric_span(row.get("target"), metric), metric_span(row.get("harmonic"), metric)
         if target is None:
             continue
-        if row.get("baseline"):
-            dark = row["variant"] in (ORIGIN, table.get("best_baseline"))
-            colour, ink = (INK, INK) if dark else (GREY, _SOFT)
-            shape = "D" if row["variant"] == ORIGIN else "o"
+        best = row["id"] == table.get("best_baseline_id")
+        if row["role"] == "method":
+            place = methods % len(_COLOURS)
+            look = _COLOURS[place], _INKS[place], _SHAPES[(methods + methods // len(_SHAPES)) % len(_SHAPES)]
+            methods += 1
         else:
-            colour, ink, shape = _COLOURS[own % 6], _INKS[own % 6], _SHAPES[(own + own // 6) % 6]
-            own += 1
+            colours = (INK, INK) if best or row["role"] == "source" else (GREY, _SOFT)
+            look = *colours, "D" if row["role"] == "source" else "o"
         sides = {
-            str(name): (share(pair.get("before")), share(pair.get("after")))
+            str(name): (metric_span(pair.get("before"), metric), metric_span(pair.get("after"), metric))
             for name, pair in (row.get("per_target") or {}).items()
         }
-        found.append(
+        result.append(
             Variant(
                 name=str(row["variant"]),
-                baseline=bool(row.get("baseline")),
-                best=row["variant"] == table.get("best_baseline"),
+                role=str(row["role"]),
+                best=best,
                 wins=bool(row.get("wins")),
                 target=target,
-                source=share(row.get("source")),
-                harmonic=share(row.get("harmonic")),
+                source=metric_span(row.get("source"), metric),
+                combined=combined,
+                rank=metric.rank((combined or target).mean),
                 constrained=row.get("constrained"),
-                difference=points(row.get("difference")),
-                seconds=seconds(row.get("seconds")),
+                difference=difference_span(row.get("difference"), metric),
+                seconds=time_span(row.get("seconds")),
                 per_target={name: (a, b) for name, (a, b) in sides.items() if a is not None and b is not None},
-                colour=colour,
-                ink=ink,
-                shape=shape,
+                colour=look[0],
+                ink=look[1],
+                shape=look[2],
             )
         )
-    return found
+    return result
 
 
-def best_own(rows: list[Variant]) -> Variant | None:
-    """The best of what is asked about."""
-    return max((row for row in rows if not row.baseline), key=lambda row: row.score.mean, default=None)
+def best_method(rows: list[Variant]) -> Variant | None:
+    """Return the best of the methods in question."""
+    return max((row for row in rows if not row.baseline), key=lambda row: row.rank, default=None)
 
 
 def best_baseline(rows: list[Variant]) -> Variant | None:
-    """What every method is held against."""
+    """Return the baseline that every method is compared with."""
     return next((row for row in rows if row.best), None)
 
 
 def main_table(result: Mapping[str, Any]) -> int:
-    """Place of the table that stands first on the page: at the spec's own number of shots, else the last."""
-    own = ((result.get("spec") or {}).get("data") or {}).get("shots")
+    """Return the position of the table shown first: that of the spec's number of shots, else the last."""
+    shots = ((result.get("spec") or {}).get("data") or {}).get("shots")
     tables = result["tables"]
-    return next((place for place, table in enumerate(tables) if table["shots"] == own), len(tables) - 1)
+    return next((place for place, table in enumerate(tables) if table["shots"] == shots), len(tables) - 1)

@@ -181,7 +181,7 @@ def test_changed_labels_make_the_head_fresh_and_keep_the_sources_head_aside(tmp_
     plan = ctl.Plan(**report["plan"])
     assert {row.layer for row in plan.rows if row.origin == "fresh"} == {"linear"}
     assert report["agreement"] is None
-    assert "What is new is as trained all along" in (tmp_path / "out" / "report.html").read_text()
+    assert "New parameters keep their trained values" in (tmp_path / "out" / "report.html").read_text()
     # The body is frozen, so under its own head the source model must be exactly what it was.
     assert all(entry["source"] == report["path"][0]["source"] for entry in report["path"])
     assert report["after"]["source"] == report["before"]["source"]

@@ -28,7 +28,7 @@ class TestWindow:
         assert seen.high >= 95.5
 
     def test_what_must_be_to_scale_is(self):
-        assert window(spans(30, 93, 95, 96), keep=spans(30)).cut == 30
+        assert window(spans(30, 93, 95, 96), to_scale=spans(30)).cut == 30
 
     def test_most_values_are_to_scale(self):
         """One good method does not push all others off the axis."""

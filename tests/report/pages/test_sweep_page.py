@@ -94,7 +94,7 @@ class TestPage:
 
     def test_nothing_at_all(self, written, results):
         empty = results["sweep"]() | {"curves": [], "strengths": [], "path": []}
-        assert "There are no runs to sum up." in written(write_sweep, empty)
+        assert "There are no runs to summarise." in written(write_sweep, empty)
 
     def test_many_layers_with_long_names(self, written, results):
         layers = [f"encoder.layers.{i}.attention.out_proj" for i in range(52)]

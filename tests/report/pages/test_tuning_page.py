@@ -5,7 +5,7 @@ import re
 import pytest
 
 from conservtl.report import write_tune
-from conservtl.report.figures.trials import over_time, tries
+from conservtl.report.figures.trials import over_time, trials_of
 from conservtl.report.pages.tuning_page import at_the_end, tune_sentence
 
 
@@ -34,7 +34,7 @@ class TestPage:
 
     def test_what_did_not_come_to_an_end_is_said(self, written, results):
         html = written(write_tune, results["tune"]())
-        assert "Not complete: 1 failed, 2 given up early." in html
+        assert "Not complete: 1 failed, 2 stopped early." in html
         assert "1 trial failed: training.epochs: 10.5 is not whole." in html
 
     def test_target_alone(self, written, results):
@@ -64,7 +64,7 @@ class TestPage:
         """What it had when it was given up is shown, and never taken for a result."""
         result = results["tune"]()
         result["trials"][5]["values"] = [0.999]
-        found = tries(result)
+        found = trials_of(result)
         assert found[5].score == pytest.approx(99.9)
         assert not found[5].complete
         assert "99.9" not in tune_sentence(result)
@@ -84,4 +84,7 @@ class TestEnds:
         result = results["tune"]()
         result["trials"][result["best"][0]]["params"]["training.epochs"] = 60
         html = written(write_tune, result)
-        assert "training.epochs = 60 lies at the end of its range (10 to 60): a wider one may hold better." in html
+        assert (
+            "training.epochs = 60 lies at the end of its range (10 to 60): a wider range may hold a better value."
+            in html
+        )
