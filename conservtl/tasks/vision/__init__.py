@@ -1,6 +1,6 @@
-"""Classification of images: two domains of labelled images, models by name, and how images are read.
+"""Image classification: two domains of labelled images, models by name, and preprocessing.
 
-Importing this loads neither torchvision nor timm, Pillow or scikit-learn; what needs them asks for them.
+Importing this package does not import torchvision, timm, Pillow or scikit-learn; functions import them when needed.
 """
 
 from conservtl.tasks.vision.augment import VisionAugment

@@ -1,4 +1,4 @@
-"""Random changes of a batch of images, drawn for each image from one generator."""
+"""Random augmentation of a batch of images, drawn for each image from one generator."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["VisionAugment", "usual_augment"]
 _Ratio = Annotated[float, Field(gt=0, le=10)]
 
 SMALL = 64
-"""Up to this size (pixels) images are shifted; above, parts of them are cut out and enlarged."""
+"""Largest size (pixels) of images that are shifted; larger images are cropped and resized."""
 
 
 class VisionAugment(FrozenModel):
-    """Flips and crops, on the tensor's device.
+    """Flips, shifts and crops, on the device of the images.
 
     Example:
         >>> images = torch.arange(12.0).view(1, 1, 3, 4)
@@ -32,30 +32,30 @@ class VisionAugment(FrozenModel):
     """
 
     flip: bool = True
-    """Mirror every second image, left to right. Not for digits or letters."""
+    """Mirror images horizontally with probability 0.5. Not for digits or letters."""
 
     shift: int = Field(default=0, ge=0, le=512)
-    """Move by up to this many pixels either way; what enters is the image mirrored at its edge."""
+    """Largest shift in pixels in each direction; the gap is filled with the image mirrored at its edge."""
 
     scale: tuple[Fraction, Fraction] | None = None
-    """Cut out a part with this share of the area (least, most) and enlarge it to the whole; null: never."""
+    """Smallest and largest share of the area of a random crop, which is resized to the full size; null for none."""
 
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
-    """Width over height of that part (least, most)."""
+    """Smallest and largest ratio of the crop's width to its height."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:
         for name, bounds in (("scale", self.scale), ("ratio", self.ratio)):
             if bounds is not None and bounds[0] > bounds[1]:
-                raise ValueError(f"augment.{name} is (least, most) and must not fall; got {bounds}. Swap the two.")
+                raise ValueError(f"augment.{name} must be (smallest, largest); received {bounds}. Swap the two.")
         return self
 
     def __call__(self, inputs: Tensor, generator: Generator) -> Tensor:
-        """Changed images of the same shape, (N, C, H, W). Draws from ``generator`` alone."""
+        """Return augmented images of the same shape, (N, C, H, W), with random numbers from ``generator`` only."""
         if self.scale is not None:
-            inputs = _cut_out(inputs, self.scale, self.ratio, generator)
+            inputs = _crop(inputs, self.scale, self.ratio, generator)
         if self.shift:
-            inputs = _move(inputs, self.shift, generator)
+            inputs = _shift(inputs, self.shift, generator)
         if self.flip:
             mirrored = torch.rand(len(inputs), generator=generator, device=generator.device) < 0.5
             inputs = torch.where(mirrored.to(inputs.device)[:, None, None, None], inputs.flip(-1), inputs)
@@ -63,11 +63,11 @@ class VisionAugment(FrozenModel):
 
 
 def usual_augment(size: int, *, flip: bool = True) -> VisionAugment:
-    """What is usual at this size: shifts of an eighth for small images, resized crops for large ones.
+    """Return the usual augmentation for a size: shifts of up to an eighth for small images, else resized crops.
 
     Args:
-        size: of the inputs, in pixels.
-        flip: false where left and right carry meaning.
+        size: size of the inputs in pixels.
+        flip: whether to mirror; false if left and right differ in meaning.
 
     Reference: He et al. 2016, section 4.2 (shifts by 4 of 32 pixels); Szegedy et al., "Going Deeper
     with Convolutions", CVPR 2015 (crops of 8 to 100 % of the area).
@@ -77,9 +77,9 @@ def usual_augment(size: int, *, flip: bool = True) -> VisionAugment:
     return VisionAugment(flip=flip, scale=(0.08, 1.0))
 
 
-def _move(inputs: Tensor, reach: int, generator: Generator) -> Tensor:
+def _shift(inputs: Tensor, largest: int, generator: Generator) -> Tensor:
     count, _, height, width = inputs.shape
-    reach = min(reach, height - 1, width - 1)  # a mirror shows no more than the image
+    reach = min(largest, height - 1, width - 1)  # a mirrored image is no larger than the image
     padded = functional.pad(inputs, (reach, reach, reach, reach), mode="reflect")
     offsets = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator, device=generator.device)
     down, right = offsets.to(inputs.device)
@@ -89,12 +89,12 @@ def _move(inputs: Tensor, reach: int, generator: Generator) -> Tensor:
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-def _cut_out(inputs: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator) -> Tensor:
+def _crop(inputs: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator) -> Tensor:
     count, _, height, width = inputs.shape
     draw = torch.rand(4, count, generator=generator, device=generator.device).to(inputs.device)
     area = scale[0] + (scale[1] - scale[0]) * draw[0]
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    shape = torch.exp(low + (high - low) * draw[1]) * (height / width)  # in shares of the two sides
+    shape = torch.exp(low + (high - low) * draw[1]) * (height / width)  # in shares of width and height
     wide = (area * shape).sqrt().clamp(max=1)
     tall = (area / shape).sqrt().clamp(max=1)
     theta = torch.zeros(count, 2, 3, device=inputs.device, dtype=inputs.dtype)

@@ -1,4 +1,4 @@
-"""The small residual networks for CIFAR, with the names that published weights use."""
+"""Small residual networks for CIFAR, with the parameter names of published weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn import functional
 __all__ = ["CIFAR_DEPTHS", "CifarResNet"]
 
 CIFAR_DEPTHS = {f"cifar_resnet{depth}": depth for depth in (20, 32, 44, 56)}
-"""Model name to number of layers."""
+"""Model name -> number of layers."""
 
 
 class CifarResNet(nn.Module):
     r"""Residual network of 6n + 2 layers: three stages of n blocks with 16, 32 and 64 channels.
 
-    Shortcuts have no parameters (option A): where a stage halves the image, they take every second
-    pixel and pad the channels with zeros on both sides. Layers are named ``conv1``, ``bn1``,
-    ``layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}`` and ``linear``. Takes images of any size from 4 x 4.
+    Shortcuts have no parameters (option A): if a stage halves the image, they take every second pixel and pad the
+    channels with zeros on both sides. Layers are named ``conv1``, ``bn1``,
+    ``layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}`` and ``linear``. Images may have any size from 4 x 4.
 
     Args:
         depth: 20, 32, 44, 56 or another 6n + 2.
@@ -45,15 +45,15 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, classes) of images (N, 3, H, W)."""
+        """Return logits (N, classes) for images (N, 3, H, W)."""
         features = functional.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
-        scores: Tensor = self.linear(features.mean(dim=(2, 3)))
-        return scores
+        logits: Tensor = self.linear(features.mean(dim=(2, 3)))
+        return logits
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Block(nn.Module):
         self.padding = (outputs - inputs) // 2
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Channels (N, outputs, H / stride, W / stride) of channels (N, inputs, H, W)."""
+        """Return features (N, outputs, H / stride, W / stride) for (N, inputs, H, W)."""
         features = functional.relu(self.bn1(self.conv1(inputs)))
         features = self.bn2(self.conv2(features))
         shortcut = inputs

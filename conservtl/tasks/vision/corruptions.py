@@ -1,4 +1,4 @@
-"""Common corruptions of photographs, as the published benchmarks define them.
+"""Common corruptions of photographs, as in the published benchmarks.
 
 Reference: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations", ICLR 2019 (arXiv 1903.12261): CIFAR-10-C, Tiny ImageNet-C and ImageNet-C.
@@ -46,9 +46,9 @@ SEVERITIES: dict[int, dict[str, tuple[float, ...]]] = {
         "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
     },
 }
-"""Strength by the benchmark's image size, corruption and severity 1 to 5."""
+"""Strengths for image size of the benchmark, corruption and severity 1 to 5."""
 
-# Blur (in pixels) of the disk's own edge, which the benchmarks set beside its radius.
+# (Radius, size of the benchmark's images) -> blur of the disk's edge, in pixels.
 _EDGES = {
     (0.3, 32): 0.4,
     (0.4, 32): 0.5,
@@ -64,26 +64,26 @@ _EDGES = {
 
 
 class Corruption(FrozenModel):
-    """A corruption of the target's images, the same at every reading."""
+    """A deterministic corruption of the target's images."""
 
     name: Name
-    """Which corruption."""
+    """Name of the corruption."""
 
     severity: int = Field(default=5, ge=1, le=5)
-    """How strong, with CIFAR-10-C's constants up to 32 pixels, Tiny ImageNet-C's up to 64 and
-    ImageNet-C's above."""
+    """Severity, with the constants of CIFAR-10-C up to 32 pixels, of Tiny ImageNet-C up to 64 and of ImageNet-C for
+    larger images."""
 
     strength: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
-    """Replaces the severity: standard deviation of the noise (values in [0, 1]); of the blur, in pixels;
-    radius of the disk, in pixels; factor of the contrast; shift of the brightness."""
+    """Replaces the severity: standard deviation of the noise (values in [0, 1]) or of the blur (pixels), radius of the
+    disk (pixels), factor of the contrast, or shift of the brightness."""
 
     seed: NonNegativeInt = 0
-    """Draws the noise, together with each image's name. Apart from the run's seed, so that runs with
-    different seeds meet the same corrupted test images."""
+    """Draws the noise, together with each image's name. It is independent of the run's seed, so that all runs have the
+    same corrupted test images."""
 
 
 def strength_of(corruption: Corruption, size: int) -> float:
-    """The corruption's strength on images of this size (shorter side, pixels).
+    """Return the corruption's strength for images of this size (shorter side, pixels).
 
     >>> strength_of(Corruption(name="gaussian_blur", severity=5), 32)
     1.0
@@ -96,30 +96,30 @@ def strength_of(corruption: Corruption, size: int) -> float:
 
 
 def corrupt(images: Tensor, corruption: Corruption, names: Sequence[str]) -> Tensor:
-    """Corrupt images, each by itself.
+    """Return corrupted images.
 
-    An image's result depends on the image, its name and the corruption alone, never on the images
-    beside it. Values are cut off to 8 bits (rounded down), as in the published sets.
+    Each result depends on the image, its name and the corruption only, not on other images. Values are rounded down to
+    8 bits, as in the published sets.
 
     Args:
         images: (N, 3, H, W) float, RGB in [0, 1], before normalisation.
-        corruption: what to do.
-        names: N names; with the corruption's seed they draw the noise.
+        corruption: kind and strength.
+        names: N names, which draw the noise together with the corruption's seed.
 
     Returns:
         (N, 3, H, W) float32 in [0, 1], multiples of 1/255.
 
     Raises:
-        SpecError: the number of names is not the number of images.
+        SpecError: the numbers of names and images differ.
     """
     if len(names) != len(images):
-        raise SpecError(f"names must hold one name an image; got {len(names)} for {len(images)} images.")
+        raise SpecError(f"names must have one name for each image; received {len(names)} for {len(images)} images.")
     if len(images) == 0:
         return images.to(torch.float32)
     size = min(images.shape[-2:])
     apply, strength = _APPLY[corruption.name], strength_of(corruption, size)
     results = [
-        # double precision, as the published code: in single, rounding down would lose whole levels
+        # double precision, as in the published code: single precision would round down by whole levels
         apply(image.double(), strength, _Draw(corruption.seed, name, size)).clamp(0, 1)
         for image, name in zip(images, names, strict=True)
     ]
@@ -127,7 +127,7 @@ def corrupt(images: Tensor, corruption: Corruption, names: Sequence[str]) -> Ten
 
 
 class _Draw:
-    """What an image brings along: its own random numbers, and the benchmark its size belongs to."""
+    """Random numbers of one image, and the benchmark of its size."""
 
     def __init__(self, seed: int, name: str, size: int) -> None:
         self.key = f"{seed}:{name}"
@@ -148,7 +148,7 @@ def _gaussian_noise(image: Tensor, sigma: float, draw: _Draw) -> Tensor:
 
 
 def _gaussian_blur(image: Tensor, sigma: float, _draw: _Draw) -> Tensor:
-    """Borders repeat the edge and the kernel ends at four sigma, as in skimage.filters.gaussian."""
+    """Blur with repeated edges and a kernel of four sigma, as skimage.filters.gaussian does."""
     kernel = _gaussian(int(4 * sigma + 0.5), sigma).to(image)
     radius = len(kernel) // 2
     planes = functional.pad(image[None], (radius, radius, radius, radius), mode="replicate")[0][:, None]
@@ -157,7 +157,7 @@ def _gaussian_blur(image: Tensor, sigma: float, _draw: _Draw) -> Tensor:
 
 
 def _defocus_blur(image: Tensor, radius: float, draw: _Draw) -> Tensor:
-    """Borders are mirrored without repeating the edge, as in OpenCV's filter2D."""
+    """Blur with a disk and with mirrored edges, not repeated, as OpenCV's filter2D does."""
     kernel = _disk(radius, _EDGES.get((radius, draw.benchmark), 0.1)).to(image)
     reach = len(kernel) // 2
     planes = _mirror(_mirror(image, reach, -1), reach, -2)[:, None]
@@ -170,10 +170,10 @@ def _contrast(image: Tensor, factor: float, _draw: _Draw) -> Tensor:
 
 
 def _brightness(image: Tensor, shift: float, _draw: _Draw) -> Tensor:
-    """Adds to the value of hue, saturation and value: in RGB, that scales each pixel's colour."""
+    """Raise the value in hue, saturation and value, which scales the colours in RGB."""
     value = image.amax(dim=0, keepdim=True)
     raised = (value + shift).clamp(max=1)
-    # black has no colour to scale: it becomes grey
+    # black becomes grey
     return torch.where(value > 0, image * (raised / value.clamp(min=1e-12)), raised)
 
 
@@ -184,19 +184,19 @@ def _gaussian(radius: int, sigma: float) -> Tensor:
 
 
 def _disk(radius: float, edge: float) -> Tensor:
-    """A disk of this radius (pixels), its edge blurred by a small Gaussian; square, odd, sums to 1."""
+    """Return a disk of this radius (pixels) with a blurred edge: a square kernel of odd size with the sum 1."""
     reach, half = (8, 1) if radius <= 8 else (int(radius), 2)
     at = torch.arange(-reach, reach + 1, dtype=torch.float64)
     disk = ((at[:, None] ** 2 + at**2) <= radius**2).double()
     disk = _mirror(_mirror(disk / disk.sum(), half, -1), half, -2)
     kernel = _gaussian(half, edge)
     disk = functional.conv2d(disk[None, None], (kernel[:, None] * kernel)[None, None])[0, 0]
-    used = int(disk[reach].nonzero().amax()) - reach  # tight, so that small images can be mirrored
-    return disk[reach - used : reach + used + 1, reach - used : reach + used + 1]
+    radius = int(disk[reach].nonzero().amax()) - reach  # without zeros, so that small images can be mirrored
+    return disk[reach - radius : reach + radius + 1, reach - radius : reach + radius + 1]
 
 
 def _mirror(values: Tensor, reach: int, dim: int) -> Tensor:
-    """Extend by ``reach`` on both sides, mirrored at the edge; works for images smaller than that too."""
+    """Extend by ``reach`` on both sides, mirrored at the edge; images may be smaller than ``reach``."""
     length = values.shape[dim]
     period = max(2 * (length - 1), 1)
     at = torch.arange(-reach, length + reach, device=values.device).abs() % period

@@ -1,4 +1,4 @@
-"""Which images a run adapts to, as a spec."""
+"""Specs of image data."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from conservtl.tasks.vision.image_settings import ImageSettings
 __all__ = ["DIGITS_IMAGES", "DataSpec", "DigitsData", "ImageFolderData", "TorchvisionData"]
 
 DIGITS_IMAGES = ImageSettings(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-"""The 8 x 8 digits doubled: enough for three stages of convolutions, and quick on a CPU."""
+"""The 8 x 8 digits at twice their size: large enough for three stages of convolutions, and fast on a CPU."""
 
 _Digit = Annotated[int, Field(ge=0, le=9)]
 _WRITING = frozenset({"EMNIST", "KMNIST", "MNIST", "Omniglot", "QMNIST", "RenderedSST2", "SVHN", "USPS"})
 
 
 class _Images(FrozenModel):
-    """What every kind of image data shares."""
+    """Fields of all kinds of image data."""
 
     shots: Count = 5
-    """Labelled target images a class to adapt with, drawn by the run's seed."""
+    """Labelled target images of each class for adaptation, drawn by the run's seed."""
 
     validation: float = Field(default=0.0, ge=0, le=0.9)
-    """Share of the shots kept to validate with (at one shot a class there is no such part)."""
+    """Share of the shots for validation instead of training; 0 with one shot."""
 
     augment: VisionAugment | bool = True
-    """Random changes while training: true for what is usual at the images' size, false for none."""
+    """Augmentation: true for the usual one at the images' size, false for none."""
 
     images: ImageSettings | None = None
-    """Size and normalisation; null for those of the model's published weights. What is left out of it is
-    ImageNet's, whichever the model."""
+    """Size and normalisation; null for those of the model's published weights. The defaults of its fields are those of
+    ImageNet, for every model."""
 
     def augmentation(self, size: int) -> VisionAugment | None:
-        """The random changes for inputs of this size (pixels), or None."""
+        """Return the augmentation for inputs of this size (pixels), or None."""
         if isinstance(self.augment, VisionAugment):
             return self.augment
         return usual_augment(size, flip=self._flips()) if self.augment else None
@@ -49,38 +49,39 @@ class _Images(FrozenModel):
 
 
 class _Split(_Images):
-    """How images are split where the set comes in one piece."""
+    """Fields of image data that may have no test part."""
 
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of each class kept for testing, where the set has no test part of its own."""
+    """Share of each class for testing, if the set has no test part."""
 
     split_seed: NonNegativeInt = 0
-    """Draws that part. Apart from the run's seed, so that a source trained once never saw a test part."""
+    """Draws that test part. It is independent of the run's seed, so that a source model that was trained once is never
+    tested on its training images."""
 
 
 class DigitsData(_Split):
-    """scikit-learn's 1,797 handwritten digits: five classes are the source, the other five the target."""
+    """scikit-learn's 1,797 handwritten digits: five classes for the source, the other five for the target."""
 
     kind: Literal["digits"] = "digits"
-    """The embedded digits."""
+    """scikit-learn's handwritten digits."""
 
     source: tuple[_Digit, ...] = Field(default=(0, 1, 2, 3, 4), min_length=2)
     """The source's digits."""
 
     target: tuple[_Digit, ...] = Field(default=(5, 6, 7, 8, 9), min_length=2)
-    """The target's digits; none of the source's."""
+    """The target's digits; they must differ from the source's."""
 
     @model_validator(mode="after")
     def _digits_stay_digits(self) -> Self:
         every = [*self.source, *self.target]
         if len(set(every)) < len(every):
             raise ValueError(
-                f"data.source and data.target must not share or repeat a digit; got {self.source} and "
-                f"{self.target}. Name each digit once."
+                f"data.source and data.target must not share or repeat a digit; received {self.source} and "
+                f"{self.target}. List each digit once."
             )
         if isinstance(self.augment, VisionAugment) and self.augment.flip:
             raise ValueError(
-                "data.augment.flip must be false for digits (a mirrored digit is another sign); got true. "
+                "data.augment.flip must be false for digits (a mirrored digit is another sign); received true. "
                 "Set data.augment.flip to false."
             )
         return self
@@ -90,46 +91,46 @@ class DigitsData(_Split):
 
 
 class _Photographs(_Split):
-    """What folders and torchvision's sets share."""
+    """Fields of image data from folders and from torchvision."""
 
     corruption: Corruption | None = None
-    """Of the target's images, shots and test alike. The source is then the same images without it,
-    unless another source is named."""
+    """Corruption of the target's images, in shots and test part. Without another source, the same images without the
+    corruption are the source."""
 
 
 class ImageFolderData(_Photographs):
-    """Images in one folder a class, below train/ and test/ (or val/), or in one piece."""
+    """Images in one folder for each class, below train/ and test/ (or val/), or without these parts."""
 
     kind: Literal["imagefolder"] = "imagefolder"
-    """Folders of images."""
+    """Images in folders."""
 
     root: Path
     """The target's folder."""
 
     source_root: Path | None = None
-    """The source's folder, laid out the same way; its classes may differ."""
+    """The source's folder, with the same structure; its classes may differ."""
 
 
 class TorchvisionData(_Photographs):
-    """A classification set of torchvision, already on this disk (nothing is downloaded)."""
+    """A classification set of torchvision that is on this disk; nothing is downloaded."""
 
     kind: Literal["torchvision"] = "torchvision"
-    """A set of torchvision."""
+    """A data set of torchvision."""
 
     name: str = Field(min_length=1)
-    """Its class in torchvision.datasets, such as CIFAR10."""
+    """Class in torchvision.datasets, such as CIFAR10."""
 
     root: Path = Path("data")
-    """The folder torchvision keeps it in."""
+    """The folder in which torchvision stores it."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of its constructor."""
+    """Further arguments of the class."""
 
     train_split: str = "train"
-    """Name of the part the shots come from, where the set names its parts."""
+    """Name of the part from which the shots are drawn, if the set has the argument `split`."""
 
     test_split: str = "test"
-    """Name of the part to test with, where the set names its parts."""
+    """Name of the test part, if the set has the argument `split`."""
 
     @field_validator("args")
     @classmethod
@@ -137,8 +138,8 @@ class TorchvisionData(_Photographs):
         taken = {"download", "root", "split", "target_transform", "train", "transform", "transforms"}
         for name in sorted(taken & args.keys()):
             raise ValueError(
-                f"data.args must not set {name}: nothing is downloaded, and the rest follows from the other "
-                f"fields of data. Leave it out."
+                f"data.args must not set {name}: nothing is downloaded, and other fields of data decide the rest. "
+                f"Remove it."
             )
         return args
 
@@ -147,4 +148,4 @@ class TorchvisionData(_Photographs):
 
 
 DataSpec = Annotated[DigitsData | ImageFolderData | TorchvisionData, Field(discriminator="kind")]
-"""Any of the three, told apart by ``kind``."""
+"""Spec of image data, selected by ``kind``."""

@@ -16,21 +16,21 @@ __all__ = ["digits_parts"]
 
 
 def digits_parts(data: DigitsData) -> Parts:
-    """Source and target digits; the target's test part is whatever the shots leave.
+    """Return the source's and the target's digits; the target's test part is all images but the shots.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    found = require("sklearn.datasets", "vision").load_digits()
-    # 17 levels of ink, stretched to 8 bits
-    images = np.round(found.images * (255 / 16)).astype(np.uint8)
-    source = _of(images, found.target, data.source)
+    digits = require("sklearn.datasets", "vision").load_digits()
+    # 17 levels, scaled to 8 bits
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    source = _part(images, digits.target, data.source)
     train, test = split(source, data.test_fraction, data.split_seed, "data.source")
-    return Parts(_of(images, found.target, data.target), None, source.classes, train, test)
+    return Parts(_part(images, digits.target, data.target), None, source.classes, train, test)
 
 
 class _Opener:
-    """From a digit's number to an image of Pillow; picklable, for loaders with workers."""
+    """Function from a digit's number to a Pillow image; picklable, for loaders with workers."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
         self.images = images
@@ -39,7 +39,7 @@ class _Opener:
         return require("PIL.Image", "vision").fromarray(self.images[number])
 
 
-def _of(images: NDArray[np.uint8], values: NDArray[np.int64], digits: Sequence[int]) -> ImagePart:
+def _part(images: NDArray[np.uint8], values: NDArray[np.int64], digits: Sequence[int]) -> ImagePart:
     classes = sorted(digits)
     ids = tuple(i for i, value in enumerate(values.tolist()) if value in classes)
     return ImagePart(

@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class."""
+"""Image data in folders, one for each class."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["folder_parts"]
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _TESTS = ("test", "val", "valid", "validation")
-_LAYOUTS = "It needs a folder a class, or train/ and test/ (or val/) with a folder a class in each"
+_LAYOUTS = "Use one folder for each class, or train/ and test/ (or val/) with one folder for each class"
 
 
 def folder_parts(data: ImageFolderData) -> Parts:
-    """The target's folder and, where there is one, the source's.
+    """Return the images of the target's folder and of the source's, if there is one.
 
     Raises:
-        DataError: a folder is missing, empty or laid out otherwise, or source and target overlap.
+        DataError: a folder is missing, empty or has another structure, or source and target overlap.
     """
     train, test = _parts_of(data.root, "data.root", data)
     if data.source_root is not None:
-        _refuse_overlap(data.root, data.source_root)
+        _check_apart(data.root, data.source_root)
         source_train, source_test = _parts_of(data.source_root, "data.source_root", data)
     elif data.corruption is not None:
         source_train, source_test = train, test
@@ -36,7 +36,7 @@ def folder_parts(data: ImageFolderData) -> Parts:
 
 
 class _Opener:
-    """From an image's number to an image of Pillow; picklable, for loaders with workers."""
+    """Function from an image's number to a Pillow image; picklable, for loaders with workers."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
         self.files = files
@@ -56,8 +56,8 @@ def _parts_of(root: Path, field: str, data: ImageFolderData) -> tuple[ImagePart,
         if train.classes != test.classes:
             unmatched = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
             raise DataError(
-                f"{field} must have the same classes in train/ and {tests[0]}/; {root} has only one of the "
-                f"two for: {unmatched}. Add or remove these folders."
+                f"{field} must have the same classes in train/ and {tests[0]}/; {root} has these in one of the "
+                f"two only: {unmatched}. Add or remove these folders."
             )
         return train, test
     if "train" in folders or tests:
@@ -72,30 +72,30 @@ def _tree(root: Path, below: str, field: str) -> ImagePart:
     classes = _folders(folder)
     if len(classes) < 2:
         loose = sum(_is_image(file.name) for file in folder.iterdir())
-        found = f"{len(classes)} folder{'' if len(classes) == 1 else 's'} and {loose} loose images"
-        raise DataError(f"{field} must hold at least 2 classes; {folder} holds {found}. {_LAYOUTS}.")
+        content = f"{len(classes)} folder{'' if len(classes) == 1 else 's'} and {loose} loose images"
+        raise DataError(f"{field} must have at least 2 classes; {folder} has {content}. {_LAYOUTS}.")
     files: list[Path] = []
     labels: list[int] = []
     for position, name in enumerate(classes):
-        own = _images(folder / name)
-        if not own:
+        images = _images(folder / name)
+        if not images:
             raise DataError(
                 f"{field}: every class must have images; {folder / name} has none (looked for "
                 f"{', '.join(_EXTENSIONS)}). Add images, or remove the folder."
             )
-        files += own
-        labels += [position] * len(own)
+        files += images
+        labels += [position] * len(images)
     names = tuple(file.relative_to(root).as_posix() for file in files)
     return ImagePart(classes, tuple(labels), names, tuple(range(len(files))), _Opener(tuple(files)))
 
 
 def _folders(folder: Path) -> tuple[str, ...]:
-    names = (one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith((".", "__")))
+    names = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
     return tuple(sorted(names))
 
 
 def _images(folder: Path) -> list[Path]:
-    """Every image below, in ImageFolder's order."""
+    """Return all images in a folder and its subfolders, in the order of torchvision's ImageFolder."""
     walked = sorted(os.walk(folder, followlinks=True))
     return [Path(where) / name for where, _, names in walked for name in sorted(names) if _is_image(name)]
 
@@ -104,10 +104,10 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
 
 
-def _refuse_overlap(target: Path, source: Path) -> None:
-    one, other = target.resolve(), source.resolve()
-    if one == other or one in other.parents or other in one.parents:
+def _check_apart(target: Path, source: Path) -> None:
+    first, second = target.resolve(), source.resolve()
+    if first == second or first in second.parents or second in first.parents:
         raise DataError(
-            f"data.source_root must lie apart from data.root, or the source would be tested on images of "
-            f"the target; got {source} and {target}. Name two folders, neither inside the other."
+            f"data.source_root must not overlap with data.root, or the source would be tested on images of "
+            f"the target; received {source} and {target}. Use two folders, neither inside the other."
         )

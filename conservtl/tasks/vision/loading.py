@@ -1,4 +1,4 @@
-"""From a data spec to the two domains of a run."""
+"""Loading of the two domains of a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["load", "preprocessing_for"]
 
 
 def preprocessing_for(data: DataSpec, model: ModelSpec) -> VisionPreprocessing:
-    """The settings the spec names, else the digits' own, else those of the model's published weights.
+    """Return the image settings of the spec, else those of the digits, else those of the model's published weights.
 
     Raises:
-        SpecError: no model of that name; the nearest are listed.
+        SpecError: the model's name is unknown.
     """
     if data.images is not None:
         return VisionPreprocessing(images=data.images)
@@ -29,37 +29,37 @@ def preprocessing_for(data: DataSpec, model: ModelSpec) -> VisionPreprocessing:
 
 
 def load(data: DataSpec, *, model: ModelSpec, seed: int, source: bool = True) -> Domains:
-    """Read the images of a run.
+    """Read the images of a spec and split them into the two domains.
 
-    The shots are drawn from the target's training part by ``seed`` and a validation part is carved from
-    them; no test image is ever among either. A corruption changes the target alone.
+    The shots and their validation part are drawn from the target's training part by ``seed`` and never contain test
+    images. A corruption changes the target only.
 
     Args:
-        data: which images.
-        model: the network they are for; decides on size and normalisation where ``data.images`` does not.
+        data: the spec.
+        model: the network; its published weights decide size and normalisation if ``data.images`` is None.
         seed: draws the shots and the validation part.
         source: whether to read the source's images too.
 
     Returns:
-        The two domains. Where the spec names no source, its labels are empty and its parts None.
+        The two domains. Without a source, its labels are empty and its parts None.
 
     Raises:
-        DataError: images are missing, unreadable or too few, or laid out in an unknown way.
-        SpecError: no model of that name.
+        DataError: images are missing, unreadable or too few, or the folders have an unknown structure.
+        SpecError: the model's name is unknown.
         MissingExtraError: torchvision, timm, Pillow or scikit-learn is needed and not installed.
     """
     preprocessing = preprocessing_for(data, model)
     parts = _parts_of(data)
     shots, test = _shots_and_test(parts, data.shots, seed)
-    train, held = carve(shots.labels, data.validation, seed)
-    clean = [part if source else None for part in (parts.source_train, parts.source_test)]
-    source_train, source_test = (None if part is None else read(part, preprocessing) for part in clean)
+    train, validation = carve(shots.labels, data.validation, seed)
+    source_parts = [parts.source_train, parts.source_test] if source else [None, None]
+    source_train, source_test = (None if part is None else read(part, preprocessing) for part in source_parts)
     augmentation = data.augmentation(preprocessing.images.size)
     return Domains(
         labels=parts.pool.classes,
         source_labels=parts.source_labels,
         shots=read(shots.take(train), preprocessing, parts.corruption),
-        validation=read(shots.take(held), preprocessing, parts.corruption) if held else None,
+        validation=read(shots.take(validation), preprocessing, parts.corruption) if validation else None,
         target_test=read(test, preprocessing, parts.corruption),
         source_train=source_train,
         source_test=source_test,
@@ -78,7 +78,7 @@ def _parts_of(data: DataSpec) -> Parts:
 def _shots_and_test(parts: Parts, shots: int, seed: int) -> tuple[ImagePart, ImagePart]:
     if parts.test is not None:
         if len(parts.test) == 0:
-            raise DataError("data must leave images to test with; the test part is empty. Add some.")
+            raise DataError("data must have images for testing; the test part is empty. Add some.")
         return draw_from_pool(parts.pool, shots, seed), parts.test
     drawn, rest = draw_shots(parts.pool.labels, shots, seed)
     return parts.pool.take(drawn), parts.pool.take(rest)

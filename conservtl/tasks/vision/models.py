@@ -1,4 +1,4 @@
-"""Models by name, never with downloaded weights."""
+"""Networks by name, without downloaded weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TIMM = "timm/"
 
 
 class ModelSpec(FrozenModel):
-    """A network by name. Its weights are the source's business."""
+    """A network by name, without weights; ``source.weights`` names those."""
 
     name: str = Field(default="cifar_resnet20", min_length=1)
-    """`cifar_resnet20`, `32`, `44` or `56`; a classifier of torchvision (`resnet18`); or one of timm
-    (`timm/resnet18`, where the prefix can be left out if torchvision has no such name)."""
+    """`cifar_resnet20`, `32`, `44` or `56`; a classifier of torchvision (`resnet18`); or one of timm (`timm/resnet18`,
+    also without the prefix if torchvision has no such name)."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the model's constructor."""
+    """Further arguments of the network's constructor."""
 
     @field_validator("args")
     @classmethod
@@ -36,24 +36,26 @@ class ModelSpec(FrozenModel):
         for name in sorted(args):
             if name in _WEIGHTS:
                 raise ValueError(
-                    f"model.args must not ask for weights, which are never downloaded; got {name}. "
-                    f"Give a file as source.weights."
+                    f"model.args must not set weights, which are never downloaded; received {name}. "
+                    f"Set source.weights to a file."
                 )
             if name in {"num_classes", "classes"}:
-                raise ValueError(f"model.args must leave the classes to the data; got {name}. Leave it out.")
+                raise ValueError(
+                    f"model.args must not set the classes, which the data decides; received {name}. Remove it."
+                )
         return args
 
 
 def build(model: ModelSpec, preprocessing: VisionPreprocessing, classes: int) -> nn.Module:
-    """The named network with fresh weights.
+    """Build a network with random weights.
 
     Args:
-        model: its name and arguments.
-        preprocessing: its image size is handed to networks that are built for one size.
+        model: name and arguments.
+        preprocessing: its image size is passed to networks that are built for one size.
         classes: number of outputs.
 
     Raises:
-        SpecError: no such name (the nearest are listed), or the arguments do not fit.
+        SpecError: the name is unknown, or the arguments do not fit.
         MissingExtraError: torchvision or timm is needed and not installed.
     """
     library, name = _find(model.name)
@@ -66,16 +68,16 @@ def build(model: ModelSpec, preprocessing: VisionPreprocessing, classes: int) ->
         return _build_timm(name, size, classes, model.args)
     except (TypeError, ValueError, AssertionError) as error:
         raise SpecError(
-            f"model.args must fit the constructor of {model.name}; got {model.args} for images of {size} "
-            f"pixels, and it fails with: {error}. Change model.args or data.images.size."
+            f"model.args must fit the constructor of {model.name}; received {model.args} for images of {size} "
+            f"pixels, which raises: {error}. Change model.args or data.images.size."
         ) from error
 
 
 def published_settings(model: ModelSpec) -> ImageSettings:
-    """The image settings of the model's published weights (ImageNet's usual ones where there are none).
+    """Return the image settings of the model's published weights, or the usual ones for ImageNet if there are none.
 
     Raises:
-        SpecError: no such name; the nearest are listed.
+        SpecError: the name is unknown.
         MissingExtraError: torchvision or timm is needed and not installed.
     """
     library, name = _find(model.name)
@@ -85,7 +87,7 @@ def published_settings(model: ModelSpec) -> ImageSettings:
 
 
 def _find(name: str) -> tuple[str, str]:
-    """The library that has the model, and its name there."""
+    """Return the library that has the model, and the model's name there."""
     if name in CIFAR_DEPTHS:
         return "cifar", name
     classifiers: list[str] = []
@@ -100,10 +102,10 @@ def _find(name: str) -> tuple[str, str]:
         if "." in bare:
             _timm_tag(timm, bare)
         return "timm", bare
-    prefixed = [_TIMM + one for one in timm.list_models()]
+    prefixed = [_TIMM + other for other in timm.list_models()]
     known = prefixed if name.startswith(_TIMM) else [*CIFAR_DEPTHS, *classifiers, *timm.list_models()]
     raise SpecError(
-        f"model.name must be a cifar_resnet, or a classifier of torchvision or timm; got {name!r}."
+        f"model.name must be a cifar_resnet, or a classifier of torchvision or timm; received {name!r}."
         f"{hint(name, known, count=3)}"
     )
 
@@ -113,10 +115,10 @@ def _timm_tag(timm: Any, name: str) -> None:
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{architecture}.*")]
+        tags = [other.partition(".")[2] for other in timm.list_pretrained(f"{architecture}.*")]
         raise SpecError(
             f"model.name: {architecture} has no published weights tagged {tag!r}.{hint(tag, tags, count=3)} "
-            f"Without a tag the default one's settings apply."
+            f"Without a tag, the settings of the default weights apply."
         ) from error
 
 
@@ -126,7 +128,7 @@ def _build_torchvision(name: str, size: int, classes: int, args: dict[str, Any])
     if name.startswith("vit_"):
         fitting = {"image_size": size}
     if name in {"googlenet", "inception_v3"}:
-        # side outputs would turn the scores into a tuple in training
+        # auxiliary outputs would turn the logits into a tuple in training mode
         fitting = {"aux_logits": False, "init_weights": True}
     network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **(fitting | args))
     return network
@@ -162,16 +164,16 @@ def _timm_settings(name: str) -> ImageSettings:
     if published is None:
         return IMAGENET_IMAGES
     resolve = require("timm.data", "vision").resolve_data_config
-    found = resolve({}, pretrained_cfg=published.to_dict())
-    channels, size = found["input_size"][0], found["input_size"][-1]
+    config = resolve({}, pretrained_cfg=published.to_dict())
+    channels, size = config["input_size"][0], config["input_size"][-1]
     if channels != 3:
         raise SpecError(f"model.name must take RGB images; {name} takes {channels} channels. Choose another model.")
-    resize = int(size / found["crop_pct"])
+    resize = int(size / config["crop_pct"])
     return ImageSettings(
         size=size,
-        resize=resize if resize > size and found["crop_mode"] == "center" else None,
-        crop="squash" if found["crop_mode"] == "squash" else "center",
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        interpolation=found["interpolation"] if found["interpolation"] != "random" else "bilinear",
+        resize=resize if resize > size and config["crop_mode"] == "center" else None,
+        crop="squash" if config["crop_mode"] == "squash" else "center",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
     )

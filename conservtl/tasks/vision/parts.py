@@ -1,4 +1,4 @@
-"""Parts of an image set, listed before anything is opened, and how they are read."""
+"""Parts of an image set, listed without opening images, and their reading."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from conservtl.tasks.vision.preprocessing import VisionPreprocessing
 __all__ = ["IN_MEMORY", "ImagePart", "LazyImages", "Parts", "draw_from_pool", "read", "split"]
 
 IN_MEMORY = 2**30
-"""Parts of up to this many bytes, as float32 inputs, are read into memory."""
+"""Largest size in bytes, as float32 inputs, of a part that is read into memory."""
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """Images that have not been opened yet.
+    """A list of images that are not opened yet.
 
     Args:
-        classes: the label names, in the order of the model's outputs.
+        classes: names of the classes, in the order of the model's outputs.
         labels: N positions in ``classes``.
-        names: N names that a person can find the images by.
-        ids: N numbers of the images in the set they come from.
-        opener: from such a number to an image of Pillow.
+        names: N names of the images, for people.
+        ids: N numbers of the images in their set.
+        opener: number of an image -> Pillow image.
     """
 
     classes: tuple[str, ...]
@@ -43,7 +43,7 @@ class ImagePart:
         return len(self.ids)
 
     def take(self, index: Sequence[int]) -> ImagePart:
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return ImagePart(
             self.classes,
             tuple(self.labels[i] for i in index),
@@ -55,15 +55,15 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class Parts:
-    """The two domains of a run, unopened.
+    """The images of the two domains of a run, not opened yet.
 
     Args:
-        pool: the target's images to draw the shots from.
-        test: the target's images to test with; None: whatever is left of the pool.
-        source_labels: empty where the source comes without data.
-        source_train: the source's images to train with, or None.
-        source_test: the source's images to test with, or None.
-        corruption: of the pool and the test part, never of the source.
+        pool: the target's images from which the shots are drawn.
+        test: the target's test images; None for the rest of the pool.
+        source_labels: names of the source's classes; empty without source data.
+        source_train: the source's training images, or None.
+        source_test: the source's test images, or None.
+        corruption: corruption of the pool and the test images, not of the source.
     """
 
     pool: ImagePart
@@ -75,9 +75,9 @@ class Parts:
 
 
 class LazyImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images that are opened, corrupted and normalised when asked for.
+    """Dataset of images that are opened, corrupted and normalised on access.
 
-    ``labels`` (N,) int64 and ``names`` can be read without opening any.
+    ``labels`` (N,) int64 and ``names`` are available without opening images.
     """
 
     def __init__(self, part: ImagePart, preprocessing: VisionPreprocessing, corruption: Corruption | None) -> None:
@@ -89,9 +89,9 @@ class LazyImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self._part)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """The input (3, size, size) float32 and its label, int64."""
-        one = self._part.take([index])
-        return _inputs(one, self._preprocessing, self._corruption)[0], self.labels[index]
+        """Return the input (3, size, size) float32 and its label, int64."""
+        part = self._part.take([index])
+        return _inputs(part, self._preprocessing, self._corruption)[0], self.labels[index]
 
 
 def read(
@@ -101,7 +101,7 @@ def read(
     *,
     in_memory: int = IN_MEMORY,
 ) -> Data:
-    """Open a part: examples in memory where they fit, else a dataset that opens them one by one.
+    """Return a part's examples in memory if they fit, else a dataset that opens images on access.
 
     Raises:
         DataError: an image cannot be read; the message names it.
@@ -113,10 +113,10 @@ def read(
 
 
 def split(part: ImagePart, fraction: float, seed: int, owner: str) -> tuple[ImagePart, ImagePart]:
-    """Split a part class by class into one to train with and one to test with, by ``seed``.
+    """Split each class of a part into training and test images, by ``seed``.
 
     Raises:
-        DataError: a class has a single image.
+        DataError: a class has fewer than 2 images.
     """
     for position, name in enumerate(part.classes):
         if part.labels.count(position) < 2:
@@ -129,21 +129,21 @@ def split(part: ImagePart, fraction: float, seed: int, owner: str) -> tuple[Imag
 
 
 def draw_from_pool(pool: ImagePart, shots: int, seed: int) -> ImagePart:
-    """``shots`` images a class, drawn by ``seed``, where the test part stands apart from the pool.
+    """Draw ``shots`` images of each class from a pool without test images, by ``seed``.
 
     Raises:
-        DataError: a class has fewer.
+        DataError: a class has too few images.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen: list[int] = []
     for position, name in enumerate(pool.classes):
-        own = [i for i, label in enumerate(pool.labels) if label == position]
-        if len(own) < shots:
+        members = [i for i, label in enumerate(pool.labels) if label == position]
+        if len(members) < shots:
             raise DataError(
-                f"data.shots must not exceed the images of a class; class {name!r} has {len(own)} to draw "
-                f"from, and {shots} are asked for. Ask for at most {len(own)}."
+                f"data.shots must not exceed the number of images of a class; received {shots}, and class {name!r} "
+                f"has {len(members)}. Set data.shots to at most {len(members)}."
             )
-        chosen += [own[i] for i in torch.randperm(len(own), generator=generator)[:shots].tolist()]
+        chosen += [members[i] for i in torch.randperm(len(members), generator=generator)[:shots].tolist()]
     return pool.take(sorted(chosen))
 
 

@@ -1,4 +1,4 @@
-"""From image files to model inputs, and the record of it that travels with the model."""
+"""Conversion of image files to inputs; its settings are saved with the adapted model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["VisionPreprocessing", "open_image"]
 
 
 def open_image(path: Path) -> Any:
-    """The file as an RGB image of Pillow.
+    """Return the RGB Pillow image of a file.
 
     Raises:
-        DataError: it cannot be read; the message names it.
+        DataError: the file cannot be read; the message names it.
     """
     pillow = require("PIL.Image", "vision")
     try:
@@ -29,22 +29,21 @@ def open_image(path: Path) -> Any:
             return _rgb(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(
-            f"{path} must be an image that Pillow can read; it fails with: {error}. "
-            f"Replace the file or take it out of the folder."
+            f"{path} must be an image that Pillow can read; reading it raises: {error}. Replace or remove the file."
         ) from error
 
 
 class VisionPreprocessing(FrozenModel):
-    """Opens images, brings them to size and normalises them."""
+    """Conversion of images to inputs: open, resize, crop and normalise."""
 
     kind: Literal["vision"] = "vision"
-    """Tells this record from other tasks' in a saved model."""
+    """Kind of this section in a saved model."""
 
     images: ImageSettings
     """Size, crop, interpolation and normalisation."""
 
     def read(self, files: Sequence[Path]) -> Tensor:
-        """Inputs for these image files, (N, 3, size, size) float32.
+        """Return inputs for these image files, (N, 3, size, size) float32.
 
         Raises:
             DataError: a file cannot be read; the message names it.
@@ -54,9 +53,9 @@ class VisionPreprocessing(FrozenModel):
         return self.normalise(torch.stack(pixels) if pixels else torch.empty(0, 3, size, size))
 
     def pixels(self, image: Any) -> Tensor:
-        """One image of Pillow brought to size, (3, size, size) float32, RGB in [0, 1].
+        """Return a Pillow image at the input's size, (3, size, size) float32, RGB in [0, 1].
 
-        The steps and their rounding are torchvision's: resize the shorter side, cut out the centre.
+        The steps and their rounding are torchvision's: resize the shorter side, crop the centre.
         """
         pillow = require("PIL.Image", "vision")
         method = pillow.Resampling[self.images.interpolation.upper()]
@@ -72,14 +71,14 @@ class VisionPreprocessing(FrozenModel):
         return values.view(size, size, 3).permute(2, 0, 1).contiguous().float().div(255)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """From (..., 3, H, W) in [0, 1] to what the model takes."""
+        """Return normalised inputs for (..., 3, H, W) in [0, 1]."""
         mean = pixels.new_tensor(self.images.mean).view(3, 1, 1)
         std = pixels.new_tensor(self.images.std).view(3, 1, 1)
         return (pixels - mean) / std
 
 
 def _shorter_side(size: tuple[int, int], length: int) -> tuple[int, int]:
-    """The size with the shorter side of this length and the same proportions (rounded down)."""
+    """Return the size with this length of the shorter side and the same aspect ratio (rounded down)."""
     width, height = size
     if width <= height:
         return length, int(length * height / width)
@@ -88,5 +87,5 @@ def _shorter_side(size: tuple[int, int], length: int) -> tuple[int, int]:
 
 def _rgb(image: Any) -> Any:
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns where transparency is dropped from a palette
+        image = image.convert("RGBA")  # Pillow warns if a palette loses its transparency
     return image.convert("RGB")

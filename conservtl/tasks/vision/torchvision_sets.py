@@ -1,4 +1,4 @@
-"""torchvision's data sets by name."""
+"""Data sets of torchvision by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["torchvision_parts"]
 
 
 def torchvision_parts(data: TorchvisionData) -> Parts:
-    """The set's own training and test parts, or one piece split by ``split_seed``.
+    """Return the training and test parts of a set, or split the whole set by ``split_seed``.
 
     Raises:
-        DataError: no such set (the nearest are listed), not on this disk, or not one of classified images.
+        DataError: the name is unknown, the set is not on this disk, or it does not have one class an image.
         MissingExtraError: torchvision is not installed.
     """
     train, test = _parts_of(data)
@@ -28,7 +28,7 @@ def torchvision_parts(data: TorchvisionData) -> Parts:
 
 
 class _Opener:
-    """From an image's number to an image of Pillow; as picklable as the set is."""
+    """Function from an image's number to a Pillow image; picklable if the set is."""
 
     def __init__(self, images: Any, name: str) -> None:
         self.images, self.name = images, name
@@ -37,49 +37,49 @@ class _Opener:
         try:
             return self.images[number][0]
         except (OSError, SyntaxError) as error:
-            raise DataError(f"{self.name}: image {number} cannot be read: {error}. Fetch the set again.") from error
+            raise DataError(f"{self.name}: image {number} cannot be read: {error}. Download the set again.") from error
 
 
 def _parts_of(data: TorchvisionData) -> tuple[ImagePart, ImagePart]:
     sets = require("torchvision.datasets", "vision")
     if data.name not in sets.__all__:
         raise DataError(
-            f"data.name must be a class of torchvision.datasets; got {data.name!r}."
+            f"data.name must be a class of torchvision.datasets; received {data.name!r}."
             f"{hint(data.name, sets.__all__, count=3)}"
         )
-    make = getattr(sets, data.name)
-    takes = inspect.signature(make).parameters
-    given: dict[str, Any] = dict(data.args)
-    if "root" in takes:
-        given["root"] = data.root
-    if "train" in takes:
-        parts = [_open(make, data, given | {"train": train}) for train in (True, False)]
-    elif "split" in takes:
-        parts = [_open(make, data, given | {"split": part}) for part in (data.train_split, data.test_split)]
+    kind = getattr(sets, data.name)
+    parameters = inspect.signature(kind).parameters
+    args: dict[str, Any] = dict(data.args)
+    if "root" in parameters:
+        args["root"] = data.root
+    if "train" in parameters:
+        parts = [_open(kind, data, args | {"train": train}) for train in (True, False)]
+    elif "split" in parameters:
+        parts = [_open(kind, data, args | {"split": part}) for part in (data.train_split, data.test_split)]
     else:
-        whole = _part(_open(make, data, given), data.name, "all")
+        whole = _part(_open(kind, data, args), data.name, "all")
         return split(whole, data.test_fraction, data.split_seed, f"data.name {data.name}")
-    train, test = (_part(one, data.name, part) for one, part in zip(parts, ("train", "test"), strict=True))
+    train, test = (_part(images, data.name, part) for images, part in zip(parts, ("train", "test"), strict=True))
     if train.classes != test.classes:
         raise DataError(
-            f"data.name must have the same classes in both of its parts; {data.name} has {train.classes} "
+            f"data.name must have the same classes in both parts; {data.name} has {train.classes} "
             f"and {test.classes}. Choose another set or other parts."
         )
     return train, test
 
 
-def _open(make: Any, data: TorchvisionData, given: dict[str, Any]) -> Any:
+def _open(kind: Any, data: TorchvisionData, args: dict[str, Any]) -> Any:
     try:
-        return make(**given)
+        return kind(**args)
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"data.root must hold torchvision's {data.name}; {data.root} does not: {error}. Nothing is "
-            f"downloaded here: fetch it with torchvision.datasets.{data.name}(..., download=True)."
+            f"downloaded here: download it with torchvision.datasets.{data.name}(..., download=True)."
         ) from error
     except (TypeError, ValueError) as error:
         raise DataError(
             f"data.args, data.train_split and data.test_split must fit torchvision's {data.name}; "
-            f"got {given}, and it fails with: {error}. See its documentation."
+            f"received {args}, which raises: {error}. See its documentation."
         ) from error
 
 
@@ -88,7 +88,7 @@ def _part(images: Any, name: str, part: str) -> ImagePart:
     values = sorted(set(labels))
     classes = getattr(images, "classes", None)
     if isinstance(classes, Sequence) and len(classes) > max(values, default=0):
-        names = [_text(one) for one in classes]
+        names = [_text(name) for name in classes]
     else:
         names = [str(value) for value in values]
         labels = [values.index(label) for label in labels]
@@ -102,18 +102,18 @@ def _part(images: Any, name: str, part: str) -> ImagePart:
 
 
 def _labels(images: Any, name: str) -> list[int]:
-    """The labels, without decoding images where the set keeps them in one of its usual fields."""
+    """Return the labels, without decoding images if the set has them in a usual attribute."""
     for field in ("targets", "labels", "_labels"):
-        kept = getattr(images, field, None)
-        if kept is not None and len(kept) == len(images) and all(_is_label(one) for one in kept):
-            return [int(one) for one in kept]
-    found = [images[i][1] for i in range(len(images))]
-    if not found or not all(_is_label(one) for one in found):
+        stored = getattr(images, field, None)
+        if stored is not None and len(stored) == len(images) and all(_is_label(label) for label in stored):
+            return [int(label) for label in stored]
+    labels = [images[i][1] for i in range(len(images))]
+    if not labels or not all(_is_label(label) for label in labels):
         raise DataError(
-            f"data.name must be a set of images with one class each; {name} gives "
-            f"{type(found[0]).__name__ if found else 'nothing'} as a label. Choose another set."
+            f"data.name must be a set of images with one class each; {name} has "
+            f"{type(labels[0]).__name__ if labels else 'nothing'} as a label. Choose another set."
         )
-    return [int(one) for one in found]
+    return [int(label) for label in labels]
 
 
 def _is_label(value: Any) -> bool:
@@ -124,5 +124,5 @@ def _is_label(value: Any) -> bool:
 
 
 def _text(name: Any) -> str:
-    """ImageNet's names are tuples of synonyms."""
-    return name if isinstance(name, str) else ", ".join(str(one) for one in name)
+    """Return the name of a class; in ImageNet, it is a tuple of synonyms."""
+    return name if isinstance(name, str) else ", ".join(str(synonym) for synonym in name)

@@ -163,7 +163,7 @@ def test_large_disks_work_on_images_smaller_than_they_are():
 
 
 def test_one_name_an_image():
-    with pytest.raises(SpecError, match="one name an image; got 1 for 3"):
+    with pytest.raises(SpecError, match="one name for each image; received 1 for 3"):
         corrupt(_images(), Corruption(name="contrast"), ["a"])
 
 
