@@ -82,10 +82,14 @@ class Adaptation:
 
     @property
     def start(self) -> dict[str, Tensor]:
-        """Starting point of everything copied from the source, on the CPU: parameters and buffers by name."""
+        """Starting point of everything copied from the source, on the CPU: parameters and buffers by name.
+
+        If parameters are sharded, all processes read it together.
+        """
         copied = set(self.transfer.copied)
         anchors = self.bound.anchors
-        return {**{name: buffer for name, buffer in anchors.buffers.items() if name in copied}, **anchors.parameters}
+        buffers = {name: buffer for name, buffer in anchors.buffers.items() if name in copied}
+        return {**buffers, **anchors.start(self.model, self.plan)}
 
     def optimizer(
         self, cls: Callable[..., torch.optim.Optimizer], *, pull: bool = True, **options: Any
@@ -250,7 +254,8 @@ class Adaptation:
         Raises:
             SpecError: a decision needs a validation part, or batches, and there are none.
         """
-        return _finishing.finish(self.bound, self.start, batches, forward, score, valid, objective, margin)
+        start = self.start if self.plan.after else {}
+        return _finishing.finish(self.bound, start, batches, forward, score, valid, objective, margin)
 
     def merged(self) -> nn.Module:
         """Return a copy of the model in which added parameters are merged into the weights, if that is exact.

@@ -65,7 +65,7 @@ class BoundPlan:
         self.layers = layers
         self.origin = origin
         self.measured: dict[str, dict[str, Tensor]] = {}
-        self.anchors = Anchors(model, {row.name for row in plan.rows if row.origin == "source"})
+        self.anchors = Anchors(model)
         self.hook: StepHook | None = None
         self._revision = 0
         self._handles: tuple[RemovableHandle, ...] = ()
@@ -73,6 +73,7 @@ class BoundPlan:
 
     def _bind(self, plan: Plan) -> None:
         """Build the runners of a plan's terms and updates, and begin its first phase."""
+        self.anchors.keep(self.model, plan)
         self.plan = plan
         self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.head)
         self.updates = UpdateRunner(plan.updates)

@@ -1,8 +1,8 @@
-"""Where parameters and buffers started, and that start as a step needs it."""
+"""Starting values of parameters and buffers: kept on the CPU, and placed as a step needs them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,24 +16,54 @@ __all__ = ["Anchors", "differs"]
 
 
 class Anchors:
-    """The starting point by name, kept on the CPU, and placed like its parameter once a step asks for it.
+    """Starting values by name: those that training can change on the CPU, and copies placed like the parameters.
+
+    A parameter that is frozen throughout has no copy: the model itself holds its starting value.
 
     Args:
         model: right after the transfer.
-        names: the parameters that came from the source.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
-        self.parameters = {n: _kept(p) for n, p in named_parameters(model).items() if n in names}
-        self.buffers = {canonical(name): _kept(buffer) for name, buffer in unwrap(model).named_buffers()}
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers = {canonical(name): _copied(buffer) for name, buffer in unwrap(model).named_buffers()}
         self.placed: dict[tuple[str, str], Tensor] = {}
         self.revision = 0
 
-    def of(self, name: str, parameter: Tensor, held: str) -> Tensor:
-        """Where a parameter started: on the CPU, or placed as the parameter is."""
+    def keep(self, model: nn.Module, plan: Plan) -> None:
+        """Keep the starting values of what a plan trains in some phase, and no others.
+
+        Args:
+            model: at its starting point, but for parameters whose values are kept already.
+            plan: says what came from the source and what is trained.
+        """
+        parameters = named_parameters(model)
+        names = [name for name in plan.trained if plan[name].origin == "source"]
+        kept = self.parameters
+        self.parameters = {name: kept[name] if name in kept else _copied(parameters[name]) for name in names}
+        self.forget()
+
+    def start(self, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+        """Return the starting values on the CPU of all parameters from the source.
+
+        If parameters are sharded, all processes call it together.
+        """
+        parameters = named_parameters(model)
+        names = [row.name for row in plan.rows if row.origin == "source"]
+        kept = self.parameters
+        return {name: kept[name] if name in kept else _copied(whole(parameters[name])) for name in names}
+
+    def of(self, name: str, parameter: Tensor, storage: str) -> Tensor:
+        """Return the starting value of a parameter: on the CPU, or placed like the parameter.
+
+        Args:
+            name: of the parameter.
+            parameter: as the model holds it.
+            storage: fp32, bf16 or cpu, as in ``Penalty.anchor``.
+        """
         start = self.parameters[name]
-        if held != "cpu":
-            return self._place(held, name, start, parameter, torch.bfloat16 if held == "bf16" else None)
+        if storage != "cpu":
+            return self._place(storage, name, start, parameter, torch.bfloat16 if storage == "bf16" else None)
         if sharded(parameter):
             return place_like(start, parameter)
         if parameter.is_cuda and not start.is_pinned():
@@ -41,39 +71,41 @@ class Anchors:
         return start
 
     def weighing(self, measure: str, found: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        """What was measured of a parameter, placed as it is."""
+        """Return a measurement of a parameter, placed like it."""
         return self._place(measure, name, found[name], parameter, None)
 
     def forget(self) -> None:
-        """Place all anew when they are next asked for."""
+        """Drop all placed copies."""
         self.placed = {}
         self.revision += 1
 
     @torch.no_grad()
     def drift(self, plan: Plan, model: nn.Module) -> dict[str, float]:
-        """|w - w0| / |w0| of each layer, over its parameters from the source."""
+        """Return |w - w0| / |w0| of each layer, over its parameters from the source."""
         parameters = named_parameters(model)
-        found = {}
+        drift = {}
         for layer, rows in plan.by_layer():
-            pairs = [(whole(parameters[r.name]).cpu(), self.parameters[r.name]) for r in rows if r.origin == "source"]
-            if pairs:
+            weights = {row.name: whole(parameters[row.name]).cpu() for row in rows if row.origin == "source"}
+            if weights:
+                pairs = [(weight, self.parameters.get(name, weight)) for name, weight in weights.items()]
                 moved = sum(float((w.double() - w0.double()).square().sum()) for w, w0 in pairs)
                 size = sum(float(w0.double().square().sum()) for _, w0 in pairs)
-                found[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
-        return found
+                drift[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
+        return drift
 
     def fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether a state has anchors for the same parameters, of the same shapes."""
-        return {n: t.shape for n, t in state["start"].items()} == {n: t.shape for n, t in self.parameters.items()}
+        """Whether a state has the starting values that are kept here, of the same shapes."""
+        shapes = {name: tensor.shape for name, tensor in state["start"].items()}
+        return all(shapes.get(name) == tensor.shape for name, tensor in self.parameters.items())
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters as ``start`` and buffers as ``statistics``."""
+        """Return parameters as ``start`` and buffers as ``statistics``."""
         return {"start": dict(self.parameters), "statistics": dict(self.buffers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
-        self.parameters = {name: _kept(tensor) for name, tensor in state["start"].items()}
-        self.buffers = {name: _kept(tensor) for name, tensor in state["statistics"].items()}
+        """Restore a state; values in it of parameters that are frozen throughout are left to the model."""
+        self.parameters = {name: _copied(state["start"][name]) for name in self.parameters}
+        self.buffers = {name: _copied(tensor) for name, tensor in state["statistics"].items()}
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +119,7 @@ class Anchors:
 
 
 def differs(source: nn.Module, start: Mapping[str, Tensor]) -> str | None:
-    """The first parameter of a source model that is not where an adaptation of it started, but for rounding."""
+    """Return the first parameter of a source model that differs from the starting values by more than rounding."""
     for name, parameter in named_parameters(source).items():
         value = start.get(name)
         if value is None or value.shape != parameter.shape:
@@ -97,5 +129,5 @@ def differs(source: nn.Module, start: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
