@@ -73,6 +73,7 @@ class FixedInterpolation(After):
     """Weights at a given point between their start and their trained values."""
 
     kind: Literal["weight_interpolation"] = "weight_interpolation"
+    interpolates: ClassVar[bool] = True
     t: Share
     """0 is the start, 1 the trained weights."""
     batch_norm: BatchNorm = "interpolate"
@@ -92,6 +93,7 @@ class BestInterpolation(After):
     """Weights at the point between their start and their trained values that is best on the validation part."""
 
     kind: Literal["best_weight_interpolation"] = "best_weight_interpolation"
+    interpolates: ClassVar[bool] = True
     points: Points = 11
     """Number of points to try."""
     batch_norm: BatchNorm = "interpolate"
