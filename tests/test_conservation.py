@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.layers import named_parameters
-from conservtl.methods.mixout import _mask
+from conservtl.methods.mixout import _draw_mask
 from conservtl.testing import models, state_dicts, strategies
 
 RATE = 0.05
@@ -215,7 +215,7 @@ def mixout(case):
     """Its own masks are the only thing it is told: a generator of the step's number, tensor by tensor."""
     generator = torch.Generator().manual_seed(0)
     dropped = round(0.6 * 65536)  # a mask's share in its 16 bits
-    masks = {n: _mask(w, dropped, generator).double() if w.ndim >= 2 else 1 for n, w in case.weights.items()}
+    masks = {n: _draw_mask(w, dropped, generator).double() if w.ndim >= 2 else 1 for n, w in case.weights.items()}
     share = {n: 1 - dropped / 65536 if w.ndim >= 2 else 1 for n, w in case.weights.items()}
 
     def mixed(n, w):
