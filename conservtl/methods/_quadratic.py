@@ -60,7 +60,7 @@ class Quadratic(Penalty):
         )
 
     def _strength(self, row: Row) -> float:
-        return self.strength(row) or 0.0
+        return self.strength_on(row) or 0.0
 
     def _weights(self, item: Moving) -> Tensor | None:
         weights = None

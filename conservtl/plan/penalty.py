@@ -106,7 +106,7 @@ class Penalty(Decision):
             for leaf, gradient in zip(leaves, gradients, strict=True)
         ]
 
-    def strength(self, row: Row) -> float | None:
+    def strength_on(self, row: Row) -> float | None:
         """Return the strength on a parameter: rate × strength above 1 is refused if decoupled. None: unknown."""
         return None if self.column is None else getattr(row, self.column)
 

@@ -241,7 +241,7 @@ class Plan(FrozenModel):
     def strength_of(self, name: str, mode: Literal["coupled", "decoupled"]) -> float:
         """Return the largest strength of the penalties of a mode on a parameter; 0 if there is none."""
         acting = [one for one in self.penalties if one.mode == mode and name in one.names]
-        return max((one.strength(self[name]) or 0.0 for one in acting), default=0.0)
+        return max((one.strength_on(self[name]) or 0.0 for one in acting), default=0.0)
 
     def select(self, globs: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Glob -> the parameters it means: those of the layers it matches, or else parameters by name.
