@@ -1,4 +1,4 @@
-"""Optional dependencies: imported where they are used, with an error that names the extra."""
+"""Import of optional dependencies, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from conservtl.errors import MissingExtraError
 
 __all__ = ["require"]
 
-_TESTED = "torch 2.11.0, torchvision 0.26.0 and torchaudio 2.11.0 fit together"
+_TESTED = "torch 2.11.0, torchvision 0.26.0 and torchaudio 2.11.0 are compatible"
 
 
 def require(module: str, extra: str) -> Any:
-    """Import ``module`` or say which extra brings it.
+    """Import and return ``module``.
 
     Args:
         module: dotted name of the module to import.
         extra: the extra of this package that installs it.
 
     Raises:
-        MissingExtraError: it is not installed, or it is and cannot be loaded beside this torch
-            (binary packages of torch's family then raise OSError or RuntimeError).
+        MissingExtraError: the module is not installed, or cannot be loaded with the installed torch (binary packages
+            of torch's family then raise OSError or RuntimeError).
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""What a task is by default: classification of (inputs, labels), or of a dictionary with ``labels``."""
+"""Default forward, loss and metrics: classification of (inputs, labels), or of a dictionary with ``labels``."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Metrics = Callable[[Any, Any], Mapping[str, MetricValue]]
 class MetricPool:
     """Metrics pooled over the batches of a set.
 
-    A metric of a batch is its mean over the examples, weighted here by the batch's size, or a pair (sum, count),
-    such as wrong words and words: sums and counts are added up, and the metric of the set is their quotient.
+    A metric of a batch is a mean over its examples, which is weighted by the batch's size, or a pair (sum, count), such
+    as wrong words and all words. The metric of the set is the quotient of both totals.
 
     Example:
         >>> pool = MetricPool()
@@ -53,30 +53,30 @@ class MetricPool:
             self._counts[name] = self._counts.get(name, 0) + count
 
     def result(self) -> dict[str, float]:
-        """Return the metrics of all batches together; NaN where nothing was counted."""
+        """Return the metrics of all batches together; NaN for a count of 0."""
         counts = {name: float(count) for name, count in self._counts.items()}
         return {name: float(total) / counts[name] if counts[name] else math.nan for name, total in self._sums.items()}
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Outputs for a batch: (inputs, labels), or a dictionary with ``labels`` beside the model's arguments."""
+    """Return the model's outputs for (inputs, labels), or for a dictionary of its arguments and ``labels``."""
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key != "labels"})
     return model(batch[0])
 
 
 def cross_entropy(outputs: Any, batch: Any) -> Tensor:
-    """Mean cross-entropy of logits (N, classes) and labels (N,)."""
+    """Return the mean cross-entropy of logits (N, classes) and labels (N,)."""
     return F.cross_entropy(logits_of(outputs), labels_of(batch))
 
 
 def accuracy(outputs: Any, batch: Any) -> dict[str, Tensor]:
-    """Share of examples whose largest logit is at the label."""
+    """Return the accuracy: the share of examples whose largest logit is that of the label."""
     return {"accuracy": (logits_of(outputs).argmax(-1) == labels_of(batch)).float().mean()}
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits in a model's outputs: a tensor, or what stands under ``logits``."""
+    """Return the logits of a model's outputs: the outputs themselves, or their attribute or entry ``logits``."""
     logits = getattr(outputs, "logits", outputs)
     if isinstance(logits, Mapping):
         logits = logits["logits"]
@@ -84,5 +84,5 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def labels_of(batch: Any) -> Tensor:
-    """The labels of a batch."""
+    """Return the labels of a batch."""
     return batch["labels"] if isinstance(batch, Mapping) else batch[1]  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Modules that compute otherwise than their class does, with the same name, parameters and buffers.
+"""Extension of modules: another computation with the same name, parameters and buffers.
 
-An extension is a class put over a module's own class, in place: the module keeps its identity, and with it every
-reference, hook, tied parameter and optimizer that knows it. It survives copies and pickles of the model.
+An extension replaces a module's class by a subclass, in place. The module keeps its identity, so references, hooks,
+tied parameters and optimizers stay valid. Extensions are kept in copies and pickles of the model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["ExtendedModule", "extend_module", "extended_modules", "own_class", "
 
 
 class ExtendedModule(nn.Module):
-    """Base of a class that is put over a module's own.
+    """Base of extensions.
 
-    A subclass overrides ``forward``, in which ``super().forward`` is that of the module's own class. The names of its
-    settings, plain attributes of the module, stand in ``settings``.
+    A subclass overrides ``forward``, in which ``super().forward`` is that of the module's original class. ``settings``
+    lists the names of its settings, which are plain attributes of the module.
     """
 
     kind: ClassVar[str]
-    """Kind of the plan's decision that extends modules so."""
+    """Kind of the plan's decision that applies this extension."""
     settings: ClassVar[tuple[str, ...]] = ()
     extension: ClassVar[type[ExtendedModule]]
     own_class: ClassVar[type[nn.Module]]
@@ -34,11 +34,11 @@ class ExtendedModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} needs difference().")
 
     def remedy(self) -> str:
-        """Return a sentence that tells how to adapt from a model that is extended so."""
+        """Return a sentence that says how to adapt from a model with such modules."""
         raise NotImplementedError(f"{type(self).__name__} needs remedy().")
 
     def extra_repr(self) -> str:
-        """Settings beside those of the module's own class."""
+        """Return the settings of the original class and of the extension."""
         shown = [f"{name}={getattr(self, name)!r}" for name in self.settings]
         return ", ".join(text for text in (super().extra_repr(), *shown) if text)
 
@@ -48,28 +48,28 @@ class ExtendedModule(nn.Module):
 
 
 def extend_module(module: nn.Module, extension: type[ExtendedModule], **settings: Any) -> None:
-    """Put a class over a module's own, in place; with other settings if it is there already.
+    """Extend a module in place, or change the settings of its extension.
 
     Args:
-        module: of any class.
+        module: a module of any class.
         extension: a subclass of ``ExtendedModule``.
         settings: a value for each of the extension's ``settings``.
 
     Raises:
-        SpecError: another extension is there.
+        SpecError: the module has another extension.
     """
     if not isinstance(module, extension):
         if isinstance(module, ExtendedModule):
             raise SpecError(
                 f"{module.own_class.__name__} is extended by {module.extension.__name__} and cannot be extended by "
-                f"{extension.__name__} too. Leave one of the two strategies out."
+                f"{extension.__name__} too. Remove one of the two strategies."
             )
         module.__class__ = _combined(extension, type(module))
     vars(module).update(settings)
 
 
 def restore_module(module: nn.Module) -> None:
-    """Give a module its own class back; a module that is not extended stays as it is."""
+    """Remove a module's extension; a module without one stays unchanged."""
     if isinstance(module, ExtendedModule):
         for name in module.settings:
             del vars(module)[name]
@@ -78,20 +78,20 @@ def restore_module(module: nn.Module) -> None:
 
 
 def extended_modules(model: nn.Module) -> dict[str, ExtendedModule]:
-    """Canonical name of each extended module -> the module."""
+    """Return canonical name -> module for all extended modules."""
     return {canonical(name): part for name, part in model.named_modules() if isinstance(part, ExtendedModule)}
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Class of a module without an extension."""
+    """Return the class of a module, or the original class of an extended one."""
     return module.own_class if isinstance(module, ExtendedModule) else type(module)
 
 
 def _combined(extension: type[ExtendedModule], own: type[nn.Module]) -> type[ExtendedModule]:
-    """Return the extension over a class; always the same, so that compiled models need no new graph."""
+    """Return the extension of a class; always the same object, so that compiled models need no new graph."""
     key = (extension, own)
     if key not in _COMBINED:
-        # The module of the own class: torch.fx takes what torch.nn defines for a leaf, and must go on doing so.
+        # The __module__ of the original class: torch.fx treats classes of torch.nn as leaves.
         fields = {"extension": extension, "own_class": own, "__module__": own.__module__}
         _COMBINED[key] = type(f"{extension.__name__}{own.__name__}", (extension, own), fields)
     return _COMBINED[key]
@@ -101,6 +101,6 @@ _COMBINED: dict[tuple[type, type], type[ExtendedModule]] = {}
 
 
 def _blank(extension: type[ExtendedModule], own: type[nn.Module]) -> nn.Module:
-    """Return a module of the combined class without any state, for pickle and copy to fill."""
+    """Return an empty module of the combined class, whose state pickle and copy then set."""
     cls = _combined(extension, own)
     return cls.__new__(cls)

@@ -91,9 +91,7 @@ def _describe(model: nn.Module) -> dict[str, ParameterInfo]:
     infos = {}
     for name, parameter in named_parameters(model).items():
         if is_lazy(parameter):
-            raise SpecError(
-                f"model: the shapes of its parameters must be known; {name!r} is lazy. Call the model once before"
-            )
+            raise SpecError(f"model: the shapes of its parameters must be known; {name!r} is lazy. Call the model once")
         kind: Literal["weight", "bias", "norm"] = "weight" if parameter.ndim >= 2 else "bias"
         infos[name] = ParameterInfo(
             name,

@@ -109,7 +109,7 @@ def select(patterns: Sequence[str], names: Sequence[str], what: str = "parameter
         SelectorError: A pattern matches nothing, or `patterns` is one string.
     """
     if isinstance(patterns, str):
-        raise SelectorError(f"patterns: must be a list of globs, got the string {patterns!r}: write [{patterns!r}]")
+        raise SelectorError(f"patterns: must be a list of globs; received a string. Write [{patterns!r}]")
     chosen = {pattern: tuple(name for name in names if matches(pattern, name)) for pattern in patterns}
     for pattern, matched in chosen.items():
         if not matched:

@@ -609,7 +609,7 @@ class TestOwnCut:
             find_layers(HeadFirst(), layers=["conv", "hed"])
 
     def test_a_string_is_no_list(self):
-        with pytest.raises(SelectorError, match=r"write \['conv'\]"):
+        with pytest.raises(SelectorError, match=r"Write \['conv'\]"):
             find_layers(HeadFirst(), layers="conv")
 
 
