@@ -188,14 +188,13 @@ class Adaptation:
             DataError: there are no batches, a single one, or an iterator.
             SpecError: the measurement is not possible on this model.
         """
-        for one in self.bound.unmeasured():
-            if one.data == on:
+        for measurement in self.bound.unmeasured():
+            if measurement.data == on:
                 model = self.origin.source_model if on == "source" else None
-                found = measure(
-                    one, self.model if model is None else model, batches, self.bound.modules(), forward, loss, autocast
-                )
-                self.measured[one.name] = found
-                one.use(unwrap(self.model), found)
+                model = self.model if model is None else model
+                tensors = measure(measurement, model, batches, self.bound.modules(), forward, loss, autocast)
+                self.measured[measurement.name] = tensors
+                measurement.use(unwrap(self.model), tensors)
 
     def use_measured(self, name: str, found: Mapping[str, Tensor]) -> None:
         """Use a measurement made before, such as a Fisher saved with a run, instead of measuring.

@@ -127,5 +127,5 @@ def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str])
     reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
     globs = [glob for glob in reasons if glob not in inside]
-    found = inside | select(globs, [name for names in inside.values() for name in names])
-    return {name: reason for glob, reason in reasons.items() for name in found[glob]}
+    matched = inside | select(globs, [name for names in inside.values() for name in names])
+    return {name: reason for glob, reason in reasons.items() for name in matched[glob]}

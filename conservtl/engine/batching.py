@@ -109,7 +109,7 @@ class Held:
         order = _order(self.length, self.shuffle, self.part, self.device).to(self._place)
         rank, world = self.part
         parts = (index[rank::world] if world > 1 else index for index in torch.split(order, self._cuts)[skip:])
-        return (partial(self._batch, own) for own in parts)
+        return (partial(self._batch, rows) for rows in parts)
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""

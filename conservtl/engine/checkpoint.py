@@ -106,29 +106,29 @@ class Checkpoints:
         return (self.folder or Path()) / "checkpoint.pt"
 
 
-def gather_generators(session: Session, own: Sequence[torch.Generator]) -> list[dict[str, Any]]:
+def gather_generators(session: Session, generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:
     """Return the states of the random generators of each of many processes; all of them call this together.
 
     Args:
         session: knows the processes.
-        own: generators that the run draws from beside the global ones.
+        generators: generators that the run draws from beside the global ones.
     """
     if session.part[1] == 1:
         return []
     states: list[Any] = [None] * session.part[1]
-    torch.distributed.all_gather_object(states, generator_states(own))
+    torch.distributed.all_gather_object(states, generator_states(generators))
     return states
 
 
 def snapshot(
-    session: Session, state: State, own: Sequence[torch.Generator], gathered: Sequence[Mapping[str, Any]] = ()
+    session: Session, state: State, generators: Sequence[torch.Generator], gathered: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
     """Return everything that ``restore`` needs.
 
     Args:
         session: the model and its optimizer.
         state: progress of the run.
-        own: generators that the run draws from beside the global ones.
+        generators: generators that the run draws from beside the global ones.
         gathered: the states of every process's generators; empty: only those of this process are known.
     """
     scaler = session.accelerator.scaler
@@ -139,15 +139,15 @@ def snapshot(
         "adaptation": session.adaptation.state_dict(),
         "optimizer": session.raw.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "generators": generator_states(own),
+        "generators": generator_states(generators),
         "processes": [dict(states) for states in gathered],
     }
 
 
 def restore(
     session: Session,
-    found: Mapping[str, Any],
-    own: Sequence[torch.Generator],
+    saved: Mapping[str, Any],
+    generators: Sequence[torch.Generator],
     augmenting: torch.Generator | None = None,
 ) -> State:
     """Restore the model, its optimizer and the random generators from a snapshot.
@@ -158,8 +158,8 @@ def restore(
 
     Args:
         session: the model and its optimizer.
-        found: what ``snapshot`` returned.
-        own: generators that the run draws from beside the global ones.
+        saved: what ``snapshot`` returned.
+        generators: generators that the run draws from beside the global ones.
         augmenting: the generator among them that augmentations are drawn from.
 
     Returns:
@@ -170,24 +170,24 @@ def restore(
         PlanError: the snapshot was made with another plan.
     """
     settings = session.training.model_dump(mode="json")
-    saved = Training().model_dump(mode="json") | found["settings"]  # an older version may not have had all of them
-    if differing := [key for key, value in settings.items() if saved[key] != value]:
+    previous = Training().model_dump(mode="json") | saved["settings"]  # an older version may not have had all of them
+    if differing := [key for key, value in settings.items() if previous[key] != value]:
         key = differing[0]
         raise SpecError(
-            f"resume: the checkpoint was made with training.{key}={saved[key]!r}, but now it is {settings[key]!r}. "
+            f"resume: the checkpoint was made with training.{key}={previous[key]!r}, but now it is {settings[key]!r}. "
             "Use the same spec."
         )
-    unwrap(session.adaptation.model).load_state_dict(found["model"])
-    session.adaptation.load_state_dict(found["adaptation"])
-    session.raw.load_state_dict(found["optimizer"])  # after the adaptation, which scales rates as it begins a phase
-    if found["scaler"] is not None and session.accelerator.scaler is not None:
-        session.accelerator.scaler.load_state_dict(found["scaler"])
-    state = State(**{**found["state"], "selection": Selection(**found["state"]["selection"])})
+    unwrap(session.adaptation.model).load_state_dict(saved["model"])
+    session.adaptation.load_state_dict(saved["adaptation"])
+    session.raw.load_state_dict(saved["optimizer"])  # after the adaptation, which scales rates as it begins a phase
+    if saved["scaler"] is not None and session.accelerator.scaler is not None:
+        session.accelerator.scaler.load_state_dict(saved["scaler"])
+    state = State(**{**saved["state"], "selection": Selection(**saved["state"]["selection"])})
     rank, world = session.part
-    if len(found.get("processes", ())) == world:
-        restore_generators(found["processes"][rank], own)
+    if len(saved.get("processes", ())) == world:
+        restore_generators(saved["processes"][rank], generators)
         return state
-    restore_generators(found["generators"], own)
+    restore_generators(saved["generators"], generators)
     if augmenting is not None and rank > 0:
         augmenting.manual_seed(augmenting.initial_seed() + rank * (state.step + 1))
     return state

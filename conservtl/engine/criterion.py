@@ -15,7 +15,7 @@ __all__ = ["ACCURACY", "Criterion", "check_metric", "harmonic_mean", "judged", "
 
 _DIRECTIONS = {"accuracy": "higher", "loss": "lower", "wer": "lower", "cer": "lower"}
 
-Found = Mapping[str, Mapping[str, float]]
+Evaluation = Mapping[str, Mapping[str, float]]
 
 
 class Criterion(FrozenModel):
@@ -49,7 +49,7 @@ ACCURACY = Criterion(metric="accuracy", direction="higher")
 """The metric of ``training.select`` by default."""
 
 
-def score(found: Found, keep: str, select: Criterion | None = None) -> float:
+def score(evaluation: Evaluation, keep: str, select: Criterion | None = None) -> float:
     """Return the score of an evaluation; higher is better.
 
     For a metric of which higher values are better, the score of target and source together is their harmonic mean,
@@ -57,7 +57,7 @@ def score(found: Found, keep: str, select: Criterion | None = None) -> float:
     alone is the metric, or minus the metric.
 
     Args:
-        found: {"target": metrics, "source": metrics}; without a source the target counts alone.
+        evaluation: {"target": metrics, "source": metrics}; without a source the target counts alone.
         keep: ``training.keep``; with ``target`` the target counts alone.
         select: the metric; None: accuracy.
 
@@ -68,17 +68,17 @@ def score(found: Found, keep: str, select: Criterion | None = None) -> float:
         SpecError: a set has no such metric, or the harmonic mean is not defined.
 
     Example:
-        >>> found = {"target": {"loss": 2.0, "accuracy": 0.5}, "source": {"loss": 1.0, "accuracy": 1.0}}
-        >>> round(score(found, "harmonic"), 3), score(found, "target")
+        >>> evaluation = {"target": {"loss": 2.0, "accuracy": 0.5}, "source": {"loss": 1.0, "accuracy": 1.0}}
+        >>> round(score(evaluation, "harmonic"), 3), score(evaluation, "target")
         (0.667, 0.5)
-        >>> score(found, "harmonic", Criterion(metric="loss", direction="lower"))
+        >>> score(evaluation, "harmonic", Criterion(metric="loss", direction="lower"))
         -3.0
     """
     criterion = select or ACCURACY
-    sets = judged(found, keep)
+    sets = judged(evaluation, keep)
     for name in sets:
-        check_metric(criterion, found[name], name)
-    values = {name: found[name][criterion.metric] for name in sets}
+        check_metric(criterion, evaluation[name], name)
+    values = {name: evaluation[name][criterion.metric] for name in sets}
     if any(math.isnan(value) for value in values.values()):
         return -math.inf
     if criterion.direction == "lower":
@@ -94,9 +94,9 @@ def score(found: Found, keep: str, select: Criterion | None = None) -> float:
     return harmonic_mean(list(values.values()))
 
 
-def judged(found: Mapping[str, object], keep: str) -> list[str]:
+def judged(evaluation: Mapping[str, object], keep: str) -> list[str]:
     """Return the sets that count."""
-    return ["target"] if keep == "target" or "source" not in found else ["target", "source"]
+    return ["target"] if keep == "target" or "source" not in evaluation else ["target", "source"]
 
 
 def harmonic_mean(values: list[float]) -> float:

@@ -22,7 +22,7 @@ __all__ = ["Ended", "finish"]
 
 _POINTS = 11  # points on a path, both ends included
 
-Found = dict[str, dict[str, float]]
+Evaluation = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ def finish(
     adaptation.restore_weights()
     target = valid.get("target")
 
-    def measure(sets: Mapping[str, Holdout]) -> Found:
+    def measure(sets: Mapping[str, Holdout]) -> Evaluation:
         return {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
 
-    chooses = target is not None and (keep == "path" or any(type(one).scored for one in adaptation.plan.after))
+    chooses = target is not None and (
+        keep == "path" or any(type(decision).scored for decision in adaptation.plan.after)
+    )
     margin = _margin(target, select or ACCURACY) if target is not None and chooses else 0.0
-    points: dict[float, Found] = {}
+    points: dict[float, Evaluation] = {}
     after: dict[str, Any] = {}
     best = None
     if shown or keep == "path":
@@ -75,14 +77,17 @@ def finish(
             points[t] = measure(shown)
         line.move(1.0)
         if keep == "path":
-            tried: list[Found] = []
+            evaluations: list[Evaluation] = []
 
             def judge() -> float:
-                tried.append(measure(valid))
-                return score(tried[-1], keep, select)
+                evaluations.append(measure(valid))
+                return score(evaluations[-1], keep, select)
 
             t, scores = line.choose(_POINTS, judge, margin)
-            after["path"] = {"t": t, "points": [{"t": t, **found} for t, found in zip(scores, tried, strict=True)]}
+            after["path"] = {
+                "t": t,
+                "points": [{"t": t, **metrics} for t, metrics in zip(scores, evaluations, strict=True)],
+            }
             best = scores[t]
         del line  # frees its copy of the weights
     target = valid.get("target")

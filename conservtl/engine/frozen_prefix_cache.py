@@ -226,11 +226,11 @@ def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) ->
     return torch.cat(outputs)
 
 
-def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def _alike(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether tensors are finite and equal, up to the rounding of another batch size or precision."""
-    if [(a.shape, a.device) for a in found] != [(b.shape, b.device) for b in expected]:
+    if [(a.shape, a.device) for a in actual] != [(b.shape, b.device) for b in expected]:
         return False
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         error = (a.detach().double() - b.detach().double()).abs()
         if error.numel() and not error.max() <= _ROUNDING * b.detach().double().abs().max():
             return False

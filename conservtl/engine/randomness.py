@@ -20,38 +20,38 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generator_states(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """Return the states of all global generators and of those in ``own``, in a form that a checkpoint can hold."""
+def generator_states(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """Return the states of the global generators and of ``generators``, in a form that a checkpoint can hold."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-        "own": [generator.get_state() for generator in own],
+        "own": [generator.get_state() for generator in generators],
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
-def restore_generators(states: Mapping[str, Any], own: Sequence[torch.Generator] = ()) -> None:
+def restore_generators(states: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
     """Restore the states that ``generator_states`` returned for the same generators."""
     torch.set_rng_state(states["torch"])
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    for generator, state in zip(own, states["own"], strict=True):
+    for generator, state in zip(generators, states["own"], strict=True):
         generator.set_state(state)
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
 @contextmanager
-def preserve_rng(own: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Run a block without advancing the global random generators, nor those in ``own``."""
-    states = generator_states(own)
+def preserve_rng(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Run a block without advancing the global random generators, nor those in ``generators``."""
+    states = generator_states(generators)
     try:
         yield
     finally:
-        restore_generators(states, own)
+        restore_generators(states, generators)

@@ -35,7 +35,7 @@ class Selection:
     weights: dict[str, Tensor] | None = None
     stale: int = 0
 
-    def look(self, found: Mapping[str, Mapping[str, float]], model: nn.Module, training: Training) -> None:
+    def look(self, evaluation: Mapping[str, Mapping[str, float]], model: nn.Module, training: Training) -> None:
         """Compare an evaluation with the best one, and copy the weights if they are to be kept.
 
         Metrics without an accuracy are passed over if the settings name no metric.
@@ -43,11 +43,11 @@ class Selection:
         Raises:
             SpecError: the metric to select on is not among those of a set.
         """
-        sets = judged(found, training.keep)
-        if training.select is None and any("accuracy" not in found[name] for name in sets):
+        sets = judged(evaluation, training.keep)
+        if training.select is None and any("accuracy" not in evaluation[name] for name in sets):
             return
-        value = score(found, training.keep, training.select)
-        loss = sum(found[name]["loss"] for name in sets)
+        value = score(evaluation, training.keep, training.select)
+        loss = sum(evaluation[name]["loss"] for name in sets)
         better = self.best is None or value > self.best
         self.stale = 0 if better else self.stale + 1
         if not better and not (value == self.best and loss < self.loss):

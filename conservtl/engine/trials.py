@@ -58,7 +58,9 @@ def best_block(
     Reference:
         Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts".
     """
-    own = train.generators if isinstance(train, Held | Streamed) else Streamed(train, torch.device("cpu")).generators
+    generators = (
+        train.generators if isinstance(train, Held | Streamed) else Streamed(train, torch.device("cpu")).generators
+    )
     trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator)
-    results = run_searches(adaptation, valid, training or Training(), own, trial)
+    results = run_searches(adaptation, valid, training or Training(), generators, trial)
     return {candidate: score for scores in results.values() for candidate, score in scores.items()}

@@ -50,15 +50,17 @@ def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep
 
 def norms_with_rows(model: nn.Module, rows: Iterable[Row], layers: tuple[Layer, ...]) -> dict[nn.Module, list[Row]]:
     """Return each norm that tracks statistics with the rows of its parameters, or of its layer if it has none."""
-    own_rows = {row.name: row for row in rows if not row.added}
+    rows_by_name = {row.name: row for row in rows if not row.added}
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     norms = {}
     for module, norm in model.named_modules():
         if tracks_statistics(norm):
-            own = [name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in own_rows]
-            if not own and (layer := layer_of(layers, canonical(module))):
-                own = [info.name for info in layer.parameters if info.name in own_rows]
-            norms[norm] = [own_rows[name] for name in own]
+            owned = [
+                name for parameter in norm.parameters(recurse=False) if (name := names[id(parameter)]) in rows_by_name
+            ]
+            if not owned and (layer := layer_of(layers, canonical(module))):
+                owned = [info.name for info in layer.parameters if info.name in rows_by_name]
+            norms[norm] = [rows_by_name[name] for name in owned]
     return norms
 
 

@@ -21,7 +21,7 @@ __all__ = ["Placed", "check_importance", "measure"]
 
 
 def measure(
-    one: Measure,
+    measurement: Measure,
     model: nn.Module,
     batches: Iterable[Any],
     layers: Mapping[str, str],
@@ -32,7 +32,7 @@ def measure(
     """Make one measurement; modes, gradients, buffers and random generators are restored.
 
     Args:
-        one: the measurement.
+        measurement: the measurement.
         model: on its device.
         batches: iterated repeatedly; moved to the model's device one by one.
         layers: layer -> name of its module.
@@ -46,9 +46,11 @@ def measure(
     Raises:
         DataError: there are no batches, a single one, or an iterator.
     """
-    check_batches(batches, one.by)
+    check_batches(batches, measurement.by)
     if next(iter(batches), None) is None:
-        raise DataError(f"{one.by}: there are no batches to measure on. Pass a non-empty collection of batches.")
+        raise DataError(
+            f"{measurement.by}: there are no batches to measure on. Pass a non-empty collection of batches."
+        )
     parameters = named_parameters(model)
     device = next(iter(parameters.values())).device
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
@@ -60,7 +62,7 @@ def measure(
         preserve_gradients(parameters.values()),
         torch.random.fork_rng(),
     ):
-        return {name: _agreed(tensor.detach(), device) for name, tensor in one.compute(context).items()}
+        return {name: _agreed(tensor.detach(), device) for name, tensor in measurement.compute(context).items()}
 
 
 def _agreed(tensor: Tensor, device: torch.device) -> Tensor:
@@ -77,19 +79,25 @@ def check_importance(plan: Plan, measured: Mapping[str, Mapping[str, Tensor]]) -
     Raises:
         SpecError: a tensor is missing, of another shape, negative or not finite.
     """
-    read = [(name, plan[row]) for one in plan.penalties for name in one.reads if name in measured for row in one.names]
+    read = [
+        (name, plan[row])
+        for penalty in plan.penalties
+        for name in penalty.reads
+        if name in measured
+        for row in penalty.names
+    ]
     for measure, row in read:
-        found = measured[measure].get(row.name)
-        if found is None or tuple(found.shape) != row.shape:
-            what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+        weights = measured[measure].get(row.name)
+        if weights is None or tuple(weights.shape) != row.shape:
+            received = "nothing" if weights is None else f"shape {tuple(weights.shape)}"
             raise SpecError(
-                f"{measure!r} must weigh each element of {row.name!r}, of shape {row.shape}; it has {what} for "
+                f"{measure!r} must weigh each element of {row.name!r}, of shape {row.shape}; it has {received} for "
                 "it. Measure it on this model."
             )
-        if not bool(((found >= 0) & found.isfinite()).all()):
+        if not bool(((weights >= 0) & weights.isfinite()).all()):
             raise SpecError(
                 f"{measure!r} must be finite and at least 0; for {row.name!r} it reaches from "
-                f"{float(found.min()):g} to {float(found.max()):g}. Measure it again."
+                f"{float(weights.min()):g} to {float(weights.max()):g}. Measure it again."
             )
 
 

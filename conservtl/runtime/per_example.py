@@ -58,11 +58,11 @@ class PerExample:
         weights = torch.ones(size) if weights is None else weights
         total = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
         for start in range(0, size, self._chunk):
-            own = slice(start, min(start + self._chunk, size))
-            part = replace_tensors(batch, [t[own] if t.ndim else t for t in tensors_of(batch)]) if size > 1 else batch
+            rows = slice(start, min(start + self._chunk, size))
+            part = replace_tensors(batch, [t[rows] if t.ndim else t for t in tensors_of(batch)]) if size > 1 else batch
             with self._kernels():
-                found = self._together(part, weights[own]) if self._batched and size > 1 else None
-                for name, square in (self._one_by_one(part, weights[own]) if found is None else found).items():
+                sums = self._together(part, weights[rows]) if self._batched and size > 1 else None
+                for name, square in (self._one_by_one(part, weights[rows]) if sums is None else sums).items():
                     total[name] += square
         return total
 
@@ -77,25 +77,25 @@ class PerExample:
         """Return the sums of all examples in one pass; None if ``vmap`` refuses the model."""
         tensors = tensors_of(part)
 
-        def one(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
+        def value_of(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
             content = replace_tensors(
                 part, [row[None] if t.ndim else row for row, t in zip(rows, tensors, strict=True)]
             )
-            found: Tensor = functional_call(self._whole, parameters, (content,))
-            return found
+            value: Tensor = functional_call(self._whole, parameters, (content,))
+            return value
 
         places = tuple(0 if tensor.ndim else None for tensor in tensors)
         parameters: dict[str, Tensor] = {raw: self._parameters[name].detach() for raw, name in self._raw.items()}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=_SLOW)
-                gradients = vmap(grad(one), in_dims=(None, *places))(parameters, *tensors)
+                gradients = vmap(grad(value_of), in_dims=(None, *places))(parameters, *tensors)
         except Exception:  # noqa: BLE001 - vmap may fail in any way; an error of the model itself is raised again one by one
             self._batched = False
             return None
         return {
-            self._raw[raw]: torch.einsum("n,n...->...", weights.to(found), found.square())
-            for raw, found in gradients.items()
+            self._raw[raw]: torch.einsum("n,n...->...", weights.to(gradient), gradient.square())
+            for raw, gradient in gradients.items()
         }
 
     def _one_by_one(self, part: Any, weights: Tensor) -> dict[str, Tensor]:
@@ -106,8 +106,8 @@ class PerExample:
         for index, weight in enumerate(weights):
             rows = [t[index : index + 1] if t.ndim else t for t in tensors]
             value = self._value(self._model, replace_tensors(part, rows) if size > 1 else part)
-            found = torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
-            for name, gradient in zip(total, found, strict=True):
+            gradients = torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
+            for name, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     total[name] += weight.to(gradient) * gradient.to_dense().square()
         return total

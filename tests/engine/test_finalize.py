@@ -174,9 +174,10 @@ class TestKeepPath:
         with pytest.raises(ctl.SpecError, match=r"keep=path.*valid has no 'target'"):
             ctl.fit(plain(), data, training=ctl.Training(keep="path"))
 
-    def test_it_does_not_go_with_a_strategy_that_interpolates(self, plain, data):
+    @pytest.mark.parametrize("t", [0.5, None])
+    def test_it_does_not_go_with_a_strategy_that_interpolates(self, plain, data, t):
         with pytest.raises(ctl.SpecError, match="keep=path and WeightInterpolation both interpolate"):
-            ctl.fit(plain(ctl.WeightInterpolation()), data, {"target": data}, ctl.Training(keep="path"))
+            ctl.fit(plain(ctl.WeightInterpolation(t=t)), data, {"target": data}, ctl.Training(keep="path"))
 
 
 def test_sets_must_be_named(plain, data):
