@@ -40,6 +40,7 @@ class Proximal(Update):
     """The proximal operator of rate × alpha × penalty of w - w0, after each step."""
 
     kind: Literal["proximal"] = "proximal"
+    precedence: ClassVar[int] = 10
     shards: ClassVar[bool] = True
     alpha: NonNegative
     """Strength."""

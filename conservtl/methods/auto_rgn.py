@@ -57,7 +57,7 @@ class AutoRGN(Strategy):
     """
 
     kind: Literal["auto_rgn"] = "auto_rgn"
-    order: ClassVar[Order] = Order.HEAD  # its update comes first, so that the others see the rate it sets
+    order: ClassVar[Order] = Order.HEAD
     test_fields: ClassVar[TestFields] = ({"every": range(1, 4)},)
     every: Count = 10
     """Steps from one decision to the next."""
@@ -78,6 +78,7 @@ class AutoRGNUpdate(Update):
     """
 
     kind: Literal["auto_rgn"] = "auto_rgn"
+    precedence: ClassVar[int] = -20
     every: Count
     """Steps from one decision to the next; the host waits for the device at decisions only."""
     floor: Share = 0.0

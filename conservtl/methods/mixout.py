@@ -81,6 +81,7 @@ class MixoutUpdate(Update):
     """w0 + M (w - w0) / (1 - p) in place of w, from a forward pass in train mode to the gradients."""
 
     kind: Literal["mixout"] = "mixout"
+    precedence: ClassVar[int] = -10
     p: ProperShare
     """Share of the elements at their source values, rounded to 1/65,536."""
     seed: NonNegativeInt

@@ -78,6 +78,7 @@ class SelectiveDecayUpdate(Update):
     """w = v - min(1, strength r) (v - w0) after a step from w to v, if <g, w - w0> > 0."""
 
     kind: Literal["selective_decay"] = "selective_decay"
+    precedence: ClassVar[int] = 30
     shards: ClassVar[bool] = True
     strength: NonNegative
     """lambda."""

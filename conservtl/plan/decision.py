@@ -201,6 +201,10 @@ class Update(Decision):
     names: tuple[str, ...]
     """Parameters it acts on, while they are trained."""
 
+    precedence: ClassVar[int] = 0
+    """Updates of a lower precedence act first, and last after the step, as contexts nest; equal ones act by name. The
+    built-in ones: AutoRGN -20 (the others see the rate it sets), Mixout -10 (the others see plain weights), proximal
+    steps 10, Projection 20, SelectiveDecay 30 (it sees the weights as the optimizer left them)."""
     forward: ClassVar[bool] = False
     """Whether ``prepare`` is wanted, before each forward pass of the model."""
     layered: ClassVar[bool] = False

@@ -19,11 +19,11 @@ class UpdateRunner:
     """Runs updates and counts steps.
 
     Args:
-        updates: of the plan, in its order.
+        updates: of the plan; they act by their precedence.
     """
 
     def __init__(self, updates: tuple[Update, ...]) -> None:
-        self.updates = updates
+        self.updates = tuple(sorted(updates, key=lambda update: (type(update).precedence, update.name)))
         self.number = 0
         self.state: dict[str, dict[str, Tensor]] = {update.name: {} for update in updates}
 

@@ -116,6 +116,7 @@ class ProjectionUpdate(Update):
     """w = w0 + min(1, r / |d|) d after each step, with d = w - w0."""
 
     kind: Literal["projection"] = "projection"
+    precedence: ClassVar[int] = 20
     shards: ClassVar[bool] = True
     radius: NonNegative
     """r, or its ratio to the norm of w0."""

@@ -1,0 +1,37 @@
+"""Updates act by their precedence, whatever their place in the plan."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from torch import nn
+
+import conservtl as ctl
+from conservtl.methods import apply_all
+from conservtl.runtime.update_runner import UpdateRunner
+from conservtl.testing.choices import whole_plan
+
+STRATEGIES = [ctl.L1SP(), ctl.SelectiveDecay(), ctl.Mixout(), ctl.AutoRGN(), ctl.GroupLassoSP(), ctl.Projection()]
+ORDER = ["auto_rgn", "mixout", "proximal:group_lasso", "proximal:l1", "projection", "selective_decay"]
+
+
+@pytest.fixture(scope="module")
+def updates():
+    return apply_all(whole_plan(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), STRATEGIES).updates
+
+
+def test_the_order_is_that_of_the_precedence(updates):
+    """AutoRGN first: the others see the rate it sets. Mixout next: the others see plain weights."""
+    for some in permutations(updates):
+        assert [update.name for update in UpdateRunner(some).updates] == ORDER
+
+
+def test_after_the_step_they_act_in_reverse(updates, monkeypatch):
+    """As contexts nest: what acted first before it acts last after it."""
+    acted = []
+    for cls in {type(update) for update in updates}:
+        if "after" in vars(cls):
+            monkeypatch.setattr(cls, "after", lambda update, step, state: acted.append(update.name))
+    UpdateRunner(updates).act("after", lambda update: [])
+    assert acted == [name for name in reversed(ORDER) if name != "mixout"]
