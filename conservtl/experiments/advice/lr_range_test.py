@@ -47,7 +47,7 @@ def lr_find(spec: Spec, *, steps: int = 100) -> RangeTest:
     return range_test(
         setting.adaptation(source.model),
         setting.domains.shots,
-        spec.training,
+        setting.selecting(spec.training),
         valid=sets_to_select_on(setting, source, both=False),
         steps=steps,
         **setting.fit_arguments(),

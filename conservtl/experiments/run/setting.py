@@ -11,7 +11,7 @@ from torch import nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Domains, first_batch
-from conservtl.engine import FitResult, Training, fit
+from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers
@@ -85,10 +85,19 @@ class Setting:
             adaptation: a model of this task.
             train: the training data.
             valid: the sets to select on, or None.
-            training: settings; None: the spec's.
+            training: settings; None: the spec's. Without ``select`` they select on the task's headline metric.
             options: further arguments of ``fit``, which win over those of the setting.
         """
-        return fit(adaptation, train, valid, training or self.spec.training, **self.fit_arguments() | options)
+        settings = self.selecting(training or self.spec.training)
+        return fit(adaptation, train, valid, settings, **self.fit_arguments() | options)
+
+    def selecting(self, training: Training) -> Training:
+        """Return settings that select on the task's headline metric, unless they name a metric themselves."""
+        if training.select is not None:
+            return training
+        headline = self.task.headline
+        select = Criterion(metric=headline.metric, direction=headline.better)
+        return training.model_copy(update={"select": select})
 
     def fit_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``fit`` that follow from task, domains and seed."""

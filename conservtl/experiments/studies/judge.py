@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conservtl.engine import harmonic_mean
+from conservtl.engine import Criterion, score
 from conservtl.experiments.studies.bootstrap import constrained
 from conservtl.tasks.base import Headline
 
@@ -26,18 +26,17 @@ class Judge:
     @property
     def combination(self) -> str:
         """Name of the score for both domains."""
-        return "harmonic mean" if self.headline.share else "mean"
+        return "harmonic mean" if self.headline.better == "higher" else "mean"
 
     def both(self, target: float, source: float) -> float:
-        """Return one value for both domains, in the metric's own direction.
+        """Return one value for both domains, in the metric's unit: the score that ``training.keep`` selects by.
 
-        The harmonic mean of shares; where lower is better (an error rate), 1 less the harmonic mean of what is right.
-        The mean of metrics without a bound.
+        The harmonic mean where higher values are better, the mean where lower ones are.
         """
-        if not self.headline.share:
-            return (target + source) / 2
-        right = harmonic_mean([max(0.0, self._right(target)), max(0.0, self._right(source))])
-        return right if self.headline.better == "higher" else 1 - right
+        metric = self.headline.metric
+        select = Criterion(metric=metric, direction=self.headline.better)
+        value = score({"target": {metric: target}, "source": {metric: source}}, "harmonic", select)
+        return value if self.headline.better == "higher" else -value / 2
 
     def score(self, values: Mapping[str, Any]) -> float:
         """Return the value that decides: of both domains, or of the target where the source has no data.
