@@ -23,7 +23,7 @@ class NoiseUpdate(Update):
         """Return a line for the plan's table."""
         return f"noise of {self.size:g} on {len(self.names)} parameters"
 
-    def after(self, step: Step, state: dict[str, torch.Tensor]) -> None:  # noqa: ARG002
+    def after(self, step: Step, state: dict[str, torch.Tensor]) -> None:
         """Add noise that is the same in every process and after resuming; none if the step is skipped."""
         generator = torch.Generator().manual_seed(step.number)
         for item in step.moving:
