@@ -1,7 +1,7 @@
 """For your own tests: generators of models, weights, strategies and specs, and the contract of a strategy.
 
-Needs hypothesis, which the extra ``dev`` brings. The generators draw by seed, leave torch's random state
-alone, and shrink.
+Needs hypothesis (``pip install 'conservtl[dev]'``). The generators draw from seeds, leave torch's random state
+unchanged, and shrink.
 
 Example:
     >>> import conservtl as ctl
@@ -9,14 +9,14 @@ Example:
     >>> from conservtl.testing import models, state_dicts
     >>> @settings(max_examples=5, deadline=None)
     ... @given(st.data())
-    ... def test_whatever_is_saved_can_be_a_source(data):
+    ... def test_any_saved_state_dict_is_a_source(data):
     ...     model, example = data.draw(models())
     ...     weights = data.draw(state_dicts(model, partial=False))
     ...     adaptation = ctl.adapt(model, weights.saved, example=example)
     ...     assert not adaptation.transfer.fresh and not adaptation.transfer.unused
-    >>> test_whatever_is_saved_can_be_a_source()
+    >>> test_any_saved_state_dict_is_a_source()
 
-    A strategy of your own is held to the contract in one line:
+    One line checks that a strategy of your own keeps the contract:
 
     >>> from conservtl.testing import check_strategy
     >>> check_strategy(ctl.L2SP(alpha=0.1))

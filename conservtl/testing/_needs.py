@@ -1,4 +1,4 @@
-"""Says which extra is missing, before a bare ImportError can."""
+"""Raise an error that names the missing extra before hypothesis is imported."""
 
 from conservtl.extras import require
 

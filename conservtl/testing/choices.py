@@ -51,9 +51,10 @@ def strategies(
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
         >>> @settings(max_examples=5, deadline=None)
         ... @given(strategies(model, kinds=[ctl.L2SP, ctl.LayerTransfer]))
-        ... def test_none_is_drawn_twice(chosen):
-        ...     assert sum(isinstance(strategy, ctl.L2SP) for strategy in chosen) <= 1
-        >>> test_none_is_drawn_twice()
+        ... def test_they_agree(chosen):
+        ...     source = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        ...     assert ctl.adapt(model, source, chosen).plan.trained
+        >>> test_they_agree()
     """
     agreeing: list[Strategy] = []
     classes = list(builtin_strategies().values()) if kinds is None else list(kinds)

@@ -1,4 +1,4 @@
-"""Small models of the kinds that adaptation meets, each with an input."""
+"""Small models of the usual kinds, each with an example input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Recurrent(nn.Module):
 
 
 class _Tied(nn.Module):
-    """A word model: the embedding is the output layer too."""
+    """A word model whose output layer shares the embedding's weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,11 +45,21 @@ class _Tied(nn.Module):
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[nn.Module, Any]:
-    """Models with an example of their input.
+    """Draw a model with an example of its input.
 
-    Perceptrons with and without norms, convolutions with batch norm (with and without affine parameters),
-    the same in nested ``nn.Sequential``, LSTM classifiers, and tied weights. All in train mode and float32,
-    giving (4, 3) scores.
+    Perceptrons with and without norms, convolutions with batch norm (with and without affine parameters), nested
+    ``nn.Sequential``, LSTM classifiers and tied weights. All are in train mode and float32 and return (4, 3) scores.
+    torch's random state is left as it was.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> from conservtl.testing import models
+        >>> @settings(max_examples=5, deadline=None)
+        ... @given(models())
+        ... def test_it_returns_scores(drawn):
+        ...     model, example = drawn
+        ...     assert model(example).shape == (4, 3)
+        >>> test_it_returns_scores()
     """
     make = draw(st.sampled_from([_perceptron, _convolutional, _nested, _recurrent, _tied]))
     build, example = make(draw)

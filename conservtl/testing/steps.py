@@ -1,8 +1,7 @@
-"""What the contract needs of a training step: gradients of any model, and what must stand still."""
+"""Training steps for the contract: gradients of any model, tensors that must not move."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ __all__ = ["backward", "doubled", "evaluated", "held", "measured", "objective", 
 
 
 def held(adaptation: Adaptation) -> dict[str, Tensor]:
-    """What must not move in this phase: frozen parameters, and statistics of norms whose parameters are."""
+    """Return the tensors that must not move in this phase: frozen parameters, statistics of norms that are frozen."""
     frozen = adaptation.frozen
     found: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(adaptation.model).items() if n in frozen}
     for raw, norm in unwrap(adaptation.model).named_modules():
@@ -28,7 +27,7 @@ def held(adaptation: Adaptation) -> dict[str, Tensor]:
 
 
 def measured(adaptation: Adaptation, example: Any) -> bool:
-    """Measure what the plan asks for, on the example; whether there is nothing left to measure."""
+    """Make the plan's measurements on the example; return whether none is outstanding."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
         return _call(model, batch[0])
@@ -84,8 +83,8 @@ def doubled(model: nn.Module, example: Any) -> Any:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
-    """What a model makes of an example; nothing where there is none."""
-    return [] if example is None else list(_tensors(_call(model, example)))
+    """Return the outputs of a model for an example; none without an example."""
+    return [] if example is None else _tensors(_call(model, example))
 
 
 def _call(model: nn.Module, example: Any) -> Any:
@@ -94,10 +93,6 @@ def _call(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        if found.is_floating_point():
-            yield found
-        return
-    for part in found.values() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ():
-        yield from _tensors(part)
+def _tensors(outputs: Any) -> list[Tensor]:
+    """Return the tensors of outputs that can have a gradient."""
+    return [tensor for tensor in tensors_of(outputs) if tensor.is_floating_point()]

@@ -1,4 +1,4 @@
-"""State dicts as they are found in the wild."""
+"""State dicts as checkpoints hold them: wrapped, prefixed, partial, in half precision."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _STRAY: dict[str, Any] = {"best_prec1": 91.78, "epoch": 3, "arch": "resnet20"}
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict as it was saved, and what it means.
+    """A saved state dict and the values that a model must take from it.
 
     Args:
-        saved: wrapped, prefixed, in half precision, partial, with stray entries, or none of it.
-        plain: name of a parameter or buffer of the model -> the value it must take, in its own type.
+        saved: possibly wrapped, prefixed, in half precision, partial or with stray entries.
+        plain: name of a parameter or buffer of the model -> its value, in the model's type.
     """
 
     saved: dict[str, Any]
@@ -33,12 +33,24 @@ class Weights:
 
 @st.composite
 def state_dicts(draw: st.DrawFn, model: nn.Module, *, partial: bool = True) -> Weights:
-    """Weights for a model, other than those it holds.
+    """Draw random weights for a model, saved in one of the usual ways.
 
     Args:
-        draw: hypothesis' own.
-        model: whose names and shapes they have; it is not changed.
+        draw: given by hypothesis.
+        model: gives names and shapes; it is not changed.
         partial: whether entries may be missing.
+
+    Example:
+        >>> import conservtl as ctl, torch
+        >>> from hypothesis import given, settings
+        >>> from conservtl.testing import state_dicts
+        >>> model = torch.nn.Linear(2, 1)
+        >>> @settings(max_examples=5, deadline=None)
+        ... @given(state_dicts(model, partial=False))
+        ... def test_every_weight_is_copied(weights):
+        ...     ctl.adapt(model, weights.saved)
+        ...     assert torch.equal(model.weight, weights.plain["weight"])
+        >>> test_every_weight_is_copied()
     """
     plain = random_weights(model, draw(st.integers(0, 2**31 - 1)))
     half = draw(st.booleans())
@@ -57,10 +69,10 @@ def state_dicts(draw: st.DrawFn, model: nn.Module, *, partial: bool = True) -> W
 
 
 def random_weights(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """A state dict of random values; tied entries are equal, variances positive."""
+    """Return a state dict of random values in which tied entries are equal and variances positive."""
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[int, Tensor] = {}
-    found = {}
+    state = {}
     for key, tensor in unwrap(model).state_dict(keep_vars=True).items():
         name = canonical(key)
         if id(tensor) not in drawn:
@@ -69,5 +81,5 @@ def random_weights(model: nn.Module, seed: int) -> dict[str, Tensor]:
             drawn[id(tensor)] = (
                 value if tensor.is_floating_point() else torch.randint(9, tensor.shape, generator=generator)
             )
-        found[name] = drawn[id(tensor)].to(tensor.dtype)
-    return found
+        state[name] = drawn[id(tensor)].to(tensor.dtype)
+    return state

@@ -421,11 +421,43 @@ class TestGenerators:
         assert not found.failed
 
     def test_every_module_of_it(self):
-        for name in ("contract", "fields"):
+        for name in ("choices", "contract", "fields", "networks", "weights"):
             module = importlib.import_module(f"conservtl.testing.{name}")
-            found = doctest.testmod(module, extraglobs={"st": st})
+            found = doctest.testmod(module)
             assert found.attempted
             assert not found.failed
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.data())
+    def test_fields_of_a_method_narrow_what_is_drawn(self, data):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        kinds = [ctl.Mixout, ctl.DiscriminativeLR, ctl.GradualUnfreezing, ctl.LayerTransfer]
+        for strategy in data.draw(strategies(model, kinds=kinds)):
+            assert type(strategy) in kinds
+            if isinstance(strategy, ctl.Mixout):
+                assert 0 <= strategy.p <= 0.9
+            if isinstance(strategy, ctl.DiscriminativeLR) and strategy.groups is not None:
+                assert set(strategy.groups) <= {"0.weight", "0.bias", "1.weight", "1.bias"}
+            if isinstance(strategy, ctl.GradualUnfreezing) and strategy.phases is not None:
+                assert all(0.1 <= stage.scale <= 1 for stage in strategy.phases)
+            if isinstance(strategy, ctl.LayerTransfer) and isinstance(strategy.layers, tuple):
+                assert set(strategy.layers) <= {"0", "1"}
+
+    @pytest.mark.parametrize("cls", [type(strategy) for strategy in BUILT_IN], ids=lambda cls: cls.__name__)
+    def test_every_built_in_strategy_can_be_drawn(self, cls):
+        """And every alternative set of fields that its file names."""
+        model, drawn = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2)), []
+
+        @settings(max_examples=40, deadline=None, database=None, derandomize=True)
+        @given(strategies(model, torch.ones(2, 1, 1, 1), max_size=1, measured=True, kinds=[cls]))
+        def draw(chosen):
+            drawn.extend(chosen)
+
+        draw()
+        assert len({strategy.model_dump_json() for strategy in drawn}) > 2
+        for fields in cls.test_fields:
+            given_none = [name for name, value in fields.items() if value is None]
+            assert any(all(getattr(one, name) is None for name in given_none) for one in drawn)
 
     @settings(max_examples=30, deadline=None)
     @given(st.data())
