@@ -9,7 +9,8 @@ import yaml
 from conservtl import SpecError
 from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema
 
-SPECS = sorted((Path(__file__).parents[3] / "examples").glob("*/*.yaml"))
+EXAMPLES = Path(__file__).parents[3] / "examples"
+SPECS = sorted(path for name in ("speech", "vision") for path in (EXAMPLES / name).glob("*.yaml"))
 FOLDER = {"task": "speech", "data": {"kind": "folder", "root": "somewhere", "target": "theo"}}
 
 
