@@ -475,8 +475,9 @@ def adapted(*chosen, displaced=True):
     if displaced:
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
+            start = adaptation.start
             for name, p in sorted(named_parameters(model).items()):
-                if name in adaptation.start:
+                if name in start and name in adaptation.plan.trained:  # the start of the others is their value
                     p.add_(torch.randn(p.shape, dtype=p.dtype, generator=generator), alpha=0.1)
     return adaptation
 
