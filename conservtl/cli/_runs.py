@@ -1,0 +1,87 @@
+"""Commands for one run: plan, run, predict; and schema."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from conservtl.cli._options import Imports, Overrides, SpecFile
+
+__all__ = ["plan", "predict", "run", "schema"]
+
+
+def plan(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    _imports: Imports = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one row a parameter.")] = False,
+) -> None:
+    """Print what will happen to every layer, without training."""
+    from conservtl.experiments.run.runner import plan_of
+    from conservtl.experiments.spec.spec import load_spec
+
+    drawn = plan_of(load_spec(spec, overrides or ()))
+    if as_json:
+        sys.stdout.write(drawn.model_dump_json(indent=2) + "\n")
+    else:
+        _print_plan(drawn)
+
+
+def run(
+    spec: SpecFile,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report and the adapted model.")] = Path(
+        "runs/latest"
+    ),
+    overrides: Overrides = None,
+    _imports: Imports = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
+) -> None:
+    """Adapt the source model to the target domain and report gains and losses."""
+    from conservtl.cli._tables import run_table
+    from conservtl.experiments.run.runner import run as run_spec
+    from conservtl.experiments.spec.spec import load_spec
+
+    loaded = load_spec(spec, overrides or ())
+    progress = Console(stderr=True).is_terminal
+    report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard)
+    Console().print(run_table(report))
+    sys.stdout.write(report["sentence"] + "\n")
+    if note := report.get("note"):
+        sys.stderr.write(f"report.html was not written: {note}\n")
+    page = out / "report.html" if "note" not in report else out / "report.json"
+    sys.stdout.write(f"{page}\n")
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a run.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Recordings, images or other inputs.", show_default=False)
+    ],
+    _imports: Imports = None,
+) -> None:
+    """Print the adapted model's answers: file, label and probability, separated by tabs."""
+    from conservtl.experiments.run.bundle import load_adapted
+
+    for prediction in load_adapted(folder).predict(files):
+        sys.stdout.write(f"{prediction}\n")
+
+
+def schema(_imports: Imports = None) -> None:
+    """Print the JSON schema of a spec, for editors."""
+    from conservtl.experiments.spec.spec import schema as spec_schema
+
+    sys.stdout.write(spec_schema() + "\n")
+
+
+def _print_plan(drawn: Any) -> None:
+    """Print in colour on a terminal; into a pipe or a file as plain text, independent of the width."""
+    console = Console()
+    if console.is_terminal:
+        console.print(drawn)
+    else:
+        sys.stdout.write(f"{drawn}\n")
