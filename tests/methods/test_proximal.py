@@ -81,6 +81,25 @@ def test_with_l2_sp_it_is_an_elastic_net():
     torch.testing.assert_close(adaptation.model[0].weight.detach(), expected)
 
 
+@BOTH
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_fresh_weights_decay_once_beside_a_pull_with_the_same_beta(cls, mode, turned):
+    """The default betas agree. Decoupled, AdamW's statistics see no decay: without a gradient nothing else moves."""
+    strategies = [cls(alpha=0.5), ctl.L2SP(alpha=2.0, mode=mode)]
+    adaptation = adapted(*(reversed(strategies) if turned else strategies), fresh=["2"])
+    optimizer = adaptation.optimizer(torch.optim.SGD if mode == "coupled" else torch.optim.AdamW, lr=0.1)
+    head = adaptation.model[2].weight.detach().clone()
+    with torch.no_grad():
+        adaptation.model[0].weight.add_(1.0)
+    for parameter in adaptation.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(adaptation.model[2].weight.detach(), head * (1 - 0.1 * 0.01))
+    expected = adaptation.start["0.weight"] + (1 - 0.1 * 2.0) * 1.0 - 0.1 * 0.5  # all of a row alike: the same for both
+    torch.testing.assert_close(adaptation.model[0].weight.detach(), expected)
+
+
 def test_both_penalties_together():
     """Sparse group lasso: two updates, not one that replaces the other."""
     adaptation = adapted(ctl.L1SP(alpha=0.5), ctl.GroupLassoSP(alpha=0.5))
