@@ -111,7 +111,7 @@ def test_biases_and_what_is_frozen_are_left_alone():
 
 
 @pytest.mark.parametrize(
-    "look", ["eval", "no_grad", "state_dict", "state", "drift", "restore_weights", "merged", "copy"]
+    "look", ["eval", "no_grad", "state_dict", "state", "drift", "restore_weights", "merged", "copy", "finish", "phase"]
 )
 def test_whoever_looks_in_the_middle_sees_plain_weights(look):
     adaptation, _ = adapted()
@@ -132,10 +132,25 @@ def test_whoever_looks_in_the_middle_sees_plain_weights(look):
     elif look == "copy":
         found = copy.deepcopy(adaptation).model
     else:
-        {"state": adaptation.state_dict, "drift": adaptation.drift, "restore_weights": adaptation.restore_weights}[
-            look
-        ]()
+        {
+            "state": adaptation.state_dict,
+            "drift": adaptation.drift,
+            "restore_weights": adaptation.restore_weights,
+            "finish": adaptation.finish,
+            "phase": lambda: adaptation.start_phase(0),
+        }[look]()
     assert all(torch.equal(p, before[name]) for name, p in found.named_parameters())
+
+
+def test_what_is_done_at_the_end_is_done_to_plain_weights():
+    """Training may end with a forward pass that no step followed."""
+    adaptation, _ = adapted(0.5, ctl.WeightInterpolation(t=0.5))
+    before, start = weights(adaptation), adaptation.start
+    backward(adaptation)
+    assert not torch.equal(adaptation.model[0].weight, before["0.weight"])
+    adaptation.finish()
+    for name, weight in weights(adaptation).items():
+        torch.testing.assert_close(weight, (start[name] + before[name]) / 2)
 
 
 def test_a_look_between_accumulated_batches_changes_nothing():
