@@ -1,4 +1,4 @@
-"""The adaptation in loops of one's own: where the pull acts, exactly once, and what is refused."""
+"""The adaptation in hand-written loops: the pull acts exactly once; misuse is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def network(classes=2):
 
 
 def adapted(strategy=COUPLED, *, off=0.3, fresh=("4",), model=None):
-    """Moved away from its anchors, so that the pull has something to do from the first step."""
+    """A model moved away from its anchors, so that the pull acts from the first step."""
     model = network() if model is None else model
     adaptation = ctl.adapt(model, random_weights(model, 1), [strategy] if strategy else [], fresh=list(fresh))
     with torch.no_grad():
@@ -45,7 +45,7 @@ def weights(adaptation):
 
 
 def reference(cls, steps=4, *, clip=None, strategy=COUPLED, **options):
-    """What the penalty in the loss gives, without AMP."""
+    """The weights after training with the penalty in the loss, without AMP."""
     adaptation = adapted(strategy)
     optimizer = adaptation.optimizer(cls, lr=0.05, pull=False, **options)
     for _ in range(steps):
@@ -66,7 +66,7 @@ class TestInTheStep:
     @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
     @pytest.mark.parametrize("accumulate", [1, 4])
     def test_is_the_term_in_the_loss(self, cls, fused, scaled, accumulate):
-        """Fused under a scaler without unscale_ is the worst trap: the pull would be divided by 65536."""
+        """A fused optimizer under a scaler without unscale_: the pull must not be divided by 65536."""
         adaptation = adapted()
         optimizer = adaptation.optimizer(cls, lr=0.05, fused=fused)
         scaler = GradScaler("cpu", enabled=scaled)
@@ -99,7 +99,7 @@ class TestInTheStep:
         close(weights(adaptation), reference(cls, clip=0.1))
 
     def test_bfloat16_autocast(self):
-        """Weights and anchors stay in float32, so the pull is exact whatever the forward is computed in."""
+        """Weights and anchors stay in float32, so the pull is exact whatever the precision of the forward pass."""
         ours, theirs = adapted(), adapted()
         a = ours.optimizer(torch.optim.SGD, lr=0.05)
         b = theirs.optimizer(torch.optim.SGD, lr=0.05, pull=False)
@@ -117,7 +117,7 @@ class TestInTheStep:
     @pytest.mark.parametrize("pulled", [False, True], ids=["in the step", "pull()"])
     @pytest.mark.parametrize("to_none", [False, True], ids=["zeroed", "set to none"])
     def test_nothing_moves_in_a_step_that_overflows(self, strategy, cls, fused, pulled, to_none):
-        """And the next step, with or without a pull() of its own, has the pull once."""
+        """The next step has the pull once, with or without another pull()."""
         ours, theirs = adapted(strategy), adapted(strategy)
         a = ours.optimizer(cls, lr=0.05, fused=fused)
         b = theirs.optimizer(cls, lr=0.05)
@@ -145,7 +145,7 @@ class TestInTheStep:
     @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
     @pytest.mark.parametrize("by", ["position", "keyword"])
     def test_a_step_with_a_closure(self, cls, by):
-        """The closure computes the gradients anew, and the pull follows its backward."""
+        """The closure computes new gradients, and the pull follows its backward."""
         adaptation = adapted()
         optimizer = adaptation.optimizer(cls, lr=0.05)
 
@@ -163,7 +163,7 @@ class TestInTheStep:
     @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
     @pytest.mark.parametrize(("cls", "fused"), FUSED)
     def test_parameters_without_a_gradient_are_pulled_too(self, cls, fused, scaled):
-        """As autograd would, for the term in the loss."""
+        """Like autograd for a penalty in the loss."""
         ours, theirs = (adapted(model=Unused()) for _ in range(2))
         a = ours.optimizer(cls, lr=0.05, fused=fused)
         b = theirs.optimizer(cls, lr=0.05, pull=False)
@@ -180,7 +180,7 @@ class TestInTheStep:
         close(weights(ours), weights(theirs))
 
     def test_maximize(self):
-        """The pull lowers the penalty, whichever way the loss is meant."""
+        """The pull lowers the penalty, also if the optimizer maximizes."""
         adaptation = adapted(fresh=())
         optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1, maximize=True)
         before = adaptation.penalty().item()
@@ -219,7 +219,7 @@ class TestInTheStep:
             adapted().pull()
 
     def test_sparse_gradients_become_dense(self):
-        """As autograd does where a sparse gradient meets that of the penalty."""
+        """Like autograd for the sum of a sparse gradient and that of the penalty."""
         model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
         adaptation = adapted(model=model, fresh=())
         optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
@@ -429,7 +429,7 @@ class TestPenalty:
         assert adaptation.penalty().item() == pytest.approx(0.25 * 9 + 0.05 * 10)
 
     def test_is_over_what_is_trained_now(self):
-        """Moved in one phase and held in the next, a parameter adds nothing: its gradient would be dropped."""
+        """A parameter trained in one phase and frozen in the next adds nothing: its gradient would be dropped."""
         model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
         stages = [ctl.Stage(epochs=1), ctl.Stage(train=["1"], epochs=1), ctl.Stage(train=["0"])]
         strategies = [ctl.L2SP(alpha=0.5, beta=0.1), ctl.GradualUnfreezing(phases=stages)]
@@ -659,7 +659,7 @@ class TestState:
 
 class TestModelIsTheSource:
     def test_fresh_is_initialised_anew(self):
-        """What the layer held when the model was handed in is the source itself here."""
+        """The layer's values at the call of adapt are the source here."""
         model = network()
         source = random_weights(model, 1)
         model.load_state_dict(source)

@@ -1,4 +1,4 @@
-"""Small models and data, and the loop written by hand that the engine is measured by."""
+"""Small models and data, and a hand-written training loop as the reference for the engine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and far slower where other processes want the cores."""
+    """Use one thread: tensors this small are slower on two, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def net() -> Callable[..., nn.Module]:
-    """Make a network; the same seed makes the same weights."""
+    """Return a function that makes a network; the same seed gives the same weights."""
 
     def make(seed: int = 0, **options: Any) -> nn.Module:
         torch.manual_seed(seed)
@@ -80,7 +80,7 @@ def net() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def plain(net: Callable[..., nn.Module]) -> Callable[..., ctl.Adaptation]:
-    """Make an adaptation of such a network from one with other weights."""
+    """Return a function that adapts such a network from one with other weights."""
 
     def make(*strategies: ctl.Strategy, seed: int = 0, **options: Any) -> ctl.Adaptation:
         return ctl.adapt(net(seed, **options), net(100 + seed, **options), strategies)
@@ -97,25 +97,25 @@ def data() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def hand() -> Callable[..., None]:
-    """The loop written by hand."""
+    """The hand-written training loop."""
     return _hand
 
 
 @pytest.fixture
 def same() -> Callable[[nn.Module, nn.Module], bool]:
-    """Whether two models are equal bit for bit, buffers included."""
+    """Return a function that compares two models bit for bit, buffers included."""
     return _same
 
 
 @pytest.fixture
 def clone() -> Callable[[ctl.Adaptation], ctl.Adaptation]:
-    """A deep copy of an adaptation and its model."""
+    """Return a function that deep-copies an adaptation with its model."""
     return copy.deepcopy
 
 
 @pytest.fixture
 def interrupting() -> Callable[[int], Callable[[nn.Module, Any], Any]]:
-    """A forward that presses Ctrl-C in its n-th training call."""
+    """Return a function that makes a forward which presses Ctrl-C in its n-th training call."""
 
     def make(at: int) -> Callable[[nn.Module, Any], Any]:
         calls = 0

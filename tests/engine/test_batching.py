@@ -1,4 +1,4 @@
-"""Data in whatever form it comes, and what is wrong with it."""
+"""Batches of every supported kind of data, and the errors for others."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_example_comes_once(form, shuffle):
-    """Whatever the data comes as, an epoch is each example once; unshuffled in its order."""
+    """An epoch has each example once, whatever the kind of data; without shuffling in the data's order."""
     inputs, labels = torch.arange(11.0)[:, None], torch.arange(11)
     make, kind = FORMS[form]
     batches = as_batches(make(inputs, labels), 4, CPU, shuffle=shuffle)
@@ -72,7 +72,7 @@ def test_every_example_comes_once(form, shuffle):
 
 @given(length=st.integers(1, 40), size=st.integers(1, 10), world=st.integers(1, 3))
 def test_batches_of_held_data(length, size, world):
-    """No batch of one beside others: it joins the one before; processes get equal parts."""
+    """A last batch of one example joins the batch before; processes get equal parts."""
     batches = Held((torch.arange(length),), size, CPU, shuffle=False)
     sizes = [b.size for b in batches.epoch()]
     assert sum(sizes) == length
@@ -99,7 +99,7 @@ def test_a_remainder_of_one_trains(plain, data, form):
 
 
 def test_skipping_leaves_the_rest(data):
-    """The order is drawn when the epoch is asked for, so that what is skipped is what was done."""
+    """The order is drawn at the call, so that a resumed epoch skips the batches already done."""
     for source in (data, Pairs(*data)):
         batches = as_batches(source, 16, CPU, shuffle=True)
         torch.manual_seed(1)
@@ -131,13 +131,13 @@ def test_workers(plain, data):
     ],
 )
 def test_data_errors(plain, make, message):
-    """Each says what came and what would do."""
+    """Each message says what was received and what to pass."""
     with pytest.raises(ctl.DataError, match=message):
         ctl.fit(plain(), make(), training=ctl.Training(epochs=1))
 
 
 class Recorded:
-    """A batch of a user's own that knows how many of its kind are on the device at once."""
+    """Batch class that counts how many of its instances are on the device at once."""
 
     alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
     most: ClassVar[int] = 0
@@ -164,7 +164,7 @@ class Unsized:
 
 @pytest.mark.parametrize("make", [list, Unsized], ids=["with a length", "without one"])
 def test_one_batch_at_a_time_is_on_the_device(plain, data, make):
-    """While a group of batches is accumulated, its mean included, whose last group is smaller."""
+    """While a group is accumulated; its mean is right in the smaller last group too."""
     Recorded.most = 0
     batches = make([Recorded(x, y) for x, y in zip(data[0].split(10), data[1].split(10), strict=True)])
     ours, theirs = plain(), plain()
@@ -203,7 +203,7 @@ def test_one_batch_of_held_data_is_taken_at_a_time(plain, data, monkeypatch):
 
 
 def test_losses_that_wait_for_the_device_do_not_hold_batches():
-    """On a GPU 50 of them wait for a look."""
+    """On a GPU the losses of 50 batches are read together."""
     losses, inputs = Losses(State(), torch.device("cuda")), torch.ones(4, 3)
     batch = Batch((inputs,), 4, torch.arange(4))
     left = weakref.ref(inputs)

@@ -1,4 +1,4 @@
-"""Two processes on one machine train what one would on both their batches."""
+"""Two processes train the same weights as one process with batches twice as large."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _process(rank, port, folder):
 
 
 def _draw(rank, port, folder):
-    """Augmentations that each process draws: without a break, resumed, and resumed from a file of process 0 alone."""
+    """Save augmentations: uninterrupted, resumed, and resumed with the generators of process 0 only."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
@@ -107,7 +107,7 @@ def test_each_process_goes_on_with_its_own_augmentations(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_two_processes_equal_one(tmp_path):
-    """Each gets its part of the order that one process would draw; the pull and the phases act in both."""
+    """Each process gets its part of one order; the pull and the phases act in both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

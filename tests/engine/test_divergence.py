@@ -10,7 +10,7 @@ import conservtl as ctl
 
 
 def spoiling(at, value=float("nan")):
-    """A loss that is spoilt in its n-th call."""
+    """A loss that is replaced by another value in its n-th call."""
     calls = 0
 
     def loss(outputs, batch):
@@ -24,13 +24,13 @@ def spoiling(at, value=float("nan")):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_place_is_named(plain, data, value):
-    """Four batches an epoch: the 7th is the 3rd of the second epoch, and the 7th step."""
+    """With four batches per epoch the 7th is the 3rd of the second epoch, and the 7th step."""
     with pytest.raises(ctl.TrainingDivergedError, match=rf"loss is {value} at batch 3 of epoch 2 \(step 7, examples "):
         ctl.fit(plain(), data, training=ctl.Training(epochs=3, batch_size=16), loss=spoiling(7, value))
 
 
 def test_the_place_is_named_under_accumulation(plain, data):
-    """Two steps an epoch of groups of three: the 7th batch belongs to the 3rd step."""
+    """With groups of three, two steps per epoch, the 7th batch belongs to the 3rd step."""
     with pytest.raises(ctl.TrainingDivergedError, match=r"batch 3 of epoch 2 \(step 3,"):
         ctl.fit(plain(), data, training=ctl.Training(epochs=3, batch_size=16, accumulate=3), loss=spoiling(7))
 

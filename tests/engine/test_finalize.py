@@ -1,4 +1,4 @@
-"""What comes after the last epoch: the path that is shown, and the point of it that is kept."""
+"""After the last epoch: evaluation of the path, and the point of it that is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TENTHS = [number / 10 for number in range(11)]
 
 
 class Half(After):
-    """Some ending of a user's own."""
+    """An ``after`` decision of a user's own."""
 
     kind: Literal["half"] = "half"
 
@@ -35,7 +35,7 @@ class Halved(ctl.Strategy):
 
 
 class Scripted:
-    """Evaluations that find what they are told, and note the weights they were shown."""
+    """Metrics that return given values, and record the weights at each evaluation."""
 
     def __init__(self, model, values, metric="accuracy"):
         self.model, self.values, self.metric, self.shown = model, list(values), metric, []
@@ -77,7 +77,7 @@ def test_each_point_is_that_of_its_weights(plain, data):
 
 
 def test_the_kept_point_is_marked_where_it_is(plain, data):
-    """One that is no tenth stands among them; its values are those of the model as it was left."""
+    """A kept point between the tenths is added; its metrics are those of the final model."""
     adaptation = plain(ctl.WeightInterpolation(t=0.85, batch_norm="recompute"))
     result = ctl.fit(adaptation, data, training=ctl.Training(**SETTINGS), path={"target": data})
     assert [entry["t"] for entry in result.path] == [*TENTHS[:9], 0.85, 0.9, 1.0]
@@ -94,7 +94,7 @@ def test_what_leaves_the_line_is_marked_nowhere(plain, data):
 
 class TestKeepPath:
     def test_the_best_point_is_kept(self, plain, data, same):
-        """Two looks while training, then eleven."""
+        """Two evaluations while training, then eleven."""
         adaptation, trained = plain(), plain()
         ctl.fit(trained, data, training=ctl.Training(**SETTINGS), seed=0)
         scores = [0.1, 0.1, 0.1, 0.2, 0.3, 0.9, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]
@@ -120,7 +120,7 @@ class TestKeepPath:
         assert result.best == pytest.approx(0.5)
 
     def test_half_an_example_is_chance(self, plain, data):
-        """Of ten examples a difference below 0.05 says nothing: the middle of what is left is taken."""
+        """With ten examples differences below 0.05 are chance: the middle of the equal points is taken."""
         scores = [0.5] * 2 + [0.1, 0.1, 0.9, 0.88, 0.87, 0.86, 0.86, 0.1, 0.1, 0.1, 0.1]
         for count, expected in ((10, 0.4), (250, 0.2)):
             adaptation = plain()

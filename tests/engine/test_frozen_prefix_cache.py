@@ -1,4 +1,4 @@
-"""A frozen input side is computed once where that changes nothing but rounding, and nowhere else."""
+"""A frozen input side is cached if that changes nothing but rounding, and only then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conservtl.tasks.vision.cifar_resnet import CifarResNet
 
 
 class Flow(nn.Module):
-    """stem, body, head: what the tests' models share. Example inputs are (N, 6)."""
+    """Base of the tests' models: stem, body, head. Inputs are (N, 6)."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Twice(Flow):
 
 
 class TwiceFarApart(Flow):
-    """The frozen body runs again behind what is trained."""
+    """The frozen body runs a second time after a trained layer."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ class Norms(Flow):
 
 
 class Recurrent(nn.Module):
-    """Two layers in one LSTM module, which gives a tuple; what stands before it can be kept."""
+    """Two layers in one LSTM module, which returns a tuple; modules before it can be cached."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ class Recurrent(nn.Module):
 
 
 class TimeFirst(Recurrent):
-    """The same, with time before the batch: as many steps as the probe has examples would not make it rows."""
+    """The same with time as the first axis: as many time steps as examples are not taken for rows."""
 
     def forward(self, x):
         inner = self.stem(x.view(len(x), 3, 2).repeat(1, 8, 1).transpose(0, 1))
@@ -206,7 +206,7 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 
 @pytest.mark.parametrize(("kind", "frozen", "kept"), CASES, ids=lambda v: getattr(v, "__name__", None))
 def test_training_is_the_same(kind, frozen, kept):
-    """With kept outputs and without, to rounding; and they are kept where that is so."""
+    """Training with and without the cache agrees up to rounding; it is used in the expected cases."""
     torch.manual_seed(0)
     model = kind()
     ours, result = train(model, frozen, keep=True)
@@ -226,7 +226,7 @@ def _vision(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "vit_b_16", "mobilenet_v3_small", "cifar_resnet"])
 def test_networks_for_images(name):
-    """Half of the layers frozen on the input side: trained as without, and frozen norms untouched."""
+    """With half of the layers frozen: the same weights as without the cache, and unchanged frozen norms."""
     torch.manual_seed(0)
     model, size = _vision(name)
     if name == "vgg11_bn":
@@ -256,7 +256,7 @@ def test_networks_for_images(name):
 
 
 def test_the_saving_is_real():
-    """What is frozen runs once an example, whatever the number of epochs."""
+    """Frozen modules run once per example, whatever the number of epochs."""
     seen = []
 
     class Counting(nn.Module):
@@ -278,7 +278,7 @@ def test_the_saving_is_real():
 
 
 def test_placeholders_cost_nothing_where_they_can():
-    """Code between frozen modules runs on tensors without storage, unless it cannot."""
+    """Code between frozen modules runs on tensors without storage if it can."""
     devices = set()
 
     class Between(Flow):
@@ -325,7 +325,7 @@ def test_precisions(precision):
 
 
 def test_methods_are_given_back():
-    """Afterwards every module computes for itself again, and a forward put on an object is still there."""
+    """Afterwards every module computes again, and a forward set on an object is restored."""
     torch.manual_seed(0)
     model = Flow()
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
@@ -335,7 +335,7 @@ def test_methods_are_given_back():
 
 
 def test_each_phase_keeps_its_own():
-    """What is unfrozen is computed again, and what stays frozen is kept."""
+    """Unfrozen modules compute again; those still frozen stay cached."""
     torch.manual_seed(0)
     data = torch.randn(40, 6), torch.randint(0, 3, (40,))
     results = []

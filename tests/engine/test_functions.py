@@ -1,4 +1,4 @@
-"""Any task by three functions; classification by default."""
+"""Tasks defined by three functions; classification by default."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def exact(outputs, batch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ctc_with_padding(precision):
-    """A transcription task: sequences of any length, padded in batches by a DataLoader of one's own."""
+    """Transcription: sequences of different lengths, padded per batch by the user's DataLoader."""
     torch.manual_seed(0)
     adaptation = ctl.adapt(Transcriber(), Transcriber(), [ctl.L2SP(alpha=1e-4)])
     loader = DataLoader(utterances(), 8, shuffle=True, collate_fn=padded)
@@ -88,7 +88,7 @@ def test_ctc_with_padding(precision):
 
 
 def test_ctc_over_held_tensors():
-    """The same task, padded once and held: a dictionary of tensors with an example a row."""
+    """The same task with all sequences padded to one length: a dictionary of tensors."""
     adaptation = ctl.adapt(Transcriber(), Transcriber())
     result = ctl.fit(
         adaptation,
@@ -103,7 +103,7 @@ def test_ctc_over_held_tensors():
 
 
 class Recognizer(Transcriber):
-    """As the acoustic models of torchaudio do, it gives lengths beside scores."""
+    """Returns scores and lengths, like the acoustic models of torchaudio."""
 
     def forward(self, frames, lengths):
         return super().forward(frames), lengths
@@ -111,7 +111,7 @@ class Recognizer(Transcriber):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_ctc_conserves_the_outputs_of_what_was_said(keep):
-    """What stands in the padding changes no weight: neither the task's loss nor the pull to the source sees it."""
+    """Values in the padding change no weight: neither the loss nor the conserved outputs depend on them."""
 
     def trained(data, weight):
         torch.manual_seed(0)
@@ -159,7 +159,7 @@ class HuggingFaceStyle(nn.Module):
 @pytest.mark.parametrize("kind", ["object", "dictionary", "tensor"])
 @pytest.mark.parametrize("way", ["held", "loader", "batch encoding"])
 def test_dictionary_batches(kind, way):
-    """labels stands beside the model's keyword arguments; outputs have .logits, ["logits"] or are logits."""
+    """The batch has labels beside the model's keyword arguments; outputs have .logits, ["logits"] or are logits."""
     torch.manual_seed(0)
     batch = {
         "input_values": torch.randn(20, 6),
@@ -187,7 +187,7 @@ def test_named_tuples_stay_named():
 
 
 def test_a_metric_on_two_sets(plain, data):
-    """A Holdout is evaluated in its own way: another head, other labels, its own metrics."""
+    """A Holdout is evaluated by its own functions: another head, other labels, other metrics."""
     adaptation = plain()
     old_head = nn.Linear(8, 7)
 
@@ -210,7 +210,7 @@ def test_a_metric_on_two_sets(plain, data):
 
 
 def test_metrics_are_means_over_examples(net):
-    """A short last batch counts by its examples; the mode of every module is left as found."""
+    """A short last batch counts by its examples; the mode of every module is restored."""
     model = net().train()
     model.body.eval()
     inputs, labels = torch.randn(10, 3, 12), torch.randint(0, 4, (10,))

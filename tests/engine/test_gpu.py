@@ -1,4 +1,4 @@
-"""What only a GPU shows: loss scaling, held data, looks that wait for nothing."""
+"""Behaviour on a GPU: loss scaling, held data, no waiting for the device."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_kept_outputs(plain, data):
 
 
 def test_a_loss_looked_at_late_is_named_all_the_same(plain, data):
-    """Losses are looked at every 50 steps and at the end of an epoch; the place is the right one."""
+    """Losses are read every 50 steps and at the end of an epoch; the message names the right batch."""
     calls = 0
 
     def loss(outputs, batch):

@@ -1,4 +1,4 @@
-"""Without strategies the engine is the loop one would write by hand, bit for bit."""
+"""Without strategies the engine equals a hand-written loop, bit for bit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_held_data(plain, data, hand, same, name, accumulate):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("length", [True, False])
 def test_data_loader(plain, data, hand, same, accumulate, length):
-    """A shuffled DataLoader, and one whose length nobody knows."""
+    """A shuffled DataLoader, and one without a length."""
     adaptation = plain()
     model = copy.deepcopy(adaptation.model)
     loader = DataLoader(TensorDataset(*data), 16, shuffle=True)
@@ -59,7 +59,7 @@ def test_data_loader(plain, data, hand, same, accumulate, length):
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_clipping_with_a_pull(plain, data, same, mode):
-    """Clipping sees the pull, as it would a penalty in the loss; a decoupled pull moves weights before the step."""
+    """Clipping includes the pull, like a penalty in the loss; a decoupled pull moves weights before the step."""
     adaptation = plain(ctl.L2SP(alpha=0.5, beta=0.1, mode=mode))
     other = copy.deepcopy(adaptation)
     training = ctl.Training(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, clip=0.3)
@@ -82,7 +82,7 @@ def test_clipping_with_a_pull(plain, data, same, mode):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
 def test_the_pull_stays_exact_under_accumulation_and_schedules(plain, data, schedule):
-    """Beside any schedule and any accumulation, the pull equals the penalty in the loss, once a step."""
+    """With any schedule and accumulation the pull equals the penalty in the loss, once per step."""
     adaptation = plain(ctl.L2SP(alpha=0.5, beta=0.1), dropout=0.0)
     other = copy.deepcopy(adaptation)
     training = ctl.Training(epochs=2, batch_size=16, optimizer="sgd", lr=0.05, accumulate=2, schedule=schedule)
@@ -135,7 +135,7 @@ def test_any_sizes(hand, same, length, batch, accumulate, name):
 
 
 def test_evaluation_does_not_disturb_training(plain, data, same):
-    """Whatever is evaluated along the way, and however, the weights come out the same."""
+    """Evaluations while training do not change the weights."""
     alone, watched = plain(), plain()
     training = ctl.Training(epochs=3, batch_size=16, lr=0.01)
     ctl.fit(alone, data, training=training, seed=3)
@@ -145,7 +145,7 @@ def test_evaluation_does_not_disturb_training(plain, data, same):
 
 
 def test_frozen_layers_stand_still(plain, data):
-    """What the plan freezes does not move, running statistics included, whatever the optimizer decays."""
+    """Frozen parameters and running statistics do not change, whatever the optimizer decays."""
     adaptation = plain(ctl.LayerTransfer(side="input", layers=1))
     before = copy.deepcopy(adaptation.model.stem.state_dict())
     training = ctl.Training(epochs=2, batch_size=16, optimizer="adamw", lr=0.1, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not, bit for bit on a CPU."""
+"""An interrupted and resumed run equals an uninterrupted one, bit for bit on a CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def noise(batch, generator):
 
 
 class Noisy(Dataset):
-    """Draws from the global generators of torch and NumPy as it is read."""
+    """Dataset that draws from the global generators of torch and NumPy."""
 
     def __init__(self, inputs, labels):
         self.inputs, self.labels = inputs, labels
@@ -89,7 +89,7 @@ def test_resume_equals_uninterrupted(plain, data, same, interrupting, tmp_path, 
 
 
 def test_interrupted_again_and_again(plain, data, same, interrupting, tmp_path):
-    """A run that is stopped after every few batches ends as if it never had been."""
+    """A run that is interrupted every few batches ends with the same weights."""
     whole, _ = _run(plain, data, CASES["augmented"])
     stops = 0
     while True:
@@ -105,7 +105,7 @@ def test_interrupted_again_and_again(plain, data, same, interrupting, tmp_path):
 
 @pytest.mark.parametrize("keep", ["target", "path"])
 def test_a_finished_run_resumes_to_itself(plain, data, same, tmp_path, keep):
-    """The checkpoint of a finished run brings its weights back, the best ones where they are kept."""
+    """The checkpoint of a finished run restores its weights, the best ones if they are kept."""
     case = {"training": {"keep": keep, "lr": 0.1}}
     whole, expected = _run(plain, data, case, out=tmp_path)
     again, result = _run(plain, data, case, out=tmp_path, resume=True)
@@ -116,7 +116,7 @@ def test_a_finished_run_resumes_to_itself(plain, data, same, tmp_path, keep):
 
 
 def test_ctrl_c_during_evaluation_ends_the_run_after_it(plain, data, same, tmp_path):
-    """Ctrl-C outside a step is not lost: the epoch is closed, saved, and the run stops."""
+    """Ctrl-C during an evaluation: the epoch is finished and saved, then the run stops."""
 
     def pressing(outputs, batch):
         signal.raise_signal(signal.SIGINT)
@@ -137,7 +137,7 @@ def test_ctrl_c_is_the_callers_again_afterwards(plain, data, tmp_path):
 
 
 def test_another_setting_is_refused(plain, data, tmp_path):
-    """A checkpoint goes on under its own settings only; the message names the first that differs."""
+    """A checkpoint resumes with its own settings only; the message names the first that differs."""
     _run(plain, data, {}, out=tmp_path)
     with pytest.raises(ctl.SpecError, match=r"training\.lr=0\.01, but now it is 0\.02"):
         _run(plain, data, {"training": {"lr": 0.02}}, out=tmp_path, resume=True)
@@ -163,7 +163,7 @@ def test_a_setting_that_an_older_version_did_not_have_is_its_default(plain, data
 
 
 def test_the_scalers_state_is_restored(plain, data, same, interrupting, tmp_path):
-    """In fp16: its scale grows every third step, and goes on growing from where it was."""
+    """In fp16: the scale grows every third step, and continues to grow from its saved value."""
 
     def accelerator():
         found = Accelerator(cpu=True)
@@ -183,7 +183,7 @@ def test_the_scalers_state_is_restored(plain, data, same, interrupting, tmp_path
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(plain, data, same, monkeypatch, interrupting, tmp_path):
-    """Half of a file never stands where a checkpoint is looked for, nor beside it."""
+    """No partial file is left, neither as the checkpoint nor beside it."""
     whole, _ = _run(plain, data, {})
     with pytest.raises(KeyboardInterrupt):
         _run(plain, data, {}, out=tmp_path, forward=interrupting(6))
@@ -218,7 +218,7 @@ def test_a_torn_checkpoint_is_named(plain, data, tmp_path):
 
 
 def test_seeds_make_runs_repeatable(plain, data, same):
-    """The same seed gives the same weights, whatever was drawn before; another one gives others."""
+    """The same seed gives the same weights, whatever was drawn before; another seed gives others."""
     first, _ = _run(plain, data, CASES["random dataset"])
     torch.rand(3)
     np.random.rand(3)  # noqa: NPY002

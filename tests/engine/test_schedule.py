@@ -1,4 +1,4 @@
-"""One factor on all rates: its shapes, and that the plan's ratios survive it."""
+"""The factor on all rates: its shapes, and the plan's ratios under it."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_one_cycle_rises_over_30_percent_and_falls_to_almost_nothing():
 
 @given(schedule=st.sampled_from(SCHEDULES), steps=st.integers(1, 500), warmup=st.sampled_from([0.0, 0.05, 0.5]))
 def test_every_step_has_a_rate(schedule, steps, warmup):
-    """No step is wasted on a rate of nothing, and none exceeds the rate asked for."""
+    """No step has a rate of 0, and none exceeds the rate of the settings."""
     warm = 0.0 if schedule == "one_cycle" else warmup
     assert all(0 < factor <= 1 for factor in factors(steps, schedule=schedule, warmup=warm))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ratios_between_groups_survive(plain, data, schedule):
-    """At every step of every phase each group's rate is its own times one factor."""
+    """At every step of every phase each group's rate is its initial rate times one factor."""
     adaptation = plain(ctl.DiscriminativeLR(decay=0.5), ctl.GradualUnfreezing(by="layer", scales=(1.0, 0.5)))
     seen = []
 
@@ -79,7 +79,7 @@ def test_ratios_between_groups_survive(plain, data, schedule):
 
 
 def test_phases_train_what_they_say(plain, data):
-    """A layer stands still until its phase, and moves in it."""
+    """A layer does not change until its phase, and changes in it."""
     adaptation = plain(ctl.GradualUnfreezing(by="layer"))
     moved = []
 

@@ -1,4 +1,4 @@
-"""Searches: what is found by trying trains the same as if it had been named."""
+"""Searches: a run with a candidate that was found equals a run with that candidate given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAINING = ctl.Training(epochs=10, batch_size=16, lr=0.05)
 
 
 def problem():
-    """A source model, and data on which its inputs have changed sign: the first layer can mend that, no other."""
+    """A source model, and data with inputs of the other sign: only the first layer can correct that."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     source = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 3))
@@ -121,7 +121,7 @@ class BestScale(Search):
 
 
 class Cautious(BestScale):
-    """The smallest factor that comes within a tenth of the best one's score."""
+    """The smallest factor with a score within 0.1 of the best."""
 
     kind: Literal["test_cautious_scale"] = "test_cautious_scale"
 
@@ -178,7 +178,7 @@ def test_a_search_of_a_users_own_in_fit():
 
 
 def test_a_search_decides_on_the_scores():
-    """Not on the best one, where it says so."""
+    """By its own rule, which need not take the best."""
     source, train, valid = problem()
     adaptation = scaled(source, SearchedScale(scales=(1.0, 0.9, 1e-6), search=Cautious))
     scores = ctl.best_block(adaptation, train, {"target": valid}, TRAINING)

@@ -1,4 +1,4 @@
-"""Which weights are kept, and when training stops early."""
+"""Selection of the weights to keep, and early stopping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONE = (torch.zeros(1, 3, 12), torch.zeros(1, dtype=torch.long))
 
 
 class Scripted:
-    """Validation that finds what it is told, one value a look, and notes the weights it was shown."""
+    """Metrics that return given values, one per evaluation, and record the weights."""
 
     def __init__(self, model, values, metric="accuracy"):
         self.model, self.values, self.metric, self.shown = model, list(values), metric, []
@@ -38,7 +38,7 @@ def test_the_last_weights_are_kept_by_default(plain, data):
 
 
 def test_the_best_on_the_target_are_kept(plain, data):
-    """Whatever the source says."""
+    """Whatever the score on the source."""
     adaptation = plain()
     target = Scripted(adaptation.model, [0.1, 0.9, 0.8, 0.2])
     source = Scripted(adaptation.model, [0.9, 0.0, 0.5, 0.5])
@@ -51,7 +51,7 @@ def test_the_best_on_the_target_are_kept(plain, data):
 
 @pytest.mark.parametrize(("losses", "kept"), [((3, 2, 1, 0), 2), ((3, 1, 2, 0), 1), ((3, 1, 1, 0), 1)])
 def test_of_equal_accuracies_the_lower_loss_is_kept(plain, data, losses, kept):
-    """Ten examples have eleven accuracies: the first to reach the best is seldom the best. The first of true equals."""
+    """Ten examples have eleven accuracies: the loss decides between equal ones, and the order between equal losses."""
     adaptation = plain()
     target, left = Scripted(adaptation.model, [0.1, 0.9, 0.9, 0.2]), iter(losses)
     holdout = ctl.Holdout(ONE, metrics=target, loss=lambda *_: torch.tensor(float(next(left))))
@@ -62,7 +62,7 @@ def test_of_equal_accuracies_the_lower_loss_is_kept(plain, data, losses, kept):
 
 
 def test_the_best_harmonic_mean_is_kept(plain, data):
-    """A target won by losing the source is worth less than both held."""
+    """A good target score with a bad source score is worth less than two fair ones."""
     adaptation = plain()
     target = Scripted(adaptation.model, [0.5, 1.0, 0.8])
     source = Scripted(adaptation.model, [0.9, 0.1, 0.8])
@@ -84,7 +84,7 @@ def test_what_is_only_watched_is_never_selected_on(plain, data):
 
 
 def test_patience_stops_training(plain, data):
-    """Two looks without a better score end it; the best is kept."""
+    """Two evaluations without a better score end training; the best weights are kept."""
     adaptation = plain()
     target = Scripted(adaptation.model, [0.5, 0.6, 0.5, 0.1, 0.9])
     training = ctl.Training(epochs=9, lr=0.1, keep="target", patience=2)
@@ -103,7 +103,7 @@ def test_patience_counts_evaluations(plain, data):
 
 
 def test_patience_does_not_cut_a_phase_short(plain, data):
-    """Only the last phase can end early: the layers that it would unfreeze are the point of it."""
+    """Only the last phase can end early: earlier phases exist to unfreeze layers."""
     adaptation = plain(ctl.GradualUnfreezing(epochs=3))
     target = Scripted(adaptation.model, [0.9, 0.1, 0.1, 0.1, 0.1])
     training = ctl.Training(epochs=9, patience=2)
@@ -126,7 +126,7 @@ F1 = {"metric": "f1", "direction": "higher"}
 
 
 class TestSelect:
-    """``training.select`` names the metric, and everything that judges goes by it."""
+    """``training.select`` names the metric of every decision."""
 
     @pytest.mark.parametrize(
         ("select", "expected"),
@@ -182,7 +182,7 @@ class TestSelect:
         ("select", "kept"), [("wer", 1), ({"metric": "wer", "direction": "lower"}, 1), ({**F1, "metric": "other"}, 2)]
     )
     def test_the_best_by_that_metric_are_kept(self, plain, data, select, kept):
-        """A custom metric used to be passed over for the loss."""
+        """A custom metric is not replaced by the loss."""
         adaptation = plain()
         target = Scripted(adaptation.model, [0.3, 0.1, 0.4], metric="wer")
         holdout = ctl.Holdout(ONE, metrics=lambda *batch: (found := target(*batch)) | {"other": found["wer"]})
@@ -219,7 +219,7 @@ class TestSelect:
         assert len(target.shown) <= 1
 
     def test_a_strategy_chooses_by_that_metric(self, plain, data):
-        """Of the path's points and of the blocks the one with the lowest error."""
+        """The path's point and the block with the lowest error are chosen."""
         adaptation = plain(ctl.WeightInterpolation(t=None, points=3))
         target = Scripted(adaptation.model, [0.5, 0.5, 0.4, 0.1, 0.3], metric="wer")
         result = ctl.fit(adaptation, data, {"target": target.holdout()}, ctl.Training(epochs=2, select="wer"))
@@ -233,7 +233,7 @@ class TestSelect:
         assert adaptation.plan.facts == {"surgical_block": "head*"}
 
     def test_only_an_accuracy_has_a_margin_of_chance(self, plain, data):
-        """Half an example of ten is 0.05 of an accuracy; of an F1 nothing is known."""
+        """Half of one in ten examples is 0.05 of an accuracy; for an F1 the margin is 0."""
         scores = [0.5] * 2 + [0.1, 0.1, 0.9, 0.88, 0.87, 0.86, 0.86, 0.1, 0.1, 0.1, 0.1]
         points = {}
         for metric in ("accuracy", "f1"):
@@ -264,7 +264,7 @@ class TestSelect:
 
 
 def test_a_score_that_is_no_number_is_never_the_best(net):
-    """NaN compares false with everything, and must not stand in the way of what comes after."""
+    """NaN compares false with everything, and must not block a later score."""
     selection, model = Selection(), net()
     for loss in (math.nan, 2.0, math.nan):
         selection.look({"target": {"loss": loss}}, model, ctl.Training(keep="target", select="loss"))

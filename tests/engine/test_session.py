@@ -1,4 +1,4 @@
-"""Device, precision and settings; what belongs to the user is left as it was found."""
+"""Device, precision and settings; the user's objects are restored after a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONCE = {"epochs": 1, "batch_size": 16, "device": "cpu"}
 
 @pytest.fixture(autouse=True)
 def no_state():
-    """Tests of Accelerate's shared state begin and end without any."""
+    """Clear Accelerate's shared state before and after each test."""
     states = [kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)]
     for state in states:
         state.clear()
@@ -60,7 +60,7 @@ def test_cuda_needs_a_gpu(plain, data):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ends", ["well", "badly"])
 def test_the_model_is_left_as_found(plain, data, precision, ends):
-    """Its methods, modes and attributes, after a run that ends and after one that does not."""
+    """Methods, modes and attributes are restored, also after a run that fails."""
     adaptation = plain()
     model = adaptation.model
     model.body.eval()
@@ -83,7 +83,7 @@ def test_the_model_is_left_as_found(plain, data, precision, ends):
 
 
 def test_a_forward_of_the_users_own_stays(plain, data):
-    """One that was put on the object, not the class."""
+    """A forward set on the object instead of the class."""
     adaptation = plain()
     calls = []
     original = adaptation.model.forward
@@ -94,7 +94,7 @@ def test_a_forward_of_the_users_own_stays(plain, data):
 
 
 def test_accelerates_state_is_left_as_found(plain, data):
-    """A process that uses Accelerate with other settings goes on as if fit had not run."""
+    """Other settings of Accelerate in the same process are unchanged after fit."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
     before = [dict(kind._shared_state) for kind in (AcceleratorState, GradientState, PartialState)]
     result = ctl.fit(plain(), data, training=ctl.Training(**ONCE, precision="fp32"))
@@ -105,7 +105,7 @@ def test_accelerates_state_is_left_as_found(plain, data):
 
 
 def test_your_own_accelerator(plain, data, same):
-    """It decides device and precision, and holds on to nothing afterwards."""
+    """It decides device and precision, and holds no prepared objects afterwards."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     ours, theirs = plain(), plain()
     result = ctl.fit(ours, data, training=ctl.Training(**ONCE), accelerator=accelerator, seed=1)
@@ -143,7 +143,7 @@ def test_determinism_is_asked_for_while_training_only(plain, data, found):
 
 
 def test_a_failure_to_begin_leaves_everything_as_found(plain, data):
-    """An optimizer that cannot be made: weight decay on what L2-SP already pulls."""
+    """The optimizer cannot be made: weight decay on parameters that L2-SP already pulls."""
     adaptation = plain(ctl.L2SP(alpha=0.1))
     training = ctl.Training(**ONCE, weight_decay=0.1, deterministic=True)
     with pytest.raises(ctl.SpecError, match="weight_decay"):

@@ -1,4 +1,4 @@
-"""``threads: auto`` chooses one thread where a second only waits, and says so by time alone."""
+"""``threads: auto`` chooses between one thread and all by timing the first steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS = {"epochs": 5, "batch_size": 16, "lr": 0.01, "device": "cpu", "threads
 
 
 class Clock:
-    """Time that passes in forward passes only: seconds an example, by the number of threads."""
+    """Clock that advances in forward passes only, by given seconds per example for each number of threads."""
 
     def __init__(self, costs):
         self.costs, self.now, self.used = costs, 0.0, []
@@ -39,7 +39,7 @@ def two_threads():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Make a clock that training reads."""
+    """Return a function that makes the clock of the engine."""
 
     def make(one, two):
         made = Clock({1: one, 2: two})
@@ -59,7 +59,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_chooses(plain, data, clock, name):
-    """From the thirteenth step on, whatever the size of a batch: 16, 16, 16, 2."""
+    """The choice holds from the thirteenth step; batches of 16, 16, 16 and 2 are compared per example."""
     one, two, chosen = CASES[name]
     made = clock(one, two)
     ctl.fit(plain(), data, training=ctl.Training(**SETTINGS), forward=made.forward, seed=0)
@@ -77,7 +77,7 @@ def test_it_changes_nothing_but_rounding(plain, data, clock):
 
 
 def test_each_phase_is_timed(plain, data, clock):
-    """A phase that trains the head alone says nothing of one that trains everything."""
+    """Times of a phase that trains the head alone do not hold for one that trains everything."""
     made = clock(1.0, 0.5)
     adaptation = plain(ctl.GradualUnfreezing(epochs=4))
     settings = ctl.Training(**{**SETTINGS, "epochs": 8})
@@ -89,7 +89,7 @@ def test_each_phase_is_timed(plain, data, clock):
 
 @pytest.mark.parametrize("at", [6, 17], ids=["while timing", "after it"])
 def test_a_resumed_run_keeps_the_choice(plain, data, same, clock, interrupting, tmp_path, at):
-    """Whatever the clock says by then: else its sums would be rounded otherwise."""
+    """Whatever the clock shows after resuming: another number of threads would round otherwise."""
     whole = plain()
     made = clock(1.0, 1.0)
     ctl.fit(whole, data, training=ctl.Training(**SETTINGS), forward=made.forward, seed=0)

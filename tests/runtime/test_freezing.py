@@ -1,4 +1,4 @@
-"""Freezing: gradients gone, statistics still, through every train()."""
+"""Freezing: no gradients and no change of statistics, through every train()."""
 
 from __future__ import annotations
 

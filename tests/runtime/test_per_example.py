@@ -1,4 +1,4 @@
-"""Squared gradients of single examples, against a plain loop, whatever the model."""
+"""Sums of squared gradients of single examples equal those of a plain loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 
 
 class Mean(nn.Module):
-    """What comes before, and a head on its mean over time; ``touch`` is done to its inputs first."""
+    """A body and a head on its mean over time; ``touch`` is applied to the inputs first."""
 
     def __init__(self, body, width, touch=lambda x: x):
         super().__init__()
@@ -67,7 +67,7 @@ def plain(model, x, y, weights):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_example_for_itself(name, weighted, monkeypatch):
-    """The sum is that of a loop over examples, where ``vmap`` takes the model and where it refuses it."""
+    """The sum equals that of a loop over examples, whether ``vmap`` accepts the model or not."""
     monkeypatch.setattr("conservtl.runtime.per_example._MOST", 3)  # chunks of 3, 3 and 1
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
@@ -81,7 +81,7 @@ def test_every_example_for_itself(name, weighted, monkeypatch):
 
 
 def test_batches_of_any_make():
-    """Mappings, numbers beside tensors, tied weights, and parameters that do nothing."""
+    """Mappings, scalars beside tensors, tied weights, and unused parameters."""
 
     class Tied(nn.Module):
         def __init__(self):
@@ -120,7 +120,7 @@ def test_what_is_wrong_without_vmap_too_says_so_itself():
 
 
 def test_a_batch_that_cannot_be_taken_apart():
-    """Targets in one row, as CTC may have them: batches of one say whose they are."""
+    """Targets of all examples in one row, as for CTC, need batches of one example."""
     model = nn.Linear(3, 2).double()
     examples = PerExample(model, named_parameters(model), lambda m, batch: m(batch[0]).sum() * batch[1].sum())
     with pytest.raises(ctl.SpecError, match=r"received lengths \[4, 9\]\. Give batches of one example"):

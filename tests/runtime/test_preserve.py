@@ -1,4 +1,4 @@
-"""What a block changes temporarily is as it was afterwards, whether the block ends well or not."""
+"""Modes, buffers and gradients are restored after a block, also if it raises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conservtl.runtime.preserve import eval_mode, preserve_buffers, preserve_gra
 
 @pytest.fixture(params=["well", "badly"])
 def ending(request):
-    """A function to call as a block's last line."""
+    """The last call of a block: it returns, or raises."""
 
     def end():
         if request.param == "badly":
@@ -50,7 +50,7 @@ def test_eval_mode(model, ending):
 
 
 def test_buffers(model, ending):
-    """In place: whoever holds a buffer holds the old values."""
+    """Restored in place: references to a buffer see the old values."""
     model.train()
     held = model[1].running_mean
     suppressed(preserve_buffers(model), lambda: (model(torch.ones(3, 2)), ending()))
