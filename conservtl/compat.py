@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -41,6 +42,9 @@ __all__ = [
     "forward_hook_table",
     "forward_hooks",
     "forward_pre_hooks",
+    "has_load_hooks",
+    "hook_tables",
+    "metadata_of",
     "prepared_objects",
     "register_first",
     "remove_forward_hooks",
@@ -49,6 +53,7 @@ __all__ = [
     "scaler_state",
     "tree_leaves",
     "tree_map",
+    "with_metadata",
 ]
 
 # One kernel launch for many tensors: torch has no public multi-tensor arithmetic. Bound here without a wrapper, since
@@ -81,6 +86,58 @@ def forward_pre_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
 def forward_hook_table(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """Return the dictionary that holds a module's forward hooks, for a copy that leaves hooks out."""
     return module._forward_hooks
+
+
+def has_load_hooks(module: nn.Module) -> bool:
+    """Return whether a module changes a state dict before it loads it: torch keeps such hooks in private names only.
+
+    Counting batches is no change, and neither are the hooks of FSDP, which gather nothing here.
+    """
+    hooks = [hook for hook in module._load_state_dict_pre_hooks.values() if not _of_fsdp(hook)]
+    own = type(module)._load_from_state_dict not in _PLAIN_LOADS
+    return bool(hooks) or own or type(module).load_state_dict is not nn.Module.load_state_dict
+
+
+_PLAIN_LOADS = (
+    nn.Module._load_from_state_dict,
+    NormBase._load_from_state_dict,
+    InstanceNormBase._load_from_state_dict,
+)
+
+
+def _of_fsdp(hook: Any) -> bool:
+    function = getattr(hook, "hook", hook)
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the dictionaries of a module's hooks that loading does not need, for a copy that leaves them out."""
+    names = (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    )
+    return [vars(module)[name] for name in names if name in vars(module)]
+
+
+def metadata_of(state: Any) -> dict[str, dict[str, Any]]:
+    """Return the version of each module that wrote a state dict; empty where none is kept (safetensors)."""
+    metadata = getattr(state, "_metadata", None)
+    return dict(metadata) if isinstance(metadata, dict) else {}
+
+
+def with_metadata(state: dict[str, Any], metadata: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a state dict that carries the versions of modules, as ``load_state_dict`` reads them."""
+    versioned: OrderedDict[str, Any] = OrderedDict(state)
+    versioned._metadata = metadata  # type: ignore[attr-defined]
+    return versioned
 
 
 def remove_forward_hooks(module: nn.Module, matches: Callable[[Any], bool]) -> None:

@@ -89,7 +89,8 @@ class BoundPlan:
         Raises:
             PlanError: the new plan copies other layers than were copied.
         """
-        plan = apply_all(self.origin.drawn.with_facts({**self.plan.facts, **facts}), self.origin.strategies)
+        drawn = self.origin.drawn.with_facts({**self.plan.facts, **facts}).with_notes(self.plan.notes)
+        plan = apply_all(drawn, self.origin.strategies)
         if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
             raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
         self.terms.detach()

@@ -15,7 +15,10 @@ from conservtl.layers import Layer, canonical, find_layers, named_parameters, se
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import build_source_model
-from conservtl.source.read import Source, SourceLike, read_source
+from conservtl.source.coverage import check_coverage, unused_note
+from conservtl.source.kinds import check_kinds, check_model_kinds
+from conservtl.source.positions import resample_positions
+from conservtl.source.read import Source, SourceLike, own_tensors, read_source
 from conservtl.source.structure import check_extensions, check_structure
 from conservtl.source.transfer import transfer
 
@@ -31,6 +34,9 @@ def adapt(
     layers: Sequence[str] | None = None,
     fresh: Sequence[str] | Mapping[str, str] = (),
     allow: Sequence[str] = (),
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Adaptation:
     """Draw up the plan, copy the source's weights and fix the anchors; nothing is trained.
 
@@ -46,7 +52,12 @@ def adapt(
         layers: globs of parameter names, input side first, that define the layers.
         fresh: globs of parameters or layers not to copy although they fit, such as a head for other labels; or a
             mapping glob -> reason, which the plan shows.
-        allow: globs of modules that the model may lack, or build differently, if the source is a model.
+        allow: globs of modules that the model may lack, or build differently, if the source is a model; and of
+            parameters that the source may lack, if it has almost none of the model's.
+        key: the entry of a checkpoint that holds the weights, such as ``"state_dict_ema"``; see ``read_source`` for
+            the order without it.
+        prefix: what the names of the wanted source tensors begin with; removed, and other tensors are left out.
+        rename: regular expression -> replacement, for names of source tensors that differ from the model's.
 
     Returns:
         The adaptation, at its starting point.
@@ -67,10 +78,12 @@ def adapt(
     if isinstance(strategies, (Strategy, str)):
         raise SpecError(f"strategies must be a list: write [{strategies!r}].")
     chosen = tuple(strategy for strategy in map(as_strategy, strategies) if strategy.concerns(unwrap(model)))
-    read = read_source(source)
+    check_model_kinds(model)
+    read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
     if read.module is not None and read.module is not unwrap(model):
-        check_structure(model, read.module, allow)
-    read = read.matched(map(canonical, unwrap(model).state_dict()))
+        check_structure(model, read.module, allow, {old: new for new, old in read.old_names.items()})
+    own = own_tensors(model)
+    check_kinds(read.tensors, own, read.where)
     read.check_finite(other_than=_masks(model))
     bare = copy.deepcopy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
     added, layers = extend_all(model, chosen, example, layers)
@@ -78,11 +91,16 @@ def adapt(
         _check_merged(read, added)
         parts = find_layers(model, example, layers)
         values = read.values_of(parts)
-        shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
-        fixed = [name for name, parameter in named_parameters(model).items() if not parameter.is_floating_point()]
         declared = _declared(parts, fresh)
+        parameters = named_parameters(model)
+        wanted = {name: parameter for name, parameter in parameters.items() if name not in declared}
+        resampled, notes = resample_positions(model, values, wanted)
+        values |= resampled
+        shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
+        fixed = [name for name, parameter in parameters.items() if not parameter.is_floating_point()]
         drawn = Plan.draw(parts, shapes, declared | added, fixed, added)
         plan = apply_all(drawn, chosen)
+        check_coverage(plan, read, own, declared, allow)
         for decision in plan.decisions:
             decision.check(unwrap(model))
         if read.module is not None:
@@ -90,11 +108,12 @@ def adapt(
         head = _own_head(plan, declared)
         names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
-        source_model = build_source_model(bare, read, names) if compared else None
+        source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
     except BaseException:
         retract_all(model, chosen)
         raise
     report = transfer(model, parts, plan, values, read)
+    plan = plan.with_notes((*read.notes, *notes, *unused_note(report.unused, read.tensors)))
     return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
@@ -63,6 +63,8 @@ class Plan(FrozenModel):
     """What is done to the weights once training is over, in order."""
     facts: dict[str, str] = Field(default_factory=dict)
     """What was found out before training, for strategies to read."""
+    notes: tuple[str, ...] = ()
+    """Remarks on the source: what was taken from it under which names, what was resampled, what was not used."""
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.
@@ -387,6 +389,10 @@ class Plan(FrozenModel):
     def with_facts(self, facts: Mapping[str, str]) -> Plan:
         """The plan with what was found out before training; a new fact replaces an old one of its name."""
         return self._with(facts={**self.facts, **facts})
+
+    def with_notes(self, notes: Iterable[str]) -> Plan:
+        """The plan with remarks on the source, in place of those it had."""
+        return self._with(notes=tuple(notes))
 
     def _with(self, **changes: Any) -> Plan:
         """The same plan but for these fields, invariants checked."""

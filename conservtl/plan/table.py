@@ -34,7 +34,7 @@ def lines(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def summary(plan: Plan) -> list[str]:
-    """Totals, why what is fresh is fresh, and the phases where there is more than one."""
+    """Totals, why what is fresh is fresh, remarks on the source, and the phases where there is more than one."""
     total = plan.totals()
     share = 100 * total["trained"] / max(1, total["all"])
     out = [
@@ -43,6 +43,7 @@ def summary(plan: Plan) -> list[str]:
     ]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     out += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
+    out += [f"source  {note}" for note in plan.notes]
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)

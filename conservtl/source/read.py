@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conservtl.compat import metadata_of
 from conservtl.errors import SourceError, did_you_mean
 from conservtl.layers import Layer, canonical, unwrap
+from conservtl.source.entries import some, tensors_of, weights_in
+from conservtl.source.kinds import check_model_kinds
+from conservtl.source.migration import Migration
+from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 
-__all__ = ["Source", "SourceLike", "read_source"]
-
-
-SourceLike = str | Path | Mapping[str, Any] | nn.Module
-"""A path to weights, a state dict (wrapped or not), or a model."""
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "model.")  # torch.compile's prefix is removed before: names are canonical
+__all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
 
 
 @dataclass(frozen=True)
@@ -30,47 +29,105 @@ class Source:
     Args:
         tensors: name -> tensor.
         where: name of the source in messages.
-        notes: entries that were unwrapped or ignored, and the prefix that was stripped.
+        notes: entries that were unwrapped or ignored, and changes to names.
         module: the source model, if the source is a model.
+        versions: of the modules that saved the tensors, as a state dict's metadata.
+        old_names: name -> name in ``module``, if names were changed.
     """
 
     tensors: dict[str, Tensor]
     where: str
     notes: tuple[str, ...] = ()
     module: nn.Module | None = None
+    versions: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    old_names: Mapping[str, str] = field(default_factory=dict)
 
-    def matched(self, names: Iterable[str]) -> Source:
-        """Return the source without the prefix that hides most of the model's names.
+    def renamed(self, prefix: str | None = None, rename: Mapping[str, str] | None = None) -> Source:
+        """Return the source under other names.
 
         Args:
-            names: names of the model's parameters and buffers.
+            prefix: removed; tensors whose names do not begin with it are left out.
+            rename: regular expression -> replacement, applied in order wherever it matches.
+
+        Raises:
+            SourceError: nothing begins with the prefix, an expression matches nothing, or two names become one.
+            SpecError: an expression is not valid.
+        """
+        if not prefix and not rename:
+            return self
+        names = names_after(self.tensors, self.where, prefix, rename)
+        notes = [*self.notes]
+        versions = self.versions
+        if prefix:
+            left = len(self.tensors) - len(names)
+            notes.append(f"removed the prefix {prefix!r}" + (f", left out {left} tensors without it" if left else ""))
+            versions = self._versions(prefix.removesuffix(".") + ".")
+        for expression, replacement in (rename or {}).items():
+            notes.append(f"renamed {expression!r} to {replacement!r}")
+            versions = {
+                re.sub(expression, replacement, f"{name}.").removesuffix("."): v for name, v in versions.items()
+            }
+        return self._under(names, tuple(notes), versions)
+
+    def matched(self, model: nn.Module | Mapping[str, Tensor]) -> Source:
+        """Return the source under the model's names: without the prefix that hides most of them, as its hooks migrate.
+
+        Args:
+            model: the model, or its tensors by name; those have no hooks.
 
         Raises:
             SourceError: no name matches, with or without a prefix, or two names become one.
         """
-        known = set(names)
-        best, matches = "", -1
-        for prefix in _candidates(self.tensors):
-            count = len({name.removeprefix(prefix) for name in self.tensors} & known)
-            if count > matches:
-                best, matches = prefix, count
+        own = own_tensors(model)
+        migration = Migration(unwrap(model)) if isinstance(model, nn.Module) else None
+        best, matches, tensors = "", -1, self.tensors
+        notes: tuple[str, ...] = ()
+        for prefix in known_prefixes(self.tensors):
+            stripped = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()}
+            migrated = migration.run(stripped, self._versions(prefix)) if migration else stripped
+            if (count := len(migrated.keys() & own.keys())) > matches:
+                best, matches, tensors = prefix, count, migrated
+                notes = migration.notes if migration else ()
         if matches <= 0:
+            fit = best_fit(self.tensors, own)
             raise SourceError(
                 f"{self.where}: its {len(self.tensors)} tensors must share names with the model; none does, so nothing "
-                f"would be loaded. The source has {_some(self.tensors)}; the model has {_some(known)}. "
-                f"Rename the keys, or load the file into the model it was saved from and pass that model."
-            )
-        notes = self.notes + ((f"stripped the prefix {best!r}",) if best else ())
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in self.tensors.items():
-            short = name.removeprefix(best)
-            if short in tensors:
-                raise SourceError(
-                    f"{self.where}: names must be unique; {short!r} and {best + short!r} both mean {short!r}. "
-                    "Remove one of them and pass the state dict."
+                f"would be loaded. The source has {some(self.tensors)}; the model has {some(own)}. "
+                + (
+                    f"With {fit}, {len(fit.names)} of the model's {len(own)} tensors are found (in a spec, "
+                    "source.prefix and source.rename)."
+                    if fit
+                    else "Rename the keys (rename={...}), or load the file into the model it was saved from and pass "
+                    "that model."
                 )
-            tensors[short] = tensor
-        return Source(tensors, self.where, notes, self.module)
+            )
+        if best:
+            notes = (f"stripped the prefix {best!r}", *notes)
+        names = {name: name.removeprefix(best) for name in self.tensors}
+        check_unique(names, self.where)
+        return _migrated(self._under(names, (*self.notes, *notes), self._versions(best)), tensors)
+
+    def _under(self, names: Mapping[str, str], notes: tuple[str, ...], versions: Mapping[str, Any]) -> Source:
+        """Return the source with other names: old name -> new name."""
+        old = {new: self.old_names.get(name, name) for name, new in names.items()}
+        tensors = {new: self.tensors[name] for name, new in names.items()}
+        return replace(self, tensors=tensors, notes=notes, versions=versions, old_names=old)
+
+    def _versions(self, prefix: str) -> Mapping[str, dict[str, Any]]:
+        return {f"{name}.".removeprefix(prefix).removesuffix("."): fields for name, fields in self.versions.items()}
+
+    def as_model_has(self, resampled: Mapping[str, Tensor]) -> Source:
+        """Return the source as a model of the target's names and image size needs it.
+
+        A source model under other names, or for another image size, is replaced by its tensors.
+
+        Args:
+            resampled: name -> tensor in the model's shape.
+        """
+        same = all(old == new for new, old in self.old_names.items())
+        return replace(
+            self, tensors={**self.tensors, **resampled}, module=self.module if same and not resampled else None
+        )
 
     def values_of(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
         """Return parameter name -> source tensor; a tied parameter is found under any of its names."""
@@ -91,7 +148,9 @@ class Source:
             SourceError: a tensor holds NaN or infinity; the message names it.
         """
         for name, tensor in self.tensors.items():
-            if name not in other_than and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if name in other_than or not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            if not torch.isfinite(tensor).all():
                 count = int((~torch.isfinite(tensor)).sum())
                 raise SourceError(
                     f"{self.where}: values must be finite; tensor {name!r} holds {count} values that are NaN or "
@@ -99,24 +158,59 @@ class Source:
                 )
 
 
-def read_source(source: SourceLike) -> Source:
+SourceLike = str | Path | Mapping[str, Any] | nn.Module | Source
+"""A path to weights, a state dict (wrapped or not), a model, or a source that was read before."""
+
+
+def read_source(
+    source: SourceLike,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Source:
     """Read source weights without executing code from a file.
+
+    A checkpoint may hold several dictionaries. Without ``key``, at each level: the entry ``state_dict``, or else
+    ``model_state_dict``, ``model`` or ``module``; if there is none, the tensors themselves, or else the only entry
+    that is a dictionary of tensors. Several others are an error that lists them.
 
     Args:
         source: a path (``.safetensors``, or ``.pt``, ``.pth``, ``.th``, ``.bin`` read with
             ``weights_only=True``), a state dict, a dictionary that wraps one, or a model.
+        key: the entry of a checkpoint to take, such as ``"state_dict_ema"``; dots lead to nested entries.
+        prefix: what the names of the wanted tensors begin with; removed. Other tensors are left out.
+        rename: regular expression -> replacement, applied to the names in order, after ``prefix``.
 
     Raises:
-        SourceError: the file is missing or unreadable, or holds no tensors.
+        SourceError: the file is missing or unreadable, holds no tensors, has no such entry, or names do not match.
+        SpecError: an expression is not valid.
     """
-    if isinstance(source, nn.Module):
+    return _read(source, key).renamed(prefix, rename)
+
+
+def own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return canonical name -> tensor of a model's state dict."""
+    state = unwrap(model).state_dict() if isinstance(model, nn.Module) else model
+    return {canonical(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _read(source: SourceLike, key: str | None) -> Source:
+    if isinstance(source, (nn.Module, Source)):
+        if key is not None:
+            raise SourceError(f"key chooses an entry of a checkpoint; the source is none. Leave key={key!r} out.")
+        if isinstance(source, Source):
+            return source
         model = unwrap(source)
-        return Source(_tensors(model.state_dict()), f"source {type(model).__name__}", module=model)
+        check_model_kinds(model, "the source model")
+        state = model.state_dict()
+        where = f"source {type(model).__name__}"
+        return Source(tensors_of(state, where, []), where, module=model, versions=metadata_of(state))
     if isinstance(source, Mapping):
-        return _unwrap_entries(source, "source state dict")
+        return _source_in(source, "source state dict", key)
     if isinstance(source, (str, Path)):
         path = Path(source)
-        return _unwrap_entries(_load(path), f"source {path.name}")
+        return _source_in(_load(path), f"source {path.name}", key)
     raise SourceError(f"source must be a path, a state dict or a torch.nn.Module; received {type(source).__name__}.")
 
 
@@ -146,36 +240,20 @@ def _load(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _unwrap_entries(entries: Mapping[str, Any], where: str) -> Source:
-    notes: list[str] = []
-    while True:
-        key = next((k for k in _WRAPPERS if isinstance(entries.get(k), Mapping)), None)
-        if key is None:
-            break
-        others = sorted(str(k) for k in entries if k != key)
-        notes.append(f"took the entry {key!r}" + (f", ignored {', '.join(others[:6])}" if others else ""))
-        entries = entries[key]
-    tensors = _tensors(entries)
-    if others := sorted(str(k) for k, v in entries.items() if not isinstance(v, Tensor)):
-        notes.append(f"ignored entries that are not tensors: {', '.join(others[:6])}")
-    if not tensors:
-        raise SourceError(f"{where} holds no tensors (entries: {_some(map(str, entries))}); a state dict is needed.")
-    return Source(tensors, where, tuple(notes))
+def _migrated(source: Source, tensors: dict[str, Tensor]) -> Source:
+    """Return the source with the tensors that a model's hooks made of its own."""
+    before = {id(tensor): name for name, tensor in source.tensors.items()}
+    old = {}
+    for name, tensor in tensors.items():
+        former = name if source.tensors.get(name) is tensor else before.get(id(tensor))
+        if former is not None:
+            old[name] = source.old_names.get(former, former)
+    return replace(source, tensors=tensors, old_names=old)
 
 
-def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {canonical(str(name)): value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
-
-
-def _candidates(names: Iterable[str]) -> list[str]:
-    """Return the prefixes to try, shortest first: none, and each sequence of known prefixes that occurs."""
-    prefixes = [""]
-    for prefix in prefixes:
-        longer = [prefix + known for known in _PREFIXES]
-        prefixes += [p for p in longer if p.count(".") <= 3 and any(name.startswith(p) for name in names)]
-    return sorted(prefixes, key=len)
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(repr(name) for name in ordered[:4]) + (", …" if len(ordered) > 4 else "")
+def _source_in(entries: Mapping[str, Any], where: str, key: str | None) -> Source:
+    weights, notes = weights_in(entries, where, key)
+    tensors = tensors_of(weights, where, notes)
+    if averaged := tensors.keys() & {"n_averaged"}:  # torch.optim.swa_utils.AveragedModel
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in averaged}
+    return Source(tensors, where, tuple(notes), versions=metadata_of(weights))

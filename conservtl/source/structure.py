@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -18,7 +18,9 @@ __all__ = ["check_extensions", "check_structure"]
 _STRUCTURE = ("stride", "dilation", "groups", "num_groups", "num_heads", "transposed")
 
 
-def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = ()) -> None:
+def check_structure(
+    model: nn.Module, source: nn.Module, allow: Sequence[str] = (), names: Mapping[str, str] | None = None
+) -> None:
     """Raise unless the model has the structure in which the source's weights were learned.
 
     Weights of the same shape compute another function with another stride, dilation, number of groups or norm. A
@@ -28,13 +30,17 @@ def check_structure(model: nn.Module, source: nn.Module, allow: Sequence[str] = 
         model: the model to adapt.
         source: the source model.
         allow: globs of module names that may differ.
+        names: name of a tensor of the source -> name under which it is matched with the model's, if names were
+            changed; modules of other tensors are not compared.
 
     Raises:
         SourceError: a layer with parameters, or a norm, is missing or differs; the message names it.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
     for raw, source_module in unwrap(source).named_modules():
-        name = canonical(raw)
+        name = _name_in_model(canonical(raw), source_module, names)
+        if name is None:
+            continue
         compared = bool(list(source_module.parameters(recurse=False))) or is_norm(source_module)
         if not compared or any(matches(glob, name) for glob in allow):
             continue
@@ -65,6 +71,21 @@ def check_extensions(plan: Plan, source: nn.Module) -> None:
                 f"the source's {module.difference()}, and the plan's do not, so its weights would be another model's. "
                 f"{module.remedy()}"
             )
+
+
+def _name_in_model(name: str, module: nn.Module, names: Mapping[str, str] | None) -> str | None:
+    """Return the name of a source module in the model; None if its tensors were left out or went to several modules."""
+    if names is None or all(old == new for old, new in names.items()):
+        return name
+    own = [key for key in module.state_dict() if "." not in key]
+    tensors = [canonical(f"{name}.{key}" if name else key) for key in own]
+    owners = {_owner(names[tensor]) for tensor in tensors if tensor in names}
+    return owners.pop() if len(owners) == 1 else None
+
+
+def _owner(name: str) -> str:
+    """Return the module of a tensor, also of one that is parametrised."""
+    return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
 
 
 def _difference(module: nn.Module, source: nn.Module) -> str | None:

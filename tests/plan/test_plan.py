@@ -24,6 +24,7 @@ layer  parameters  origin  state                 rate   pull  decay
 763 parameters: 611 trained (80.1 %), 152 frozen
 736 copied from the source, 27 fresh
 fresh  8: shape differs: (3, 8) here, (10, 8) in the source
+source  not used: 2 of 6 tensors, 90 of 826 values (8.weight (10, 8), 8.bias (10,))
 phase 1  head: 2 epochs, rates × 1, trains 8
 phase 2  all: to the end, rates × 0.5, trains 3, 8"""
 

@@ -1,0 +1,91 @@
+"""How much of a model the source gives: too little means wrong names or another model, and is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from conservtl.errors import SourceError
+from conservtl.layers import matches
+from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
+from conservtl.source.read import Source
+from conservtl.source.renaming import best_fit
+
+__all__ = ["MIN_SHARE", "check_coverage", "unused_note"]
+
+MIN_SHARE = 0.1
+"""Smallest share of the wanted parameters, by number of tensors and by number of values, that a source must give."""
+
+
+def check_coverage(
+    plan: Plan, source: Source, model: Mapping[str, Tensor], declared: Collection[str], allow: Sequence[str]
+) -> None:
+    """Raise if the source gives almost nothing that the plan wants from it, or if other names give far more.
+
+    Wanted are all parameters but those that are declared fresh, by the user or by a strategy, those that a strategy
+    added, those allowed to differ, and a head for other labels. Refused is a source that gives less than
+    ``MIN_SHARE`` of their tensors or of their values; or less than half of the values, where a prefix or renaming
+    would give twice as many and more than half.
+
+    Args:
+        plan: with the decisions of the strategies.
+        source: matched to the model's names.
+        model: name -> tensor of the model.
+        declared: parameters that the user declared fresh.
+        allow: globs of parameters or modules that may lack a source.
+
+    Raises:
+        SourceError: too little is found; the message names the prefix or renaming that fits best.
+    """
+    head = {name for name in plan.head if plan[name].source_shape is not None}
+    wanted = [
+        row
+        for row in plan.rows
+        if not (row.added or row.name in declared or "origin" in row.chosen)
+        and not (row.name in head and row.source_shape != row.shape)
+        and not any(matches(glob, row.name) for glob in allow)
+    ]
+    found = [row for row in wanted if row.source_shape == row.shape]
+    values = _values(found)
+    if not wanted or 2 * values >= (every := _values(wanted)):
+        return
+    names = {row.name for row in wanted}
+    fit = best_fit(source.tensors, {name: tensor for name, tensor in model.items() if name in names})
+    better = fit is not None and fit.values > max(2 * values, every / 2)
+    if not better and values >= MIN_SHARE * every and len(found) >= MIN_SHARE * len(wanted):
+        return
+    message = (
+        f"{source.where}: most of what the plan takes from the source must be found there; of {len(wanted)} tensors "
+        f"with {every:,} values it gives {len(found)} with {values:,}{_reason(wanted)}."
+    )
+    if fit is not None and fit.values > values:
+        message += f" With {fit}, {len(fit.names)} tensors with {fit.values:,} values fit."
+    raise SourceError(
+        f"{message} Rename the source's tensors (prefix=..., rename={{...}}; in a spec source.prefix, source.rename), "
+        "declare what it does not have (fresh=[...]), or allow it (allow=['*'])."
+    )
+
+
+def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return a remark that counts the source tensors that were not used and names the largest; none if all were."""
+    left = sorted(unused, key=lambda name: -tensors[name].numel())
+    if not left:
+        return ()
+    largest = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in left[:3])
+    count, every = (sum(tensors[name].numel() for name in names) for names in (left, tensors))
+    most = "the largest " * (len(left) > 3)
+    return (f"not used: {len(left)} of {len(tensors)} tensors, {count:,} of {every:,} values ({most}{largest})",)
+
+
+def _values(rows: Iterable[Row]) -> int:
+    return sum(row.size for row in rows)
+
+
+def _reason(wanted: Sequence[Row]) -> str:
+    """Return the first difference in shape, where shapes are what most differ in."""
+    other = [row for row in wanted if row.source_shape not in (None, row.shape)]
+    if 2 * len(other) < len(wanted):
+        return ""
+    return f" ({len(other)} have another shape: {other[0].name!r} {other[0].source_shape} instead of {other[0].shape})"

@@ -1,0 +1,112 @@
+"""Which dictionary of a checkpoint holds the weights, and its tensors by canonical name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from conservtl.errors import SourceError, hint
+from conservtl.layers import canonical
+
+__all__ = ["KNOWN_KEYS", "some", "tensors_of", "weights_in"]
+
+KNOWN_KEYS = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which checkpoints hold the trained weights, in the order in which they are preferred."""
+
+
+def weights_in(entries: Mapping[str, Any], where: str, key: str | None = None) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the dictionary that holds the weights, and remarks on what was taken and left.
+
+    Without ``key``, at each level: the first of ``KNOWN_KEYS`` that holds a dictionary; else the entries themselves if
+    they are tensors; else the only dictionary of tensors among them.
+
+    Args:
+        entries: what a checkpoint holds.
+        where: name of the source in messages.
+        key: the entry to take, ``"state_dict_ema"`` or, of nested ones, ``"model.state_dict"``.
+
+    Raises:
+        SourceError: there is no such entry, or several dictionaries hold tensors and none is known to be preferred.
+    """
+    notes: list[str] = []
+    if key is not None:
+        entries = _entry(entries, key, where)
+        notes.append(f"took the entry {key!r}")
+    while (name := _choice(entries, where)) is not None:
+        others = sorted(str(other) for other in entries if other != name)
+        weights = sorted(repr(other) for other, value in entries.items() if other != name and _holds_tensors(value))
+        left = f", ignored {', '.join(others[:6])}" if others else ""
+        choose = f"; {' and '.join(weights[:4])} hold{'s' * (len(weights) == 1)} weights too (key=...)"
+        notes.append(f"took the entry {name!r}{left}{choose if weights else ''}")
+        entries = entries[name]
+    return entries, notes
+
+
+def tensors_of(entries: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Tensor]:
+    """Return canonical name -> tensor; entries that are no tensors are added to the notes.
+
+    Raises:
+        SourceError: there are no tensors, or layers are stored in a quantised module's packed form.
+    """
+    others = sorted(str(name) for name, value in entries.items() if not isinstance(value, Tensor))
+    if packed := [name for name in others if name.endswith("_packed_params")]:
+        raise SourceError(
+            f"{where}: values must be ordinary floating-point tensors; {packed[0]!r} is the packed weight of a "
+            "quantised layer. Take the weights from before quantisation."
+        )
+    if others:
+        notes.append(f"ignored entries that are not tensors: {', '.join(others[:6])}")
+    tensors = {canonical(str(name)): value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise SourceError(f"{where} holds no tensors (entries: {some(map(str, entries))}); a state dict is needed.")
+    return tensors
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first names in alphabetical order, quoted."""
+    ordered = sorted(names)
+    return ", ".join(repr(name) for name in ordered[:4]) + (", …" if len(ordered) > 4 else "")
+
+
+def _entry(entries: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """Return the entry of a key that may be a dotted path."""
+    value: Any = entries.get(key)
+    if value is None:
+        value = entries
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping):
+        known = [name for name in map(str, entries) if isinstance(entries.get(name), Mapping)]
+        raise SourceError(
+            f"{where}: key must name an entry that holds a dictionary; received {key!r}."
+            f"{hint(key, known, count=3) or ' The source has none: leave key out.'}"
+        )
+    return value
+
+
+def _choice(entries: Mapping[str, Any], where: str) -> str | None:
+    """Return the key of the entry to go on with; None if the entries are the weights themselves."""
+    for key in KNOWN_KEYS:
+        if isinstance(entries.get(key), Mapping):
+            return key
+    # Scalars, such as the best accuracy, are no weights.
+    if any(isinstance(value, Tensor) and value.ndim for value in entries.values()):
+        return None
+    candidates = [name for name, value in entries.items() if _holds_tensors(value)]
+    if len(candidates) > 1:
+        raise SourceError(
+            f"{where}: one dictionary of weights must be chosen; it holds {len(candidates)}: "
+            f"{', '.join(map(repr, candidates[:6]))}. Name one: key={candidates[0]!r} (in a spec, source.key)."
+        )
+    return candidates[0] if candidates else None
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is a dictionary of named tensors, itself or in an entry of a known key."""
+    if not isinstance(value, Mapping):
+        return False
+    if any(isinstance(value.get(key), Mapping) for key in KNOWN_KEYS):
+        return True
+    return any(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())

@@ -1,0 +1,141 @@
+"""A model's own hooks for loading old state dicts, run before names are matched."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.compat import has_load_hooks, hook_tables, with_metadata
+from conservtl.layers import canonical
+
+__all__ = ["Migration"]
+
+_WEIGHT_NORM = re.compile(r"^(.*?)parametrizations\.(\w+)\.original([01])$")
+"""Names of a weight norm that is a parametrization; ``nn.utils.weight_norm`` calls them ``weight_g``, ``weight_v``."""
+
+
+class Migration:
+    """A model's hooks for loading, on a copy of the model without its weights.
+
+    ``load_state_dict`` lets each module change the dictionary before it is loaded: ``weight_norm`` and torchvision's
+    detection models rename what earlier versions saved, and a user's hooks do whatever they like. Weights that are
+    copied name by name must pass through the same hooks. Nothing of the model is changed.
+
+    Args:
+        model: unwrapped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names = {canonical(name): name for name in model.state_dict()}
+        self._hooked = any(has_load_hooks(module) for module in model.modules())
+        self.notes: tuple[str, ...] = ()
+
+    def run(self, tensors: Mapping[str, Tensor], versions: Mapping[str, dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the tensors as the model's hooks leave them, by canonical name.
+
+        A hook that fails is one that the tensors are not meant for: they are then returned unchanged, with a note.
+
+        Args:
+            tensors: canonical name -> tensor; not changed.
+            versions: of the modules that saved them, as a state dict's metadata.
+        """
+        tensors = self._old_weight_norm(tensors)
+        if not self._hooked:
+            return dict(tensors)
+        recorder = None
+        state = {self._names.get(name, name): tensor for name, tensor in tensors.items()}
+        try:
+            recorder = _Recorder(_without_weights(self._model))
+            recorder.load(with_metadata(state, {name: dict(fields) for name, fields in versions.items()}))
+        except Exception as error:  # noqa: BLE001 - a hook of any library or user
+            if recorder is None or not recorder.complete:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.notes = (f"the model's own hooks for loading stopped ({reason}), so names are as in the source",)
+                return dict(tensors)
+        if not recorder.visited:
+            return dict(tensors)
+        migrated = {canonical(name): value for name, value in recorder.found.items()}
+        if changed := [name for name, value in migrated.items() if tensors.get(name) is not value]:
+            self.notes = (f"the model's own hooks for loading made {changed[0]!r}{_more(len(changed) - 1)}",)
+        return migrated
+
+    def _old_weight_norm(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename a parametrization's weight norm for a model that has the older hook; torch does the reverse only."""
+        renamed = {}
+        for name, tensor in tensors.items():
+            if name not in self._names and (parts := _WEIGHT_NORM.match(name)):
+                old = f"{parts[1]}{parts[2]}_{'gv'[int(parts[3])]}"
+                renamed[old if old in self._names and old not in tensors else name] = tensor
+            else:
+                renamed[name] = tensor
+        return renamed
+
+
+class _Recorder:
+    """Notes what each module would load, and keeps it from loading.
+
+    Args:
+        model: a copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.found: dict[str, Any] = {}
+        self.visited: set[str] = set()
+        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._prefixes = {f"{name}." if name else "" for name, _ in model.named_modules(remove_duplicate=False)}
+        for module in model.modules():
+            module.register_load_state_dict_pre_hook(self._record)  # type: ignore[no-untyped-call]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every module was reached, so that a later error changes nothing."""
+        return self._prefixes <= self.visited
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Run the model's hooks on a dictionary."""
+        strict = inspect.signature(self.model.load_state_dict).parameters.get("strict")
+        with torch.no_grad():
+            self.model.load_state_dict(state, **({} if strict is None else {"strict": False}))
+        for name, value in state.items():  # a class with a method of its own for loading does not tell
+            owner = name.rpartition(".")[0]
+            if (f"{owner}." if owner else "") in self._prefixes - self.visited:
+                self.found.setdefault(name, value)
+
+    def _record(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Run as the module's last hook: take out what it would copy, and note what no module claims."""
+        self.visited.add(prefix)
+        local = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
+        local |= {name for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
+        for name in [name for name in state if name.startswith(prefix)]:
+            rest = name[len(prefix) :]
+            if f"{prefix}{rest.partition('.')[0]}." in self._prefixes and rest not in local:
+                continue  # a child's
+            value = state.pop(name) if rest in local else state[name]
+            if isinstance(value, Tensor) and id(value) not in self._own:
+                self.found[name] = value.detach() if value.requires_grad else value
+
+
+def _more(count: int) -> str:
+    return f" and {count} more tensors" if count > 1 else " and one more tensor" if count else ""
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters hold no values, without hooks that loading does not need."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for module in model.modules():
+        for table in hook_tables(module):
+            memo[id(table)] = type(table)()
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # cannot be copied: weight norm's last product
+                memo[id(value)] = value.detach()
+    return copy.deepcopy(model, memo)
