@@ -64,7 +64,8 @@ class Plan(FrozenModel):
     facts: dict[str, str] = Field(default_factory=dict)
     """What was found out before training, for strategies to read."""
     notes: tuple[str, ...] = ()
-    """Remarks on the source: what was taken from it under which names, what was resampled, what was not used."""
+    """Remarks on the source: what was taken from it under which names, what was resampled, what was not used. They
+    decide nothing: plans are equal whatever their notes."""
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.
@@ -222,6 +223,12 @@ class Plan(FrozenModel):
     def decisions(self) -> tuple[Decision, ...]:
         """Every decision that is neither a column of a row nor a phase."""
         return (*self.extensions, *self.terms, *self.updates, *self.measures, *self.searches, *self.after)
+
+    def __eq__(self, other: object) -> bool:
+        fields = type(self).model_fields.keys() - {"notes"}
+        return isinstance(other, Plan) and all(getattr(self, name) == getattr(other, name) for name in fields)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, name: str) -> Row:
         """The row of a parameter."""
