@@ -75,6 +75,7 @@ def _registered() -> tuple[type[Strategy], ...]:
 
 @lru_cache(maxsize=1)
 def _union(classes: tuple[type[Strategy], ...]) -> TypeAdapter[Strategy]:
+    """Return the discriminated union of these classes; made anew only when a class is registered."""
     union: Any = Annotated[Union[classes], Field(discriminator="kind")]  # noqa: UP007 - known at run time only
     return TypeAdapter(union)
 
@@ -85,6 +86,7 @@ def _all_kinds() -> TypeAdapter[Strategy]:
 
 
 def _validate(value: Any) -> Strategy:
+    """Return a strategy as it is or from its fields; errors keep the places that Pydantic's union gives them."""
     if isinstance(value, Strategy):
         return value
     kinds = _all_kinds()
@@ -92,10 +94,12 @@ def _validate(value: Any) -> Strategy:
         return kinds.validate_python(_without_alias(value))
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] != "union_tag_invalid" or first["loc"]:
+        if first["loc"] or first["type"] not in ("union_tag_invalid", "union_tag_not_found"):
             raise
-        aliases = [name for name, cls in Strategy.named.items() if name in cls.aliases]
-        message = wrong_tag(first, aliases) + _OWN
+        message = "kind is missing. Name the strategy, such as {kind: l2_sp}."
+        if first["type"] == "union_tag_invalid":
+            aliases = [name for name, cls in Strategy.named.items() if name in cls.aliases]
+            message = wrong_tag(first, aliases) + _OWN
         raise PydanticCustomError("unknown_strategy", "{message}", {"message": message}) from error
 
 

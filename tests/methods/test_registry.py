@@ -127,7 +127,7 @@ class TestAnyStrategy:
         ("value", "place", "message"),
         [
             ({"kind": "l2_sp", "alpha": -1}, (0, "l2_sp", "alpha"), "greater than or equal to 0"),
-            ({"alpha": 1}, (0,), "Unable to extract tag using discriminator 'kind'"),
+            ({"alpha": 1}, (0,), r"kind is missing\. Name the strategy"),
             ({"kind": "l3_sp"}, (0,), "Did you mean 'l"),
             (["l2_sp"], (0,), "valid dictionary"),
             (None, (0,), "valid dictionary"),
@@ -137,6 +137,20 @@ class TestAnyStrategy:
         with pytest.raises(ValidationError, match=message) as found:
             self.ADAPTER.validate_python([value])
         assert found.value.errors()[0]["loc"] == place
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"kind": "l3_sp"}, r"strategies\.1: 'l3_sp' is none of auto_rgn, .*`--import package\.module`"),
+            ({"alpha": 1}, r"strategies\.1: kind is missing\. Name the strategy, such as {kind: l2_sp}\."),
+            ({"kind": "l2_sp", "alpha": -1}, r"strategies\.1\.alpha: .*greater than or equal to 0; received -1"),
+            ({"kind": "l2_sp", "alfa": 1}, r"strategies\.1\.alfa: there is no such field\. Did you mean 'alpha'\?"),
+            ("l2_sp", r"strategies\.1: must hold fields of its own"),
+        ],
+    )
+    def test_a_spec_says_where_it_is_wrong(self, speech_fields, fields, message):
+        with pytest.raises(ctl.SpecError, match=message):
+            parse_spec({**speech_fields, "strategies": [{"kind": "l2_sp"}, fields]})
 
     def test_the_schema_tells_kinds_apart_and_describes_fields(self):
         found = self.ADAPTER.json_schema()
