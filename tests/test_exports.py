@@ -1,4 +1,4 @@
-"""The public face: names, docstrings, and what importing it brings along."""
+"""The public names, their docstrings, and the modules that importing them loads."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_module_says_what_it_is(name):
 
 
 def test_import_is_light():
-    """Extras are imported where they are used, none by importing the package."""
+    """Importing the package imports no extra."""
     code = f"import sys, conservtl; print([m for m in {HEAVY!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"
@@ -88,8 +88,8 @@ def test_testing_names_the_extra_that_is_missing():
     assert "conservtl[dev]" in found.stdout
 
 
-def test_errors_are_what_they_stand_for():
-    """Who catches ValueError or ImportError catches ours; exit code 2 is InputError's."""
+def test_errors_are_subclasses_of_the_builtin_ones():
+    """`except ValueError` and `except ImportError` catch them; InputError has exit code 2."""
     for name in conservtl.__all__:
         value = getattr(conservtl, name)
         if inspect.isclass(value) and issubclass(value, Exception):

@@ -28,7 +28,7 @@ from conservtl.testing.weights import random_weights
 LABELS = torch.tensor([0, 1, 2, 0])
 SGD = torch.optim.SGD, {"momentum": 0.9}
 ADAMW = torch.optim.AdamW, {}
-# What pulls too, or does to a step what depends on whether the pull is in the gradient.
+# Strategies that pull too, or whose part of a step depends on whether the pull is in the gradient.
 HOLD_AT_THE_SOURCE = (ctl.GroupLassoSP, ctl.L1SP, ctl.Projection)
 PULLS_OF_THEIR_OWN = (
     ctl.L2SP,
@@ -62,7 +62,7 @@ def some(count):
 
 @st.composite
 def settings_of(draw, *, doubled=False):
-    """A model away from its source's shape in nothing, an input, source weights, strategies."""
+    """A model, an input, source weights that fit all of it, and strategies."""
     model, x = draw(models())
     chosen = draw(strategies(model))
     weights = random_weights(model, draw(st.integers(0, 99)))
@@ -73,7 +73,7 @@ def settings_of(draw, *, doubled=False):
 
 
 def loss_of(adaptation, x):
-    """With what the strategies add to it."""
+    """The loss with the terms of the strategies."""
     outputs = adaptation.model(x)
     return adaptation.loss(cross_entropy(outputs, LABELS), outputs, x)
 
@@ -91,7 +91,7 @@ def moved(before, model):
 
 
 def still(adaptation):
-    """Names in the state dict that must not change in the current phase: all frozen, statistics included."""
+    """Names in the state dict that must not change in this phase: frozen parameters, statistics of frozen norms."""
     found = set()
     for name, module in adaptation.model.named_modules():
         own = {f"{name}.{short}".removeprefix(".") for short, _ in module.named_parameters(recurse=False)}
@@ -201,7 +201,7 @@ class TestTransfer:
     @some(40)
     @given(st.data())
     def test_bit_for_bit(self, data):
-        """What is copied has the source's bits; what is not has the bits that it was handed in with."""
+        """Copied tensors have the source's bits; the others keep the bits they had before."""
         model, _ = data.draw(models())
         weights = data.draw(state_dicts(model))
         before = snapshot(model)
