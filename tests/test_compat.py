@@ -232,3 +232,52 @@ def test_no_other_module_uses_private_names():
     private = re.compile(r"SLF001|\btorch(\.\w+)*\._[a-z]|from (torch|accelerate)[\w.]*(\._[\w.]* import| import \(?_)")
     found = {str(file.relative_to(root)) for file in root.rglob("*.py") if private.search(file.read_text("utf-8"))}
     assert found == {"compat.py", "layers/first_use.py"}  # the latter asks whether torch._dynamo was imported
+
+
+@pytest.mark.parametrize(
+    ("module", "hooked"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.BatchNorm1d(2), False),
+        (nn.InstanceNorm1d(2), False),
+        (nn.LSTM(2, 2), False),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), True),
+    ],
+)
+def test_has_load_hooks(module, hooked):
+    assert compat.has_load_hooks(module) is hooked
+    module.register_load_state_dict_pre_hook(lambda *_: None)
+    assert compat.has_load_hooks(module)
+
+
+def test_a_class_that_loads_in_its_own_way_has_load_hooks():
+    class Own(nn.Linear):
+        def _load_from_state_dict(self, *arguments):
+            super()._load_from_state_dict(*arguments)
+
+    assert compat.has_load_hooks(Own(2, 2))
+    assert compat.has_load_hooks(type("Whole", (nn.Linear,), {"load_state_dict": lambda *_: None})(2, 2))
+
+
+def test_hook_tables_are_those_that_loading_does_not_read():
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: None)
+    module.register_state_dict_pre_hook(lambda *_: None)
+    module.register_load_state_dict_post_hook(lambda *_: None)
+    module.register_load_state_dict_pre_hook(lambda *_: None)
+    assert sum(map(len, compat.hook_tables(module))) == 3
+    clone = copy.deepcopy(module, {id(table): type(table)() for table in compat.hook_tables(module)})
+    assert not any(compat.hook_tables(clone))
+    assert compat.has_load_hooks(clone)
+    assert sum(map(len, compat.hook_tables(module))) == 3
+
+
+def test_metadata_is_what_load_state_dict_reads():
+    state = nn.BatchNorm1d(2).state_dict()
+    assert compat.metadata_of(state)[""]["version"] == 2
+    assert compat.metadata_of(dict(state)) == {}
+    seen = []
+    module = nn.BatchNorm1d(2)
+    module.register_load_state_dict_pre_hook(lambda _, __, ___, metadata, *____: seen.append(metadata))
+    module.load_state_dict(compat.with_metadata(dict(state), {"": {"version": 7}}))
+    assert seen == [{"version": 7}]

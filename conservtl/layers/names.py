@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -27,18 +28,29 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DistributedDataParallel, DataParallel and torch.compile, in any nesting.
+    """Return the user's model inside wrappers, in any nesting.
+
+    Wrappers are DistributedDataParallel, DataParallel, torch.compile, and models of averaged weights: torch's
+    AveragedModel, and classes that name themselves EMA (timm's ModelEmaV3) and hold the model as ``module`` or
+    ``ema_model``.
 
     Args:
         model: The model, wrapped or not.
     """
     while True:
+        children = dict(model.named_children())
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := dict(model.named_children()).get("_orig_mod"), nn.Module):
+        elif isinstance(inner := children.get("_orig_mod"), nn.Module):
             model = inner
+        elif _AVERAGED.search(type(model).__name__) and not own_parameters(model) and children.keys() & _AVERAGE:
+            model = children["ema_model"] if "ema_model" in children else children["module"]
         else:
             return model
+
+
+_AVERAGED = re.compile(r"^AveragedModel$|(^|[a-z_])(EMA|Ema)(?![a-z])")
+_AVERAGE = {"module", "ema_model"}
 
 
 def canonical(name: str) -> str:

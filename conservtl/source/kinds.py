@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import canonical, unwrap
 
-__all__ = ["check_kinds", "check_model_kinds"]
+__all__ = ["check_kinds", "check_model_kinds", "has_values"]
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _UNQUANTISED = ("FloatFunctional", "FXFloatFunctional")  # in the same package: additions with an observer
@@ -61,6 +61,11 @@ def check_model_kinds(model: nn.Module, what: str = "the model") -> None:
             found = _quantised(tensor)
         if found is not None:
             raise SpecError(f"{what}: tensors must hold ordinary values; {canonical(name)!r} {found[0]}. {found[1]}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor holds ordinary values, that arithmetic takes."""
+    return _kind(tensor) is None
 
 
 def _kind(tensor: Tensor) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from conservtl.compat import metadata_of
 from conservtl.errors import SourceError, did_you_mean
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.source.entries import some, tensors_of, weights_in
-from conservtl.source.kinds import check_model_kinds
+from conservtl.source.kinds import check_model_kinds, has_values
 from conservtl.source.migration import Migration
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 
@@ -148,7 +148,8 @@ class Source:
             SourceError: a tensor holds NaN or infinity; the message names it.
         """
         for name, tensor in self.tensors.items():
-            if name in other_than or not (tensor.is_floating_point() or tensor.is_complex()):
+            numbers = tensor.is_floating_point() or tensor.is_complex()
+            if name in other_than or not numbers or not has_values(tensor):
                 continue
             if not torch.isfinite(tensor).all():
                 count = int((~torch.isfinite(tensor)).sum())
