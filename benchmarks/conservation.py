@@ -1,16 +1,16 @@
-"""What staying close to the source costs a step, in time and memory, for every method that acts during one.
+"""Time and memory that each method adds to a training step.
 
 ``python benchmarks/conservation.py`` prints the tables and writes ``benchmarks/results/conservation.{json,md}``;
 ``--models mobilenet_v3_small --rounds 20 --steps 3`` takes less than a minute. Three parts for each network:
 
-- on weights: what a method does around an optimizer's step, timed alone, with an optimizer that does nothing
-  else; beside one flat lerp over the same bytes (the floor), and beside the penalty as the obvious loop of
-  autograd over named parameters. All variants in every round, in an order drawn anew.
-- in a whole step of training: each method in turn with a plain step.
-- kept outputs: ``fit`` with OutputConservation on held data, in turn with a plain ``fit``.
+- on weights: the method's work around an optimizer's step, with an optimizer that does nothing. It is compared with
+  one flat lerp over the same bytes (the floor) and with the penalty as a loop of autograd over named parameters. Each
+  round runs all variants in a new random order.
+- in a whole training step: each method, alternating with a plain step.
+- cached source outputs: ``fit`` with OutputConservation on data in memory, alternating with a plain ``fit``.
 
-On one thread the clock is the process's CPU time, which a busy machine disturbs least; otherwise it is the wall's,
-on a GPU from one synchronisation to the next.
+With one thread the clock is the process's CPU time, which other load on the machine affects least. Otherwise it is the
+wall clock, on a GPU between synchronisations.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import conservtl as ctl
+from conservtl.compat import foreach_add_, foreach_sub
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, RATE = 1000, 1e-3
 CHUNK = 1 << 18
 LARGE = 1 << 28
-"""Bytes of a network beyond which methods share their starting point: nothing of it would stay in a cache anyway."""
+"""Size in bytes above which methods share one copy of the starting point: it would not fit into a cache anyway."""
 FLOOR, LOOP = "one flat lerp over the same bytes (the floor)", "the penalty as a loop through autograd"
 COUPLED, DECOUPLED = "L2SP", "L2SP, decoupled"
 ANNEAL = ctl.Anneal(steps=10**6, end=0.5)
@@ -76,10 +77,10 @@ WEIGHTS: dict[str, list[ctl.Strategy]] = {
 STEPS: dict[str, list[ctl.Strategy]] = {
     COUPLED: [ctl.L2SP(alpha=0.01)],
     DECOUPLED: [ctl.L2SP(alpha=0.01, mode="decoupled")],
-    "OutputConservation, the source run at each step": [ctl.OutputConservation()],
-    "OutputConservation, the source's outputs kept": [ctl.OutputConservation()],
+    "OutputConservation, the source run in each step": [ctl.OutputConservation()],
+    "OutputConservation, the source's outputs cached": [ctl.OutputConservation()],
     "FeatureConservation": [ctl.FeatureConservation()],
-    "FeatureConservation, the source's features kept": [ctl.FeatureConservation()],
+    "FeatureConservation, the source's features cached": [ctl.FeatureConservation()],
     "FeatureConservation, LDIFS": [ctl.FeatureConservation(metric="ldifs")],
     "SpectralShrinkage": [ctl.SpectralShrinkage()],
     "Mixout": [ctl.Mixout()],
@@ -90,13 +91,13 @@ STEPS: dict[str, list[ctl.Strategy]] = {
 
 
 class Still(torch.optim.Optimizer):
-    """An optimizer whose step does nothing, so that only what stands around it is timed."""
+    """An optimizer whose step does nothing, so that only the work around it is timed."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
 
     def step(self, closure: Any = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Transformer(nn.Module):
@@ -110,7 +111,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(1024, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patches of an image as a sequence."""
+        """Return logits for images, whose patches are a sequence."""
         x = self.enter(x).flatten(2).transpose(1, 2)
         for layer in self.layers:
             x = layer(x)
@@ -126,11 +127,11 @@ def build(name: str, size: int) -> nn.Module:
 
 
 class Place:
-    """A device with its clock, and the data of a step on it.
+    """A device with its clock and the data of a step.
 
     Args:
         device: cpu or cuda.
-        threads: of torch on the CPU.
+        threads: torch threads on the CPU.
     """
 
     def __init__(self, device: str, threads: int) -> None:
@@ -145,11 +146,11 @@ class Place:
 
     @property
     def cuda(self) -> bool:
-        """Whether it is a GPU."""
+        """Return whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def seconds(self, run: Run) -> float:
-        """How long something takes."""
+        """Return the time of a call."""
         self.wait()
         begun = self.clock()
         run()
@@ -157,16 +158,16 @@ class Place:
         return self.clock() - begun
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait for the device."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def autocast(self) -> Any:
-        """Bf16 on a GPU, fp32 elsewhere."""
+        """Return autocast to bf16 on a GPU; fp32 on the CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
     def syncs(self, run: Run) -> str:
-        """Whether the host waits for the device, as torch's debug mode sees it."""
+        """Return whether the host waits for the device, according to torch's debug mode."""
         if not self.cuda:
             return ""
         torch.cuda.set_sync_debug_mode("error")
@@ -180,7 +181,7 @@ class Place:
         return "no"
 
     def peak(self, run: Run) -> int | None:
-        """Bytes that come and go on the GPU while it runs."""
+        """Return the peak of temporary memory on the GPU during a call, in bytes."""
         if not self.cuda:
             return None
         self.wait()
@@ -192,22 +193,22 @@ class Place:
 
 
 def interleaved(runs: dict[str, Run], place: Place, rounds: int) -> Times:
-    """Seconds of each in every round, in an order drawn anew; the first two rounds warm up."""
-    found: Times = {name: [] for name in runs}
+    """Return the seconds of each variant in each round; the order is random, the first two rounds warm up."""
+    times: Times = {name: [] for name in runs}
     order = list(runs)
     for number in range(-2, rounds):
         random.shuffle(order)
         for name in order:
-            taken = place.seconds(runs[name])
+            seconds = place.seconds(runs[name])
             if number >= 0:
-                found[name].append(taken)
-    return found
+                times[name].append(seconds)
+    return times
 
 
 def adapted(model: nn.Module, strategies: Iterable[ctl.Strategy], place: Place) -> ctl.Adaptation:
     adaptation = ctl.adapt(model, {name: t.clone() for name, t in model.state_dict().items()}, list(strategies))
     for one in adaptation.outstanding():
-        if one.kind == "fisher":  # any values will do, and measuring takes long
+        if one.kind == "fisher":  # measuring takes long, and the values do not matter here
             weighed = [name for penalty in adaptation.plan.penalties if penalty.reads for name in penalty.names]
             adaptation.use_measured(one.name, {name: torch.rand(adaptation.plan[name].shape) for name in weighed})
     adaptation.measure([(place.x, place.y)])
@@ -215,10 +216,10 @@ def adapted(model: nn.Module, strategies: Iterable[ctl.Strategy], place: Place) 
 
 
 def held(adaptation: ctl.Adaptation, device: torch.device) -> int:
-    """Bytes that an adaptation keeps on a device beside the model; what plain fine-tuning keeps is subtracted later."""
+    """Return the bytes that an adaptation keeps on a device beside the model."""
     tensors: list[Tensor] = [*adaptation.bound.anchors.parameters.values(), *adaptation.bound.anchors.placed.values()]
-    for kept in (*adaptation.measured.values(), *adaptation.bound.updates.state.values()):
-        tensors += kept.values()
+    for state in (*adaptation.measured.values(), *adaptation.bound.updates.state.values()):
+        tensors += state.values()
     if adaptation.bound.terms.source_model is not None:
         tensors += adaptation.bound.terms.source_model.model.state_dict().values()
     stored = {
@@ -250,7 +251,7 @@ def on_weights(name: str, place: Place, rounds: int) -> dict[str, Any]:
         optimizer.step()
         memory[method] = max(memory[method], held(adaptation, place.device)) - plain
         runs[method] = around_step(adaptation, optimizer)
-    runs[f"{COUPLED}, sorted anew at each step"] = sorted_anew(adapted(model, WEIGHTS[COUPLED], place))
+    runs[f"{COUPLED}, without the cached lookup"] = without_cache(adapted(model, WEIGHTS[COUPLED], place))
     found = interleaved(runs, place, rounds)
     if place.cuda:
         checks = {method: {"syncs": place.syncs(run), "peak": place.peak(run)} for method, run in runs.items()}
@@ -265,7 +266,7 @@ def on_weights(name: str, place: Place, rounds: int) -> dict[str, Any]:
                 "of the floor": summary(quotients(times, found[FLOOR])),
                 "fastest": min(times) / min(found[FLOOR]),
                 "the loop takes": summary(quotients(found[LOOP], times)),
-                "held": memory.get(method),
+                "memory": memory.get(method),
                 **checks.get(method, {}),
             }
             for method, times in found.items()
@@ -274,7 +275,7 @@ def on_weights(name: str, place: Place, rounds: int) -> dict[str, Any]:
 
 
 def around_step(adaptation: ctl.Adaptation, optimizer: torch.optim.Optimizer) -> Run:
-    """All that an adaptation does in a step: before the forward pass, before the optimizer's step and after it."""
+    """Return a function that runs an adaptation's work before the forward pass and around the optimizer's step."""
 
     def run() -> None:
         adaptation.bound.before_forward(training=True)
@@ -283,66 +284,66 @@ def around_step(adaptation: ctl.Adaptation, optimizer: torch.optim.Optimizer) ->
     return run
 
 
-def sorted_anew(adaptation: ctl.Adaptation) -> Run:
-    """As it would be if nothing were kept from one step to the next."""
+def without_cache(adaptation: ctl.Adaptation) -> Run:
+    """Return a function that runs a step after which the lookup of parameters is built again."""
     optimizer = adaptation.optimizer(Still, lr=RATE)
 
     def run() -> None:
-        adaptation.bound.anchors.placed = dict(adaptation.bound.anchors.placed)
+        adaptation.bound.anchors.revision += 1
         optimizer.step()
 
     return run
 
 
 def by_hand(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Run]]:
-    """The floor, the loop, and other ways of doing what the coupled pull does."""
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    weights, anchors = list(parameters.values()), list(start.values())
+    """Yield the floor, the loop, and other implementations of the coupled penalty."""
+    initial = {name: p.detach().clone() for name, p in parameters.items()}
+    weights, anchors = list(parameters.values()), list(initial.values())
     flat, flat_start = (torch.cat([t.detach().reshape(-1) for t in tensors]) for tensors in (weights, anchors))
     yield FLOOR, lambda: flat.lerp_(flat_start, 1e-5)
 
     def loop() -> None:
-        penalty = sum(0.01 / 2 * (p - start[name]).square().sum() for name, p in parameters.items())
+        penalty = sum(0.01 / 2 * (p - initial[name]).square().sum() for name, p in parameters.items())
         penalty.backward()  # type: ignore[union-attr]
 
     yield LOOP, loop
-    chunks = list(runs_of(weights))
+    chunks = list(neighbours(weights))
 
     @torch.no_grad()
     def at_once() -> None:
-        differences = torch._foreach_sub(weights, anchors)  # noqa: SLF001
-        torch._foreach_add_([p.grad for p in weights], differences, alpha=0.01)
+        differences = foreach_sub(weights, anchors)
+        foreach_add_([p.grad for p in weights], differences, alpha=0.01)
 
     @torch.no_grad()
     def chunked() -> None:
         for chunk in chunks:
-            differences = torch._foreach_sub(weights[chunk], anchors[chunk])  # noqa: SLF001
-            torch._foreach_add_([p.grad for p in weights[chunk]], differences, alpha=0.01)
+            differences = foreach_sub(weights[chunk], anchors[chunk])
+            foreach_add_([p.grad for p in weights[chunk]], differences, alpha=0.01)
 
     buffer = torch.empty(max(CHUNK, *(p.numel() for p in weights)), device=flat.device)
     sizes = [p.numel() for p in weights]
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     starts = [flat_start[ends[chunk.start] : ends[chunk.stop]] for chunk in chunks]
-    rooms = [buffer[: len(one)] for one in starts]
+    buffers = [buffer[: len(start)] for start in starts]
     views = [
-        [v.view_as(p) for v, p in zip(room.split(sizes[chunk]), weights[chunk], strict=True)]
-        for room, chunk in zip(rooms, chunks, strict=True)
+        [v.view_as(p) for v, p in zip(part.split(sizes[chunk]), weights[chunk], strict=True)]
+        for part, chunk in zip(buffers, chunks, strict=True)
     ]
 
     @torch.no_grad()
     def flattened() -> None:
-        for chunk, one, room, differences in zip(chunks, starts, rooms, views, strict=True):
-            torch.cat([p.view(-1) for p in weights[chunk]], out=room)
-            room.sub_(one)
-            torch._foreach_add_([p.grad for p in weights[chunk]], differences, alpha=0.01)
+        for chunk, start, part, differences in zip(chunks, starts, buffers, views, strict=True):
+            torch.cat([p.view(-1) for p in weights[chunk]], out=part)
+            part.sub_(start)
+            foreach_add_([p.grad for p in weights[chunk]], differences, alpha=0.01)
 
     yield "coupled by hand, foreach over all tensors", at_once
     yield "coupled by hand, foreach in chunks, large tensors whole", chunked
     yield "coupled by hand, small tensors flattened, large ones whole", flattened
 
 
-def runs_of(tensors: list[nn.Parameter]) -> Iterator[slice]:
-    """Neighbours that fit into a chunk together."""
+def neighbours(tensors: list[nn.Parameter]) -> Iterator[slice]:
+    """Yield slices of neighbouring tensors that fit into one chunk."""
     start, size = 0, 0
     for at, tensor in enumerate(tensors):
         if at > start and size + tensor.numel() > CHUNK:
@@ -353,18 +354,18 @@ def runs_of(tensors: list[nn.Parameter]) -> Iterator[slice]:
 
 
 def in_steps(name: str, place: Place, rounds: int) -> dict[str, Any]:
-    """Each method in turn with a plain step, two models at a time."""
+    """Measure each method, alternating with a plain step."""
     rows = {}
     for method, strategies in STEPS.items():
         gc.collect()
         try:
-            run = training_step(name, strategies, place, kept=method.endswith("kept"))
+            run = training_step(name, strategies, place, cached=method.endswith("cached"))
         except ctl.InputError as error:
             rows[method] = {"refused": str(error)}
             continue
         plain = training_step(name, [], place)
         plain()
-        enough = max(rounds, min(40, int(2 / place.seconds(plain))))  # short steps need more rounds, and can have them
+        enough = max(rounds, min(40, int(2 / place.seconds(plain))))  # short steps need more rounds
         found = interleaved({"plain": plain, "method": run}, place, enough)
         rows[method] = {
             "plain ms": summary([1e3 * t for t in found["plain"]]),
@@ -376,12 +377,12 @@ def in_steps(name: str, place: Place, rounds: int) -> dict[str, Any]:
     return {"batch": place.batch, "size": place.size, "rows": rows}
 
 
-def training_step(name: str, strategies: list[ctl.Strategy], place: Place, *, kept: bool = False) -> Run:
+def training_step(name: str, strategies: list[ctl.Strategy], place: Place, *, cached: bool = False) -> Run:
     model = build(name, place.size).to(place.device)
     adaptation = adapted(model, strategies, place)
     optimizer = adaptation.optimizer(torch.optim.SGD, lr=RATE, momentum=0.9)
     with place.autocast():
-        source = adaptation.source_view(place.x) if kept else None
+        source = adaptation.source_view(place.x) if cached else None
     model.train()
 
     def run() -> None:
@@ -395,8 +396,8 @@ def training_step(name: str, strategies: list[ctl.Strategy], place: Place, *, ke
     return run
 
 
-def kept_outputs(name: str, place: Place, rounds: int) -> dict[str, Any]:
-    """``fit`` with the source's outputs kept, in turn with a plain one, each by its fastest step."""
+def cached_outputs(name: str, place: Place, rounds: int) -> dict[str, Any]:
+    """Measure the fastest step of ``fit`` with cached source outputs, alternating with a plain ``fit``."""
     steps = 8
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(place.batch * steps, 3, place.size, place.size, generator=generator)
@@ -417,22 +418,22 @@ def kept_outputs(name: str, place: Place, rounds: int) -> dict[str, Any]:
         ctl.fit(adaptation, data, training=training)
         return min(b - a for a, b in pairwise(stamps[steps:]))
 
-    cases: dict[str, list[ctl.Strategy]] = {"plain": [], "kept": [ctl.OutputConservation()]}
+    cases: dict[str, list[ctl.Strategy]] = {"plain": [], "cached": [ctl.OutputConservation()]}
     found: Times = {case: [] for case in cases}
     for number in range(-1, rounds):
         for case in random.sample(list(cases), 2):
             gc.collect()
-            taken = fastest_step(cases[case])
+            seconds = fastest_step(cases[case])
             if number >= 0:
-                found[case].append(taken)
+                found[case].append(seconds)
     return {
         "plain ms": summary([1e3 * t for t in found["plain"]]),
-        "of a plain step": summary(quotients(found["kept"], found["plain"])),
+        "of a plain step": summary(quotients(found["cached"], found["plain"])),
     }
 
 
-def quotients(ours: list[float], theirs: list[float]) -> list[float]:
-    return [a / b for a, b in zip(ours, theirs, strict=True)]
+def quotients(values: list[float], bases: list[float]) -> list[float]:
+    return [a / b for a, b in zip(values, bases, strict=True)]
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -440,7 +441,7 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def shown(row: dict[str, float], digits: int = 2) -> str:
+def formatted(row: dict[str, float], digits: int = 2) -> str:
     return f"{row['median']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
 
 
@@ -456,14 +457,14 @@ def tables(name: str, where: str, part: dict[str, Any]) -> list[str]:
         "",
         f"On weights, {found['parameters'] / 1e6:.1f} million in {found['tensors']} tensors:",
         "",
-        f"| around a step | ms | of the floor | fastest | the loop takes, times this | held, MiB |{more[0]}",
+        f"| around a step | ms | of the floor | fastest | the loop takes, times this | memory, MiB |{more[0]}",
         f"| --- | ---: | ---: | ---: | ---: | ---: |{more[1]}",
     ]
     for method, row in found["rows"].items():
         rest = f" {row['syncs']} | {bytes_of(row['peak'])} |" if gpu else ""
         lines.append(
-            f"| {method} | {row['ms']['median']:.2f} | {shown(row['of the floor'])} | {row['fastest']:.2f} | "
-            f"{row['the loop takes']['median']:.1f} | {bytes_of(row['held'])} |{rest}"
+            f"| {method} | {row['ms']['median']:.2f} | {formatted(row['of the floor'])} | {row['fastest']:.2f} | "
+            f"{row['the loop takes']['median']:.1f} | {bytes_of(row['memory'])} |{rest}"
         )
     if "steps" in part:
         found = part["steps"]
@@ -480,16 +481,16 @@ def tables(name: str, where: str, part: dict[str, Any]) -> list[str]:
                 continue
             rest = f" {row['syncs']} | {bytes_of(row['peak'] - row['plain peak'])} |" if gpu else ""
             lines.append(
-                f"| {method} | {row['plain ms']['median']:.1f} | {shown(row['added ms'])} | "
-                f"{shown(row['of a plain step'], 3)} |{rest}"
+                f"| {method} | {row['plain ms']['median']:.1f} | {formatted(row['added ms'])} | "
+                f"{formatted(row['of a plain step'], 3)} |{rest}"
             )
-    if "kept" in part:
-        ratio = shown(part["kept"]["of a plain step"], 3)
-        lines += ["", f"`fit` with OutputConservation, the source's outputs kept: {ratio} of a plain step."]
+    if "cached" in part:
+        ratio = formatted(part["cached"]["of a plain step"], 3)
+        lines += ["", f"`fit` with OutputConservation, the source's outputs cached: {ratio} of a plain step."]
     return [*lines, ""]
 
 
-WANTED = [
+GOALS = [
     ("resnet50", COUPLED, 3.0),
     ("resnet50", DECOUPLED, 1.3),
     ("mobilenet_v3_small", COUPLED, 5.0),
@@ -497,12 +498,12 @@ WANTED = [
 ]
 
 
-def asked(report: dict[str, Any]) -> list[str]:
-    """What was asked for, beside what was found."""
-    lines = ["| asked for | where | found | fastest | at most |", "| --- | --- | ---: | ---: | ---: |"]
+def goals(report: dict[str, Any]) -> list[str]:
+    """Return the table of goals and measurements."""
+    lines = ["| goal | device | measured | fastest | at most |", "| --- | --- | ---: | ---: | ---: |"]
     for part in report["parts"]:
         rows = part["weights"]["rows"]
-        for network, method, most in WANTED:
+        for network, method, most in GOALS:
             if network == part["model"] and not part["gpu"]:
                 lines.append(
                     f"| {network}: {method}, of the floor | {part['where']} | "
@@ -512,9 +513,9 @@ def asked(report: dict[str, Any]) -> list[str]:
             for method in (COUPLED, DECOUPLED):
                 share = rows[method]["ms"]["median"] / part["steps"]["rows"][method]["plain ms"]["median"]
                 lines.append(f"| resnet50: {method}, of a plain step | {part['where']} | {share:.4f} | | 0.01 |")
-        if "kept" in part:
-            share = part["kept"]["of a plain step"]["median"]
-            lines.append(f"| {part['model']}: kept outputs, of a plain step | {part['where']} | {share:.3f} | | 1.05 |")
+        if "cached" in part:
+            share = part["cached"]["of a plain step"]["median"]
+            lines.append(f"| {part['model']}: cached outputs | {part['where']} | {share:.3f} | | 1.05 |")
     return [*lines, ""]
 
 
@@ -541,16 +542,15 @@ def head(report: dict[str, Any]) -> list[str]:
         f"{place['cpu']}, {place['cores']} cores, {place['gpu']}, load {place['load before']} before and "
         f"{place['load after']} after; {versions}; {place['date']}."
     )
-    made = (
+    method = (
         "Networks of torchvision with random weights, fp32 on the CPU and bf16 autocast on a GPU. Medians over "
         f"{report['rounds']} rounds around a step, at least {report['steps']} of whole steps, {report['fits']} of fits "
-        "(the fastest step of each), quartiles in brackets; ratios are formed within a round. Fastest: the fastest of "
-        "all rounds beside the floor's fastest, which a busy machine disturbs least. On one thread the clock is the "
-        "process's CPU time. "
-        "Held: what is kept beside the model and what plain fine-tuning keeps, which is the starting point on the CPU: "
-        "there the anchors in fp32 take no more. Made by `python benchmarks/conservation.py`."
+        "(the fastest step of each), quartiles in brackets; ratios are formed within a round. Fastest: the fastest "
+        "round divided by the floor's fastest, which other load on the machine affects least. With one thread the "
+        "clock is the process's CPU time. Memory: beside the model, in addition to plain fine-tuning, which keeps the "
+        "starting point on the CPU; there, anchors in fp32 need no more. Made by `python benchmarks/conservation.py`."
     )
-    return ["# What staying close to the source costs", "", on, "", made, ""]
+    return ["# Time and memory of staying close to the source", "", on, "", method, ""]
 
 
 def places(threads: list[int]) -> Iterator[tuple[str, int]]:
@@ -565,17 +565,17 @@ def main() -> None:
     models = ["resnet50", "vit_b_16", "mobilenet_v3_small", "transformer_300m"]
     parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1], help="on the CPU")
-    parser.add_argument("--rounds", type=int, default=40, help="around a step")
-    parser.add_argument("--steps", type=int, default=5, help="rounds of whole steps; 0 leaves them out")
-    parser.add_argument("--fits", type=int, default=5, help="rounds of fits; 0 leaves them out")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds around a step")
+    parser.add_argument("--steps", type=int, default=5, help="rounds of whole steps; 0 for none")
+    parser.add_argument("--fits", type=int, default=5, help="rounds of fits; 0 for none")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     random.seed(0)
     report: dict[str, Any] = {"machine": machine(), "parts": []} | vars(options)
-    del report["out"]  # where it lay says nothing
+    del report["out"]
     lines: list[str] = []
-    whole = False  # steps and fits once on the CPU
+    measured = False  # steps and fits are measured once on the CPU
     for device, threads in places(options.threads):
         place = Place(device, threads)
         for name in options.models:
@@ -584,17 +584,17 @@ def main() -> None:
             gc.collect()
             part = {"model": name, "where": place.name, "gpu": place.cuda}
             part["weights"] = on_weights(name, place, options.rounds if name != "vit_b_16" else options.rounds // 2)
-            if options.steps and (place.cuda or not whole):
+            if options.steps and (place.cuda or not measured):
                 part["steps"] = in_steps(name, place, options.steps)
-            if options.fits and name != "transformer_300m" and (place.cuda or not whole):
-                part["kept"] = kept_outputs(name, place, options.fits)
+            if options.fits and name != "transformer_300m" and (place.cuda or not measured):
+                part["cached"] = cached_outputs(name, place, options.fits)
             report["parts"].append(part)
             lines += tables(name, place.name, part)
             print("\n".join(tables(name, place.name, part)), flush=True)
-        whole = True
+        measured = True
     report["machine"]["load after"] = round(os.getloadavg()[0], 2)
-    lines = head(report) + asked(report) + lines
-    print("\n".join(head(report) + asked(report)))
+    lines = head(report) + goals(report) + lines
+    print("\n".join(head(report) + goals(report)))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "conservation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (options.out / "conservation.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,11 +1,10 @@
-"""The engine beside loops written by hand and beside other libraries, in one run.
+"""Speed of the engine compared with loops written by hand and with other libraries.
 
 ``python benchmarks/engine.py`` prints the tables and writes ``benchmarks/results/engine.{json,md}``.
-Every round runs every variant once, in an order drawn anew, so that what else the machine does meets all
-alike; a ratio is formed within a round, and the median over rounds is reported with its quartiles. The clock
-runs from the first step of the second epoch to the last step of the last, so that nobody's setting up counts.
-Two rates come of it: by the median step, which a busy machine disturbs least, and over the whole stretch,
-which counts what happens between epochs too.
+Each round runs all variants in a new random order, so that other load on the machine affects all equally. Ratios are
+formed within a round, and their median over rounds is reported with its quartiles. Time is measured from the first step
+of the second epoch to the last step of the last, without setup. There are two rates: that of the median step, which
+other load affects least, and that of the whole time, which includes the work between epochs.
 """
 
 from __future__ import annotations
@@ -129,9 +128,9 @@ def fit_frozen(model: nn.Module, epochs: int) -> None:
     fit(model, epochs, frozen=half(model), keep_frozen_outputs=False)
 
 
-def fit_kept(model: nn.Module, epochs: int) -> None:
+def fit_cached(model: nn.Module, epochs: int) -> None:
     if not fit(model, epochs, frozen=half(model)).kept_outputs:
-        raise RuntimeError("the outputs of the frozen input side were not kept")
+        raise RuntimeError("the outputs of the frozen input side were not cached")
 
 
 def half(model: nn.Module) -> int:
@@ -204,7 +203,7 @@ def transformers_trainer(model: nn.Module, epochs: int) -> None:
 
 LOADER = "DataLoader loop by hand"
 INDEX = "indexing loop by hand"
-KEPT, FROZEN = "fit, half frozen, outputs kept", "fit, half frozen, computed each step"
+CACHED, FROZEN = "fit, half frozen, outputs cached", "fit, half frozen, computed in each step"
 VARIANTS: dict[str, tuple[Variant, str | None]] = {
     LOADER: (by_loader, None),
     INDEX: (by_index, None),
@@ -217,19 +216,19 @@ VARIANTS: dict[str, tuple[Variant, str | None]] = {
     "Lightning Trainer": (lightning_trainer, "lightning"),
     "Hugging Face Trainer": (transformers_trainer, "transformers"),
     FROZEN: (fit_frozen, None),
-    KEPT: (fit_kept, None),
+    CACHED: (fit_cached, None),
 }
 RATIOS = [
     ("fit, held", INDEX, 0.98),
     ("fit, the same DataLoader", LOADER, 0.98),
     ("fit, held, fused AdamW", "indexing loop by hand, fused AdamW", None),
     ("fit, held, L2-SP", INDEX, None),
-    (KEPT, FROZEN, None),
+    (CACHED, FROZEN, None),
 ]
 
 
 def steps_a_second(variant: Variant, model: nn.Module, epochs: int) -> tuple[float, float]:
-    """By the median step, and over the whole stretch from the second epoch's first step to the last one."""
+    """Return the rate of the median step, and that of the whole time from the second epoch's first step."""
     stamps: list[float] = []
     hook = model.register_forward_pre_hook(lambda *_: stamps.append(time.perf_counter()))
     torch.manual_seed(0)
@@ -259,20 +258,20 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def ratio(found: Found, name: str, base: str, way: int) -> dict[str, float]:
-    return summary([a[way] / b[way] for a, b in zip(found[name], found[base], strict=True)])
+def ratio(found: Found, name: str, base: str, column: int) -> dict[str, float]:
+    return summary([a[column] / b[column] for a, b in zip(found[name], found[base], strict=True)])
 
 
 def ratios(found: Found, name: str, base: str) -> dict[str, dict[str, float]]:
     return {"step": ratio(found, name, base, 0), "whole": ratio(found, name, base, 1)}
 
 
-def shown(row: dict[str, float]) -> str:
+def formatted(row: dict[str, float]) -> str:
     return f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
 def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
-    """Multiply-adds of a step, counted over convolutions and matrix products, forward and backward."""
+    """Return the multiply-adds of a step in convolutions and matrix products, forward and backward."""
     torch.manual_seed(0)
     model = make()
     counts = {"all layers trained": _count(model, lambda: model(DATA[0][:BATCH]))}
@@ -280,12 +279,12 @@ def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
     model.train()
     counts[FROZEN] = _count(model, lambda: model(DATA[0][:BATCH]))
     held = Held(DATA, BATCH, torch.device("cpu"), shuffle=False)
-    kept = cache_frozen_prefix(model, lambda batch: model(batch[0]), adaptation.layers, adaptation.frozen, held)
-    if kept is None:
-        raise RuntimeError("the outputs of the frozen input side were not kept")
-    kept.index = torch.arange(BATCH)
-    counts[KEPT] = _count(model, lambda: model(DATA[0][:BATCH]))
-    kept.remove()
+    cache = cache_frozen_prefix(model, lambda batch: model(batch[0]), adaptation.layers, adaptation.frozen, held)
+    if cache is None:
+        raise RuntimeError("the outputs of the frozen input side were not cached")
+    cache.index = torch.arange(BATCH)
+    counts[CACHED] = _count(model, lambda: model(DATA[0][:BATCH]))
+    cache.remove()
     return counts
 
 
@@ -322,28 +321,29 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
     lines = [
         f"## {name}",
         "",
-        f"| variant | steps/s, median step | of the {LOADER}: by step | whole stretch |",
+        f"| variant | steps/s, median step | of the {LOADER}: by step | whole time |",
         "| --- | ---: | ---: | ---: |",
         *(
-            f"| {variant} | {row['rate']['median']:.1f} | {shown(row['step'])} | {shown(row['whole'])} |"
+            f"| {variant} | {row['rate']['median']:.1f} | {formatted(row['step'])} | {formatted(row['whole'])} |"
             for variant, row in part["variants"].items()
         ),
         *(f"| {variant} | not installed | | |" for variant in part["missing"]),
         "",
-        "| what | of what | by step | whole stretch | asked for |",
+        "| variant | compared with | by step | whole time | goal |",
         "| --- | --- | ---: | ---: | ---: |",
         *(
-            f"| {row['of']} | {row['base']} | {shown(row['step'])} | {shown(row['whole'])} | {row['asked'] or ''} |"
+            f"| {row['of']} | {row['base']} | {formatted(row['step'])} | {formatted(row['whole'])} | "
+            f"{row['goal'] or ''} |"
             for row in part["ratios"]
         ),
         "",
     ]
     count = part["operations"]
     saving = (
-        f"With {part['frozen']} layers frozen on the input side, keeping their outputs makes a step "
-        f"{part['ratios'][-1]['step']['median']:.2f} times as fast. The operation count allows "
-        f"{count[FROZEN] / count[KEPT]:.2f}: {count[FROZEN] / 1e6:.0f} million multiply-adds a step without, "
-        f"{count[KEPT] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} where all layers are trained."
+        f"With {part['frozen']} layers frozen on the input side, caching their outputs makes a step "
+        f"{part['ratios'][-1]['step']['median']:.2f} times as fast. By the number of operations, it could be "
+        f"{count[FROZEN] / count[CACHED]:.2f}: {count[FROZEN] / 1e6:.0f} million multiply-adds a step without, "
+        f"{count[CACHED] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} if all layers are trained."
     )
     return [*lines, saving, ""]
 
@@ -351,16 +351,16 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
 def head(report: dict[str, Any]) -> list[str]:
     place = report["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
-    made = (
+    method = (
         f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}, AdamW, fp32. Medians "
-        f"over {report['rounds']} rounds of {report['epochs']} epochs; all variants in every round, in an order "
-        "drawn anew; quartiles in brackets. Made by `python benchmarks/engine.py`."
+        f"over {report['rounds']} rounds of {report['epochs']} epochs, each with all variants in a random order; "
+        "quartiles in brackets. Made by `python benchmarks/engine.py`."
     )
     on = (
         f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before "
         f"and {place['load after']} after; {versions}; {place['date']}."
     )
-    return ["# The engine beside other loops", "", on, "", made, ""]
+    return ["# The engine compared with other loops", "", on, "", method, ""]
 
 
 def main() -> None:
@@ -368,13 +368,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--threads", type=int, help="torch threads; as many as torch takes by default")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
-    del report["out"]  # where it lay says nothing
+    del report["out"]
     report["networks"] = {}
     lines: list[str] = []
     for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items():
@@ -385,9 +385,7 @@ def main() -> None:
                 for v, rates in found.items()
             },
             "missing": missing,
-            "ratios": [
-                {"of": a, "base": b, "asked": asked} | ratios(found, a, b) for a, b, asked in RATIOS if a in found
-            ],
+            "ratios": [{"of": a, "base": b, "goal": goal} | ratios(found, a, b) for a, b, goal in RATIOS if a in found],
             "operations": operations(make),
             "frozen": f"{half(make())} of {len(ctl.find_layers(make()))}",
         }

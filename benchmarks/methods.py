@@ -1,23 +1,22 @@
-"""Every method with its documented default, and the recipe for images, beside plain fine-tuning and other baselines.
+"""Each method with its default settings, and the recipe for images, compared with plain fine-tuning and baselines.
 
     python benchmarks/methods.py --fsdd RECORDINGS [--seeds 5] [--shots 1 5]
     python benchmarks/methods.py --cifar IMAGES --weights RESNET20 [--seeds 5] [--corruptions ...]
     python benchmarks/methods.py --tables
 
-Free spoken digits, leave one speaker out; CIFAR-10 under corruptions. Each method is trained as `fsdd.yaml` and
-`cifar10c.yaml` train, but for the rate where the method's docstring names its own, from the same source model and the
-same shots as all others. On images the 200 steps of the spec are made with batches of 32 instead of 64, which takes
-half the time. The recipe is its own spec, `recipe.yaml`. Runs are kept one by one in results/methods.jsonl: an
-interrupted benchmark goes on where it stopped, and several processes share one (`--part 0/2`, `--part 1/2`). Tables:
-results/methods.md.
+Free spoken digits, leave one speaker out; CIFAR-10 under corruptions. All methods have the same source model, the same
+shots and the training settings of `fsdd.yaml` and `cifar10c.yaml`, except for the learning rate that a method's
+docstring recommends. On images, the 200 steps of the spec use batches of 32 instead of 64, which halves the time. The
+recipe has its own spec, `recipe.yaml`. Finished runs are saved in results/methods.jsonl: an interrupted benchmark
+continues, and several processes share the work (`--part 0/2`, `--part 1/2`). Tables: results/methods.md.
 
-Columns: target and source accuracy afterwards and their harmonic mean, in percent, mean ± half the 95 % interval over
-runs (Student's t); the constrained score of Mantena et al. 2022 (arXiv 2210.03255): the share of the target's errors
-that is mended, times what is left of 3 points of source degradation, mean over targets; and the paired difference of
-the harmonic mean to the best of the plain runs, each run against the same speaker (or corruption), shots and seed. The
-recipe is held against the best baseline for each target: on images also plain fine-tuning with norms that follow the
-target, the first or the last block alone, and interpolation.
-Seconds are the median wall clock of a run, whatever else the machine did meanwhile: no claim about speed.
+Columns: target and source accuracy after the adaptation and their harmonic mean, in percent, mean ± half the 95 %
+interval over runs (Student's t); the constrained score of Mantena et al. 2022 (arXiv 2210.03255): the share of the
+target's errors that is corrected, times the unused share of an allowed source degradation of 3 points, mean over
+targets; and the difference of the harmonic mean to the best plain rate, paired by speaker (or corruption), shots and
+seed. The recipe is compared with the best baseline for each target: on images also plain fine-tuning with updated
+norms, the first or the last block alone, and interpolation.
+Seconds are the median wall-clock time of a run, under whatever load the machine had, and no claim about speed.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ EXAMPLES = HERE.parent / "examples"
 RUNS = HERE / "results" / "methods.jsonl"
 HALF = ["training.batch_size=32", "training.epochs=25", "training.evaluate_every=25"]
 Runs = dict[tuple[str, int], dict[str, Any]]
-"""(target, seed) -> the run."""
-KAPPA = 3.0  # points of source degradation at which the constrained score is 0
+"""(target, seed) -> run."""
+KAPPA = 3.0  # source degradation in points at which the constrained score is 0
 
-# name -> overrides of the spec: what stands in the table is what is written here.
+# Name in the table -> overrides of the spec.
 RECIPE = "recipe"
 METHODS: dict[str, list[str]] = {
     "plain, rate 1e-4": ["strategies=[]", "training.lr=1.0e-4"],
@@ -114,22 +113,22 @@ VISION: dict[str, list[str]] = {
     "plain, rate 5e-4, the recipe's augmentation": [*METHODS["plain, rate 5e-4"], "data.augment=true"],
     "plain, rate 2e-3, the recipe's augmentation": [*METHODS["plain, rate 2e-3"], "data.augment=true"],
 }
-"""What is run on images only. A block is a stage of the network. The speaker's recipe, which has a source model
-of its own, is in recipe.py."""
+"""Methods on images only. A block is a stage of the network. recipe.py measures the speaker's recipe, which has another
+source model."""
 _STRONG = json.dumps(recipe("speaker").augment)
 SPEECH: dict[str, list[str]] = {
     "plain, rate 1e-4, the recipe's augmentation": [*METHODS["plain, rate 1e-4"], f"data.augment={_STRONG}"],
     "plain, rate 5e-4, the recipe's augmentation": [*METHODS["plain, rate 5e-4"], f"data.augment={_STRONG}"],
 }
-"""What is run on speech only."""
+"""Methods on speech only."""
 PLAIN = [name for name in METHODS if name.startswith("plain, rate")]
 AUGMENTED = [name for name in {**VISION, **SPEECH} if name.endswith("augmentation")]
 BASELINES = [*PLAIN, "WeightInterpolation", *(name for name in VISION if name not in [*AUGMENTED, *PARTS, RECIPE])]
-"""What the recipe is held against."""
+"""Baselines of the recipe."""
 
 
 def speech_cases(root: Path, shots: list[int], seeds: int) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
-    """(spec, what names the run, overrides), the runs of one source model together."""
+    """Yield (spec, fields that identify the run, overrides), with the runs of one source model together."""
     speakers = sorted({path.stem.split("_")[1] for path in root.glob("*.wav")})
     for number in shots:
         for seed in range(seeds):
@@ -142,7 +141,7 @@ def speech_cases(root: Path, shots: list[int], seeds: int) -> Iterator[tuple[Pat
 def vision_cases(
     root: Path, weights: Path, corruptions: list[str], seeds: int
 ) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
-    """The same for images."""
+    """Yield the same for images."""
     for seed in range(seeds):
         for name in corruptions:
             where = {"task": "vision", "target": name, "shots": 25, "seed": seed}
@@ -151,7 +150,7 @@ def vision_cases(
 
 
 def measure(setting: Setting, source: Any, before: Mapping[str, float]) -> dict[str, float]:
-    """One run: adapt as the setting's spec says, and what both domains' test parts say before and after."""
+    """Adapt as the setting's spec says; return the accuracies on both test parts before and after, and the seconds."""
     begun = time.perf_counter()
     domains, spec = setting.domains, setting.spec
     adaptation = setting.adaptation(source.model)
@@ -165,14 +164,14 @@ def measure(setting: Setting, source: Any, before: Mapping[str, float]) -> dict[
 
 
 def accuracies(setting: Setting, model: torch.nn.Module, when: str) -> dict[str, float]:
-    """In percent, on both test parts."""
+    """Return the accuracies on both test parts, in percent."""
     tests = {"target": setting.domains.target_test, "source": setting.domains.source_test}
     scores = {name: score_model(setting.task, model, data) for name, data in tests.items()}
     return {f"{name} {when}": 100 * found.metrics["accuracy"] for name, found in scores.items()}
 
 
 def compute(cases: Iterator[tuple[Path, dict[str, Any], list[str]]], part: tuple[int, int], only: list[str]) -> None:
-    """Do what is not done yet."""
+    """Run the cases that are not in the results yet."""
     done = {key_of(line) for line in read()}
     for number, (path, where, given) in enumerate(cases):
         if number % part[1] != part[0]:
@@ -182,16 +181,16 @@ def compute(cases: Iterator[tuple[Path, dict[str, Any], list[str]]], part: tuple
             line = {**where, "method": method}
             if key_of(line) in done or (only and method not in only):
                 continue
-            own = [text for text in overrides if not text.startswith("training={")]
-            own += [f"training.{k}={v}" for text in overrides for k, v in parts_of(text)]
+            fields = [text for text in overrides if not text.startswith("training={")]
+            fields += [f"training.{k}={v}" for text in overrides for k, v in parts_of(text)]
             if method == RECIPE:
                 spec = load_spec(path.with_name("recipe.yaml"), given)
             else:
-                spec = load_spec(path, [*given, *(HALF if where["task"] == "vision" else ()), *own])
+                spec = load_spec(path, [*given, *(HALF if where["task"] == "vision" else ()), *fields])
             if spec.data.validation * spec.data.shots >= 1 or spec.data.validation == 0:
                 setting = prepare(spec)
             else:
-                continue  # one recording a word cannot be parted
+                continue  # one recording a word cannot be split
             if source is None:
                 source = obtain_source(setting)
                 before = accuracies(setting, source.model, "before")
@@ -206,51 +205,51 @@ def compute(cases: Iterator[tuple[Path, dict[str, Any], list[str]]], part: tuple
 
 
 def parts_of(text: str) -> list[tuple[str, str]]:
-    """The fields of ``training={a: b, c: d}``, so that the others of the spec stay."""
+    """Return the fields of ``training={a: b, c: d}``, so that the spec's other fields stay."""
     if not text.startswith("training={"):
         return []
     return [tuple(field.split(": ")) for field in text[len("training={") : -1].split(", ")]  # type: ignore[misc]
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What names a run."""
+    """Return the fields that identify a run."""
     return tuple(line[name] for name in ("task", "target", "shots", "seed", "method"))
 
 
 def read() -> list[dict[str, Any]]:
-    """All runs so far."""
+    """Return all runs so far."""
     return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
 
 
 def harmonic(run: Mapping[str, Any]) -> float:
-    """Of target and source afterwards, in percent."""
+    """Return the harmonic mean of target and source accuracy after the adaptation, in percent."""
     return 100 * harmonic_mean([run["target after"] / 100, run["source after"] / 100])
 
 
 def constrained(runs: list[dict[str, Any]]) -> float:
-    """Mean over targets of max(0, kappa - degradation) / kappa times the share of the target's errors mended."""
+    """Return the mean over targets of max(0, kappa - degradation) / kappa * share of the target's corrected errors."""
     by_target: dict[str, list[float]] = defaultdict(list)
     for run in runs:
-        left = max(0.0, KAPPA - max(0.0, run["source before"] - run["source after"])) / KAPPA
-        mended = (run["target after"] - run["target before"]) / max(1e-9, 100 - run["target before"])
-        by_target[run["target"]].append(left * mended)
+        unused = max(0.0, KAPPA - max(0.0, run["source before"] - run["source after"])) / KAPPA
+        corrected = (run["target after"] - run["target before"]) / max(1e-9, 100 - run["target before"])
+        by_target[run["target"]].append(unused * corrected)
     return statistics.mean(statistics.mean(values) for values in by_target.values())
 
 
 def interval(values: list[float]) -> str:
-    """Mean ± half the 95 % interval of the mean."""
+    """Return mean ± half the 95 % interval of the mean."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {student(len(values) - 1) * sem(values):.1f}"
 
 
 def sem(values: list[float]) -> float:
-    """Standard error of the mean."""
+    """Return the standard error of the mean."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by bisection of its distribution function."""
+    """Return the 97.5 % quantile of Student's t, by bisection of its distribution function."""
 
     def above(t: float) -> float:
         steps = 2000
@@ -267,16 +266,16 @@ def student(freedom: int) -> float:
 
 
 def tables() -> str:
-    """The tables of all runs."""
+    """Return the tables of all runs."""
     groups: dict[tuple[str, int], dict[str, Runs]] = defaultdict(dict)
     for run in read():
-        found = groups[run["task"], run["shots"]].setdefault(run["method"], {})
-        found[run["target"], run["seed"]] = run
+        runs_of = groups[run["task"], run["shots"]].setdefault(run["method"], {})
+        runs_of[run["target"], run["seed"]] = run
     versions = {"conservtl": __version__, "torch": torch.__version__, "python": platform.python_version()}
     date = dt.datetime.now(tz=dt.UTC).date().isoformat()
     machine = f"{platform.machine()}, CPU, 1 thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; {date}."
-    out = ["# Every method with its documented default\n", machine]
-    out += ["Written by `benchmarks/methods.py`, whose docstring says what the columns are.\n"]
+    out = ["# Each method with its default settings\n", machine]
+    out += ["Written by `benchmarks/methods.py`, whose docstring describes the columns.\n"]
     out += [*summary(groups), ""]
     for (task, shots), methods in sorted(groups.items()):
         best = best_plain(methods)
@@ -284,10 +283,10 @@ def tables() -> str:
         seeds = len({run["seed"] for runs in methods.values() for run in runs.values()})
         first = next(iter(methods.values())).values()
         before = {name: statistics.mean(run[f"{name} before"] for run in first) for name in ("target", "source")}
-        said = f"Before: target {before['target']:.1f}, source {before['source']:.1f}. Differences are to `{best}`."
+        note = f"Before: target {before['target']:.1f}, source {before['source']:.1f}. Differences are to `{best}`."
         out += [
             f"## {task}, {shots} shot{'s' * (shots > 1)} a class\n",
-            f"{', '.join(targets)}; {seeds} seeds. {said}\n",
+            f"{', '.join(targets)}; {seeds} seeds. {note}\n",
         ]
         out += ["| method | target | source | harmonic mean | constrained score | difference | seconds | runs |"]
         out += ["| --- |" + " ---: |" * 7]
@@ -309,18 +308,18 @@ def tables() -> str:
 
 
 def best_plain(methods: Mapping[str, Runs]) -> str:
-    """The plain rate with the best harmonic mean."""
-    found = [name for name in PLAIN if name in methods]
-    return max(found, key=lambda name: statistics.mean(harmonic(run) for run in methods[name].values()))
+    """Return the plain rate with the best harmonic mean."""
+    names = [name for name in PLAIN if name in methods]
+    return max(names, key=lambda name: statistics.mean(harmonic(run) for run in methods[name].values()))
 
 
 def differences(runs: Runs, others: Runs) -> list[float]:
-    """Of harmonic means, each run against the other's of the same target and seed."""
+    """Return the differences of harmonic means, paired by target and seed."""
     return [harmonic(run) - harmonic(others[key]) for key, run in runs.items() if key in others]
 
 
 def summary(groups: Mapping[tuple[str, int], Mapping[str, Runs]]) -> list[str]:
-    """One row a method: its difference to the best plain rate in each protocol."""
+    """Return one row for each method: its difference to the best plain rate in each protocol."""
     protocols = sorted(groups)
     out = [
         "| difference to the best plain rate | "
@@ -340,13 +339,13 @@ def summary(groups: Mapping[tuple[str, int], Mapping[str, Runs]]) -> list[str]:
 
 
 def recipe_rows(methods: Mapping[str, Runs], targets: list[str]) -> list[str]:
-    """The recipe beside the best baseline, for each target and over all."""
+    """Return the rows of the recipe and the best baseline, for each target and for all."""
     if RECIPE not in methods:
         return []
     out = ["| the recipe on | target | source | harmonic mean | best baseline | its harmonic mean | difference |"]
     out += ["| --- | ---: | ---: | ---: | --- | ---: | ---: |"]
-    for name, own in [*((target, [target]) for target in targets), ("all", targets)]:
-        runs = {key: run for key, run in methods[RECIPE].items() if key[0] in own}
+    for name, chosen in [*((target, [target]) for target in targets), ("all", targets)]:
+        runs = {key: run for key, run in methods[RECIPE].items() if key[0] in chosen}
         others = {b: [methods[b][key] for key in runs if key in methods[b]] for b in BASELINES if b in methods}
         whole = {b: [harmonic(run) for run in found] for b, found in others.items() if len(found) == len(runs)}
         if not runs or not whole:
@@ -366,21 +365,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 1])
     parser.add_argument("--only", nargs="+", default=[], help="methods by name")
-    parser.add_argument("--part", default="0/1", help="this process's share of the cases")
-    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    parser.add_argument("--part", default="0/1", help="share of the cases for this process")
+    parser.add_argument("--tables", action="store_true", help="write the tables only")
     parser.add_argument(
         "--corruptions",
         nargs="+",
         default=["gaussian_noise", "gaussian_blur", "defocus_blur", "contrast", "brightness"],
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    number, of = given.part.split("/")
-    if not given.tables and given.fsdd is not None:
-        compute(speech_cases(given.fsdd, given.shots, given.seeds), (int(number), int(of)), given.only)
-    if not given.tables and given.cifar is not None:
-        cases = vision_cases(given.cifar, given.weights, given.corruptions, given.seeds)
-        compute(cases, (int(number), int(of)), given.only)
+    number, of = options.part.split("/")
+    if not options.tables and options.fsdd is not None:
+        compute(speech_cases(options.fsdd, options.shots, options.seeds), (int(number), int(of)), options.only)
+    if not options.tables and options.cifar is not None:
+        cases = vision_cases(options.cifar, options.weights, options.corruptions, options.seeds)
+        compute(cases, (int(number), int(of)), options.only)
     (HERE / "results" / "methods.md").write_text(tables())
 
 

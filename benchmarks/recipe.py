@@ -1,13 +1,13 @@
-"""The speaker's recipe beside baselines, all from the recipe's source model and with its augmentation.
+"""The speaker's recipe compared with baselines, all from its source model and with its augmentation.
 
     python benchmarks/recipe.py --fsdd RECORDINGS [--seeds 3] [--shots 5 1] [--processes 1] [--runs FOLDER]
 
-Free spoken digits, leave one speaker out, by `conservtl compare` on examples/speech/recipe.yaml: plain fine-tuning at
-three rates, each stopped early on a part of the shots, and at the middle rate interpolated with the source. Stopping
-early on one recording a word costs the target, so that two rates are also trained to the end, as the recipe is. Runs
-are kept one by one, an interrupted benchmark goes on where it stopped. Accuracy in percent; harmonic means of target
-and source are taken run by run; means with 95 % intervals, and paired differences of the recipe to each row with a
-bootstrap interval over runs. Results: results/recipe.jsonl and recipe.md.
+Free spoken digits, leave one speaker out, by `conservtl compare` on examples/speech/recipe.yaml. Baselines: plain
+fine-tuning at three rates, each with early stopping on a part of the shots, and at the middle rate interpolated with
+the source. With one recording a word, early stopping lowers target accuracy; two rates are therefore also trained to
+the end, like the recipe. Finished runs are saved, and an interrupted benchmark continues. Accuracy in percent; harmonic
+means of target and source for each run; means with 95 % intervals, and paired differences of the recipe to each row
+with a bootstrap interval over runs. Results: results/recipe.jsonl and recipe.md.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ VARIANTS: dict[str, Any] = {
 VARIANTS[RECIPE] = {}
 
 
-def percent(found: dict[str, Any] | None, sign: str = "") -> str:
-    """Mean and interval."""
-    if found is None:
+def percent(estimate: dict[str, Any] | None, sign: str = "") -> str:
+    """Return mean and interval."""
+    if estimate is None:
         return ""
-    return f"{100 * found['mean']:{sign}.1f} ({100 * found['low']:{sign}.1f} to {100 * found['high']:{sign}.1f})"
+    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
+    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def gain(runs: list[dict[str, Any]], other: str) -> dict[str, Any] | None:
-    """The recipe's harmonic mean less another row's, each on the same speaker and seed."""
+    """Return the difference of the recipe's harmonic mean to another row's, paired by speaker and seed."""
     score = {(run["variant"], run["target"], run["seed"]): run["harmonic"] for run in runs}
     pairs: dict[str, list[float]] = {}
     for variant, target, seed in score:
@@ -56,24 +57,24 @@ def gain(runs: list[dict[str, Any]], other: str) -> dict[str, Any] | None:
     return None if other == RECIPE else asdict(bootstrap(list(pairs.values())))
 
 
-def table(found: dict[str, Any]) -> str:
-    """One for each number of shots, and the recipe speaker by speaker."""
+def table(report: dict[str, Any]) -> str:
+    """Return a table for each number of shots, and the recipe's accuracy for each speaker."""
     versions = f"conservtl {__version__}, torch {torch.__version__}, python {platform.python_version()}"
-    out = ["# The speaker's recipe beside baselines\n"]
+    out = ["# The speaker's recipe compared with baselines\n"]
     out += [f"{platform.machine()}, CPU; {versions}; {dt.datetime.now(dt.UTC).date()}.\n"]
-    out += ["Written by `benchmarks/recipe.py`, whose docstring says what is measured.\n"]
-    for rows in found["tables"]:
-        runs = [run for run in found["runs"] if run["shots"] == rows["shots"]]
-        own = next(row for row in rows["rows"] if row["variant"] == RECIPE)
-        out += [f"## {rows['shots']} shots a class, {own['target']['count']} runs a row\n"]
+    out += ["Written by `benchmarks/recipe.py`, whose docstring describes the method.\n"]
+    for rows in report["tables"]:
+        runs = [run for run in report["runs"] if run["shots"] == rows["shots"]]
+        recipe = next(row for row in rows["rows"] if row["variant"] == RECIPE)
+        out += [f"## {rows['shots']} shots a class, {recipe['target']['count']} runs a row\n"]
         out += ["| | target | source | harmonic mean | the recipe is better by |", "| --- |" + " ---: |" * 4]
         for row in rows["rows"]:
             cells = [percent(row[name]) for name in ("target", "source", "harmonic")]
             cells.append(percent(gain(runs, row["variant"]), "+"))
             out.append(f"| {row['variant']} | {' | '.join(cells)} |")
-        moved = ((name, one["before"]["mean"], one["after"]["mean"]) for name, one in own["per_target"].items())
-        said = "; ".join(f"{name} {100 * before:.1f} → {100 * after:.1f}" for name, before, after in moved)
-        out += ["", f"Target, before → after the recipe: {said}.", ""]
+        moved = ((name, one["before"]["mean"], one["after"]["mean"]) for name, one in recipe["per_target"].items())
+        changes = "; ".join(f"{name} {100 * before:.1f} → {100 * after:.1f}" for name, before, after in moved)
+        out += ["", f"Target, before → after the recipe: {changes}.", ""]
     return "\n".join(out)
 
 
@@ -84,14 +85,14 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 1])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "conservtl-recipe")
-    given = parser.parse_args()
-    section = {"shots": given.shots, "seeds": given.seeds, "variants": VARIANTS, "baselines": BASELINES}
-    spec = load_spec(SPEC, [f"data.root={given.fsdd}", f"compare={section}"])
-    found = compare(spec, given.runs, processes=given.processes, say=lambda text: print(text, flush=True))
-    kept = ("variant", "target", "shots", "seed", "before", "after")
-    lines = [json.dumps({name: run[name] for name in kept}) + "\n" for run in found["runs"]]
+    options = parser.parse_args()
+    section = {"shots": options.shots, "seeds": options.seeds, "variants": VARIANTS, "baselines": BASELINES}
+    spec = load_spec(SPEC, [f"data.root={options.fsdd}", f"compare={section}"])
+    report = compare(spec, options.runs, processes=options.processes, say=lambda text: print(text, flush=True))
+    fields = ("variant", "target", "shots", "seed", "before", "after")
+    lines = [json.dumps({name: run[name] for name in fields}) + "\n" for run in report["runs"]]
     (HERE / "results" / "recipe.jsonl").write_text("".join(lines), encoding="utf-8")
-    (HERE / "results" / "recipe.md").write_text(table(found), encoding="utf-8")
+    (HERE / "results" / "recipe.md").write_text(table(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Whether what `conservtl recommend` says is as good as the best of what one could have tried.
+"""Comparison of the specs that `conservtl recommend` gives with the best of a list of candidates.
 
     python benchmarks/recommend.py [--fsdd RECORDINGS] [--cifar IMAGES --weights RESNET20] [--digits] [--seeds 1]
         [--only TEXT] [--processes 1] [--dry-run]
 
-A case is a target and a number of shots: every speaker of free spoken digits at 1, 5 and 15 recordings a word, CIFAR-10
-under three corruptions at 5, 25 and 100 images a class (for 100 to 256 steps), and new digits (other labels) at 5, 25
-and 100. In each the recommended spec is run beside a fixed list of candidates, on the same shots and from the same
-source model. The score is the harmonic mean of target and source accuracy on the test parts, or target accuracy where
-the source cannot be measured; its mean over seeds. A case is met where the recommendation is within a point of the best
-candidate or above it; the claim is that 80 % are. Misses are listed. Runs and recommendations are kept one by one below
-results/recommend: an interrupted benchmark goes on where it stopped. Results: results/recommend.json and recommend.md.
+A case is a target and a number of shots: each speaker of free spoken digits with 1, 5 and 15 recordings a word,
+CIFAR-10 under three corruptions with 5, 25 and 100 images a class (100 to 256 steps), and new digits (other labels)
+with 5, 25 and 100. Each case runs the recommended spec and a fixed list of candidates on the same shots and from the
+same source model. The score is the harmonic mean of target and source accuracy on the test parts, or target accuracy if
+the source cannot be measured, as a mean over seeds. A case is met if the recommendation is at most one point below the
+best candidate; the claim is that 80 % are met. The others are listed. Finished runs and recommendations are saved below
+results/recommend, and an interrupted benchmark continues. Results: results/recommend.json and recommend.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast")
 PULL = {"kind": "l2_sp", "mode": "decoupled", "alpha": 15}
 STRONG = {**PULL, "alpha": 30}
 TOWARD_SOURCE = {"kind": "weight_interpolation", "t": 0.8}
-# name -> strategies and rate; everything else is the shipped spec's.
+# Name -> strategies and learning rate; all other fields are those of the shipped spec.
 CANDIDATES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "fine-tuning, 1e-4": ([], 1e-4),
     "fine-tuning, 3e-4": ([], 3e-4),
@@ -69,9 +69,9 @@ class Case:
     """A target and a number of shots.
 
     Args:
-        name: of both.
-        spec: the shipped one, on these.
-        unfit: candidates that cannot be run there.
+        name: name of the case.
+        spec: the shipped spec with this target and number of shots.
+        unfit: candidates that cannot run on it.
     """
 
     name: str
@@ -79,40 +79,40 @@ class Case:
     unfit: frozenset[str] = frozenset()
 
 
-def cases(given: argparse.Namespace) -> Iterator[Case]:
-    if given.fsdd is not None:
-        spec = load_spec(EXAMPLES / "speech" / "fsdd.yaml", [f"data.root={given.fsdd}"])
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    if options.fsdd is not None:
+        spec = load_spec(EXAMPLES / "speech" / "fsdd.yaml", [f"data.root={options.fsdd}"])
         for speaker in speech.speakers(spec.data):
             for shots in SHOTS["speech"]:
                 fields = {"data.target": speaker, "data.shots": shots}
                 yield Case(f"speech, {speaker}, {shots}", with_fields(spec, fields))
-    if given.cifar is not None:
-        where = [f"data.root={given.cifar}", f"source.weights={given.weights}"]
+    if options.cifar is not None:
+        where = [f"data.root={options.cifar}", f"source.weights={options.weights}"]
         spec = load_spec(EXAMPLES / "vision" / "cifar10c.yaml", where)
         for name in CORRUPTIONS:
             for shots in SHOTS["corruptions"]:
                 fields = {"data.corruption.name": name, "data.shots": shots}
                 fields |= {"training.batch_size": 32, "training.epochs": EPOCHS[shots]}
                 yield Case(f"CIFAR-10, {name}, {shots}", with_fields(spec, fields))
-    if given.digits:
+    if options.digits:
         spec = load_spec(EXAMPLES / "vision" / "spec.yaml")
         for shots in SHOTS["labels"]:
-            unfit = frozenset({"output side held, 5e-4"})  # the head is new: it cannot be held
+            unfit = frozenset({"output side held, 5e-4"})  # the head is new and cannot be frozen
             yield Case(f"new digits, {shots}", with_fields(spec, {"data.shots": shots}), unfit)
 
 
 def recommended(spec: Any, folder: Path) -> dict[str, Any]:
-    """The recommendation for a spec, made once."""
-    said = [spec.model_dump(mode="json"), __version__, torch.__version__]
-    key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:20]
+    """Return the recommendation for a spec, computed once."""
+    content = [spec.model_dump(mode="json"), __version__, torch.__version__]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
     path = folder / "recommended" / f"{key}.json"
     if not path.is_file():
-        found = recommend(spec)
+        result = recommend(spec)
         write_json(
             {
-                "spec": found.spec.model_dump(mode="json"),
-                "reasons": [choice.reason for choice in found.choices],
-                "numbers": found.numbers,
+                "spec": result.spec.model_dump(mode="json"),
+                "reasons": [choice.reason for choice in result.choices],
+                "numbers": result.numbers,
             },
             path,
         )
@@ -133,7 +133,7 @@ def trials(case: Case, seeds: int, folder: Path) -> list[Trial]:
 
 
 def judged(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recommendation's score beside the best candidate's."""
+    """Return the scores of the recommendation and of the best candidate."""
     scores: dict[str, list[float]] = {}
     for run in runs:
         score = run["after"]["target"] if run["harmonic"] is None else run["harmonic"]
@@ -151,30 +151,30 @@ def judged(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(found: list[dict[str, Any]], seeds: int) -> str:
-    met = sum(row["met"] for row in found)
-    share = met / len(found)
+def table(rows: list[dict[str, Any]], seeds: int) -> str:
+    met = sum(row["met"] for row in rows)
+    share = met / len(rows)
     where = f"{platform.machine()}, {'GPU' if torch.cuda.is_available() else 'CPU'}; conservtl {__version__}"
     when = f"torch {torch.__version__}; {dt.datetime.now(dt.UTC).date()}; {seeds} seed{'s' * (seeds > 1)}"
     verdict = f"{share:.0%}, {'as' if share >= CLAIM else 'not as'} claimed ({CLAIM:.0%})"
     lines = [
-        "# Whether what is recommended is as good as the best of what one could have tried",
+        "# Recommended specs compared with the best candidates",
         "",
         f"{where}, {when}.",
         "",
-        f"{met} of {len(found)} cases within a point of the best of {len(CANDIDATES)} candidates: {verdict}.",
+        f"{met} of {len(rows)} cases within one point of the best of {len(CANDIDATES)} candidates: {verdict}.",
         "",
         "| case | recommended | harmonic mean (%) | best candidate | harmonic mean (%) | difference | |",
         "| --- | --- | ---: | --- | ---: | ---: | --- |",
     ]
-    for row in found:
-        own, best = 100 * row["recommended"], 100 * row["best_score"]
-        said = ", ".join(row["strategies"])
+    for row in rows:
+        score, best = 100 * row["recommended"], 100 * row["best_score"]
+        strategies = ", ".join(row["strategies"])
         lines.append(
-            f"| {row['case']} | {said} | {own:.1f} | {row['best']} | {best:.1f} | {own - best:+.1f} | "
+            f"| {row['case']} | {strategies} | {score:.1f} | {row['best']} | {best:.1f} | {score - best:+.1f} | "
             f"{'' if row['met'] else 'missed'} |"
         )
-    missed = [row["case"] for row in found if not row["met"]]
+    missed = [row["case"] for row in rows if not row["met"]]
     return "\n".join([*lines, "", f"Missed: {'; '.join(missed) or 'none'}.", ""])
 
 
@@ -185,31 +185,33 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--digits", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true")
-    given = parser.parse_args()
-    if given.cifar is not None and given.weights is None:
+    options = parser.parse_args()
+    if options.cifar is not None and options.weights is None:
         parser.error("--cifar needs --weights")
-    wanted = [case for case in cases(given) if given.only in case.name]
-    if not wanted:
-        parser.error("no case: give --fsdd, --cifar or --digits, and an --only that fits one")
-    print(f"{len(wanted)} cases, {len(wanted) * given.seeds * (len(CANDIDATES) + 1)} runs", flush=True)
-    if given.dry_run:
+    selected = [case for case in cases(options) if options.only in case.name]
+    if not selected:
+        parser.error("no case: give --fsdd, --cifar or --digits, and an --only that is in a name")
+    print(f"{len(selected)} cases, {len(selected) * options.seeds * (len(CANDIDATES) + 1)} runs", flush=True)
+    if options.dry_run:
         return
-    folder = given.out / "recommend"
-    many, found = ResultStore(folder, lambda text: print(text, flush=True)), []
-    for case in wanted:
+    folder = options.out / "recommend"
+    store, rows = ResultStore(folder, lambda text: print(text, flush=True)), []
+    for case in selected:
         print(case.name, flush=True)
-        listed = trials(case, given.seeds, folder)
-        runs = many.results(listed, given.processes)
-        dumped = [trial.spec.model_dump(mode="json")["strategies"] for trial in listed]
-        rows = [{**run, "strategies": said} for run, said in zip(runs, dumped, strict=True)]
-        found.append(judged(case, rows))
-        write_json({"cases": found, "seeds": given.seeds, "candidates": list(CANDIDATES)}, given.out / "recommend.json")
-        (given.out / "recommend.md").write_text(table(found, given.seeds), encoding="utf-8")
-    print(table(found, given.seeds))
+        planned = trials(case, options.seeds, folder)
+        runs = store.results(planned, options.processes)
+        dumped = [trial.spec.model_dump(mode="json")["strategies"] for trial in planned]
+        described = [{**run, "strategies": kinds} for run, kinds in zip(runs, dumped, strict=True)]
+        rows.append(judged(case, described))
+        write_json(
+            {"cases": rows, "seeds": options.seeds, "candidates": list(CANDIDATES)}, options.out / "recommend.json"
+        )
+        (options.out / "recommend.md").write_text(table(rows, options.seeds), encoding="utf-8")
+    print(table(rows, options.seeds))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How long one waits: for the import, for a plan, for README's first command. Results: results/start.json.
+"""Time of the import, of a plan and of README's first command. Results: results/start.json.
 
     python benchmarks/start.py
 
-Each figure is the median of several fresh processes, in seconds.
+Each number is the median over several new processes, in seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import json
 import platform
@@ -39,14 +40,14 @@ print(time.perf_counter() - t)
 
 
 def seconds(code: str, runs: int = 5) -> float:
-    """Median over fresh processes of what the code prints."""
+    """Return the median over new processes of the number that the code prints."""
     command = [sys.executable, "-c", code]
     outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(runs)]
     return round(statistics.median(float(out) for out in outputs), 3)
 
 
 def first_command() -> str:
-    """A fresh process that runs README's first command without its installation and an empty cache."""
+    """Return code that runs README's first command after the installation, with an empty cache."""
     spec = HERE.parent / "examples" / "speech" / "spec.yaml"
     with tempfile.TemporaryDirectory() as folder:
         words = ["conservtl", "run", str(spec), "--out", f"{folder}/out", "--set", f"source.cache={folder}/cache"]
@@ -58,20 +59,21 @@ def first_command() -> str:
 
 
 def main() -> None:
-    found = {
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    times = {
         "import conservtl, beyond import torch": seconds(IMPORT),
         "plan of ViT-B/16 with L2-SP, layer decay and gradual unfreezing": seconds(PLAN),
         "README's first command after installation, nothing cached": seconds(first_command(), 3),
     }
-    said = {
-        "seconds": found,
+    report = {
+        "seconds": times,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} cores, no GPU used",
         "versions": {"conservtl": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
     }
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "start.json").write_text(json.dumps(said, indent=1) + "\n")
-    print(json.dumps(said, indent=1))
+    (HERE / "results" / "start.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
