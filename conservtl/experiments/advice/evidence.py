@@ -1,4 +1,4 @@
-"""What is measured before a strategy is recommended: how much data, how far, and how transferable each layer is."""
+"""The evidence for a recommendation: amount of data, distance of the domains, transferability of each layer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from conservtl.tasks.base import Shift
 __all__ = ["Evidence", "gather"]
 
 ENOUGH_FOR_DISTANCE = 20
-"""Target examples below which the proxy A-distance is not trusted: with 10, a linear classifier that has not enough to
-learn from gave 0 to 1.6 for speakers that give 0.8 to 1.7 with 50."""
+"""Fewest target examples for the proxy A-distance: with 10, a linear classifier learned too little and gave 0 to 1.6
+for speakers that give 0.8 to 1.7 with 50."""
 MARGIN = 0.15
-"""Nats an example below the best layer's LogME up to which a layer's features are used beside it: side by side they
-were better than the best alone on digits at every size, and what falls behind by more is the input's or the head's."""
-_MOST = 1000  # source examples that are looked at
+"""Nats an example below the best layer's LogME within which a layer's features are used too: side by side they were
+better than the best alone on digits at every size; layers farther behind are those next to the input or the head."""
+_MOST = 1000  # source examples that are measured
 _FOLDS = 5
 _C = 0.1  # of the SVM, as FeatureExtraction has it
 
@@ -40,27 +40,27 @@ class Evidence:
     """The numbers behind a recommendation.
 
     Args:
-        shift: labels: the target has labels of its own; speaker: the same words by another speaker; input: the same
-            labels, images that look different.
-        classes: of the target.
-        examples: of all classes to adapt with.
-        fewest: examples of the class that has fewest.
-        parameters: that would be trained if everything were.
-        layers: the body's, input side first.
+        shift: labels: the target's labels are new; speaker: the same words by another speaker; input: the same labels
+            for inputs that look different.
+        classes: number of the target's classes.
+        examples: number of shots of all classes.
+        fewest: number of shots of the class that has fewest.
+        parameters: number of the model's parameters.
+        layers: the body's layers, input side first.
         head: name of the layer that holds the classifier.
-        epochs: as the spec has them.
+        epochs: the spec's epochs.
         steps: optimizer steps an epoch, by the spec's batch size.
         distance: proxy A-distance at the features that enter the head, 0 to 2; None: not measured.
         distances: layer -> proxy A-distance.
         statistics: shift of the norms' statistics, in the source's standard deviations; None: not measured.
-        batch_norms: whether the model has any that keep statistics.
+        batch_norms: whether the model has norms that keep statistics.
         log_me: layer -> LogME of its features, nats an example.
         leep: LEEP of the source model's outputs, nats an example.
-        entropy: of the labels, nats: LEEP is its negative where outputs say nothing of them.
-        best_layers: those whose LogME is within the margin of the best.
-        features_accuracy: of an SVM on their features, on examples of the shots held out of it; None where a class has
-            one example only, or the head is the source's.
-        left_out: what could not be measured, and why.
+        entropy: entropy of the labels, nats: LEEP is its negative for outputs that are independent of the labels.
+        best_layers: layers whose LogME is within the margin of the best.
+        features_accuracy: accuracy of an SVM on their features, cross-validated on the shots; None if a class has a
+            single example, or the head is the source's.
+        left_out: measurements that could not be made, and why.
     """
 
     shift: Shift
@@ -84,13 +84,13 @@ class Evidence:
     left_out: tuple[str, ...]
 
     @property
-    def each(self) -> float:
+    def per_parameter(self) -> float:
         """Examples for each parameter."""
         return self.examples / self.parameters
 
 
 def gather(setting: Setting, source: SourceModel) -> Evidence:
-    """Measure everything on the source model, the shots and the source's data; nothing is trained.
+    """Measure the source model on the shots and on the source's data; train nothing.
 
     Raises:
         SpecError: the task has no classes.
@@ -105,7 +105,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         )
     if len(domains.labels) < 2:
         raise DataError(
-            f"data: there is one class only, {domains.labels[0]!r}, so nothing can be told apart. Give two at least."
+            f"data: a recommendation needs two classes; there is one class only, {domains.labels[0]!r}. Add another."
         )
     plan = setting.adaptation(source.model).plan
     layers = find_layers(source.model, setting.example, spec.layers)
@@ -150,14 +150,14 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
 def _distances(
     setting: Setting, source: SourceModel, target: LayerFeatures, layers: Any, body: list[str], left_out: list[str]
 ) -> dict[str, float]:
-    """The proxy A-distance of each layer's features, where there is source data and enough of the target's."""
+    """The proxy A-distance of each layer's features, given source data and enough target data."""
     data, what = setting.domains.source_train, "proxy A-distance"
     if data is None:
         left_out.append(f"{what}: the spec gives no source data")
         return {}
     if len(target.labels) < ENOUGH_FOR_DISTANCE:
         left_out.append(
-            f"{what}: {len(target.labels)} target examples are too few to tell domains apart by "
+            f"{what}: {len(target.labels)} target examples are too few to separate domains "
             f"({ENOUGH_FOR_DISTANCE} are needed)"
         )
         return {}
@@ -166,7 +166,7 @@ def _distances(
 
 
 def _held_out_accuracy(features: Tensor, labels: Tensor) -> float:
-    """Of a linear SVM, by cross-validation on the shots."""
+    """Cross-validated accuracy of a linear SVM on the shots."""
     selection = require("sklearn.model_selection", "experiments")
     scaler = require("sklearn.preprocessing", "experiments").StandardScaler()
     machine = require("sklearn.svm", "experiments").LinearSVC(C=_C, max_iter=10_000)
@@ -174,6 +174,6 @@ def _held_out_accuracy(features: Tensor, labels: Tensor) -> float:
     folds = min(_FOLDS, *Counter(labels.tolist()).values())
     splits = selection.StratifiedKFold(folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an SVM that has not quite converged is as good a measure
+        warnings.simplefilter("ignore")  # an SVM that has not fully converged measures as well
         found = selection.cross_val_score(chain, features.double().numpy(), labels.numpy(), cv=splits)
     return float(found.mean())

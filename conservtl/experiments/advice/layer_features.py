@@ -1,4 +1,4 @@
-"""LayerFeatures of several depths: what every layer makes of some data, averaged over positions, in one pass."""
+"""Features of every layer for some data, averaged over positions, from one pass."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["LayerFeatures", "features_of", "statistics_shift"]
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """What a model makes of data, on the CPU.
+    """Features and outputs of a model, on the CPU.
 
     Args:
-        layers: layer -> (N, channels), the mean over positions; input side first, those that give no tensor with
-            channels left out.
+        layers: layer -> (N, channels), the mean over positions; input side first, without layers whose output is no
+            tensor with channels.
         outputs: (N, classes) logits.
         labels: (N,).
     """
@@ -48,14 +48,14 @@ def features_of(
     batch_size: int = 256,
     device: torch.device | None = None,
 ) -> LayerFeatures:
-    """Run the model over the data once, in eval mode; the model is left as found.
+    """Run a model over data once, in eval mode, and return its features; the model is left as found.
 
     Args:
         model: any model; its layers may be convolutions, recurrent layers or transformer blocks.
         data: examples, or a dataset of (input, label).
-        layers: as ``find_layers`` gives them for this model. LayerFeatures are the outputs of each one's last module.
+        layers: from ``find_layers`` for this model; the features of a layer are the outputs of its last module.
         batch_size: examples a forward pass.
-        device: where it runs; None: where the model is.
+        device: device of the passes; None: the model's.
 
     Raises:
         SelectorError: the model has no such layer.
@@ -78,11 +78,11 @@ def features_of(
 
 @torch.no_grad()
 def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> float | None:
-    r"""How far data is from what a model's norms remember of the source, where there is no source data.
+    r"""Return the shift between data and the statistics that a model's norms keep of the source.
 
     .. math:: \operatorname{mean}_c \frac{\sqrt{(\mu_c - \mu^0_c)^2 + (\sigma_c - \sigma^0_c)^2}}{\sigma^0_c}
 
-    with mu0 and sigma0 a channel's running statistics and mu, sigma what reaches the norm on the data: the Fréchet
+    with mu0 and sigma0 a channel's running statistics and mu, sigma those of the norm's inputs on the data: the Fréchet
     distance of two normal distributions in units of the source's standard deviation; the mean over all norms.
 
     Args:
@@ -91,7 +91,7 @@ def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> 
         batch_size: examples a forward pass.
 
     Returns:
-        0 where nothing differs; None where no norm keeps statistics.
+        0 for equal statistics; None if no norm keeps any.
     """
     norms: list[Any] = [module for module in unwrap(model).modules() if tracks_statistics(module)]
     moments = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}
@@ -125,7 +125,7 @@ def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> 
 
 @contextmanager
 def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
-    """Catch the pooled outputs of layers in each forward pass."""
+    """Yield a dictionary that holds the pooled outputs of layers after each forward pass."""
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     rows = dict(Plan.draw(layers, {}, {}).by_layer())
     caught: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Te
 
 
 class _Pool:
-    """A forward hook that keeps the mean of the output over all but examples and channels."""
+    """A forward hook that stores the mean of the output over all but examples and channels."""
 
     def __init__(self, layer: str, first: int, caught: dict[str, Tensor]) -> None:
         self.layer, self.first, self.caught = layer, first, caught

@@ -1,4 +1,4 @@
-"""Which strategy for this data, and why: measured, decided by the practitioner's table, the rate by a range test."""
+"""Recommendation of strategies for a spec: measured, decided by the practitioner's table, the rate by a range test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import yaml
 
 from conservtl.experiments.advice.evidence import Evidence, gather
 from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find
-from conservtl.experiments.advice.rules import Reason, advise, far, size
+from conservtl.experiments.advice.rules import Reason, advise
+from conservtl.experiments.advice.thresholds import far, size
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec
@@ -20,19 +21,19 @@ from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_sp
 __all__ = ["Recommendation", "recommend"]
 
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 1e-3
-"""The range test decides between the two, averaged on a logarithmic scale with the task's usual rate: a test on a few
-examples is noisy, and measures the target alone."""
+"""Usual bounds of a fine-tuning rate. The rate is the geometric mean of the range test's suggestion and the task's usual
+rate: a test on a few examples is noisy, and measures the target alone."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A spec that ``run`` takes, with the reasons and the numbers behind it. Printed, it says all of them.
+    """A spec for ``run``, with the reasons and the numbers behind it; printed, it shows all of them.
 
     Args:
-        spec: what to run.
+        spec: the recommended spec.
         choices: one sentence of reason for each choice.
-        evidence: what was measured.
-        range_test: what set the rate; None where nothing is trained, or it was not asked for.
+        evidence: the measurements.
+        range_test: the range test that set the rate; None if nothing is trained, or no test was wanted.
     """
 
     spec: Spec
@@ -42,7 +43,7 @@ class Recommendation:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """The numbers, as JSON can hold them."""
+        """The numbers as JSON."""
         measured = asdict(self.evidence)
         distant, by = far(self.evidence)
         return {**measured, "size": size(self.evidence), "far": distant, "far_by": by}
@@ -72,17 +73,17 @@ class Recommendation:
 
 
 def recommend(spec: Spec | Mapping[str, Any] | str | Path, *, range_test: bool = True) -> Recommendation:
-    """Say which strategies fit a spec's data and source model, and how to train.
+    """Recommend strategies and training settings for a spec's data and source model.
 
-    What is measured: how many examples there are, a class and a parameter; the proxy A-distance between source and
-    target at each depth; LogME at each depth, and LEEP of the source model's outputs. Then the domain's rule chooses
-    the side that is tuned, the table of practice how much of it, the distance how far the kept side's rates are below,
-    and a range test the rate. Nothing but the shots and the source's data is looked at: no test recording or image.
+    It measures the number of examples a class and a parameter; the proxy A-distance between source and target at each
+    depth; LogME at each depth, and LEEP of the source model's outputs. Then the kind of shift decides which side is
+    tuned, the practitioner's table how much of it, the distance how far the kept side's rates are below, and a range
+    test the rate. It reads the shots and the source's data only, never a test part.
 
     Args:
-        spec: a spec, its fields, or its file. Data, model, source and the rest of ``training`` stay; its strategies,
-            rate, schedule and norm policy are what is recommended anew.
-        range_test: False leaves the rate as the spec has it, within practice's bounds.
+        spec: a spec, its fields, or its file. Data, model, source and the rest of ``training`` stay; strategies,
+            rate, schedule and norm policy are recommended.
+        range_test: False keeps the spec's rate, within the usual bounds.
 
     Raises:
         DataError: the data is missing, has one class only, or fewer examples than shots.
@@ -123,7 +124,7 @@ def _read(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
 
 
 def _short(spec: Spec) -> str:
-    """What was chosen, as it would be written in a spec by hand."""
+    """The chosen fields, as a person would write them in a spec."""
     strategies = [{"kind": one.kind, **one.model_dump(mode="json", exclude_defaults=True)} for one in spec.strategies]
     training = spec.training.model_dump(mode="json", exclude_defaults=True)
     return yaml.safe_dump({"strategies": strategies, "training": training}, sort_keys=False, allow_unicode=True)
@@ -131,11 +132,11 @@ def _short(spec: Spec) -> str:
 
 def _rate(lr: float, usual: float, seen: RangeTest | None) -> str:
     if seen is None:
-        return f"{lr:.1e} is the spec's own, within practice's {LOWEST_RATE:g} to {HIGHEST_RATE:g}."
-    tenth = f"{seen.suggestion:.1e}, a tenth of where the range test's loss is lowest"
+        return f"{lr:.1e} is the spec's rate, within the usual {LOWEST_RATE:g} to {HIGHEST_RATE:g}."
+    tenth = f"{seen.suggestion:.1e}, a tenth of the rate where the range test's loss is lowest"
     if _bounded(seen.suggestion) != seen.suggestion:
-        tenth = f"{_bounded(seen.suggestion):g}, practice's bound (the range test suggests {seen.suggestion:.1e})"
-    return f"{lr:.1e} is half-way, on a logarithmic scale, between the usual {usual:g} and {tenth}."
+        tenth = f"{_bounded(seen.suggestion):g}, the usual bound (the range test suggests {seen.suggestion:.1e})"
+    return f"{lr:.1e} is the geometric mean of the usual {usual:g} and {tenth}."
 
 
 def _bounded(rate: float) -> float:

@@ -1,4 +1,4 @@
-"""How well features serve a target, and how far two domains are apart: scores that need no training."""
+"""Transferability of features to a target, and distance of two domains: scores that need no training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _LEAST = 1e-12  # share of a label's energy below which features are said to exp
 
 
 def log_me(features: Tensor, labels: Tensor) -> float:
-    r"""LogME: the largest log evidence, an example, that a linear model on these features gives the labels.
+    r"""Return LogME: the largest log evidence, per example, of a linear model of the labels on these features.
 
     .. math:: \frac{1}{K n} \sum_k \max_{\alpha, \beta} \log \int
               \mathcal{N}(y_k \mid F w, \beta^{-1} I)\, \mathcal{N}(w \mid 0, \alpha^{-1} I)\, dw
 
-    with y_k 1 where the label is k and 0 elsewhere. alpha and beta are found by the fixed point of evidence
-    maximisation, on the singular values of F: O(n D min(n, D)) once for all classes. Weights of any size are averaged
-    over, so more dimensions than examples do no harm. Higher is better; it compares features of the same examples,
-    as of several layers, and says nothing across data.
+    with y_k 1 for label k and 0 otherwise. alpha and beta are found by the fixed point of evidence maximisation, on
+    the singular values of F: O(n D min(n, D)) once for all classes. Weights are integrated out, so more dimensions
+    than examples do no harm. Higher is better. It compares features of the same examples, such as those of several
+    layers; values for different data are not comparable.
 
     Args:
-        features: (n, D), as they are; a shift common to all of them is part of the model only if they span it.
+        features: (n, D), not centred; a common shift is part of the model only if the features span it.
         labels: (n,) integers.
 
     Returns:
@@ -72,14 +72,14 @@ def log_me(features: Tensor, labels: Tensor) -> float:
 
 
 def leep(source_probabilities: Tensor, labels: Tensor) -> float:
-    r"""LEEP: how well the source model's outputs, taken as they are, predict the target's labels.
+    r"""Return LEEP: how well the source model's outputs, unchanged, predict the target's labels.
 
     .. math:: \frac{1}{n} \sum_i \log \sum_z \hat P(y_i \mid z)\, \theta(x_i)_z, \qquad
               \hat P(y, z) = \frac{1}{n} \sum_{i : y_i = y} \theta(x_i)_z
 
     with theta(x) the source model's probabilities: the mean log-likelihood of a classifier that first draws a source
-    label and then a target label given it. 0 is the most; the labels' own entropy, negative, is what outputs give
-    that say nothing of them.
+    label and then a target label given it. The maximum is 0; outputs independent of the labels give minus the labels'
+    entropy.
 
     Args:
         source_probabilities: (n, Z), each row summing to 1.
@@ -106,18 +106,18 @@ def leep(source_probabilities: Tensor, labels: Tensor) -> float:
 
 
 def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: int = 0) -> float:
-    r"""Proxy A-distance: how well a linear classifier tells two domains apart.
+    r"""Return the proxy A-distance: how well a linear classifier separates two domains.
 
     .. math:: 2 (1 - 2 \epsilon)
 
-    with epsilon the error of logistic regression on held-out examples, by cross-validation in at most five folds, and
-    the mean of the two domains' errors, for the domains are of any size. 0 where they cannot be told apart, 2 where
-    they always can. LayerFeatures are standardised.
+    with epsilon the error of logistic regression on held-out examples, by cross-validation in at most five folds: the
+    mean of the two domains' errors, since the domains may differ in size. 0: the domains cannot be separated; 2: they
+    always can. Features are standardised.
 
     Args:
         source_features: (n, D).
         target_features: (m, D).
-        seed: of the folds.
+        seed: draws the folds.
 
     Returns:
         0 to 2.
@@ -139,7 +139,7 @@ def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: 
         raise DataError(f"proxy_a_distance: a domain needs two examples; received {fewest}. Give more.")
     both = torch.cat([source_features, target_features.to(source_features.device)]).double().cpu()
     if not both.isfinite().all():
-        raise DataError("proxy_a_distance: the features must be finite. Look at the model's outputs.")
+        raise DataError("proxy_a_distance: the features must be finite. Check the model's outputs.")
     domain = torch.cat([torch.zeros(len(source_features)), torch.ones(len(target_features))]).long().numpy()
     guessed = _held_out_guesses(both.numpy(), domain, min(_FOLDS, fewest), seed)
     error = sum(float((guessed[domain == which] != which).mean()) for which in (0, 1)) / 2
@@ -158,14 +158,14 @@ def _held_out_guesses(features: Any, domain: Any, folds: int, seed: int) -> Any:
 
 
 def _checked(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """LayerFeatures in double precision, and labels as positions among those that occur."""
+    """Features in double precision, and labels as positions among the values that occur."""
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise DataError(
             f"{what}: features must be (n, D) and labels (n,); received {tuple(features.shape)} and "
             f"{tuple(labels.shape)}. Pool each example's features into one row."
         )
     if not features.isfinite().all():
-        raise DataError(f"{what}: the features must be finite. Look at the model's outputs.")
+        raise DataError(f"{what}: the features must be finite. Check the model's outputs.")
     found, classes = labels.to(features.device).unique(return_inverse=True)  # type: ignore[no-untyped-call]
     if len(found) < 2:
         raise DataError(f"{what}: labels must hold two classes; received {len(found)}. Give examples of another.")

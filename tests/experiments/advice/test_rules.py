@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from conservtl.experiments.advice.evidence import Evidence
-from conservtl.experiments.advice.rules import ENOUGH, FAR_DECAY, NEAR_DECAY, advise, far, size
+from conservtl.experiments.advice.rules import advise
+from conservtl.experiments.advice.thresholds import ENOUGH, FAR_DECAY, NEAR_DECAY, far, size
 from conservtl.methods import as_strategy
 
 BASE = Evidence(
