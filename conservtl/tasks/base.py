@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from conservtl.data import Augmentation, Data, Domains, Preprocessing
 from conservtl.functions import MetricValue, forward
 from conservtl.spec_model import FrozenModel, register
+from conservtl.tasks.headline import Headline
 
-__all__ = ["DataSection", "Headline", "Prediction", "Shift", "Task", "task_classes"]
+__all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes"]
 
 Shift = Literal["labels", "speaker", "input"]
 """How the target differs from the source: other labels; the same labels from another speaker; the same labels for
@@ -33,37 +34,6 @@ class DataSection(FrozenModel):
     """Labelled target examples to adapt with; of each class where the task has classes."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the shots to validate on instead of training."""
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The metric that a task is judged by.
-
-    Args:
-        metric: its key in the task's metrics.
-        better: which direction is better.
-        share: whether it is a share of 1, written in per cent; a score that combines both domains, and the
-            constrained score, are defined for shares only.
-        text: its name in a sentence; the key if empty.
-    """
-
-    metric: str = "accuracy"
-    better: Literal["higher", "lower"] = "higher"
-    share: bool = True
-    text: str = ""
-
-    @property
-    def label(self) -> str:
-        """Its name in a sentence."""
-        return self.text or self.metric.replace("_", " ")
-
-    def show(self, value: float) -> str:
-        """Return a value as text, a share in per cent."""
-        return f"{100 * value:.1f} %" if self.share else f"{value:.3g}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what a report needs to write and to judge it."""
-        return {"key": self.metric, "name": self.label, "better": self.better, "share": self.share}
 
 
 @dataclass(frozen=True)

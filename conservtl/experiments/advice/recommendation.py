@@ -21,8 +21,8 @@ from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_sp
 __all__ = ["Recommendation", "recommend"]
 
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 1e-3
-"""Usual bounds of a fine-tuning rate. The rate is the geometric mean of the range test's suggestion and the task's usual
-rate: a test on a few examples is noisy, and measures the target alone."""
+"""Usual bounds of a fine-tuning rate. The rate is the geometric mean of the range test's suggestion and the task's
+usual rate: a test on a few examples is noisy, and measures the target alone."""
 
 
 @dataclass(frozen=True)

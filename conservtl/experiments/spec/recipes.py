@@ -1,4 +1,4 @@
-"""Recipes: what conservtl does when told nothing more than the task, one set of settings for all targets."""
+"""Recipes: recommended strategies and training settings by name, the same for all targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["RECIPES", "Recipe", "fill", "offer", "recipe"]
 
 
 class Recipe(FrozenModel):
-    """Strategies, and how to train with them. In a spec: ``strategies: {recipe: vision}``."""
+    """Strategies with their training settings. In a spec: ``strategies: {recipe: vision}``."""
 
     task: str
     """The task that it is for."""
@@ -27,7 +27,7 @@ class Recipe(FrozenModel):
     training: Training
     """For ``fit``."""
     augment: dict[str, Any] | None = None
-    """Random changes of the shots, as a spec's ``data.augment``; None: what is usual for the data."""
+    """Augmentation of the shots, as a spec's ``data.augment``; None: the usual one for the data."""
 
 
 RECIPES = {
@@ -61,26 +61,25 @@ RECIPES = {
 
 
 def recipe(name: str) -> Recipe:
-    """What conservtl does when told nothing more, for a loop of your own.
+    """Return recommended strategies and training settings by name, for ``adapt`` and ``fit``.
 
-    ``speaker``: a word recogniser meets a new speaker. Each batch norm mixes a little of each recording's own
-    statistics with the source's, everything is trained on recordings that are stretched, tilted and shifted as other
-    voices and rooms would, and the features of four layers are held to what the source makes of the same (DELTA).
+    ``speaker``: a word recognizer adapts to a new speaker. Each batch norm mixes a little of each recording's own
+    statistics with the source's, every layer is trained on recordings that are stretched, tilted and shifted as by
+    other voices and rooms, and the features of four layers are kept near the source's for the same recordings (DELTA).
 
     ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
-    of the image it sees, everything is trained at a large rate and pulled back to the source (decoupled L2-SP), and
-    the end is a point on the line between the source and the trained weights.
+    of each image, every layer is trained at a large rate and pulled back to the source (decoupled L2-SP), and the
+    final weights are a point on the line between the source and the trained weights.
 
-    Both were measured on small networks: recordings of ten words, one and five of each, and 25 images of each of ten
-    classes (benchmarks/results), where their settings were chosen too; of the five corruptions measured, two took no
-    part in that. Far fewer images want more epochs, a large network a rate of its own (``conservtl
-    lr-find``); one without batch norms goes without their part.
+    The settings were chosen on small networks; ``benchmarks/results`` has the measurements. For far fewer images
+    raise the epochs; for a large network find a rate with ``conservtl lr-find``. Without batch norms their part is
+    left out.
 
     Args:
         name: ``speaker`` or ``vision``.
 
     Raises:
-        SpecError: there is none of this name.
+        SpecError: there is no recipe of this name.
 
     Example:
         >>> import conservtl as ctl
@@ -93,39 +92,40 @@ def recipe(name: str) -> Recipe:
 
 
 def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A spec's content with its recipe written out; what stands in it beside the recipe wins.
+    """Return a spec's content with its recipe written out; fields that the spec sets win.
 
     Raises:
-        SpecError: there is no such recipe, it is for another task, or something stands beside its name.
+        SpecError: there is no such recipe, it is for another task, or ``strategies`` has other fields beside its name.
     """
-    asked = content.get("strategies")
-    if not isinstance(asked, Mapping):
+    section = content.get("strategies")
+    if not isinstance(section, Mapping):
         return content
-    if set(asked) != {"recipe"}:
+    if set(section) != {"recipe"}:
         raise SpecError(
-            f"strategies: a list, or a recipe by name alone, {{recipe: {' | '.join(RECIPES)}}}; got {dict(asked)}. "
+            f"strategies: a list, or a recipe by name alone, {{recipe: {' | '.join(RECIPES)}}}; received {dict(section)}. "
             "To change a part of a recipe, write its strategies out as a run's spec.yaml has them."
         )
-    found = recipe(asked["recipe"])
-    if content.get("task", found.task) != found.task:
+    chosen = recipe(section["recipe"])
+    if content.get("task", chosen.task) != chosen.task:
         fit = [name for name, one in RECIPES.items() if one.task == content["task"]]
         raise SpecError(
-            f"strategies.recipe: {asked['recipe']!r} is for {found.task}, and the task is {content['task']}. "
+            f"strategies.recipe: {section['recipe']!r} is for {chosen.task}, and the task is {content['task']}. "
             f"Use {' or '.join(fit) or 'a list of strategies'}."
         )
     filled = dict(content)
-    filled["strategies"] = [one.model_dump(mode="json") for one in found.strategies]
-    filled["training"] = found.training.model_dump(exclude_unset=True) | dict(content.get("training") or {})
+    filled["strategies"] = [one.model_dump(mode="json") for one in chosen.strategies]
+    filled["training"] = chosen.training.model_dump(exclude_unset=True) | dict(content.get("training") or {})
     data = content.get("data")
-    if found.augment is not None and isinstance(data, Mapping):
-        own = data.get("augment", {})
-        filled["data"] = {**data, "augment": {**found.augment, **own} if isinstance(own, Mapping) else own}
+    if chosen.augment is not None and isinstance(data, Mapping):
+        augment = data.get("augment", {})
+        merged = {**chosen.augment, **augment} if isinstance(augment, Mapping) else augment
+        filled["data"] = {**data, "augment": merged}
     return filled
 
 
 def offer(schema: dict[str, Any]) -> None:
-    """Let the JSON schema of a list of strategies take the name of a recipe in its place."""
+    """Let the JSON schema of a list of strategies accept the name of a recipe instead."""
     listed = {key: schema.pop(key) for key in ("type", "items") if key in schema}
-    named = {"recipe": {"enum": list(RECIPES), "description": "What conservtl does when told nothing more."}}
+    named = {"recipe": {"enum": list(RECIPES), "description": "Recommended strategies and training settings."}}
     by_name = {"type": "object", "properties": named, "required": ["recipe"], "additionalProperties": False}
     schema["anyOf"] = [listed, by_name]

@@ -1,4 +1,4 @@
-"""Ranges in a spec: fields marked for a search."""
+"""Fields of a spec that are marked with a range, for a search."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class SearchRange(FrozenModel):
     """A field to be searched: ``{range: [1, 100], log: true}``, or ``{choices: [adamw, sgd]}``."""
 
     range: tuple[float, float] | None = None
-    """Lowest and highest value; whole numbers where both are."""
+    """Lowest and highest value; whole numbers if both are whole."""
     log: bool = False
-    """Whether values are spread over decades."""
+    """Whether to draw on a logarithmic scale."""
     choices: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """Values to choose from."""
+    """The values to choose from."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -39,7 +39,7 @@ class SearchRange(FrozenModel):
         return self.range is not None and not self.log and all(value == int(value) for value in self.range)
 
     def first(self) -> Any:
-        """Some value of it."""
+        """Return one of its values."""
         if self.choices is not None:
             return self.choices[0]
         low = (self.range or (0.0, 0.0))[0]
@@ -47,10 +47,10 @@ class SearchRange(FrozenModel):
 
 
 def ranges_of(content: Mapping[str, Any]) -> dict[str, SearchRange]:
-    """Dotted field -> its mark, in a spec that is read but not validated.
+    """Return the range of each marked field, by dotted name, of a spec that is read but not validated.
 
     Raises:
-        SpecError: a mark is malformed, or there is none.
+        SpecError: a range is malformed, or no field is marked.
     """
     found = dict(_walk(content, ""))
     if not found:

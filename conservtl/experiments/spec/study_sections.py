@@ -1,4 +1,4 @@
-"""Sections of a spec for questions that take many runs. One run ignores them."""
+"""Sections of a spec for studies: comparisons, sweeps and searches. A single run ignores them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Baseline = Literal[
     "joint training",
 ]
 BASELINES: tuple[Baseline, ...] = Baseline.__args__  # type: ignore[attr-defined]
-"""What every method is held against."""
+"""Labels of the baselines of a comparison, as specs name them; ``studies.variants`` has their ids and roles."""
 
 Overrides = dict[str, Any]
 Seeds = Annotated[int, Field(ge=1, le=1000)]
@@ -30,59 +30,60 @@ Seeds = Annotated[int, Field(ge=1, le=1000)]
 
 class _Section(FrozenModel):
     targets: tuple[str, ...] | None = None
-    """Speakers, or names of corruptions, each of them the target once. null: every speaker found, every corruption;
-    only the spec's own where the data has neither."""
+    """Targets to run: speakers, names of corruptions, ... null: every target that the task finds in the data."""
     seeds: Seeds = 3
-    """Runs of each, with seeds from the spec's own upward: other shots, other order, another source model."""
+    """Runs of each variant, with seeds from the spec's upward: other shots, other order, another source model."""
 
 
 class CompareSection(_Section):
     """Variants against baselines over targets, seeds and shots."""
 
     seeds: Seeds = 5
-    """Runs of each, with seeds from the spec's own upward: other shots, other order, another source model."""
+    """Runs of each variant, with seeds from the spec's upward: other shots, other order, another source model."""
     shots: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    """Numbers of labelled examples a class; null: the spec's own."""
+    """Numbers of shots; null: the spec's."""
     variants: dict[str, Overrides] = Field(default_factory=dict)
-    """Name -> fields of the spec that differ, by dotted name: {"strong": {"strategies.0.alpha": 30}}. None at all:
-    the spec as it is."""
+    """Name -> fields of the spec that differ, by dotted name: {"strong": {"strategies.0.alpha": 30}}. Empty:
+    the spec unchanged."""
     baselines: tuple[Baseline, ...] = BASELINES
-    """Which of them are run."""
+    """The baselines to run."""
     rates: tuple[Positive, Positive, Positive] = (1e-4, 3e-4, 1e-3)
-    """Of plain fine-tuning, low, middle and high; each stops early on a part of the shots where there is more than
-    one a class."""
+    """Low, middle and high rate of plain fine-tuning. With two shots or more each stops early on a part of the shots
+    and keeps its best weights: by the spec's ``training.keep`` and ``data.validation`` if it selects, else by the
+    target, on a fifth."""
     probe_rate: Positive = 1e-2
-    """Of the linear probe."""
+    """Rate of the linear probe."""
     scratch_rate: Positive = 1e-3
-    """Of training from scratch."""
+    """Rate of training from scratch."""
 
 
 class SweepSection(_Section):
-    """Over the number of layers that are transferred, and over the strength of a conservation method."""
+    """Number of transferred layers, and strength of a conservation method."""
 
     layers: tuple[NonNegativeInt, ...] | None = None
     """Numbers of layers transferred; null: from none to all but the head."""
     sides: tuple[Literal["input", "output"], ...] = ("input", "output")
-    """From which side they are counted."""
+    """Sides to count the layers from."""
     controls: bool = True
-    """Whether networks that transfer from themselves are trained too (BnB and BnB+)."""
+    """Whether to train networks that transfer from themselves too (BnB and BnB+)."""
     strategy: Overrides | None = None
     """The method whose strength is swept, as fields of a strategy; null: the spec's first strategy that has one of the
     fields ``alpha``, ``rho`` or ``weight``, or decoupled L2-SP."""
     strengths: tuple[NonNegative, ...] | None = None
-    """Strengths; null: six decades around the method's own."""
+    """Strengths; null: six decades around the method's."""
 
 
 class TuneSection(_Section):
-    """A search over the fields that are marked with a range."""
+    """Search over the fields that are marked with a range."""
 
     trials: Count = 30
-    """Of this process; several processes that share a storage add theirs."""
+    """Trials of this process; several processes that share a storage add up."""
     objective: Literal["target", "harmonic", "both"] = "harmonic"
-    """target accuracy, the harmonic mean of target and source, or both apart (a Pareto front); on validation parts."""
+    """The task's headline metric on validation parts. target: of the target; harmonic: of target and source together
+    (the harmonic mean where higher is better, else the mean); both: of each (a Pareto front)."""
     storage: str | None = None
     """URL of an Optuna storage that processes share; null: a SQLite file in the folder."""
     prune: bool = True
-    """Whether trials that fall behind the median are given up (one objective only)."""
+    """Whether to give up trials that fall behind the median (one objective only)."""
     seeds: Seeds = 1
-    """Runs of each trial, averaged."""
+    """Runs of each trial, which are averaged."""

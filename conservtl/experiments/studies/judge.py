@@ -8,7 +8,7 @@ from typing import Any
 
 from conservtl.engine import Criterion, score
 from conservtl.experiments.studies.bootstrap import constrained
-from conservtl.tasks.base import Headline
+from conservtl.tasks.headline import Headline
 
 __all__ = ["Judge"]
 

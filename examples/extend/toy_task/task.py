@@ -7,7 +7,8 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from conservtl.data import Domains
-from conservtl.tasks.base import Headline, Prediction, Task
+from conservtl.tasks.base import Prediction, Task
+from conservtl.tasks.headline import Headline
 from toy_task.sections import PitchData, PitchModel, Sensor
 from toy_task.signals import PitchPreprocessing, hums
 

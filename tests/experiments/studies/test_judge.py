@@ -5,7 +5,7 @@ import pytest
 from conservtl.experiments.studies.comparison import summarise
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.variants import baseline_ids
-from conservtl.tasks.base import Headline
+from conservtl.tasks.headline import Headline
 
 ACCURACY, WER = Judge(Headline()), Judge(Headline("wer", better="lower"))
 ERROR = Judge(Headline("mae", better="lower", share=False))
