@@ -102,8 +102,8 @@ def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
         return content
     if set(section) != {"recipe"}:
         raise SpecError(
-            f"strategies: a list, or a recipe by name alone, {{recipe: {' | '.join(RECIPES)}}}; received {dict(section)}. "
-            "To change a part of a recipe, write its strategies out as a run's spec.yaml has them."
+            f"strategies: a list, or a recipe by name alone, {{recipe: {' | '.join(RECIPES)}}}; "
+            f"received {dict(section)}. To change a part of a recipe, write its strategies out as in a run's spec.yaml."
         )
     chosen = recipe(section["recipe"])
     if content.get("task", chosen.task) != chosen.task:
