@@ -55,8 +55,6 @@ def test_the_architecture_names_files_that_exist():
 
 def test_the_architecture_shows_the_import_contract():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-        "contracts"
-    ]
     contracts = project["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     chain = " > ".join(layers).replace("conservtl.", "")
