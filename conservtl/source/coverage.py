@@ -68,15 +68,22 @@ def check_coverage(
     )
 
 
-def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return a remark that counts the source tensors that were not used and names the largest; none if all were."""
+def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str | None = None) -> tuple[str, ...]:
+    """Return a remark that counts the source tensors that were not used and names the largest; none if all were.
+
+    Args:
+        unused: their names.
+        tensors: all of the source, by name.
+        file: named in the remark if given.
+    """
     left = sorted(unused, key=lambda name: -tensors[name].numel())
     if not left:
         return ()
     largest = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in left[:3])
     count, every = (sum(tensors[name].numel() for name in names) for names in (left, tensors))
     most = "the largest " * (len(left) > 3)
-    return (f"not used: {len(left)} of {len(tensors)} tensors, {count:,} of {every:,} values ({most}{largest})",)
+    where = f" in {file}" if file else ""
+    return (f"not used{where}: {len(left)} of {len(tensors)} tensors, {count:,} of {every:,} values ({most}{largest})",)
 
 
 def _values(rows: Iterable[Row]) -> int:

@@ -40,7 +40,7 @@ def plan_of(spec: Spec) -> Plan:
     """Return the plan of a spec; reads the data and the shapes of the source, trains nothing."""
     setting = prepare(spec)
     if spec.source.weights is not None:
-        return setting.adaptation(obtain_source(setting).model).plan
+        return setting.adaptation(obtain_source(setting).with_notes()).plan
     return setting.adaptation(setting.model(len(setting.domains.source_labels))).plan
 
 
@@ -75,7 +75,7 @@ def run(
     source = obtain_source(setting, progress=progress)
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
-    adaptation = setting.adaptation(source.model)
+    adaptation = setting.adaptation(source.with_notes())
     _begin(folder, resume=resume)
     (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
     before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)

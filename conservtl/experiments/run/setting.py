@@ -132,6 +132,11 @@ def prepare(spec: Spec) -> Setting:
             "source: with data null there is nothing to train a source model on. Give source.weights, "
             "or leave source.data at auto."
         )
+    named = [name for name in ("key", "prefix", "rename") if getattr(spec.source, name)]
+    if named and spec.source.weights is None:
+        raise SpecError(
+            f"source.{named[0]} says how to read source.weights, which is null. Give the file, or leave it out."
+        )
     task = spec.problem
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
     if spec.source.labels is not None:

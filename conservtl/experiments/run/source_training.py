@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data
@@ -17,7 +18,11 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.bundle_header import extend_model, read_header
 from conservtl.experiments.run.setting import Setting
 from conservtl.files import atomic_path
-from conservtl.source.read import read_source
+from conservtl.source.coverage import unused_note
+from conservtl.source.kinds import check_kinds
+from conservtl.source.positions import resample_positions
+from conservtl.source.read import Source, own_tensors, read_source
+from conservtl.source.renaming import best_fit
 
 __all__ = ["SourceModel", "obtain_source"]
 
@@ -39,6 +44,10 @@ class SourceModel:
     outputs: int
     origin: str
     notes: tuple[str, ...] = ()
+
+    def with_notes(self) -> Source:
+        """Return the model as a source whose notes reach the plan."""
+        return replace(read_source(self.model), notes=self.notes)
 
 
 def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
@@ -76,34 +85,48 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
 
 
 def _given(setting: Setting, weights: Path) -> SourceModel:
+    section = setting.spec.source
     outputs = len(setting.domains.source_labels or setting.domains.labels)
-    read = read_source(weights)
+    read = read_source(weights, key=section.key, prefix=section.prefix, rename=section.rename)
     model = setting.model(outputs)
     head = setting.head(model)
-    found = read.matched(model.state_dict())
+    found = read.matched(model)
+    own = own_tensors(model)
+    check_kinds(found.tensors, own, found.where)
     found.check_finite()
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    given = {name: tuple(found.tensors[name].shape) for name in shapes if name in found.tensors}
-    if given.get(head[0], shapes[head[0]])[0] != shapes[head[0]][0]:  # a head's weight has a row for each output
-        outputs = given[head[0]][0]
+    tensors = {name: found.tensors[name] for name in own if name in found.tensors}
+    if head[0] in tensors and len(tensors[head[0]]) != len(own[head[0]]):  # a head's weight has a row for each output
+        outputs = len(tensors[head[0]])
         model = setting.model(outputs)
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        own = own_tensors(model)
+    resampled, notes = resample_positions(model, tensors, own)
+    tensors |= resampled
     network = f"model {setting.spec.model.model_dump(mode='json')}"
-    for name, shape in shapes.items():
-        if name not in given and not name.endswith("num_batches_tracked"):
+    for name, tensor in own.items():
+        if name not in tensors and not name.endswith("num_batches_tracked"):
             raise SourceError(
-                f"source.weights {weights.name!r} has no tensor {name!r}, which {network} needs. Choose the model that "
-                "the weights were trained with."
-            )
-        if name in given and given[name] != shape:
-            raise SourceError(
-                f"source.weights {weights.name!r}: {name!r} has shape {given[name]}, but {network} needs {shape}. "
+                f"source.weights {weights.name!r} has no tensor {name!r}, which {network} needs.{_fitting(found, own)} "
                 "Choose the model that the weights were trained with."
             )
-    model.load_state_dict({name: found.tensors[name] for name in given}, strict=False)
+        if name in tensors and tensors[name].shape != tensor.shape:
+            raise SourceError(
+                f"source.weights {weights.name!r}: {name!r} has shape {tuple(tensors[name].shape)}, but {network} "
+                f"needs {tuple(tensor.shape)}. Choose the model that the weights were trained with."
+            )
+    with torch.no_grad():  # no load_state_dict: the model's hooks have had their turn
+        for name, tensor in own.items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
     if weights.suffix == ".safetensors" and (header := read_header(weights)) is not None:
         extend_model(model, header, strategies=False)
-    return SourceModel(model.eval(), outputs, "given", found.notes)
+    unused = unused_note([name for name in found.tensors if name not in own], found.tensors, weights.name)
+    return SourceModel(model.eval(), outputs, "given", (*found.notes, *notes, *unused))
+
+
+def _fitting(found: Source, own: Mapping[str, Tensor]) -> str:
+    """Return a sentence with the prefix or renaming under which more of the model is found; empty if none helps."""
+    fit = best_fit(found.tensors, own)
+    return "" if fit is None else f" With {fit} in the section source, {len(fit.names)} of its {len(own)} are."
 
 
 def _cache(setting: Setting) -> Path:

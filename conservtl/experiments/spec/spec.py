@@ -42,6 +42,13 @@ class SourceSection(FrozenModel):
 
     weights: Path | None = None
     """File of source weights. null: a source model is trained on the source data, and cached."""
+    key: str | None = None
+    """Entry of the file that holds the weights, such as state_dict_ema; dots lead to nested ones. null: state_dict,
+    model_state_dict, model or module, in this order, or else the only dictionary of tensors."""
+    prefix: str | None = None
+    """What the names of the wanted tensors begin with, such as backbone; removed, and other tensors are left out."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Regular expression -> replacement, for names in the file that differ from the model's; in order, after prefix."""
     data: Literal["auto"] | None = "auto"
     """auto: the source part of ``data`` (other speakers, uncorrupted images, other classes). null: the source comes
     without data; what the model keeps of it is then measured against the source model's own outputs."""

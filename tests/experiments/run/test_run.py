@@ -167,6 +167,33 @@ def test_weights_of_another_model_are_refused(done, speech_fields, tmp_path):
         run(parse_spec({**speech_fields, "source": {"weights": str(path)}}), tmp_path / "out")
 
 
+def test_weights_under_other_names(done, speech_fields, tmp_path):
+    """Source section's key, prefix and rename; the plan and the report say so, and the error what would fit."""
+    _, out, _ = done
+    plain = load_file(out / "model.safetensors")
+    path = tmp_path / "wrapped.pt"
+    ema = {f"encoder.{name}".replace(".weight", ".w"): tensor for name, tensor in plain.items()}
+    torch.save({"state_dict": {}, "ema": {**ema, "projector": torch.zeros(7)}, "epoch": 3}, path)
+    source = {"weights": str(path), "key": "ema", "prefix": "encoder", "rename": {r"\bw$": "weight"}}
+    spec = parse_spec({**speech_fields, "source": source})
+    read = obtain_source(prepare(spec))
+    assert all(torch.equal(read.model.state_dict()[name], tensor) for name, tensor in plain.items())
+    text = str(plan_of(spec))
+    for note in (
+        "took the entry 'ema'",
+        "removed the prefix 'encoder', left out 1 tensors without it",
+        r"renamed '\\bw$' to 'weight'",
+    ):
+        assert f"source  {note}" in text
+    report = run(spec, tmp_path / "out")
+    assert "took the entry 'ema'" in report["transfer"]["notes"]
+    without = {**speech_fields, "source": {"weights": str(path), "key": "ema"}}
+    with pytest.raises(ctl.SourceError, match=r"With prefix='encoder\.'"):
+        run(parse_spec(without), tmp_path / "out")
+    with pytest.raises(ctl.SpecError, match=r"source\.prefix says how to read source\.weights, which is null"):
+        run(parse_spec({**speech_fields, "source": {"prefix": "encoder"}}), tmp_path / "out")
+
+
 DIGITS = {
     "task": "vision",
     "data": {"kind": "digits", "shots": 2},
