@@ -16,12 +16,12 @@ from conservtl.errors import DataError, SpecError
 __all__ = ["batch_size", "check_batches", "map_tensors", "replace_tensors", "row_count", "tensors_of", "to_device"]
 
 
-def check_batches(batches: Iterable[Any], who: str) -> None:
+def check_batches(batches: Iterable[Any], subject: str) -> None:
     """Raise unless ``batches`` can be iterated repeatedly.
 
     Args:
         batches: a list of batches, a DataLoader or another collection of batches.
-        who: the subject of the error message.
+        subject: the subject of the error message.
 
     Raises:
         DataError: it is a single batch, or an iterator, which is empty after the first pass.
@@ -33,7 +33,7 @@ def check_batches(batches: Iterable[Any], who: str) -> None:
         received = f"one batch, a {type(batches).__name__}" if single else f"a {type(batches).__name__}"
         fix = "Put it into a list" if single else "Make it a list, or give the DataLoader"
         raise DataError(
-            f"{who}: batches must be a list or another collection that can be iterated repeatedly; "
+            f"{subject}: batches must be a list or another collection that can be iterated repeatedly; "
             f"received {received}. {fix}."
         )
 

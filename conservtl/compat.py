@@ -142,16 +142,18 @@ def with_metadata(state: dict[str, Any], metadata: dict[str, dict[str, Any]]) ->
 
 def remove_forward_hooks(module: nn.Module, matches: Callable[[Any], bool]) -> None:
     """Remove the forward hooks that match: the handles of the original do not remove hooks of a copied model."""
-    for key in [key for key, hook in module._forward_hooks.items() if matches(hook)]:
-        for hooks in (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
-            hooks.pop(key, None)
+    _remove(matches, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
 
 
 def remove_forward_pre_hooks(module: nn.Module, matches: Callable[[Any], bool]) -> None:
     """Remove the forward pre-hooks that match: the handles of the original do not remove hooks of a copied model."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if matches(hook)]:
-        for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
-            hooks.pop(key, None)
+    _remove(matches, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+
+
+def _remove(matches: Callable[[Any], bool], hooks: dict[int, Any], *flags: dict[int, Any]) -> None:
+    for key in [key for key, hook in hooks.items() if matches(hook)]:
+        for table in (hooks, *flags):
+            table.pop(key, None)
 
 
 def register_first(model: nn.Module, name: str, module: nn.Module) -> None:

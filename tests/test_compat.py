@@ -281,3 +281,8 @@ def test_metadata_is_what_load_state_dict_reads():
     module.register_load_state_dict_pre_hook(lambda _, __, ___, metadata, *____: seen.append(metadata))
     module.load_state_dict(compat.with_metadata(dict(state), {"": {"version": 7}}))
     assert seen == [{"version": 7}]
+
+
+def test_each_name_has_a_test():
+    tests = Path(__file__).read_text("utf-8")
+    assert [name for name in compat.__all__ if not re.search(rf"\bcompat\.{name}\b", tests)] == []

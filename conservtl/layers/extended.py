@@ -73,8 +73,8 @@ def restore_module(module: nn.Module) -> None:
     if isinstance(module, ExtendedModule):
         for name in module.settings:
             del vars(module)[name]
-        own: Any = module.own_class
-        module.__class__ = own
+        original: Any = module.own_class
+        module.__class__ = original
 
 
 def extended_modules(model: nn.Module) -> dict[str, ExtendedModule]:
@@ -87,20 +87,20 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return module.own_class if isinstance(module, ExtendedModule) else type(module)
 
 
-def _combined(extension: type[ExtendedModule], own: type[nn.Module]) -> type[ExtendedModule]:
+def _combined(extension: type[ExtendedModule], original: type[nn.Module]) -> type[ExtendedModule]:
     """Return the extension of a class; always the same object, so that compiled models need no new graph."""
-    key = (extension, own)
+    key = (extension, original)
     if key not in _COMBINED:
         # The __module__ of the original class: torch.fx treats classes of torch.nn as leaves.
-        fields = {"extension": extension, "own_class": own, "__module__": own.__module__}
-        _COMBINED[key] = type(f"{extension.__name__}{own.__name__}", (extension, own), fields)
+        fields = {"extension": extension, "own_class": original, "__module__": original.__module__}
+        _COMBINED[key] = type(f"{extension.__name__}{original.__name__}", (extension, original), fields)
     return _COMBINED[key]
 
 
 _COMBINED: dict[tuple[type, type], type[ExtendedModule]] = {}
 
 
-def _blank(extension: type[ExtendedModule], own: type[nn.Module]) -> nn.Module:
+def _blank(extension: type[ExtendedModule], original: type[nn.Module]) -> nn.Module:
     """Return an empty module of the combined class, whose state pickle and copy then set."""
-    cls = _combined(extension, own)
+    cls = _combined(extension, original)
     return cls.__new__(cls)

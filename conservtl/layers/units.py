@@ -58,7 +58,7 @@ class Node:
     name: str
     parent: str
     module: nn.Module
-    own: tuple[str, ...]
+    direct: tuple[str, ...]
     """Names of its parameters, or of the running mean for a batch norm without parameters."""
     children: list[Node] = field(default_factory=list)
     weights: int = 0
@@ -68,7 +68,7 @@ class Node:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors in its subtree."""
-        return self.own + tuple(name for child in self.children for name in child.tensors)
+        return self.direct + tuple(name for child in self.children for name in child.tensors)
 
 
 def join(*parts: str) -> str:
@@ -102,15 +102,15 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
     seen.add(id(module))
 
     whole = isinstance(module, nn.MultiheadAttention)
-    own = []
+    tensors = []
     for key, parameter in module.named_parameters(recurse=True):
         inside = canonical(join(name, key))
         direct = "." not in key or key.startswith("parametrizations.")
         if (whole or direct) and first.get(id(parameter)) == inside:
-            own.append(inside)
-    if not own and isinstance(module, NormBase) and module.running_mean is not None:
-        own = [join(name, "running_mean")]
-    node = Node(name, parent, module, tuple(own), has_norm=is_norm(module))
+            tensors.append(inside)
+    if not tensors and isinstance(module, NormBase) and module.running_mean is not None:
+        tensors = [join(name, "running_mean")]
+    node = Node(name, parent, module, tuple(tensors), has_norm=is_norm(module))
     if not whole:
         children = ((key, child) for key, child in module.named_children() if key != "parametrizations")
         nodes = (_node(join(name, key), name, child, first, seen) for key, child in children)
@@ -122,7 +122,7 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
         node.weights = module.num_layers
     else:
         node.weights = int(_has_weight(module))
-    return node if node.own or node.children else None
+    return node if node.direct or node.children else None
 
 
 def _has_weight(leaf: nn.Module) -> bool:
@@ -179,7 +179,7 @@ def units(root: Node) -> list[Unit]:
 
 
 def _divide(node: Node, blocks: set[type]) -> Iterator[Unit]:
-    for name in node.own:
+    for name in node.direct:
         yield Unit(name, node.name, "extra", (name,), ())
     whole = _blocks_of(node, blocks)
     for child in node.children:
@@ -230,7 +230,7 @@ def _whole(node: Node, kind: Literal["weight", "block", "extra"]) -> Unit:
 def _leaf(node: Node) -> Iterator[Unit]:
     if isinstance(node.module, nn.RNNBase) and node.module.num_layers > 1:
         levels: dict[int, list[str]] = {}
-        for name in node.own:
+        for name in node.direct:
             level_of = re.search(r"_l(\d+)(_reverse)?(\.|$)", name)
             # A parameter of no level acts on the last level's outputs: an amplitude.
             levels.setdefault(int(level_of[1]) if level_of else node.module.num_layers - 1, []).append(name)
@@ -238,7 +238,7 @@ def _leaf(node: Node) -> Iterator[Unit]:
         for level, names in sorted(levels.items()):
             yield Unit(join(stem, str(level)), node.parent, "weight", tuple(names), (node.name,))
     elif isinstance(node.module, nn.Embedding | nn.EmbeddingBag):
-        yield Unit(node.name or "Embedding", node.parent, "weight", node.own, (node.name,), embedding=True)
+        yield Unit(node.name or "Embedding", node.parent, "weight", node.direct, (node.name,), embedding=True)
     else:
         complete = getattr(node.module, "complete", False)
         yield _whole(node, "block" if complete else "weight" if node.weights else "extra")

@@ -59,7 +59,7 @@ class Protocol:
 
 
 def domains(
-    found: Sequence[Recording],
+    recordings: Sequence[Recording],
     protocol: Protocol,
     read: Callable[[Sequence[Recording]], Tensor],
     preprocessing: Preprocessing,
@@ -69,7 +69,7 @@ def domains(
     """Split recordings into the target's shots and test part and the source's training and test parts.
 
     Args:
-        found: all recordings of all speakers.
+        recordings: all recordings of all speakers.
         protocol: rules of the split.
         read: recordings -> inputs (N, ...).
         preprocessing: part of the result.
@@ -80,13 +80,13 @@ def domains(
         DataError: the target is not among the speakers, lacks a word, or has too few recordings of a word; there is
             no other speaker; a word has no recording to train the source on.
     """
-    target = [r for r in found if r.speaker == protocol.target]
+    target = [r for r in recordings if r.speaker == protocol.target]
     if not target:
         raise DataError(
             f"data.target must be a speaker of the recordings; received {protocol.target!r}. Choose one of: "
-            f"{_listed({r.speaker for r in found})}."
+            f"{_listed({r.speaker for r in recordings})}."
         )
-    source = _of_source(found, protocol)
+    source = _of_source(recordings, protocol)
     labels, source_labels = _labels(target, source)
     _check_shots(target, protocol.shots)
 
@@ -118,8 +118,8 @@ def domains(
     )
 
 
-def _of_source(found: Sequence[Recording], protocol: Protocol) -> list[Recording]:
-    others = {r.speaker for r in found} - {protocol.target}
+def _of_source(recordings: Sequence[Recording], protocol: Protocol) -> list[Recording]:
+    others = {r.speaker for r in recordings} - {protocol.target}
     wanted = others if protocol.source_speakers is None else set(protocol.source_speakers)
     if protocol.target in wanted:
         raise DataError(
@@ -136,7 +136,7 @@ def _of_source(found: Sequence[Recording], protocol: Protocol) -> list[Recording
             f"data.target must not be the only speaker, because a source model is trained on others; received "
             f"{protocol.target!r}. Add recordings of other speakers, or start from existing weights."
         )
-    return [r for r in found if r.speaker in wanted]
+    return [r for r in recordings if r.speaker in wanted]
 
 
 def _labels(target: Sequence[Recording], source: Sequence[Recording]) -> tuple[tuple[str, ...], tuple[str, ...]]:
