@@ -6,7 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
@@ -157,8 +157,10 @@ def _check_spec(strategy: Strategy) -> None:
     cls = type(strategy)
     fields = strategy.model_dump()
     _require(bool(fields.get("kind")), strategy, "has no kind; give it kind: Literal['...'] = '...'.")
-    default = cls.model_fields["kind"].default
-    _require(default == fields["kind"], strategy, "kind must be a constant with its value as the default.")
+    kind = cls.model_fields["kind"]
+    constant = get_args(kind.annotation) == (kind.default,) == (fields["kind"],)
+    rule = "kind must be a constant, Literal['...'] = '...', so that specs can name it."
+    _require(constant, strategy, rule)
     _require(_refused(lambda: setattr(strategy, "kind", fields["kind"])), strategy, "is not frozen; keep frozen=True.")
     extra = {**fields, "no_such_field": 1}
     _require(_refused(lambda: cls(**extra)), strategy, "takes fields that it does not have; keep extra='forbid'.")

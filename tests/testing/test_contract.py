@@ -129,6 +129,10 @@ class AnyKind(Good):
     kind: str
 
 
+class NotLiteral(Good):
+    kind: str = "not_literal"
+
+
 class Forgets(Good):
     kind: Literal["forgets"] = "forgets"
 
@@ -184,7 +188,7 @@ class Remembers(Good):
 class ReadsTooEarly(Good):
     """Freezes by whether a pull is there already, without declaring that it comes later."""
 
-    kind: Literal["reads_too_early"] = "a"
+    kind: Literal["a"] = "a"
     order: ClassVar[Order] = Order.STRENGTH
 
     def apply(self, plan):
@@ -374,6 +378,7 @@ class TestBroken:
             (TakesAnything(), "takes fields that it does not have"),
             (Thawed(), "is not frozen"),
             (AnyKind(kind="x"), "kind must be a constant"),
+            (NotLiteral(), "kind must be a constant, Literal"),
             (Forgets(), "must return a Plan; it returned NoneType"),
             (Random(), "another plan the second time"),
             (DrawsTensors(), "drew random numbers"),
