@@ -357,6 +357,7 @@ def _law_case(strategy: Strategy, case: _Case) -> LawCase | None:
         parts=(example, example),
         doubled=doubled(copy.deepcopy(model).eval(), example) if means and example is not None else None,
         options={"lr": _RATE, "momentum": 0.9},
+        steps=2,
     )
 
 

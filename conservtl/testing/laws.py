@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import inf
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from conservtl.testing.steps import evaluated
 __all__ = ["LAWS", "LawCase", "check_law"]
 
 _SCALE = 2.0**12  # a power of two changes no digit of a gradient
+_CLIP = 0.5
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class LawCase:
         *,
         parts: Sequence[Any] | None = None,
         scaler: GradScaler | None = None,
-        clip: bool = False,
+        clip: float | None = None,
         sign: float = 1.0,
     ) -> None:
         """Make one step.
@@ -93,12 +95,13 @@ class LawCase:
             optimizer: made by it.
             parts: batches that are accumulated; None: the whole batch.
             scaler: of the gradients.
-            clip: whether the pull is added before, as for clipping.
+            clip: largest norm of the gradients, the pull included; None: no clipping.
             sign: of the loss.
         """
         self.backward(adaptation, parts, sign=sign, scaler=scaler)
-        if clip:
+        if clip is not None:
             adaptation.pull(scaler)
+            torch.nn.utils.clip_grad_norm_(adaptation.model.parameters(), clip)
         if scaler is None:
             optimizer.step()
         else:
@@ -129,11 +132,14 @@ def weights(adaptation: Adaptation) -> dict[str, Tensor]:
 
 
 def scaled_gradients(case: LawCase) -> str | None:
-    """A loss scale that is divided out before the step, with ``pull()`` and without it, changes nothing."""
-    for clip in (False, True):
-        scaler = GradScaler("cpu", init_scale=_SCALE)
-        if name := _difference(case, case.plain, case.train(scaler=scaler, clip=clip)):
-            return f"{name!r} moves otherwise under a GradScaler{' and adaptation.pull()' if clip else ''}"
+    """A loss scale that is divided out before the step changes nothing, nor does ``pull()`` without clipping."""
+    for clip in (None, inf, _CLIP):
+        expected = case.train(clip=clip) if clip == _CLIP else case.plain
+        for scaled in (False, True) if clip == inf else (True,):
+            scaler = GradScaler("cpu", init_scale=_SCALE) if scaled else None
+            if name := _difference(case, expected, case.train(scaler=scaler, clip=clip)):
+                how = "" if clip is None else " with adaptation.pull()" if clip == inf else " with clipping"
+                return f"{name!r} moves otherwise{' under a GradScaler' * scaled}{how}"
     return None
 
 
