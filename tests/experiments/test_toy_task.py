@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -201,3 +203,25 @@ def test_sequences_of_any_length_fit_the_protocol():
     assert scores.labels == (None, None)
     assert len(spread(data, 10)["frames"]) == len(first_batch(data, 10)["words"]) == 10
     assert len(join([data, data])) == 600
+
+
+def test_the_command_line_takes_it_by_import(tmp_path):
+    """In a process that knows nothing of it: plan, run and predict."""
+
+    def conservtl(*words):
+        command = [sys.executable, "-m", "conservtl", *map(str, words), "--import", str(FOLDER)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[2])}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = tmp_path / "out"
+    quick = ["source.training.epochs=3", "training.epochs=3", "data.source_hums=64", f"source.cache={tmp_path}"]
+    overrides = [word for field in quick for word in ("--set", field)]
+    assert "2,497 copied from the source" in conservtl("plan", FOLDER / "spec.yaml", *overrides)
+    assert "mean absolute error (octaves)" in conservtl("run", FOLDER / "spec.yaml", "--out", out, *overrides)
+    file = tmp_path / "hum.txt"
+    file.write_text("\n".join(str(number % 9) for number in range(128)))
+    name, pitch = conservtl("predict", out, file).split("\t")
+    assert name == str(file)
+    assert float(pitch) == pytest.approx(float(ctl.load_adapted(out).predict(file)[0].label))

@@ -13,7 +13,7 @@ from torch import Tensor
 from conservtl.bounds import Count, NonNegativeInt, ProperShare
 from conservtl.data import Domains
 from conservtl.errors import SpecError
-from conservtl.spec_model import FrozenModel
+from conservtl.tasks.base import DataSection
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
@@ -35,7 +35,7 @@ _SOURCE_AUGMENT = SpeechAugment(
 Words = Annotated[tuple[str, ...], MinLen(2)]
 
 
-class _SpeechData(FrozenModel):
+class _SpeechData(DataSection):
     """Fields of all kinds of speech data."""
 
     shots: Annotated[int, Field(ge=1, le=10_000)] = 5

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from conservtl.bounds import Count, NonNegativeInt
-from conservtl.spec_model import FrozenModel
+from conservtl.tasks.base import DataSection
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.image_settings import ImageSettings
@@ -22,7 +22,7 @@ _Digit = Annotated[int, Field(ge=0, le=9)]
 _WRITING = frozenset({"EMNIST", "KMNIST", "MNIST", "Omniglot", "QMNIST", "RenderedSST2", "SVHN", "USPS"})
 
 
-class _Images(FrozenModel):
+class _Images(DataSection):
     """Fields of all kinds of image data."""
 
     shots: Count = 5
