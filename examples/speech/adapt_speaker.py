@@ -1,7 +1,7 @@
-"""Adapt a keyword network to one speaker, in a training loop written by hand.
+"""Adapt a keyword network to one speaker, in a training loop by hand.
 
 python adapt_speaker.py                  synthetic voices, no data needed
-python adapt_speaker.py ROOT SPEAKER     free spoken digits or the like under ROOT
+python adapt_speaker.py ROOT SPEAKER     recordings under ROOT, such as free spoken digits
 """
 
 import sys
@@ -16,7 +16,7 @@ from conservtl.tasks import speech
 
 
 def accuracy(model: nn.Module, examples: Examples) -> str:
-    """In percent."""
+    """Return the accuracy in per cent."""
     model.eval()
     with torch.no_grad():
         return f"{100 * (model(examples.inputs).argmax(1) == examples.labels).float().mean().item():.1f} %"
@@ -24,17 +24,17 @@ def accuracy(model: nn.Module, examples: Examples) -> str:
 
 def main() -> None:
     torch.manual_seed(0)
-    given = len(sys.argv) > 2
-    chosen = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if given else speech.EspeakData()
-    data = speech.load(chosen, seed=0)
+    folder = len(sys.argv) > 2
+    section = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if folder else speech.EspeakData()
+    data = speech.load(section, seed=0)
 
-    # The source model: trained on all other speakers. A file of weights of your own serves as well.
+    # The source model, trained on all other speakers. A file of weights would do as well.
     source = speech.build(speech.ModelSpec(), data.preprocessing, len(data.labels))
     settings = ctl.Training(epochs=15, lr=3e-3, schedule="one_cycle", threads=1)
     ctl.fit(ctl.adapt(source, source), data.source_train, training=settings, progress=True)
     print(f"before: target {accuracy(source, data.target_test)}, source {accuracy(source, data.source_test)}")
 
-    # The adaptation: speech keeps the output side, and the rest is pulled back to where it started.
+    # The adaptation: the output side is held, the other layers are pulled toward the source.
     model = speech.build(speech.ModelSpec(), data.preprocessing, len(data.labels))
     adaptation = ctl.adapt(
         model,
@@ -44,7 +44,7 @@ def main() -> None:
     )
     print(adaptation.plan)
     optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3)
-    model.eval()  # batch norm keeps the source's statistics: fifty recordings are too few for new ones
+    model.eval()  # batch norms keep the source's statistics: fifty recordings are too few for new ones
     for _ in range(100):
         cross_entropy(model(data.shots.inputs), data.shots.labels).backward()
         optimizer.step()

@@ -1,6 +1,7 @@
-"""Adapt a CTC recognizer of connected words to one speaker, its outputs conserved frame by frame.
+"""Adapt a CTC recognizer of connected words to one speaker, with its outputs conserved frame by frame.
 
-python transcribe_speaker.py [ROOT SPEAKER [STEPS]]    free spoken digits or the like; else synthetic voices
+python transcribe_speaker.py [ROOT SPEAKER [STEPS]]    recordings under ROOT, such as free spoken digits; else
+                                                       synthetic voices
 """
 
 import sys
@@ -14,14 +15,14 @@ import conservtl as ctl
 from conservtl.data import Examples
 from conservtl.tasks import speech
 
-Padded = tuple[Tensor, Tensor]  # rows of any length, and their lengths
+Padded = tuple[Tensor, Tensor]  # padded rows and their lengths
 
 
 class Recognizer(nn.Sequential):
-    """Scores (N, frames, words + 1), 0 the blank, and how many frames count: what torchaudio's models give."""
+    """Returns scores (N, frames, words + 1), 0 the blank, and lengths in frames, as torchaudio's models do."""
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Padded:
-        """A frame of scores for four of features."""
+        """Return one frame of scores for four frames of features."""
         return self[2](self[1](self[0](frames).mT)[0]), lengths // 4
 
 
@@ -32,11 +33,14 @@ def recognizer(words: int) -> Recognizer:
 
 
 def utterances(examples: Examples, count: int) -> tuple[Padded, Padded]:
-    """Two to four words joined, drawn at random: features and texts."""
-    picked = [torch.randint(len(examples.labels), (int(torch.randint(2, 5, ())),)) for _ in range(count)]
-    frames = [torch.cat(list(examples.inputs[some]), 1).mT for some in picked]
-    frame_counts, word_counts = torch.tensor([len(one) for one in frames]), torch.tensor([len(some) for some in picked])
-    texts = pad_sequence([examples.labels[some] + 1 for some in picked], batch_first=True)
+    """Return features and texts of utterances of two to four random words."""
+    drawn = [torch.randint(len(examples.labels), (int(torch.randint(2, 5, ())),)) for _ in range(count)]
+    frames = [torch.cat(list(examples.inputs[words]), 1).mT for words in drawn]
+    frame_counts, word_counts = (
+        torch.tensor([len(rows) for rows in frames]),
+        torch.tensor([len(words) for words in drawn]),
+    )
+    texts = pad_sequence([examples.labels[words] + 1 for words in drawn], batch_first=True)
     return (pad_sequence(frames, batch_first=True).mT, frame_counts), (texts, word_counts)
 
 
@@ -46,7 +50,7 @@ def train(adaptation: ctl.Adaptation, examples: Examples, steps: int) -> None:
         inputs, (texts, word_counts) = utterances(examples, 16)
         scores, lengths = outputs = adaptation.model(*inputs)
         loss = nn.functional.ctc_loss(scores.log_softmax(-1).transpose(0, 1), texts, lengths, word_counts)
-        adaptation.loss(loss, outputs, inputs).backward()  # padding counts in neither part of it
+        adaptation.loss(loss, outputs, inputs).backward()  # padding counts in neither loss
         optimizer.step()
         optimizer.zero_grad()
 
@@ -62,14 +66,14 @@ def word_errors(model: nn.Module, examples: Examples) -> str:
 
 def main() -> None:
     torch.manual_seed(0)
-    given = len(sys.argv) > 2
-    chosen = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if given else speech.EspeakData()
-    data, steps = speech.load(chosen, seed=0), int(sys.argv[3]) if len(sys.argv) > 3 else 1000
+    folder = len(sys.argv) > 2
+    section = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if folder else speech.EspeakData()
+    data, steps = speech.load(section, seed=0), int(sys.argv[3]) if len(sys.argv) > 3 else 1000
     models = {"before": (source := recognizer(len(data.labels)))}
     train(ctl.adapt(source, source), data.source_train, steps)
     for name, strategies in {"plain": [], "outputs conserved": [ctl.OutputConservation(rho=0.2)]}.items():
         adaptation = ctl.adapt(recognizer(len(data.labels)), source, strategies)
-        adaptation.model.eval()  # norms keep the source's statistics
+        adaptation.model.eval()  # batch norms keep the source's statistics
         train(adaptation, data.shots, steps // 5)
         models[name] = adaptation.model
     for name, model in models.items():

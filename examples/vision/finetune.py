@@ -1,6 +1,6 @@
-"""Fine-tune an image classifier for new labels, in a training loop written by hand.
+"""Fine-tune an image classifier for new labels, in a training loop by hand.
 
-python finetune.py                scikit-learn's digits: five classes are the source, the others the target
+python finetune.py                scikit-learn's digits: five classes are the source, the other five the target
 python finetune.py ROOT WEIGHTS   an ImageFolder with train/ and test/, and CIFAR ResNet-20 weights
 """
 
@@ -17,7 +17,7 @@ from conservtl.tasks import vision
 
 
 def accuracy(model: nn.Module, examples: Examples) -> float:
-    """In percent."""
+    """Return the accuracy in per cent."""
     model.eval()
     with torch.no_grad():
         return 100 * (model(examples.inputs).argmax(1) == examples.labels).float().mean().item()
@@ -26,23 +26,23 @@ def accuracy(model: nn.Module, examples: Examples) -> float:
 def main() -> None:
     torch.manual_seed(0)
     network = vision.ModelSpec(name="cifar_resnet20")
-    given = len(sys.argv) > 2
-    chosen = vision.ImageFolderData(root=Path(sys.argv[1]), shots=25) if given else vision.DigitsData()
-    data = vision.load(chosen, model=network, seed=0)
+    folder = len(sys.argv) > 2
+    section = vision.ImageFolderData(root=Path(sys.argv[1]), shots=25) if folder else vision.DigitsData()
+    data = vision.load(section, model=network, seed=0)
 
-    source: str | nn.Module = sys.argv[2] if given else vision.build(network, data.preprocessing, 5)
-    if isinstance(source, nn.Module):  # no weights given: train the source on its five digits
+    source: str | nn.Module = sys.argv[2] if folder else vision.build(network, data.preprocessing, 5)
+    if isinstance(source, nn.Module):  # no weights: train the source on its five digits
         settings = ctl.Training(epochs=8, lr=3e-3, schedule="one_cycle", evaluate_every=1000)
         ctl.fit(ctl.adapt(source, source), data.source_train, training=settings, progress=True)
 
-    # The adaptation: vision keeps the input side, and the new head learns fastest.
+    # The adaptation: the input side is held, and the new head learns fastest.
     model = vision.build(network, data.preprocessing, len(data.labels))
     adaptation = ctl.adapt(
         model,
         source,
         [ctl.LayerTransfer(side="input", layers=4), ctl.L2SP(), ctl.DiscriminativeLR(decay=0.8)],
         example=data.shots.inputs[:2],
-        fresh=["linear"],  # the target has labels of its own
+        fresh=["linear"],  # the target has other labels
     )
     print(adaptation.plan)
     optimizer = adaptation.optimizer(torch.optim.AdamW, lr=3e-3)

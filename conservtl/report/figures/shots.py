@@ -59,7 +59,8 @@ def error_by_shots(
     better = "Lower" if metric.share else str(metric.better).capitalize()
     caption = f"{better} is better. Grey and black: baselines. Bars: 95 % intervals of the mean."
     if rest:
-        caption += f" Thin lines: the {len(rest)} others, which are in the tables, as far as they are in range."
+        others = f"the {len(rest)} others" if len(rest) > 1 else "the other method"
+        caption += f" Thin lines: {others}, as far as in range; the tables have all."
     return Picture("What each further example brings", caption, draw("shots", alt, _HEIGHT * len(panels), paint))
 
 
