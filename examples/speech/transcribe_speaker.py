@@ -1,7 +1,6 @@
 """Adapt a CTC recognizer of connected words to one speaker, with its outputs conserved frame by frame.
 
-python transcribe_speaker.py [ROOT SPEAKER [STEPS]]    recordings under ROOT, such as free spoken digits; else
-                                                       synthetic voices
+python transcribe_speaker.py [ROOT SPEAKER [STEPS]]    recordings under ROOT; else synthetic voices
 """
 
 import sys
@@ -36,10 +35,7 @@ def utterances(examples: Examples, count: int) -> tuple[Padded, Padded]:
     """Return features and texts of utterances of two to four random words."""
     drawn = [torch.randint(len(examples.labels), (int(torch.randint(2, 5, ())),)) for _ in range(count)]
     frames = [torch.cat(list(examples.inputs[words]), 1).mT for words in drawn]
-    frame_counts, word_counts = (
-        torch.tensor([len(rows) for rows in frames]),
-        torch.tensor([len(words) for words in drawn]),
-    )
+    frame_counts, word_counts = (torch.tensor([len(each) for each in parts]) for parts in (frames, drawn))
     texts = pad_sequence([examples.labels[words] + 1 for words in drawn], batch_first=True)
     return (pad_sequence(frames, batch_first=True).mT, frame_counts), (texts, word_counts)
 
