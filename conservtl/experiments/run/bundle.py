@@ -108,7 +108,7 @@ def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) ->
 
     `Adaptation.use_measured` takes them again.
     """
-    tensors = {f"{name}/{key}": tensor for name, found in measured.items() for key, tensor in found.items()}
+    tensors = {f"{name}/{key}": tensor for name, values in measured.items() for key, tensor in values.items()}
     if tensors:
         _save(tensors, folder / _MEASURED)
 

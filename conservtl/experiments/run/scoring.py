@@ -50,8 +50,8 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout) -> Scores:
         return task.metrics(out, batch)
 
     functions = Functions(task.forward, task.loss, metrics)
-    found = evaluate(model, data, functions, next(model.parameters()).device)
-    return Scores(found, tuple(outputs), tuple(labels))
+    pooled = evaluate(model, data, functions, next(model.parameters()).device)
+    return Scores(pooled, tuple(outputs), tuple(labels))
 
 
 def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] | None:
@@ -63,7 +63,7 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
 
 
 def on_source_head(task: Task, data: Data, head: SourceHead | None) -> Any:
-    """Return a set on which the source's own head replaces the model's; the data itself where there is no such head."""
+    """Return a set on which the source's own head replaces the model's; the data itself if there is none."""
     if head is None:
         return data
 

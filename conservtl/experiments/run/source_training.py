@@ -90,43 +90,45 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
     read = read_source(weights, key=section.key, prefix=section.prefix, rename=section.rename)
     model = setting.model(outputs)
     head = setting.head(model)
-    found = read.matched(model)
-    own = own_tensors(model)
-    check_kinds(found.tensors, own, found.where)
-    found.check_finite()
-    tensors = {name: found.tensors[name] for name in own if name in found.tensors}
-    if head[0] in tensors and len(tensors[head[0]]) != len(own[head[0]]):  # a head's weight has a row for each output
+    matched = read.matched(model)
+    needed = own_tensors(model)
+    check_kinds(matched.tensors, needed, matched.where)
+    matched.check_finite()
+    tensors = {name: matched.tensors[name] for name in needed if name in matched.tensors}
+    if head[0] in tensors and len(tensors[head[0]]) != len(
+        needed[head[0]]
+    ):  # a head's weight has a row for each output
         outputs = len(tensors[head[0]])
         model = setting.model(outputs)
-        own = own_tensors(model)
-    resampled, notes = resample_positions(model, tensors, own)
+        needed = own_tensors(model)
+    resampled, notes = resample_positions(model, tensors, needed)
     tensors |= resampled
     network = f"model {setting.spec.model.model_dump(mode='json')}"
-    for name, tensor in own.items():
+    for name, tensor in needed.items():
         if name not in tensors and not name.endswith("num_batches_tracked"):
             raise SourceError(
-                f"source.weights {weights.name!r} has no tensor {name!r}, which {network} needs.{_fitting(found, own)} "
-                "Choose the model that the weights were trained with."
+                f"source.weights {weights.name!r} has no tensor {name!r}, which {network} needs."
+                f"{_fitting(matched, needed)} Choose the model that the weights were trained with."
             )
         if name in tensors and tensors[name].shape != tensor.shape:
             raise SourceError(
                 f"source.weights {weights.name!r}: {name!r} has shape {tuple(tensors[name].shape)}, but {network} "
                 f"needs {tuple(tensor.shape)}. Choose the model that the weights were trained with."
             )
-    with torch.no_grad():  # no load_state_dict: the model's hooks have had their turn
-        for name, tensor in own.items():
+    with torch.no_grad():  # no load_state_dict: the model's hooks have already run
+        for name, tensor in needed.items():
             if name in tensors:
                 tensor.copy_(tensors[name])
     if weights.suffix == ".safetensors" and (header := read_header(weights)) is not None:
         extend_model(model, header, strategies=False)
-    unused = unused_note([name for name in found.tensors if name not in own], found.tensors, weights.name)
-    return SourceModel(model.eval(), outputs, "given", (*found.notes, *notes, *unused))
+    unused = unused_note([name for name in matched.tensors if name not in needed], matched.tensors, weights.name)
+    return SourceModel(model.eval(), outputs, "given", (*matched.notes, *notes, *unused))
 
 
-def _fitting(found: Source, own: Mapping[str, Tensor]) -> str:
+def _fitting(matched: Source, needed: Mapping[str, Tensor]) -> str:
     """Return a sentence with the prefix or renaming under which more of the model is found; empty if none helps."""
-    fit = best_fit(found.tensors, own)
-    return "" if fit is None else f" With {fit} in the section source, {len(fit.names)} of its {len(own)} are."
+    fit = best_fit(matched.tensors, needed)
+    return "" if fit is None else f" With {fit} in the section source, {len(fit.names)} of its {len(needed)} are."
 
 
 def _cache(setting: Setting) -> Path:

@@ -26,7 +26,7 @@ class SearchRange(FrozenModel):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if (self.range is None) == (self.choices is None):
-            raise ValueError("a field to be searched has a range or choices, one of the two")
+            raise ValueError("a searched field has either a range or choices")
         if self.range is not None and not self.range[0] < self.range[1]:
             raise ValueError(f"the range must rise; received {list(self.range)}")
         if self.range is not None and self.log and self.range[0] <= 0:
@@ -52,13 +52,13 @@ def ranges_of(content: Mapping[str, Any]) -> dict[str, SearchRange]:
     Raises:
         SpecError: a range is malformed, or no field is marked.
     """
-    found = dict(_walk(content, ""))
-    if not found:
+    ranges = dict(_walk(content, ""))
+    if not ranges:
         raise SpecError(
             "tune: no field is marked with a range. Write, say, alpha: {range: [1, 100], log: true} or "
             "optimizer: {choices: [adamw, sgd]} in place of a value."
         )
-    return found
+    return ranges
 
 
 def _walk(value: Any, place: str) -> list[tuple[str, SearchRange]]:

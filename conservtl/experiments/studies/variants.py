@@ -45,14 +45,14 @@ def variants_of(spec: Spec, section: CompareSection) -> list[Variant]:
     Raises:
         SpecError: a variant has the name of a baseline.
     """
-    own: dict[str, Mapping[str, Any]] = dict(section.variants) or {_name(spec): {}}
-    if clash := set(own) & set(BASELINES):
-        raise SpecError(f"compare.variants: {sorted(clash)} are names of baselines. Give them names of their own.")
+    methods: dict[str, Mapping[str, Any]] = dict(section.variants) or {_name(spec): {}}
+    if clash := set(methods) & set(BASELINES):
+        raise SpecError(f"compare.variants: {sorted(clash)} are names of baselines. Give them other names.")
     known = {variant.label: variant for variant in _baselines(section)}
     chosen = [known[str(label)] for label in section.baselines]
     joint = spec.source.data is not None and spec.problem.shares_labels(spec.data)
     chosen = [variant for variant in chosen if variant.how != "joint" or joint]
-    return chosen + [Variant(label, label, "method", "adapt", _changes(fields)) for label, fields in own.items()]
+    return chosen + [Variant(label, label, "method", "adapt", _changes(fields)) for label, fields in methods.items()]
 
 
 def baseline_ids() -> dict[str, tuple[str, Role]]:
@@ -61,10 +61,10 @@ def baseline_ids() -> dict[str, tuple[str, Role]]:
 
 
 def early_stopping(spec: Spec) -> dict[str, Any]:
-    """Return the fields that stop a run early and keep its best weights; none with one shot, which leaves nothing.
+    """Return the fields that stop a run early and keep its best weights; none with one shot, too few to split.
 
-    Selection is the spec's own where it selects (``training.keep`` and ``data.validation``), so that a baseline is
-    judged as the variants are; else the best weights by the target, on a fifth of the shots.
+    If the spec selects (``training.keep`` and ``data.validation``), its rule holds, so that baselines and variants are
+    selected alike; else the best weights by the target, on a fifth of the shots.
     """
     if spec.data.shots < 2:
         return {}

@@ -36,7 +36,7 @@ def test_values_take_their_place_and_the_content_stays():
     [
         ({"range": [2, 1]}, "training.lr: .*must rise"),
         ({"range": [0, 1], "log": True}, "begins above 0"),
-        ({"range": [1, 2], "choices": [1]}, "one of the two"),
+        ({"range": [1, 2], "choices": [1]}, "either a range or choices"),
         ({"choices": []}, "training.lr"),
         ({"range": [1]}, "training.lr"),
     ],
