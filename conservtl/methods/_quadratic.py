@@ -1,4 +1,4 @@
-"""Quadratic penalties, strength/2 times the squared distance: their kernel, and plain L2 on fresh parameters."""
+"""Quadratic penalties: half a strength times the squared distance to the source, or to zero for fresh parameters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 
-__all__ = ["L2Decay", "Quadratic", "decayed", "penalised"]
+__all__ = ["L2Decay", "Quadratic", "with_decay", "with_quadratic"]
 
 
 class Quadratic(Penalty):
-    r"""Strength / 2 times the sum of squared differences to the anchor, weighed by the measurements it reads.
+    r"""Half the strength times the sum of squared differences, weighed by the measurements it reads.
 
     .. math:: \frac{1}{2} \sum_p s_p \sum_j F_{pj} (w_{pj} - w^0_{pj})^2
 
@@ -29,12 +29,12 @@ class Quadratic(Penalty):
 
     def value(self, moving: Sequence[Moving]) -> Tensor:
         """Return the penalty."""
-        terms = []
+        values = []
         for item in moving:
             square = (item.parameter if item.anchor is None else item.parameter - item.anchor).square()
             weights = self._weights(item)
-            terms.append(self._strength(item.row) / 2 * (square if weights is None else square * weights).sum())
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+            values.append(self._strength(item.row) / 2 * (square if weights is None else square * weights).sum())
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def gradient(self, moving: Sequence[Moving]) -> list[Tensor]:
         """Return strength × F × (w - w0) of each parameter."""
@@ -46,7 +46,7 @@ class Quadratic(Penalty):
         return gradients
 
     def kernels(self, moving: Sequence[Moving]) -> Sequence[Pull]:
-        """Return pulls: the difference is never held for the whole model at once."""
+        """Return pulls, which go through the weights in as few passes as possible."""
         return gather(
             Pulled(
                 item.parameter,
@@ -70,7 +70,7 @@ class Quadratic(Penalty):
 
 
 class L2Decay(Quadratic):
-    r"""Plain L2 on fresh parameters: :math:`\frac{\beta}{2} \lVert w_N \rVert_2^2`, beta in their rows."""
+    r"""Plain L2 on fresh parameters: :math:`\frac{\beta}{2} \lVert w_N \rVert_2^2`, with beta in their rows."""
 
     kind: Literal["l2_decay"] = "l2_decay"
     column: ClassVar[Literal["pull", "decay"] | None] = "decay"
@@ -81,29 +81,31 @@ class L2Decay(Quadratic):
         return f"plain L2 on {len(self.names)} fresh parameters"
 
 
-def decayed(plan: Plan, by: str, beta: Mapping[str, float], mode: Literal["coupled", "decoupled"] = "coupled") -> Plan:
+def with_decay(
+    plan: Plan, by: str, beta: Mapping[str, float], mode: Literal["coupled", "decoupled"] = "coupled"
+) -> Plan:
     """Return the plan with plain L2 on fresh parameters.
 
-    Strategies that give the same strength share one penalty, which is decoupled if one of them is.
+    Strategies that give the same strength share one penalty. It is decoupled if one of them is.
 
     Args:
         plan: to add to.
         by: the strategy.
         beta: parameter -> strength.
-        mode: whether it is part of the gradient.
+        mode: part of the gradient or a step of its own.
 
     Raises:
         PlanError: another strategy gives another strength.
     """
-    return penalised(plan, L2Decay(by=by, names=(), mode=mode), beta)
+    return with_quadratic(plan, L2Decay(by=by, names=(), mode=mode), beta)
 
 
-def penalised(plan: Plan, penalty: Penalty, strengths: Mapping[str, float]) -> Plan:
-    """Return the plan with strengths in the penalty's column and the penalty on their rows.
+def with_quadratic(plan: Plan, penalty: Quadratic, strengths: Mapping[str, float]) -> Plan:
+    """Return the plan with strengths in the penalty's column, and the penalty on their rows.
 
     Args:
         plan: to add to.
-        penalty: without names yet.
+        penalty: without names.
         strengths: parameter -> strength.
 
     Raises:
@@ -113,13 +115,15 @@ def penalised(plan: Plan, penalty: Penalty, strengths: Mapping[str, float]) -> P
         return plan
     chosen: dict[str, dict[str, Any]] = {name: {penalty.column: strength} for name, strength in strengths.items()}
     plan = plan.choose(penalty.by, penalty.column, chosen, explicit=False)
-    same = next((one for one in plan.penalties if one.name == penalty.name), None)
-    joined = {*strengths, *(same.names if same is not None else ())}
+    present = next((other for other in plan.penalties if other.name == penalty.name), None)
+    joined = {*strengths, *(present.names if present is not None else ())}
     names = tuple(row.name for row in plan.rows if row.name in joined)
+    # The author of the first row, so that the order of the strategies does not matter.
     merged = penalty.model_copy(update={"names": names, "by": plan[names[0]].chosen[penalty.column].by})
-    if same is not None:
-        if isinstance(penalty, L2Decay) and same.mode == "decoupled":
-            merged = merged.model_copy(update={"mode": same.mode})
-        alike = {"names": merged.names, "by": merged.by} | ({"mode": merged.mode} if isinstance(same, L2Decay) else {})
-        return plan.with_penalty(merged, replace=same.model_copy(update=alike) == merged)
-    return plan.with_penalty(merged)
+    if present is None:
+        return plan.with_penalty(merged)
+    if isinstance(penalty, L2Decay):
+        mode = "decoupled" if "decoupled" in (penalty.mode, present.mode) else "coupled"
+        return plan.with_penalty(merged.model_copy(update={"mode": mode}), replace=True)
+    alike = present.model_copy(update={"names": merged.names, "by": merged.by}) == merged
+    return plan.with_penalty(merged, replace=alike)

@@ -6,17 +6,22 @@ from collections.abc import Collection
 from typing import Literal
 
 from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
 
-__all__ = ["Coverage", "freeze_all_but", "source_parameters"]
+__all__ = ["Coverage", "covered_rows", "freeze_all_but", "source_parameters"]
 
 Coverage = Literal["weights", "all"]
 """weights: parameters of two dimensions or more that no norm owns. all: biases and norms too."""
 
 
+def covered_rows(plan: Plan, on: Coverage) -> tuple[Row, ...]:
+    """Return the rows that a coverage includes, whatever their origin, frozen or not."""
+    return tuple(row for row in plan.rows if on == "all" or row.kind == "weight")
+
+
 def source_parameters(plan: Plan, on: Coverage) -> tuple[str, ...]:
     """Return the parameters from the source that are not frozen throughout."""
-    rows = (row for row in plan.rows if row.origin == "source" and not row.frozen)
-    return tuple(row.name for row in rows if on == "all" or row.kind == "weight")
+    return tuple(row.name for row in covered_rows(plan, on) if row.origin == "source" and not row.frozen)
 
 
 def freeze_all_but(plan: Plan, by: str, free: Collection[str]) -> Plan:

@@ -1,4 +1,4 @@
-"""L2-SP, conservation training proper: a pull toward the source weights, plain L2 on what is new."""
+"""L2-SP, conservation training proper: a pull toward the source weights, plain L2 on fresh ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from conservtl.bounds import NonNegative
-from conservtl.methods._quadratic import Quadratic, decayed, penalised
+from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
+from conservtl.methods._rows import Coverage, covered_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Row
@@ -18,45 +19,44 @@ __all__ = ["L2SP", "L2Penalty"]
 _ALPHA = {"coupled": 0.1, "decoupled": 10.0}
 
 
-class L2Penalty(Quadratic):
-    r"""A pull to the source: :math:`\frac{1}{2} \sum_j \alpha_j (w_j - w^0_j)^2`, alpha in the rows."""
-
-    kind: Literal["l2_sp"] = "l2_sp"
-    column: ClassVar[Literal["pull", "decay"] | None] = "pull"
-
-    def describe(self) -> str:
-        """One line for the plan's table."""
-        return f"pull of {len(self.names)} parameters to the source"
-
-
 class L2SP(Strategy):
-    r"""Pull the weights that came from the source toward where they started.
+    r"""Pull the weights from the source toward their starting values.
 
     .. math:: \frac{\alpha}{2} \lVert w_S - w^0_S \rVert_2^2 + \frac{\beta}{2} \lVert w_N \rVert_2^2
 
-    with S what came from the source, N what is new; sums, not means, so that alpha does not depend
-    on the number of parameters or on the batch size.
+    with S the parameters from the source and N the fresh ones. Both parts are sums, not means, so that alpha depends
+    on neither the number of parameters nor the batch size.
 
-    ``coupled`` adds the gradient alpha (w - w0), exactly as the term in the loss would: Adam then
-    rescales it with the rest. ``decoupled`` moves w by lr alpha (w0 - w) before the gradient step
-    and leaves Adam's statistics alone. Under plain SGD the two are equal; under Adam they are
-    different methods, hence two defaults: 0.1 coupled (the authors' for SGD at 0.01), 10 decoupled
-    (at Adam's 1e-3 each step goes one percent of the way back).
+    ``coupled`` adds the gradient alpha (w - w0), exactly as the term in the loss would; Adam then rescales it with the
+    rest. ``decoupled`` moves w by lr alpha (w0 - w) before the gradient step and leaves Adam's statistics alone. Under
+    plain SGD the two are equal. Under Adam they are different methods, hence two defaults: 0.1 coupled (the authors'
+    for SGD at 0.01) and 10 decoupled (at Adam's 1e-3, each step goes one percent of the way back).
 
-    The optimizer's own weight decay is 0 on every parameter covered by alpha or beta.
+    The optimizer's own weight decay is 0 on every parameter that alpha or beta covers.
 
-    Measured with its defaults against plain fine-tuning at 1e-4, in points of the harmonic mean of both domains, for a
-    new speaker with one and five recordings a word and for corrupted images: coupled +0.1 ± 0.4, +0.2 ± 0.3 and +0.8 ±
-    1.2; decoupled +0.1 ± 0.5, +0.2 ± 0.3 and +0.2 ± 1.3 (benchmarks/results/methods.md).
+    Measured: docs/methods.md.
 
-    Cost: one pass over the trained weights a step, and one copy of them on the device, unless ``anchors`` says
+    Cost: one pass over the trained weights a step, and one copy of them on the device unless ``anchors`` says
     otherwise.
 
     Reference:
-        Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with
-        convolutional networks", equation 3. Decoupled: as Loshchilov and Hutter 2019 for weight
-        decay, toward the source instead of zero. Annealed: Chen et al. 2020, "Recall and Learn" (RecAdam), whose
-        pull fades while the target's loss fades in; here the target's loss has its full weight throughout.
+        Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",
+        equation 3. Decoupled: as Loshchilov and Hutter 2019 for weight decay, toward the source instead of zero.
+        Annealed: Chen et al. 2020, "Recall and Learn" (RecAdam), whose pull fades while the target's loss fades in;
+        here the target's loss has its full weight throughout.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> adaptation = ctl.adapt(model, {"weight": torch.zeros(1, 1)}, [ctl.L2SP(alpha=0.5)])
+        >>> optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> adaptation.penalty().item()
+        0.25
+        >>> optimizer.step()  # no gradient of a loss: 1 - 0.1 × 0.5 × (1 - 0)
+        >>> round(model.weight.item(), 3)
+        0.95
     """
 
     kind: Literal["l2_sp"] = "l2_sp"
@@ -68,21 +68,20 @@ class L2SP(Strategy):
     """Strength of plain L2 on fresh parameters."""
     mode: Literal["coupled", "decoupled"] = "coupled"
     """coupled: part of the gradient. decoupled: a step of its own before the gradient step."""
-    on: Literal["weights", "all"] = "weights"
-    """weights: two dimensions or more and not owned by a norm, embeddings and recurrent matrices
-    included. all: biases and norms too."""
+    on: Coverage = "weights"
+    """weights: parameters of two dimensions or more that no norm owns, embeddings and recurrent matrices included. all:
+    biases and norms too."""
     depth: tuple[NonNegative, NonNegative] | None = None
-    """Factors on alpha at the input and at the output side, linear in between. None: flat. Vision
-    wants more at the input side, (1, 0.1) say; speech at the output side, (0.1, 1)."""
+    """Factors on alpha at the input and at the output side, linear in between. None: 1. Vision wants more at the input
+    side, (1, 0.1) for example; speech at the output side, (0.1, 1)."""
     normalize: Literal["none", "per_parameter"] = "none"
-    """none: the paper's sum. per_parameter: alpha and beta are divided by the number of elements they cover, so
-    that a strength can be carried from one model size to another; alpha must then be given, and is larger by that
-    number."""
+    """none: the paper's sum. per_parameter: alpha and beta are divided by the number of elements they cover, so that a
+    strength carries over from one model size to another; alpha must then be given, and is larger by that number."""
     anchors: Literal["fp32", "bf16", "cpu"] = "fp32"
-    """How the source values are held for the pull: as the parameters are; in half the memory, rounded by up to
-    2^-9 of each value, which is then where the pull leads; or on the CPU, sent to the device at each step."""
+    """Storage of the source values for the pull. fp32: as the parameters. bf16: half the memory; the pull leads to the
+    rounded values, up to 2^-9 of each away. cpu: sent to the device at each step."""
     anneal: Anneal | None = None
-    """A factor on alpha that changes over the optimizer's steps. None: alpha stays."""
+    """Factor on alpha over the optimizer's steps. None: 1."""
 
     @model_validator(mode="after")
     def _scale(self) -> Self:
@@ -91,19 +90,31 @@ class L2SP(Strategy):
         return self
 
     def apply(self, plan: Plan) -> Plan:
-        """Choose pulls for source rows and decays for fresh ones."""
-        covered = plan.rows_on(self.on)
-        old = [row for row in covered if row.origin == "source"]
-        new = [row for row in covered if row.origin == "fresh"]
-        plan = decayed(plan, self.label, {row.name: self.beta / self._count(new) for row in new}, self.mode)
+        """Add the pull on rows from the source and plain L2 on fresh ones."""
+        covered = covered_rows(plan, self.on)
+        copied = [row for row in covered if row.origin == "source"]
+        fresh = [row for row in covered if row.origin == "fresh"]
+        plan = with_decay(plan, self.label, {row.name: self.beta / self._divisor(fresh) for row in fresh}, self.mode)
         penalty = L2Penalty(by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal)
-        return penalised(plan, penalty, {row.name: self._at(row) / self._count(old) for row in old})
+        return with_quadratic(plan, penalty, {row.name: self._alpha_at(row) / self._divisor(copied) for row in copied})
 
-    def _count(self, rows: Sequence[Row]) -> int:
-        """What a strength is divided by."""
+    def _divisor(self, rows: Sequence[Row]) -> int:
+        """Return the divisor of a strength on some rows."""
         return sum(row.size for row in rows) if self.normalize == "per_parameter" else 1
 
-    def _at(self, row: Row) -> float:
+    def _alpha_at(self, row: Row) -> float:
+        """Return alpha at a row's depth."""
         alpha = _ALPHA[self.mode] if self.alpha is None else self.alpha
         near, far = self.depth or (1.0, 1.0)
         return alpha * (near + (far - near) * row.depth)
+
+
+class L2Penalty(Quadratic):
+    r"""A pull to the source, :math:`\frac{1}{2} \sum_j \alpha_j (w_j - w^0_j)^2`, with alpha in the rows."""
+
+    kind: Literal["l2_sp"] = "l2_sp"
+    column: ClassVar[Literal["pull", "decay"] | None] = "pull"
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        return f"pull of {len(self.names)} parameters to the source"

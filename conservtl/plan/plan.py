@@ -264,10 +264,6 @@ class Plan(FrozenModel):
             glob: others.get(glob, tuple(row.name for row in self.rows if row.layer in layers[glob])) for glob in globs
         }
 
-    def rows_on(self, on: Literal["weights", "all"]) -> tuple[Row, ...]:
-        """Return the rows that a strategy's field ``on`` covers: weights, or biases and norms too."""
-        return tuple(row for row in self.rows if on == "all" or row.kind == "weight")
-
     def by_layer(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
         """Layers with their rows, input side first."""
         for layer, rows in groupby(self.rows, lambda row: row.layer):
