@@ -11,12 +11,15 @@ from conservtl.layers import matches
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 from conservtl.source.read import Source
-from conservtl.source.renaming import best_fit
+from conservtl.source.renaming import best_fit, missed
 
-__all__ = ["MIN_SHARE", "check_coverage", "unused_note"]
+__all__ = ["MIN_SHARE", "check_coverage", "missed_note", "unused_note"]
 
 MIN_SHARE = 0.1
 """Smallest share of the wanted parameters, by number of tensors and by number of values, that a source must give."""
+
+
+_TELLING = 4  # tensors of one renaming; weight and bias of a layer of the same shape may be a coincidence
 
 
 def check_coverage(
@@ -84,6 +87,18 @@ def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str 
     most = "the largest " * (len(left) > 3)
     where = f" in {file}" if file else ""
     return (f"not used{where}: {len(left)} of {len(tensors)} tensors, {count:,} of {every:,} values ({most}{largest})",)
+
+
+def missed_note(source: Source, model: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return a remark on renamings that would find more of the model's tensors and lose none; none if there are none.
+
+    Args:
+        source: matched to the model's names.
+        model: name -> tensor of the model.
+    """
+    fit = missed(source.tensors, model)
+    more = 0 if fit is None else sum(name not in source.tensors for name in fit.names)
+    return (f"with {fit}, {more} more tensors would be found",) if more >= _TELLING else ()
 
 
 def _values(rows: Iterable[Row]) -> int:

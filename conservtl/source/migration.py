@@ -33,7 +33,11 @@ class Migration:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._names = {canonical(name): name for name in model.state_dict()}
+        state = model.state_dict()
+        self._names = {canonical(name): name for name in state}
+        self._scalars = {
+            canonical(name) for name, tensor in state.items() if isinstance(tensor, Tensor) and not tensor.ndim
+        }
         self._hooked = any(has_load_hooks(module) for module in model.modules())
         self.notes: tuple[str, ...] = ()
 
@@ -47,6 +51,11 @@ class Migration:
             versions: of the modules that saved them, as a state dict's metadata.
         """
         tensors = self._old_weight_norm(tensors)
+        # Scalars were saved with one dimension before torch 0.4.
+        tensors = {
+            name: tensor[0] if name in self._scalars and tensor.shape == (1,) else tensor
+            for name, tensor in tensors.items()
+        }
         if not self._hooked:
             return dict(tensors)
         recorder = None

@@ -42,7 +42,8 @@ def resample_positions(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the position embeddings whose grid differs between source and model, resampled, and a note on each.
 
-    A model of timm or torchvision is given that library's own function; other models that embed patches with a
+    A model of timm (absolute positions, and relative ones as biases) or torchvision is given that library's own
+    function; other models that embed patches with a
     convolution are given bicubic interpolation, as DINO and Hugging Face's vision transformers use it. Class and
     distillation tokens stay as they are.
 
@@ -72,6 +73,8 @@ def _resample(name: str, modules: Mapping[str, nn.Module], value: Tensor, shape:
             continue
         if rest == "pos_embed" and _of(module, "timm."):
             return _by_timm(module, value, shape)
+        if rest == "relative_position_bias_table" and _of(module, "timm."):
+            return _biases_by_timm(module, value, shape)
         if rest == "encoder.pos_embedding" and _of(module, "torchvision."):
             return _by_torchvision(module, value, shape)
     return (
@@ -91,6 +94,21 @@ def _by_timm(module: Any, value: Tensor, shape: tuple[int, ...]) -> _Resampled |
 
     new = resample_abs_pos_embed(value.float(), list(grid), [side, side], num_prefix_tokens=prefix)
     return _Resampled(new, (side, side), tuple(grid), "timm.layers.resample_abs_pos_embed")
+
+
+def _biases_by_timm(module: Any, value: Tensor, shape: tuple[int, ...]) -> _Resampled | None:
+    """Resample a table of biases, (2 H - 1) (2 W - 1) distances and extra rows for the class token, times heads."""
+    window = getattr(module, "window_size", None)
+    if window is None or value.ndim != 2 or value.shape[-1] != shape[-1]:
+        return None
+    new = (2 * window[0] - 1, 2 * window[1] - 1)
+    side = math.isqrt(max(0, value.shape[0] - (shape[0] - new[0] * new[1])))
+    if side * side != value.shape[0] - (shape[0] - new[0] * new[1]):
+        return None
+    from timm.layers import resize_rel_pos_bias_table
+
+    table = resize_rel_pos_bias_table(value.float(), new_window_size=window, new_bias_shape=shape)
+    return _Resampled(table, (side, side), new, "timm.layers.resize_rel_pos_bias_table")
 
 
 def _by_torchvision(module: Any, value: Tensor, shape: tuple[int, ...]) -> _Resampled | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conservtl.errors import SourceError, SpecError, did_you_mean
 
-__all__ = ["Fit", "best_fit", "check_unique", "known_prefixes", "names_after"]
+__all__ = ["Fit", "best_fit", "check_unique", "known_prefixes", "missed", "names_after"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Key = TypeVar("_Key")
@@ -115,6 +115,30 @@ def known_prefixes(names: Iterable[str]) -> list[str]:
     return sorted(prefixes, key=len)
 
 
+def missed(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Fit | None:
+    """Return renamings that find more of a model's tensors and lose none; None if there are none.
+
+    Args:
+        source: name -> tensor, as it is now.
+        model: name -> tensor of the model.
+    """
+    unused = {name: tensor for name, tensor in source.items() if name not in model}
+    missing = {name: tensor for name, tensor in model.items() if name not in source}
+    shapes = {tuple(tensor.shape) for tensor in unused.values()}
+    if not any(tuple(tensor.shape) in shapes for tensor in missing.values()):
+        return None
+    fit = best_fit(unused, missing)
+    if fit is None or fit.prefix is not None:
+        return None
+    theirs, own = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (source, model))
+    current = {name: name for name in theirs}
+    before = _fit(None, {}, current, theirs, own)
+    for expression, replacement in fit.rename.items():
+        current = {name: re.sub(expression, replacement, now) for name, now in current.items()}
+    after = _fit(None, fit.rename, current, theirs, own)
+    return after if before.names < after.names else None
+
+
 def best_fit(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Fit | None:
     """Return the prefix or renaming under which most of a model's values would be found; None if none helps.
 
@@ -176,14 +200,6 @@ def _stripped(theirs: Shapes, own: Shapes) -> Iterator[tuple[str, int]]:
                 yield head, math.prod(shape)
 
 
-def _added(now: Shapes, own: Shapes) -> Iterator[tuple[str, int]]:
-    """Yield prefixes with which a name is one of the model's, with the values found so."""
-    for name, shape in own.items():
-        for head, tail in _cuts(name):
-            if now.get(tail) == shape:
-                yield head, math.prod(shape)
-
-
 def _renamings(current: Mapping[str, str], theirs: Shapes, own: Shapes) -> Iterator[tuple[str, str]]:
     """Yield renamings worth trying: leading components added or replaced, and words that only one side has."""
     now = {new: theirs[name] for name, new in current.items()}
@@ -203,12 +219,27 @@ def _renamings(current: Mapping[str, str], theirs: Shapes, own: Shapes) -> Itera
         if head != other and own_shape == shape
     )
     yield from ((f"^{re.escape(head)}", other) for head, other in _common(replaced))
-    words, others = (Counter(_words(names)) for names in (now.keys() - own.keys(), own.keys() - now.keys()))
-    taken = set(_words(own)), set(_words(now))
-    here = [word for word, _ in words.most_common() if word not in taken[0]][:_TRIED]
-    there = [word for word, _ in others.most_common() if word not in taken[1]][:_TRIED]
-    pairs = [pair for pair in _SYNONYMS if pair[0] in words]
-    yield from ((rf"\b{re.escape(word)}\b", other) for word, other in [*pairs, *((a, b) for a in here for b in there)])
+    missing, unused = own.keys() - now.keys(), now.keys() - own.keys()
+    words = {word for name in unused for word in name.split(".")}
+    yield from ((rf"\b{word}\b", other) for word, other in _SYNONYMS if word in words)
+    for part, end in ((str, r"\b"), (_stem, r"(?=\d)")):
+        here, there = _only(unused, own, part), _only(missing, now, part)
+        yield from ((rf"\b{re.escape(word)}{end}", other) for word in here for other in there)
+
+
+def _only(names: Iterable[str], others: Iterable[str], part: Callable[[str], str]) -> list[str]:
+    """Return the commonest parts of the words of some names that the words of other names do not have."""
+    count, known = (
+        Counter(part(word) for name in some for word in name.split(".") if not word.isdigit())
+        for some in (names, others)
+    )
+    return [word for word, _ in count.most_common() if word and word not in known][:_TRIED]
+
+
+def _stem(word: str) -> str:
+    """Return a word without the number at its end; empty if there is none."""
+    stem = word.rstrip("0123456789")
+    return stem if stem != word else ""
 
 
 def _common(votes: Iterable[tuple[_Key, int]]) -> list[_Key]:
@@ -224,7 +255,3 @@ def _cuts(name: str, most: int | None = None) -> Iterator[tuple[str, str]]:
     parts = name.split(".")
     for place in range(1, len(parts) if most is None else min(len(parts), most + 1)):
         yield ".".join(parts[:place]) + ".", ".".join(parts[place:])
-
-
-def _words(names: Iterable[str]) -> list[str]:
-    return [part for name in names for part in name.split(".") if not part.isdigit()]

@@ -37,6 +37,8 @@ def check_structure(
         SourceError: a layer with parameters, or a norm, is missing or differs; the message names it.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
+    if names is not None and all(old == new for old, new in names.items()):
+        names = None
     for raw, source_module in unwrap(source).named_modules():
         name = _name_in_model(canonical(raw), source_module, names)
         if name is None:
@@ -75,9 +77,9 @@ def check_extensions(plan: Plan, source: nn.Module) -> None:
 
 def _name_in_model(name: str, module: nn.Module, names: Mapping[str, str] | None) -> str | None:
     """Return the name of a source module in the model; None if its tensors were left out or went to several modules."""
-    if names is None or all(old == new for old, new in names.items()):
+    if names is None:
         return name
-    own = [key for key in module.state_dict() if "." not in key]
+    own = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     tensors = [canonical(f"{name}.{key}" if name else key) for key in own]
     owners = {_owner(names[tensor]) for tensor in tensors if tensor in names}
     return owners.pop() if len(owners) == 1 else None

@@ -181,6 +181,18 @@ def test_what_a_hook_drops_stays_as_it_was():
     assert adaptation.transfer.fresh == dict.fromkeys(["1.weight", "1.bias"], "missing in the source")
 
 
+def test_scalars_of_the_first_versions_of_torch():
+    """A scale of shape (1,) was how a scalar was saved."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    state = random_weights(model, 1)
+    state |= {"scale": torch.tensor([3.0]), "1.num_batches_tracked": torch.tensor([7])}
+    expected = loaded(model, state)
+    assert not ctl.adapt(model, state).transfer.fresh
+    assert same(model.state_dict(), expected)
+    assert model.scale == 3
+
+
 def test_tensors_that_no_module_claims_are_reported():
     model = Renamed("hook")
     state = random_weights(model, 1) | {"projector.weight": torch.zeros(2, 2), "new.more": torch.zeros(3)}

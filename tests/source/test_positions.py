@@ -210,6 +210,31 @@ def test_timm(name, size):
     assert not adaptation.transfer.fresh
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # timm's own interpolation, without SciPy
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beit_base_patch16_224", {"embed_dim": 24, "num_heads": 2, "depth": 1}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 8, "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_relative_positions_of_timm(name, options):
+    timm = pytest.importorskip("timm")
+    options = options | {"num_classes": 3}
+    wide = {"img_size": 128} | ({"window_size": 4} if "swin" in name else {})
+    small = {"img_size": 64} | ({"window_size": 2} if "swin" in name else {})
+    source, model = timm.create_model(name, **small, **options), timm.create_model(name, **wide, **options)
+    given = random_weights(source, 1)
+    expected = __import__(type(model).__module__, fromlist=["x"]).checkpoint_filter_fn(dict(given), model)
+    adaptation = ctl.adapt(model, given)
+    tables = [name for name in given if "bias_table" in name]
+    assert tables
+    for table in tables:
+        torch.testing.assert_close(model.state_dict()[table], expected[table])
+    assert not adaptation.transfer.fresh
+    assert "positions with timm.layers.resize_rel_pos_bias_table" in str(adaptation.plan)
+
+
 def test_hugging_face():
     transformers = pytest.importorskip("transformers")
 

@@ -146,6 +146,26 @@ class TestTooLittle:
         ctl.adapt(model, renamed(plain, change), rename=suggestion)
         assert equal(model.state_dict(), plain)
 
+    def test_numbers_in_words(self):
+        model = nn.ModuleDict({f"block_{i}": nn.Linear(4, 4) for i in range(12)} | {"head": nn.Linear(4, 2)})
+        plain = random_weights(model, 1)
+        source = renamed(plain, lambda name: name.replace("block_", "blk"))
+        with pytest.raises(ctl.SourceError, match=r"With rename=\{'\\\\bblk\(\?=\\\\d\)': 'block_'\}, 26 tensors"):
+            ctl.adapt(model, source)
+        ctl.adapt(model, source, rename={r"\bblk(?=\d)": "block_"})
+        assert equal(model.state_dict(), plain)
+
+    def test_a_few_under_other_names_are_said(self):
+        """Enough is found to go on, but norms would begin anew: the plan says which renaming finds them."""
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(3)), nn.Linear(4, 2))
+        plain = random_weights(model, 1)
+        source = renamed(plain, lambda name: name.replace("1.weight", "1.gamma").replace("1.bias", "1.beta"))
+        text = str(ctl.adapt(model, source).plan)
+        assert r"source  with rename={'\\bgamma\\b': 'weight', '\\bbeta\\b': 'bias'}, 6 more tensors would be" in text
+        text = str(ctl.adapt(model, source, rename={r"\bgamma\b": "weight", r"\bbeta\b": "bias"}).plan)
+        assert "more tensors" not in text
+        assert equal(model.state_dict(), plain)
+
     def test_more_than_a_tenth_but_far_more_under_another_name(self):
         model = network()
         plain = random_weights(model, 1)
