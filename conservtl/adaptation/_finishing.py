@@ -15,7 +15,7 @@ from conservtl.errors import SpecError
 from conservtl.functions import Forward, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
-from conservtl.plan.decision import FinishContext
+from conservtl.plan.after import FinishContext
 
 __all__ = ["finish", "mean_cross_entropy", "merged"]
 

@@ -16,8 +16,10 @@ from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
-from conservtl.plan.decision import Measure, Search, View
+from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
+from conservtl.plan.search import Search
+from conservtl.plan.term import View
 from conservtl.runtime.measuring import check_importance, measure
 from conservtl.runtime.penalty_runner import total_penalty
 from conservtl.source.transfer import TransferReport

@@ -15,8 +15,10 @@ from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.methods import Strategy, apply_all
-from conservtl.plan.decision import Measure, Search, View
+from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
+from conservtl.plan.search import Search
+from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, norms_with_rows

@@ -12,7 +12,7 @@ from conservtl.engine.criterion import ACCURACY
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.training import Training
 from conservtl.errors import PlanError, SpecError
-from conservtl.plan.decision import Search
+from conservtl.plan.search import Search
 
 __all__ = ["Scores", "Trial", "run_searches"]
 

@@ -16,7 +16,7 @@ from conservtl.engine.evaluation import Functions
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
-from conservtl.plan.decision import View
+from conservtl.plan.term import View
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.preserve import preserve_modes
 

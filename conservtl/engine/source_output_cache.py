@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conservtl.engine.batching import Batch, Held
 from conservtl.functions import logits_of
-from conservtl.plan.decision import View
+from conservtl.plan.term import View
 
 __all__ = ["SourceOutputCache", "cache_source_outputs"]
 

@@ -12,8 +12,8 @@ from conservtl.errors import SpecError
 from conservtl.kernels.deviation import placed, runs
 from conservtl.kernels.dtensor import local
 from conservtl.kernels.pull import dense_gradient
-from conservtl.plan.decision import Moving
 from conservtl.plan.penalty import Penalty
+from conservtl.plan.update import Moving
 
 __all__ = ["GradientKernel", "as_handed"]
 

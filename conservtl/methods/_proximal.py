@@ -13,8 +13,8 @@ from conservtl.compat import foreach_abs_, foreach_clamp_max_, foreach_clamp_min
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
 from conservtl.methods._quadratic import with_decay
 from conservtl.methods._rows import Coverage, covered_rows, source_parameters
-from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Moving, Step, Update
 
 __all__ = ["Proximal", "with_proximal"]
 

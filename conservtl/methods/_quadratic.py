@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from conservtl.kernels.pull import Pull, Pulled, gather
-from conservtl.plan.decision import Moving
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
+from conservtl.plan.update import Moving
 
 __all__ = ["L2Decay", "Quadratic", "with_decay", "with_quadratic"]
 

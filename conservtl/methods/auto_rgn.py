@@ -14,8 +14,8 @@ from conservtl.kernels.deviation import TINY, norms, together
 from conservtl.kernels.dtensor import local
 from conservtl.methods._rows import source_parameters
 from conservtl.methods.base import Order, Strategy, TestFields
-from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Moving, Step, Update
 
 __all__ = ["AutoRGN", "AutoRGNUpdate"]
 

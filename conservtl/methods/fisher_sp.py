@@ -17,7 +17,7 @@ from conservtl.functions import logits_of
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
 from conservtl.methods._rows import Coverage, covered_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
-from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.per_example import PerExample
 

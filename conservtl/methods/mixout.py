@@ -12,8 +12,8 @@ from conservtl.bounds import NonNegativeInt, ProperShare
 from conservtl.kernels.deviation import placed
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Span, Strategy, TestFields
-from conservtl.plan.decision import Step, Update
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Step, Update
 
 __all__ = ["Mixout", "MixoutUpdate"]
 

@@ -13,8 +13,8 @@ from conservtl.bounds import NonNegative, Positive, Share
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
-from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
+from conservtl.plan.term import Term, View
 
 __all__ = ["OutputConservation", "OutputConservationTerm", "cross_entropy_to_source", "kl_to_source"]
 

@@ -13,8 +13,8 @@ from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, ru
 from conservtl.kernels.dtensor import local
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
-from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Moving, Step, Update
 
 __all__ = ["SelectiveDecay", "SelectiveDecayUpdate"]
 

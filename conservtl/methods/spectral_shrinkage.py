@@ -12,8 +12,8 @@ from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SpecError
 from conservtl.layers import select
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
-from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
+from conservtl.plan.term import Term, View
 
 __all__ = ["SpectralShrinkage", "SpectralShrinkageTerm", "smallest_squares"]
 

@@ -12,8 +12,9 @@ from pydantic import SerializeAsAny
 from torch import Tensor
 
 from conservtl.errors import SpecError
-from conservtl.plan.decision import Decision, Moving
+from conservtl.plan.decision import Decision
 from conservtl.plan.row import Anneal, Row
+from conservtl.plan.update import Moving
 
 __all__ = ["Penalties", "Penalty", "PenaltyKernel"]
 

@@ -11,23 +11,15 @@ from pydantic import Field
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer, matches, select
-from conservtl.plan.decision import (
-    After,
-    Afters,
-    Decision,
-    Extension,
-    Extensions,
-    Measure,
-    Measures,
-    Search,
-    Searches,
-    Term,
-    Terms,
-    Update,
-    Updates,
-)
+from conservtl.plan.after import After, Afters
+from conservtl.plan.decision import Decision
+from conservtl.plan.extension import Extension, Extensions
+from conservtl.plan.measure import Measure, Measures
 from conservtl.plan.penalty import Penalties, Penalty
 from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, changed, check_row
+from conservtl.plan.search import Search, Searches
+from conservtl.plan.term import Term, Terms
+from conservtl.plan.update import Update, Updates
 from conservtl.plan.upgrade import upgrade
 from conservtl.spec_model import FrozenModel
 

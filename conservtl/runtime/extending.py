@@ -8,7 +8,7 @@ from torch import nn
 
 from conservtl.layers import Layer
 from conservtl.layers.extended import restore_module
-from conservtl.plan.decision import Extension
+from conservtl.plan.extension import Extension
 
 __all__ = ["apply_extensions"]
 

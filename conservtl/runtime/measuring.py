@@ -13,7 +13,7 @@ from conservtl.batches import check_batches, to_device
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.layers import canonical, named_parameters, unwrap
-from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers, preserve_gradients
 

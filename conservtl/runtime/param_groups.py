@@ -11,10 +11,11 @@ from torch import nn
 
 from conservtl.errors import SpecError
 from conservtl.kernels.dtensor import by_rows, sharded
-from conservtl.plan.decision import After, Update
+from conservtl.plan.after import After
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
+from conservtl.plan.update import Update
 
 __all__ = ["build_optimizer"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from conservtl.kernels.gradient import GradientKernel
-from conservtl.plan.decision import Moving, Update
 from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.row import Row
+from conservtl.plan.update import Moving, Update
 from conservtl.runtime.step_context import StepContext
 
 __all__ = ["ParameterIndex", "penalised"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
-from conservtl.plan.decision import View
+from conservtl.plan.term import View
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.source_head import SourceHead
 from conservtl.runtime.taps import tensor_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SpecError
-from conservtl.plan.decision import Term, View
 from conservtl.plan.plan import Plan
+from conservtl.plan.term import Term, View
 from conservtl.runtime.source_model import SourceModelRunner
 from conservtl.runtime.taps import Taps
 

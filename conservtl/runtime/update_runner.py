@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from conservtl.plan.decision import Moving, Step, Update
+from conservtl.plan.update import Moving, Step, Update
 
 __all__ = ["UpdateRunner"]
 

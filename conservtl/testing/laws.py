@@ -21,8 +21,8 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import InputError
 from conservtl.kernels.gradient import GradientKernel, as_handed
 from conservtl.layers import named_parameters
-from conservtl.plan.decision import Moving
 from conservtl.plan.penalty import Penalty
+from conservtl.plan.update import Moving
 from conservtl.runtime.parameter_index import penalised
 from conservtl.testing.steps import evaluated
 

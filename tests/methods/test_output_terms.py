@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import conservtl as ctl
 from conservtl.methods.output_conservation import OutputConservationTerm, cross_entropy_to_source, kl_to_source
-from conservtl.plan.decision import View
+from conservtl.plan.term import View
 
 
 def by_hand(logits, source, temperature):

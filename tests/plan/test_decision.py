@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.plan.decision import Update
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Update
 from conservtl.testing import check_strategy
 from conservtl.testing.weights import random_weights
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import find_layers
 from conservtl.methods import as_strategy, extend_all
-from conservtl.plan.decision import Extensions
+from conservtl.plan.extension import Extensions
 from conservtl.runtime.extending import apply_extensions
 
 __all__ = ["describe_example", "extend_model", "read_header"]

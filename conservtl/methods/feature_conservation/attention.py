@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conservtl.batches import map_tensors, replace_tensors, row_count, tensors_of
 from conservtl.errors import SpecError
-from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.channels import channel_axis
 
 __all__ = ["AttentionMeasure"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError
-from conservtl.plan.decision import Term, View
+from conservtl.plan.term import Term, View
 from conservtl.runtime.channels import channel_axis
 
 __all__ = ["FeatureConservationTerm", "delta", "ldifs"]

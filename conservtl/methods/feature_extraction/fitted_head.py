@@ -18,7 +18,7 @@ from conservtl.functions import Forward, labels_of, logits_of
 from conservtl.layers import canonical, unwrap
 from conservtl.methods.feature_extraction.probe_head import ProbeHead
 from conservtl.methods.feature_extraction.row_store import RowStore
-from conservtl.plan.decision import After, FinishContext
+from conservtl.plan.after import After, FinishContext
 from conservtl.runtime.channels import pooled
 from conservtl.runtime.measuring import Placed
 from conservtl.runtime.preserve import eval_mode

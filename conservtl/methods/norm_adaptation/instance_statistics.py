@@ -12,7 +12,7 @@ from conservtl.bounds import Fraction
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, layer_of, named_parameters
 from conservtl.layers.extended import ExtendedModule, extend_module
-from conservtl.plan.decision import Extension
+from conservtl.plan.extension import Extension
 from conservtl.runtime.freezing import keeps_batch_statistics
 
 __all__ = ["InstanceMixing", "InstanceStatistics"]

@@ -15,7 +15,7 @@ from conservtl.bounds import NonNegativeInt
 from conservtl.compat import InstanceNormBase
 from conservtl.errors import DataError, SpecError
 from conservtl.layers import canonical, unwrap
-from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
 
 __all__ = ["NormStatisticsMeasure"]

@@ -15,7 +15,7 @@ from conservtl.errors import DataError, SpecError
 from conservtl.kernels.deviation import TINY, By, Norm, norms
 from conservtl.kernels.dtensor import place_like
 from conservtl.layers import canonical
-from conservtl.plan.decision import After, FinishContext
+from conservtl.plan.after import After, FinishContext
 from conservtl.runtime.measuring import Placed
 from conservtl.runtime.preserve import eval_mode
 

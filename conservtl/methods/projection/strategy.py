@@ -15,8 +15,8 @@ from conservtl.kernels.deviation import TINY, By, Norm, deviations, move_toward,
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.methods.projection.learned_projection import LearnedProjection
-from conservtl.plan.decision import Moving, Step, Update
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Moving, Step, Update
 
 __all__ = ["Projection", "ProjectionUpdate"]
 
