@@ -15,7 +15,7 @@ from conservtl.layers import Layer, canonical, find_layers, named_parameters, se
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import build_source_model
-from conservtl.source.coverage import check_coverage, missed_note, unused_note
+from conservtl.source.coverage import check_coverage, kept_note, missed_note, unused_note
 from conservtl.source.kinds import check_kinds, check_model_kinds
 from conservtl.source.positions import resample_positions
 from conservtl.source.read import Source, SourceLike, own_tensors, read_source
@@ -114,7 +114,11 @@ def adapt(
         raise
     report = transfer(model, parts, plan, values, read)
     known = {name: tensor for name, tensor in own.items() if name not in declared}
-    notes += [*unused_note(report.unused, read.tensors), *missed_note(read, known)]
+    notes += [
+        *unused_note(report.unused, read.tensors),
+        *kept_note(report.kept, own),
+        *missed_note(read, known),
+    ]
     plan = plan.with_notes((*read.notes, *notes))
     return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head))
 

@@ -13,7 +13,7 @@ from conservtl.plan.row import Row
 from conservtl.source.read import Source
 from conservtl.source.renaming import best_fit, missed
 
-__all__ = ["MIN_SHARE", "check_coverage", "missed_note", "unused_note"]
+__all__ = ["MIN_SHARE", "check_coverage", "kept_note", "missed_note", "unused_note"]
 
 MIN_SHARE = 0.1
 """Smallest share of the wanted parameters, by number of tensors and by number of values, that a source must give."""
@@ -87,6 +87,19 @@ def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str 
     most = "the largest " * (len(left) > 3)
     where = f" in {file}" if file else ""
     return (f"not used{where}: {len(left)} of {len(tensors)} tensors, {count:,} of {every:,} values ({most}{largest})",)
+
+
+def kept_note(kept: Sequence[str], model: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return a remark on buffers that copied modules keep because the source lacks them; none if there are none.
+
+    Args:
+        kept: their names.
+        model: name -> tensor of the model.
+    """
+    if not kept:
+        return ()
+    shown = ", ".join(f"{name} {tuple(model[name].shape)}" for name in kept[:3]) + ", …" * (len(kept) > 3)
+    return (f"{len(kept)} buffers keep their own values, which the source does not have for them ({shown})",)
 
 
 def missed_note(source: Source, model: Mapping[str, Tensor]) -> tuple[str, ...]:

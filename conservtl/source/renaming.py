@@ -55,7 +55,7 @@ def names_after(
     Args:
         names: of source tensors.
         where: name of the source in messages.
-        prefix: removed; a missing dot at its end is added.
+        prefix: removed; a missing dot at its end is added, and so is ``module.`` or ``model.`` before it.
         rename: regular expression -> replacement, applied in order wherever it matches.
 
     Raises:
@@ -177,9 +177,10 @@ def _prefix_of(names: Iterable[str], prefix: str, where: str) -> str:
     """
     names = list(names)
     dotted = prefix if prefix.endswith(".") else f"{prefix}."
-    for start in (dotted, prefix):
-        if any(name.startswith(start) for name in names):
-            return start
+    for outer in known_prefixes(names):
+        for start in (outer + dotted, outer + prefix):
+            if any(name.startswith(start) for name in names):
+                return start
     known = dict.fromkeys(".".join(name.split(".")[: prefix.strip(".").count(".") + 1]) for name in names)
     raise SourceError(
         f"{where}: prefix must begin names of the source; none of {len(names)} begins with {prefix!r}."

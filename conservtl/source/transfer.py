@@ -26,12 +26,14 @@ class TransferReport:
         fresh: name of each other parameter -> the reason.
         unused: names of source tensors that were not copied.
         notes: entries of the source that were unwrapped or ignored, and the prefix that was stripped.
+        kept: names of the buffers of copied modules for which the source has no value of their shape.
     """
 
     copied: tuple[str, ...]
     fresh: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         out = [f"copied {len(self.copied)} tensors, fresh {len(self.fresh)}, unused {len(self.unused)}", *self.notes]
@@ -61,7 +63,8 @@ def transfer(
     copied = [row.name for row in plan.rows if row.origin == "source"]
     for name in copied:
         parameters[name].copy_(values[name])
-    copied += _copy_buffers(unwrap(model), layers, plan, source.tensors)
+    buffers, kept = _copy_buffers(unwrap(model), layers, plan, source.tensors)
+    copied += buffers
     taken = set(copied)
     spent = taken | {
         alias
@@ -72,7 +75,7 @@ def transfer(
     }
     unused = tuple(name for name in source.tensors if name not in spent)
     reasons = {row.name: row.reason for row in plan.rows if row.reason is not None}
-    return TransferReport(tuple(copied), reasons, unused, source.notes)
+    return TransferReport(tuple(copied), reasons, unused, source.notes, tuple(kept))
 
 
 def _stale(plan: Plan, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
@@ -97,21 +100,30 @@ def _same(tensor: Tensor, source: Tensor) -> bool:
     return torch.equal(tensor, source.to(tensor.device, tensor.dtype))
 
 
-def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Copy the buffers of copied modules and return their names; reset a fresh norm with the source's statistics."""
+def _copy_buffers(
+    model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tensors: Mapping[str, Tensor]
+) -> tuple[list[str], list[str]]:
+    """Copy the buffers of copied modules; reset a fresh norm with the source's statistics.
+
+    Returns:
+        The names of the buffers that were copied, and of those that the source lacks; counts of batches left out.
+    """
     origin = {row.name: row.origin for row in plan.rows if not row.added}
     modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    copied, stale = [], []
+    copied, stale, kept = [], [], []
     for key, buffer in model.state_dict(keep_vars=True).items():
         name = canonical(key)
-        if isinstance(buffer, nn.Parameter) or name not in tensors or tensors[name].shape != buffer.shape:
+        if isinstance(buffer, nn.Parameter) or not isinstance(buffer, Tensor):
             continue
+        lacking = name not in tensors or tensors[name].shape != buffer.shape
         owner = name.rpartition(".")[0]
         origins = [origin[n] for n in origin if n.rpartition(".")[0] == owner]
         if not origins:  # a module without parameters follows its layer
             layer = layer_of(layers, owner)
             origins = [origin[info.name] for info in layer.parameters if info.name in origin] if layer else []
-        if "fresh" not in origins:
+        if lacking:
+            kept += [name] if "fresh" not in origins and buffer.is_floating_point() else []
+        elif "fresh" not in origins:
             buffer.copy_(tensors[name])
             copied.append(name)
         elif name.rpartition(".")[2] == "running_mean" and _same(buffer, tensors[name]):
@@ -119,7 +131,7 @@ def _copy_buffers(model: nn.Module, layers: tuple[Layer, ...], plan: Plan, tenso
     for module in dict.fromkeys(stale):
         if isinstance(module, NormBase):
             module.reset_running_stats()
-    return copied
+    return copied, kept
 
 
 def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:

@@ -37,6 +37,12 @@ class TestPrefix:
         assert not adaptation.transfer.unused
         assert f"source  removed the prefix {prefix!r}, left out 1 tensors without it" in str(adaptation.plan)
 
+    def test_inside_a_wrapper(self):
+        model = network()
+        plain = random_weights(model, 1)
+        ctl.adapt(model, renamed(plain, lambda name: f"module.encoder.{name}"), prefix="encoder")
+        assert equal(model.state_dict(), plain)
+
     def test_none_begins_with_it(self):
         source = renamed(random_weights(network(), 1), lambda name: f"backbone.{name}")
         with pytest.raises(ctl.SourceError, match=r"prefix must begin names.*'bakbone\.'\. Did you mean 'backbone'"):
@@ -222,6 +228,20 @@ class TestUnused:
 
     def test_nothing_to_say(self):
         assert "\nsource  " not in str(ctl.adapt(network(), random_weights(network(), 1)).plan)
+
+    def test_buffers_that_the_source_lacks_are_said(self):
+        """Weights of a norm with the statistics of another are no norm that was ever trained."""
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+        source = {name: tensor for name, tensor in random_weights(model, 1).items() if "running" not in name}
+        text = str(ctl.adapt(model, source).plan)
+        assert (
+            "source  4 buffers keep their own values, which the source does not have for them "
+            "(1.running_mean (4,), 1.running_var (4,), 2.running_mean (4,), …)"
+        ) in text  # fmt: skip
+        assert "buffers" not in str(ctl.adapt(model, source, fresh=["0", "1"]).plan)
+        del source["1.num_batches_tracked"]
+        del source["2.num_batches_tracked"]
+        assert "4 buffers" in str(ctl.adapt(model, source).plan)
 
     def test_kept_when_the_plan_is_drawn_again(self):
         adaptation = ctl.adapt(network(), random_weights(network(), 1) | {"more": torch.zeros(3)})

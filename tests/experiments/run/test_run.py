@@ -287,3 +287,25 @@ def test_tensorboard_on_request(speech_fields, tmp_path):
     pytest.importorskip("tensorboard")
     run(parse_spec(speech_fields), tmp_path / "with", tensorboard=True)
     assert list((tmp_path / "with" / "tensorboard").glob("events.out.*"))
+
+
+def test_weights_of_a_vision_transformer_for_another_image_size(tmp_path):
+    """Positions are resampled as timm resamples them when it loads weights, and the plan says so."""
+    timm = pytest.importorskip("timm")
+    from PIL import Image
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    for number, (part, label) in enumerate((p, c) for p in ("train", "test") for c in ("cat", "dog")):
+        for i in range(4):
+            file = tmp_path / "images" / part / label / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (60 * number, 30 * i, 9)).save(file)
+    given = timm.create_model("test_vit", num_classes=2).state_dict()
+    torch.save({"state_dict": given}, tmp_path / "weights.pt")
+    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "shots": 2, "images": {"size": 64}}
+    source = {"weights": str(tmp_path / "weights.pt"), "data": None, "labels": ["cat", "dog"]}
+    spec = parse_spec({"task": "vision", "model": {"name": "timm/test_vit"}, "data": data, "source": source})
+    read = obtain_source(prepare(spec))
+    expected = checkpoint_filter_fn(dict(given), timm.create_model("test_vit", num_classes=2, img_size=64))
+    torch.testing.assert_close(read.model.state_dict(), expected)
+    assert "source  resampled pos_embed from 10×10 to 4×4 positions with timm.layers" in str(plan_of(spec))
