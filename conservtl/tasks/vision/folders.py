@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from conservtl.errors import DataError
 from conservtl.tasks.vision.datasets import ImageFolderData
@@ -14,7 +16,8 @@ from conservtl.tasks.vision.preprocessing import open_image
 __all__ = ["folder_parts"]
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_TESTS = ("test", "val", "valid", "validation")
+_TRAINS = ("train", "training")
+_TESTS = ("test", "testing", "val", "valid", "validation")
 _LAYOUTS = "Use one folder for each class, or train/ and test/ (or val/) with one folder for each class"
 
 
@@ -50,21 +53,28 @@ def _parts_of(root: Path, field: str, data: ImageFolderData) -> tuple[ImagePart,
         kind = "a file" if root.exists() else "nothing"
         raise DataError(f"{field} must be a folder of images; {root} is {kind}. Correct the path.")
     folders = _folders(root)
-    tests = [name for name in _TESTS if name in folders]
-    if "train" in folders and tests:
-        train, test = _tree(root, "train", field), _tree(root, tests[0], field)
+    trains, tests = _named(folders, _TRAINS), _named(folders, _TESTS)
+    if len(trains) == 1 and tests:
+        train, test = _tree(root, trains[0], field), _tree(root, tests[0], field)
         if train.classes != test.classes:
             unmatched = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
             raise DataError(
-                f"{field} must have the same classes in train/ and {tests[0]}/; {root} has these in one of the "
+                f"{field} must have the same classes in {trains[0]}/ and {tests[0]}/; {root} has these in one of the "
                 f"two only: {unmatched}. Add or remove these folders."
             )
         return train, test
-    if "train" in folders or tests:
+    if len(trains) > 1:
+        raise DataError(f"{field} must have one training part; {root} has {' and '.join(trains)}. Remove one.")
+    if trains or tests:
         raise DataError(
             f"{field} must have a training and a test part; {root} has only {', '.join(folders)}. {_LAYOUTS}."
         )
     return split(_tree(root, "", field), data.test_fraction, data.split_seed, field)
+
+
+def _named(folders: Mapping[str, Path], names: Sequence[str]) -> list[str]:
+    """Return the folders with these names in any case, in the order of the names."""
+    return [folder.name for name in names for folder in folders.values() if folder.name.casefold() == name]
 
 
 def _tree(root: Path, below: str, field: str) -> ImagePart:
@@ -76,28 +86,40 @@ def _tree(root: Path, below: str, field: str) -> ImagePart:
         raise DataError(f"{field} must have at least 2 classes; {folder} has {content}. {_LAYOUTS}.")
     files: list[Path] = []
     labels: list[int] = []
-    for position, name in enumerate(classes):
-        images = _images(folder / name)
+    for position, place in enumerate(classes.values()):
+        images = _images(place)
         if not images:
             raise DataError(
-                f"{field}: every class must have images; {folder / name} has none (looked for "
+                f"{field}: every class must have images; {place} has none (looked for "
                 f"{', '.join(_EXTENSIONS)}). Add images, or remove the folder."
             )
         files += images
         labels += [position] * len(images)
     names = tuple(file.relative_to(root).as_posix() for file in files)
-    return ImagePart(classes, tuple(labels), names, tuple(range(len(files))), _Opener(tuple(files)))
+    return ImagePart(tuple(classes), tuple(labels), names, tuple(range(len(files))), _Opener(tuple(files)))
 
 
-def _folders(folder: Path) -> tuple[str, ...]:
-    names = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    return tuple(sorted(names))
+def _folders(folder: Path) -> dict[str, Path]:
+    """Return the visible folders in a folder by their names in NFC, in order."""
+    paths = [path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name)]
+    named = {normalize("NFC", path.name): path for path in paths}
+    if len(named) < len(paths):
+        twice = sorted(str(path) for path in paths if path not in named.values())
+        raise DataError(f"{twice[0]} must differ from another folder by more than Unicode's composition. Rename it.")
+    return dict(sorted(named.items()))
 
 
 def _images(folder: Path) -> list[Path]:
-    """Return all images in a folder and its subfolders, in the order of torchvision's ImageFolder."""
-    walked = sorted(os.walk(folder, followlinks=True))
-    return [Path(where) / name for where, _, names in walked for name in sorted(names) if _is_image(name)]
+    """Return all images in a folder and its visible subfolders, in the order of torchvision's ImageFolder."""
+    walked = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        walked.append((where, names))
+    return [Path(where) / name for where, names in sorted(walked) for name in sorted(names) if _is_image(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
 
 
 def _is_image(name: str) -> bool:
