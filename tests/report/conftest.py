@@ -1,4 +1,4 @@
-"""Results of many runs, as compare, sweep and tune return them, and what holds for every page."""
+"""Results as compare, sweep and tune return them, and the checks that every page must pass."""
 
 import random
 import re
@@ -46,7 +46,7 @@ def harmonic(a, b):
 
 
 def a_comparison(shots=(5,), seeds=5, targets=("jackson", "nicolas", "theo", "yweweler"), own=OWN, *, source=True):
-    """The best of one's own wins; from scratch is far below everything else."""
+    """The best method wins; from scratch is far below all others."""
     draw = random.Random(0).gauss
     means = MEANS | dict(own)
     tables = []
@@ -102,7 +102,7 @@ def a_comparison(shots=(5,), seeds=5, targets=("jackson", "nicolas", "theo", "yw
 
 
 def a_sweep(layers=("stem", "blocks.0", "blocks.1", "head"), seeds=3, *, source=True, controls=True):
-    """The output side transfers better; the first two layers from there may be held; strength 1 is the best."""
+    """The output side transfers better; the first two layers from there can be held; strength 1 is the best."""
     draw, depth = random.Random(1).gauss, len(layers)
 
     def around(mean):
@@ -241,7 +241,7 @@ class _Balance(HTMLParser):
 
 @pytest.fixture
 def written(tmp_path):
-    """Write a page and return it, once it was found whole, alone and with no value that is none."""
+    """Return a function that writes a page and checks it: well-formed, self-contained, no missing value shown."""
 
     def write(writer, result):
         path = tmp_path / "report.html"
@@ -266,11 +266,11 @@ def written(tmp_path):
 
 @pytest.fixture
 def results():
-    """The three makers of results."""
+    """Functions that make a result of each study."""
     return {"compare": a_comparison, "sweep": a_sweep, "tune": a_search}
 
 
 @pytest.fixture
 def errors():
-    """Turns a result in accuracies into one in errors."""
+    """Function that turns a result in accuracies into one in errors."""
     return in_errors

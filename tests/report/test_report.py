@@ -1,4 +1,4 @@
-"""The report: one sentence that tells the truth, one page that needs nothing else, one file that is whole."""
+"""The report of a run: its sentence, its self-contained page, its JSON file."""
 
 import copy
 import doctest
@@ -54,7 +54,7 @@ def a_plan(layers=LAYERS, *, phases=True):
 
 
 def a_report(layers=LAYERS, *, phases=True, **changes):
-    """Everything a run can say: conv1 frozen, a fresh head, source and target measured."""
+    """A report with every part: conv1 frozen, a fresh head, source and target measured."""
     labels = ["zero", "one", "two"]
     return {
         "target": "jackson",
@@ -125,7 +125,7 @@ class TestSentence:
         assert "source kept 99.0 % of 99.0 % (±0.0 points)" in said
 
     def test_no_change_is_no_gain(self):
-        """A difference that the written digits cannot show is not called one."""
+        """A difference smaller than the last written digit is no change."""
         said = sentence(a_report(**measured(0.9, 0.9004)))
         assert "did not improve the target" in said
         assert "(±0.0 points)" in said
@@ -142,7 +142,7 @@ class TestSentence:
         assert "source not measured" in sentence(a_report(**measured(0.7, 0.9), agreement=None))
 
     def test_a_lower_word_error_rate_is_better(self):
-        """And a transcript has no class, so the shots are counted as a whole."""
+        """A task without classes counts its shots as a whole."""
         better = sentence(a_report(classes=False, **measured(0.41, 0.24, source=(0.10, 0.12), metric="wer")))
         assert better.startswith("Adapted to jackson from 5 recordings: target word error rate 41.0 % → 24.0 %")
         assert "source word error rate 10.0 % → 12.0 % (+2.0 points)" in better
@@ -224,7 +224,7 @@ class TestPage:
         assert parser.open == []
 
     def test_names_are_text_whatever_they_hold(self, tmp_path):
-        """In tables, in pictures and in what a screen reader says."""
+        """In tables, in pictures and for screen readers."""
         evil = "<script>alert('$x$')</script>"
         report = a_report(layers=("conv1", evil, "head"), phases=False, target=evil, spec={"task": evil})
         report["per_class"]["target"]["labels"] = [evil, "$x_1$", "日本語"]
@@ -353,7 +353,7 @@ class TestPage:
 
 
 def a_path(kept=0.7):
-    """Target and source from t = 0 to t = 1, with what was kept marked."""
+    """Target and source from t = 0 to t = 1, with the kept weights marked."""
     return [
         {
             "t": t,
@@ -416,7 +416,7 @@ class TestJson:
         assert list(written["drift"]) == ["in", "head"]
 
     def test_what_json_does_not_have(self, tmp_path):
-        """NaN becomes null; scalars, paths and tuples become what they stand for."""
+        """NaN becomes null; scalars, paths and tuples become plain values."""
         import torch
 
         class Kind(StrEnum):
@@ -463,7 +463,7 @@ class TestJson:
 
 
 def test_the_page_says_what_is_decided_beside_the_layers(speech_fields, tmp_path):
-    """Terms, endings and what the norms go by: a table of rates alone would hide half of a recipe."""
+    """Terms, updates of norms and endings: a table of rates would show half of a recipe only."""
     kept = [
         {"kind": "wise_ft"},
         {"kind": "delta"},

@@ -204,30 +204,25 @@ def _label(mark: PlanePoint, across: Window, up: Window, metric: Metric) -> Labe
 
 def _equal_scores(axes: Any, across: Window, up: Window, metric: Metric) -> None:
     """Draw faint lines of equal combined score, labelled at the right edge."""
-    # Correct shares, where lower is better: 100 plus the negated value.
-    shift = 100.0 if metric.share and metric.better == "lower" else 0.0
-
-    def score(x: float, y: float) -> float:
-        if not metric.share:
-            return (x + y) / 2
-        return ACCURACY.combined(max(0.0, x + shift), max(0.0, y + shift))
+    lower = metric.better == "lower"
 
     def height(level: float, x: float) -> float | None:
-        if not metric.share:
+        if lower:
             return 2 * level - x
-        x += shift
-        return level * x / (2 * x - level) - shift if 2 * x > 1.01 * level else None
+        return level * x / (2 * x - level) if 2 * x > 1.01 * level else None
 
+    corners = [(across.low, up.low), (across.high, up.high)]
+    least, most = (metric.combined(x, y) if lower else metric.combined(max(0.0, x), max(0.0, y)) for x, y in corners)
     named = False
-    for level in _levels(score(across.low, up.low), score(across.high, up.high), metric):
+    for level in _levels(least, most, metric):
         xs = [across.low + (across.high - across.low) * k / 60 for k in range(61)]
         points = [(x, y) for x in xs if (y := height(level, x)) is not None]
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), color=PALE, linewidth=0.9, zorder=0.5)
         if up.low <= points[-1][1] <= up.high:
-            value = shift - level if metric.better == "lower" else level
-            text = true_minus(f"{value:.6g}") + ("" if named else f" {metric.combination}")
+            value = true_minus(f"{-level if lower and level else level:.6g}")
+            text = value if named else f"{value} {metric.combination}"
             named = True
             axes.annotate(
                 text,

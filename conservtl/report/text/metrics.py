@@ -66,7 +66,7 @@ class Metric:
     @property
     def combination(self) -> str:
         """Name of the score for target and source together."""
-        return "harmonic mean" if self.share else "mean"
+        return "mean" if self.better == "lower" else "harmonic mean"
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -123,15 +123,10 @@ class Metric:
         return "better" if gain > 0 else "worse" if gain < 0 else "same"
 
     def combined(self, target: float, source: float) -> float:
-        """Return one score for both domains, in the shown unit and in the metric's own direction.
-
-        The harmonic mean of shares, of the correct shares if lower is better; else the arithmetic mean.
-        """
-        if not self.share:
+        """Return one score for both domains: the harmonic mean, or the mean if lower is better."""
+        if self.better == "lower":
             return (target + source) / 2
-        right = [100 - value if self.better == "lower" else value for value in (target, source)]
-        mean = 2 * right[0] * right[1] / sum(right) if sum(right) > 0 else 0.0
-        return 100 - mean if self.better == "lower" else mean
+        return 2 * target * source / (target + source) if target > 0 and source > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
-"""The target-source plane: what is far below does not squash the rest, and names do not overlap."""
+"""The target-source plane: a value far below does not squash the others, and names do not overlap."""
 
 from itertools import combinations
 
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
 from conservtl.report.figures.frontier import _marks
-from conservtl.report.figures.plane import paint_plane, window
+from conservtl.report.figures.plane import PlanePoint, paint_plane, window
 from conservtl.report.text.intervals import Span
+from conservtl.report.text.metrics import Metric, headline
 from conservtl.report.text.variants import variants
 
 
@@ -47,8 +52,6 @@ class TestWindow:
 
 def test_no_name_in_the_frontier_covers_another(results):
     """Seventeen methods, several alike, one with a long name: as matplotlib measures them."""
-    from matplotlib.figure import Figure
-
     for shots in (1, 5):
         figure = Figure(figsize=(9.6, 4.8), layout="constrained")
         axes = figure.subplots()
@@ -65,3 +68,44 @@ def test_no_name_in_the_frontier_covers_another(results):
         ]
         assert overlaps == []
         assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_in_errors_every_mark_is_where_it_is_in_accuracies(results, errors):
+    """Zero error is at the upper right, as 100 % accuracy is; the ticks have the error's values."""
+    result = results["compare"]()
+    places, ticks = [], []
+    for each in (result, errors(result)):
+        figure = Figure(figsize=(9.6, 4.8), dpi=72)
+        axes = figure.subplots()
+        metric = headline(each)
+        paint_plane(figure, axes, _marks(variants(each["tables"][0], metric)), metric=metric)
+        marks = [line for line in axes.lines if len(line.get_xdata()) == 1]
+        at = [
+            axes.transAxes.inverted().transform(line.get_transform().transform(line.get_xydata()[0])) for line in marks
+        ]
+        places.append(np.array(at))
+        ticks.append([label.get_text() for label in axes.get_xticklabels()])
+    assert len(places[0]) == 17
+    np.testing.assert_allclose(*places, atol=1e-6)
+    assert "97" in ticks[0]
+    assert "3" in ticks[1]
+
+
+@pytest.mark.parametrize(("better", "share"), [("higher", True), ("lower", True), ("lower", False), ("higher", False)])
+def test_lines_of_equal_score_have_that_score(better, share):
+    """In the metric's own values at every point, whichever direction is better."""
+    metric = Metric("m", "m", better, share=share)
+    scale = 1.0 if share else 0.01
+    points = [(scale * a, scale * b) for a, b in ((80, 90), (85, 97), (95, 82))]
+    marks = [PlanePoint("", *(Span(v, v, v, 1) for v in point), "black") for point in points]
+    figure = Figure(figsize=(9.6, 4.8), dpi=72)
+    axes = figure.subplots()
+    paint_plane(figure, axes, marks, metric=metric)
+    lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    assert lines
+    sign = -1 if better == "lower" else 1
+    labels = [float(text.get_text().split()[0]) for text in axes.texts]
+    assert labels
+    scores = [{round(metric.combined(sign * x, sign * y), 6) for x, y in line.get_xydata()} for line in lines]
+    assert all(len(score) == 1 for score in scores)
+    assert set(labels) <= {score for (score,) in map(tuple, scores)}

@@ -149,7 +149,7 @@ class TestTargets:
         assert "Of 60 targets, the 20 that differ most." in picture.caption
 
     def test_plain_numbers_will_do(self, results):
-        """Without intervals nothing claims to have them."""
+        """Without intervals the caption mentions none."""
         table = results["compare"]()["tables"][0]
         for row in table["rows"]:
             row["per_target"] = {name: {"before": 0.8, "after": 0.9} for name in ("a", "b")}

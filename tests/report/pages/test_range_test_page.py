@@ -1,4 +1,4 @@
-"""The picture of a range test: whole, readable, of a kind that can be written."""
+"""The picture of a range test."""
 
 import pytest
 

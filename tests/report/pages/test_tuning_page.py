@@ -61,7 +61,7 @@ class TestPage:
         assert "strategies.6.a_rather_long_field_name = " in html
 
     def test_a_pruned_trial_is_no_best_so_far(self, results):
-        """What it had when it was given up is shown, and never taken for a result."""
+        """Its last score is shown and is never taken for a result."""
         result = results["tune"]()
         result["trials"][5]["values"] = [0.999]
         found = trials_of(result)
