@@ -1,4 +1,4 @@
-"""The command line: what it prints, and its exit codes."""
+"""The command line: output and exit codes."""
 
 import json
 import os
@@ -90,7 +90,7 @@ class HoldBiases(ctl.Strategy):
 
 @pytest.fixture
 def own_strategy(tmp_path, monkeypatch):
-    """A module in the working directory that registers a strategy; forgotten after the test."""
+    """A module in the working directory that registers a strategy, unregistered after the test."""
     from conservtl import Strategy, plugins
 
     (tmp_path / "own_strategy.py").write_text(OWN_STRATEGY)
@@ -184,7 +184,7 @@ Checkpoints.write_history = interrupted
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_does(spec, tmp_path):
-    """The process sends itself SIGINT at the end of an epoch: that is the same on every machine, however busy."""
+    """The process sends itself SIGINT at the end of an epoch, so that a busy machine changes nothing."""
 
     def run(out, *more):
         command = [sys.executable, "-m", "conservtl.cli", "run", str(spec), "--set", "training.epochs=10"]
@@ -207,7 +207,7 @@ def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_d
 
 
 def test_many_runs_from_the_command_line(spec, tmp_path, monkeypatch, capsys):
-    """Each leaves its results and its page, and says first how long it will take where it is asked."""
+    """Each writes its results and its page; --dry-run prints an estimate instead."""
     only = "targets: [cleo], seeds: 1"
     asked = ["--set", f"compare={{{only}, baselines: [source as it is]}}", "--out", tmp_path / "compare"]
     code, out, _ = call(monkeypatch, capsys, "compare", spec, *asked, "--dry-run")

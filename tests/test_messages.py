@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in a sentence, not in a traceback of somebody else's."""
+"""Wrong arguments give one sentence, not the traceback of another library."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""README's blocks run as they stand."""
+"""The blocks of code in README and docs run unchanged."""
 
 import json
 import re

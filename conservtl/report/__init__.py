@@ -1,4 +1,4 @@
-"""What happened in a run, or in many: sentences, pages, files that are whole."""
+"""Reports of runs and studies: sentences, pages, JSON files."""
 
 from __future__ import annotations
 

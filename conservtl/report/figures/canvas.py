@@ -1,4 +1,4 @@
-"""Pictures as SVG that can stand inside a page: one look, no global state, no clashing ids."""
+"""Pictures as SVG for a page: one look, no global state, no clashing ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conservtl.extras import require
 
 __all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "draw_png", "shorten"]
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+# Okabe and Ito's palette, distinct with every common kind of colour blindness.
 TARGET = "#0072B2"
 SOURCE = "#D55E00"
 INK = "#333333"
@@ -23,7 +23,7 @@ GREY = "#8A8A8A"
 PALE = "#DDDDDD"
 
 WIDTH = 9.6
-"""Inches: the page's column, so that 9 points here are 12 pixels there."""
+"""Width of the page's column in inches: 9 points are 12 pixels on the page."""
 
 _STYLE = {
     "font.family": ["sans-serif"],
@@ -49,7 +49,7 @@ _STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
-    # Class and layer names are text, whatever signs of dollar or underscore they hold.
+    # Names of classes and layers may hold dollar signs and underscores: no formulas.
     "text.parse_math": False,
     "text.usetex": False,
     "svg.fonttype": "none",
@@ -61,7 +61,7 @@ class Picture:
     """A figure of the page.
 
     Args:
-        title: what it answers, in a few words.
+        title: the question it answers, in a few words.
         caption: how to read it.
         svg: the drawing.
     """
@@ -76,9 +76,9 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> st
 
     Args:
         name: unique on the page, so that ids of two drawings differ.
-        alt: what a screen reader says in its place.
+        alt: description for screen readers.
         height: inches.
-        paint: draws on the figure it is given.
+        paint: draws on a figure.
     """
     with _style({"svg.hashsalt": name}):
         out = io.StringIO()
@@ -88,11 +88,11 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> st
 
 
 def draw_png(height: float, paint: Callable[[Any], None]) -> bytes:
-    """Draw the same as a PNG file's content, on white.
+    """Draw on a figure and return it as the content of a PNG file, on white.
 
     Args:
         height: inches.
-        paint: draws on the figure it is given.
+        paint: draws on a figure.
     """
     with _style({}):
         out = io.BytesIO()
@@ -108,7 +108,7 @@ def _painted(height: float, paint: Callable[[Any], None]) -> Any:
 
 
 def bare(axes: Any, *, grid: str) -> None:
-    """Leave only what carries information: a grid along one direction and no tick marks."""
+    """Reduce axes to a grid along one direction, without tick marks."""
     axes.grid(visible=True, axis=grid)
     axes.tick_params(length=0)
     axes.spines["left" if grid == "x" else "bottom"].set_color(PALE)
@@ -116,10 +116,10 @@ def bare(axes: Any, *, grid: str) -> None:
 
 
 def shorten(name: str, length: int) -> str:
-    """A name of at most ``length`` characters.
+    """Shorten a name to at most ``length`` characters.
 
-    Leading parts of a dotted name shrink to their first letter (numbers stay, for they tell layers
-    apart); if that is not enough, the middle goes.
+    Leading parts of a dotted name shrink to their first letter, except numbers, which distinguish layers; if that is
+    not enough, the middle is cut out.
 
     Example:
         >>> shorten("encoder.layers.11.attention.out_proj", 24)
@@ -139,10 +139,10 @@ def shorten(name: str, length: int) -> str:
 
 @contextmanager
 def _style(more: Mapping[str, Any]) -> Iterator[None]:
-    """This look whatever the reader's own matplotlibrc says, which is as it was afterwards."""
+    """Use this look instead of the user's matplotlibrc, and restore the settings afterwards."""
     matplotlib = require("matplotlib", "report")
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # The reader's browser has the signs that the bundled font lacks; text stays text here.
+        # The bundled font lacks some characters; text stays text in SVG, and the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE | dict(more))
@@ -150,11 +150,11 @@ def _style(more: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _embed(svg: str, alt: str) -> str:
-    """Return the drawing as an element of a page, without what belongs to a file of its own."""
+    """Return the drawing as an element of a page, without parts that only a separate file needs."""
     svg = svg[svg.index("<svg") :].strip()
-    # Comments, and a style element that would hold for the whole page.
+    # Comments, and a style element that would apply to the whole page.
     svg = re.sub(r"<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    # Names of groups ("axes_1") repeat in every drawing. Ids that are referred to are hashed with `svg.hashsalt`.
+    # Ids of groups ("axes_1") repeat in every drawing. Referenced ids are hashed with `svg.hashsalt`.
     svg = re.sub(r'(<\w+[^<>]*?)\sid="[\w.]+_\d+"', r"\1", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
     return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{escape(alt)}" {view[0] if view else ""}>', svg, count=1)

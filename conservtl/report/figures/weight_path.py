@@ -26,7 +26,7 @@ def weight_path(report: Mapping[str, Any]) -> Picture | None:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         draw_lines(axes, lines, metric, kept)
-        axes.set_xlabel("t (0: where the model started, 1: trained)")
+        axes.set_xlabel("t (0: starting weights, 1: trained weights)")
         axes.set_xticks([number / 10 for number in range(11)])
         axes.set_xlim(-0.02, 1.02)
 

@@ -1,1 +1,1 @@
-"""Numbers, sentences, tables and files of a report."""
+"""Numbers, sentences, tables and JSON of a report."""

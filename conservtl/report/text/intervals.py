@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals, as they are drawn and written."""
+"""Means with their 95 % intervals, for pictures and text."""
 
 from __future__ import annotations
 

@@ -14,34 +14,34 @@ from conservtl.files import write_text
 __all__ = ["plain", "write_json"]
 
 _ORDERED = frozenset({"drift", "spec"})
-"""Mappings whose own order says something: layers from the input side on, fields as they are documented."""
+"""Mappings that keep their order: layers from the input side on, fields as documented."""
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report as JSON: keys sorted, NaN and infinity as null, in one step.
+    """Write a report as JSON, atomically: keys sorted, NaN and infinity as null.
 
     Args:
-        report: what ``json`` can hold, and scalars of NumPy and PyTorch.
+        report: values that JSON can hold, and scalars of NumPy and PyTorch.
         path: the file to write or replace.
 
     Raises:
-        TypeError: a value is of a kind that JSON has no place for; it is named.
+        TypeError: JSON cannot hold a value; the message names it.
     """
     write_text(json.dumps(plain(_sort(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
 def plain(value: Any, at: str = "report") -> Any:
-    """The same value in the types that JSON and YAML know.
+    """Return the value in types that JSON and YAML can hold.
 
     Args:
         value: mappings, sequences, paths, numbers; scalars with an ``item`` method.
-        at: where it stands, for the error.
+        at: path of the value in the report, for the error.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the value has another type.
     """
     if value is None or isinstance(value, bool | str | int):
-        # A subclass (an enum of strings, say) would be written by its own representation.
+        # JSON and YAML would write a subclass, such as an enum of strings, by its representation.
         return value if value is None or isinstance(value, bool) else _base(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
@@ -65,7 +65,7 @@ def _base(value: str | int) -> str | int:
 
 
 def _sort(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Sorted at every level but below the keys whose order says something."""
+    """Return the report with sorted keys at every level but below the keys that keep their order."""
     return {
         str(key): value if key in _ORDERED else _sorted_value(value)
         for key, value in sorted(report.items(), key=lambda item: str(item[0]))

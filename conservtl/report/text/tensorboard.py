@@ -1,4 +1,4 @@
-"""What the history holds, as TensorBoard reads it."""
+"""A run's history for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["write_tensorboard"]
 
 
 def write_tensorboard(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write every number of a history as a scalar over epochs, ``target/accuracy`` and the like.
+    """Write every number of a history as a scalar over epochs, such as ``target/accuracy``.
 
     Args:
-        history: one entry an epoch, as ``history.jsonl`` holds them. What is no finite number is left out.
-        folder: where TensorBoard looks for its logs; files that are there stay.
+        history: content of ``history.jsonl``, one entry an epoch; values that are no finite numbers are left out.
+        folder: TensorBoard's log folder; files in it stay.
 
     Raises:
         MissingExtraError: tensorboard is not installed.

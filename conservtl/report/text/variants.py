@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def untrained(self) -> bool:
-        """Whether it is the source model as it is."""
+        """Whether it is the unchanged source model."""
         return self.role == "source"
 
     @property
