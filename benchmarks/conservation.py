@@ -39,6 +39,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import conservtl as ctl
 from conservtl.compat import foreach_add_, foreach_sub
+from conservtl.layers.copying import deep_copy
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, RATE = 1000, 1e-3
@@ -407,7 +408,7 @@ def cached_outputs(name: str, place: Place, rounds: int) -> dict[str, Any]:
 
     def fastest_step(strategies: list[ctl.Strategy]) -> float:
         model = build(name, place.size)
-        adaptation = ctl.adapt(model, copy.deepcopy(model), strategies)
+        adaptation = ctl.adapt(model, deep_copy(model), strategies)
         stamps: list[float] = []
 
         def stamp(*_: Any) -> None:

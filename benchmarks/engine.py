@@ -10,7 +10,6 @@ other load affects least, and that of the whole time, which includes the work be
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime as dt
 import importlib.metadata
 import importlib.util
@@ -37,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import conservtl as ctl
 from conservtl.engine.batching import Held
 from conservtl.engine.frozen_prefix_cache import cache_frozen_prefix
+from conservtl.layers.copying import deep_copy
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.models import ModelSpec, build
 
@@ -105,7 +105,7 @@ def fit(
     model: nn.Module, epochs: int, data: Any = DATA, frozen: int = 0, *, fused: bool = False, **options: Any
 ) -> Any:
     strategies = [ctl.LayerTransfer(side="input", layers=frozen)] if frozen else []
-    adaptation = ctl.adapt(model, copy.deepcopy(model), strategies)
+    adaptation = ctl.adapt(model, deep_copy(model), strategies)
     training = ctl.Training(epochs=epochs, batch_size=BATCH, lr=LR, device="cpu", precision="fp32", fused=fused)
     return ctl.fit(adaptation, data, training=training, **options)
 
@@ -119,7 +119,7 @@ def fit_loader(model: nn.Module, epochs: int) -> None:
 
 
 def fit_pull(model: nn.Module, epochs: int) -> None:
-    adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.L2SP(alpha=0.01)])
+    adaptation = ctl.adapt(model, deep_copy(model), [ctl.L2SP(alpha=0.01)])
     training = ctl.Training(epochs=epochs, batch_size=BATCH, lr=LR, device="cpu", precision="fp32")
     ctl.fit(adaptation, DATA, training=training)
 
@@ -275,7 +275,7 @@ def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
     torch.manual_seed(0)
     model = make()
     counts = {"all layers trained": _count(model, lambda: model(DATA[0][:BATCH]))}
-    adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.LayerTransfer(side="input", layers=half(model))])
+    adaptation = ctl.adapt(model, deep_copy(model), [ctl.LayerTransfer(side="input", layers=half(model))])
     model.train()
     counts[FROZEN] = _count(model, lambda: model(DATA[0][:BATCH]))
     held = Held(DATA, BATCH, torch.device("cpu"), shuffle=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from conservtl.errors import SpecError
 from conservtl.functions import Forward, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.plan.after import FinishContext
 
 __all__ = ["finish", "mean_cross_entropy", "merged"]
@@ -60,7 +60,7 @@ def finish(
 def merged(bound: BoundPlan) -> nn.Module:
     """Return a copy of the model in which each strategy has merged what it added, if that is exact."""
     bound.restore_weights()
-    model = copy.deepcopy(unwrap(bound.model))
+    model = deep_copy(unwrap(bound.model))
     for strategy in bound.origin.strategies:
         strategy.merge(model)
     return model

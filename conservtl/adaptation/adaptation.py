@@ -16,6 +16,7 @@ from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.plan.search import Search
@@ -333,6 +334,12 @@ class Adaptation:
             PlanError: the state belongs to another plan; the message names the first row that differs.
         """
         _state.load_state_dict(self.bound, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adaptation:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__, bound=deep_copy(self.bound, memo))  # a transfer's report never changes
+        return copied
 
     def __repr__(self) -> str:
         total = self.plan.totals()

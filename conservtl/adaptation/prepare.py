@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.bound_plan import Origin
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import build_source_model
@@ -85,7 +85,7 @@ def adapt(
     own = own_tensors(model)
     check_kinds(read.tensors, own, read.where)
     read.check_finite(other_than=_masks(model))
-    bare = copy.deepcopy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
+    bare = deep_copy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
     added, layers = extend_all(model, chosen, example, layers)
     try:
         _check_merged(read, added)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from conservtl.engine.criterion import ACCURACY
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.training import Training
 from conservtl.errors import PlanError, SpecError
+from conservtl.layers.copying import deep_copy
 from conservtl.plan.search import Search
 
 __all__ = ["Scores", "Trial", "run_searches"]
@@ -61,7 +61,7 @@ def run_searches(
         settings = _trial_settings(search, training)
         scores = {}
         for candidate, facts in search.trials().items():
-            copied = copy.deepcopy(adaptation)
+            copied = deep_copy(adaptation)
             _decide(copied, search, facts)
             with preserve_rng(generators):
                 scores[candidate] = trial(copied, settings)

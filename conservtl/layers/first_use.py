@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import warnings
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from conservtl.batches import map_tensors, tensors_of
 from conservtl.compat import forward_hook_table
 from conservtl.errors import SpecError
+from conservtl.layers.copying import deep_copy
 from conservtl.layers.names import canonical
 
 __all__ = ["calls", "first_use"]
@@ -82,11 +82,11 @@ def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: b
         # Forward hooks are observers: neither copied nor called. Pre-hooks stay: old weight_norm is one.
         hooks = {id(forward_hook_table(module)): OrderedDict[int, Any]() for module in model.modules()}
         memo: dict[int, Any] = {**twins, **hooks}
-        clone = copy.deepcopy(model, memo).eval()
+        clone = deep_copy(model, memo).eval()
         for module in model.modules():  # except hooks that compute the output
             table = forward_hook_table(module)
             needed = {key: hook for key, hook in table.items() if getattr(hook, "computes", False)}
-            hooks[id(table)].update(copy.deepcopy(needed, memo))
+            hooks[id(table)].update(deep_copy(needed, memo))
         names = {
             id(twins[id(tensor)]): canonical(name)
             for named in (model.named_buffers(), model.named_parameters())
@@ -102,7 +102,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for module in model.modules():
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)
-        # Plain attributes too: deepcopy refuses those that carry a graph.
+        # Plain attributes too: they must be on the same device.
         yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
 
 

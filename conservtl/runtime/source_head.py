@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.layers import canonical, unwrap
+from conservtl.layers.copying import deep_copy
 
 __all__ = ["SourceHead"]
 
@@ -53,5 +53,5 @@ class SourceHead:
 
     def _on(self, device: torch.device) -> nn.Module:
         if device not in self._copies:
-            self._copies[device] = copy.deepcopy(self.module).to(device)
+            self._copies[device] = deep_copy(self.module).to(device)
         return self._copies[device]

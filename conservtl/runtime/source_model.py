@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.plan.term import View
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.source_head import SourceHead
@@ -96,8 +96,8 @@ def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -
         SourceError: a parameter of the model has no value in the source.
     """
     if source.module is not None:
-        return copy.deepcopy(source.module)
-    built = copy.deepcopy(unwrap(model))
+        return deep_copy(source.module)
+    built = deep_copy(unwrap(model))
     apply_extensions(built, (), ())  # an earlier adaptation's
     if missing := [name for name in names if name not in source.tensors]:
         raise SourceError(

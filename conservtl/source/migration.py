@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from conservtl.compat import has_load_hooks, hook_tables, with_metadata
 from conservtl.layers import canonical
+from conservtl.layers.copying import deep_copy
 
 __all__ = ["Migration"]
 
@@ -144,7 +144,4 @@ def _without_weights(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for table in hook_tables(module):
             memo[id(table)] = type(table)()
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # cannot be copied: weight norm's last product
-                memo[id(value)] = value.detach()
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)

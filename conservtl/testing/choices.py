@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from conservtl.errors import InputError
 from conservtl.layers import find_layers
+from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, builtin_strategies, extend_all
 from conservtl.plan.plan import Plan
 from conservtl.testing.fields import FieldRanges, instances_within
@@ -73,7 +73,7 @@ def strategies(
 def whole_plan(model: nn.Module, example: Any = None, strategies: Sequence[Strategy] = ()) -> Plan:
     """Return the plan of a model whose source has every parameter but those that these strategies add."""
     extending = [strategy for strategy in strategies if strategy.extends]
-    model = copy.deepcopy(model) if extending else model
+    model = deep_copy(model) if extending else model
     added, _ = extend_all(model, extending, example)
     layers = find_layers(model, example)
     infos = [info for layer in layers for info in layer.parameters]

@@ -18,6 +18,7 @@ from conservtl.batches import map_tensors
 from conservtl.compat import forward_hooks, forward_pre_hooks
 from conservtl.errors import InputError
 from conservtl.layers import find_layers, named_parameters
+from conservtl.layers.copying import deep_copy
 from conservtl.layers.extended import extended_modules, restore_module
 from conservtl.methods import Strategy, apply_all
 from conservtl.methods.discriminative_lr import DiscriminativeLR
@@ -55,7 +56,7 @@ class _Case:
             torch.manual_seed(0)
             shown = not self.ordered or any(one.extends for one in strategies)
             example = self.example if shown else None
-            return adapt(copy.deepcopy(self.model), self.source, strategies, example=example)
+            return adapt(deep_copy(self.model), self.source, strategies, example=example)
 
     def drawn(self, strategy: Strategy) -> Plan:
         """The plan before any strategy, with what this one adds to the model."""
@@ -193,7 +194,7 @@ def _check_pure(strategy: Strategy, plan: Plan) -> None:
 
 
 def _check_extension(strategy: Strategy, case: _Case) -> None:
-    model = copy.deepcopy(case.model).eval()
+    model = deep_copy(case.model).eval()
     before, outputs = _described(model), outputs_of(model, case.example)
     added = strategy.extend(model, find_layers(model, case.example), case.example)
     names = list(named_parameters(model))
@@ -205,12 +206,12 @@ def _check_extension(strategy: Strategy, case: _Case) -> None:
     same = strategy.replaces_head or _same(outputs, outputs_of(model, case.example))
     _require(same, strategy, "extend changed what the model computes.")
     twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - made here
-    for one in (model, copy.deepcopy(model), twin):
+    for one in (model, deep_copy(model), twin):
         _disturb(one, new)
         changed = outputs_of(one, case.example)
         acts = not case.ordered or not _same(outputs, changed)  # in a model of the caller's, units may be dead
         _require(acts, strategy, "what it added has no effect on what the model computes.")
-        merged = copy.deepcopy(one)
+        merged = deep_copy(one)
         emptied = strategy.merge(merged)
         _require(_same(changed, outputs_of(merged, case.example)), strategy, "merge changed what the model computes.")
         left = _described(merged)[1:] != before[1:]
@@ -227,13 +228,13 @@ def _check_extended_modules(strategy: Strategy, case: _Case) -> None:
     adaptation = case.adapted([strategy])
     if not adaptation.plan.extensions:
         return
-    model, plain = adaptation.model.eval(), copy.deepcopy(case.model)
+    model, plain = adaptation.model.eval(), deep_copy(case.model)
     names = model.state_dict().keys() - {row.name for row in adaptation.plan.rows if row.added}
     _require(names == plain.state_dict().keys(), strategy, "an extended module changed the names in the state dict.")
     extended = extended_modules(model)
     _require(bool(extended), strategy, "its extension extends no module of the model.")
     outputs = outputs_of(model, case.example)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - made here
+    for twin in (deep_copy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - made here
         rule = "a copy of the model computes otherwise; keep the settings of an extended module in its settings."
         _require(_same(outputs, outputs_of(twin, case.example)), strategy, rule)
     for module in extended.values():
@@ -328,10 +329,10 @@ def _law_case(strategy: Strategy, case: _Case) -> LawCase | None:
 
     Weights have moved away from the source, and numbers are in double precision if the model takes them.
     """
-    model = copy.deepcopy(case.model).double()
+    model = deep_copy(case.model).double()
     example = map_tensors(case.example, lambda t: t.double() if t.is_floating_point() else t)
     try:
-        outputs_of(copy.deepcopy(model).eval(), example)
+        outputs_of(deep_copy(model).eval(), example)
     except RuntimeError:
         model, example = case.model, case.example
     precise = replace(case, model=model, example=example)
@@ -350,12 +351,12 @@ def _law_case(strategy: Strategy, case: _Case) -> LawCase | None:
     means = all(type(term).mean_over_batch for term in ready.plan.terms)
     return LawCase(
         label=strategy.label,
-        make=lambda: copy.deepcopy(ready),
+        make=lambda: deep_copy(ready),
         rebuild=lambda: precise.adapted([strategy]),
         objective=objective,
         batch=example,
         parts=(example, example),
-        doubled=doubled(copy.deepcopy(model).eval(), example) if means and example is not None else None,
+        doubled=doubled(deep_copy(model).eval(), example) if means and example is not None else None,
         options={"lr": _RATE, "momentum": 0.9},
         steps=2,
     )

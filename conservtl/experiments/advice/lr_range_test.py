@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import Spec
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
+from conservtl.layers.copying import deep_copy
 from conservtl.plan.plan import Plan
 
 __all__ = ["RangeTest", "lr_find", "range_test"]
@@ -111,7 +111,7 @@ def range_test(
         raise SpecError("range test: the plan trains nothing, so there is no rate to find. Train a layer.")
     highest = _reach(adaptation.plan, highest)
     settings = (training or Training()).model_copy(update={"lr": highest, "schedule": "constant", "warmup": 0.0})
-    trained = copy.deepcopy(adaptation)
+    trained = deep_copy(adaptation)
     functions = Functions(forward, loss, metrics)
     with preserve_rng(), open_session(trained, settings) as session:
         seed_all(seed)

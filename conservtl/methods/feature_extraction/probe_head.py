@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from conservtl.batches import map_tensors
 from conservtl.compat import remove_forward_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, select, unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.plan.plan import Plan
 from conservtl.runtime.channels import channel_axis, channels_first, pooled
@@ -136,7 +136,7 @@ def remove_probe_head(model: nn.Module) -> None:
 
 def _outputs(model: nn.Module, example: Any, parts: dict[str, str], head: str) -> tuple[dict[str, Tensor], Tensor]:
     """Return the outputs of layers and the input of the head, from a copy of the model in eval mode."""
-    trial = copy.deepcopy(model).eval()
+    trial = deep_copy(model).eval()
     modules = {canonical(name): module for name, module in trial.named_modules()}
     outputs: dict[str, Tensor] = {}
     entered: list[Tensor] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from conservtl.batches import map_tensors, tensors_of
 from conservtl.compat import register_first, remove_forward_pre_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.layers.names import holder_counts, own_parameters
 
@@ -173,7 +173,7 @@ def _consumer(model: nn.Module, example: Any) -> str | None:
     Tested on a copy of the model: a random transform, merged into the first linear map or convolution that runs, must
     not change the outputs for random inputs.
     """
-    trial = copy.deepcopy(model).eval()
+    trial = deep_copy(model).eval()
     transform: Any = getattr(trial, NAME)
     called: list[Any] = []
     for module in trial.modules():
