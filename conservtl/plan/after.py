@@ -18,17 +18,17 @@ __all__ = ["After", "Afters", "FinishContext"]
 
 @dataclass(frozen=True)
 class FinishContext:
-    """What there is when training is over.
+    """Inputs of a decision that acts once training is over.
 
     Args:
-        model: as trained; weights that were selected are loaded.
-        start: the starting point: name -> tensor on the CPU, for parameters and buffers that came from the source.
-        batches: the training data's batches, or None in a loop of one's own that gave none.
+        model: the trained model, with the selected weights.
+        start: the starting point: name -> tensor on the CPU, for parameters and buffers from the source.
+        batches: the training data's batches; None if the training loop gave none.
         forward: (model, batch) -> outputs.
-        score: () -> score of the model as it is now on the validation part, higher is better; None without one.
-        valid: the validation part's batches, None without one.
+        score: () -> score of the current weights on the validation part, higher is better; None without such a part.
+        valid: the validation part's batches; None without such a part.
         objective: (model, batch of ``valid``) -> its loss, a scalar.
-        margin: differences of the score up to this are chance.
+        margin: largest difference of scores that counts as chance.
     """
 
     model: nn.Module
@@ -42,23 +42,22 @@ class FinishContext:
 
 
 class After(Decision):
-    """Something done to the weights once training is over."""
+    """A change of the weights once training is over."""
 
     interpolates: ClassVar[bool] = False
-    """Whether it moves the weights on the line from the start to those after training."""
-
+    """Whether it moves the weights along the line from the start to those after training."""
     scored: ClassVar[bool] = False
-    """Whether it needs a validation part; refused before training where there is none."""
+    """Whether it needs a validation part, without which it is refused before training."""
     shards: ClassVar[bool] = True
-    """Whether it can be done with sharded parameters; else they are refused before training."""
+    """Whether it supports sharded parameters, which are refused before training otherwise."""
 
     @abstractmethod
     def finish(self, ending: FinishContext) -> dict[str, Any]:
         """Change ``ending.model`` in place.
 
         Returns:
-            Facts for the report. ``t`` among them, where there is one, says that the weights now lie on the line from
-            the start (0) to those after training (1), and where.
+            Facts for the report. ``t`` among them is the position of the weights on the line from the start (0) to
+            those after training (1).
         """
 
 

@@ -15,15 +15,19 @@ __all__ = ["Decision"]
 
 
 class Decision(FrozenModel, ABC):
-    """Base of what stands in a plan beside its rows. A subclass has a ``kind`` with its value as the default."""
+    """Base class of decisions beside the rows: frozen specs that are printed and saved with the plan.
+
+    A subclass has a constant ``kind`` with its value as the default, and methods that carry the decision out on
+    tensors. The built-in ones stand in the files of their methods; a strategy of your own brings its own.
+    """
 
     kind: str
-    """Tells it apart in a file."""
+    """Name of the class in files."""
     by: str
-    """The strategy that decided it."""
+    """The strategy that made the decision."""
 
     kinds: ClassVar[dict[str, type[Decision]]] = {}
-    """Every class by its kind, so that a plan can be read back from JSON."""
+    """Kind -> class, by which a plan is read back from JSON."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -34,16 +38,16 @@ class Decision(FrozenModel, ABC):
     @model_validator(mode="wrap")
     @classmethod
     def _of_its_kind(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        own = Decision.kinds.get(value.get("kind", "")) if isinstance(value, dict) else None
-        if own is not None and own is not cls and issubclass(own, cls):
-            return own.model_validate(value)
-        if own is None and isabstract(cls) and isinstance(value, dict):
+        found = Decision.kinds.get(value.get("kind", "")) if isinstance(value, dict) else None
+        if found is not None and found is not cls and issubclass(found, cls):
+            return found.model_validate(value)
+        if found is None and isabstract(cls) and isinstance(value, dict):
             raise ValueError(f"there is no {cls.__name__} of kind {value.get('kind')!r}: import its class first")
         return handler(value)
 
     @property
     def name(self) -> str:
-        """What it is called in a plan, which holds no two of one name."""
+        """Name in the plan, which holds no two decisions of one kind and name."""
         return self.kind
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Modules that compute otherwise than in the source."""
+"""Extensions: modules that compute something else than in the source."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["Extension", "Extensions"]
 
 
 class Extension(Decision):
-    """Modules that compute otherwise than in the source, with the same parameters and buffers, in training and after.
+    """Modules that compute something else than in the source, from the same parameters and buffers.
 
-    It acts by ``layers.extended.extend_module``, so that the next adaptation can end it, and is saved with the model.
+    They do so in training and afterwards. An extension calls ``layers.extended.extend_module``, so that the next
+    adaptation can undo it, and is saved with the model.
     """
 
     @abstractmethod

@@ -19,16 +19,16 @@ __all__ = ["Measure", "MeasureContext", "Measures"]
 
 @dataclass(frozen=True)
 class MeasureContext:
-    """What a measurement has to go by.
+    """Inputs of a measurement.
 
     Args:
         model: the model at its starting point, or the source model; in eval mode, on its device.
-        batches: batches on the model's device, to be gone through as often as needed.
+        batches: batches on the model's device; can be iterated repeatedly.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
         modules: layer -> its module in the model.
         parameters: canonical name -> parameter of the model.
-        autocast: makes the context that the run's forward passes are under.
+        autocast: makes the context of the run's forward passes.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class MeasureContext:
 
 
 class Measure(Decision):
-    """Something measured once before training, kept by its name and saved with the run."""
+    """A measurement made once before training, kept by its name and saved with the run."""
 
     data: Literal["target", "source"] = "target"
     """target: on the adaptation data, with the model at its starting point. source: on source data, with the source
@@ -49,19 +49,19 @@ class Measure(Decision):
 
     @property
     def remedy(self) -> str:
-        """What to call in a loop of one's own, as a sentence."""
+        """Sentence that says what to call in a training loop without ``fit``."""
         on = ", on='source'" if self.data == "source" else ""
         return f"Call adaptation.measure(batches{on}) before optimizer(...)."
 
     @abstractmethod
     def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
-        """The measurement: name -> tensor. Changes nothing; modes and generators are put back for it."""
+        """Return the measurement, name -> tensor. Leaves the model unchanged, but for modes and generators."""
 
     def verify(self, found: Mapping[str, Tensor]) -> None:
-        """Refuse with a ``SpecError`` what cannot be this measurement, where it was made before; by default nothing."""
+        """Raise a ``SpecError`` if tensors from elsewhere cannot be this measurement; by default never."""
 
     def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
-        """Act on the model by it, right after it was measured; by default nothing."""
+        """Change the model by the measurement, right after it was made; by default not at all."""
 
 
 Measures = tuple[SerializeAsAny[Measure], ...]

@@ -1,4 +1,4 @@
-"""A penalty on weights: a decision with a value and a gradient, of which L2-SP is the first instance."""
+"""Penalties on weights: decisions with a value and a gradient, L2-SP for example."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class PenaltyKernel(Protocol):
 class Penalty(Decision):
     r"""A penalty on weights, added to the gradients of each step or a step of its own.
 
-    A subclass gives ``value``, and ``gradient`` where it is quicker than automatic differentiation. Everything else is
-    done for it: loss scales, optimizers that maximise, missing and sparse gradients, accumulation, closures, skipped
+    A subclass implements ``value``, and ``gradient`` if it is quicker than automatic differentiation. The library does
+    the rest: loss scales, optimizers that maximise, missing and sparse gradients, accumulation, closures, skipped
     steps, clipping (``adaptation.pull()``), annealing, sharded parameters, half-precision and CPU anchors. The
     optimizer's own weight decay is 0 on its parameters.
 
@@ -68,20 +68,20 @@ class Penalty(Decision):
     anneal: Anneal | None = None
     """Factor on the penalty over the steps; None: 1."""
     anchor: Literal["fp32", "bf16", "cpu"] = "fp32"
-    """Storage of the starting values: on the device as the parameters are, in half the memory, or on the CPU and sent
-    to the device at each step."""
+    """Storage of the starting values. fp32: on the device, as the parameters. bf16: in half the memory. cpu: sent to
+    the device at each step."""
     reads: tuple[str, ...] = ()
-    """Measurements it reads, by name. Each holds, for every parameter of ``names``, a finite tensor of its shape with
-    values of at least 0: a Fisher information, for example."""
+    """Names of the measurements it reads. Each holds, for every parameter of ``names``, a finite tensor of its shape
+    with values of at least 0: the Fisher information, for example."""
 
     column: ClassVar[Literal["pull", "decay"] | None] = None
-    """Column of the plan with its strength for each parameter (``item.row.pull``); None: its strength is a field."""
+    """Column of the plan that holds its strength on each parameter (``item.row.pull``); None: no column does."""
     anchors: ClassVar[bool] = True
     """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory."""
     sums_over: ClassVar[Literal["elements", "rows", "parameters", "all"]] = "all"
-    """The parts over which the value is a sum. all: ``value`` always sees all parameters, in memory at once.
-    parameters: it sees a few at a time. rows, elements: it sees this process's rows, or elements, of parameters that
-    are sharded (FSDP2), which the other two refuse."""
+    """Parts over which the value is a sum. all: ``value`` receives all parameters at once. parameters: it receives a
+    few at a time, which saves memory. rows, elements: it also receives this process's rows, or elements, of sharded
+    parameters (FSDP2), which are refused for the other two."""
 
     @abstractmethod
     def value(self, moving: Sequence[Moving]) -> Tensor:
@@ -112,10 +112,10 @@ class Penalty(Decision):
         return None if self.column is None else getattr(row, self.column)
 
     def kernels(self, moving: Sequence[Moving]) -> Sequence[PenaltyKernel] | None:  # noqa: ARG002
-        """Return prepared kernels that do for ``moving`` what ``gradient`` says; None: the generic kernel.
+        """Return kernels that apply the penalty to ``moving``; None: the generic kernel, which calls ``gradient``.
 
         Args:
-            moving: parameters as they are, sharded ones too; anchors as ``anchor`` says they are stored.
+            moving: parameters, sharded or not; anchors in the storage that ``anchor`` names.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""A row of the plan: one parameter and what is decided about it; and a phase, a stretch of training."""
+"""A row of the plan, which holds the decisions about one parameter; and a phase, a stretch of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conservtl.bounds import Count, NonNegative, Positive, Share
 from conservtl.errors import PlanError
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "Phase", "Row", "changed", "check_row"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "Phase", "Row", "changed"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
@@ -22,32 +22,34 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "weight_decay": ("weight_decay",),
     "statistics": ("statistics",),
 }
-"""The decisions about a row, each with the fields that hold it."""
+"""Decision about a row -> the fields of the row that hold it."""
 
 
 class Choice(FrozenModel):
-    """Which strategy filled in a column of a row, and whether it named the row or meant everything."""
+    """The strategy that filled in a column of a row."""
 
     by: str
+    """Its name."""
     explicit: bool
+    """Whether it named the row; if not, it filled in the column of all rows."""
 
 
 class Anneal(FrozenModel):
-    """A factor on a pull that changes over the optimizer's steps, from ``start`` to ``end``."""
+    """A factor on a penalty that changes over the optimizer's steps, from ``start`` to ``end``."""
 
     steps: Count
-    """linear: over how many steps. sigmoid: the step at which it is half way."""
+    """linear: number of steps from start to end. sigmoid: the step at which the factor is half way."""
     start: NonNegative = 1.0
     """Factor at the first step."""
     end: NonNegative = 0.0
-    """Factor at the end; it stays there."""
+    """Factor at the end and afterwards."""
     shape: Literal["linear", "sigmoid"] = "linear"
-    """linear, or 1 / (1 + exp(-rate (t - steps))), as RecAdam's."""
+    """linear: in equal steps. sigmoid: 1 / (1 + exp(-rate (t - steps))) of the way at step t, as in RecAdam."""
     rate: Positive = 0.05
-    """How steep the sigmoid is, for each step."""
+    """Steepness of the sigmoid, per step."""
 
     def factor(self, step: int) -> float:
-        """The factor at a step, counted from 0.
+        """Return the factor at a step, counted from 0.
 
         Reference:
             Chen et al. 2020, "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
@@ -61,7 +63,7 @@ class Anneal(FrozenModel):
 
 
 class Row(FrozenModel):
-    """What happens to one parameter."""
+    """The decisions about one parameter."""
 
     name: str
     """Canonical parameter name: wrapper prefixes stripped, tied parameters under their first name."""
@@ -73,27 +75,27 @@ class Row(FrozenModel):
     kind: Literal["weight", "bias", "norm"]
     """norm: owned by a normalisation; weight: any other with two dimensions or more; bias: the rest."""
     source_shape: tuple[int, ...] | None = None
-    """Shape of the source tensor of this name, None where the source has none."""
+    """Shape of the source tensor of this name; None if the source has none."""
     added: bool = False
-    """Whether a strategy added it to the model, as the identity: it is fresh, but there is nothing it should have been
-    copied from."""
+    """Whether a strategy added it to the model. It is fresh, but no source could have held it."""
     origin: Literal["source", "fresh"] = "source"
     reason: str | None = None
-    """Why it is fresh; None for a row from the source."""
+    """Reason why it is fresh; None for a row from the source."""
     frozen: bool = False
-    """Frozen throughout; phases can freeze more for a while."""
+    """Whether it is frozen throughout; phases can freeze more for a while."""
     lr: Positive | None = None
-    """Absolute learning rate; None takes the optimizer's own, times ``scale``."""
+    """Absolute learning rate; None: ``scale`` times the optimizer's own."""
     scale: Positive = 1.0
-    """Ratio to the optimizer's own learning rate; used where ``lr`` is None."""
+    """Ratio to the optimizer's own learning rate; used if ``lr`` is None."""
     pull: NonNegative | None = None
-    """alpha: strength of the pull toward the source value; None: not covered."""
+    """alpha: strength of the pull toward the source value; None: no pull. A penalty of the plan carries it out."""
     decay: NonNegative | None = None
-    """beta: strength of the pull of a fresh parameter toward zero; None: not covered."""
+    """beta: strength of the pull of a fresh parameter toward zero; None: no pull. A penalty of the plan carries it
+    out."""
     weight_decay: bool = True
     """Whether the optimizer's own weight decay may act on it."""
     statistics: Literal["follow", "hold"] = "follow"
-    """Of a norm that tracks statistics: whether they follow the batches it is trained on, or stand still."""
+    """Statistics of a norm that tracks them. follow: updated by training batches. hold: unchanged."""
     chosen: dict[str, Choice] = Field(default_factory=dict)
     """Column -> the strategy that filled it in; a column not here holds its default."""
 
@@ -106,7 +108,7 @@ class Row(FrozenModel):
         return product
 
     def rate(self, base: float) -> float:
-        """Learning rate, given the optimizer's own ``base`` rate."""
+        """Return the learning rate, given the optimizer's own ``base`` rate."""
         return self.lr if self.lr is not None else self.scale * base
 
 
@@ -115,23 +117,23 @@ Length = Count | Annotated[float, Field(gt=0, lt=1)]
 
 
 class Phase(FrozenModel):
-    """A stretch of training: for how long, what is frozen meanwhile, and a scale on the rates."""
+    """A stretch of training: its length, the parameters frozen in it, and a scale on the rates."""
 
     name: str = "all"
     epochs: Length | None = None
-    """A number of epochs, or a share of the run's; None: as long as training goes on (the last phase only)."""
+    """A number of epochs, or a share of the run's; None: to the end of training (the last phase only)."""
     frozen: tuple[str, ...] = ()
     """Parameters frozen during this phase, beside those frozen throughout."""
     scale: Positive = 1.0
-    """Multiplies every learning rate."""
+    """Factor on every learning rate."""
 
     def length(self, epochs: int) -> int | None:
-        """How many epochs it takes of a run of so many; None: what is left."""
+        """Return its number of epochs in a run of ``epochs``; None: all that are left."""
         return max(1, round(self.epochs * epochs)) if isinstance(self.epochs, float) else self.epochs
 
     @property
     def lasts(self) -> str:
-        """How long, in words."""
+        """Its length in words."""
         if self.epochs is None:
             return "to the end"
         if isinstance(self.epochs, float):
@@ -140,7 +142,16 @@ class Phase(FrozenModel):
 
 
 def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
-    """The row with other fields, validated as a new one is."""
+    """Return the row with other fields, validated.
+
+    Args:
+        row: the row.
+        by: the strategy that changes it, for the error message.
+        fields: field -> value.
+
+    Raises:
+        PlanError: a row cannot hold a value.
+    """
     try:
         return Row(**{**dict(row), **fields})
     except ValidationError as error:
@@ -150,19 +161,3 @@ def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
             f"{by} gives {row.name!r} {field}={first['input']!r}, which no row can hold: {first['msg']}. "
             "Correct the strategy's fields."
         ) from error
-
-
-def check_row(row: Row) -> None:
-    """Hold one row to its invariants.
-
-    Raises:
-        PlanError: one does not hold.
-    """
-    if (row.origin == "fresh") != (row.reason is not None):
-        raise PlanError(f"plan: {row.name!r} is {row.origin} with reason {row.reason!r}; only fresh rows have one.")
-    if row.origin == "fresh" and row.pull is not None:
-        raise PlanError(f"plan: {row.name!r} is fresh, so there is no source value to pull it to.")
-    if row.origin == "source" and row.decay is not None:
-        raise PlanError(f"plan: {row.name!r} comes from the source; beta acts on fresh parameters only.")
-    if row.origin == "source" and row.source_shape != row.shape:
-        raise PlanError(f"plan: {row.name!r} has shape {row.shape}, its source {row.source_shape}.")

@@ -16,7 +16,7 @@ HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 
 
 def lines(plan: Plan) -> list[tuple[str, ...]]:
-    """One line a layer, a cell for each of ``HEADER``."""
+    """Return a line for each layer, with a cell for each column of ``HEADER``."""
     trained = set(plan.trained)
     pulls, decays = _penalties(plan, "pull"), _penalties(plan, "decay")
     return [
@@ -34,41 +34,41 @@ def lines(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def summary(plan: Plan) -> list[str]:
-    """Totals, why what is fresh is fresh, remarks on the source, and the phases where there is more than one."""
+    """Return totals, reasons for fresh layers, remarks on the source, phases if there are several, and decisions."""
     total = plan.totals()
     share = 100 * total["trained"] / max(1, total["all"])
-    out = [
+    text = [
         f"{total['all']:,} parameters: {total['trained']:,} trained ({share:.1f} %), {total['frozen']:,} frozen",
         f"{total['copied']:,} copied from the source, {total['fresh']:,} fresh",
     ]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
-    out += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
-    out += [f"source  {note}" for note in plan.notes]
+    text += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
+    text += [f"source  {note}" for note in plan.notes]
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)
             names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
             shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-            out.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {shown}")
-    out += [f"{moment}  {said}" for moment, said in beside(plan)]
-    return out
+            text.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {shown}")
+    text += [f"{moment}  {description}" for moment, description in beside(plan)]
+    return text
 
 
 def beside(plan: Plan) -> list[tuple[str, str]]:
-    """What is decided that no column of the table holds: when it acts, and what it is."""
+    """Return the decisions that no column of the table shows: when each acts, and its description."""
     moments = (
         ("model", plan.extensions),
         ("before", (*plan.measures, *plan.searches)),
         ("loss", plan.terms),
-        ("penalty", tuple(one for one in plan.penalties if one.column is None)),
+        ("penalty", tuple(penalty for penalty in plan.penalties if penalty.column is None)),
         ("each step", plan.updates),
         ("after", plan.after),
     )
-    return [(moment, f"{one.by}: {one.describe()}") for moment, decisions in moments for one in decisions]
+    return [(moment, f"{each.by}: {each.describe()}") for moment, decisions in moments for each in decisions]
 
 
 def as_text(plan: Plan) -> str:
-    """The table in plain characters."""
+    """Return the table in plain characters."""
     cells = [HEADER, *lines(plan)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
     rule = "  ".join("─" * width for width in widths)
@@ -80,7 +80,7 @@ def as_text(plan: Plan) -> str:
 
 
 def as_rich(plan: Plan) -> Any:
-    """The table for a terminal that ``rich`` prints to."""
+    """Return the table as ``rich`` prints it to a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -113,8 +113,8 @@ def _rate(row: Row) -> str:
 
 
 def _penalties(plan: Plan, column: str) -> dict[str, Penalty]:
-    """Parameter -> the penalty whose strength stands in a column."""
-    return {name: one for one in plan.penalties if one.column == column for name in one.names}
+    """Return parameter -> the penalty that takes its strength from a column."""
+    return {name: penalty for penalty in plan.penalties if penalty.column == column for name in penalty.names}
 
 
 def _strength(value: float | None, penalty: Penalty | None) -> str:

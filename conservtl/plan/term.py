@@ -18,13 +18,13 @@ __all__ = ["Term", "Terms", "View"]
 
 @dataclass(frozen=True)
 class View:
-    """What one model makes of a batch.
+    """Outputs and activations of one model on a batch.
 
     Args:
-        outputs: the model's outputs. Where the target has labels of its own: those of the source's head, on
-            the adapted body's features or on the source's.
-        features: layer -> its output, (N, ...), for the layers that a term taps.
-        entering: module -> its input, (N, ...), for the modules that a term asks for; of the adapted model only.
+        outputs: the model's outputs. If the target has labels of its own: those of the source's head, on the adapted
+            body's features or on the source's.
+        features: layer -> its output, (N, ...), for the layers in ``Term.taps``.
+        entering: module -> its input, (N, ...), for the modules in ``Term.enters``; of the adapted model only.
     """
 
     outputs: Any
@@ -33,32 +33,32 @@ class View:
 
 
 class Term(Decision):
-    """A part of the loss that needs outputs or activations: loss × share of the task + value."""
+    """A part of the loss that needs outputs or activations. The loss is then task × (the task's loss) + value."""
 
     taps: tuple[str, ...] = ()
     """Layers whose outputs it needs."""
     enters: tuple[str, ...] = ()
-    """Modules whose inputs it needs, the head's say."""
+    """Modules whose inputs it needs: the head, for example."""
     reads: tuple[str, ...] = ()
     """Measurements it needs, by name."""
     task: Share = 1.0
     """Factor on the task's own loss."""
 
     source: ClassVar[bool] = True
-    """Whether it looks at the source model; a frozen copy is then kept, and run on each batch."""
+    """Whether it needs the source model, of which a frozen copy is then kept and run on each batch."""
     mean_over_batch: ClassVar[bool] = True
     """Whether the value is a mean over the batch, so that a batch twice over gives the same value."""
     heads: ClassVar[bool] = False
-    """Whether it compares outputs, so that the source's head is kept where the target has labels of its own."""
+    """Whether it compares outputs, so that the source's head is kept if the target has labels of its own."""
 
     @abstractmethod
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """The term, a scalar with its strength in it, the mean over the batch.
+        """Return the term, a scalar with its strength in it, the mean over the batch.
 
         Args:
-            adapted: of the model that is trained, with gradient.
-            source: of the source model on the same inputs, without; None where ``source`` is False.
-            measured: what it reads of what was measured before training, by the measures' names, on the device.
+            adapted: of the trained model, with gradient.
+            source: of the source model on the same inputs, without gradient; None if ``source`` is False.
+            measured: name of each measurement in ``reads`` -> its tensors, on the device.
         """
 
 

@@ -41,14 +41,14 @@ class Moving:
 
 @dataclass(frozen=True)
 class Step:
-    """What an update sees of a step of the optimizer.
+    """One step of the optimizer, as an update receives it.
 
     Args:
-        moving: the parameters it acts on that are trained now, in the plan's order.
-        number: steps done before this one.
-        skip: scalar tensor, non-zero where the step is going to be skipped (a scaler's ``found_inf``); to be read on
-            the device. None where nobody can skip.
-        scale: the factor that the gradients still carry, which a fused optimizer divides out. None: none.
+        moving: the update's parameters that are trained now, in the order of the optimizer's groups.
+        number: number of steps done before this one.
+        skip: scalar tensor, non-zero if the step will be skipped (a scaler's ``found_inf``); read it on the device.
+            None: the step will not be skipped.
+        scale: factor that the gradients still carry, which a fused optimizer divides out. None: 1.
     """
 
     moving: Sequence[Moving]
@@ -58,14 +58,20 @@ class Step:
 
 
 class Update(Decision):
-    """Something done to weights at each step beside the gradient.
+    """A change of weights or gradients at each step.
 
-    Its moments, all without gradient: ``prepare`` before a forward pass, ``gradients`` when they are complete and
-    unscaled (or carry ``step.scale``) and before any pull, ``before`` and ``after`` the optimizer's step. What it
-    must remember from one moment or step to the next stands in ``state``, which is saved with the adaptation.
-    Random numbers come from a generator of its own, seeded by ``step.number``, so that copies, resumed runs and other
-    processes draw the same. Where ``step.skip`` is not zero ``after`` changes nothing: the step is none.
-    Nothing here may wait for the device: no ``item()``, no comparison on the host.
+    Its methods are called without autograd: ``prepare`` before a forward pass, ``gradients`` when the gradients are
+    complete and unscaled (or carry ``step.scale``) and before the penalties, ``before`` and ``after`` the optimizer's
+    step. Five rules, which ``conservtl.testing.check_strategy`` checks as far as it can:
+
+    - What it remembers from one call to the next stands in ``state``, which is saved with the adaptation.
+    - Random numbers come from a generator of its own, seeded by ``step.number``, so that copies, resumed runs and
+      other processes draw the same.
+    - A parameter's ``grad`` may be None, and carries ``step.scale``.
+    - ``after`` changes nothing if ``step.skip`` is not zero.
+    - Nothing waits for the device: no ``item()``, no comparison on the host.
+
+    A penalty on weights is a ``Penalty`` instead, for which the first four are taken care of.
     """
 
     names: tuple[str, ...]
@@ -76,25 +82,25 @@ class Update(Decision):
     built-in ones: AutoRGN -20 (the others see the rate it sets), Mixout -10 (the others see plain weights), proximal
     steps 10, Projection 20, SelectiveDecay 30 (it sees the weights as the optimizer left them)."""
     forward: ClassVar[bool] = False
-    """Whether ``prepare`` is wanted, before each forward pass of the model."""
+    """Whether ``prepare`` is called, before each forward pass of the model."""
     layered: ClassVar[bool] = False
     """Whether each layer needs groups of its own in the optimizer, so that the update can set its rate."""
     anchors: ClassVar[bool] = True
-    """Whether it needs to know where its parameters started; else ``Moving.anchor`` is None, and costs no memory."""
+    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory."""
     shards: ClassVar[bool] = False
-    """Whether it acts rightly on parameters that are sharded by rows over processes (FSDP2); else they are refused."""
+    """Whether it supports parameters that are sharded by rows over processes (FSDP2), which are refused otherwise."""
 
     def prepare(self, step: Step, state: dict[str, Tensor], training: bool) -> None:
-        """Before a forward pass; ``training``: in train mode and with gradients."""
+        """Act before a forward pass; ``training``: in train mode and with gradients."""
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Once a step, before the pull."""
+        """Act on complete gradients, once a step, before the penalties are added."""
 
     def before(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Right before the optimizer's step and a decoupled pull."""
+        """Act right before the optimizer's step and the decoupled penalties."""
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:
-        """Right after it; updates act in the reverse of their order here, as contexts nest."""
+        """Act right after the optimizer's step; here updates act in reverse order, as contexts nest."""
 
 
 Updates = tuple[SerializeAsAny[Update], ...]

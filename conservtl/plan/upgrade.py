@@ -1,4 +1,4 @@
-"""Plans in files of earlier versions, brought to the fields of this one."""
+"""Upgrade of plans in files that earlier versions wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Fields = dict[str, Any]
 
 
 def upgrade(fields: Mapping[str, Any]) -> Fields:
-    """Return the fields of a plan as this version names them; those of today are returned as they are."""
+    """Return the fields of a plan as this version takes them; fields of this version are returned unchanged."""
     upgraded = dict(fields)
     for step in _STEPS:
         upgraded = step(upgraded)
@@ -69,7 +69,7 @@ def _penalty_columns(fields: Fields) -> Fields:
 
 
 def _author(rows: Sequence[Fields], column: str) -> Fields:
-    """Return the fields ``names`` and ``by`` of the penalty on some rows: a strategy that chose for all goes first."""
+    """Return ``names`` and ``by`` of the penalty on some rows; ``by`` prefers a strategy that chose for all rows."""
     choices = [dict(row["chosen"][column]) for row in rows if column in row.get("chosen", {})]
     choices.sort(key=lambda choice: bool(choice["explicit"]))
     return {"by": choices[0]["by"] if choices else "L2SP", "names": [row["name"] for row in rows]}

@@ -188,6 +188,10 @@ class TestUpgrade:
             ctl.adapt(network(3), network(), [ctl.L2SP(mode="decoupled", anchors="cpu")]).load_state_dict(state)
 
 
+def test_it_is_among_the_decisions():
+    assert CUBIC in plan(ctl.L2SP(), ctl.Mixout()).with_penalty(CUBIC).decisions
+
+
 def test_covered_names_the_strategy_of_each_parameter():
     covered = plan(ctl.L2SP(on="all"), classes=3).with_penalty(CUBIC).covered
     assert covered["0.weight"] == "L2SP"
