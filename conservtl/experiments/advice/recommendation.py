@@ -17,6 +17,7 @@ from conservtl.experiments.advice.thresholds import far, size
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec
+from conservtl.files import write_text
 
 __all__ = ["Recommendation", "recommend"]
 
@@ -52,7 +53,7 @@ class Recommendation:
         """Write the spec as YAML, the reasons above it as comments."""
         said = [f"# {choice.what}: {choice.reason}" for choice in self.choices]
         said += [f"# left out: {what}" for what in self.evidence.left_out]
-        Path(path).write_text("\n".join([*said, dump_spec(self.spec)]), encoding="utf-8")
+        write_text("\n".join([*said, dump_spec(self.spec)]), path)
 
     def __str__(self) -> str:
         found = self.evidence

@@ -27,6 +27,7 @@ from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
+from conservtl.files import write_text
 from conservtl.plan.plan import Plan
 from conservtl.report import sentence, write_html, write_json, write_tensorboard
 
@@ -77,7 +78,7 @@ def run(
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
     _begin(folder, resume=resume)
-    (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
+    write_text(dump_spec(spec), folder / "spec.yaml")
     before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)
     path = sets_to_watch(setting, source, _PATH_EXAMPLES)
     result = setting.fit(
