@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from conservtl.report.text.intervals import Span, difference_span, metric_span
+from conservtl.report.text.intervals import MeanInterval, difference_span, metric_span
 from conservtl.report.text.metrics import headline, pair
 from conservtl.report.text.summary import shots_text
 
@@ -63,6 +63,6 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _interval(span: Span | None) -> str:
+def _interval(span: MeanInterval | None) -> str:
     """Return the mean and, beneath it, the ends of its interval."""
     return "" if span is None else f"{span.text()}\n{span.ends()}"

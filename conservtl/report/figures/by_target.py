@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
-from conservtl.report.text.intervals import Span
+from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric, signed
-from conservtl.report.text.variants import Variant, best_baseline, best_method, variants
+from conservtl.report.text.variants import VariantResult, best_baseline, best_method, variants
 
 __all__ = ["SHOWN", "by_target"]
 
@@ -22,8 +22,8 @@ class Target:
     """One target: the metric before and after each method (the best method first), in the shown unit."""
 
     name: str
-    before: Span
-    after: tuple[Span, ...]
+    before: MeanInterval
+    after: tuple[MeanInterval, ...]
 
     @property
     def difference(self) -> float:
@@ -49,7 +49,7 @@ def by_target(table: Mapping[str, Any], metric: Metric = ACCURACY) -> Picture | 
     return Picture("Target by target", _caption(targets, chosen, shown), svg)
 
 
-def _targets(shown: Sequence[Variant]) -> list[Target]:
+def _targets(shown: Sequence[VariantResult]) -> list[Target]:
     if not shown:
         return []
     return [
@@ -72,7 +72,7 @@ def _limits(targets: Sequence[Target], metric: Metric) -> tuple[float, float]:
     return low - pad, min(max(span.high for span in spans), max(means) + reach) + pad
 
 
-def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[Variant], metric: Metric) -> None:
+def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[VariantResult], metric: Metric) -> None:
     low, high = _limits(targets, metric)
     axes.set_xlim(low, high)
     places = range(len(targets))
@@ -112,7 +112,7 @@ def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[Variant], metri
     axes.spines["bottom"].set_color(GREY)
 
 
-def _caption(targets: Sequence[Target], chosen: Sequence[Target], shown: Sequence[Variant]) -> str:
+def _caption(targets: Sequence[Target], chosen: Sequence[Target], shown: Sequence[VariantResult]) -> str:
     parts = []
     if len(shown) > 1:
         parts.append(f"At the right: {shown[0].name} minus {shown[1].name}.")

@@ -7,12 +7,12 @@ from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, Picture, bare, draw, shorten
 from conservtl.report.figures.labels import legend_beside
-from conservtl.report.text.intervals import Span, metric_span
+from conservtl.report.text.intervals import MeanInterval, metric_span
 from conservtl.report.text.metrics import headline
 
 __all__ = ["FORMS", "Points", "by_depth", "curve"]
 
-Points = dict[int, Span]
+Points = dict[int, MeanInterval]
 """Number of layers -> the metric in the shown unit."""
 
 FORMS = {"AnB": "held (AnB)", "AnB+": "fine-tuned (AnB+)", "BnB": "control, held (BnB)", "BnB+": "control (BnB+)"}
@@ -67,7 +67,7 @@ def by_depth(result: Mapping[str, Any], domain: str) -> Picture | None:
     return Picture(names[domain], _caption(sides, domain), svg)
 
 
-def _panel(axes: Any, curves: Mapping[str, Points], before: Span | None) -> list[tuple[Any, str, str]]:
+def _panel(axes: Any, curves: Mapping[str, Points], before: MeanInterval | None) -> list[tuple[Any, str, str]]:
     """Draw one side's curves; return the entries of a legend."""
     entries = []
     for form, points in curves.items():

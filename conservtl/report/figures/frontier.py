@@ -9,7 +9,7 @@ from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
 from conservtl.report.text.metrics import ACCURACY, Metric
 from conservtl.report.text.summary import shots_text
-from conservtl.report.text.variants import Variant, variants
+from conservtl.report.text.variants import VariantResult, variants
 
 __all__ = ["frontier"]
 
@@ -50,7 +50,7 @@ def frontier(table: Mapping[str, Any], name: str, metric: Metric = ACCURACY, *, 
     return Picture(f"What the target gains, what the source keeps, {where}", caption, svg)
 
 
-def _intervals(rows: Sequence[Variant]) -> str:
+def _intervals(rows: Sequence[VariantResult]) -> str:
     counts = sorted({row.target.count for row in rows})
     if counts == [1]:
         return "One run each, so there are no intervals."
@@ -58,7 +58,7 @@ def _intervals(rows: Sequence[Variant]) -> str:
     return f"Bars: 95 % intervals of the mean over {runs} runs."
 
 
-def _marks(rows: Sequence[Variant]) -> list[PlanePoint]:
+def _marks(rows: Sequence[VariantResult]) -> list[PlanePoint]:
     """Return the marks, the best method first: its name is placed first."""
     order = sorted(rows, key=lambda row: (row.baseline, not row.best, not row.untrained, -row.rank))
     return [
@@ -78,7 +78,7 @@ def _marks(rows: Sequence[Variant]) -> list[PlanePoint]:
     ]
 
 
-def _dots(axes: Any, rows: Sequence[Variant], metric: Metric) -> None:
+def _dots(axes: Any, rows: Sequence[VariantResult], metric: Metric) -> None:
     """Draw one row a method, the best first."""
     order = sorted(rows, key=lambda row: -metric.rank(row.target.mean))
     spans = [row.target.mirrored() if metric.better == "lower" else row.target for row in order]

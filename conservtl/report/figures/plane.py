@@ -10,7 +10,7 @@ from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, bare
 from conservtl.report.figures.labels import Label, annotate
-from conservtl.report.text.intervals import Span
+from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric, true_minus
 
 __all__ = ["PlanePoint", "Window", "metric_axis", "paint_plane", "window", "window_of"]
@@ -38,8 +38,8 @@ class PlanePoint:
     """
 
     name: str
-    source: Span
-    target: Span
+    source: MeanInterval
+    target: MeanInterval
     colour: str
     ink: str = INK
     shape: str = "o"
@@ -62,8 +62,8 @@ class Window:
 
 
 def window(
-    spans: Sequence[Span],
-    to_scale: Sequence[Span] = (),
+    spans: Sequence[MeanInterval],
+    to_scale: Sequence[MeanInterval] = (),
     bottom: float = 0.0,
     top: float = 100.0,
     least: float = _LEAST_SPAN,
@@ -94,7 +94,7 @@ def window(
     return Window(max(low - pad, bottom - 0.02 * reach), min(high + pad, top + 0.02 * reach), cut)
 
 
-def window_of(spans: Sequence[Span], metric: Metric, to_scale: Sequence[Span] = ()) -> Window:
+def window_of(spans: Sequence[MeanInterval], metric: Metric, to_scale: Sequence[MeanInterval] = ()) -> Window:
     """Return the range of an axis of this metric, on which higher is better (see ``metric_axis``).
 
     Args:

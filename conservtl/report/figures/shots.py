@@ -7,9 +7,9 @@ from typing import Any
 
 from conservtl.report.figures.canvas import PALE, Picture, bare, draw, shorten
 from conservtl.report.figures.labels import legend_beside
-from conservtl.report.text.intervals import Span
+from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric
-from conservtl.report.text.variants import Variant, variants
+from conservtl.report.text.variants import VariantResult, variants
 
 __all__ = ["NAMED", "error_by_shots"]
 
@@ -21,7 +21,7 @@ _HEIGHT = 2.9  # inches of a panel
 _LINEAR = 0.5  # per cent: below it the axis of errors is linear, because a logarithmic one has no 0
 _TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
-Curve = list[tuple[int, Span, Variant]]
+Curve = list[tuple[int, MeanInterval, VariantResult]]
 
 
 def error_by_shots(

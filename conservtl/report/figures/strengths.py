@@ -8,7 +8,7 @@ from typing import Any
 
 from conservtl.report.figures.canvas import INK, SOURCE, TARGET, Picture, bare, draw
 from conservtl.report.figures.plane import PlanePoint, paint_plane
-from conservtl.report.text.intervals import Span, metric_span
+from conservtl.report.text.intervals import MeanInterval, metric_span
 from conservtl.report.text.metrics import Metric, headline
 
 __all__ = ["StrengthStep", "best_step", "path_of", "strength_curve", "strengths_of", "swept_method"]
@@ -23,8 +23,8 @@ class StrengthStep:
     """Results at one strength or at one point of the path, in the shown unit."""
 
     at: float
-    target: Span
-    source: Span | None
+    target: MeanInterval
+    source: MeanInterval | None
     metric: Metric
 
     @property

@@ -11,10 +11,10 @@ from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
 from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
-from conservtl.report.text.intervals import Span
+from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import Metric, Verdict, headline
 from conservtl.report.text.summary import duration, shots_text
-from conservtl.report.text.variants import Variant, best_method, main_table, variants
+from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
 __all__ = ["write_compare"]
 
@@ -72,7 +72,7 @@ def _tone(table: Mapping[str, Any], metric: Metric) -> Verdict:
     return "unknown" if best is None or best.difference is None else _against_baseline(best) or "same"
 
 
-def _against_baseline(row: Variant) -> Literal["", "better", "worse"]:
+def _against_baseline(row: VariantResult) -> Literal["", "better", "worse"]:
     """Return whether a variant wins, or loses beyond chance."""
     if row.wins:
         return "better"
@@ -108,7 +108,7 @@ def _table(table: Mapping[str, Any], metric: Metric, classes: bool) -> HtmlTable
     return HtmlTable(f"In numbers, {where}", " ".join(notes), header, lines)
 
 
-def _cells(row: Variant, sourced: bool, scored: bool, compared: bool) -> list[Cell]:
+def _cells(row: VariantResult, sourced: bool, scored: bool, compared: bool) -> list[Cell]:
     cells = [Cell(row.name, row.note, colour=row.colour, mark=row.sign), _cell(row.target)]
     if sourced:
         cells += [_cell(row.source), _cell(row.combined, strong=not row.baseline)]
@@ -120,11 +120,11 @@ def _cells(row: Variant, sourced: bool, scored: bool, compared: bool) -> list[Ce
     return [*cells, time, Cell(str(row.target.count))]
 
 
-def _cell(span: Span | None, *, strong: bool = False) -> Cell:
+def _cell(span: MeanInterval | None, *, strong: bool = False) -> Cell:
     return _MISSING if span is None else Cell(span.text(), span.ends(), "strong" if strong else "")
 
 
-def _difference(row: Variant) -> Cell:
+def _difference(row: VariantResult) -> Cell:
     if row.difference is None:
         return Cell("" if row.best else "–")
     kind = "" if row.baseline else _against_baseline(row)

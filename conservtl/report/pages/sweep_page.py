@@ -17,7 +17,7 @@ from conservtl.report.figures.strengths import (
 )
 from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
-from conservtl.report.text.intervals import Span, single
+from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
 
 __all__ = ["free_layers", "sweep_sentences", "write_sweep"]
@@ -188,9 +188,9 @@ def _row(step: StrengthStep, *, sourced: bool, best: bool) -> list[Cell]:
     return [*cells, _cell(step.source), Cell(score.text(), kind="strong" if best else "")]
 
 
-def _cell(span: Span | None) -> Cell:
+def _cell(span: MeanInterval | None) -> Cell:
     return Cell("–") if span is None else Cell(span.text(), span.ends())
 
 
-def _note(spans: list[Span]) -> str:
+def _note(spans: list[MeanInterval]) -> str:
     return "Beneath each mean its 95 % interval." if any(span.certain for span in spans) else "One run each."

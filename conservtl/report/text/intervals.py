@@ -9,11 +9,11 @@ from typing import Any
 
 from conservtl.report.text.metrics import ACCURACY, Metric, number, signed, true_minus
 
-__all__ = ["Span", "difference_span", "metric_span", "single", "time_span"]
+__all__ = ["MeanInterval", "difference_span", "metric_span", "single", "time_span"]
 
 
 @dataclass(frozen=True)
-class Span:
+class MeanInterval:
     """A mean with its interval; both ends are the mean if there is one value only.
 
     Args:
@@ -57,17 +57,17 @@ class Span:
         """Return the interval of a difference; empty if there is none."""
         return f"{signed(self.low, self.digits)} to {signed(self.high, self.digits)}" if self.certain else ""
 
-    def mirrored(self, around: float = 0.0) -> Span:
+    def mirrored(self, around: float = 0.0) -> MeanInterval:
         """Return ``around`` minus each value, with low and high exchanged."""
-        return Span(around - self.mean, around - self.high, around - self.low, self.count, self.digits)
+        return MeanInterval(around - self.mean, around - self.high, around - self.low, self.count, self.digits)
 
 
-def single(value: float, metric: Metric = ACCURACY) -> Span:
+def single(value: float, metric: Metric = ACCURACY) -> MeanInterval:
     """Return the span of one value that is in the shown unit already."""
-    return Span(value, value, value, 1, metric.digits)
+    return MeanInterval(value, value, value, 1, metric.digits)
 
 
-def metric_span(value: Any, metric: Metric = ACCURACY) -> Span | None:
+def metric_span(value: Any, metric: Metric = ACCURACY) -> MeanInterval | None:
     """Return a metric's value or interval in the shown unit, its ends within the metric's bounds.
 
     Args:
@@ -78,21 +78,21 @@ def metric_span(value: Any, metric: Metric = ACCURACY) -> Span | None:
     return _span(value, metric.scaled(1.0), metric.digits, low, high)
 
 
-def difference_span(value: Any, metric: Metric = ACCURACY) -> Span | None:
+def difference_span(value: Any, metric: Metric = ACCURACY) -> MeanInterval | None:
     """Return a difference of a metric or its interval, in the shown unit."""
     return _span(value, metric.scaled(1.0), metric.digits)
 
 
-def time_span(value: Any) -> Span | None:
+def time_span(value: Any) -> MeanInterval | None:
     """Return a time in seconds or its interval, which is never negative."""
     return _span(value, 1.0, 1, low=0.0)
 
 
-def _span(value: Any, scale: float, digits: int, low: float = -math.inf, high: float = math.inf) -> Span | None:
+def _span(value: Any, scale: float, digits: int, low: float = -math.inf, high: float = math.inf) -> MeanInterval | None:
     if not isinstance(value, Mapping):
         value = {"mean": value}
     mean, *ends = (number(value.get(key)) for key in ("mean", "low", "high"))
     if mean is None:
         return None
     first, last = (scale * (mean if end is None else end) for end in ends)
-    return Span(scale * mean, max(low, first), min(high, last), int(value.get("count") or 1), digits)
+    return MeanInterval(scale * mean, max(low, first), min(high, last), int(value.get("count") or 1), digits)

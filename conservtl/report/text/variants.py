@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK
-from conservtl.report.text.intervals import Span, difference_span, metric_span, time_span
+from conservtl.report.text.intervals import MeanInterval, difference_span, metric_span, time_span
 from conservtl.report.text.metrics import ACCURACY, Metric
 
-__all__ = ["Variant", "best_baseline", "best_method", "main_table", "variants"]
+__all__ = ["VariantResult", "best_baseline", "best_method", "main_table", "variants"]
 
 # Okabe and Ito's palette; shapes tell variants apart too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -21,7 +21,7 @@ _SIGNS = {"o": "●", "s": "■", "^": "▲", "v": "▼", "P": "✚", "X": "✖"
 
 
 @dataclass(frozen=True)
-class Variant:
+class VariantResult:
     """One method with its results, in the shown unit, and its look.
 
     Args:
@@ -38,14 +38,14 @@ class Variant:
     role: str
     best: bool
     wins: bool
-    target: Span
-    source: Span | None
-    combined: Span | None
+    target: MeanInterval
+    source: MeanInterval | None
+    combined: MeanInterval | None
     rank: float
     constrained: float | None
-    difference: Span | None
-    seconds: Span | None
-    per_target: Mapping[str, tuple[Span, Span]]
+    difference: MeanInterval | None
+    seconds: MeanInterval | None
+    per_target: Mapping[str, tuple[MeanInterval, MeanInterval]]
     colour: str
     ink: str
     shape: str
@@ -73,9 +73,9 @@ class Variant:
         return "the best baseline" if self.best else ""
 
 
-def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Variant]:
+def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[VariantResult]:
     """Return the rows of a table that were measured on the target, in its order."""
-    result: list[Variant] = []
+    result: list[VariantResult] = []
     methods = 0
     for row in table.get("rows") or []:
         target, combined = metric_span(row.get("target"), metric), metric_span(row.get("harmonic"), metric)
@@ -94,7 +94,7 @@ def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Varian
             for name, pair in (row.get("per_target") or {}).items()
         }
         result.append(
-            Variant(
+            VariantResult(
                 name=str(row["variant"]),
                 role=str(row["role"]),
                 best=best,
@@ -115,12 +115,12 @@ def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Varian
     return result
 
 
-def best_method(rows: list[Variant]) -> Variant | None:
+def best_method(rows: list[VariantResult]) -> VariantResult | None:
     """Return the best of the methods in question."""
     return max((row for row in rows if not row.baseline), key=lambda row: row.rank, default=None)
 
 
-def best_baseline(rows: list[Variant]) -> Variant | None:
+def best_baseline(rows: list[VariantResult]) -> VariantResult | None:
     """Return the baseline that every method is compared with."""
     return next((row for row in rows if row.best), None)
 

@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 
 from conservtl.report.figures.frontier import _marks
 from conservtl.report.figures.plane import PlanePoint, paint_plane, window
-from conservtl.report.text.intervals import Span
+from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import Metric, headline
 from conservtl.report.text.variants import variants
 
 
 def spans(*means, half=0.5):
-    return [Span(mean, mean - half, mean + half, 5) for mean in means]
+    return [MeanInterval(mean, mean - half, mean + half, 5) for mean in means]
 
 
 class TestWindow:
@@ -41,7 +41,7 @@ class TestWindow:
 
     def test_wide_intervals_do_not_squash_the_means(self):
         """Two runs have intervals of tens of points."""
-        seen = window([Span(mean, mean - 40, 100, 2) for mean in (94.0, 95.0, 97.0)])
+        seen = window([MeanInterval(mean, mean - 40, 100, 2) for mean in (94.0, 95.0, 97.0)])
         assert seen.low > 85
 
     def test_equal_values_and_one_alone_have_an_axis(self):
@@ -97,7 +97,7 @@ def test_lines_of_equal_score_have_that_score(better, share):
     metric = Metric("m", "m", better, share=share)
     scale = 1.0 if share else 0.01
     points = [(scale * a, scale * b) for a, b in ((80, 90), (85, 97), (95, 82))]
-    marks = [PlanePoint("", *(Span(v, v, v, 1) for v in point), "black") for point in points]
+    marks = [PlanePoint("", *(MeanInterval(v, v, v, 1) for v in point), "black") for point in points]
     figure = Figure(figsize=(9.6, 4.8), dpi=72)
     axes = figure.subplots()
     paint_plane(figure, axes, marks, metric=metric)

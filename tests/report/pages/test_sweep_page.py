@@ -8,11 +8,11 @@ from conservtl.report import write_sweep
 from conservtl.report.figures.depths import by_depth
 from conservtl.report.figures.strengths import strength_curve
 from conservtl.report.pages.sweep_page import free_layers, sweep_sentences
-from conservtl.report.text.intervals import Span
+from conservtl.report.text.intervals import MeanInterval
 
 
 def points(*means):
-    return {n: Span(mean, mean, mean, 1) for n, mean in enumerate(means) if mean is not None}
+    return {n: MeanInterval(mean, mean, mean, 1) for n, mean in enumerate(means) if mean is not None}
 
 
 class TestSentences:
