@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from conservtl.data import Augmentation, Data, Domains, Preprocessing
+from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
 from conservtl.functions import MetricValue, forward
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks.headline import Headline
@@ -193,6 +193,13 @@ class Task(ABC):
     def shares_labels(self, data: Any) -> bool:  # noqa: ARG002
         """Whether source data has the target's labels by construction, so that both can be trained on together."""
         return True
+
+    def renumbered(self, data: Data, numbers: Sequence[int]) -> Data:
+        """Return the source's data with label ``numbers[k]`` wherever it has label ``k``.
+
+        Called where a spec lists the source model's labels in another order than ``load``.
+        """
+        return renumber(data, numbers)
 
     def augmented(self, augmentation: Augmentation | None) -> Callable[[Any, torch.Generator], Any] | None:
         """Return a function that augments a batch with draws from a generator, as ``fit`` takes it.

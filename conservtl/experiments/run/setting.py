@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.errors import SpecError
+from conservtl.experiments.run.source_labels import check_outputs, check_shots, with_source_labels
 from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
@@ -60,13 +61,15 @@ class Setting:
         """Return a model initialised by the spec's seed.
 
         Args:
-            outputs: number of its outputs.
+            outputs: number of its outputs, one for each label.
             target: whether it is the one to adapt. Its initial values differ from the source model's, whose body was
                 trained under the very head it began with.
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.spec.seed + _TARGET_SEED * target)
-            return self.task.build(self.spec.model, self.domains.preprocessing, outputs)
+            model = self.task.build(self.spec.model, self.domains.preprocessing, outputs)
+        check_outputs(self.task, model, self.example, outputs)
+        return model
 
     def adaptation(self, source: SourceLike) -> Adaptation:
         """Apply the spec's strategies to a model for the target, from this source."""
@@ -140,6 +143,8 @@ def prepare(spec: Spec) -> Setting:
     task = spec.problem
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
     if spec.source.labels is not None:
-        domains = replace(domains, source_labels=spec.source.labels)
+        trains = spec.source.weights is None
+        domains = with_source_labels(task, domains, spec.source.labels, trains=trains, field="source.labels")
+    check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
     return Setting(spec, domains, example, domains.labels == domains.source_labels)

@@ -17,6 +17,7 @@ from conservtl.data import Data
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.bundle_header import extend_model, read_header
 from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.source_labels import listed
 from conservtl.files import atomic_path
 from conservtl.source.coverage import unused_note
 from conservtl.source.kinds import check_kinds
@@ -98,7 +99,13 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
     if head[0] in tensors and len(tensors[head[0]]) != len(
         needed[head[0]]
     ):  # a head's weight has a row for each output
-        outputs = len(tensors[head[0]])
+        labels, outputs = setting.domains.source_labels, len(tensors[head[0]])
+        if labels:
+            raise SourceError(
+                f"source.weights {weights.name!r} must have an output for each label of the source; its head "
+                f"{head[0]!r} has {outputs}, and there are {len(labels)} labels ({listed(labels)}). List the labels "
+                "of its outputs, in order, in source.labels."
+            )
         model = setting.model(outputs)
         needed = own_tensors(model)
     resampled, notes = resample_positions(model, tensors, needed)

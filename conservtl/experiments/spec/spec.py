@@ -53,8 +53,9 @@ class SourceSection(FrozenModel):
     """auto: the source part of ``data`` (other speakers, uncorrupted images, other classes). null: the source comes
     without data; what the model keeps of it is then measured against the source model's own outputs."""
     labels: tuple[str, ...] | None = None
-    """The labels of the source model's outputs, in order, where the source data does not give them.
-    If they equal the target's, in the same order, the source's head serves the target too."""
+    """The labels of the source model's outputs, in order. null: those that the source data gives. The source's
+    examples are numbered by them. If they equal the target's, in the same order, the source's head serves the target
+    too."""
     training: Training = Training(epochs=30, lr=1e-3, schedule="one_cycle", evaluate_every=1000)
     """How a source model is trained if no weights are given."""
     cache: Path | None = None

@@ -166,7 +166,10 @@ def _training_data(how: How, setting: Setting) -> Data:
     shots, source = setting.domains.shots, setting.domains.source_train
     if how != "joint":
         return shots
-    if source is None or not setting.shared:
+    labels, own = setting.domains.labels, setting.domains.source_labels
+    if source is not None and set(own) == set(labels) and not setting.shared:
+        source = setting.task.renumbered(source, [labels.index(label) for label in own])
+    elif source is None or not setting.shared:
         raise SpecError("joint training needs source data with the target's labels. Leave it out of the baselines.")
     return join([source, *[shots] * max(1, length_of(source) // length_of(shots))])
 

@@ -1,0 +1,114 @@
+"""The labels of the source model's outputs: said by the spec, an earlier run or the data, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.batches import map_tensors
+from conservtl.data import Data, Domains, Examples
+from conservtl.errors import DataError, SpecError
+from conservtl.functions import logits_of
+from conservtl.runtime.preserve import eval_mode, preserve_buffers
+from conservtl.tasks.base import Task
+
+__all__ = ["check_outputs", "check_shots", "listed", "with_source_labels"]
+
+_SHOWN = 12  # labels in a message
+
+
+def with_source_labels(task: Task, domains: Domains, labels: Sequence[str], *, trains: bool, field: str) -> Domains:
+    """Return the domains with the source's examples numbered by these labels, its model's outputs in order.
+
+    Args:
+        task: renumbers its data.
+        domains: as loaded.
+        labels: of the source model's outputs.
+        trains: whether a source model is trained on the data, which then must have examples of every label.
+        field: where the labels stand, for messages.
+
+    Raises:
+        SpecError: a label stands twice, the data has a label that is not listed, or one is listed to be trained that
+            the data does not have.
+    """
+    labels, old = tuple(labels), domains.source_labels
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise SpecError(f"{field}: each label must be listed once; received {listed(twice)} twice. Remove one.")
+    parts = {"source_train": domains.source_train, "source_test": domains.source_test}
+    if all(part is None for part in parts.values()) or labels == old:
+        return replace(domains, source_labels=labels)
+    if unknown := [label for label in old if label not in labels]:
+        raise SpecError(
+            f"{field} must list every label of the source's data, to number its examples; received {listed(labels)}, "
+            f"without {listed(unknown)}. List the labels of the source model's outputs in their order, or restrict "
+            "the data to them."
+        )
+    if trains and (extra := [label for label in labels if label not in old]):
+        raise SpecError(
+            f"{field} must be labels of the source's data, because a source model is trained on it; received "
+            f"{listed(extra)}, and the data has {listed(old)}. Remove them, or give source.weights."
+        )
+    numbers = [labels.index(label) for label in old]
+    if numbers == list(range(len(numbers))):  # further labels behind them
+        return replace(domains, source_labels=labels)
+    new: dict[str, Any] = {
+        name: None if part is None else task.renumbered(part, numbers) for name, part in parts.items()
+    }
+    return replace(domains, source_labels=labels, **new)
+
+
+def check_shots(task: Task, domains: Domains) -> None:
+    """Raise unless the classes of the data in memory are positions in its lists of labels.
+
+    Raises:
+        DataError: a class has no label.
+    """
+    if not task.has_classes:
+        return
+    for name in ("shots", "validation", "target_test", "source_train", "source_test"):
+        labels = domains.source_labels if name.startswith("source") else domains.labels
+        classes = _classes(getattr(domains, name))
+        if classes is not None and labels and classes.numel() and int(classes.max()) >= len(labels):
+            raise DataError(
+                f"task {task.name!r}: the labels of {name} must be positions in a list of {len(labels)} labels "
+                f"({listed(labels)}); received {int(classes.max())}. Number the examples by that list."
+            )
+
+
+def check_outputs(task: Task, model: nn.Module, example: Any, labels: int) -> None:
+    """Raise unless a model has as many outputs as there are labels; runs it once on the example.
+
+    Raises:
+        SpecError: it has another number.
+    """
+    if not task.has_classes:
+        return
+    device = next(model.parameters()).device
+    inputs = map_tensors(example, lambda tensor: tensor.to(device))
+    with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), preserve_buffers(model):
+        outputs = logits_of(task.forward(model, inputs if isinstance(inputs, Mapping) else (inputs,)))
+    if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.shape[1] != labels:
+        raise SpecError(
+            f"model: {type(model).__name__} must have an output for each of {labels} labels; it has "
+            f"{outputs.shape[1]}. Leave the number of outputs out of the section model, or correct the data's labels."
+        )
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Return labels for a message."""
+    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+    return ", ".join(repr(label) for label in labels[:_SHOWN]) + more
+
+
+def _classes(data: Data | None) -> Tensor | None:
+    if isinstance(data, Examples):
+        labels: Any = data.labels
+    elif isinstance(data, Mapping):
+        labels = data.get("labels")
+    else:
+        labels = getattr(data, "labels", None)
+    return labels if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point() else None
