@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from conservtl.errors import SpecError
+
 __all__ = [
     "Forward",
     "Loss",
@@ -76,11 +78,26 @@ def accuracy(outputs: Any, batch: Any) -> dict[str, Tensor]:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits of a model's outputs: the outputs themselves, or their attribute or entry ``logits``."""
+    """Return the logits of a model's outputs.
+
+    They are the outputs themselves, their attribute or entry ``logits``, the entry ``out`` of torchvision's
+    segmentation models, or the first of a tuple such as (logits, lengths).
+
+    Raises:
+        SpecError: the outputs have no logits.
+    """
     logits = getattr(outputs, "logits", outputs)
     if isinstance(logits, Mapping):
-        logits = logits["logits"]
-    return logits  # type: ignore[no-any-return]
+        logits = next((logits[name] for name in ("logits", "out") if name in logits), logits)
+    elif isinstance(logits, (tuple, list)) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor):
+        names = f" with {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+        raise SpecError(
+            f"outputs must be logits, (logits, lengths) or have .logits; received {type(outputs).__name__}{names}. Let "
+            "the model, or forward(model, batch), return them."
+        )
+    return logits
 
 
 def labels_of(batch: Any) -> Tensor:

@@ -118,7 +118,9 @@ class Adaptation:
         """
         return self.bound.make_optimizer(cls, options, pull=pull)
 
-    def loss(self, loss: Tensor, outputs: Any, inputs: Any = None, *, source: View | None = None) -> Tensor:
+    def loss(
+        self, loss: Tensor, outputs: Any, inputs: Any = None, *, source: View | None = None, batch: Any = None
+    ) -> Tensor:
         """Return the loss to call ``backward`` on: the task's loss with the plan's terms on outputs and features.
 
         Without such terms it is ``loss`` itself.
@@ -129,6 +131,12 @@ class Adaptation:
             inputs: the model's inputs in that pass: a tensor, a tuple of positional or a dictionary of keyword
                 arguments. The source model is run on them in eval mode, under the autocast that is active here.
             source: instead of ``inputs``, the result of ``source_view(inputs)`` from an earlier epoch.
+            batch: the batch that the loss was computed on. Outputs at labels of -100 do not count; the loss itself
+                says where they are if it is torch's cross-entropy. None: ``inputs``, if a dictionary with ``labels``.
+
+        Padding does not count either. It is found among the model's arguments, or in a dictionary ``batch``, by name:
+        ``lengths`` (or ``input_lengths``, ``wav_lens``, ...; integers or shares), ``attention_mask``, ``padding_mask``;
+        or in outputs (logits, lengths).
 
         Returns:
             A scalar.
@@ -151,7 +159,7 @@ class Adaptation:
                     f"{by} compares with the source model on the same inputs: pass loss(loss, outputs, inputs)."
                 )
             source = self.source_view(inputs)
-        return terms.objective(loss, outputs, source, self.measured)
+        return terms.objective(loss, outputs, source, self.measured, inputs if batch is None else batch)
 
     def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.

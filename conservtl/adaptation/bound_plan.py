@@ -183,7 +183,7 @@ class BoundPlan:
             forward: (model, batch) -> outputs; None calls the model with ``inputs``.
         """
         device = next(iter(named_parameters(self.model).values())).device
-        return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device)
+        return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device, inputs)
 
     def before_forward(self, *, training: bool) -> None:
         """Let updates act before a forward pass; called by a hook of the model if an update needs it."""

@@ -103,7 +103,7 @@ class Session:
         loss = functions.loss(outputs, content)
         if source is None and self.adaptation.bound.terms.needs_source:
             source = self.source_view(functions, content)
-        return self.adaptation.loss(loss, outputs, source=source)
+        return self.adaptation.loss(loss, outputs, source=source, batch=content)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled in fp16."""

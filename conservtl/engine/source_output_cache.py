@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conservtl.engine.batching import Batch, Held
 from conservtl.functions import logits_of
+from conservtl.padding import Padding
 from conservtl.plan.term import View
 
 __all__ = ["SourceOutputCache", "cache_source_outputs"]
@@ -27,6 +28,7 @@ class SourceOutputCache:
     Args:
         outputs: (N, ...).
         features: layer -> (N, ...).
+        padding: of all examples; None: nothing is padding.
         device: device of the batches.
         folder: folder of mapped files, deleted with this object.
     """
@@ -35,10 +37,11 @@ class SourceOutputCache:
         self,
         outputs: Tensor,
         features: Mapping[str, Tensor],
+        padding: Padding | None,
         device: torch.device,
         folder: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
-        self._outputs, self._features, self._device = outputs, features, device
+        self._outputs, self._features, self._padding, self._device = outputs, features, padding, device
         if folder is not None:
             weakref.finalize(self, folder.cleanup)
 
@@ -51,7 +54,9 @@ class SourceOutputCache:
         def rows(cached: Tensor) -> Tensor:
             return cached.index_select(0, index.to(cached.device)).to(self._device)
 
-        return View(rows(self._outputs), {layer: rows(cached) for layer, cached in self._features.items()})
+        padding = None if self._padding is None else self._padding.take(index.to(self._padding.lengths.device))
+        features = {layer: rows(cached) for layer, cached in self._features.items()}
+        return View(rows(self._outputs), features, padding=padding)
 
 
 def cache_source_outputs(
@@ -75,12 +80,14 @@ def cache_source_outputs(
     caches: list[Tensor] = []
     folder: tempfile.TemporaryDirectory[str] | None = None
     layers: list[str] = []
+    paddings: list[Padding | None] = []
     start = 0
     for index in torch.split(torch.arange(batches.length), _CHUNK):
         part = view(batches.take(index))
         if part is None:
             return None
         layers = list(part.features)
+        paddings.append(part.padding)
         tensors = [logits_of(part.outputs), *part.features.values()]
         if any(not isinstance(tensor, Tensor) or tensor.shape[:1] != index.shape for tensor in tensors):
             return None
@@ -91,7 +98,11 @@ def cache_source_outputs(
         for cache, tensor in zip(caches, tensors, strict=True):
             cache[start : start + len(index)] = tensor.to(cache.device)
         start += len(index)
-    return SourceOutputCache(caches[0], dict(zip(layers, caches[1:], strict=True)), batches.device, folder)
+    known = [padding for padding in paddings if padding is not None]
+    if known and len(known) < len(paddings):
+        return None
+    padding = Padding.joined(known) if known else None
+    return SourceOutputCache(caches[0], dict(zip(layers, caches[1:], strict=True)), padding, batches.device, folder)
 
 
 def _allocate(like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str] | None, number: int) -> Tensor:

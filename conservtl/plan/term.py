@@ -5,15 +5,39 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import SerializeAsAny
 from torch import Tensor
 
 from conservtl.bounds import Share
+from conservtl.errors import SpecError
+from conservtl.padding import Padding, padding_of_outputs
 from conservtl.plan.decision import Decision
 
-__all__ = ["Term", "Terms", "View"]
+__all__ = ["OutputForm", "TaskLoss", "Term", "Terms", "View"]
+
+OutputForm = Literal["softmax", "sigmoid", "squared"]
+"""softmax: logits of classes that exclude each other. sigmoid: logits of labels that do not, or one logit. squared:
+numbers."""
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """How the task's loss takes the model's outputs.
+
+    Args:
+        form: what it takes them as; None: not known.
+        why: why the form is not known, for a message.
+        axis: the class axis, if the loss says it.
+        counted: shape of the outputs without their class axis, false for positions that the loss ignores; None: all
+            count.
+    """
+
+    form: OutputForm | None
+    why: str = ""
+    axis: int | None = None
+    counted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -25,11 +49,53 @@ class View:
             body's features or on the source's.
         features: layer -> its output, (N, ...), for the layers in ``Term.taps``.
         entering: module -> its input, (N, ...), for the modules in ``Term.enters``; of the adapted model only.
+        task: how the task's loss takes the outputs; of the adapted model only, for terms that compare outputs.
+        padding: what the model's arguments, or else the batch, say is padding; None: nothing.
+        output_padding: what the model's own outputs say is padding; None: what ``outputs`` say.
     """
 
     outputs: Any
     features: Mapping[str, Tensor] = field(default_factory=dict)
     entering: Mapping[str, Tensor] = field(default_factory=dict)
+    task: TaskLoss | None = None
+    padding: Padding | None = None
+    output_padding: Padding | None = None
+
+    def has_positions(self, size: int) -> bool:
+        """Return whether an axis of this size in outputs (N, size) is one of positions, as lengths or a mask say."""
+        said = self.output_padding or padding_of_outputs(self.outputs)
+        if said is None and self.padding is not None:
+            said = self.padding.of_outputs()
+        return said is not None and (said.sizes is None or size in said.sizes) and not said.lengths.is_floating_point()
+
+    def counted(self, outputs: Tensor, axis: int | None, *, padding: bool = True) -> Tensor | None:
+        """Return which positions of the outputs count: those that are no padding and whose label is not ignored.
+
+        Args:
+            outputs: a tensor of this view's outputs.
+            axis: its class axis; None: every element is a position.
+            padding: whether padding is left out.
+
+        Returns:
+            Shape of the outputs without the class axis; None: all positions count.
+
+        Raises:
+            SpecError: lengths or a mask do not fit the outputs.
+        """
+        said = self.output_padding or padding_of_outputs(self.outputs)
+        if said is None and self.padding is not None:
+            said = self.padding.of_outputs()
+        mask = said.mask(outputs.shape, axis, "the outputs") if padding and said is not None else None
+        ignored = None if self.task is None else self.task.counted
+        if ignored is None:
+            return mask
+        shape = [size for place, size in enumerate(outputs.shape) if place != axis]
+        if list(ignored.shape) != shape:
+            raise SpecError(
+                f"the outputs: labels that are ignored must be at the outputs' positions, {tuple(shape)}; received "
+                f"{tuple(ignored.shape)}. Say class_axis."
+            )
+        return ignored if mask is None else mask & ignored
 
 
 class Term(Decision):

@@ -13,6 +13,7 @@ from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.term import View
 from conservtl.runtime.extending import apply_extensions
+from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.source_head import SourceHead
 from conservtl.runtime.taps import tensor_of
 from conservtl.source.read import Source
@@ -37,6 +38,7 @@ class SourceModelRunner:
         self._modules = {canonical(name): module for name, module in model.named_modules()}
         self._layers = dict(layers)
         self._head = None if head is None else SourceHead(model, head)
+        self._watch = PaddingWatch(self.model)
         if missing := [layer for layer, name in layers.items() if name not in self._modules]:
             raise SourceError(
                 f"the source model has no layer {missing[0]!r} to compare with. Tap layers that both models have."
@@ -76,12 +78,13 @@ class SourceModelRunner:
         hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in taps.items()]
         self.model.eval()
         try:
-            outputs = run(self.model)
+            with self._watch:
+                outputs = run(self.model)
         finally:
             for hook in hooks:
                 hook.remove()
         of_head = caught.pop("", None)
-        return View(outputs if self._head is None else of_head, caught)
+        return View(outputs if self._head is None else of_head, caught, padding=self._watch.padding)
 
 
 def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module:

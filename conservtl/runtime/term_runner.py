@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SpecError
+from conservtl.functions import logits_of
+from conservtl.padding import find_padding, padding_of_outputs
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View
 from conservtl.runtime.source_model import SourceModelRunner
 from conservtl.runtime.taps import Taps
+from conservtl.runtime.task_loss import read_task_loss
 
 __all__ = ["TermRunner"]
 
@@ -66,20 +70,29 @@ class TermRunner:
         if self._taps is not None:
             self._taps.remove()
 
-    def source_view(self, run: Callable[[nn.Module], Any], device: Any) -> View | None:
+    def source_view(self, run: Callable[[nn.Module], Any], device: Any, batch: Any = None) -> View | None:
         """Return the source model's view of a batch; None if no term needs it.
 
         Args:
             run: model -> outputs for the batch.
             device: device of the batch.
+            batch: the batch; says what is padding where the model's arguments do not.
         """
         if self.source_model is None or not self.needs_source:
             return None
         self.source_model.move(device)
-        return self.source_model.view(run)
+        view = self.source_model.view(run)
+        if view.padding is None and isinstance(batch, Mapping):
+            return replace(view, padding=find_padding(batch))
+        return view
 
     def objective(
-        self, loss: Tensor, outputs: Any, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]
+        self,
+        loss: Tensor,
+        outputs: Any,
+        source: View | None,
+        measured: Mapping[str, Mapping[str, Tensor]],
+        batch: Any = None,
     ) -> Tensor:
         """Return the loss with all terms.
 
@@ -88,16 +101,22 @@ class TermRunner:
             outputs: outputs of the adapted model in the forward pass just made.
             source: the source model's view of the same inputs; None if no term needs it.
             measured: measurements by name.
+            batch: the batch; its labels say which positions do not count where the loss does not.
         """
         if not loss.requires_grad:
             return loss
         self._added = True
         features, entering = self._taps.take() if self._taps is not None else ({}, {})
+        # Read before the source's head replaces the outputs: they belong to the task's.
+        compares = any(term.heads for term in self.terms)
+        task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
+        output_padding = padding_of_outputs(outputs)
         if self._head is not None and self.source_model is not None:
             entered = entering[self._head]
             self.source_model.move(entered.device)
             outputs = self.source_model.head(entered)
-        view = View(outputs, features, entering)
+        padding = None if source is None else source.padding
+        view = View(outputs, features, entering, task, padding, output_padding)
         total = loss
         for term in self.terms:
             total = total * term.task

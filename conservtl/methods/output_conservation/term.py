@@ -1,0 +1,110 @@
+"""The term of ``OutputConservation``: its form, its class axis and the positions that count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from conservtl.bounds import NonNegative, Positive
+from conservtl.errors import SpecError
+from conservtl.functions import logits_of
+from conservtl.methods.output_conservation.divergence import cross_entropy_to_source, kl_to_source, squared_to_source
+from conservtl.plan.term import OutputForm, Term, View
+
+__all__ = ["OutputConservationTerm"]
+
+_SAY = "Say which: OutputConservation(form='softmax'), 'sigmoid' or 'squared'."
+
+
+class OutputConservationTerm(Term):
+    """Cross-entropy, KL divergence or squared distance to the source's outputs."""
+
+    kind: Literal["outputs"] = "outputs"
+    weight: NonNegative
+    """Factor, beside the squared temperature."""
+    temperature: Positive = 1.0
+    """Divides the logits of both models."""
+    divergence: Literal["cross_entropy", "kl"] = "kl"
+    """The two differ by the entropy of the source's outputs, which has no gradient."""
+    form: OutputForm | None = None
+    """What the outputs are; None: what the task's loss takes them as."""
+    class_axis: int | None = None
+    """Axis of the classes; None: by the layout."""
+    padding: Literal["leave_out", "count"] = "leave_out"
+    """count: padding is compared too."""
+
+    heads: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """One line for the plan's table."""
+        task = f"{self.task:g} × task + " if self.task < 1 else ""
+        if self.form == "squared":
+            return f"{task}{self.weight:g} × squared distance to the source's outputs"
+        name = "KL divergence" if self.divergence == "kl" else "cross-entropy"
+        of = "" if self.form is None else f" of each {'label' if self.form == 'sigmoid' else 'class'}"
+        return f"{task}{self.weight:g} × {name}{of} to the source's outputs at temperature {self.temperature:g}"
+
+    def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
+        """Return the term.
+
+        Raises:
+            SpecError: the shapes differ, or form or class axis do not follow from the task's loss and the layout.
+        """
+        logits, target = logits_of(adapted.outputs), logits_of(source.outputs if source is not None else None)
+        if logits.shape != target.shape:
+            raise SpecError(
+                f"{self.by}: the adapted model gives outputs of shape {tuple(logits.shape)}, the source "
+                f"{tuple(target.shape)}. They must be of the same classes, in the same order; declare a head for other "
+                "labels: fresh=['head']."
+            )
+        form = self._form(adapted)
+        axis = self._axis(adapted, logits, form)
+        mask = adapted.counted(logits, axis, padding=self.padding == "leave_out")
+        if form == "squared":
+            return self.weight * squared_to_source(logits, target, mask, axis=axis)
+        function = kl_to_source if self.divergence == "kl" else cross_entropy_to_source
+        return self.weight * function(logits, target, self.temperature, mask, axis=axis, sigmoid=form == "sigmoid")
+
+    def _form(self, adapted: View) -> OutputForm:
+        """Return the form: as said, or as the task's loss takes the outputs; softmax for outputs without a loss."""
+        if self.form is not None:
+            return self.form
+        if adapted.task is None:
+            return "softmax"
+        if adapted.task.form is None:
+            raise SpecError(f"{self.by}: outputs must be compared as the loss takes them; {adapted.task.why}. {_SAY}")
+        return adapted.task.form
+
+    def _axis(self, adapted: View, logits: Tensor, form: OutputForm) -> int | None:
+        """Return the class axis, at least 1; None if every element is an output of its own."""
+        shape = tuple(logits.shape)
+        if self.class_axis is not None:
+            if not 1 - logits.ndim <= self.class_axis < logits.ndim or self.class_axis == 0:
+                raise SpecError(
+                    f"{self.by}: class_axis must be an axis of the outputs behind that of the examples; received "
+                    f"{self.class_axis} for outputs of shape {shape}."
+                )
+            axis: int | None = self.class_axis % logits.ndim
+        elif adapted.task is not None and adapted.task.axis is not None and adapted.task.axis < logits.ndim:
+            axis = adapted.task.axis
+        else:
+            axis = {2: 1, 3: 2, 4: 1, 5: 1}.get(logits.ndim)
+        if form != "softmax":
+            if not logits.ndim:
+                raise SpecError(f"{self.by}: outputs must have one row for each example; received a scalar.")
+            said = self.class_axis is not None or logits.ndim > 2
+            return axis if said or not adapted.has_positions(logits.shape[-1]) else None
+        if axis is None:
+            raise SpecError(
+                f"{self.by}: outputs must be (N, classes), (N, frames, classes) or (N, classes, ...) with two or three "
+                f"further axes; received shape {shape}. Say class_axis, or form='sigmoid' or 'squared'."
+            )
+        if shape[axis] < 2:
+            raise SpecError(
+                f"{self.by}: form 'softmax' needs two classes or more, because the softmax of one logit is always 1; "
+                f"received outputs of shape {shape} with the classes on axis {axis}. Say form='sigmoid' for one logit, "
+                "form='squared' for a number, or class_axis."
+            )
+        return axis
