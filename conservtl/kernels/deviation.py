@@ -1,4 +1,4 @@
-"""Moving weights toward the source by an amount: what projections, proximal steps and selective decay share."""
+"""Deviations w - w0 from the source, their norms, and moves toward it: shared by updates that limit the deviation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from conservtl.plan.update import Moving
 __all__ = ["TINY", "By", "Norm", "deviations", "move_toward", "norms", "placed", "runs", "together", "totals"]
 
 TINY = torch.finfo(torch.float32).tiny
-"""Stands in for a norm of zero in a denominator."""
+"""Least norm in a denominator."""
 
 By = Literal["tensor", "row"]
 Norm = Literal["frobenius", "mars"]
 
 
 def runs(moving: Sequence[Moving]) -> Iterator[Sequence[Moving]]:
-    """Parameters that go through memory together, so that w - w0 is never held for the whole model at once."""
+    """Yield parameters in runs of limited size, so that w - w0 is never in memory for the whole model at once."""
     run: list[Moving] = []
     size = 0
     for item in moving:
@@ -38,45 +38,46 @@ def runs(moving: Sequence[Moving]) -> Iterator[Sequence[Moving]]:
 
 
 def deviations(moving: Sequence[Moving]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights w, anchors w0 in their type, and w - w0; this process's parts of them where they are sharded."""
+    """Return weights w, anchors w0 in the weights' type, and w - w0; of sharded parameters this process's parts."""
     weights = [local(item.parameter) for item in moving]
     anchors = [placed(local(item.anchor), weight) for item, weight in zip(moving, weights, strict=True)]
     return weights, anchors, list(foreach_sub(weights, anchors)) if weights else []
 
 
 def placed(anchor: Tensor, parameter: Tensor) -> Tensor:
-    """An anchor as its parameter is, where it is held in half precision or on the CPU."""
+    """Return an anchor on its parameter's device and in its type."""
     return anchor.to(parameter.device, parameter.dtype, non_blocking=True)
 
 
 def norms(
     tensors: Sequence[Tensor], by: By = "tensor", norm: Norm = "frobenius", *, of: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """Norms of tensors, or of their rows; a row is what belongs to one index of the first dimension.
+    """Return norms of tensors, or of their rows. A row is a slice at one index of the first dimension.
 
     Args:
         tensors: of any shapes.
         by: tensor: one norm each, of shape (). row: one for each row, of shape (rows, 1, ..., 1).
-        norm: frobenius: the root of the sum of squares. mars: the largest sum of absolute values of a row, which for
-            one row is that sum.
-        of: the parameters that the tensors are this process's parts of, where they may be sharded: norms are then
-            those of the whole.
+        norm: frobenius: root of the sum of squares. mars: largest sum of absolute values of a row; for a single row
+            that sum.
+        of: the parameters of which the tensors are this process's parts, if they may be sharded. Norms are then those
+            of the whole parameters.
     """
     if not tensors:
         return []
     if by == "tensor" and norm == "frobenius":
-        found = list(foreach_norm(list(tensors)))
+        sizes = list(foreach_norm(list(tensors)))
         if any(map(sharded, of)):
-            return list(totals([size.square() for size in found], of).sqrt())
-        return found
-    rows = [_of_rows(tensor, norm) if tensor.ndim > 1 else tensor.abs() for tensor in tensors]
+            return list(totals([size.square() for size in sizes], of).sqrt())
+        return sizes
+    rows = [_row_norms(tensor, norm) if tensor.ndim > 1 else tensor.abs() for tensor in tensors]
     if by == "row":
         return rows
-    found = [each.max() if each.numel() else each.new_zeros(()) for each in rows]  # a process may hold no row
-    return list(over_parts(together(found), of, largest=True)) if any(map(sharded, of)) else found
+    largest = [each.max() if each.numel() else each.new_zeros(()) for each in rows]  # a process may hold no row
+    return list(over_parts(together(largest), of, largest=True)) if any(map(sharded, of)) else largest
 
 
-def _of_rows(tensor: Tensor, norm: Norm) -> Tensor:
+def _row_norms(tensor: Tensor, norm: Norm) -> Tensor:
+    """Return the norm of each row, of shape (rows, 1, ..., 1)."""
     dims = tuple(range(1, tensor.ndim))
     if norm == "frobenius":
         sizes: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
@@ -85,17 +86,17 @@ def _of_rows(tensor: Tensor, norm: Norm) -> Tensor:
 
 
 def totals(scalars: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
-    """Sums over whole parameters, (parameters,), from those over this process's parts, on the device of the first.
+    """Return sums over whole parameters, (parameters,), given those over this process's parts.
 
     Args:
-        scalars: one a parameter.
+        scalars: a sum for each parameter; the result is on the device of the first.
         of: the parameters.
     """
     return over_parts(together(scalars), of)
 
 
 def together(scalars: Sequence[Tensor]) -> Tensor:
-    """Scalars as one vector, on the device of the first."""
+    """Return scalars as a vector on the device of the first."""
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 
@@ -104,8 +105,8 @@ def move_toward(weights: Sequence[Tensor], anchors: Sequence[Tensor], amounts: S
 
     Args:
         weights: changed in place.
-        anchors: where to, of their shapes.
-        amounts: in [0, 1], of shapes that broadcast to the weights'.
+        anchors: w0, of the weights' shapes.
+        amounts: in [0, 1], of shapes that broadcast to the weights' shapes.
     """
     if weights:
         foreach_lerp_(list(weights), list(anchors), list(amounts))

@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part (FSDP2): the part, the whole, and numbers over all parts."""
+"""Sharded parameters (FSDP2): this process's part, the whole tensor, and reductions over all parts."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ __all__ = ["by_rows", "local", "over_parts", "place_like", "sharded", "whole"]
 
 
 def sharded(tensor: Any) -> bool:
-    """Whether each process holds a part of the tensor only."""
+    """Whether each process holds only a part of the tensor."""
     return hasattr(tensor, "placements")
 
 
 def local(tensor: Any) -> Any:
-    """This process's part of a sharded tensor, on the same memory; any other as it is."""
+    """Return this process's part of a sharded tensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Any) -> Tensor:
-    """The tensor itself, gathered from all processes where it is sharded, which all of them then must call."""
+    """Return the whole tensor. If it is sharded, all processes call this together."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 def by_rows(tensor: Any) -> bool:
-    """Whether a sharded tensor is cut along its first dimension and no other, so that each row lies in one process."""
+    """Whether a sharded tensor is cut along its first dimension only, so that each row is in one process."""
     return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
 
 
 def over_parts(values: Tensor, parameters: Sequence[Any], *, largest: bool = False) -> Tensor:
-    """Sums over all parts of a parameter, from the sum over this process's part; all processes call it together.
+    """Return sums over all parts of each parameter, given those over this process's part; all processes call it.
 
     Args:
-        values: one number a parameter, (parameters,), found on this process's parts.
-        parameters: what they were found on; the number of one that is not sharded stays as it is.
-        largest: the largest instead of the sum.
+        values: one number for each parameter, (parameters,), computed on this process's parts.
+        parameters: the parameters; the number of one that is not sharded stays as it is.
+        largest: whether to return maxima instead of sums.
     """
     alike: dict[Any, list[int]] = {}
     for at, parameter in enumerate(parameters):
@@ -55,16 +55,16 @@ def over_parts(values: Tensor, parameters: Sequence[Any], *, largest: bool = Fal
 
 
 def place_like(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on the parameter's device, laid out and sharded as it is; every process has the whole, so none sends.
+    """Return a tensor with a parameter's device, memory format and sharding. Nothing is sent between processes.
 
     Args:
-        tensor: whole, on any device.
-        parameter: what to be like.
-        dtype: other than the parameter's.
+        tensor: the whole tensor, which every process has, on any device.
+        parameter: the parameter.
+        dtype: type of the result; None: the parameter's.
     """
     tensor = tensor.to(parameter.device, dtype or parameter.dtype)
     if not sharded(parameter):
-        if tensor.stride() != parameter.stride():  # a kernel for many tensors takes only what is laid out alike
+        if tensor.stride() != parameter.stride():  # a kernel for many tensors requires equal strides
             return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
         return tensor
     from torch.distributed.tensor import distribute_tensor

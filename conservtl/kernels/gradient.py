@@ -1,4 +1,4 @@
-"""The generic kernel of a penalty: its ``gradient``, a run of parameters at a time."""
+"""The generic kernel of a penalty, which calls its ``gradient`` on runs of parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class GradientKernel:
             weight.sub_(step if skip is None else torch.where(_on(skip, weight) == 0, step, 0))
 
     def _gradients(self) -> Iterator[tuple[Moving, Tensor]]:
-        """Each parameter with a copy of its gradient; those of a run are computed before the first is given."""
+        """Yield each parameter with a copy of its gradient; the gradients of a run are computed before the first."""
         for run in self._runs:
             handed = [as_handed(item) for item in run]
             gradients = self._penalty.gradient(handed)
@@ -65,11 +65,12 @@ class GradientKernel:
 
 
 def as_handed(item: Moving) -> Moving:
-    """Return plain tensors on one device: this process's parts, and the anchor in the parameter's type."""
+    """Return a parameter as ``value`` and ``gradient`` receive it: plain tensors on one device, in one type."""
     parameter = local(item.parameter).detach()
     anchor = None if item.anchor is None else placed(local(item.anchor), parameter)
     return Moving(item.row, parameter, anchor, item.group, {name: local(t) for name, t in item.measured.items()})
 
 
 def _on(scalar: Tensor, like: Tensor) -> Tensor:
+    """Return a scalar in a tensor's type and on its device."""
     return scalar.to(like.device, like.dtype, non_blocking=scalar.device.type == "cpu").reshape(())

@@ -1,4 +1,4 @@
-"""The pull toward the source, on gradients or on weights, in as few passes over memory as it takes."""
+"""The quadratic pull toward the source, on gradients or on weights, in as few passes over memory as possible."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from conservtl.kernels.dtensor import local
 __all__ = ["Pull", "Pulled", "chunk", "dense_gradient", "gather"]
 
 _CHUNK = {"cpu": 1 << 18}
-"""Elements that go through one buffer together, by device: what is subtracted stays in the cache until it is added."""
-_CHUNK_ELSEWHERE = 1 << 22  # a launch costs more than a call, and the cache is larger
+"""Device -> elements that share one buffer: the difference stays in the cache until it is added."""
+_CHUNK_ELSEWHERE = 1 << 22  # a kernel launch costs more than a call, and the cache is larger
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """One parameter, what it is pulled to and how hard.
+    """One parameter with the target and the strength of its pull.
 
     Args:
         parameter: the trained tensor.
-        anchor: where it is pulled to, of its shape; it may be of another type or on the CPU, and is then
-            widened or sent at each step. None is zero.
+        anchor: the target, of the parameter's shape. One of another type or on the CPU is converted or sent at each
+            step. None: zero.
         strength: alpha, or beta for a pull to zero.
-        group: of the optimizer, its ``lr`` is the decoupled pull's rate; None for the coupled one.
-        importance: weighs each element, of the parameter's shape; None: all alike.
+        group: group of the optimizer, whose ``lr`` is the rate of a decoupled pull; None for a coupled one.
+        importance: weight of each element, of the parameter's shape; None: 1.
     """
 
     parameter: Tensor
@@ -49,54 +49,58 @@ class Pulled:
 
 
 def gather(pulled: Iterable[Pulled]) -> list[Pull]:
-    """Put together what can be pulled together, ready for as many steps as its tensors stay where they are."""
+    """Return pulls for parameters, one for all that can be pulled together; valid until a tensor is moved or replaced.
+
+    Args:
+        pulled: parameters with their targets.
+    """
     alike: dict[Any, list[Pulled]] = {}
     for item in pulled:
         kind = (item.anchor is None, item.importance is None, item.parameter.device, item.parameter.dtype)
         alike.setdefault((item.strength, id(item.group), *kind), []).append(item)
-    rooms: dict[Any, Tensor] = {}
-    return [Pull(items, rooms) for items in alike.values()]
+    buffers: dict[Any, Tensor] = {}
+    return [Pull(items, buffers) for items in alike.values()]
 
 
 class Pull:
-    """Parameters that are pulled alike: same strength, group, device, type, kind of anchor and of weighing.
+    """Parameters that are pulled together: same strength, group, device, type, kind of anchor and of importance.
 
-    On the CPU one tensor after the other goes through a small buffer that stays in cache, large ones stretch by
-    stretch; that is as fast as flattening many small tensors into one, and nobody's memory is rearranged. Elsewhere
-    many tensors share a launch.
+    On the CPU, one tensor after the other goes through a small buffer that stays in the cache; large tensors go
+    through it slice by slice. That is as fast as flattening many small tensors into one, and leaves the caller's
+    memory as it is. Elsewhere many tensors share a kernel launch.
 
     Args:
         items: at least one.
-        rooms: buffers shared by all pulls, by type; filled as needed.
+        buffers: type -> buffer, shared by all pulls; filled as needed.
     """
 
-    def __init__(self, items: Sequence[Pulled], rooms: dict[Any, Tensor]) -> None:
+    def __init__(self, items: Sequence[Pulled], buffers: dict[Any, Tensor]) -> None:
         self._strength, self._group = items[0].strength, items[0].group
         weight = items[0].parameter
-        room = None
+        buffer = None
         if weight.device.type in _CHUNK and items[0].anchor is not None:
-            if weight.dtype not in rooms:
-                rooms[weight.dtype] = torch.empty(chunk(weight), dtype=weight.dtype)
-            room = rooms[weight.dtype]
+            if weight.dtype not in buffers:
+                buffers[weight.dtype] = torch.empty(chunk(weight), dtype=weight.dtype)
+            buffer = buffers[weight.dtype]
         whole = _Part(items, None, None)
-        at_once = self._group is not None and items[0].importance is None and whole.ready  # needs no room at all
-        self._parts = [whole] if at_once else list(_cut(items, room))
+        unbuffered = self._group is not None and items[0].importance is None and whole.ready
+        self._parts = [whole] if unbuffered else list(_cut(items, buffer))
 
     @torch.no_grad()
     def add_gradients(self, factor: float = 1.0, scale: Tensor | None = None) -> None:
         """Add factor × scale × strength × (w - anchor) to each gradient, as the penalty in the loss would have.
 
-        A parameter without a gradient gets one. The difference is formed first and scaled while it is
-        added: alpha w - alpha w0 in two additions would cancel (relative error 1.7e-5 against 2e-8).
+        A parameter without a gradient gets one. The difference is computed first and scaled while it is added: alpha w
+        and -alpha w0 in two additions would cancel (relative error 1.7e-5 instead of 2e-8).
 
         Args:
             factor: of the annealing, negative if the optimizer maximises.
-            scale: the factor the gradients carry, if a fused optimizer will divide it out; scalar tensor.
+            scale: factor that the gradients carry and a fused optimizer divides out; scalar tensor. None: 1.
         """
         strength = factor * self._strength
         if not strength:
             return
-        carried = None if scale is None else _sent(scale.reshape(()), self._parts[0].weights[0])
+        carried = None if scale is None else _converted(scale.reshape(()), self._parts[0].weights[0])
         for part in self._parts:
             gradients = part.gradients()
             differences = part.differences()
@@ -113,8 +117,8 @@ class Pull:
 
         Args:
             factor: of the annealing.
-            skip: scalar tensor, non-zero where the step will be skipped (a scaler's ``found_inf``); read
-                on the device, so that nothing waits for it.
+            skip: scalar tensor, non-zero if the step will be skipped (a scaler's ``found_inf``); read on the device.
+                None: the step will not be skipped.
         """
         strength = factor * self._strength
         if self._group is None or not strength:
@@ -124,7 +128,7 @@ class Pull:
         if skip is not None:
             amount = amount * (1 - skip.to(weight.device).clamp(max=1))
         if isinstance(amount, Tensor):
-            amount = _sent(amount.reshape(()), weight)
+            amount = _converted(amount.reshape(()), weight)
         for part in self._parts:
             if part.anchors is None:
                 foreach_mul_(part.weights, 1 - amount)
@@ -138,64 +142,65 @@ class Pull:
 
 
 class _Part:
-    """Tensors that are gone through together, or a stretch of a large one.
+    """Tensors that share the buffer, or a slice of a large one.
 
     Args:
         items: the parameters.
-        stretch: elements of the only item, in the order of memory; None: all of each.
-        room: where anchors are widened and differences formed; None: in memory of their own.
+        elements: elements of the only item, in the order of memory; None: all elements of each item.
+        buffer: memory for converted anchors and for differences; None: memory is allocated.
     """
 
-    def __init__(self, items: Sequence[Pulled], stretch: slice | None, room: Tensor | None) -> None:
+    def __init__(self, items: Sequence[Pulled], elements: slice | None, buffer: Tensor | None) -> None:
         self._owners = [item.parameter for item in items]
-        self._stretch = stretch
+        self._elements = elements
         self._order = _order(local(self._owners[0]))
-        self._plain = stretch is None and not any(hasattr(owner, "to_local") for owner in self._owners)
-        self.weights = [self._of(item.parameter.detach()) for item in items]
-        self.anchors = [self._of(item.anchor) for item in items if item.anchor is not None] or None
-        self.importances = [self._of(item.importance) for item in items if item.importance is not None] or None
-        self.ready = all(item.anchor is None or _like(item.anchor, item.parameter) for item in items)
+        self._plain = elements is None and not any(hasattr(owner, "to_local") for owner in self._owners)
+        self.weights = [self._view(item.parameter.detach()) for item in items]
+        self.anchors = [self._view(item.anchor) for item in items if item.anchor is not None] or None
+        self.importances = [self._view(item.importance) for item in items if item.importance is not None] or None
+        self.ready = all(item.anchor is None or _alike(item.anchor, item.parameter) for item in items)
         sizes = [weight.numel() for weight in self.weights]
-        self._rooms = None
-        if room is not None:
-            rooms = torch.split(room[: sum(sizes)], sizes)
-            self._rooms = [_laid_out(one, weight) for one, weight in zip(rooms, self.weights, strict=True)]
+        self._buffers = None
+        if buffer is not None:
+            pieces = torch.split(buffer[: sum(sizes)], sizes)
+            self._buffers = [_laid_out(piece, weight) for piece, weight in zip(pieces, self.weights, strict=True)]
 
     def gradients(self) -> list[Tensor]:
-        """Dense gradients, made where there are none."""
-        found = []
+        """Return dense gradients, zero if there were none."""
+        gradients = []
         for owner in self._owners:
             gradient = dense_gradient(owner)
-            if self._stretch is not None and not _flat(gradient, self._order):
+            if self._elements is not None and not _flat(gradient, self._order):
                 gradient = owner.grad = torch.empty_like(owner).copy_(gradient)
-            found.append(gradient)
-        return found if self._plain else [self._of(gradient) for gradient in found]
+            gradients.append(gradient)
+        return gradients if self._plain else [self._view(gradient) for gradient in gradients]
 
     def differences(self) -> list[Tensor]:
-        """W - anchor."""
+        """Return w - anchor."""
         if self.anchors is None:
             return self.weights
-        if self._rooms is None:
+        if self._buffers is None:
             return list(foreach_sub(self.weights, self.placed()))
-        for weight, anchor, room in zip(self.weights, self.placed(), self._rooms, strict=True):
-            torch.sub(weight, anchor, out=room)
-        return self._rooms
+        for weight, anchor, buffer in zip(self.weights, self.placed(), self._buffers, strict=True):
+            torch.sub(weight, anchor, out=buffer)
+        return self._buffers
 
     def placed(self) -> list[Tensor]:
-        """Anchors as their parameters are: those held in half precision or on the CPU are made so for the moment."""
+        """Return anchors on the parameters' device and in their type, converted if they are stored otherwise."""
         if self.anchors is None or self.ready:
             return self.anchors or []
-        rooms = self._rooms or [torch.empty_like(weight) for weight in self.weights]
-        foreach_copy_(rooms, self.anchors, non_blocking=True)
-        return rooms
+        buffers = self._buffers or [torch.empty_like(weight) for weight in self.weights]
+        foreach_copy_(buffers, self.anchors, non_blocking=True)
+        return buffers
 
-    def _of(self, tensor: Any) -> Tensor:
-        found: Tensor = local(tensor)
-        return found if self._stretch is None else found.permute(self._order).view(-1)[self._stretch]
+    def _view(self, tensor: Any) -> Tensor:
+        """Return this process's part of a tensor, or the slice of it."""
+        part: Tensor = local(tensor)
+        return part if self._elements is None else part.permute(self._order).view(-1)[self._elements]
 
 
-def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
-    """Runs of small tensors that fit into a chunk together; large ones in stretches of a chunk each."""
+def _cut(items: Sequence[Pulled], buffer: Tensor | None) -> Iterator[_Part]:
+    """Yield runs of small tensors that fit into a chunk together, and chunks of large tensors."""
     run: list[Pulled] = []
     size = 0
     for item in items:
@@ -204,17 +209,17 @@ def _cut(items: Sequence[Pulled], room: Tensor | None) -> Iterator[_Part]:
         if count > most:
             order = _order(weight)
             if all(t is None or _flat(local(t), order) for t in (weight, item.anchor, item.importance)):
-                yield from (_Part([item], slice(at, at + most), room) for at in range(0, count, most))
+                yield from (_Part([item], slice(at, at + most), buffer) for at in range(0, count, most))
             else:
                 yield _Part([item], None, None)
             continue
         if run and size + count > most:
-            yield _Part(run, None, room)
+            yield _Part(run, None, buffer)
             run, size = [], 0
         run.append(item)
         size += count
     if run:
-        yield _Part(run, None, room)
+        yield _Part(run, None, buffer)
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -227,31 +232,32 @@ def dense_gradient(parameter: Tensor) -> Tensor:
 
 
 def chunk(tensor: Tensor) -> int:
-    """Elements that go through memory together on the tensor's device."""
+    """Return the number of elements that share a buffer on the tensor's device."""
     return _CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE)
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """Dimensions from the largest stride to the smallest."""
+    """Return the dimensions from the largest stride to the smallest."""
     return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
 
 
 def _flat(tensor: Any, order: Sequence[int]) -> bool:
-    """Whether a tensor lies in memory without gaps, its dimensions in this order."""
+    """Whether a tensor is dense in memory, with its dimensions in this order."""
     return bool(local(tensor).permute(order).is_contiguous())
 
 
-def _laid_out(room: Tensor, like: Tensor) -> Tensor:
-    """A stretch of memory in a tensor's shape, with its order of dimensions in memory, so that loops over both fuse."""
+def _laid_out(buffer: Tensor, like: Tensor) -> Tensor:
+    """Return a buffer in a tensor's shape and with its order of dimensions in memory, so that loops over both fuse."""
     order = _order(like)
     back = sorted(range(like.ndim), key=order.__getitem__)
-    return room.view([like.shape[dim] for dim in order]).permute(back)
+    return buffer.view([like.shape[dim] for dim in order]).permute(back)
 
 
-def _like(tensor: Any, other: Any) -> bool:
+def _alike(tensor: Any, other: Any) -> bool:
+    """Whether two tensors have the same type and device."""
     return bool(tensor.dtype == other.dtype and tensor.device == other.device)
 
 
-def _sent(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in another's type and on its device; where it comes from the CPU, nothing waits for it."""
+def _converted(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in another's type and on its device; a copy from the CPU does not block."""
     return tensor.to(like.device, like.dtype, non_blocking=tensor.device.type == "cpu")

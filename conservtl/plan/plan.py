@@ -152,18 +152,26 @@ class Plan(FrozenModel):
     def _rows_by_name(self) -> dict[str, Row]:
         return {row.name: row for row in self.rows}
 
-    @property
-    def covered(self) -> Mapping[str, str]:
-        """Parameter that a penalty covers -> the penalty's strategy; the optimizer's weight decay is 0 on these."""
-        return self._covered
+    def penalties_on(self, name: str) -> tuple[Penalty, ...]:
+        """Return the penalties that act on a parameter."""
+        return self._penalties_by_name.get(name, ())
 
     @cached_property
-    def _covered(self) -> dict[str, str]:
-        return {name: penalty.by for penalty in reversed(self.penalties) for name in penalty.names}
+    def _penalties_by_name(self) -> dict[str, tuple[Penalty, ...]]:
+        found: dict[str, tuple[Penalty, ...]] = {}
+        for penalty in self.penalties:
+            for name in penalty.names:
+                found[name] = (*found.get(name, ()), penalty)
+        return found
+
+    @property
+    def covered(self) -> dict[str, str]:
+        """Parameter on which penalties act -> the strategy of the first; the optimizer's weight decay is 0 on these."""
+        return {name: penalties[0].by for name, penalties in self._penalties_by_name.items()}
 
     def strength_of(self, name: str, mode: Literal["coupled", "decoupled"]) -> float:
         """Return the largest strength of the penalties of a mode on a parameter; 0 if there is none."""
-        acting = [penalty for penalty in self.penalties if penalty.mode == mode and name in penalty.names]
+        acting = [penalty for penalty in self.penalties_on(name) if penalty.mode == mode]
         return max((penalty.strength_on(self[name]) or 0.0 for penalty in acting), default=0.0)
 
     def select(self, globs: Sequence[str]) -> dict[str, tuple[str, ...]]:

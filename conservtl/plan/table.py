@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from conservtl.plan.penalty import Penalty
     from conservtl.plan.plan import Plan
     from conservtl.plan.row import Row
 
@@ -18,7 +17,6 @@ HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 def lines(plan: Plan) -> list[tuple[str, ...]]:
     """Return a line for each layer, with a cell for each column of ``HEADER``."""
     trained = set(plan.trained)
-    pulls, decays = _penalties(plan, "pull"), _penalties(plan, "decay")
     return [
         (
             layer,
@@ -26,8 +24,8 @@ def lines(plan: Plan) -> list[tuple[str, ...]]:
             _origin(rows),
             _state(plan, rows, trained),
             _span([row for row in rows if row.name in trained], _rate),
-            _span([row for row in rows if row.name in trained], lambda row: _strength(row.pull, pulls.get(row.name))),
-            _span([row for row in rows if row.name in trained], lambda row: _strength(row.decay, decays.get(row.name))),
+            _span([row for row in rows if row.name in trained], lambda row: _strength(plan, row, "pull")),
+            _span([row for row in rows if row.name in trained], lambda row: _strength(plan, row, "decay")),
         )
         for layer, rows in plan.by_layer()
     ]
@@ -112,14 +110,12 @@ def _rate(row: Row) -> str:
     return f"{row.lr:.3g}" if row.lr is not None else f"× {row.scale:.3g}"
 
 
-def _penalties(plan: Plan, column: str) -> dict[str, Penalty]:
-    """Return parameter -> the penalty that takes its strength from a column."""
-    return {name: penalty for penalty in plan.penalties if penalty.column == column for name in penalty.names}
-
-
-def _strength(value: float | None, penalty: Penalty | None) -> str:
+def _strength(plan: Plan, row: Row, column: Literal["pull", "decay"]) -> str:
+    """Return the strength in a column, the measurements that weigh it, and its mode."""
+    value: float | None = getattr(row, column)
     if value is None:
         return ""
+    penalty = next((one for one in plan.penalties_on(row.name) if one.column == column), None)
     cell = " × ".join((f"{value:.3g}", *(penalty.reads if penalty else ())))
     return f"{cell} decoupled" if penalty and penalty.mode == "decoupled" else cell
 

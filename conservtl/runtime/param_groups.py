@@ -1,9 +1,9 @@
-"""From the plan to an optimizer's parameter groups: real rates, every trained parameter in exactly one."""
+"""From the plan to an optimizer's parameter groups: absolute rates, every trained parameter in exactly one group."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,19 +29,19 @@ def build_optimizer(
     scale: float,
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """Make an optimizer whose groups carry the plan's rates, and the phase's factor that is in them.
+    """Return an optimizer whose groups carry the plan's rates, times the phase's factor.
 
     Args:
         cls: an optimizer class that takes groups and dense gradients.
-        plan: rates and coverage.
+        plan: the decisions.
         parameters: parameter name -> tensor, as the model holds them now.
         scale: the current phase's factor on all rates.
         options: keyword arguments for ``cls``.
 
     Raises:
-        SpecError: nothing is trained, the optimizer cannot take groups, weight decay is asked for on
-            parameters that alpha or beta covers, a pulled parameter is in half precision, or a
-            decoupled pull would overshoot.
+        SpecError: nothing is trained, the optimizer cannot take groups, weight decay is asked for on parameters that a
+            penalty covers, a covered parameter is in half precision, a strength has no penalty, or a decoupled penalty
+            would overshoot the source.
     """
     rows = [plan[name] for name in plan.trained]
     if not rows:
@@ -52,39 +52,61 @@ def build_optimizer(
             f"lr=1e-3); received an instance of {type(cls).__name__}."
         )
     name = getattr(cls, "__name__", str(cls))
-    known = inspect.signature(cls).parameters
-    defaults = {key: parameter.default for key, parameter in known.items()} | dict(options)
     _check_class(cls, name, rows)
-    _check_decay(name, plan, {**getattr(cls, "keywords", {}), **options})
-    base = defaults.get("lr", inspect.Parameter.empty)
-    if base is inspect.Parameter.empty or base is None:
-        raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
-    most = max(phase.scale for phase in plan.phases)
+    _check_weight_decay(name, plan, {**getattr(cls, "keywords", {}), **options})
+    base = _base_rate(cls, name, options)
+    largest = max(phase.scale for phase in plan.phases)
     for row in rows:
-        _check_row(plan, row, parameters[row.name], row.rate(float(base)) * most)
+        _check_row(plan, row, parameters[row.name], row.rate(base) * largest)
     acting: tuple[Update | After | Penalty, ...] = (*plan.updates, *plan.after, *plan.penalties)
-    for one in acting:
-        _check_shards(one, parameters)
+    for decision in acting:
+        _check_shards(decision, parameters)
     for update in plan.updates:
-        _check_update(update, parameters)
-    layered = {name for update in plan.updates if update.layered for name in update.names}
-    groups: dict[tuple[float, bool, str | None], list[tuple[str, nn.Parameter]]] = {}
-    for row in rows:
-        bare = row.name in plan.covered or not row.weight_decay
-        key = (row.rate(float(base)) * scale, bare, row.layer if row.name in layered else None)
-        groups.setdefault(key, []).append((row.name, parameters[row.name]))
-    listed = [
-        {"params": members, "lr": lr, "initial_lr": lr, "phase_scale": scale, **({"layer": layer} if layer else {})}
-        for (lr, _, layer), members in groups.items()
-    ]
-    optimizer = cls(listed, **options)
+        _check_precision(update, parameters)
+    groups = _groups(plan, rows, base, scale)
+    optimizer = cls(
+        [
+            {
+                "params": [(name, parameters[name]) for name in names],
+                "lr": lr,
+                "initial_lr": lr,
+                "phase_scale": scale,
+                **({"layer": layer} if layer else {}),
+            }
+            for (lr, _, layer), names in groups.items()
+        ],
+        **options,
+    )
     for group, (_, bare, _) in zip(optimizer.param_groups, groups, strict=True):
-        if bare and "weight_decay" in group:  # its default may stand anywhere, so it is mended where it ends up
+        if bare and "weight_decay" in group:  # set afterwards, because its default may come from anywhere
             group["weight_decay"] = 0.0
     return optimizer
 
 
-def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: list[Row]) -> None:
+def _base_rate(cls: Callable[..., torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> float:
+    """Return the rate that the plan's ratios multiply: given, or the class's default."""
+    known = inspect.signature(cls).parameters
+    base = options.get("lr", known["lr"].default if "lr" in known else inspect.Parameter.empty)
+    if base is inspect.Parameter.empty or base is None:
+        raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
+    return float(base)
+
+
+def _groups(
+    plan: Plan, rows: Sequence[Row], base: float, scale: float
+) -> dict[tuple[float, bool, str | None], list[str]]:
+    """Return (rate, without weight decay, layer) -> parameters; the layer is None unless an update sets its rate."""
+    layered = {name for update in plan.updates if update.layered for name in update.names}
+    covered = plan.covered
+    groups: dict[tuple[float, bool, str | None], list[str]] = {}
+    for row in rows:
+        bare = row.name in covered or not row.weight_decay
+        key = (row.rate(base) * scale, bare, row.layer if row.name in layered else None)
+        groups.setdefault(key, []).append(row.name)
+    return groups
+
+
+def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: Sequence[Row]) -> None:
     kind = getattr(cls, "func", cls)
     if kind is torch.optim.LBFGS:
         raise SpecError(
@@ -101,35 +123,38 @@ def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: lis
             )
 
 
-def _check_decay(name: str, plan: Plan, options: Mapping[str, Any]) -> None:
-    covered = [row for row in plan.trained if row in plan.covered]
+def _check_weight_decay(name: str, plan: Plan, options: Mapping[str, Any]) -> None:
+    covered = [row for row in plan.trained if plan.penalties_on(row)]
     if covered and float(options.get("weight_decay", 0.0)) != 0.0:
-        by = plan.covered[covered[0]]
+        first, by = covered[0], plan.penalties_on(covered[0])[0].by
         raise SpecError(
             f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that "
-            f"{by} already pulls ({covered[0]!r}, …). Leave weight_decay out, or leave {by} out."
+            f"{by} already pulls ({first!r}, …). Leave weight_decay out, or leave {by} out."
         )
 
 
-def _check_shards(one: Update | After | Penalty, parameters: Mapping[str, nn.Parameter]) -> None:
-    if isinstance(one, Penalty):
-        whole, parts = one.sums_over in ("all", "parameters"), one.sums_over == "elements"
+def _check_shards(decision: Update | After | Penalty, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise if a decision acts on sharded parameters and cannot: at all, or as they are cut."""
+    if isinstance(decision, Penalty):
+        refused, by_elements = decision.sums_over in ("all", "parameters"), decision.sums_over == "elements"
     else:
-        whole, parts = not type(one).shards, False
-    for name in getattr(one, "names", ()):
-        if sharded(parameters[name]) and whole:
+        refused, by_elements = not type(decision).shards, False
+    for name in getattr(decision, "names", ()):
+        if not sharded(parameters[name]):
+            continue
+        if refused:
             raise SpecError(
-                f"{one.by} acts on whole tensors, but {name!r} is sharded over processes. Train with DDP instead of "
-                f"FSDP, or leave {one.by} out."
+                f"{decision.by} acts on whole tensors, but {name!r} is sharded over processes. Train with DDP instead "
+                f"of FSDP, or leave {decision.by} out."
             )
-        if sharded(parameters[name]) and not parts and not by_rows(parameters[name]):
+        if not by_elements and not by_rows(parameters[name]):
             raise SpecError(
-                f"{one.by} takes parameters that are sharded along their first dimension, but {name!r} is cut "
-                f"otherwise: {parameters[name].placements}. Shard it by rows, or leave {one.by} out."  # type: ignore[attr-defined]
+                f"{decision.by} takes parameters that are sharded along their first dimension, but {name!r} is cut "
+                f"otherwise: {parameters[name].placements}. Shard it by rows, or leave {decision.by} out."  # type: ignore[attr-defined]
             )
 
 
-def _check_update(update: Update, parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_precision(update: Update, parameters: Mapping[str, nn.Parameter]) -> None:
     for name in update.names:
         if parameters[name].dtype in _HALF:
             raise SpecError(
@@ -139,15 +164,16 @@ def _check_update(update: Update, parameters: Mapping[str, nn.Parameter]) -> Non
 
 
 def _check_row(plan: Plan, row: Row, parameter: nn.Parameter, rate: float) -> None:
+    """Raise unless the penalties on a parameter can be carried out at its largest rate."""
+    penalties = plan.penalties_on(row.name)
     for column in ("pull", "decay"):
-        if getattr(row, column) is not None and not any(
-            one.column == column and row.name in one.names for one in plan.penalties
-        ):
+        strength = getattr(row, column)
+        if strength is not None and all(penalty.column != column for penalty in penalties):
             raise SpecError(
-                f"{row.chosen[column].by} gives {row.name!r} a {column} of {getattr(row, column):g}, but no penalty "
-                f"of the plan acts on it. Add one whose column is {column!r} with plan.with_penalty(...)."
+                f"{row.chosen[column].by} gives {row.name!r} a {column} of {strength:g}, but no penalty of the plan "
+                f"acts on it. Add one whose column is {column!r} with plan.with_penalty(...)."
             )
-    if row.name not in plan.covered:
+    if not penalties:
         return
     if parameter.dtype in _HALF:
         raise SpecError(

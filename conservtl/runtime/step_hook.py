@@ -1,4 +1,4 @@
-"""The pull and the updates around an optimizer's step: where they act, and that they act exactly once."""
+"""The hook around an optimizer's step, in which penalties and updates act exactly once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ __all__ = ["StepHook"]
 
 
 class StepHook:
-    """Runs before and after each step of one optimizer.
+    """Penalties and updates before and after each step of one optimizer.
 
-    The coupled pull is added to gradients that are unscaled and synchronised: the scaler has done
-    both before it steps an ordinary optimizer; a fused one divides the scale out inside its step, and
-    says so in ``grad_scale``, by which the pull is then multiplied. With a closure the pull follows
-    the closure's backward. The decoupled pull moves the weights at the same moment, unless the step
-    is about to be skipped (``found_inf``). Then the plan's updates act, before and after the step.
+    Coupled penalties are added to complete, synchronised gradients. A scaler unscales them before it steps an ordinary
+    optimizer. A fused optimizer divides the scale out inside its step and holds it in ``grad_scale``, by which the
+    penalties' gradients are then multiplied. With a closure, all this follows the closure's backward. Decoupled
+    penalties move the weights at the same time, unless the step will be skipped (``found_inf``).
 
     Args:
-        optimizer: made by ``build_optimizer``: its groups carry ``param_names``.
+        optimizer: from ``build_optimizer``; its groups carry ``param_names``.
         context: the state of the adaptation, read before every step.
         penalties: False leaves the penalties to the caller's loss.
     """
@@ -37,12 +36,12 @@ class StepHook:
         self._context = context
         self._penalties = PenaltyRunner(self.index, context) if penalties else None
         self._scaler: GradScaler | None = None
-        self._added: tuple[Any, ...] | None = None  # what the gradients were when the pull was added
+        self._added: tuple[Any, ...] | None = None  # the gradients to which penalties were added
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
     def add(self, scaler: GradScaler | None = None) -> None:
-        """Add the coupled pull now; the step then adds nothing. A second call before it does nothing."""
+        """Add the coupled penalties now, so that the step adds nothing. A second call before the step does nothing."""
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self._scaler is not None:
             self._unscale(self._scaler)
@@ -50,14 +49,14 @@ class StepHook:
         token = self._token()
         if self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True)):
             self._couple(None)
-            self._added = self._token()  # gradients that were None have been made meanwhile
+            self._added = self._token()  # gradients that were None exist now
 
     def prepare(self, *, training: bool) -> None:
-        """Before a forward pass of the model."""
+        """Let updates act before a forward pass of the model."""
         self._context.updates.prepare(self.index.moving, training=training)
 
     def drop_frozen(self) -> None:
-        """Forget gradients of parameters that this phase does not train."""
+        """Drop the gradients of parameters that this phase does not train."""
         frozen = self._context.frozen
         if not frozen:
             return
@@ -73,12 +72,12 @@ class StepHook:
             self._act()
             return None
 
-        def followed() -> Any:
+        def closure_then_act() -> Any:
             loss = closure()
             self._act()
             return loss
 
-        return (args[0], followed, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+        return (args[0], closure_then_act, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _act(self) -> None:
         self.drop_frozen()
@@ -86,9 +85,11 @@ class StepHook:
             self._context.check_terms()
         added, self._added = self._added, None
         skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
-        if added is None or added[0] is not self._state():  # none yet, or in a step that the scaler skipped
+        if added is None or added[0] is not self._state():  # not yet, or in a step that the scaler skipped
             self._couple(scale)
-        self._context.updates.act("before", self.index.moving, skip, scale)  # first: it may set a rate
+        self._context.updates.act(
+            "before", self.index.moving, skip, scale
+        )  # before the decoupled penalties: it may set their rate
         if self._penalties is not None:
             self._penalties.move_weights(skip)
 
@@ -97,7 +98,7 @@ class StepHook:
         self._context.updates.number += 1
 
     def _couple(self, scale: Tensor | None) -> None:
-        """What is done to complete gradients, once a step."""
+        """Let updates and coupled penalties act on complete gradients, once a step."""
         self._context.updates.act("gradients", self.index.moving, scale=scale)
         if self._penalties is not None:
             self._penalties.add_gradients(scale, maximize=bool(self.optimizer.param_groups[0].get("maximize")))
@@ -108,14 +109,14 @@ class StepHook:
             scaler.unscale_(self.optimizer)
 
     def _state(self) -> dict[str, Any] | None:
-        """The scaler's notes on this step, a new object after each ``update()``."""
+        """Return the scaler's record of this step, a new object after each ``update()``."""
         if self._scaler is None:
             return None
         return scaler_state(self._scaler, self.optimizer)
 
     def _token(self) -> tuple[Any, ...]:
-        """Objects that are replaced when a new step begins: the scaler's state and the gradients.
+        """Return objects that are replaced when a new step begins: the scaler's record and the gradients.
 
-        A scaler that skips a step never calls it, so only they tell that the pull must be added again.
+        A scaler that skips a step never calls the hook, so only these objects show that penalties must be added again.
         """
         return (self._state(), *(parameter.grad for _, parameter, _ in self.index))

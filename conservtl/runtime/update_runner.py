@@ -1,4 +1,4 @@
-"""The plan's updates: at which moment of a step each acts, and the state they keep."""
+"""The plan's updates in a step, and the state they keep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from conservtl.plan.update import Moving, Step, Update
 
 __all__ = ["UpdateRunner"]
 
-Members = Callable[[Update], list[Moving]]
+Lookup = Callable[[Update], list[Moving]]
+"""From an update to its parameters that are trained now."""
 
 
 class UpdateRunner:
@@ -29,35 +30,42 @@ class UpdateRunner:
 
     @property
     def listens(self) -> bool:
-        """Whether some update wants to act before each forward pass."""
+        """Whether an update acts before each forward pass."""
         return any(update.forward for update in self.updates)
 
     @torch.no_grad()
     def act(
         self,
         moment: Literal["gradients", "before", "after"],
-        members: Members,
+        moving: Lookup,
         skip: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        """One moment of a step, for all updates."""
+        """Call one method of all updates.
+
+        Args:
+            moment: name of the method.
+            moving: update -> its parameters.
+            skip: as in ``Step``.
+            scale: as in ``Step``.
+        """
         for update in reversed(self.updates) if moment == "after" else self.updates:
             if getattr(type(update), moment) is not getattr(Update, moment):
-                step = Step(members(update), self.number, skip, scale)
+                step = Step(moving(update), self.number, skip, scale)
                 getattr(update, moment)(step, self.state[update.name])
 
     @torch.no_grad()
-    def prepare(self, members: Members, *, training: bool) -> None:
-        """Before a forward pass."""
+    def prepare(self, moving: Lookup, *, training: bool) -> None:
+        """Let updates act before a forward pass."""
         for update in self.updates:
             if update.forward:
-                update.prepare(Step(members(update), self.number), self.state[update.name], training)
+                update.prepare(Step(moving(update), self.number), self.state[update.name], training)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps done, and what each update remembers."""
+        """Return the number of steps done and the state of each update."""
         return {"number": self.number, "state": {name: dict(state) for name, state in self.state.items()}}
 
-    def load_state_dict(self, found: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
-        self.number = int(found["number"])
-        self.state = {update.name: dict(found["state"].get(update.name, {})) for update in self.updates}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state that ``state_dict`` returned."""
+        self.number = int(state["number"])
+        self.state = {update.name: dict(state["state"].get(update.name, {})) for update in self.updates}
