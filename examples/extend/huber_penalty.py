@@ -46,7 +46,8 @@ class HuberSP(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Add the penalty to the plan."""
-        names = tuple(row.name for row in plan.rows_on("weights") if row.origin == "source" and not row.frozen)
+        weights = [row for row in plan.rows if row.kind == "weight" and row.origin == "source" and not row.frozen]
+        names = tuple(row.name for row in weights)
         return plan.with_penalty(HuberPenalty(by=self.label, names=names, alpha=self.alpha, delta=self.delta))
 
 

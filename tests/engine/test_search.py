@@ -134,11 +134,12 @@ class SearchedScale(ctl.Strategy):
 
     kind: Literal["test_searched_scale"] = "test_searched_scale"
     scales: tuple[float, ...]
-    search: type[BestScale] = BestScale
+    cautious: bool = False
 
     def apply(self, plan: Plan) -> Plan:
         if len(self.scales) > 1 and "scale" not in plan.facts:
-            return plan.with_search(self.search(by=self.label, scales=self.scales, epochs=4))
+            search = Cautious if self.cautious else BestScale
+            return plan.with_search(search(by=self.label, scales=self.scales, epochs=4))
         scale = float(plan.facts.get("scale", self.scales[0]))
         return plan.choose(self.label, "rate", {row.name: {"scale": scale} for row in plan.rows}, explicit=False)
 
@@ -180,7 +181,7 @@ def test_a_search_of_a_users_own_in_fit():
 def test_a_search_decides_on_the_scores():
     """By its own rule, which need not take the best."""
     source, train, valid = problem()
-    adaptation = scaled(source, SearchedScale(scales=(1.0, 0.9, 1e-6), search=Cautious))
+    adaptation = scaled(source, SearchedScale(scales=(1.0, 0.9, 1e-6), cautious=True))
     scores = ctl.best_block(adaptation, train, {"target": valid}, TRAINING)
     least = min((name for name in scores if scores[name] > max(scores.values()) - 0.1), key=float)
     assert adaptation.plan.facts == {"scale": least}
