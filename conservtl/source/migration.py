@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conservtl.compat import has_load_hooks, hook_tables, with_metadata
 from conservtl.layers import canonical
 from conservtl.layers.copying import deep_copy
+from conservtl.source.kinds import has_values
 
 __all__ = ["Migration"]
 
@@ -50,30 +51,23 @@ class Migration:
             tensors: canonical name -> tensor; not changed.
             versions: of the modules that saved them, as a state dict's metadata.
         """
-        tensors = self._old_weight_norm(tensors)
-        # Scalars were saved with one dimension before torch 0.4.
+        self.notes = ()
         tensors = {
-            name: tensor[0] if name in self._scalars and tensor.shape == (1,) else tensor
-            for name, tensor in tensors.items()
+            name: tensor[0] if name in self._scalars and tensor.shape == (1,) else tensor  # as saved before torch 0.4
+            for name, tensor in self._old_weight_norm(tensors).items()
         }
         if not self._hooked:
-            return dict(tensors)
-        recorder = None
-        state = {self._names.get(name, name): tensor for name, tensor in tensors.items()}
+            return tensors
         try:
-            recorder = _Recorder(_without_weights(self._model))
-            recorder.load(with_metadata(state, {name: dict(fields) for name, fields in versions.items()}))
+            recorder = _Recorder(_without_weights(self._model), self._names)
+            recorder.load(tensors, versions)
         except Exception as error:  # noqa: BLE001 - a hook of any library or user
-            if recorder is None or not recorder.complete:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                self.notes = (f"the model's own hooks for loading stopped ({reason}), so names are as in the source",)
-                return dict(tensors)
-        if not recorder.visited:
-            return dict(tensors)
-        migrated = {canonical(name): value for name, value in recorder.found.items()}
-        if changed := [name for name, value in migrated.items() if tensors.get(name) is not value]:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.notes = (f"the model's own hooks for loading stopped ({reason}), so names are as in the source",)
+            return tensors
+        if changed := [name for name, value in recorder.found.items() if tensors.get(name) is not value]:
             self.notes = (f"the model's own hooks for loading made {changed[0]!r}{_more(len(changed) - 1)}",)
-        return migrated
+        return recorder.found
 
     def _old_weight_norm(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Rename a parametrization's weight norm for a model that has the older hook; torch does the reverse only."""
@@ -92,35 +86,47 @@ class _Recorder:
 
     Args:
         model: a copy.
+        names: canonical name -> name in the model's state dict.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.found: dict[str, Any] = {}
-        self.visited: set[str] = set()
+    def __init__(self, model: nn.Module, names: Mapping[str, str]) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._model = model
+        self._names = names
+        self._given: dict[int, Tensor] = {}
+        self._visited: set[str] = set()
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._prefixes = {f"{name}." if name else "" for name, _ in model.named_modules(remove_duplicate=False)}
         for module in model.modules():
             module.register_load_state_dict_pre_hook(self._record)  # type: ignore[no-untyped-call]
 
-    @property
-    def complete(self) -> bool:
-        """Whether every module was reached, so that a later error changes nothing."""
-        return self._prefixes <= self.visited
+    def load(self, tensors: Mapping[str, Tensor], versions: Mapping[str, dict[str, Any]]) -> None:
+        """Run the model's hooks on copies of the tensors; those that no hook changes are then found themselves.
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Run the model's hooks on a dictionary."""
-        strict = inspect.signature(self.model.load_state_dict).parameters.get("strict")
-        with torch.no_grad():
-            self.model.load_state_dict(state, **({} if strict is None else {"strict": False}))
-        for name, value in state.items():  # a class with a method of its own for loading does not tell
-            owner = name.rpartition(".")[0]
-            if (f"{owner}." if owner else "") in self._prefixes - self.visited:
-                self.found.setdefault(name, value)
+        Raises:
+            Exception: whatever a hook raises before all modules were reached.
+        """
+        copies = {name: tensor.clone() if has_values(tensor) else tensor for name, tensor in tensors.items()}
+        self._given = {id(copies[name]): tensor for name, tensor in tensors.items()}
+        state = {self._names.get(name, name): tensor for name, tensor in copies.items()}
+        strict = inspect.signature(self._model.load_state_dict).parameters.get("strict")
+        try:
+            with torch.no_grad():
+                self._model.load_state_dict(
+                    with_metadata(state, {name: dict(fields) for name, fields in versions.items()}),
+                    **({} if strict is None else {"strict": False}),
+                )
+        except Exception:
+            if not self._prefixes <= self._visited:
+                raise
+        for name, tensor in tensors.items():  # a class with a method of its own for loading does not tell
+            owner = self._names.get(name, name).rpartition(".")[0]
+            if not self._visited or (f"{owner}." if owner else "") in self._prefixes - self._visited:
+                self.found.setdefault(name, tensor)
 
     def _record(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Run as the module's last hook: take out what it would copy, and note what no module claims."""
-        self.visited.add(prefix)
+        self._visited.add(prefix)
         local = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
         local |= {name for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
         for name in [name for name in state if name.startswith(prefix)]:
@@ -129,7 +135,13 @@ class _Recorder:
                 continue  # a child's
             value = state.pop(name) if rest in local else state[name]
             if isinstance(value, Tensor) and id(value) not in self._own:
-                self.found[name] = value.detach() if value.requires_grad else value
+                self.found[canonical(name)] = self._unchanged(value)
+
+    def _unchanged(self, value: Tensor) -> Tensor:
+        """Return the tensor that a value is a copy of, unless a hook has written into the copy."""
+        given = self._given.get(id(value))
+        unchanged = given is not None and (value is given or torch.equal(value, given))
+        return given if given is not None and unchanged else value.detach()
 
 
 def _more(count: int) -> str:

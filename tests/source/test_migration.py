@@ -165,6 +165,42 @@ def test_a_hook_that_fails_is_named_and_left_out():
     assert "hooks for loading stopped (KeyError: 'not there')" in str(adaptation.plan)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
+def test_a_hook_that_writes_into_tensors_writes_into_copies(prefix):
+    """Once, whatever prefixes are tried; the dictionary that was handed in, or the source model, stays as it is."""
+    model = nn.ModuleDict({"module": nn.Linear(3, 4), "out": nn.Linear(4, 2)})
+    model["out"].register_load_state_dict_pre_hook(lambda _, state, start, *__: state[f"{start}weight"].mul_(2))
+    plain = random_weights(model, 1)
+    kept = {name: tensor.clone() for name, tensor in plain.items()}
+    ctl.adapt(model, {prefix + name: tensor for name, tensor in plain.items()})
+    assert torch.equal(model["out"].weight, 2 * kept["out.weight"])
+    assert torch.equal(model["module"].weight, kept["module.weight"])
+    assert same(plain, kept)
+    source = nn.ModuleDict({"module": nn.Linear(3, 4), "out": nn.Linear(4, 2)})
+    held = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    ctl.adapt(model, source)
+    assert same(source.state_dict(), held)
+    assert torch.equal(model["out"].weight, 2 * held["out.weight"])
+
+
+def test_tensors_without_values_pass():
+    model = Renamed("hook")
+    plain = random_weights(model, 1)
+    old = {name.replace("new.", "old."): tensor for name, tensor in plain.items()}
+    ctl.adapt(model, old | {"projector": torch.zeros(2, device="meta"), "more": torch.eye(2).to_sparse()})
+    assert torch.equal(model.new.weight, 2 * plain["new.weight"])
+    with pytest.raises(ctl.SourceError, match=r"'head\.bias' must hold values .* meta"):
+        ctl.adapt(model, old | {"head.bias": torch.zeros(2, device="meta")})
+
+
+def test_a_method_for_loading_that_never_loads():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.load_state_dict = lambda state: None
+    state = random_weights(model, 1)
+    ctl.adapt(model, state)
+    assert same(model.state_dict(), state)
+
+
 def test_what_a_hook_drops_stays_as_it_was():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 
