@@ -84,8 +84,10 @@ class TestWeightNorm:
         source, model = body(parametrizations.weight_norm), body(old_norm)
         source.load_state_dict(random_weights(source, 1))
         x = torch.randn(3, 2, 6)
-        assert not ctl.adapt(model, source).transfer.fresh
+        adaptation = ctl.adapt(model, source, [ctl.FeatureConservation(alpha=1.0)], example=x)
+        assert not adaptation.transfer.fresh
         torch.testing.assert_close(model(x), source(x))
+        assert adaptation.loss(torch.zeros(()), model(x), x).item() == pytest.approx(0.0, abs=1e-9)
 
     def test_another_structure_is_refused_all_the_same(self, old_norm):
         source = body(old_norm)
