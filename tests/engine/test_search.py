@@ -134,7 +134,9 @@ class SearchedScale(ctl.Strategy):
 
     kind: Literal["test_searched_scale"] = "test_searched_scale"
     scales: tuple[float, ...]
+    """Factors to try."""
     cautious: bool = False
+    """Whether the smallest good factor is chosen."""
 
     def apply(self, plan: Plan) -> Plan:
         if len(self.scales) > 1 and "scale" not in plan.facts:
