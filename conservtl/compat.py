@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "InstanceNormBase",
     "NormBase",
     "accelerate_states",
+    "after_loading",
     "foreach_abs_",
     "foreach_add_",
     "foreach_addcmul_",
@@ -71,6 +72,11 @@ foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 foreach_reciprocal_ = torch._foreach_reciprocal_
 foreach_sub = torch._foreach_sub
+
+
+def after_loading(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
+    """Return the table of the hooks that follow ``load_state_dict``: torch registers hooks but does not list them."""
+    return module._load_state_dict_post_hooks
 
 
 def forward_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:

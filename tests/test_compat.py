@@ -272,6 +272,18 @@ def test_hook_tables_are_those_that_loading_does_not_read():
     assert sum(map(len, compat.hook_tables(module))) == 3
 
 
+def test_hooks_after_loading_are_listed_copied_and_removed():
+    module = nn.Linear(2, 2)
+    calls = []
+    module.register_load_state_dict_post_hook(lambda *_: calls.append(1))
+    module = copy.deepcopy(module)
+    module.load_state_dict(module.state_dict())
+    assert len(compat.after_loading(module)) == len(calls) == 1
+    compat.after_loading(module).clear()
+    module.load_state_dict(module.state_dict())
+    assert len(calls) == 1
+
+
 def test_metadata_is_what_load_state_dict_reads():
     state = nn.BatchNorm1d(2).state_dict()
     assert compat.metadata_of(state)[""]["version"] == 2

@@ -21,7 +21,7 @@ from conservtl.plan.search import Search
 from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
 from conservtl.runtime.extending import apply_extensions
-from conservtl.runtime.freezing import freeze, hold_statistics, holds, norms_with_rows
+from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
 from conservtl.runtime.param_groups import build_optimizer
@@ -77,6 +77,7 @@ class BoundPlan:
         """Build the runners of a plan's terms and updates, and begin its first phase."""
         self.anchors.keep(self.model, plan)
         self.plan = plan
+        let_train(self.model, [row.name for row in plan.rows if row.found == "frozen" and not row.frozen])
         self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.head)
         self.updates = UpdateRunner(plan.updates)
         self._register_hooks()
@@ -169,7 +170,7 @@ class BoundPlan:
         """Freeze again what the current phase freezes, after other code has changed it."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
-        freeze(named_parameters(self.model), self._frozen, keep)
+        freeze(self.model, self._frozen, keep)
         model = unwrap(self.model)
         norms = norms_with_rows(model, self.plan.rows, self.layers)
         hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)

@@ -13,7 +13,9 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
+from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
+from conservtl.runtime.freezing import found_frozen
 from conservtl.runtime.source_model import build_source_model
 from conservtl.source.coverage import check_coverage, kept_note, missed_note, unused_note
 from conservtl.source.kinds import check_kinds, check_model_kinds
@@ -42,6 +44,12 @@ def adapt(
 
     The model is changed in place (``adaptation.model is model``), after everything has been checked. With many
     processes, initialise the process group first, adapt, then wrap.
+
+    A parameter that asks for no gradient (``requires_grad`` is False) is frozen throughout, and the plan says ``frozen
+    as found``; a strategy trains it only if it names it or its layer (``LayerTransfer(layers=["encoder.0"],
+    freeze=False)``, ``SurgicalFineTuning(block="encoder.0")``, a stage of ``GradualUnfreezing``, the new head of
+    ``FeatureExtraction``). A norm whose parameters are all frozen keeps its running statistics. A parameter that is
+    frozen by hand later stays frozen too.
 
     Args:
         model: built for the target task, on any device.
@@ -97,16 +105,20 @@ def adapt(
         resampled, notes = resample_positions(model, values, wanted)
         values |= resampled
         shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
-        fixed = [name for name, parameter in parameters.items() if not parameter.is_floating_point()]
-        drawn = Plan.draw(parts, shapes, declared | added, fixed, added)
+        fixed = [name for name, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
+        drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
         plan = apply_all(drawn, chosen)
+        _check_trained(plan)
         check_coverage(plan, read, own, declared, allow)
         for decision in plan.decisions:
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
         head = _own_head(plan, declared)
-        names = [name for name in named_parameters(bare) if head is None or not name.startswith(f"{head}.")]
+        # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
+        constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
+        wanted_names = [name for name in named_parameters(bare) if name not in constant]
+        names = [name for name in wanted_names if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
         source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
     except BaseException:
@@ -121,6 +133,21 @@ def adapt(
     ]
     plan = plan.with_notes((*read.notes, *notes))
     return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head))
+
+
+def _check_trained(plan: Plan) -> None:
+    """Raise if parameters were handed in frozen, and nothing is trained, measured or fitted."""
+    found = [row for row in plan.rows if row.as_found and row.found == "frozen"]
+    if plan.trained or plan.searches or not found:
+        return
+    acts = any(type(measure).use is not Measure.use for measure in plan.measures)
+    if not acts and all(type(after).interpolates for after in plan.after):
+        rest = "" if len(found) == len(plan.rows) else ", and the strategies freeze the others"
+        raise SpecError(
+            f"model: {len(found)} of its {len(plan.rows)} parameters ask for no gradient (requires_grad is False)"
+            f"{rest}, so nothing would be trained. Call requires_grad_(True) on those to train before adapt, or name "
+            "them in a strategy, such as LayerTransfer(layers=[...], freeze=False)."
+        )
 
 
 def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:

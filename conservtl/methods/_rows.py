@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 
-__all__ = ["Coverage", "covered_rows", "freeze_all_but", "source_parameters"]
+__all__ = ["Coverage", "covered_rows", "freeze_all_but", "names_something", "source_parameters", "train_named"]
 
 Coverage = Literal["weights", "all"]
 """weights: parameters of two dimensions or more that no norm owns. all: biases and norms too."""
@@ -28,3 +28,23 @@ def freeze_all_but(plan: Plan, by: str, free: Collection[str]) -> Plan:
     """Return the plan with everything frozen except these parameters; one that has no gradient stays frozen."""
     rows = [row for row in plan.rows if "frozen" in row.chosen or not row.frozen]
     return plan.choose(by, "frozen", {row.name: {"frozen": row.name not in free} for row in rows}, explicit=False)
+
+
+def names_something(glob: str) -> bool:
+    """Return whether a glob names parameters or layers, and does not mean everything as ``*`` does."""
+    return bool(glob.strip("*?."))
+
+
+def train_named(plan: Plan, by: str, names: Iterable[str]) -> Plan:
+    """Return the plan in which these parameters are trained although they were frozen when the model was handed in.
+
+    Those that another strategy decides about by name stay as they are, and so do parameters without a gradient.
+
+    Args:
+        plan: to add to.
+        by: the strategy.
+        names: parameters that the strategy names.
+    """
+    rows = [plan[name] for name in dict.fromkeys(names) if plan[name].found == "frozen"]
+    free = [row.name for row in rows if "frozen" not in row.chosen or not row.chosen["frozen"].explicit]
+    return plan.choose(by, "frozen", {name: {"frozen": False} for name in free})

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from conservtl.bounds import Positive
+from conservtl.methods._rows import names_something, train_named
 from conservtl.methods.base import Order, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Length, Phase
@@ -33,7 +34,8 @@ class GradualUnfreezing(Strategy):
 
     ``by="head"`` (the classic): the head, or all fresh parameters, for ``epochs``; then everything. ``by="layer"``:
     one layer more every ``epochs``, from the output or the input side (``at``). ``phases``: stages written out one by
-    one. Parameters that another strategy freezes throughout stay frozen.
+    one. Parameters that another strategy freezes throughout stay frozen, and so do those that were frozen when the
+    model was handed in, unless a stage of ``phases`` names them or their layer.
 
     Reference:
         Howard and Ruder 2018, "Universal language model fine-tuning for text classification", 3.3.
@@ -82,6 +84,8 @@ class GradualUnfreezing(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Set the plan's phases."""
         if self.phases is not None:
+            globs = [glob for stage in self.phases for glob in stage.train or () if names_something(glob)]
+            plan = train_named(plan, self.label, [name for names in plan.select(globs).values() for name in names])
             stages = [self._written(plan, stage, number) for number, stage in enumerate(self.phases)]
             return plan.with_phases(self.label, stages)
         if self.by == "head":

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import select
+from conservtl.methods._rows import names_something
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
 
@@ -47,9 +48,11 @@ class LayerTransfer(Strategy):
     layers: Number | Part | Globs
     """Layers to transfer from that side: their number, their share of all layers, or globs of layer names."""
     rest: Literal["source", "fresh"] = "source"
-    """Start of the other layers. A layer that does not fit its source is fresh in any case."""
+    """Start of the other layers. A layer that does not fit its source is fresh in any case; parameters that were
+    frozen when the model was handed in are copied in any case."""
     freeze: bool = True
-    """Whether the transferred layers are frozen."""
+    """Whether the transferred layers are frozen. False also trains parameters that were frozen when the model was
+    handed in, if ``layers`` names their layer by a glob."""
 
     def apply(self, plan: Plan) -> Plan:
         """Choose origins, and the parameters that are frozen."""
@@ -63,12 +66,21 @@ class LayerTransfer(Strategy):
                 )
         inside = [row.name for row in plan.rows if row.layer in chosen and not row.added]
         plan = plan.choose(self.label, "origin", {name: {"origin": "source", "reason": None} for name in inside})
-        plan = plan.choose(self.label, "frozen", {name: {"frozen": self.freeze} for name in inside})
+        kept = set() if self.freeze else self._kept_as_found(plan)
+        frozen = {name: {"frozen": self.freeze} for name in inside if name not in kept}
+        plan = plan.choose(self.label, "frozen", frozen)
         if self.rest == "fresh":
             fields = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
-            rest = {row.name: fields for row in plan.rows if row.layer not in chosen and row.origin == "source"}
+            others = [row for row in plan.rows if row.layer not in chosen and row.origin == "source"]
+            rest = {row.name: fields for row in others if not row.as_found}  # random and frozen would serve nobody
             plan = plan.choose(self.label, "origin", rest, explicit=False)
         return plan
+
+    def _kept_as_found(self, plan: Plan) -> set[str]:
+        """Return the parameters that were frozen when the model was handed in, but for those in layers named here."""
+        globs = [glob for glob in self.layers if names_something(glob)] if isinstance(self.layers, tuple) else []
+        named = {layer for matched in select(globs, plan.own_layers, "layer").values() for layer in matched}
+        return {row.name for row in plan.rows if row.as_found and row.layer not in named}
 
     def transferred(self, plan: Plan) -> frozenset[str]:
         """Return the names of the transferred layers; layers that a strategy added do not count."""

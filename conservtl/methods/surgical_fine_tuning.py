@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from conservtl.bounds import Count
 from conservtl.errors import PlanError, SpecError
 from conservtl.layers import select
+from conservtl.methods._rows import names_something, train_named
 from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.search import Search
@@ -32,7 +33,8 @@ class SurgicalFineTuning(Strategy):
 
     A position means one layer of the plan. A block of the paper is a stage of several layers: if layers are small,
     name it, ``block="layer1.*"``, ``candidates=["layer1.*", "layer2.*", ...]``. Fresh parameters are trained in any
-    case, and frozen norms keep the source's statistics.
+    case, and frozen norms keep the source's statistics. Parameters that were frozen when the model was handed in are
+    trained only if the block is named, or if they are the head's and ``head`` is True.
 
     Measured: docs/methods.md.
 
@@ -89,7 +91,15 @@ class SurgicalFineTuning(Strategy):
         trained = self._layers(plan, block)
         free = {*plan.fresh, *(plan.head if self.head else ())}
         frozen = {row.name: {"frozen": True} for row in plan.rows if row.layer not in trained and row.name not in free}
-        return plan.choose(self.label, "frozen", frozen, explicit=False)
+        plan = plan.choose(self.label, "frozen", frozen, explicit=False)
+        named = [row.name for row in plan.rows if row.layer in trained] if self._names(block) else []
+        return train_named(plan, self.label, [*named, *(plan.head if self.head else ())])
+
+    def _names(self, block: int | str) -> bool:
+        """Return whether the user named the block, and not its position or all candidates."""
+        if isinstance(block, int) or block in ("first", "last"):
+            return False
+        return names_something(block) and (self.block != "best" or self.candidates is not None)
 
     def _layers(self, plan: Plan, block: int | str) -> frozenset[str]:
         """Return the layers of a block."""

@@ -74,6 +74,7 @@ class Plan(FrozenModel):
         fresh: Mapping[str, str],
         fixed: Collection[str] = (),
         added: Collection[str] = (),
+        frozen: Collection[str] = (),
     ) -> Plan:
         """Return the plan before any strategy: what fits is copied, everything is trained at the full rate.
 
@@ -83,8 +84,9 @@ class Plan(FrozenModel):
             fresh: parameter name -> reason not to copy it even if it fits.
             fixed: parameters without a gradient (integers), which are frozen.
             added: parameters that a strategy added to the model.
+            frozen: parameters that asked for no gradient when the model was handed in, and so are frozen.
         """
-        return cls(rows=draw_rows(layers, shapes, fresh, fixed, added))
+        return cls(rows=draw_rows(layers, shapes, fresh, fixed, added, frozen))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -116,8 +118,8 @@ class Plan(FrozenModel):
 
     @property
     def new(self) -> tuple[str, ...]:
-        """Parameters with most to learn: the fresh ones, or else the head."""
-        return self.fresh or self.head
+        """Parameters with most to learn: the fresh ones, but for those frozen as found, or else the head."""
+        return tuple(name for name in self.fresh if not self[name].as_found) or self.head
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -199,7 +201,8 @@ class Plan(FrozenModel):
         """Return the plan with one column filled in by a strategy.
 
         An explicit choice (the strategy names the row) wins over one for everything, whichever comes first. Two
-        explicit choices for the same row and column are refused; two for everything must agree.
+        explicit choices for the same row and column are refused; two for everything must agree. Parameters that were
+        frozen when the model was handed in are trained by an explicit choice alone.
 
         Args:
             by: name of the strategy.

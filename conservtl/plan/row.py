@@ -81,6 +81,9 @@ class Row(FrozenModel):
     origin: Literal["source", "fresh"] = "source"
     reason: str | None = None
     """Reason why it is fresh; None for a row from the source."""
+    found: Literal["trained", "frozen", "fixed"] = "trained"
+    """State in which the model was handed in. frozen: it asked for no gradient (``requires_grad`` was False), so it is
+    frozen throughout unless a strategy names it. fixed: its type has no gradient, so nothing trains it."""
     frozen: bool = False
     """Whether it is frozen throughout; phases can freeze more for a while."""
     lr: Positive | None = None
@@ -98,6 +101,11 @@ class Row(FrozenModel):
     """Statistics of a norm that tracks them. follow: updated by training batches. hold: unchanged."""
     chosen: dict[str, Choice] = Field(default_factory=dict)
     """Column -> the strategy that filled it in; a column not here holds its default."""
+
+    @property
+    def as_found(self) -> bool:
+        """Whether it is frozen because it was handed in so."""
+        return self.frozen and self.found != "trained"
 
     @property
     def size(self) -> int:

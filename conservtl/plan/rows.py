@@ -18,6 +18,7 @@ def draw_rows(
     fresh: Mapping[str, str],
     fixed: Collection[str],
     added: Collection[str],
+    frozen: Collection[str],
 ) -> tuple[Row, ...]:
     """Return the rows before any strategy; arguments as for ``Plan.draw``."""
     rows = []
@@ -40,7 +41,8 @@ def draw_rows(
                     added=info.name in added,
                     origin="source" if reason is None else "fresh",
                     reason=reason,
-                    frozen=info.name in fixed,
+                    found="fixed" if info.name in fixed else "frozen" if info.name in frozen else "trained",
+                    frozen=info.name in fixed or info.name in frozen,
                 )
             )
     return tuple(rows)
@@ -62,7 +64,8 @@ def fill_column(
     filled = []
     for row in rows:
         earlier, chosen = row.chosen.get(column), values.get(row.name)
-        if chosen is None or (earlier is not None and earlier.explicit and not explicit):
+        overruled = earlier is not None and earlier.explicit and not explicit
+        if chosen is None or overruled or _stays_frozen(row, chosen, explicit=explicit):
             filled.append(row)
             continue
         fields = {**defaults, **chosen}
@@ -75,3 +78,9 @@ def fill_column(
                 )
         filled.append(changed(row, by, {**fields, "chosen": {**row.chosen, column: choice}}))
     return tuple(filled)
+
+
+def _stays_frozen(row: Row, chosen: Mapping[str, Any], *, explicit: bool) -> bool:
+    """Return whether a row stays frozen, as it was found, although a strategy would train it."""
+    trains = chosen.get("frozen", True) is False and row.frozen
+    return trains and (row.found == "fixed" or (row.found == "frozen" and not explicit))

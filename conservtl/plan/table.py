@@ -41,6 +41,7 @@ def summary(plan: Plan) -> list[str]:
     ]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     text += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
+    text += [f"frozen as found  {_as_found(plan)}"] if any(row.as_found for row in plan.rows) else []
     text += [f"source  {note}" for note in plan.notes]
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
@@ -87,7 +88,7 @@ def as_rich(plan: Plan) -> Any:
     for name in HEADER:
         table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
     for cells in lines(plan):
-        style = "dim" if cells[3] == "frozen" else "yellow" if cells[2].startswith("fresh") else ""
+        style = "dim" if cells[3].startswith("frozen") else "yellow" if cells[2].startswith("fresh") else ""
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return Group(table, *(Text(line, style="italic") for line in summary(plan)))
 
@@ -100,10 +101,18 @@ def _origin(rows: Sequence[Row]) -> str:
 def _state(plan: Plan, rows: Sequence[Row], trained: set[str]) -> str:
     names = {row.name for row in rows}
     if not names & trained:
-        return "frozen"
+        return "frozen as found" if all(row.as_found for row in rows) else "frozen"
     state = "trained" if names <= trained else "part trained"
     first = next(i for i in range(len(plan.phases)) if names - plan.frozen_in(i))
     return state if first == 0 else f"{state} from phase {first + 1}"
+
+
+def _as_found(plan: Plan) -> str:
+    """Return how much is frozen because it asked for no gradient when handed in, and where."""
+    rows = [row for row in plan.rows if row.as_found]
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    where = ", ".join(layers) if len(layers) <= 3 else f"{layers[0]} … {layers[-1]} ({len(layers)} layers)"
+    return f"{sum(row.size for row in rows):,} parameters in {where}: no gradient was asked for when handed in"
 
 
 def _rate(row: Row) -> str:

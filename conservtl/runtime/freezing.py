@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from conservtl.compat import BatchNormBase, NormBase
-from conservtl.layers import Layer, canonical, layer_of, named_parameters
+from conservtl.compat import BatchNormBase, NormBase, after_loading
+from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
+from conservtl.layers.names import own_parameters
 from conservtl.plan.row import Row
 
 __all__ = [
+    "found_frozen",
     "freeze",
     "hold_statistics",
     "holds",
     "keeps_batch_statistics",
+    "let_train",
     "norms_with_rows",
     "tracks_statistics",
 ]
@@ -31,21 +34,106 @@ class _StayInEval:
         return self.norm
 
 
-def freeze(parameters: Mapping[str, nn.Parameter], frozen: Collection[str], keep: Collection[str] = ()) -> None:
-    """Freeze these parameters and train the others.
+class _FrozenByPlan:
+    """Names of a module's parameters that a plan froze, which tell them from those that the user froze.
 
-    A frozen parameter's ``grad`` is set to None: with a zero gradient it would still get weight decay and momentum.
+    Kept among the module's hooks after loading, so that copies and pickles of the model have it too, and no attribute
+    of the module is added. As a hook it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
+        """Do nothing."""
+
+
+def freeze(model: nn.Module, frozen: Collection[str], keep: Collection[str] = ()) -> bool:
+    """Freeze these parameters of a model, and train those again that were frozen here before.
+
+    A parameter that was frozen elsewhere (``requires_grad_(False)`` by hand) stays frozen. A frozen parameter's
+    ``grad`` is set to None: with a zero gradient it would still get weight decay and momentum.
 
     Args:
-        parameters: all parameters by name.
+        model: wrapped or not.
         frozen: names to freeze.
         keep: names among them that still receive gradients, which are dropped before each step: DDP would never
             synchronise a parameter that is unfrozen after wrapping.
+
+    Returns:
+        Whether a parameter that was frozen is trained now.
     """
-    for name, parameter in parameters.items():
-        parameter.requires_grad_((name not in frozen or name in keep) and parameter.is_floating_point())
+    freed = False
+    for name, (module, key) in _owners(model).items():
+        parameter = own_parameters(module)[key]
+        if name in frozen and name not in keep:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                _mark(module, key)
+        elif key in _marked(module):
+            freed |= not parameter.requires_grad
+            parameter.requires_grad_(True)
+            _unmark(module, key)
         if name in frozen:
             parameter.grad = None
+    return freed
+
+
+def found_frozen(model: nn.Module) -> frozenset[str]:
+    """Return the parameters that ask for no gradient by the user's choice, and not because a plan froze them.
+
+    If no parameter asks for a gradient, that is the user's choice for all, unless a plan froze all of them.
+
+    Args:
+        model: wrapped or not, as handed to ``adapt``.
+    """
+    owners = _owners(model)
+    still = {name: owner for name, owner in owners.items() if not own_parameters(owner[0])[owner[1]].requires_grad}
+    by_hand = frozenset(name for name, (module, key) in still.items() if key not in _marked(module))
+    return frozenset(still) if by_hand and len(still) == len(owners) else by_hand
+
+
+def let_train(model: nn.Module, names: Collection[str]) -> None:
+    """Leave it to ``freeze`` whether these parameters are trained, although the user froze them before.
+
+    Args:
+        model: wrapped or not.
+        names: parameters that asked for no gradient, and that a strategy names.
+    """
+    for name, (module, key) in _owners(model).items():
+        if name in names and not own_parameters(module)[key].requires_grad:
+            _mark(module, key)
+
+
+def _marked(module: nn.Module) -> Collection[str]:
+    """Return the names of the module's parameters that a plan froze."""
+    return next((hook.names for hook in after_loading(module).values() if isinstance(hook, _FrozenByPlan)), ())
+
+
+def _mark(module: nn.Module, key: str) -> None:
+    if not any(isinstance(hook, _FrozenByPlan) for hook in after_loading(module).values()):
+        module.register_load_state_dict_post_hook(_FrozenByPlan())  # type: ignore[no-untyped-call]
+    for hook in after_loading(module).values():
+        if isinstance(hook, _FrozenByPlan):
+            hook.names.add(key)
+
+
+def _unmark(module: nn.Module, key: str) -> None:
+    hooks = after_loading(module)
+    for number, hook in list(hooks.items()):
+        if isinstance(hook, _FrozenByPlan):
+            hook.names.discard(key)
+            if not hook.names:
+                del hooks[number]
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return canonical name of a parameter -> the module that holds it, and its name there; a tied one once."""
+    owners: dict[int, tuple[str, nn.Module, str]] = {}
+    for prefix, module in unwrap(model).named_modules():
+        for key, parameter in own_parameters(module).items():
+            owners.setdefault(id(parameter), (canonical(f"{prefix}.{key}" if prefix else key), module, key))
+    return {name: (module, key) for name, module, key in owners.values()}
 
 
 def norms_with_rows(model: nn.Module, rows: Iterable[Row], layers: tuple[Layer, ...]) -> dict[nn.Module, list[Row]]:

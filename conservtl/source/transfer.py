@@ -81,12 +81,16 @@ def transfer(
 def _stale(plan: Plan, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
     """Return the fresh parameters that hold the source's value.
 
-    A constant, such as a bias of zeros, is no evidence if the weights of its module differ.
+    A constant, such as a bias of zeros, is no evidence if the weights of its module differ. Nothing would train the
+    random values of a parameter that is frozen as found (a position table), so it keeps its own.
     """
     same = [
         row.name
         for row in plan.rows
-        if row.origin == "fresh" and row.source_shape == row.shape and _same(parameters[row.name], values[row.name])
+        if row.origin == "fresh"
+        and not row.as_found
+        and row.source_shape == row.shape
+        and _same(parameters[row.name], values[row.name])
     ]
     other = {name.rpartition(".")[0] for name in plan.fresh if name not in same}
     return [name for name in same if name.rpartition(".")[0] not in other or not _constant(parameters[name])]

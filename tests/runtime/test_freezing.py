@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conservtl.runtime.freezing import freeze, hold_statistics, tracks_statistics
+from conservtl.runtime.freezing import found_frozen, freeze, hold_statistics, let_train, tracks_statistics
 
 
 def test_which_modules_track():
@@ -22,16 +22,37 @@ def test_which_modules_track():
 
 
 def test_freeze():
-    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    model = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in "abc"})
+    a, b, c = model.values()
     for p in (a, b, c):
         p.grad = torch.ones(2)
-    freeze({"a": a, "b": b, "c": c}, {"a", "b"}, keep=["b"])
+    assert not freeze(model, {"a", "b"}, keep=["b"])
     assert (a.requires_grad, b.requires_grad, c.requires_grad) == (False, True, True)
     assert a.grad is None
     assert b.grad is None
     assert c.grad is not None
-    freeze({"a": a}, set())
+    assert freeze(model, set())
     assert a.requires_grad
+    assert not freeze(model, set())
+
+
+@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_what_is_frozen_elsewhere_stays_frozen(how):
+    """``freeze`` trains again what it froze itself, in a copy of the model too."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    model[0].requires_grad_(False)
+    assert found_frozen(model) == {"0.weight", "0.bias"}
+    freeze(model, {"0.weight", "0.bias", "1.weight", "1.bias"})
+    model = how(model)
+    assert found_frozen(model) == {"0.weight", "0.bias"}
+    freeze(model, ())
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True]
+    let_train(model, ["0.bias", "1.bias"])
+    freeze(model, ())
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True, True, True]
+    freeze(model, ["1.bias"])
+    model.requires_grad_(False)
+    assert found_frozen(model) == {f"{i}.{name}" for i in range(3) for name in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -24,8 +24,9 @@ _C = {"svm": 0.03, "logistic": 0.1}
 class FeatureExtraction(Strategy):
     r"""Freeze everything and put a new head on it, trained by gradient or fitted to the features.
 
-    The head is the classifier. It is fresh already if its labels or its shape differ, and is made fresh if not. Other
-    fresh parameters are trained with it; the norm before it stays the source's.
+    The head is the classifier. It is fresh already if its labels or its shape differ, and is made fresh if not; it is
+    trained even if it was frozen when the model was handed in. Other fresh parameters are trained with it; the norm
+    before it stays the source's.
 
     ``classifier="linear"`` trains the head by gradient. ``fit`` computes the frozen body's features once and reuses
     them if nothing random acts before them (augmentation, dropout) and they come from the last layer.
@@ -96,10 +97,15 @@ class FeatureExtraction(Strategy):
         plan = plan.choose(self.label, "origin", dict.fromkeys(copied, fresh))
         body = {row.name: {"frozen": True} for row in plan.rows if row.origin == "source"}
         plan = plan.choose(self.label, "frozen", body, explicit=False)
-        others = [row.name for row in plan.rows if row.name not in head and (row.origin == "fresh" or not row.frozen)]
+        others = [
+            row.name
+            for row in plan.rows
+            if row.name not in head and not row.as_found and (row.origin == "fresh" or not row.frozen)
+        ]
         # Other trained parameters need a head to be trained under; a fitted head replaces it afterwards.
         fitted = self.classifier != "linear"
-        frozen = {name: {"frozen": fitted and not others} for name in plan.fresh}
+        new = [name for name in plan.fresh if name in head or not plan[name].as_found]
+        frozen = {name: {"frozen": fitted and not others} for name in new}
         plan = plan.choose(self.label, "frozen", frozen)
         return plan.with_after(self._fitted(plan)) if fitted else plan
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from conservtl.bounds import NonNegativeInt
 from conservtl.errors import SpecError
-from conservtl.methods._rows import freeze_all_but
+from conservtl.methods._rows import freeze_all_but, train_named
 from conservtl.methods.base import Order, Strategy
 from conservtl.methods.norm_adaptation.instance_statistics import InstanceStatistics
 from conservtl.methods.norm_adaptation.norm_statistics import NormStatisticsMeasure
@@ -39,7 +39,8 @@ class NormAdaptation(Strategy):
 
     ``train="nothing"`` adapts the statistics alone (adaptive batch normalisation); no step is made unless something is
     fresh. ``train="affine"`` trains a batch norm's two numbers for each channel; with ``statistics="source"`` it suits
-    layer norms too. Fresh parameters are trained in any case.
+    layer norms too. Fresh parameters are trained in any case. Norms that were frozen when the model was handed in stay
+    frozen and get the measured statistics all the same; ``head=True`` trains a head that was frozen so.
 
     Measured: docs/methods.md.
 
@@ -86,6 +87,7 @@ class NormAdaptation(Strategy):
         """Choose the parameters that are frozen, hold the statistics, and add the measurement or the mixture."""
         if self.train != "all":
             plan = freeze_all_but(plan, self.label, self._trained(plan))
+            plan = train_named(plan, self.label, plan.head if self.head else ())
         # Rows of all layers, not of norms alone: a norm without parameters has no row of its own.
         copied = tuple(row.name for row in plan.rows if row.origin == "source")
         plan = plan.choose(self.label, "statistics", {name: {"statistics": "hold"} for name in copied}, explicit=False)
@@ -102,6 +104,12 @@ class NormAdaptation(Strategy):
         if self.train == "nothing":
             return trained
         norms = {row.name for row in plan.rows if row.kind == "norm" and not row.added}
+        others = self.head or any(not plan[name].frozen for name in trained)
+        if norms and not others and all(plan[name].as_found for name in norms):
+            raise SpecError(
+                f"{self.label}: train='affine' trains the scales and shifts of norms, and all of the model's were "
+                "frozen when it was handed in. Call requires_grad_(True) on them before adapt, or use train='nothing'."
+            )
         if not norms:
             raise SpecError(
                 f"{self.label}: train='affine' trains the scales and shifts of norms, and the model has none. "

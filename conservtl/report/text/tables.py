@@ -96,7 +96,7 @@ def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
         return None
     reasons = {layer: "; ".join(dict.fromkeys(r.reason for r in rows if r.reason)) for layer, rows in plan.by_layer()}
     rows = [
-        LayerRow(cells, cells[3] == "frozen", cells[2] != "source", reasons[layer])
+        LayerRow(cells, cells[3].startswith("frozen"), cells[2] != "source", reasons[layer])
         for (layer, _), cells in zip(plan.by_layer(), lines(plan), strict=True)
     ]
     total = plan.totals()
