@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conservtl.compat import foreach_lerp_, foreach_norm, foreach_sub
-from conservtl.kernels.dtensor import local, over_parts, sharded
+from conservtl.kernels.dtensor import local, over_parts, real_parts, sharded
 from conservtl.kernels.pull import chunk
 from conservtl.plan.update import Moving
 
@@ -38,9 +38,13 @@ def runs(moving: Sequence[Moving]) -> Iterator[Sequence[Moving]]:
 
 
 def deviations(moving: Sequence[Moving]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return weights w, anchors w0 in the weights' type, and w - w0; of sharded parameters this process's parts."""
-    weights = [local(item.parameter) for item in moving]
-    anchors = [placed(local(item.anchor), weight) for item, weight in zip(moving, weights, strict=True)]
+    """Return weights w, anchors w0 in the weights' type, and w - w0; of sharded parameters this process's parts.
+
+    Complex parameters are given as their real and imaginary parts.
+    """
+    parameters = [local(item.parameter) for item in moving]
+    anchors = [real_parts(placed(local(item.anchor), one)) for item, one in zip(moving, parameters, strict=True)]
+    weights = [real_parts(one) for one in parameters]
     return weights, anchors, list(foreach_sub(weights, anchors)) if weights else []
 
 

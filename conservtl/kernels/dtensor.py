@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_rows", "local", "over_parts", "place_like", "sharded", "whole"]
+__all__ = ["by_rows", "local", "over_parts", "place_like", "real_parts", "sharded", "whole"]
 
 
 def sharded(tensor: Any) -> bool:
@@ -19,6 +19,14 @@ def sharded(tensor: Any) -> bool:
 def local(tensor: Any) -> Any:
     """Return this process's part of a sharded tensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def real_parts(tensor: Tensor) -> Tensor:
+    """Return a complex tensor's real and imaginary parts, (..., 2), on the same memory; any other tensor as it is.
+
+    A complex parameter is two real ones to every penalty and update: norms, thresholds and products are over the parts.
+    """
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def whole(tensor: Any) -> Tensor:
@@ -62,7 +70,9 @@ def place_like(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None)
         parameter: the parameter.
         dtype: type of the result; None: the parameter's.
     """
-    tensor = tensor.to(parameter.device, dtype or parameter.dtype)
+    if dtype is None or parameter.is_complex():  # half precision has no complex numbers
+        dtype = parameter.dtype
+    tensor = tensor.to(parameter.device, dtype)
     if not sharded(parameter):
         if tensor.stride() != parameter.stride():  # a kernel for many tensors requires equal strides
             return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

@@ -74,7 +74,7 @@ class Proximal(Update):
             foreach_abs_(sizes)
         else:
             sizes = norms(differences, "row")
-            roots = [math.sqrt(item.parameter.shape[1:].numel()) for item in moving]
+            roots = [math.sqrt(weight.shape[1:].numel()) for weight in weights]
             thresholds = [threshold * root for threshold, root in zip(thresholds, roots, strict=True)]
         foreach_clamp_min_(sizes, TINY)
         foreach_reciprocal_(sizes)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from conservtl.kernels.dtensor import real_parts
 from conservtl.kernels.pull import Pull, Pulled, gather
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
@@ -31,7 +32,7 @@ class Quadratic(Penalty):
         """Return the penalty."""
         values = []
         for item in moving:
-            square = (item.parameter if item.anchor is None else item.parameter - item.anchor).square()
+            square = real_parts(item.parameter if item.anchor is None else item.parameter - item.anchor).square()
             weights = self._weights(item)
             values.append(self._strength(item.row) / 2 * (square if weights is None else square * weights).sum())
         return torch.stack([value.to(values[0].device) for value in values]).sum()

@@ -14,6 +14,7 @@ from conservtl.batches import row_count
 from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SourceError, SpecError
 from conservtl.functions import logits_of
+from conservtl.layers import named_parameters
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
 from conservtl.methods._rows import Coverage, covered_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
@@ -147,6 +148,15 @@ class FisherMeasure(Measure):
         return (
             f"{self.fisher} Fisher information of {len(self.names)} parameters on {self.data} data, example by example"
         )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise if a parameter is complex, whose squared gradient is not a Fisher information."""
+        parameters = named_parameters(model)
+        if complex_ones := [name for name in self.names if parameters[name].is_complex()]:
+            raise SpecError(
+                f"{self.by} measures real parameters; {complex_ones[0]!r} is {parameters[complex_ones[0]].dtype}. "
+                "Use L2SP, which pulls complex parameters too."
+            )
 
     def compute(self, probe: MeasureContext) -> dict[str, Tensor]:
         """Return F, in the parameters' precision whatever the run's: squares of small gradients need its range.

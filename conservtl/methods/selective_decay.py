@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs, together, totals
-from conservtl.kernels.dtensor import local
+from conservtl.kernels.dtensor import local, real_parts
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
@@ -110,7 +110,9 @@ class SelectiveDecayUpdate(Update):
         _, _, moved = deviations(moving)
         parameters = [item.parameter for item in moving]
         products = [
-            d.new_zeros(()) if parameter.grad is None else torch.dot(local(parameter.grad).reshape(-1), d.reshape(-1))
+            d.new_zeros(())
+            if parameter.grad is None
+            else torch.dot(real_parts(local(parameter.grad)).reshape(-1), d.reshape(-1))
             for parameter, d in zip(parameters, moved, strict=True)
         ]
         return together(norms(moved, of=parameters)), totals(products, parameters)

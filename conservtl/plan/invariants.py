@@ -74,7 +74,7 @@ def _check_phases(plan: Plan) -> None:
         if free and not free - set(phase.frozen):
             raise PlanError(
                 f"plan: phase {phase.name!r} trains nothing: another strategy freezes throughout what this phase would "
-                "train. Unfreeze it there, or leave the phase out."
+                "train, or it was frozen when the model was handed in. Unfreeze it there, or leave the phase out."
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.kernels.dtensor import place_like, sharded, whole
+from conservtl.kernels.dtensor import place_like, real_parts, sharded, whole
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.plan.plan import Plan
 
@@ -87,9 +87,9 @@ class Anchors:
         for layer, rows in plan.by_layer():
             weights = {row.name: whole(parameters[row.name]).cpu() for row in rows if row.origin == "source"}
             if weights:
-                pairs = [(weight, self.parameters.get(name, weight)) for name, weight in weights.items()]
-                moved = sum(float((w.double() - w0.double()).square().sum()) for w, w0 in pairs)
-                size = sum(float(w0.double().square().sum()) for _, w0 in pairs)
+                pairs = [(_wide(weight), _wide(self.parameters.get(name, weight))) for name, weight in weights.items()]
+                moved = sum(float((w - w0).square().sum()) for w, w0 in pairs)
+                size = sum(float(w0.square().sum()) for _, w0 in pairs)
                 drift[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
         return drift
 
@@ -124,9 +124,13 @@ def differs(source: nn.Module, start: Mapping[str, Tensor]) -> str | None:
         value = start.get(name)
         if value is None or value.shape != parameter.shape:
             continue
-        if not torch.allclose(parameter.detach().float().cpu(), value.float(), rtol=1e-2, atol=1e-6):
+        if not torch.allclose(_wide(parameter.detach().cpu()), _wide(value), rtol=1e-2, atol=1e-6):
             return name
     return None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return real_parts(tensor).double()
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
 def _initialise_by_kind(parameter: nn.Parameter, kind: str, name: str) -> None:
     """Initialise a parameter of a module without a reset method: tokens as in ViT, gains as in RMSNorm."""
     if parameter.ndim >= 2:
-        nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.trunc_normal_(torch.view_as_real(parameter) if parameter.is_complex() else parameter, std=0.02)
     elif kind == "norm" and "bias" not in name:
         nn.init.ones_(parameter)
     else:
