@@ -23,7 +23,8 @@ import conservtl as ctl
 from conservtl.layers import named_parameters
 from conservtl.methods.mixout import _draw_mask
 from conservtl.testing import models, state_dicts, strategies
-from conservtl.testing.laws import LAWS, LawCase, check_law
+from conservtl.testing.law_case import LawCase
+from conservtl.testing.laws import LAWS, check_law
 
 RATE = 0.05
 X = torch.randn(8, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

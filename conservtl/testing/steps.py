@@ -12,7 +12,7 @@ from conservtl.batches import map_tensors, tensors_of
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.runtime.freezing import tracks_statistics
 
-__all__ = ["backward", "doubled", "evaluated", "held", "measured", "objective", "outputs_of"]
+__all__ = ["backward", "doubled", "held", "measured", "objective", "outputs_of", "use_eval_modules"]
 
 
 def held(adaptation: Adaptation) -> dict[str, Tensor]:
@@ -65,20 +65,27 @@ def backward(adaptation: Adaptation, example: Any, step: int) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def evaluated(model: nn.Module) -> None:
-    """Put a model in train mode but its modules in eval mode: a step depends on neither chance nor the batch."""
+def use_eval_modules(model: nn.Module) -> None:
+    """Put a model in train mode and its modules in eval mode, so that a step depends on no chance or batch statistic."""
     model.eval()
     unwrap(model).training = True
 
 
 def doubled(model: nn.Module, example: Any) -> Any:
-    """Return an example twice over; None unless the first dimension of all its tensors is that of examples."""
-    sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(example)}
-    outputs = {len(tensor) if tensor.ndim else 0 for tensor in outputs_of(model, example)}
-    if len(sizes) != 1 or sizes != outputs:
+    """Return an example twice over; None unless the model takes it, and the first dimension is that of examples."""
+    sizes = _lengths(tensors_of(example))
+    if len(sizes) != 1 or 0 in sizes or sizes != _lengths(outputs_of(model, example)):
         return None
     twice = map_tensors(example, lambda tensor: torch.cat([tensor, tensor]))
-    return twice if {2 * size for size in sizes} == {len(tensor) for tensor in outputs_of(model, twice)} else None
+    try:
+        lengths = _lengths(outputs_of(model, twice))
+    except RuntimeError:  # a model for batches of one size
+        return None
+    return twice if lengths == {2 * size for size in sizes} else None
+
+
+def _lengths(tensors: list[Tensor]) -> set[int]:
+    return {len(tensor) if tensor.ndim else 0 for tensor in tensors}
 
 
 @torch.no_grad()

@@ -207,6 +207,37 @@ class KernelOfItsOwn(Huber):
         return [Twice()]
 
 
+class StepOfItsOwn(HuberDecoupled):
+    """A kernel whose gradient is right and whose step goes twice as far."""
+
+    kind: Literal["law_step"] = "law_step"
+    skips: ClassVar[bool] = False
+
+    def kernels(self, moving):
+        return [TwiceAsFar(moving, self.skips)]
+
+
+class StepThatIsNotSkipped(StepOfItsOwn):
+    """One whose step is right, and is made in steps that are skipped too."""
+
+    kind: Literal["law_not_skipped"] = "law_not_skipped"
+    skips: ClassVar[bool] = True
+
+
+class TwiceAsFar:
+    def __init__(self, moving, skips):
+        self.moving, self.skips = moving, skips
+
+    def add_gradients(self, factor, scale):
+        for item in self.moving:
+            item.parameter.grad = factor * pull_of(item)
+
+    def move_weights(self, factor, skip):
+        far = 1 if self.skips else 2 * (skip is None)
+        for item in self.moving:
+            item.parameter.sub_(far * factor * item.group["lr"] * pull_of(item))
+
+
 @pytest.mark.parametrize("cls", [Rightly, Huber, HuberByHand, HuberDecoupled], ids=lambda cls: cls.__name__)
 def test_a_huber_penalty_that_is_right_passes(cls):
     check_strategy(acting(cls))
@@ -217,21 +248,27 @@ def test_a_huber_penalty_that_is_right_passes(cls):
     [
         (IgnoresTheScale, "law of fused loss scale: .* multiply by step.scale"),
         (ForgetsMissingGradients, "law of missing gradient: AttributeError"),
-        (PassesOverMissingGradients, "law of missing gradient: .* None than if it is zero"),
+        (PassesOverMissingGradients, "law of missing gradient: .* a gradient of None than with zeros"),
         (IgnoresTheSign, "law of maximization: .* heed item.group"),
         (ActsOnceAForwardPass, "law of accumulation: .* act once an optimizer step"),
         (SumsOverTheBatch, "law of doubled batch: .* take means over the batch"),
         (AnotherGradient, r"law of penalty gradient: gradient\(\) of AnotherGradient is not the gradient of value"),
         (NoSumOverParameters, "law of penalty gradient: .* of one parameter at a time"),
-        (NoSumOverRows, "law of penalty gradient: .* of one row at a time"),
-        (NoSumOverElements, "law of penalty gradient: .* of one element at a time"),
+        (NoSumOverRows, "law of penalty gradient: .* of some rows at a time"),
+        (NoSumOverElements, "law of penalty gradient: .* of some elements at a time"),
         (KernelOfItsOwn, "law of penalty gradient: the kernel of"),
+        (StepOfItsOwn, "law of penalty gradient: the kernel's step of"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_one_that_is_wrong_is_found_by_a_law_with_a_name(cls, message):
     with pytest.raises(AssertionError, match=f"^{cls.__name__} breaks the {message}"):
         check_strategy(acting(cls))
+
+
+def test_a_kernel_that_moves_weights_in_a_skipped_step_is_found():
+    with pytest.raises(AssertionError, match=r"StepThatIsNotSkipped: .* moved in a step that was skipped"):
+        check_strategy(acting(StepThatIsNotSkipped))
 
 
 def test_what_is_remembered_elsewhere_is_found():
