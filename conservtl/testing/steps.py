@@ -66,7 +66,7 @@ def backward(adaptation: Adaptation, example: Any, step: int) -> None:
 
 
 def use_eval_modules(model: nn.Module) -> None:
-    """Put a model in train mode and its modules in eval mode, so that a step depends on no chance or batch statistic."""
+    """Put a model in train mode and its modules in eval mode, so that a step depends on no chance or statistics."""
     model.eval()
     unwrap(model).training = True
 
