@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from datetime import timedelta
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -12,13 +13,56 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import conservtl as ctl
+from conservtl.plan import Penalty
 from conservtl.testing.weights import random_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 2
+
+
+class Huber(Penalty):
+    """A sum over elements."""
+
+    kind: Literal["distributed_huber"] = "distributed_huber"
+    sums_over: ClassVar[str] = "elements"
+
+    def describe(self):
+        return "a Huber penalty"
+
+    def value(self, moving):
+        return sum(nn.functional.huber_loss(item.parameter, item.anchor, reduction="sum", delta=0.1) for item in moving)
+
+
+class Rows(Huber):
+    """A sum over rows, of which each process holds whole ones."""
+
+    kind: Literal["distributed_rows"] = "distributed_rows"
+    sums_over: ClassVar[str] = "rows"
+
+    def value(self, moving):
+        differences = [(item.parameter - item.anchor).flatten(1) for item in moving if item.parameter.ndim > 1]
+        return sum((d.square().sum(1) + 1e-4).sqrt().sum() for d in differences)
+
+
+class Penalised(ctl.Strategy):
+    """Puts a penalty on all weights from the source into the plan."""
+
+    kind: Literal["distributed_penalised"] = "distributed_penalised"
+    penalty: str
+    mode: str = "coupled"
+
+    def apply(self, plan):
+        names = tuple(row.name for row in plan.rows if row.origin == "source" and row.kind == "weight")
+        fields = {"kind": self.penalty, "mode": self.mode, "by": self.label, "names": names}
+        return plan.with_penalty(Penalty.model_validate(fields))
+
+
 METHODS = {
+    "huber": Penalised(penalty="distributed_huber"),
+    "huber, decoupled": Penalised(penalty="distributed_huber", mode="decoupled"),
+    "norms of rows": Penalised(penalty="distributed_rows"),
     "coupled": ctl.L2SP(alpha=0.5, beta=0.3),
     "decoupled": ctl.L2SP(alpha=0.5, beta=0.3, mode="decoupled"),
     "L1": ctl.L1SP(alpha=0.05),
@@ -149,6 +193,8 @@ SHARDED = {
     "sharded, decoupled": ("decoupled", "step"),
     "sharded, clipped": ("coupled", "clip"),
     "sharded, in the loss": ("coupled", "loss"),
+    "sharded, huber, in the loss": ("huber", "loss"),
+    "sharded, norms of rows, in the loss": ("norms of rows", "loss"),
     **{f"sharded, {name}": (name, "step") for name in METHODS if name not in ("coupled", "decoupled", "mixout")},
 }
 TOGETHER = [f"together, {name}" for name in METHODS]

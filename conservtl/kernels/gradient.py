@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,11 +64,23 @@ class GradientKernel:
             )
 
 
-def as_handed(item: Moving) -> Moving:
-    """Return a parameter as ``value`` and ``gradient`` receive it: plain tensors on one device, in one type."""
-    parameter = local(item.parameter).detach()
-    anchor = None if item.anchor is None else placed(local(item.anchor), parameter)
-    return Moving(item.row, parameter, anchor, item.group, {name: local(t) for name, t in item.measured.items()})
+def _detached_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor without gradient."""
+    part: Tensor = local(tensor).detach()
+    return part
+
+
+def as_handed(item: Moving, tensor_of: Callable[[Tensor], Tensor] = _detached_part) -> Moving:
+    """Return a parameter as ``value`` and ``gradient`` receive it: plain tensors on one device, in one type.
+
+    Args:
+        item: the parameter, sharded or not, with its anchor as it is stored.
+        tensor_of: tensor -> the plain tensor to hand over; by default this process's part, without gradient.
+    """
+    parameter = tensor_of(item.parameter)
+    anchor = None if item.anchor is None else placed(tensor_of(item.anchor), parameter)
+    measured = {name: tensor_of(tensor) for name, tensor in item.measured.items()}
+    return Moving(item.row, parameter, anchor, item.group, measured)
 
 
 def _on(scalar: Tensor, like: Tensor) -> Tensor:

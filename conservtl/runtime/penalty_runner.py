@@ -1,16 +1,17 @@
-"""The plan's penalties in a step: annealed, signed, and added to the gradients or a step of their own."""
+"""The plan's penalties in a step: annealed, signed, and added to the gradients or steps of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conservtl.kernels.deviation import placed
-from conservtl.kernels.dtensor import whole
+from conservtl.kernels.dtensor import local, over_parts, sharded, whole
+from conservtl.kernels.gradient import as_handed
 from conservtl.plan.penalty import Penalty
+from conservtl.plan.update import Moving
 from conservtl.runtime.parameter_index import ParameterIndex, penalised
 from conservtl.runtime.step_context import StepContext
 
@@ -18,10 +19,10 @@ __all__ = ["PenaltyRunner", "total_penalty"]
 
 
 class PenaltyRunner:
-    """Runs penalties on the parameters of one optimizer.
+    """The plan's penalties on the parameters of one optimizer.
 
     Args:
-        index: of the optimizer.
+        index: the optimizer's parameters.
         context: the adaptation's state.
     """
 
@@ -33,34 +34,33 @@ class PenaltyRunner:
         """Add the coupled penalties to complete gradients, once a step.
 
         Args:
-            scale: the factor that the gradients still carry, which a fused optimizer divides out; None: 1.
-            maximize: whether the optimizer goes up its gradients.
+            scale: factor that the gradients still carry, which a fused optimizer divides out; None: 1.
+            maximize: whether the optimizer maximises.
         """
         for penalty in self._context.plan.penalties:
-            factor = self._factor(penalty)
+            factor = _factor(penalty, self._context)
             if penalty.mode == "coupled" and factor:
                 for kernel in self._index.kernels(penalty):
                     kernel.add_gradients(-factor if maximize else factor, scale)
 
     @torch.no_grad()
     def move_weights(self, skip: Tensor | None) -> None:
-        """Carry out the steps of the decoupled penalties.
+        """Move weights by the decoupled penalties.
 
         Args:
             skip: scalar tensor, non-zero if the step will be skipped; None: it will not.
         """
         for penalty in self._context.plan.penalties:
-            factor = self._factor(penalty)
+            factor = _factor(penalty, self._context)
             if penalty.mode == "decoupled" and factor:
                 for kernel in self._index.kernels(penalty):
                     kernel.move_weights(factor, skip)
 
-    def _factor(self, penalty: Penalty) -> float:
-        return _factor(penalty, self._context)
-
 
 def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """Return the sum of the penalties' values on what is trained now, a scalar with gradient.
+
+    If parameters are sharded, all processes call it together.
 
     Args:
         context: the adaptation's state.
@@ -71,15 +71,29 @@ def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) 
         names = [name for name in penalty.names if name not in context.frozen]
         moving = [penalised(penalty, context, context.plan[name], parameters[name], {}) for name in names]
         if moving:
-            widened = [
-                replace(item, anchor=None if item.anchor is None else placed(item.anchor, item.parameter))
-                for item in moving
-            ]
-            values.append(_factor(penalty, context) * penalty.value(widened))
+            values.append(_factor(penalty, context) * _value(penalty, moving))
     if not values:
         return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-    return whole(torch.stack([value.to(values[0].device) for value in values]).sum())
+    return torch.stack([value.to(values[0].device) for value in values]).sum()
+
+
+def _value(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
+    """Return the value of a penalty: on whole parameters, or the sum over this process's parts and those of others."""
+    if penalty.sums_over not in ("elements", "rows"):
+        return penalty.value([as_handed(item, whole) for item in moving])
+    alike: dict[Any, list[Moving]] = {}
+    for item in moving:
+        parameter: Any = item.parameter
+        cut = (parameter.device_mesh, tuple(parameter.placements)) if sharded(parameter) else None
+        alike.setdefault(cut, []).append(item)
+    total = torch.zeros((), device=moving[0].parameter.device)
+    for items in alike.values():
+        part = penalty.value([as_handed(item, local) for item in items])
+        others = over_parts(part.detach().reshape(1), [items[0].parameter])[0] - part.detach()  # without gradient
+        total = total + (part + others).to(total.device)
+    return total
 
 
 def _factor(penalty: Penalty, context: StepContext) -> float:
+    """Return the annealing's factor at this step."""
     return 1.0 if penalty.anneal is None else penalty.anneal.factor(context.updates.number)
