@@ -51,7 +51,9 @@ class Penalised(ctl.Strategy):
 
     kind: Literal["distributed_penalised"] = "distributed_penalised"
     penalty: str
+    """Its kind."""
     mode: str = "coupled"
+    """Its mode."""
 
     def apply(self, plan):
         names = tuple(row.name for row in plan.rows if row.origin == "source" and row.kind == "weight")

@@ -83,6 +83,7 @@ class Penalised(ctl.Strategy):
 
     kind: Literal["runner_penalised"] = "runner_penalised"
     penalty: dict
+    """Its fields but for names and author."""
 
     def apply(self, plan):
         names = tuple(row.name for row in plan.rows if row.origin == "source")
