@@ -51,6 +51,7 @@ __all__ = [
     "remove_forward_hooks",
     "remove_forward_pre_hooks",
     "reset_method",
+    "saved_by_node",
     "scaler_state",
     "tree_leaves",
     "tree_map",
@@ -202,3 +203,8 @@ def accelerate_states(*, process: bool) -> list[dict[str, Any]]:
 def prepared_objects(accelerator: Any) -> list[list[Any]]:
     """Return the lists of models and optimizers an Accelerator has prepared: it forgets all of them or none."""
     return [accelerator._models, accelerator._optimizers]
+
+
+def saved_by_node(node: Any, name: str) -> Any:
+    """Return an argument, such as ``dim``, that a node of the autograd graph saved; no public name reads it."""
+    return getattr(node, f"_saved_{name}")

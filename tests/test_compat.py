@@ -298,3 +298,12 @@ def test_metadata_is_what_load_state_dict_reads():
 def test_each_name_has_a_test():
     tests = Path(__file__).read_text("utf-8")
     assert [name for name in compat.__all__ if not re.search(rf"\bcompat\.{name}\b", tests)] == []
+
+
+def test_saved_by_node():
+    values = torch.zeros(2, 3, requires_grad=True)
+    assert compat.saved_by_node(values.log_softmax(1).grad_fn, "dim") == 1
+    transposed = values.transpose(0, 1).grad_fn
+    assert (compat.saved_by_node(transposed, "dim0"), compat.saved_by_node(transposed, "dim1")) == (0, 1)
+    loss = torch.nn.functional.cross_entropy(values, torch.tensor([0, -7]), ignore_index=-7)
+    assert compat.saved_by_node(loss.grad_fn, "ignore_index") % 2**64 == -7 % 2**64

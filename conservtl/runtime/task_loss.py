@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.compat import saved_by_node
 from conservtl.functions import labels_of
 from conservtl.plan.term import OutputForm, TaskLoss
 
@@ -117,8 +118,8 @@ def _axis(nodes: Sequence[Node], names: Sequence[str], logits: Tensor) -> int | 
     """Return the axis of the outputs that the softmax runs over; None: not known."""
     for node, name in zip(nodes, names, strict=True):
         if name in ("LogSoftmax", "Softmax"):
-            shape = node._saved_result.shape  # noqa: SLF001 - torch documents saved tensors under these names
-            over = _signed(node._saved_dim) % len(shape)  # noqa: SLF001
+            shape = saved_by_node(node, "result").shape
+            over = _signed(saved_by_node(node, "dim")) % len(shape)
             classes = shape[over]
             axis = _followed(node, over, logits)
             if axis is not None:
@@ -138,14 +139,14 @@ def _followed(node: Node, axis: int, logits: Tensor) -> int | None:
             return axis % logits.ndim
         name = _name(node)
         if name == "Transpose":
-            first, second = (_signed(one) for one in (node._saved_dim0, node._saved_dim1))  # noqa: SLF001
+            first, second = (_signed(one) for one in (saved_by_node(node, "dim0"), saved_by_node(node, "dim1")))
             if axis < 0 or first < 0 or second < 0:
                 return None
             axis = {first: second, second: first}.get(axis, axis)
         elif name == "Permute":
-            axis = _signed(node._saved_dims[axis])  # noqa: SLF001
+            axis = _signed(saved_by_node(node, "dims")[axis])
         elif name in ("View", "UnsafeView", "ReshapeAlias"):
-            before = tuple(node._saved_self_sym_sizes)  # noqa: SLF001
+            before = tuple(saved_by_node(node, "self_sym_sizes"))
             if axis != 1 or logits.ndim < 3:
                 return None
             axis = len(before) - 1
@@ -158,8 +159,8 @@ def _counted(nodes: Sequence[Node], names: Sequence[str], logits: Tensor, axis: 
     shape = _positions(logits, axis)
     for node, name in zip(nodes, names, strict=True):
         if name == "NllLoss":
-            target = node._saved_target  # noqa: SLF001
-            counted: Tensor = target != _signed(node._saved_ignore_index)  # noqa: SLF001
+            target = saved_by_node(node, "target")
+            counted: Tensor = target != _signed(saved_by_node(node, "ignore_index"))
             if counted.numel() == shape.numel():
                 return counted.view(shape)
     return None
