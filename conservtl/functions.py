@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.errors import SpecError
+from conservtl.labels import call
+from conservtl.padding import find_padding, padding_of_outputs
 
 __all__ = [
+    "IGNORED",
     "Forward",
     "Loss",
     "MetricPool",
@@ -22,6 +26,9 @@ __all__ = [
     "labels_of",
     "logits_of",
 ]
+
+IGNORED = -100
+"""Label of a position that does not count, as in torch's cross-entropy."""
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -50,7 +57,7 @@ class MetricPool:
     def add(self, metrics: Mapping[str, MetricValue], size: int) -> None:
         """Add the metrics of a batch of ``size`` examples."""
         for name, value in metrics.items():
-            total, count = value if isinstance(value, tuple) else (value * size, size)
+            total, count = value if isinstance(value, (tuple, list)) else (value * size, size)
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + count
 
@@ -61,20 +68,58 @@ class MetricPool:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Return the model's outputs for (inputs, labels), or for a dictionary of its arguments and ``labels``."""
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key != "labels"})
-    return model(batch[0])
+    """Return the model's outputs for (inputs, labels), or for a dictionary of its arguments and ``labels``.
+
+    Labels in a dictionary reach a model that needs them (``conservtl.labels``), and no other.
+    """
+    return call(model, batch) if isinstance(batch, Mapping) else model(batch[0])
 
 
 def cross_entropy(outputs: Any, batch: Any) -> Tensor:
-    """Return the mean cross-entropy of logits (N, classes) and labels (N,)."""
-    return F.cross_entropy(logits_of(outputs), labels_of(batch))
+    """Return the mean cross-entropy of logits and labels.
+
+    Labels are class indices, or probabilities of the logits' shape. For logits with positions, (N, frames, classes) or
+    (N, classes, ...) with labels (N, ...), the mean is over positions that count: labels of -100 do not, nor does
+    padding that the outputs' lengths or the batch name, if no label is -100.
+    """
+    logits, labels = logits_of(outputs), labels_of(batch)
+    if logits.ndim < 3 or labels.is_floating_point():
+        return F.cross_entropy(logits, labels)
+    last, second = labels.shape == logits.shape[:-1], labels.shape == logits.shape[:1] + logits.shape[2:]
+    # If both fit, torch's layout, but for outputs of Hugging Face models.
+    axis = logits.ndim - 1 if last and (not second or hasattr(outputs, "logits")) else 1
+    padding = padding_of_outputs(outputs) or (find_padding(batch) if isinstance(batch, Mapping) else None)
+    if padding is not None and (padding.sizes is None or labels.shape[-1] in padding.sizes):
+        mask = padding.mask(logits.shape, axis, "the labels")
+        if mask is not None:
+            labels = labels.masked_fill(~mask & (labels != IGNORED).all(), IGNORED)
+    total = F.cross_entropy(logits.movedim(axis, 1), labels, reduction="sum", ignore_index=IGNORED)
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def accuracy(outputs: Any, batch: Any) -> dict[str, Tensor]:
-    """Return the accuracy: the share of examples whose largest logit is that of the label."""
-    return {"accuracy": (logits_of(outputs).argmax(-1) == labels_of(batch)).float().mean()}
+def accuracy(outputs: Any, batch: Any) -> dict[str, MetricValue]:
+    """Return the accuracy: the share of examples whose largest logit is that of the label.
+
+    It is defined for logits (N, classes) and integer labels (N,), without those of -100; for others nothing is
+    returned, and the loss is the measure.
+    """
+    try:
+        logits, labels = logits_of(outputs), labels_of(batch)
+    except (SpecError, LookupError, TypeError):
+        return {}
+    if not isinstance(labels, Tensor) or not _are_classes(logits, labels):
+        return {}
+    right = logits.argmax(-1) == labels
+    counted = labels != IGNORED
+    if bool(counted.all()):
+        return {"accuracy": right.float().mean()}
+    return {"accuracy": (right.sum(), counted.sum())}
+
+
+def _are_classes(logits: Tensor, labels: Tensor) -> bool:
+    """Whether labels are class indices of logits (N, classes)."""
+    indices = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return indices and labels.ndim == 1 and logits.ndim == 2 and logits.shape[1] > 1 and len(logits) == len(labels)
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -253,7 +253,17 @@ def padding_of_outputs(outputs: Any) -> Padding | None:
         return _from_mask(said, name)
     if said.ndim != 1:
         return None
-    return Padding(_checked(said, len(logits), "the lengths among the outputs"))
+    lengths = _checked(said, len(logits), "the lengths among the outputs")
+    if lengths.is_floating_point():
+        return Padding(lengths)
+    most = int(lengths.max())
+    sizes = [size for size in logits.shape[1:] if size == most] or [size for size in logits.shape[1:] if size > most]
+    if not sizes:
+        raise SpecError(
+            f"the lengths among the outputs must be from 1 to the number of positions of the outputs, whose shape is "
+            f"{tuple(logits.shape)}; received up to {most}. Return the number of frames that are no padding."
+        )
+    return Padding(lengths.to(logits.device), tuple(sizes))
 
 
 def padding_of_rows(valid: Tensor) -> Padding:

@@ -129,7 +129,9 @@ class Adaptation:
             loss: the task's loss, a scalar, the mean over the batch.
             outputs: the model's outputs in the forward pass just made.
             inputs: the model's inputs in that pass: a tensor, a tuple of positional or a dictionary of keyword
-                arguments. The source model is run on them in eval mode, under the autocast that is active here.
+                arguments; ``labels`` among these reach a source model that needs them, and no other
+                (``conservtl.labels``). The source model is run on them in eval mode, under the autocast that is active
+                here.
             source: instead of ``inputs``, the result of ``source_view(inputs)`` from an earlier epoch.
             batch: the batch that the loss was computed on. Outputs at labels of -100 do not count; the loss itself
                 says where they are if it is torch's cross-entropy. None: ``inputs``, if a dictionary with ``labels``.
@@ -158,7 +160,7 @@ class Adaptation:
                 raise SpecError(
                     f"{by} compares with the source model on the same inputs: pass loss(loss, outputs, inputs)."
                 )
-            source = self.source_view(inputs)
+            source = self.bound.source_view(inputs, outputs=outputs)
         return terms.objective(loss, outputs, source, self.measured, inputs if batch is None else batch)
 
     def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:

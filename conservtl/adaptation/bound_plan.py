@@ -176,15 +176,16 @@ class BoundPlan:
         hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
         apply_extensions(model, self.plan.extensions, self.layers)  # again: norms may have been converted since
 
-    def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
+    def source_view(self, inputs: Any, forward: Forward | None = None, outputs: Any = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.
 
         Args:
             inputs: as the model takes them, or a batch that ``forward`` takes.
             forward: (model, batch) -> outputs; None calls the model with ``inputs``.
+            outputs: of the adapted model, whose shape the source's must have; None: not checked.
         """
         device = next(iter(named_parameters(self.model).values())).device
-        return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device, inputs)
+        return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device, inputs, outputs)
 
     def before_forward(self, *, training: bool) -> None:
         """Let updates act before a forward pass; called by a hook of the model if an update needs it."""

@@ -17,7 +17,7 @@ from conservtl.data import Examples
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
 
-__all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches"]
+__all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches", "examples_of"]
 
 _SHARE = 0.5  # largest share of the device's free memory for held data
 
@@ -38,6 +38,14 @@ class Batch:
 
 
 Waiting = Callable[[], Batch]
+
+
+def examples_of(batch: Batch, form: str) -> str:
+    """Return the positions of a batch's examples in this form, for a message; empty for streamed data."""
+    if batch.index is None:
+        return ""
+    first = ", ".join(str(position) for position in batch.index[:8].tolist())
+    return form.format(f"{first}{', …' if batch.size > 8 else ''}")
 
 
 class Contents:

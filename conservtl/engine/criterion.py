@@ -11,7 +11,16 @@ from pydantic import model_validator
 from conservtl.errors import SpecError, did_you_mean
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["ACCURACY", "Criterion", "check_metric", "harmonic_mean", "judged", "score"]
+__all__ = [
+    "ACCURACY",
+    "LOSS",
+    "Criterion",
+    "check_metric",
+    "default_criterion",
+    "harmonic_mean",
+    "judged",
+    "score",
+]
 
 _DIRECTIONS = {"accuracy": "higher", "loss": "lower", "wer": "lower", "cer": "lower"}
 
@@ -48,6 +57,9 @@ class Criterion(FrozenModel):
 ACCURACY = Criterion(metric="accuracy", direction="higher")
 """The metric of ``training.select`` by default."""
 
+LOSS = Criterion(metric="loss", direction="lower")
+"""The metric by default where nothing else is measured."""
+
 
 def score(evaluation: Evaluation, keep: str, select: Criterion | None = None) -> float:
     """Return the score of an evaluation; higher is better.
@@ -59,7 +71,7 @@ def score(evaluation: Evaluation, keep: str, select: Criterion | None = None) ->
     Args:
         evaluation: {"target": metrics, "source": metrics}; without a source the target counts alone.
         keep: ``training.keep``; with ``target`` the target counts alone.
-        select: the metric; None: accuracy.
+        select: the metric; None: accuracy, or the loss if it is all that is measured.
 
     Returns:
         The score; minus infinity if a value is NaN.
@@ -74,7 +86,7 @@ def score(evaluation: Evaluation, keep: str, select: Criterion | None = None) ->
         >>> score(evaluation, "harmonic", Criterion(metric="loss", direction="lower"))
         -3.0
     """
-    criterion = select or ACCURACY
+    criterion = select or default_criterion(evaluation, keep)
     sets = judged(evaluation, keep)
     for name in sets:
         check_metric(criterion, evaluation[name], name)
@@ -92,6 +104,11 @@ def score(evaluation: Evaluation, keep: str, select: Criterion | None = None) ->
             "another metric."
         )
     return harmonic_mean(list(values.values()))
+
+
+def default_criterion(evaluation: Evaluation, keep: str) -> Criterion:
+    """Return the metric to select on if none is named: accuracy, or the loss if it is all that is measured."""
+    return LOSS if all(set(evaluation[name]) == {"loss"} for name in judged(evaluation, keep)) else ACCURACY
 
 
 def judged(evaluation: Mapping[str, object], keep: str) -> list[str]:

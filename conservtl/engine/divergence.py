@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batching import Batch
+from conservtl.engine.batching import Batch, examples_of
 from conservtl.engine.checkpoint import State
 from conservtl.errors import TrainingDivergedError
 
@@ -57,7 +57,7 @@ class Losses:
             if not math.isfinite(value):
                 raise TrainingDivergedError(
                     f"the loss is {value} at batch {number} of epoch {self.state.epoch + 1} (step {step}"
-                    f"{_examples(batch)}). {_ADVICE}, or inspect that batch."
+                    f"{examples_of(batch, ', examples {}')}). {_ADVICE}, or inspect that batch."
                 )
             self.state.total += value * batch.size
             self.state.seen += batch.size
@@ -73,11 +73,3 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
     for name, parameter in parameters.items():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise TrainingDivergedError(f"{name!r} is not finite after step {step}. {_ADVICE}.")
-
-
-def _examples(batch: Batch) -> str:
-    """Return the positions of the examples, for a message; empty for streamed data."""
-    if batch.index is None:
-        return ""
-    first = ", ".join(str(position) for position in batch.index[:8].tolist())
-    return f", examples {first}{', …' if batch.size > 8 else ''}"

@@ -9,7 +9,7 @@ from conservtl.engine.checkpoint import State
 from conservtl.engine.epoch import Learner
 from conservtl.engine.evaluation import Functions, evaluate
 from conservtl.engine.preparation import Sets
-from conservtl.engine.selection import with_criterion
+from conservtl.engine.selection import decides
 from conservtl.engine.session import Session
 
 __all__ = ["close_epoch", "continues", "evaluate_sets"]
@@ -54,11 +54,14 @@ def close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
 def evaluate_sets(session: Session, functions: Functions, state: State, sets: Sets) -> dict[str, Any]:
     """Return the metrics of all sets for a line of the history, and update the selection by the validation sets."""
     valid, watch = (
-        {name: evaluate(session.model, data, functions, session.device) for name, data in each.items()}
-        for each in (sets.valid, sets.watch)
+        {
+            name: evaluate(session.model, data, functions, session.device, selects=name if selects else None)
+            for name, data in each.items()
+        }
+        for each, selects in ((sets.valid, True), (sets.watch, False))
     )
     if not valid:
         return watch
-    adaptation = session.adaptation
-    state.selection.look(valid, adaptation.model, with_criterion(session.training, adaptation.plan))
+    adaptation, settings = session.adaptation, session.training
+    state.selection.look(valid, adaptation.model, settings, decides=decides(settings, adaptation.plan))
     return valid | watch | {"valid": valid}

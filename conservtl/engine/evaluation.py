@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from conservtl.engine.batching import as_batches
+from conservtl.engine.batching import Batch, as_batches, examples_of
 from conservtl.engine.randomness import preserve_rng
-from conservtl.errors import DataError
+from conservtl.errors import DataError, TrainingDivergedError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics
+from conservtl.labels import labels_for_loss
 from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["Functions", "Holdout", "evaluate"]
@@ -56,7 +59,12 @@ class Holdout:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Any, functions: Functions, device: torch.device, batch_size: int = 256
+    model: nn.Module,
+    data: Any,
+    functions: Functions,
+    device: torch.device,
+    batch_size: int = 256,
+    selects: str | None = None,
 ) -> dict[str, float]:
     """Return the mean loss and metrics of a set; modes and random generators are restored.
 
@@ -66,25 +74,43 @@ def evaluate(
         functions: the run's functions.
         device: device of the batches.
         batch_size: examples per batch, for data that is not batched yet.
+        selects: name of the set if weights are selected on it, so that its loss must be finite; None: they are not.
 
     Returns:
         Name of each metric, and ``loss`` -> value.
 
     Raises:
         DataError: the set is empty.
+        TrainingDivergedError: the loss of a set that selects is NaN or infinite; the message names the batch.
     """
     if isinstance(data, Holdout):
         functions = Functions(
             data.forward or functions.forward, data.loss or functions.loss, data.metrics or functions.metrics
         )
         data = data.data
-    pool, seen = MetricPool(), 0
+    pool = MetricPool()
+    losses: list[tuple[Tensor, Batch]] = []
     with eval_mode(model), preserve_rng():  # a DataLoader draws a seed even when it does not shuffle
         for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
+            if not losses:
+                labels_for_loss(model, batch.content, functions.forward, functions.loss)
             outputs = functions.forward(model, batch.content)
             loss = functions.loss(outputs, batch.content)
             pool.add({"loss": loss, **functions.metrics(outputs, batch.content)}, batch.size)
-            seen += batch.size
-    if not seen:
+            losses.append((torch.as_tensor(loss).detach(), replace(batch, content=None)))  # its memory is free again
+    if not losses:
         raise DataError("a set to evaluate on has no examples. Leave it out, or give it some.")
+    if selects is not None:
+        _check_finite(losses, selects)
     return pool.result()
+
+
+def _check_finite(losses: Sequence[tuple[Tensor, Batch]], name: str) -> None:
+    """Raise unless the loss of each batch is finite: a score would silently keep the weights of an earlier epoch."""
+    for number, (loss, batch) in enumerate(losses, 1):
+        if not math.isfinite(value := float(loss)):
+            raise TrainingDivergedError(
+                f"the loss on the validation set {name!r} is {value} at its batch {number} of {len(losses)}"
+                f"{examples_of(batch, ' (examples {})')}. Inspect that batch, or "
+                "lower training.lr or set training.clip if earlier evaluations were finite."
+            )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from conservtl.engine.batching import Contents, Held, Streamed
@@ -13,8 +14,9 @@ from conservtl.engine.criterion import ACCURACY, Criterion, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
-from conservtl.functions import Forward, Loss
+from conservtl.functions import Forward, Loss, accuracy
 from conservtl.layers import unwrap
+from conservtl.runtime.preserve import eval_mode
 from conservtl.weights.interpolation import grid
 from conservtl.weights.path import WeightPath
 
@@ -66,7 +68,7 @@ def finish(
     chooses = target is not None and (
         keep == "path" or any(type(decision).scored for decision in adaptation.plan.after)
     )
-    margin = _margin(target, select or ACCURACY) if target is not None and chooses else 0.0
+    margin = _margin(session, target, functions, select) if target is not None and chooses else 0.0
     points: dict[float, Evaluation] = {}
     after: dict[str, Any] = {}
     best = None
@@ -105,11 +107,17 @@ def finish(
     return Ended(after, tuple({"t": t, **points[t], "kept": t == kept} for t in sorted(points)), best)
 
 
-def _margin(target: Holdout, select: Criterion) -> float:
+def _margin(session: Session, target: Holdout, functions: Functions, select: Criterion | None) -> float:
     """Return half of what one example of the target changes in the accuracy; 0 for another metric."""
-    if select != ACCURACY:
+    if select not in (None, ACCURACY):
         return 0.0
     data: Held | Streamed = target.data
+    model = session.model
+    if (target.metrics or functions.metrics) is accuracy:  # not defined for all outputs and labels
+        with eval_mode(model), preserve_rng(), torch.no_grad():
+            content = next(iter(data.epoch())).content
+            if not accuracy((target.forward or functions.forward)(model, content), content):
+                return 0.0
     with preserve_rng():
         return 0.5 / (data.length if isinstance(data, Held) else sum(batch.size for batch in data.epoch()))
 

@@ -10,13 +10,21 @@ from typing import Any
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.checkpoint import Checkpoints, State, gather_generators, restore, snapshot
+from conservtl.engine.criterion import ACCURACY, check_metric
 from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.epoch_end import close_epoch, continues, evaluate_sets
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.fit_result import FitResult
 from conservtl.engine.interruption import interruptible
-from conservtl.engine.preparation import Sets, check_arguments, make_measurements, place_sets, training_batches
+from conservtl.engine.preparation import (
+    Sets,
+    check_arguments,
+    learn_labels,
+    make_measurements,
+    place_sets,
+    training_batches,
+)
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
@@ -75,7 +83,8 @@ def fit(
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
         metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count) to pool over the set};
-            ``training.select`` names the one to select on, accuracy by default.
+            ``training.select`` names the one to select on, accuracy by default. The default metric is the accuracy
+            of logits (N, classes) and integer labels (N,); for other outputs or labels the loss is selected on.
         watch: {"target": data, "source": data}: evaluated and shown, never selected on.
         path: the same, evaluated after training at 11 points between the starting point and the trained weights.
         source: source data, for measurements on it such as a Fisher. Data as for ``train``.
@@ -93,7 +102,8 @@ def fit(
     Raises:
         SpecError: settings contradict each other, a metric to select on is missing, or there is no checkpoint.
         DataError: data is empty or of an unknown kind.
-        TrainingDivergedError: the loss is NaN or infinite; the last good checkpoint is kept.
+        TrainingDivergedError: the loss is NaN or infinite, in training or on a set of ``valid``; the last good
+            checkpoint is kept.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was written to ``out``.
 
     Example:
@@ -121,6 +131,7 @@ def fit(
         saved = store.load() if resume else None
         if saved is not None:
             adaptation.load_state_dict(saved["adaptation"])  # with its measurements and choices
+        learn_labels(session, functions, batches)
         measured = train if session.part[1] > 1 else batches
         make_measurements(session, functions, measured, source)
         sets = place_sets(session, valid, watch, path)
@@ -225,6 +236,7 @@ def trial_of(
             accelerator=accelerator,
         )
         if result.best is None:
+            check_metric(ACCURACY, result.history[-1]["valid"]["target"], "target")
             raise RuntimeError("a trial ends with an evaluation")
         return result.best
 

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batching import Contents, Held, Streamed, as_batches
 from conservtl.engine.evaluation import Functions, Holdout
+from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.labels import labels_for_loss, takes_labels
+from conservtl.runtime.preserve import eval_mode, preserve_buffers
 
-__all__ = ["Sets", "check_arguments", "make_measurements", "place_sets", "training_batches"]
+__all__ = ["Sets", "check_arguments", "learn_labels", "make_measurements", "place_sets", "training_batches"]
 
-_BATCH = 256  # examples a batch in evaluations
 _MEASURED = 64  # examples a batch in measurements, which compute gradients
 
 
@@ -66,15 +69,36 @@ def place_sets(
     path: Mapping[str, Any] | None,
 ) -> Sets:
     """Return the sets of ``fit`` as batches, on the device if they fit."""
+    size = session.training.evaluate_batch_size
 
     def placed(sets: Mapping[str, Any] | None) -> dict[str, Holdout]:
         holdouts = {name: data if isinstance(data, Holdout) else Holdout(data) for name, data in (sets or {}).items()}
         return {
-            name: replace(holdout, data=as_batches(holdout.data, _BATCH, session.device, shuffle=False))
+            name: replace(holdout, data=as_batches(holdout.data, size, session.device, shuffle=False))
             for name, holdout in holdouts.items()
         }
 
     return Sets(placed(valid), placed(watch), placed(path))
+
+
+def learn_labels(session: Session, functions: Functions, batches: Held | Streamed) -> None:
+    """Learn on the first batch which models need its labels: the adapted one for the loss, the source for its outputs.
+
+    Random generators, modes and buffers are restored.
+    """
+    adaptation = session.adaptation
+    model = adaptation.model
+    if not takes_labels(model):
+        return
+    with eval_mode(model), preserve_buffers(model), preserve_rng(batches.generators), torch.no_grad():
+        batch = next(batches.epoch(), None)
+        if batch is None:
+            return
+        with session.autocast():
+            labels_for_loss(model, batch.content, functions.forward, functions.loss)
+            if adaptation.bound.terms.needs_source:
+                outputs = functions.forward(model, batch.content)
+                adaptation.bound.source_view(batch.content, functions.forward, outputs)
 
 
 def make_measurements(session: Session, functions: Functions, target: Any, source: Any) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.criterion import ACCURACY
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.training import Training
 from conservtl.errors import PlanError, SpecError
@@ -73,7 +72,7 @@ def run_searches(
 def _trial_settings(search: Search, training: Training) -> Training:
     """Return the settings of a trial: shorter, and evaluated once, at its end."""
     epochs = search.epochs or max(1, training.epochs // _SHARE)
-    changes = {"epochs": epochs, "evaluate_every": epochs, "patience": None, "select": training.select or ACCURACY}
+    changes = {"epochs": epochs, "evaluate_every": epochs, "patience": None}
     return training.model_copy(update={**changes, "keep": "target" if training.keep == "target" else "last"})
 
 

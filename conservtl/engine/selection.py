@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from conservtl.engine.criterion import ACCURACY, check_metric, judged, score
+from conservtl.engine.criterion import check_metric, default_criterion, judged, score
 from conservtl.engine.evaluation import Holdout
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
@@ -16,7 +16,7 @@ from conservtl.functions import Metrics, accuracy
 from conservtl.layers import unwrap
 from conservtl.plan.plan import Plan
 
-__all__ = ["Selection", "check_selection", "with_criterion"]
+__all__ = ["Selection", "check_selection", "decides"]
 
 
 @dataclass
@@ -35,16 +35,30 @@ class Selection:
     weights: dict[str, Tensor] | None = None
     stale: int = 0
 
-    def look(self, evaluation: Mapping[str, Mapping[str, float]], model: nn.Module, training: Training) -> None:
+    def look(
+        self,
+        evaluation: Mapping[str, Mapping[str, float]],
+        model: nn.Module,
+        training: Training,
+        *,
+        decides: bool = False,
+    ) -> None:
         """Compare an evaluation with the best one, and copy the weights if they are to be kept.
 
-        Metrics without an accuracy are passed over if the settings name no metric.
+        Metrics without an accuracy are passed over if the settings name no metric and nothing is decided.
+
+        Args:
+            evaluation: set -> metrics.
+            model: the model.
+            training: the settings.
+            decides: whether the score decides anything.
 
         Raises:
             SpecError: the metric to select on is not among those of a set.
         """
         sets = judged(evaluation, training.keep)
-        if training.select is None and any("accuracy" not in evaluation[name] for name in sets):
+        metric = (training.select or default_criterion(evaluation, training.keep)).metric
+        if training.select is None and not decides and any(metric not in evaluation[name] for name in sets):
             return
         value = score(evaluation, training.keep, training.select)
         loss = sum(evaluation[name]["loss"] for name in sets)
@@ -58,11 +72,9 @@ class Selection:
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def with_criterion(training: Training, plan: Plan) -> Training:
-    """Return the settings with a metric to select on, accuracy by default, if a validation score decides anything."""
-    if training.select is None and (_selects(training) or _choosers(plan)):
-        return training.model_copy(update={"select": ACCURACY})
-    return training
+def decides(training: Training, plan: Plan) -> bool:
+    """Return whether a validation score decides anything."""
+    return _selects(training) or bool(_choosers(plan))
 
 
 def check_selection(training: Training, valid: Mapping[str, object], plan: Plan, metrics: Metrics) -> None:
@@ -92,7 +104,7 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan,
             f"{choosing[0]} chooses on a validation part, but there is none. Carve one from the shots "
             "(data.validation), or pass valid={'target': ...}."
         )
-    select = with_criterion(training, plan).select
+    select = training.select
     if select is None or "target" not in valid:
         return
     for name in judged(valid, training.keep):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conservtl.engine.batching import Batch, Held
+from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.padding import Padding
 from conservtl.plan.term import View
@@ -88,8 +89,11 @@ def cache_source_outputs(
             return None
         layers = list(part.features)
         paddings.append(part.padding)
-        tensors = [logits_of(part.outputs), *part.features.values()]
-        if any(not isinstance(tensor, Tensor) or tensor.shape[:1] != index.shape for tensor in tensors):
+        try:
+            tensors = [logits_of(part.outputs), *part.features.values()]
+        except SpecError:  # other outputs: terms on features do not need them
+            return None
+        if any(tensor.shape[:1] != index.shape for tensor in tensors):
             return None
         if not caches:
             size = sum(tensor[0].nbytes for tensor in tensors) * batches.length

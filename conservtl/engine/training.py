@@ -23,6 +23,8 @@ class Training(BaseModel):
     """Passes over the training data, all phases together."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Examples per step and process, for data that ``fit`` batches; a DataLoader has its own."""
+    evaluate_batch_size: Annotated[int, Field(ge=1)] = 256
+    """Examples per batch of an evaluation, for data that ``fit`` batches; no result depends on it but by rounding."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """sgd has a momentum of 0.9."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
@@ -57,8 +59,8 @@ class Training(BaseModel):
     that are equal but for half a target example."""
     select: Criterion | None = None
     """Metric of the validation score: accuracy, loss, wer, cer, or {metric: NAME, direction: higher or lower}; None:
-    accuracy. Scores of target and source together: the harmonic mean of a metric of which higher values are better,
-    the sum of one of which lower values are better."""
+    accuracy, or the loss if it is all that is measured. Scores of target and source together: the harmonic mean of a
+    metric of which higher values are better, the sum of one of which lower values are better."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without a better validation score after which training stops; None: never. Only the last phase can
     be cut short. The path then ends at the last weights."""

@@ -29,6 +29,11 @@ class ExtendedModule(nn.Module):
     extension: ClassVar[type[ExtendedModule]]
     own_class: ClassVar[type[nn.Module]]
 
+    @classmethod
+    def members(cls, original: type[nn.Module]) -> dict[str, Any]:  # noqa: ARG003
+        """Return attributes of the combined class that depend on the original class; by default none."""
+        return {}
+
     def difference(self) -> str:
         """Return how a model with such modules differs from one without, in the plural: ``norms mix ...``."""
         raise NotImplementedError(f"{type(self).__name__} needs difference().")
@@ -93,6 +98,7 @@ def _combined(extension: type[ExtendedModule], original: type[nn.Module]) -> typ
     if key not in _COMBINED:
         # The __module__ of the original class: torch.fx treats classes of torch.nn as leaves.
         fields = {"extension": extension, "own_class": original, "__module__": original.__module__}
+        fields |= extension.members(original)
         _COMBINED[key] = type(f"{extension.__name__}{original.__name__}", (extension, original), fields)
     return _COMBINED[key]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import SerializeAsAny
@@ -61,12 +61,35 @@ class View:
     padding: Padding | None = None
     output_padding: Padding | None = None
 
+    def valid(self, layer: str, features: Tensor, axis: int) -> Tensor | None:
+        """Return which positions of a layer's features are no padding.
+
+        Args:
+            layer: the layer.
+            features: its features, (N, ...).
+            axis: their channel axis.
+
+        Returns:
+            Shape of the features without the channel axis; None: all positions count.
+
+        Raises:
+            SpecError: how the features' positions follow from the inputs' is not known.
+        """
+        said = self.padding or self.output_padding
+        padding = None if said is None else said.of_layer(layer)
+        return None if padding is None else padding.mask(features.shape, axis, f"layer {layer!r}")
+
     def has_positions(self, size: int) -> bool:
         """Return whether an axis of this size in outputs (N, size) is one of positions, as lengths or a mask say."""
-        said = self.output_padding or padding_of_outputs(self.outputs)
-        if said is None and self.padding is not None:
-            said = self.padding.of_outputs()
+        said = self._of_outputs()
         return said is not None and (said.sizes is None or size in said.sizes) and not said.lengths.is_floating_point()
+
+    def _of_outputs(self) -> Padding | None:
+        """Return the padding of the outputs: as they say, or as the model's arguments say."""
+        said = self.output_padding or padding_of_outputs(self.outputs)
+        if said is not None:
+            return replace(said, sizes=None)  # they are the outputs' own
+        return None if self.padding is None else self.padding.of_outputs()
 
     def counted(self, outputs: Tensor, axis: int | None, *, padding: bool = True) -> Tensor | None:
         """Return which positions of the outputs count: those that are no padding and whose label is not ignored.
@@ -82,9 +105,7 @@ class View:
         Raises:
             SpecError: lengths or a mask do not fit the outputs.
         """
-        said = self.output_padding or padding_of_outputs(self.outputs)
-        if said is None and self.padding is not None:
-            said = self.padding.of_outputs()
+        said = self._of_outputs()
         mask = said.mask(outputs.shape, axis, "the outputs") if padding and said is not None else None
         ignored = None if self.task is None else self.task.counted
         if ignored is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conservtl.batches import check_batches, to_device
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
+from conservtl.labels import labels_for_loss, takes_labels
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.plan.plan import Plan
@@ -62,6 +63,9 @@ def measure(
         preserve_gradients(parameters.values()),
         torch.random.fork_rng(),
     ):
+        if takes_labels(model):
+            with torch.no_grad(), autocast():
+                labels_for_loss(model, next(iter(context.batches)), forward, loss)
         return {name: _agreed(tensor.detach(), device) for name, tensor in measurement.compute(context).items()}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -13,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from conservtl.labels import argument_names
 from conservtl.layers import unwrap
 from conservtl.padding import Padding, Resampling, find_padding, names_padding
 
-__all__ = ["PaddingWatch", "argument_names"]
+__all__ = ["PaddingWatch"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -43,6 +42,12 @@ class PaddingWatch:
     def padding(self) -> Padding | None:
         """The padding of the last forward pass, at all positions reached so far; None: nothing says what is padding."""
         return None if self._found is None else replace(self._found, resamplings=tuple(self._resamplings))
+
+    def padding_of(self, batch: Any) -> Padding | None:
+        """Return the padding of the last forward pass, or that which a dictionary of a batch says."""
+        if self._found is None and isinstance(batch, Mapping):
+            return find_padding(batch)
+        return self.padding
 
     def __enter__(self) -> Self:
         self.close()
@@ -79,14 +84,6 @@ class PaddingWatch:
             self._resamplings.append(
                 Resampling(sizes, tuple(partial(_length, _arithmetic(module, axis)) for axis in range(axes)))
             )
-
-
-def argument_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a model's arguments, in order; without those of ``*args`` and ``**kwargs``."""
-    with suppress(ValueError, TypeError):
-        parameters = inspect.signature(model.forward).parameters.values()
-        return tuple(one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
-    return ()
 
 
 def _arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
+from conservtl.labels import give_labels, takes_labels
 from conservtl.padding import find_padding, padding_of_outputs
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View
@@ -70,21 +71,38 @@ class TermRunner:
         if self._taps is not None:
             self._taps.remove()
 
-    def source_view(self, run: Callable[[nn.Module], Any], device: Any, batch: Any = None) -> View | None:
+    def source_view(
+        self, run: Callable[[nn.Module], Any], device: Any, batch: Any = None, outputs: Any = None
+    ) -> View | None:
         """Return the source model's view of a batch; None if no term needs it.
 
         Args:
             run: model -> outputs for the batch.
             device: device of the batch.
             batch: the batch; says what is padding where the model's arguments do not.
+            outputs: of the adapted model on the batch, whose shape the source's must have; None: not checked.
         """
         if self.source_model is None or not self.needs_source:
             return None
         self.source_model.move(device)
         view = self.source_model.view(run)
+        if self._lacks_labels(view, batch, outputs):
+            give_labels(self.source_model.model)
+            view = self.source_model.view(run)
         if view.padding is None and isinstance(batch, Mapping):
             return replace(view, padding=find_padding(batch))
         return view
+
+    def _lacks_labels(self, view: View, batch: Any, outputs: Any) -> bool:
+        """Return whether the source model gave outputs of another shape without labels that it can take."""
+        if outputs is None or self._head is not None or self.source_model is None:
+            return False
+        if not isinstance(batch, Mapping) or "labels" not in batch or not takes_labels(self.source_model.model):
+            return False
+        try:
+            return logits_of(view.outputs).shape != logits_of(outputs).shape
+        except SpecError:
+            return False
 
     def objective(
         self,

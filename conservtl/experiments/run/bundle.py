@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.batches import map_tensors
 from conservtl.data import Preprocessing
-from conservtl.errors import DataError, SourceError
+from conservtl.errors import DataError, SourceError, SpecError
 from conservtl.experiments.run.bundle_header import describe_example, extend_model, read_header
 from conservtl.experiments.run.setting import Setting
 from conservtl.files import atomic_path
@@ -61,19 +61,28 @@ class Adapted:
         """Return (N, labels), each row summing to 1, for inputs as the model takes them; for tasks with classes."""
         return logits_of(self.outputs(inputs)).float().softmax(-1)
 
-    def predict(self, files: str | Path | Sequence[str | Path]) -> list[Prediction]:
+    def predict(self, files: str | Path | Sequence[str | Path], batch_size: int = 32) -> list[Prediction]:
         """Return the answer for each file, or for one: its most probable label where the task has classes.
+
+        Args:
+            files: paths.
+            batch_size: files that are read and predicted at a time, which bounds the memory.
 
         Raises:
             DataError: a file is missing or cannot be read; the message names it.
+            SpecError: the batch size is below 1.
         """
         paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
         if missing := [path for path in paths if not path.is_file()]:
             raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
-        if not paths:
-            return []
-        outputs = map_tensors(self.outputs(self.preprocessing.read(paths)), lambda tensor: tensor.cpu())
-        return self.task.predictions(outputs, self.labels, paths)
+        if batch_size < 1:
+            raise SpecError(f"predict: batch_size must be at least 1; received {batch_size}.")
+        predictions: list[Prediction] = []
+        for start in range(0, len(paths), batch_size):
+            part = paths[start : start + batch_size]
+            outputs = map_tensors(self.outputs(self.preprocessing.read(part)), lambda tensor: tensor.cpu())
+            predictions += self.task.predictions(outputs, self.labels, part)
+        return predictions
 
 
 def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:

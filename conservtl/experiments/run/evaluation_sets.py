@@ -58,7 +58,9 @@ def selects_on_source(spec: Spec, plan: Plan) -> bool:
 
 def score_on_tests(setting: Setting, source: SourceModel, model: nn.Module) -> dict[str, Scores]:
     """Score a model on both test parts; where the labels differ, on the source's under the source's own head."""
-    return {name: score_model(setting.task, model, data) for name, data in sets_to_watch(setting, source).items()}
+    size = setting.spec.training.evaluate_batch_size
+    sets = sets_to_watch(setting, source)
+    return {name: score_model(setting.task, model, data, size) for name, data in sets.items()}
 
 
 def device_of(device: str) -> str:

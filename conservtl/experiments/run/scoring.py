@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from conservtl.batches import batch_size, map_tensors
+from conservtl.batches import batch_size as size_of
+from conservtl.batches import map_tensors
 from conservtl.data import Data
 from conservtl.engine import Functions, Holdout, evaluate
 from conservtl.functions import MetricPool
@@ -33,13 +34,14 @@ class Scores:
     labels: tuple[Any, ...]
 
 
-def score_model(task: Task, model: nn.Module, data: Data | Holdout) -> Scores:
+def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: int = 256) -> Scores:
     """Evaluate a model where it is; its modes and all random generators are left as found.
 
     Args:
         task: gives loss, metrics and labels.
         model: the model.
         data: a set; a ``Holdout`` brings a forward of its own.
+        batch_size: examples per batch, for data that is not batched yet.
     """
     outputs: list[Any] = []
     labels: list[Any] = []
@@ -50,7 +52,7 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout) -> Scores:
         return task.metrics(out, batch)
 
     functions = Functions(task.forward, task.loss, metrics)
-    pooled = evaluate(model, data, functions, next(model.parameters()).device)
+    pooled = evaluate(model, data, functions, next(model.parameters()).device, batch_size)
     return Scores(pooled, tuple(outputs), tuple(labels))
 
 
@@ -58,7 +60,7 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
     """Return how far a model's outputs agree with the source model's on the same set; None: the task has no measure."""
     pool = MetricPool()
     for out, reference in zip(adapted.outputs, source.outputs, strict=True):
-        pool.add(task.agreement(out, reference), batch_size(out))
+        pool.add(task.agreement(out, reference), size_of(out))
     return pool.result() or None
 
 

@@ -84,9 +84,11 @@ class _Occluded:
             shape.append((output.shape[channel_axis(output, self.first)], output.numel()))
             return output
 
-        self._run(batch, look)
+        outputs = self._run(batch, look)
         channels, elements = shape[0]
-        at_once = max(1, min(channels, _ELEMENTS // elements))
+        # A scalar such as outputs.loss is the mean over all rows, so that copies cannot be told apart in it.
+        whole = any(not tensor.ndim for tensor in tensors_of(outputs))
+        at_once = 1 if whole else max(1, min(channels, _ELEMENTS // elements))
         return torch.cat([self._together(batch, size, part) for part in torch.split(torch.arange(channels), at_once)])
 
     def _together(self, batch: Any, size: int, zeroed: Tensor) -> Tensor:
@@ -115,6 +117,8 @@ class _Occluded:
 
     def _split(self, outputs: Any, batch: Any, size: int, copies: int) -> Tensor:
         """Return the loss of each copy."""
+        if copies == 1:
+            return self.probe.loss(outputs, batch)[None]
         if any(len(tensor) != copies * size for tensor in tensors_of(outputs) if tensor.ndim):
             raise SpecError(f"layer {self.layer!r}: the model's outputs have no example a row. Set attention=False.")
         losses = []

@@ -30,6 +30,8 @@ class FeatureConservationTerm(Term):
     """delta: distance of feature maps as they are. ldifs: distance of feature vectors scaled to length 1."""
     first: dict[str, int] = Field(default_factory=dict)
     """Layer -> number of dimensions of its output if channels are its second axis, as of ``channels_first``."""
+    padding: Literal["leave_out", "count"] = "leave_out"
+    """count: padding is compared too."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
@@ -54,8 +56,9 @@ class FeatureConservationTerm(Term):
                     f"{tuple(target.shape)}. Tap layers that are the same in both."
                 )
             axis = channel_axis(features, self.first.get(layer, 0))
+            mask = adapted.valid(layer, features, axis) if self.padding == "leave_out" else None
             if self.metric == "ldifs":
-                parts.append(ldifs(features, target, axis))
+                parts.append(ldifs(features, target, axis, mask))
                 continue
             weights = measured[self.reads[0]][layer] if self.reads else None
             if weights is not None and weights.shape != (features.shape[axis],):
@@ -63,11 +66,13 @@ class FeatureConservationTerm(Term):
                     f"{self.by}: layer {layer!r} has {features.shape[axis]} channels, but {self.reads[0]!r} weighs "
                     f"{tuple(weights.shape)} of them. Measure it on this model."
                 )
-            parts.append(delta(features, target, axis, weights))
+            parts.append(delta(features, target, axis, weights, mask))
         return self.alpha * torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
-def delta(features: Tensor, source: Tensor, axis: int, weights: Tensor | None = None) -> Tensor:
+def delta(
+    features: Tensor, source: Tensor, axis: int, weights: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Return half the sum over channels of W_c |FM_c - FM0_c|² / positions, the mean over examples.
 
     Args:
@@ -75,20 +80,37 @@ def delta(features: Tensor, source: Tensor, axis: int, weights: Tensor | None = 
         source: features of the source model, the same shape; no gradient reaches them.
         axis: axis of the channels; all others are examples and positions.
         weights: W, (channels,). None: 1.
+        mask: shape of the features without the channel axis, false for padding. None: no padding.
     """
-    squares = (_wide(features) - _wide(source.detach())).square().movedim(axis, -1)
+    adapted, target = _unpadded(features, source, axis, mask)
+    squares = (adapted - target).square().movedim(axis, -1)
     if weights is not None:
         squares = squares * weights.to(squares)
-    return squares.sum(-1).mean() / 2
+    return _mean(squares.sum(-1), mask) / 2
 
 
-def ldifs(features: Tensor, source: Tensor, axis: int) -> Tensor:
+def ldifs(features: Tensor, source: Tensor, axis: int, mask: Tensor | None = None) -> Tensor:
     """Return the squared distance of feature vectors scaled to length 1, the mean over positions and examples.
 
     Arguments as for ``delta``.
     """
+    adapted, target = _unpadded(features, source, axis, mask)
+    return _mean((_unit(adapted, axis) - _unit(target, axis)).square().sum(axis), mask)
+
+
+def _unpadded(features: Tensor, source: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return both in single precision or more, 0 at padding: its values may be anything, NaN included."""
     adapted, target = _wide(features), _wide(source.detach())
-    return (_unit(adapted, axis) - _unit(target, axis)).square().sum(axis).mean()
+    if mask is None:
+        return adapted, target
+    wide = mask.unsqueeze(axis)
+    return torch.where(wide, adapted, 0.0), torch.where(wide, target, 0.0)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def _unit(features: Tensor, axis: int) -> Tensor:

@@ -39,6 +39,9 @@ class FeatureConservation(Strategy):
     batch change features before a weight has moved, so hold them: ``model.eval()``, or ``batch_norm="eval"`` in
     ``Training``. Layers below which nothing is trained add nothing.
 
+    Padding is left out, as ``adaptation.loss`` finds it: means are over the positions that count, and where a layer has
+    other positions than the inputs, they follow the strides of the convolutions and poolings before it.
+
     Channels are the second axis in the outputs of convolutions, (N, C, ...), and the last in all others,
     (N, frames, C).
 
@@ -83,6 +86,8 @@ class FeatureConservation(Strategy):
     layers: Annotated[int, Field(ge=1, strict=True)] | tuple[str, ...] = 4
     """Layers to tap: their number, spaced evenly over the depth up to the last before the head (all layers if there
     are fewer); or names and globs of layers."""
+    padding: Literal["leave_out", "count"] = "leave_out"
+    """count: padding is compared too."""
 
     @model_validator(mode="after")
     def _weighable(self) -> Self:
@@ -106,6 +111,7 @@ class FeatureConservation(Strategy):
                 metric=self.metric,
                 reads=("attention",) if self.attention else (),
                 first=first,
+                padding=self.padding,
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from conservtl.bounds import Fraction
 from conservtl.errors import SpecError
+from conservtl.labels import argument_names
 from conservtl.layers import Layer, canonical, layer_of, named_parameters
 from conservtl.layers.extended import ExtendedModule, extend_module
+from conservtl.padding import names_padding
 from conservtl.plan.extension import Extension
 from conservtl.runtime.freezing import keeps_batch_statistics
+from conservtl.runtime.padding_watch import PaddingWatch
 
-__all__ = ["InstanceMixing", "InstanceStatistics"]
+__all__ = ["InstanceMixing", "InstanceStatistics", "PaddedModel"]
 
 
 class InstanceStatistics(Extension):
@@ -26,6 +30,8 @@ class InstanceStatistics(Extension):
     """Share of the example's own statistics; the rest is that of the statistics the norm keeps."""
     names: tuple[str, ...]
     """Parameters from the source. Their norms mix, and so do norms without parameters in their layers."""
+    padding: Literal["leave_out", "count"] = "leave_out"
+    """count: an example's statistics are those of its padding too."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
@@ -53,6 +59,47 @@ class InstanceStatistics(Extension):
                 speak = [info.name for info in layer.parameters] if layer else []
             if chosen.intersection([name, *speak]):
                 extend_module(norm, InstanceMixing, share=self.share)
+        if self.padding == "leave_out" and names_padding(argument_names(model)) and model not in _mixing(model):
+            extend_module(model, PaddedModel)
+
+
+def _mixing(model: nn.Module) -> list[InstanceMixing]:
+    """Return the norms of a model that mix."""
+    return [module for module in model.modules() if isinstance(module, InstanceMixing)]
+
+
+class PaddedModel(ExtendedModule):
+    """A model that tells its norms which positions of each example are padding, as its arguments say."""
+
+    kind = "instance_statistics"
+
+    @classmethod
+    def members(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """Return a ``forward`` with the original's arguments."""
+
+        @wraps(original.forward)
+        def forward(self: PaddedModel, *args: Any, **kwargs: Any) -> Any:
+            watch = PaddingWatch(self)
+            watch.begin(args, kwargs)
+            norms = _mixing(self)
+            for norm in norms:
+                vars(norm)["watch"] = watch
+            try:
+                return original.forward(self, *args, **kwargs)
+            finally:
+                for norm in norms:
+                    del vars(norm)["watch"]
+                watch.close()
+
+        return {"forward": forward}
+
+    def difference(self) -> str:
+        """Return how a model with such norms differs from one whose norms do not mix."""
+        return _mixing(self)[0].difference()
+
+    def remedy(self) -> str:
+        """Return the strategy that keeps the mixture."""
+        return _mixing(self)[0].remedy()
 
 
 class InstanceMixing(ExtendedModule):
@@ -70,6 +117,8 @@ class InstanceMixing(ExtendedModule):
     settings = ("share",)
     share: float
     """Share of the example's own statistics, in [0, 1]."""
+    watch: PaddingWatch | None = None
+    """Knows the padding during a forward pass of a model whose arguments may name it."""
 
     def forward(self, input: Tensor, *others: Any) -> Any:  # noqa: A002 - the name that batch norms give it
         """Normalise (N, C, ...); with one value a channel, (N, C), by the kept statistics alone."""
@@ -81,7 +130,15 @@ class InstanceMixing(ExtendedModule):
         norm: Any = self
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         positions, shape = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
-        variance, mean = torch.var_mean(wide, positions, correction=0, keepdim=True)
+        padding = None if self.watch is None else self.watch.padding
+        mask = None if padding is None else padding.mask(x.shape, 1, "a norm of each example's own statistics")
+        if mask is None:
+            variance, mean = torch.var_mean(wide, positions, correction=0, keepdim=True)
+        else:
+            mask = mask.unsqueeze(1)
+            count = mask.sum(positions, keepdim=True)
+            mean = torch.where(mask, wide, 0.0).sum(positions, keepdim=True) / count
+            variance = torch.where(mask, wide - mean, 0.0).square().sum(positions, keepdim=True) / count
         kept_mean, kept_variance = norm.running_mean.view(shape), norm.running_var.view(shape)
         mixed_mean = torch.lerp(kept_mean.expand_as(mean), mean, self.share)
         mixed_variance = torch.lerp(kept_variance.expand_as(variance), variance, self.share)

@@ -17,6 +17,7 @@ from conservtl.errors import DataError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.padding_watch import PaddingWatch
 
 __all__ = ["NormStatisticsMeasure"]
 
@@ -34,6 +35,8 @@ class NormStatisticsMeasure(Measure):
     kind: Literal["norm_statistics"] = "norm_statistics"
     prior: NonNegativeInt = 0
     """N: number of target examples that the source's statistics weigh as much as. 0: the target's alone."""
+    padding: Literal["leave_out", "count"] = "leave_out"
+    """count: padding is measured too."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
@@ -63,7 +66,7 @@ class NormStatisticsMeasure(Measure):
         norms = _norms(unwrap(probe.model))
         for name, calls in _calls(probe, norms).items():
             norm = norms[name]
-            moments, examples = _measured(probe, norm, once=calls == 1)
+            moments, examples = self._measured(probe, norm, name, once=calls == 1)
             if moments.single:
                 raise DataError(
                     f"{name!r} saw one value a channel in all of the data, which has no variance. Give more examples."
@@ -74,6 +77,39 @@ class NormStatisticsMeasure(Measure):
                 buffer.add_(share * (target - buffer))
                 found[f"{name}.{kind}"] = buffer.clone()
         return found
+
+    def _measured(self, probe: MeasureContext, norm: nn.Module, name: str, *, once: bool) -> tuple[_Moments, int]:
+        """Return the moments of a norm's input over all of the data, without padding, and the number of examples.
+
+        Args:
+            probe: the model and the data.
+            norm: the norm to measure.
+            name: its name.
+            once: whether it is called once in a forward pass, which can then end there.
+        """
+        moments = _Moments(isinstance(norm, InstanceNormBase))
+        examples = 0
+        watch = PaddingWatch(probe.model)
+        current: list[Any] = [None]
+
+        def listen(_: nn.Module, inputs: Any) -> None:
+            said = watch.padding_of(current[0]) if self.padding == "leave_out" else None
+            padding = None if said is None else said.of_layer(name)
+            moments.take(inputs[0], None if padding is None else padding.mask(inputs[0].shape, 1, repr(name)))
+            if once:
+                raise _Reached
+
+        hook = norm.register_forward_pre_hook(listen)
+        try:
+            with watch:
+                for batch in probe.batches:
+                    current[0] = batch
+                    with suppress(_Reached), probe.autocast():
+                        probe.forward(probe.model, batch)
+                    examples += batch_size(batch)
+        finally:
+            hook.remove()
+        return moments, examples
 
     def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
         """Write the statistics into the norms."""
@@ -106,33 +142,6 @@ def _calls(probe: MeasureContext, norms: Mapping[str, nn.Module]) -> Counter[str
     return calls
 
 
-def _measured(probe: MeasureContext, norm: nn.Module, once: bool) -> tuple[_Moments, int]:
-    """Return the moments of a norm's input over all of the data, and the number of examples.
-
-    Args:
-        probe: the model and the data.
-        norm: the norm to measure.
-        once: whether it is called once in a forward pass, which can then end there.
-    """
-    moments = _Moments(isinstance(norm, InstanceNormBase))
-    examples = 0
-
-    def listen(_: nn.Module, inputs: Any) -> None:
-        moments.take(inputs[0])
-        if once:
-            raise _Reached
-
-    hook = norm.register_forward_pre_hook(listen)
-    try:
-        for batch in probe.batches:
-            with suppress(_Reached), probe.autocast():
-                probe.forward(probe.model, batch)
-            examples += batch_size(batch)
-    finally:
-        hook.remove()
-    return moments, examples
-
-
 class _Moments:
     """Mean and variance of each channel in double precision, gathered over batches.
 
@@ -146,14 +155,20 @@ class _Moments:
         self.mean: Any = 0.0
         self._square: Any = 0.0
 
-    def take(self, x: Tensor) -> None:
-        """Add a batch of a norm's input, (N, channels, ...)."""
+    def take(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch of a norm's input, (N, channels, ...), where the mask, of the same shape without channels, is."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.instances and mask is not None:
+            for row, positions in zip(x, mask, strict=True):
+                values = row.flatten(1)[:, positions.flatten()]
+                self._add(1, values.mean(1).double(), values.var(1).double())
+            return
         if self.instances:  # torch keeps the average over instances
             values = x.flatten(2)
             self._add(len(x), values.mean(2).double().mean(0), len(x) * values.var(2).double().mean(0))
             return
         values = x.transpose(0, 1).flatten(1)
+        values = values if mask is None else values[:, mask.flatten()]
         variance, mean = (moment.double() for moment in torch.var_mean(values, 1, correction=0))
         count = values.shape[1]
         # Chan et al. 1983: sums of squares about the common mean, without cancellation.

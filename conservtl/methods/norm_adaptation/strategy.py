@@ -76,6 +76,9 @@ class NormAdaptation(Strategy):
     prior: NonNegativeInt | None = None
     """N, for mixed and instance: number of examples that the source's statistics weigh as much as. None: 16 for mixed,
     5 for instance. A prior as large as the adaptation data keeps more of the source."""
+    padding: Literal["leave_out", "count"] = "leave_out"
+    """leave_out: statistics of the target and of each example leave out padding that the model's arguments name
+    (``lengths``, ``attention_mask``, ...; as ``adaptation.loss`` finds it). count: padding is part of them."""
     required: bool = True
     """Whether a model without a batch norm that keeps statistics is refused; if not, the strategy is left out there."""
 
@@ -95,8 +98,12 @@ class NormAdaptation(Strategy):
             return plan
         prior = _PRIOR.get(self.statistics, 0) if self.prior is None else self.prior
         if self.statistics == "instance":
-            return plan.with_extension(InstanceStatistics(by=self.label, share=1 / (prior + 1), names=copied))
-        return plan.with_measure(NormStatisticsMeasure(by=self.label, prior=prior if self.statistics == "mixed" else 0))
+            share = 1 / (prior + 1)
+            return plan.with_extension(
+                InstanceStatistics(by=self.label, share=share, names=copied, padding=self.padding)
+            )
+        prior = prior if self.statistics == "mixed" else 0
+        return plan.with_measure(NormStatisticsMeasure(by=self.label, prior=prior, padding=self.padding))
 
     def _trained(self, plan: Plan) -> set[str]:
         """Return the parameters that are not frozen."""

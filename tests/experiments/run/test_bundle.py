@@ -119,3 +119,45 @@ def test_an_adapted_body_is_measured_on_the_source_with_what_was_added_to_it():
     with SourceHead(source, "2").replacing(model) as replaced:
         assert torch.allclose(replaced(x), expected, atol=1e-6)
     assert model[2].weight.shape == (2, 4)
+
+
+class TestPredictionInBatches:
+    """Files are read and predicted a few at a time: memory is bounded by the batch, not by the folder."""
+
+    class Reading:
+        def __init__(self):
+            self.reads = []
+
+        def read(self, files):
+            self.reads.append(len(files))
+            return torch.tensor([[float(file.stem)] for file in files])
+
+    class Naming:
+        def forward(self, model, batch):
+            return model(batch[0])
+
+        def predictions(self, outputs, labels, files):
+            from conservtl.tasks.base import Prediction
+
+            return [Prediction(file, f"{row.item():g}") for file, row in zip(files, outputs, strict=True)]
+
+    @pytest.mark.parametrize(("size", "reads"), [(None, [32] * 62 + [16]), (700, [700, 700, 600]), (5000, [2000])])
+    def test_a_folder_of_two_thousand(self, tmp_path, size, reads):
+        from conservtl.experiments.run.bundle import Adapted
+
+        files = [tmp_path / f"{number}.wav" for number in range(2000)]
+        for file in files:
+            file.touch()
+        reading = self.Reading()
+        adapted = Adapted(torch.nn.Linear(1, 1), ("a",), reading, self.Naming())
+        torch.nn.init.ones_(adapted.model.weight)
+        torch.nn.init.zeros_(adapted.model.bias)
+        found = adapted.predict(files) if size is None else adapted.predict(files, batch_size=size)
+        assert reading.reads == reads
+        assert [(one.file, one.label) for one in found] == [(file, str(n)) for n, file in enumerate(files)]
+
+    def test_a_size_below_one(self, tmp_path):
+        from conservtl.experiments.run.bundle import Adapted
+
+        with pytest.raises(ctl.SpecError, match="batch_size must be at least 1; received 0"):
+            Adapted(torch.nn.Linear(1, 1), ("a",), self.Reading(), self.Naming()).predict([__file__], batch_size=0)
