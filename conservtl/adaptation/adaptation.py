@@ -15,7 +15,7 @@ from conservtl.adaptation.bound_plan import BoundPlan, Origin
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
-from conservtl.layers import Layer, named_parameters, unwrap
+from conservtl.layers import Layer, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
@@ -92,6 +92,7 @@ class Adaptation:
         copied = set(self.transfer.copied)
         anchors = self.bound.anchors
         buffers = {name: buffer for name, buffer in anchors.buffers.items() if name in copied}
+        self.bound.parameters()
         return {**buffers, **anchors.start(self.model, self.plan)}
 
     def optimizer(
@@ -201,6 +202,7 @@ class Adaptation:
             DataError: there are no batches, a single one, or an iterator.
             SpecError: the measurement is not possible on this model.
         """
+        self.bound.parameters()
         for measurement in self.bound.unmeasured():
             if measurement.data == on:
                 model = self.origin.source_model if on == "source" else None
@@ -309,11 +311,12 @@ class Adaptation:
         Raises:
             SpecError: a penalty reads a measurement that has not been made.
         """
-        return total_penalty(self.bound, named_parameters(self.model))
+        return total_penalty(self.bound, self.bound.parameters())
 
     def drift(self) -> dict[str, float]:
         """Return layer -> |w - w0| / |w0| over its parameters from the source; fresh layers are left out."""
         self.restore_weights()
+        self.bound.parameters()
         return self.bound.anchors.drift(self.plan, self.model)
 
     def start_phase(self, phase: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,14 @@ from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.methods import Strategy, apply_all
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
 from conservtl.plan.search import Search
 from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
+from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
 from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
 from conservtl.runtime.param_groups import build_optimizer
 from conservtl.runtime.step_hook import StepHook
@@ -68,6 +70,8 @@ class BoundPlan:
         self.origin = origin
         self.measured: dict[str, dict[str, Tensor]] = {}
         self.anchors = Anchors(model)
+        self._handed_in = ModelRecord(model)
+        self._optimized = self._handed_in
         self.hook: StepHook | None = None
         self._revision = 0
         self._handles: tuple[RemovableHandle, ...] = ()
@@ -122,14 +126,36 @@ class BoundPlan:
         self, cls: Callable[..., torch.optim.Optimizer], options: dict[str, Any], *, pull: bool
     ) -> torch.optim.Optimizer:
         """Return an optimizer with the plan's groups, and hook the pull and the updates into its step."""
+        parameters = self.parameters()
+        self._handed_in.check_copied(self.plan, self.model, self.anchors.parameters)
         self.check_measured()
         check_importance(self.plan, self.measured)
         self.keep_frozen()  # a process group may have been initialised since
         scale = self.plan.phases[self.phase].scale
-        optimizer = build_optimizer(cls, self.plan, named_parameters(self.model), scale, options)
+        optimizer = build_optimizer(cls, self.plan, parameters, scale, options)
         self.anchors.forget()
+        self._optimized = ModelRecord(self.model)
         self.hook = StepHook(optimizer, self, penalties=pull)
         return optimizer
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's parameters by name.
+
+        Raises:
+            SpecError: they are no longer those of the plan.
+        """
+        return checked_parameters(self.plan, self.model)
+
+    def check_model(self, members: Iterable[tuple[str, Tensor]]) -> None:
+        """Raise if the model has changed since the optimizer was made; called at its first step.
+
+        Args:
+            members: names and parameters in the optimizer.
+        """
+        check_members(members, self.parameters())
+        held = any(holds(rows, self._frozen) for rows in self._norms().values())
+        does = [*(["statistics held"] if held else []), *(extension.by for extension in self.plan.extensions)]
+        self._optimized.check_norms(self.model, does)
 
     @property
     def revision(self) -> int:
@@ -171,10 +197,12 @@ class BoundPlan:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
         freeze(self.model, self._frozen, keep)
-        model = unwrap(self.model)
-        norms = norms_with_rows(model, self.plan.rows, self.layers)
+        model, norms = unwrap(self.model), self._norms()
         hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
         apply_extensions(model, self.plan.extensions, self.layers)  # again: norms may have been converted since
+
+    def _norms(self) -> dict[nn.Module, list[Row]]:
+        return norms_with_rows(unwrap(self.model), self.plan.rows, self.layers)
 
     def source_view(self, inputs: Any, forward: Forward | None = None, outputs: Any = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.
@@ -215,10 +243,11 @@ class BoundPlan:
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore_weights()
-        return {**self.__dict__, "hook": None, "_handles": ()}
+        return {**self.__dict__, "hook": None, "_handles": (), "_handed_in": None, "_optimized": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._handed_in = self._optimized = ModelRecord(self.model)
         self.terms.attach(self.model)
         self._register_hooks()
 

@@ -150,6 +150,10 @@ class Plan(FrozenModel):
         """Return the row of a parameter."""
         return self._rows_by_name[name]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the plan has a row for a parameter."""
+        return name in self._rows_by_name
+
     @cached_property
     def _rows_by_name(self) -> dict[str, Row]:
         return {row.name: row for row in self.rows}

@@ -19,6 +19,7 @@ __all__ = [
     "keeps_batch_statistics",
     "let_train",
     "norms_with_rows",
+    "parameter_owners",
     "tracks_statistics",
 ]
 
@@ -64,7 +65,7 @@ def freeze(model: nn.Module, frozen: Collection[str], keep: Collection[str] = ()
         Whether a parameter that was frozen is trained now.
     """
     freed = False
-    for name, (module, key) in _owners(model).items():
+    for name, (module, key) in parameter_owners(model).items():
         parameter = own_parameters(module)[key]
         if name in frozen and name not in keep:
             if parameter.requires_grad:
@@ -87,7 +88,7 @@ def found_frozen(model: nn.Module) -> frozenset[str]:
     Args:
         model: wrapped or not, as handed to ``adapt``.
     """
-    owners = _owners(model)
+    owners = parameter_owners(model)
     still = {name: owner for name, owner in owners.items() if not own_parameters(owner[0])[owner[1]].requires_grad}
     by_hand = frozenset(name for name, (module, key) in still.items() if key not in _marked(module))
     return frozenset(still) if by_hand and len(still) == len(owners) else by_hand
@@ -100,7 +101,7 @@ def let_train(model: nn.Module, names: Collection[str]) -> None:
         model: wrapped or not.
         names: parameters that asked for no gradient, and that a strategy names.
     """
-    for name, (module, key) in _owners(model).items():
+    for name, (module, key) in parameter_owners(model).items():
         if name in names and not own_parameters(module)[key].requires_grad:
             _mark(module, key)
 
@@ -127,7 +128,7 @@ def _unmark(module: nn.Module, key: str) -> None:
                 del hooks[number]
 
 
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def parameter_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Return canonical name of a parameter -> the module that holds it, and its name there; a tied one once."""
     owners: dict[int, tuple[str, nn.Module, str]] = {}
     for prefix, module in unwrap(model).named_modules():

@@ -16,10 +16,9 @@ from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 from conservtl.plan.update import Update
+from conservtl.runtime.model_check import check_precision
 
 __all__ = ["build_optimizer"]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def build_optimizer(
@@ -156,11 +155,7 @@ def _check_shards(decision: Update | After | Penalty, parameters: Mapping[str, n
 
 def _check_precision(update: Update, parameters: Mapping[str, nn.Parameter]) -> None:
     for name in update.names:
-        if parameters[name].dtype in _HALF:
-            raise SpecError(
-                f"{update.by} acts on {name!r}, which is {parameters[name].dtype}: steps as small as its are lost in "
-                "that rounding. Keep parameters in float32 and use autocast for speed."
-            )
+        check_precision(update, name, parameters[name])
 
 
 def _check_row(plan: Plan, row: Row, parameter: nn.Parameter, rate: float) -> None:
@@ -175,11 +170,7 @@ def _check_row(plan: Plan, row: Row, parameter: nn.Parameter, rate: float) -> No
             )
     if not penalties:
         return
-    if parameter.dtype in _HALF:
-        raise SpecError(
-            f"{row.name!r} is {parameter.dtype}: steps as small as a pull's are lost in its rounding. Keep "
-            "parameters in float32 and use autocast for speed."
-        )
+    check_precision(penalties[0], row.name, parameter)
     step = rate * plan.strength_of(row.name, "decoupled")
     if step > 1:
         raise SpecError(

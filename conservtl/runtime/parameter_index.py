@@ -14,6 +14,7 @@ from conservtl.kernels.gradient import GradientKernel
 from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.row import Row
 from conservtl.plan.update import Moving, Update
+from conservtl.runtime.model_check import check_precision
 from conservtl.runtime.step_context import StepContext
 
 __all__ = ["ParameterIndex", "penalised"]
@@ -56,7 +57,7 @@ class ParameterIndex:
         moving = self._moving.get(update.name)
         if moving is None:
             storage = {name: one.anchor for one in self._context.plan.penalties for name in one.names}
-            moving = [self._moved(update, *one, storage.get(one[0].name)) for one in self._trained(update.names)]
+            moving = [self._moved(update, *one, storage.get(one[0].name)) for one in self._trained(update)]
             if "cpu" not in map(storage.get, update.names):  # else the copies would stay on the device
                 self._moving[update.name] = moving
         return moving
@@ -76,15 +77,16 @@ class ParameterIndex:
         self._seen = objects, places, trained
         self._kernels, self._moving = {}, {}
 
-    def _trained(self, names: Sequence[str]) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
-        """Those of some parameters that are trained now; a group of the user's own has none."""
-        wanted = set(names) - self._context.frozen
+    def _trained(self, acting: Update | Penalty) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
+        """Return the parameters that it acts on and that are trained now; a group of the user's own has none."""
+        wanted = set(acting.names) - self._context.frozen
         for name, parameter, group in self:
             if name in wanted and parameter.requires_grad:
+                check_precision(acting, name, parameter)  # the model may have been converted since
                 yield self._context.plan[name], parameter, group
 
     def _build(self, penalty: Penalty) -> Sequence[PenaltyKernel]:
-        moving = [penalised(penalty, self._context, *one) for one in self._trained(penalty.names)]
+        moving = [penalised(penalty, self._context, *one) for one in self._trained(penalty)]
         if not moving:
             return ()
         kernels = penalty.kernels(moving)

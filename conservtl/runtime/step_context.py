@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -40,6 +40,9 @@ class StepContext(Protocol):
     @property
     def updates(self) -> UpdateRunner:
         """The plan's updates with their state and the number of steps."""
+
+    def check_model(self, members: Iterable[tuple[str, Tensor]]) -> None:
+        """Raise if the model has changed since the optimizer was made, given the optimizer's parameters by name."""
 
     def check_measured(self) -> None:
         """Raise unless every measurement of the plan has been made."""

@@ -36,6 +36,7 @@ class StepHook:
         self._context = context
         self._penalties = PenaltyRunner(self.index, context) if penalties else None
         self._scaler: GradScaler | None = None
+        self._checked = False  # whether the model was found as it was when the optimizer was made
         self._added: tuple[Any, ...] | None = None  # the gradients to which penalties were added
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -45,6 +46,7 @@ class StepHook:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self._scaler is not None:
             self._unscale(self._scaler)
+        self._check_model()
         self.drop_frozen()
         token = self._token()
         if self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True)):
@@ -79,7 +81,14 @@ class StepHook:
 
         return (args[0], closure_then_act, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
+    def _check_model(self) -> None:
+        """Raise at the first step if the model has changed since the optimizer was made."""
+        if not self._checked:
+            self._context.check_model((name, parameter) for name, parameter, _ in self.index)
+            self._checked = True
+
     def _act(self) -> None:
+        self._check_model()
         self.drop_frozen()
         if self._context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
             self._context.check_terms()
