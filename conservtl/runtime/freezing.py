@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from conservtl.compat import BatchNormBase, NormBase, after_loading
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
@@ -33,6 +33,30 @@ class _StayInEval:
     def __call__(self, mode: bool = True) -> nn.Module:  # noqa: ARG002 - the signature of Module.train
         self.norm.training = False
         return self.norm
+
+
+class _KeepStatistics:
+    """Replaces a norm's ``reset_running_stats``, by which others begin to compute its statistics anew."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __call__(self) -> None:
+        """Do nothing: a norm in eval mode would keep the reset values for good."""
+
+
+class _KeepBuffers(_KeepStatistics):
+    """Replaces a norm's ``register_buffer``, which an assignment to a buffer calls: one to the reset values is left."""
+
+    def __call__(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:  # type: ignore[override]
+        reset = _RESET.get(name)
+        if reset is None or tensor is None or tensor.is_meta or not bool((tensor == reset).all()):
+            type(self.norm).register_buffer(self.norm, name, tensor, persistent)
+
+
+_RESET = {"running_mean": 0, "running_var": 1}
+_HELD = {"train": _StayInEval, "reset_running_stats": _KeepStatistics, "register_buffer": _KeepBuffers}
+"""Methods of a held norm -> what replaces them."""
 
 
 class _FrozenByPlan:
@@ -161,6 +185,9 @@ def holds(rows: Sequence[Row], frozen: Collection[str]) -> bool:
 def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], training: bool) -> None:
     """Keep the norms of frozen layers in eval mode through every ``train()``, and release the others.
 
+    A held norm cannot be reset either: ``update_bn`` of ``torch.optim.swa_utils`` and Lightning's weight averaging set
+    statistics to 0 and 1, and expect the passes in train mode that follow to compute them.
+
     Args:
         norms: all norms that track statistics.
         held: those whose layers are frozen.
@@ -168,9 +195,11 @@ def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], tra
     """
     for norm in norms:
         if norm in held:
-            norm.__dict__["train"] = _StayInEval(norm)
+            norm.__dict__.update({name: replacement(norm) for name, replacement in _HELD.items()})
             norm.training = False
-        elif norm.__dict__.pop("train", None) is not None:
+        elif isinstance(norm.__dict__.get("train"), _StayInEval):
+            for name in _HELD:
+                norm.__dict__.pop(name, None)
             norm.train(training)
 
 

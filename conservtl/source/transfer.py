@@ -134,7 +134,7 @@ def _copy_buffers(
             stale.append(modules.get(owner))
     for module in dict.fromkeys(stale):
         if isinstance(module, NormBase):
-            module.reset_running_stats()
+            type(module).reset_running_stats(module)  # of the class: an earlier adaptation may hold this norm
     return copied, kept
 
 

@@ -68,7 +68,8 @@ def _averaging() -> Callable[[nn.Module, Any], None]:
     def hook(norm: Any, _: Any) -> None:
         nonlocal calls
         if not calls:
-            norm.reset_running_stats()  # an infinite old value times 0 would be NaN
+            # Of the class, because a frozen norm refuses; and an infinite old value times 0 would be NaN.
+            type(norm).reset_running_stats(norm)
         calls += 1
         norm.momentum = 1 / calls
 
