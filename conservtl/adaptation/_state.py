@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from conservtl.adaptation.bound_plan import BoundPlan
 from conservtl.errors import PlanError
 from conservtl.plan.plan import Plan
+from conservtl.plan.upgrade import decayed_by_default
 from conservtl.runtime.anchors import differs
 
 __all__ = ["load_state_dict", "state_dict"]
@@ -39,7 +40,9 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
         raise PlanError(f"this is no state of an adaptation: {error}. Load what state_dict() gave.") from error
     if plan.facts != bound.plan.facts:
         bound.replan(**plan.facts)
-    plan, expected = _without_reasons(plan), _without_reasons(bound.plan)
+    now = _with_weight_decay(bound.plan, decayed_by_default(state["plan"]))
+    plan = _with_weight_decay(plan, decayed_by_default(state["plan"]))
+    plan, expected = _without_reasons(plan), _without_reasons(now)
     if plan != expected:
         raise PlanError(
             f"this state belongs to another plan: {_difference(plan, expected)} differs. Load it into an adaptation "
@@ -53,17 +56,30 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
             f"this state belongs to another source model: it began with other values in {moved!r}. Load it into an "
             "adaptation made from the same source."
         )
+    bound.plan = now
     bound.anchors.load_state_dict(state)
     bound.measured = {name: dict(tensors) for name, tensors in state["measured"].items()}
     bound.updates.load_state_dict(state["updates"])
     bound.start_phase(phase)
 
 
+def _with_weight_decay(plan: Plan, names: Collection[str]) -> Plan:
+    """Return the plan with the optimizer's weight decay on these biases and norms, unless a strategy decides about it.
+
+    It acted on them by default when the state was saved, and the run goes on as it began.
+    """
+    decayed = {name for name in names if name in plan and "weight_decay" not in plan[name].chosen}
+    rows = (row.model_copy(update={"weight_decay": True}) if row.name in decayed else row for row in plan.rows)
+    return Plan(**{**dict(plan), "rows": tuple(rows)}) if decayed else plan
+
+
 def _without_reasons(plan: Plan) -> Plan:
     """Return the plan without what only explains it, which may differ between versions."""
-    return plan.model_copy(
-        update={"rows": tuple(row.model_copy(update={"reason": None, "found": "trained"}) for row in plan.rows)}
-    )
+    rows = []
+    for row in plan.rows:
+        chosen = {column: choice for column, choice in row.chosen.items() if column != "weight_decay"}
+        rows.append(row.model_copy(update={"reason": None, "found": "trained", "chosen": chosen}))
+    return plan.model_copy(update={"rows": tuple(rows)})
 
 
 def _difference(plan: Plan, expected: Plan) -> str:

@@ -73,8 +73,9 @@ class DiscriminativeLR(Strategy):
     """Absolute rate of fresh parameters. It combines with every other rule; ``groups`` overrules it."""
     toward: Literal["output", "input"] = "output"
     """Side that changes most: output for new labels, input for a new speaker or noise."""
-    decay_biases_and_norms: bool = True
-    """Whether the optimizer's weight decay acts on biases and norms."""
+    decay_biases_and_norms: bool | None = None
+    """Whether the optimizer's weight decay acts on biases and norms. None: it does not, unless another strategy
+    decides so."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -97,10 +98,11 @@ class DiscriminativeLR(Strategy):
         plan = plan.choose(self.label, "rate", values, explicit=False)
         named = {name: self._fields(rate) for name, rate in self._by_glob(plan).items()}
         plan = plan.choose(self.label, "rate", named)
-        if self.decay_biases_and_norms:
+        if self.decay_biases_and_norms is None:
             return plan
-        bare = {row.name: {"weight_decay": False} for row in plan.rows if row.kind != "weight"}
-        return plan.choose(self.label, "weight_decay", bare, explicit=False)
+        fields = {"weight_decay": self.decay_biases_and_norms}
+        others = {row.name: fields for row in plan.rows if row.kind != "weight"}
+        return plan.choose(self.label, "weight_decay", others, explicit=False)
 
     @property
     def _full(self) -> float:

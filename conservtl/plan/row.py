@@ -96,7 +96,7 @@ class Row(FrozenModel):
     """beta: strength of the pull of a fresh parameter toward zero; None: no pull. A penalty of the plan carries it
     out."""
     weight_decay: bool = True
-    """Whether the optimizer's own weight decay may act on it."""
+    """Whether the optimizer's own weight decay may act on it. In a new plan it is False for biases and norms."""
     statistics: Literal["follow", "hold"] = "follow"
     """Statistics of a norm that tracks them. follow: updated by training batches. hold: unchanged."""
     chosen: dict[str, Choice] = Field(default_factory=dict)

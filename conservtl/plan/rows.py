@@ -42,6 +42,7 @@ def draw_rows(
                     origin="source" if reason is None else "fresh",
                     reason=reason,
                     found="fixed" if info.name in fixed else "frozen" if info.name in frozen else "trained",
+                    weight_decay=info.kind == "weight",
                     frozen=info.name in fixed or info.name in frozen,
                 )
             )

@@ -25,7 +25,7 @@ def lines(plan: Plan) -> list[tuple[str, ...]]:
             _state(plan, rows, trained),
             _span([row for row in rows if row.name in trained], _rate),
             _span([row for row in rows if row.name in trained], lambda row: _strength(plan, row, "pull")),
-            _span([row for row in rows if row.name in trained], lambda row: _strength(plan, row, "decay")),
+            _span([row for row in rows if row.name in trained], lambda row: _decay(plan, row)),
         )
         for layer, rows in plan.by_layer()
     ]
@@ -127,6 +127,13 @@ def _strength(plan: Plan, row: Row, column: Literal["pull", "decay"]) -> str:
     penalty = next((one for one in plan.penalties_on(row.name) if one.column == column), None)
     cell = " × ".join((f"{value:.3g}", *(penalty.reads if penalty else ())))
     return f"{cell} decoupled" if penalty and penalty.mode == "decoupled" else cell
+
+
+def _decay(plan: Plan, row: Row) -> str:
+    """Return the strength of plain L2, or whether the optimizer's own weight decay acts."""
+    if row.decay is not None:
+        return _strength(plan, row, "decay")
+    return "optimizer's" if row.weight_decay and row.name not in plan.covered else ""
 
 
 def _span(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:

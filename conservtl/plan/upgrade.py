@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["upgrade"]
+__all__ = ["decayed_by_default", "upgrade"]
 
 Fields = dict[str, Any]
 
@@ -75,5 +75,28 @@ def _author(rows: Sequence[Fields], column: str) -> Fields:
     return {"by": choices[0]["by"] if choices else "L2SP", "names": [row["name"] for row in rows]}
 
 
+def decayed_by_default(fields: Mapping[str, Any]) -> frozenset[str]:
+    """Return the biases and norms that the optimizer's weight decay acted on, in a plan of 0.1.0's first versions."""
+    rows = [row for row in fields.get("rows", ()) if isinstance(row, dict) and "found" not in row]
+    return frozenset(
+        row["name"]
+        for row in rows
+        if row.get("kind") != "weight" and row.get("weight_decay", True) and "weight_decay" not in row.get("chosen", {})
+    )
+
+
+def _undecayed(fields: Fields) -> Fields:
+    """Take the optimizer's weight decay off biases and norms, on which it acted by default."""
+    names = decayed_by_default(fields)
+    if not names:
+        return fields
+    rows = [{**row, "weight_decay": False} if _name(row) in names else row for row in fields["rows"]]
+    return {**fields, "rows": rows}
+
+
+def _name(row: Any) -> Any:
+    return row.get("name") if isinstance(row, dict) else None
+
+
 _PENALTY_COLUMNS = ("mode", "importance", "anchor", "anneal")
-_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches, _instance_column, _penalty_columns)
+_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches, _instance_column, _penalty_columns, _undecayed)

@@ -62,7 +62,7 @@ def build_optimizer(
         _check_shards(decision, parameters)
     for update in plan.updates:
         _check_precision(update, parameters)
-    groups = _groups(plan, rows, base, scale)
+    groups = _groups(plan, rows, base, scale, decays=_decays(cls, options))
     optimizer = cls(
         [
             {
@@ -91,15 +91,24 @@ def _base_rate(cls: Callable[..., torch.optim.Optimizer], name: str, options: Ma
     return float(base)
 
 
+def _decays(cls: Callable[..., torch.optim.Optimizer], options: Mapping[str, Any]) -> bool:
+    """Return whether the optimizer has a weight decay of its own, as far as its arguments tell."""
+    known = inspect.signature(cls).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    default = known["weight_decay"].default if "weight_decay" in known else None if open_ended else 0.0
+    return bool(options.get("weight_decay", default) != 0)
+
+
 def _groups(
-    plan: Plan, rows: Sequence[Row], base: float, scale: float
+    plan: Plan, rows: Sequence[Row], base: float, scale: float, *, decays: bool
 ) -> dict[tuple[float, bool, str | None], list[str]]:
     """Return (rate, without weight decay, layer) -> parameters; the layer is None unless an update sets its rate."""
     layered = {name for update in plan.updates if update.layered for name in update.names}
     covered = plan.covered
     groups: dict[tuple[float, bool, str | None], list[str]] = {}
     for row in rows:
-        bare = row.name in covered or not row.weight_decay
+        # Biases and norms share the weights' groups if that makes no difference.
+        bare = row.name in covered or (not row.weight_decay and (decays or "weight_decay" in row.chosen))
         key = (row.rate(base) * scale, bare, row.layer if row.name in layered else None)
         groups.setdefault(key, []).append(row.name)
     return groups

@@ -294,7 +294,7 @@ class TestRates:
         """timm stores a scale that only its own schedulers apply."""
         model = network()
         adaptation = ctl.adapt(model, random_weights(model, 1), [ctl.DiscriminativeLR(decay=0.5)])
-        optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.1)
+        optimizer = adaptation.optimizer(torch.optim.Adam, lr=0.1)  # AdamW has groups without weight decay beside
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.05, 0.1])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0025, 0.005, 0.01])
@@ -313,10 +313,14 @@ class TestRates:
                 )
 
     def test_weight_decay_stays_off_what_is_pulled(self):
-        """AdamW's default is 0.01: two pulls, to zero and to the source."""
+        """AdamW's default is 0.01: two pulls, to zero and to the source. Biases are not decayed unless asked for."""
         model = network()
         adaptation = ctl.adapt(model, random_weights(model, 1), [ctl.L2SP(alpha=0.0)], fresh=["4"])
         optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.1)
+        decay = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["param_names"]}
+        assert decay == {f"{i}.{kind}": 0 for i in (0, 2, 4) for kind in ("weight", "bias")}
+        asked = [ctl.L2SP(alpha=0.0), ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=True)]
+        optimizer = ctl.adapt(network(), random_weights(model, 1), asked, fresh=["4"]).optimizer(torch.optim.AdamW)
         decay = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["param_names"]}
         assert decay == {
             f"{i}.{kind}": 0 if kind == "weight" else 0.01 for i in (0, 2, 4) for kind in ("weight", "bias")

@@ -11,6 +11,9 @@ from torch import nn
 import conservtl as ctl
 
 
+DECAYED = ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=True)
+
+
 def adapted(*strategies):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
@@ -26,7 +29,7 @@ def gradients(adaptation, seed, sign=1.0):
 @pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
 def test_adamw_with_it_against_plain_adamw_and_the_formula(strength):
     """The twin makes the optimizer's step from the same weights with the same statistics."""
-    ours, theirs = adapted(ctl.SelectiveDecay(strength=strength)), adapted()
+    ours, theirs = adapted(ctl.SelectiveDecay(strength=strength), DECAYED), adapted()
     first = ours.optimizer(torch.optim.AdamW, lr=0.1)
     second = theirs.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.0)
     acted = 0
@@ -35,7 +38,7 @@ def test_adamw_with_it_against_plain_adamw_and_the_formula(strength):
         theirs.model.load_state_dict(before)
         for a in (ours, theirs):
             gradients(a, number)
-        for name in ("0.bias", "1.bias"):  # not covered: the optimizer's own decay stays with them
+        for name in ("0.bias", "1.bias"):  # not covered: the optimizer's own decay, which is asked for, acts on them
             dict(theirs.model.named_parameters())[name].data.mul_(1 - 0.1 * 0.01)
         first.step()
         second.step()
@@ -114,6 +117,6 @@ def test_gradients_that_overflowed_move_nothing():
 
 
 def test_weight_decay_is_off_on_what_it_covers():
-    optimizer = adapted(ctl.SelectiveDecay()).optimizer(torch.optim.AdamW, lr=0.1)
+    optimizer = adapted(ctl.SelectiveDecay(), DECAYED).optimizer(torch.optim.AdamW, lr=0.1)
     found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
     assert found == {"0.weight": 0.0, "0.bias": 0.01, "1.weight": 0.0, "1.bias": 0.01}

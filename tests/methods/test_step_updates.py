@@ -19,6 +19,9 @@ def network():
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))
 
 
+DECAYED = ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=True)
+
+
 def adapted(*strategies, **options):
     model = network()
     return ctl.adapt(model, random_weights(model, 0), strategies, **options)
@@ -48,7 +51,7 @@ def test_rates_cover_every_kind_and_build_groups_by_layer():
 
 
 def test_a_layer_whose_weight_decay_differs_has_two_groups_and_one_ratio():
-    adaptation = adapted(ctl.AutoRGN(), ctl.L1SP())
+    adaptation = adapted(ctl.AutoRGN(), ctl.L1SP(), DECAYED)
     optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.1)
     for number, p in enumerate(adaptation.model.parameters()):
         p.grad = torch.full_like(p, float(number + 1))
@@ -62,7 +65,7 @@ def test_a_layer_whose_weight_decay_differs_has_two_groups_and_one_ratio():
 
 @pytest.mark.parametrize("cls", [ctl.L1SP, ctl.GroupLassoSP, ctl.SelectiveDecay])
 def test_the_optimizers_weight_decay_stays_off_what_is_pulled_back(cls):
-    optimizer = adapted(cls(), fresh=["3"]).optimizer(torch.optim.AdamW, lr=0.1)
+    optimizer = adapted(cls(), DECAYED, fresh=["3"]).optimizer(torch.optim.AdamW, lr=0.1)
     decays = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
     off = {name for name, decay in decays.items() if decay == 0}
     assert off == {"0.weight", "2.weight", *(["3.weight"] if cls is not ctl.SelectiveDecay else [])}

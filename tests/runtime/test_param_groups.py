@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from torch import nn
 
@@ -21,18 +22,69 @@ def groups(optimizer):
 
 
 def test_one_group_where_nothing_differs():
-    optimizer = adapted().optimizer(torch.optim.AdamW, lr=0.1)
-    assert groups(optimizer) == {("0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"): (0.1, 0.01)}
+    """Biases and norms have groups of their own only if weight decay would act on them."""
+    names = ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias")
+    decayed = ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=True)
+    assert groups(adapted(decayed).optimizer(torch.optim.AdamW, lr=0.1)) == {names: (0.1, 0.01)}
+    assert groups(adapted().optimizer(torch.optim.SGD, lr=0.1)) == {names: (0.1, 0.0)}
+    assert groups(adapted().optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.0)) == {names: (0.1, 0.0)}
+    assert groups(adapted().optimizer(torch.optim.AdamW, lr=0.1)) == {
+        ("0.weight", "2.weight"): (0.1, 0.01),
+        ("0.bias", "1.weight", "1.bias", "2.bias"): (0.1, 0.0),
+    }
 
 
 def test_by_rate_and_by_weight_decay():
     optimizer = adapted(ctl.DiscriminativeLR(groups={"2": 0.5}), ctl.L2SP()).optimizer(torch.optim.AdamW, lr=0.1)
     assert groups(optimizer) == {
-        ("0.weight",): (0.1, 0.0),
-        ("0.bias", "1.weight", "1.bias"): (0.1, 0.01),
-        ("2.weight",): (0.05, 0.0),
-        ("2.bias",): (0.05, 0.01),
+        ("0.weight", "0.bias", "1.weight", "1.bias"): (0.1, 0.0),
+        ("2.weight", "2.bias"): (0.05, 0.0),
     }
+
+
+WRAPPED = {
+    "class": (torch.optim.AdamW, {"weight_decay": 0.2}),
+    "default": (torch.optim.AdamW, {}),
+    "partial": (functools.partial(torch.optim.SGD, weight_decay=0.2), {}),
+    "open": (lambda params, **options: torch.optim.AdamW(params, **options), {"lr": 0.1}),
+}
+
+
+@pytest.mark.parametrize(("cls", "options"), WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_the_decay_column_is_what_the_optimizer_does(cls, options, asked):
+    """A parameter without gradient stays or shrinks; on norms and biases only if it is asked for."""
+    adaptation = adapted(ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=asked))
+    optimizer = adaptation.optimizer(cls, **{"lr": 0.1, **options})
+    before = {}
+    for name, parameter in adaptation.model.named_parameters():
+        before[name] = parameter.detach().clone()
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    shrunk = {n for n, p in adaptation.model.named_parameters() if not torch.equal(p, before[n])}
+    norms = [name for name in before if adaptation.plan[name].kind != "weight"]
+    assert shrunk == ({"0.weight", "2.weight"} | (set(norms) if asked else set()))
+    assert shrunk == {row.name for row in adaptation.plan.rows if row.weight_decay}
+    assert [line.split()[-1] for line in str(adaptation.plan).splitlines()[2:4]] == ["optimizer's"] * 2
+
+
+def test_the_decay_column_of_a_pull():
+    """Nothing decays what is pulled, nor norms and biases; beta decays what is fresh."""
+    plan = adapted(ctl.L2SP(alpha=0.1, beta=0.02), fresh=["2"]).plan
+    assert [line.split()[-2:] for line in str(plan).splitlines()[2:4]] == [["0.1", "–"], ["–", "0.02"]]
+
+
+def test_a_gain_without_gradient_stays_one():
+    """100 steps of AdamW with its own weight decay, in the lines of the README: 0.905 if it were decayed."""
+    adaptation = adapted(ctl.L2SP(alpha=0.1), ctl.DiscriminativeLR(decay=0.8))
+    with torch.no_grad():
+        adaptation.model[1].weight.fill_(1.0)
+    optimizer = adaptation.optimizer(torch.optim.AdamW, lr=0.1)
+    for _ in range(100):
+        adaptation.model[1].weight.grad = torch.zeros(3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert adaptation.model[1].weight.tolist() == [1.0] * 3
 
 
 def test_beta_covers_what_is_fresh():
