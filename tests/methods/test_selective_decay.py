@@ -10,7 +10,6 @@ from torch import nn
 
 import conservtl as ctl
 
-
 DECAYED = ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=True)
 
 
