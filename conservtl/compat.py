@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -40,12 +41,14 @@ __all__ = [
     "foreach_norm",
     "foreach_reciprocal_",
     "foreach_sub",
+    "forget_graphs",
     "forward_hook_table",
     "forward_hooks",
     "forward_pre_hooks",
     "has_load_hooks",
     "hook_tables",
     "metadata_of",
+    "outside_graphs",
     "prepared_objects",
     "register_first",
     "remove_forward_hooks",
@@ -57,6 +60,8 @@ __all__ = [
     "tree_map",
     "with_metadata",
 ]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # One kernel launch for many tensors: torch has no public multi-tensor arithmetic. Bound here without a wrapper, since
 # they run in every step.
@@ -78,6 +83,22 @@ foreach_sub = torch._foreach_sub
 def after_loading(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
     """Return the table of the hooks that follow ``load_state_dict``: torch registers hooks but does not list them."""
     return module._load_state_dict_post_hooks
+
+
+def outside_graphs(function: _Function) -> _Function:
+    """Return a function that runs as it is when a compiled model calls it: torch has no types for its own wrapper."""
+    wrapped: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return wrapped
+
+
+def forget_graphs() -> None:
+    """Drop the graphs of all compiled models, which compile again when they are called.
+
+    A graph keeps which parameters asked for a gradient, and which hooks there were, when it was made. torch loads its
+    compiler when something is compiled first; no public name says whether it did.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def forward_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:

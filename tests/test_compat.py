@@ -284,6 +284,29 @@ def test_hooks_after_loading_are_listed_copied_and_removed():
     assert len(calls) == 1
 
 
+def test_graphs_are_forgotten():
+    """A graph that was made of a frozen parameter gives it no gradient later, but for the one made anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(torch.ones(1, 2)).sum().backward()
+    model[0].requires_grad_(True)
+    compiled(torch.ones(1, 2)).sum().backward()
+    assert model[0].weight.grad is None
+    compat.forget_graphs()
+    compiled(torch.ones(1, 2)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_what_is_outside_graphs_runs_each_time():
+    """A graph would hold the first value."""
+    values = iter([1.0, 2.0])
+    following = compat.outside_graphs(lambda: next(values))
+    compiled = torch.compile(lambda x: x + following(), backend="aot_eager")
+    assert [compiled(torch.zeros(1)).item() for _ in range(2)] == [1.0, 2.0]
+
+
 def test_metadata_is_what_load_state_dict_reads():
     state = nn.BatchNorm1d(2).state_dict()
     assert compat.metadata_of(state)[""]["version"] == 2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from conservtl.compat import forget_graphs
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
@@ -196,7 +197,8 @@ class BoundPlan:
         """Freeze again what the current phase freezes, after other code has changed it."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
-        freeze(self.model, self._frozen, keep)
+        if freeze(self.model, self._frozen, keep):
+            forget_graphs()  # those made before give no gradient to what is trained from now on
         model, norms = unwrap(self.model), self._norms()
         hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
         apply_extensions(model, self.plan.extensions, self.layers)  # again: norms may have been converted since
@@ -236,6 +238,7 @@ class BoundPlan:
         self._handles = ()
         if self.updates.listens:
             model = unwrap(self.model)
+            forget_graphs()  # those made before do not call the new hooks
             self._handles = (
                 model.register_forward_pre_hook(ForwardHook(self)),
                 model.register_state_dict_pre_hook(StateDictHook(self)),  # type: ignore[no-untyped-call]

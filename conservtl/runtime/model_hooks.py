@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from conservtl.compat import outside_graphs
+
 __all__ = ["ForwardHook", "Listener", "StateDictHook"]
 
 
@@ -26,9 +28,14 @@ class ForwardHook:
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = None if listener is None else weakref.ref(listener)
+        # Outside the graph of a compiled model, which would hold the weights of one pass and a generator's first draw.
+        self._call = self._announce if listener is None else outside_graphs(self._announce)
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         """Call the listener if it still exists."""
+        self._call(module)
+
+    def _announce(self, module: nn.Module) -> None:
         listener = self._listener() if self._listener is not None else None
         if listener is not None:
             self.act(listener, module)

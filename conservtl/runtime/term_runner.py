@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.compat import forget_graphs
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.labels import give_labels, takes_labels
@@ -65,6 +66,7 @@ class TermRunner:
         enters = list(dict.fromkeys([*enters, *([] if self._head is None else [self._head])]))
         if self._layers or enters:
             self._taps = Taps(model, self._layers, enters)
+            forget_graphs()  # those made before do not call the new hooks
 
     def detach(self) -> None:
         """Remove the taps."""
