@@ -98,6 +98,7 @@ class Domains:
         preprocessing: makes inputs of files.
         augmentation: for adapting from a few examples, or None.
         source_augmentation: for training a source model, or None.
+        notes: remarks on the data for the plan: what was left out.
     """
 
     labels: tuple[str, ...]
@@ -110,6 +111,7 @@ class Domains:
     preprocessing: Preprocessing
     augmentation: Augmentation | None = None
     source_augmentation: Augmentation | None = None
+    notes: tuple[str, ...] = ()
 
 
 def draw_shots(labels: Sequence[int], shots: int, seed: int) -> tuple[list[int], list[int]]:

@@ -15,7 +15,6 @@ PITCH = {"anna": 1.0, "ben": 0.9, "cleo": 1.25}
 @pytest.fixture(scope="session")
 def humming(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soundfile = pytest.importorskip("soundfile")
-    pytest.importorskip("torchaudio")
     root = tmp_path_factory.mktemp("humming")
     generator = torch.Generator().manual_seed(0)
     seconds = torch.arange(4000) / 8000

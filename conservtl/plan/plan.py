@@ -58,8 +58,8 @@ class Plan(FrozenModel):
     facts: dict[str, str] = Field(default_factory=dict)
     """Results found before training, for strategies to read."""
     notes: tuple[str, ...] = ()
-    """Remarks on the source: names under which tensors were taken, tensors that were resampled or not used. They decide
-    nothing: plans are equal whatever their notes."""
+    """Remarks on the source: names under which tensors were taken, tensors that were resampled or not used.
+    Those on the data begin with ``data: ``. They decide nothing: plans are equal whatever their notes."""
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.

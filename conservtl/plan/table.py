@@ -42,7 +42,7 @@ def summary(plan: Plan) -> list[str]:
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     text += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
     text += [f"frozen as found  {_as_found(plan)}"] if any(row.as_found for row in plan.rows) else []
-    text += [f"source  {note}" for note in plan.notes]
+    text += [f"data  {note[6:]}" if note.startswith("data: ") else f"source  {note}" for note in plan.notes]
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_head import SourceHead
-from conservtl.source.read import SourceLike
+from conservtl.source.read import SourceLike, read_source
 from conservtl.tasks.base import Shift, Task
 
 __all__ = ["Setting", "prepare"]
@@ -75,6 +75,9 @@ class Setting:
         """Apply the spec's strategies to a model for the target, from this source."""
         model, spec = self.model(len(self.domains.labels), target=True), self.spec
         fresh = {} if self.shared else dict.fromkeys(self.head(model), "its labels differ from the source's")
+        if self.domains.notes:  # the plan shows them
+            read = read_source(source)
+            source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             return adapt(model, source, spec.strategies, example=self.example, layers=spec.layers, fresh=fresh)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
+from unicodedata import normalize
 
 from annotated_types import MinLen
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from conservtl.bounds import Count, NonNegativeInt, ProperShare
@@ -17,8 +19,8 @@ from conservtl.tasks.base import DataSection
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
-from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, find_recordings, speech_commands_recordings
-from conservtl.tasks.speech.recordings import Protocol, Recording, domains
+from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, search, speech_commands_recordings
+from conservtl.tasks.speech.recordings import Protocol, Recording, domains, find_copies
 
 __all__ = ["DataSpec", "EspeakData", "FolderData", "SpeechCommandsData", "load", "speakers"]
 
@@ -32,7 +34,9 @@ _SOURCE_AUGMENT = SpeechAugment(
     noise=0.1,
 )
 
-Words = Annotated[tuple[str, ...], MinLen(2)]
+Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
+"""A word or a speaker; composed and decomposed letters are the same."""
+Words = Annotated[tuple[Text, ...], MinLen(2)]
 
 
 class _SpeechData(DataSection):
@@ -65,10 +69,10 @@ class FolderData(_SpeechData):
     """The folder; its subfolders are searched too."""
     pattern: str = FREE_SPOKEN_DIGITS
     """Regular expression for the end of a file's path, with the groups `label`, `speaker` and optionally `take`. The
-    default matches free spoken digits, `{label}_{speaker}_{take}.wav`."""
-    target: str
+    default matches free spoken digits, `{label}_{speaker}_{take}.wav`; the case of the extension does not matter."""
+    target: Text
     """The speaker to whom the model is adapted."""
-    source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
+    source_speakers: Annotated[tuple[Text, ...], MinLen(1)] | None = None
     """The speakers of the source model; null for all but the target."""
     held_out_takes: tuple[NonNegativeInt, ...] = (0, 1, 2, 3, 4)
     """Takes of the source speakers that form the source's test part; never trained on."""
@@ -106,9 +110,9 @@ class SpeechCommandsData(_SpeechData):
     """The folder that contains `SpeechCommands/speech_commands_v0.02`."""
     version: Literal["speech_commands_v0.01", "speech_commands_v0.02"] = "speech_commands_v0.02"
     """Release of the set."""
-    target: str
+    target: Text
     """The speaker to whom the model is adapted: the eight hexadecimal digits before `_nohash_`."""
-    source_speakers: Annotated[tuple[str, ...], MinLen(1)] | None = None
+    source_speakers: Annotated[tuple[Text, ...], MinLen(1)] | None = None
     """The speakers of the source model; null for all but the target."""
     held_out: ProperShare = 0.1
     """Share of the source's recordings that forms its test part, the same in every run."""
@@ -140,16 +144,20 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
     """
     if isinstance(data, EspeakData):
         return _load_espeak(data, seed, source=source)
-    recordings = _recordings(data)
+    recordings, notes = _recordings(data)
     preprocessing = SpeechPreprocessing(features=data.features)
-    return domains(
+    digests: dict[str, str] = {}
+    split = domains(
         recordings,
         data.protocol(data.target, seed, data.source_speakers, data.limit, source=source),
-        lambda chosen: preprocessing.read([Path(r.name) for r in chosen]),
+        lambda chosen: preprocessing.read([Path(r.name) for r in chosen], digests),
         preprocessing,
         data.augment,
         data.source_augment,
     )
+    if isinstance(data, FolderData):  # a published set is as it is
+        notes += find_copies(recordings, digests, data.target)
+    return replace(split, notes=notes)
 
 
 def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, ...]:
@@ -160,13 +168,13 @@ def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, .
     """
     if isinstance(data, EspeakData):
         return TARGET_VOICES
-    return tuple(sorted({recording.speaker for recording in _recordings(data)}))
+    return tuple(sorted({recording.speaker for recording in _recordings(data)[0]}))
 
 
-def _recordings(data: FolderData | SpeechCommandsData) -> list[Recording]:
+def _recordings(data: FolderData | SpeechCommandsData) -> tuple[list[Recording], tuple[str, ...]]:
     if isinstance(data, SpeechCommandsData):
-        return speech_commands_recordings(data.root, data.version, data.held_out, data.words)
-    return find_recordings(data.root, data.pattern, data.held_out_takes, data.words)
+        return speech_commands_recordings(data.root, data.version, data.held_out, data.words), ()
+    return search(data.root, data.pattern, data.held_out_takes, data.words)
 
 
 def _check_voices(data: EspeakData) -> None:

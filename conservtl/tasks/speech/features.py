@@ -1,22 +1,27 @@
-"""Conversion of recordings to inputs: read, mix, resample, cut or pad, log-mel, normalise."""
+"""Conversion of recordings to inputs: centre, cut or pad, resample, log-mel, normalise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from math import ceil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from conservtl.bounds import Fraction
 from conservtl.errors import DataError
-from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.speech.audio import digest, loudest_stretch, read_audio
+from conservtl.tasks.speech.mel import mel_power
+from conservtl.tasks.speech.resampling import resample
 
-__all__ = ["Features", "SpeechPreprocessing", "fit_length", "log_mel", "normalise", "read_audio"]
+__all__ = ["Features", "SpeechPreprocessing", "fit_length", "log_mel", "normalise"]
 
+_BEFORE = {"remove_mean": False, "cut": "middle", "level": "peak"}  # what models did that were saved without the fields
+_CLICK = 0.020  # seconds of a recording that its level disregards
 _TINY = 1e-10  # power of silence: -100 dB
 _FLAT = 1e-5  # standard deviation of silence, which becomes zeros
 _BATCH = 256  # recordings in one mel computation, which bounds the memory of the spectrogram
@@ -31,7 +36,11 @@ class Features(FrozenModel):
     sample_rate: Annotated[int, Field(ge=2000, le=96_000)] = 8000
     """Sample rate in Hz. Recordings with another rate are resampled."""
     length: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """Length in seconds. Longer recordings are cut and shorter ones padded with silence, equally at both ends."""
+    """Length in seconds. Longer recordings are cut, and shorter ones padded with silence, equally at both ends."""
+    cut: Literal["loudest", "middle"] = "loudest"
+    """Stretch of a longer recording that is kept: where it is loudest (a click counts little), or its middle."""
+    remove_mean: bool = True
+    """Whether to subtract the mean of a recording's samples: the offset of a microphone or its amplifier."""
     n_mels: Annotated[int, Field(ge=1, le=512)] = 40
     """Number of mel bands."""
     window: Fraction = 0.040
@@ -39,8 +48,11 @@ class Features(FrozenModel):
     hop: Fraction = 0.020
     """Time between frames in seconds."""
     range_db: Annotated[float, Field(gt=0, le=200)] = 40.0
-    """Level in dB below the recording's peak at which values are clipped, so that the noise level of a microphone
+    """Level in dB below the recording's own at which values are clipped, so that the noise level of a microphone
     matters less."""
+    level: Literal["robust", "peak"] = "robust"
+    """The recording's own level. `robust`: the peak of its frames but the few loudest, at which louder values are
+    clipped, so that a click does not hide the speech. `peak`: the largest value."""
     normalise: Literal["none", "mean", "mean_variance"] = "mean_variance"
     """Normalisation of each recording: subtract the mean (of all bands and frames), or also scale to unit variance."""
 
@@ -63,17 +75,34 @@ class SpeechPreprocessing(FrozenModel):
     features: Features = Features()
     """How a recording becomes an input."""
 
-    def read(self, files: Sequence[Path]) -> Tensor:
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was(cls, content: Any) -> Any:
+        """Let the features of a file that was written before some fields existed mean what they did."""
+        features = content.get("features") if isinstance(content, Mapping) else None
+        return {**content, "features": {**_BEFORE, **features}} if isinstance(features, Mapping) else content
+
+    def read(self, files: Sequence[Path], digests: MutableMapping[str, str] | None = None) -> Tensor:
         """Return inputs for these recordings, (N, n_mels, frames) or (N, samples), float32.
 
+        Args:
+            files: the recordings.
+            digests: gets a digest of the samples of each file, by its name.
+
         Raises:
-            DataError: a file is missing, unreadable or empty, or no file is given.
-            MissingExtraError: soundfile or torchaudio is not installed.
+            DataError: a file is missing, unreadable, empty or silent, its channels cancel, or no file is given.
+            MissingExtraError: soundfile is not installed.
         """
         if not files:
             raise DataError("files must name at least one recording; received none. Check the pattern of the files.")
-        blocks = [files[at : at + _BLOCK] for at in range(0, len(files), _BLOCK)]
-        return torch.cat([self.transform([read_audio(Path(f)) for f in block]) for block in blocks])
+        inputs = []
+        for at in range(0, len(files), _BLOCK):
+            block = [read_audio(Path(file)) for file in files[at : at + _BLOCK]]
+            if digests is not None:
+                names = map(str, files[at : at + _BLOCK])
+                digests.update((name, digest(*recording)) for name, recording in zip(names, block, strict=True))
+            inputs.append(self.transform(block))
+        return torch.cat(inputs)
 
     def transform(self, recordings: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Return inputs for recordings in memory, each (samples,) with its sample rate in Hz; at least one."""
@@ -81,26 +110,6 @@ class SpeechPreprocessing(FrozenModel):
         if self.features.kind == "waveform":
             return normalise(waves, self.features.normalise)
         return torch.cat([log_mel(part, self.features) for part in torch.split(waves, _BATCH)])
-
-
-def read_audio(file: Path) -> tuple[Tensor, int]:
-    """Return a recording, mixed to mono: (samples,) float32 in [-1, 1], and its sample rate in Hz.
-
-    Raises:
-        DataError: the file cannot be read as audio, has no samples, or has samples that are not finite.
-    """
-    soundfile = require("soundfile", "speech")
-    try:
-        samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
-        raise DataError(
-            f"{file} cannot be read as audio: {str(error).rstrip(chr(46))}. Replace or remove it."
-        ) from error
-    wave = torch.from_numpy(samples).mean(dim=1)
-    if wave.numel() == 0 or not bool(wave.isfinite().all()):
-        fault = "has no samples" if wave.numel() == 0 else "has samples that are not finite"
-        raise DataError(f"{file} {fault}. Replace or remove it.")
-    return wave, int(rate)
 
 
 def fit_length(wave: Tensor, samples: int) -> Tensor:
@@ -113,20 +122,25 @@ def fit_length(wave: Tensor, samples: int) -> Tensor:
 
 def _to_rate(recordings: Sequence[tuple[Tensor, int]], features: Features) -> Tensor:
     """Return all recordings at one rate and length, (N, samples), with one resampling for each rate."""
-    functional = require("torchaudio.functional", "speech")
     waves = torch.empty(len(recordings), features.samples)
     for rate in sorted({rate for _, rate in recordings}):
         chosen = [i for i, (_, other) in enumerate(recordings) if other == rate]
         length = max(1, round(features.length * rate))
-        stacked = torch.stack([fit_length(recordings[i][0], length) for i in chosen])
-        if rate != features.sample_rate:
-            stacked = functional.resample(stacked, rate, features.sample_rate)
-        waves[chosen] = fit_length(stacked, features.samples)
+        stacked = torch.stack([_stretch(recordings[i][0], rate, length, features) for i in chosen])
+        waves[chosen] = fit_length(resample(stacked, rate, features.sample_rate), features.samples)
     return waves
 
 
+def _stretch(wave: Tensor, rate: int, length: int, features: Features) -> Tensor:
+    if features.remove_mean:
+        wave = wave - wave.mean(dim=-1, keepdim=True)
+    if features.cut == "loudest" and wave.shape[-1] > length:
+        wave = loudest_stretch(wave, rate, length)
+    return fit_length(wave, length)
+
+
 def log_mel(waves: Tensor, features: Features) -> Tensor:
-    """Return log-mel spectrograms in units of 10 dB, clipped ``range_db`` below their peaks and normalised.
+    """Return log-mel spectrograms in units of 10 dB, clipped ``range_db`` below their level and normalised.
 
     Args:
         waves: (N, samples) at ``features.sample_rate``.
@@ -135,21 +149,25 @@ def log_mel(waves: Tensor, features: Features) -> Tensor:
     Returns:
         (N, n_mels, frames) float32, finite also for silence.
     """
-    transforms = require("torchaudio.transforms", "speech")
-    window = max(1, round(features.window * features.sample_rate))
-    spectrogram = transforms.MelSpectrogram(
-        sample_rate=features.sample_rate,
+    window, hop = (max(1, round(seconds * features.sample_rate)) for seconds in (features.window, features.hop))
+    power = mel_power(
+        waves,
+        rate=features.sample_rate,
+        bands=features.n_mels,
         n_fft=2 ** (2 * window - 1).bit_length(),  # padded, so that each low mel band has a bin
-        win_length=window,
-        hop_length=max(1, round(features.hop * features.sample_rate)),
+        window=window,
+        hop=hop,
         f_min=20.0,
-        n_mels=features.n_mels,
-        power=2.0,
-        pad_mode="constant",  # silence: reflection fails for a recording shorter than the window
     )
-    level = spectrogram(waves).clamp_min(_TINY).log10()
-    floor = level.amax(dim=(-2, -1), keepdim=True) - features.range_db / 10
-    return normalise(level.maximum(floor), features.normalise)
+    values = power.clamp_min(_TINY).log10()
+    peaks = values.amax(dim=-2)
+    if features.level == "robust":
+        touched = ceil((features.window + _CLICK) / features.hop)  # frames that a click can be in
+        top = peaks.topk(min(1 + touched, peaks.shape[-1])).values[:, -1].view(-1, 1, 1)
+        values = values.minimum(top)
+    else:
+        top = peaks.amax(dim=-1).view(-1, 1, 1)
+    return normalise(values.maximum(top - features.range_db / 10), features.normalise)
 
 
 def normalise(inputs: Tensor, kind: Literal["none", "mean", "mean_variance"]) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
@@ -18,6 +19,7 @@ __all__ = [
     "check_pattern",
     "find_recordings",
     "in_held_out_part",
+    "search",
     "speech_commands_recordings",
 ]
 
@@ -27,7 +29,10 @@ FREE_SPOKEN_DIGITS = r"(?P<label>\d+)_(?P<speaker>[^_/]+)_(?P<take>\d+)\.(wav|fl
 SPEECH_COMMANDS = r"(?P<label>[^/]+)/(?P<speaker>[^/_]+)_nohash_(?P<take>\d+)\.(wav|flac)"
 """File names of Speech Commands, `seven/0a7c2a8d_nohash_0.wav`."""
 
-_AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au"}
+_AUDIO = {
+    *(".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd"),
+    *(".sph", ".voc", ".w64", ".wav", ".wma"),
+}
 
 
 def check_pattern(pattern: str) -> None:
@@ -64,14 +69,31 @@ def find_recordings(
 ) -> list[Recording]:
     """Return every recording below ``root`` whose path matches, in the order of words, speakers and takes.
 
-    The pattern must match the end of the path relative to ``root`` (with `/` between folders), from the start of a
-    file's or a folder's name. Without the group `take`, the recordings of a word and speaker are numbered by name.
+    As ``search``, without its remarks.
+    """
+    return search(root, pattern, held_out_takes, words)[0]
+
+
+def search(
+    root: Path,
+    pattern: str,
+    held_out_takes: Collection[int],
+    words: Collection[str] | None = None,
+) -> tuple[list[Recording], tuple[str, ...]]:
+    """Return every recording below ``root`` whose path matches, and remarks on audio files that do not.
+
+    The pattern must match the end of the path relative to ``root`` (in NFC, with `/` between folders), from the start
+    of a file's or a folder's name; the case of the extension does not matter. Hidden files and folders are skipped.
+    Without the group `take`, the recordings of a word and speaker are numbered by name.
 
     Args:
         root: the folder to search.
         pattern: regular expression with the groups `label`, `speaker` and optionally `take`.
         held_out_takes: takes of the source's test part.
         words: labels to use; None for all.
+
+    Returns:
+        Recordings in the order of words, speakers and takes, with labels and speakers in NFC; remarks.
 
     Raises:
         SpecError: the pattern is invalid.
@@ -80,11 +102,12 @@ def find_recordings(
     check_pattern(pattern)
     if not root.is_dir():
         raise DataError(f"data.root must be a folder of recordings; {root} is not one. Correct the path.")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _AUDIO and f.is_file())
-    expression = re.compile(rf"(?:.*/)?(?:{pattern})")
-    matches = [(f, m) for f in files if (m := expression.fullmatch(f.relative_to(root).as_posix()))]
+    paths = {file: normalize("NFC", file.relative_to(root).as_posix()) for file in _audio_files(root)}
+    files = sorted(paths, key=lambda file: (paths[file], str(file)))
+    expression = re.compile(rf"(?:.*/)?(?:{normalize('NFC', pattern)})")
+    matches = [(file, match) for file in files if (match := _match(expression, paths[file]))]
     if not matches:
-        example = f"one of them is {files[0].relative_to(root).as_posix()!r}" if files else "there are no audio files"
+        example = f"one of them is {paths[files[0]]!r}" if files else "there are no audio files"
         raise DataError(
             f"data.pattern: {pattern!r} matches none of the {len(files)} audio files under {root}; "
             f"{example}. "
@@ -97,8 +120,33 @@ def find_recordings(
         take = _take(file, match, counts[label, speaker])
         counts[label, speaker] += 1
         recordings.append((take, Recording(str(file), label, speaker, held_out=take in held_out_takes)))
-    ordered = sorted(recordings, key=lambda item: (item[1].label, item[1].speaker, item[0], item[1].name))
-    return _of_words([recording for _, recording in ordered], words)
+    ordered = sorted(recordings, key=lambda item: (item[1].label, item[1].speaker, item[0], paths[Path(item[1].name)]))
+    return _of_words([recording for _, recording in ordered], words), _unmatched(matches, files, paths)
+
+
+def _audio_files(root: Path) -> list[Path]:
+    files = (file for file in root.rglob("*") if file.suffix.lower() in _AUDIO and file.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+
+
+def _match(expression: re.Pattern[str], path: str) -> re.Match[str] | None:
+    """Match a path with its extension as it is, in lower case and in upper case."""
+    stem, dot, extension = path.rpartition(".")
+    spellings = dict.fromkeys((extension, extension.lower(), extension.upper()))
+    return next((match for text in spellings if (match := expression.fullmatch(stem + dot + text))), None)
+
+
+def _unmatched(
+    matches: Sequence[tuple[Path, re.Match[str]]], files: Sequence[Path], paths: Mapping[Path, str]
+) -> tuple[str, ...]:
+    known = {file for file, _ in matches}
+    rest = [paths[file] for file in files if file not in known]
+    if not rest:
+        return ()
+    kinds = Counter(path.rpartition(".")[2].lower() for path in rest)
+    counted = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
+    text = f"{len(rest)} of {len(files)} audio files do not match data.pattern and are left out ({counted})"
+    return (f"{text}, such as {rest[0]}",)
 
 
 def _take(file: Path, match: re.Match[str], default: int) -> int:
@@ -137,7 +185,7 @@ def speech_commands_recordings(
     Raises:
         DataError: the set or a word is missing.
     """
-    datasets = require("torchaudio.datasets", "speech")
+    datasets = require("torchaudio.datasets", "torchaudio")
     try:
         listing = datasets.SPEECHCOMMANDS(root, url=version, download=False)
     except (OSError, RuntimeError) as error:
@@ -148,7 +196,7 @@ def speech_commands_recordings(
     recordings = []
     for index in range(len(listing)):
         path, _, label, speaker, _ = listing.get_metadata(index)
-        name = str(Path(path).as_posix())
+        name = normalize("NFC", Path(path).as_posix())
         file = str(root / "SpeechCommands" / path)
-        recordings.append(Recording(file, label, speaker, held_out=in_held_out_part(name, held_out)))
+        recordings.append(Recording(file, normalize("NFC", label), speaker, held_out=in_held_out_part(name, held_out)))
     return _of_words(sorted(recordings, key=lambda r: (r.label, r.speaker, r.name)), words)

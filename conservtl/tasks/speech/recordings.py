@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 from conservtl.errors import DataError
 
-__all__ = ["Protocol", "Recording", "domains"]
+__all__ = ["Protocol", "Recording", "domains", "find_copies"]
 
 _SHOWN = 12  # speakers or words listed in a message
 
@@ -118,6 +120,41 @@ def domains(
     )
 
 
+def find_copies(recordings: Sequence[Recording], digests: Mapping[str, str], target: str) -> tuple[str, ...]:
+    """Return remarks on recordings that are in the source's training part twice; refuse any other copy.
+
+    Two recordings of the target with the same samples could be a shot and a test example, and one of the source could
+    be trained and tested on.
+
+    Args:
+        recordings: all recordings.
+        digests: name -> digest of the samples, for those that were read.
+        target: the target speaker.
+
+    Raises:
+        DataError: two recordings have the same samples, and are not both in the source's training part with one label.
+    """
+    groups: dict[str, list[Recording]] = defaultdict(list)
+    for recording in recordings:
+        if recording.name in digests:
+            groups[digests[recording.name]].append(recording)
+    copies = [group for group in groups.values() if len(group) > 1]
+    harmful = [
+        group
+        for group in copies
+        if len({r.label for r in group}) > 1 or any(r.speaker == target or r.held_out for r in group)
+    ]
+    if harmful:
+        first, second = harmful[0][:2]
+        more = f" ({len(harmful) - 1} more recordings are there several times)" if len(harmful) > 1 else ""
+        raise DataError(
+            f"data: every recording must be there once, or a model is tested on what it is trained on; {second.name} "
+            f"has the same samples as {first.name}{more}. Remove the copies."
+        )
+    count = sum(len(group) - 1 for group in copies)
+    return (f"{count} recordings of the source's training part are copies of others",) if count else ()
+
+
 def _of_source(recordings: Sequence[Recording], protocol: Protocol) -> list[Recording]:
     others = {r.speaker for r in recordings} - {protocol.target}
     wanted = others if protocol.source_speakers is None else set(protocol.source_speakers)
@@ -180,7 +217,7 @@ def _limited(recordings: list[Recording], limit: int | None) -> list[Recording]:
 def _digest(recording: Recording) -> str:
     """Return a hash that is independent of the recordings' folder."""
     key = f"{recording.label}/{recording.speaker}/{Path(recording.name).name}"
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(normalize("NFC", key).encode()).hexdigest()
 
 
 def _examples(

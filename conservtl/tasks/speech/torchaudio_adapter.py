@@ -53,7 +53,7 @@ def torchaudio_names() -> list[str]:
     Raises:
         MissingExtraError: torchaudio is not installed.
     """
-    models = require("torchaudio.models", "speech")
+    models = require("torchaudio.models", "torchaudio")
     return [name for name in models.__all__ if _is_network(getattr(models, name))]
 
 
@@ -67,7 +67,7 @@ def wrap(name: str, args: dict[str, Any], features: Features, classes: int) -> F
     Raises:
         SpecError: the arguments do not fit, or the network does not return one vector a frame.
     """
-    make = getattr(require("torchaudio.models", "speech"), name)
+    make = getattr(require("torchaudio.models", "torchaudio"), name)
     backbone = _construct(name, make, _with_bands(make, args, features))
     silence = torch.zeros(1, *features.shape)
     layout, lengths = _calling_convention(name, backbone, features)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -309,3 +310,14 @@ def test_weights_of_a_vision_transformer_for_another_image_size(tmp_path):
     expected = checkpoint_filter_fn(dict(given), timm.create_model("test_vit", num_classes=2, img_size=64))
     torch.testing.assert_close(read.model.state_dict(), expected)
     assert "source  resampled pos_embed from 10×10 to 4×4 positions with timm.layers" in str(plan_of(spec))
+
+
+def test_the_plan_says_which_recordings_are_left_out(speech_fields, humming, tmp_path):
+    folder = tmp_path / "recordings"
+    shutil.copytree(humming, folder)
+    (folder / "a cleo 1.wav").write_bytes((folder / next(humming.glob("*cleo_1.wav")).name).read_bytes())
+    speech_fields["data"]["root"] = str(folder)
+    plan = plan_of(parse_spec(speech_fields))
+    (line,) = (line for line in str(plan).splitlines() if line.startswith("data "))
+    assert "1 of " in line
+    assert line.endswith("audio files do not match data.pattern and are left out (1 .wav), such as a cleo 1.wav")

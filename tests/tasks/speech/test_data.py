@@ -16,7 +16,6 @@ from conservtl.tasks.speech.folder import find_recordings, in_held_out_part
 from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 
 soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("torchaudio")
 
 FSDD = Path(__file__).resolve().parents[4] / "shared" / "data" / "fsdd"
 needs_digits = pytest.mark.skipif(not FSDD.is_dir(), reason="free spoken digits are not beside the checkout")
@@ -186,7 +185,7 @@ def test_target_must_say_every_word_of_the_source(digits):
 
 def test_a_lone_speaker_has_no_source(tmp_path):
     for take in range(4):
-        tone(tmp_path / f"0_s0_{take}.wav")
+        tone(tmp_path / f"0_s0_{take}.wav", 440 + take)
     with pytest.raises(DataError, match="only speaker"):
         load(folder(tmp_path), seed=0)
     assert load(folder(tmp_path), seed=0, source=False).source_labels == ("0",)
@@ -199,6 +198,7 @@ def test_unreadable_audio_is_named(digits):
 
 
 def test_speech_commands_of_torchaudio(tmp_path):
+    pytest.importorskip("torchaudio")
     base = tmp_path / "SpeechCommands" / "speech_commands_v0.02"
     for word in ("yes", "no"):
         for speaker in ("aa11", "bb22", "cc33"):
@@ -215,6 +215,7 @@ def test_speech_commands_of_torchaudio(tmp_path):
 
 
 def test_speech_commands_missing(tmp_path):
+    pytest.importorskip("torchaudio")
     with pytest.raises(DataError, match=r"speech_commands_v0\.02"):
         load(SpeechCommandsData(root=tmp_path, target="x"), seed=0)
 
@@ -252,6 +253,74 @@ def test_kind_picks_the_spec():
     assert spec.held_out_takes == (0, 1, 2, 3, 4)
     with pytest.raises(ValidationError, match="shotz"):
         TypeAdapter(DataSpec).validate_python({"kind": "folder", "root": "x", "target": "theo", "shotz": 1})
+
+
+def test_a_shot_is_never_a_test_example_under_another_name(digits):
+    """A copy is found by its samples: in another format, with other bytes."""
+    wave, rate = soundfile.read(digits / "1_s0_3.wav", dtype="int16")
+    soundfile.write(digits / "1_s0_77.flac", wave, rate)
+    with pytest.raises(DataError, match=r"1_s0_77\.flac has the same samples as .*1_s0_3\.wav.*Remove the copies"):
+        load(folder(digits), seed=0)
+
+
+def test_copies_between_the_parts_of_the_source_are_refused(digits):
+    (digits / "1_s1_66.wav").write_bytes((digits / "1_s1_2.wav").read_bytes())  # take 2 is held out
+    with pytest.raises(DataError, match=r"1_s1_66\.wav has the same samples"):
+        load(folder(digits), seed=0)
+
+
+def test_copies_of_the_target_in_the_source_are_refused(digits):
+    (digits / "1_s1_66.wav").write_bytes((digits / "1_s0_6.wav").read_bytes())
+    with pytest.raises(DataError, match="has the same samples"):
+        load(folder(digits), seed=0)
+
+
+def test_copies_that_are_only_trained_on_are_counted(digits):
+    (digits / "1_s1_66.wav").write_bytes((digits / "1_s1_7.wav").read_bytes())
+    got = load(folder(digits), seed=0)
+    assert got.notes == ("1 recordings of the source's training part are copies of others",)
+
+
+@pytest.mark.parametrize("name", ["0_s0_77.WAV", "0_s0_77.Wav", "0_s0_77.FLAC"])
+def test_the_case_of_an_extension_does_not_matter(digits, name):
+    tone(digits / "low.wav", 777).rename(digits / "low")  # soundfile knows formats by their lower-case names
+    (digits / "low").rename(digits / name)
+    got = load(folder(digits), seed=0)
+    assert name in {Path(n).name for n in (*got.shots.names, *got.target_test.names)}
+    assert got.notes == ()
+
+
+def test_a_pattern_may_name_any_format(digits):
+    for take in range(3):
+        tone(digits / f"0_s0_{80 + take}.ogg", 900 + 50 * take)
+        tone(digits / f"0_s0_{90 + take}.mp3", 1300 + 50 * take, rate=16000)
+    pattern = r"(?P<label>\d+)_(?P<speaker>[^_/]+)_(?P<take>\d+)\.(WAV|mp3|ogg)"
+    got = load(folder(digits, pattern=pattern), seed=0)
+    assert len(got.shots) + len(got.target_test) == 26
+    assert got.notes == ()
+
+
+def test_files_that_do_not_match_are_counted(digits):
+    tone(digits / "0_s0_80.ogg", 900)
+    tone(digits / "0_s0_81.mp3", 950, rate=16000)
+    tone(digits / "room" / "door.wav", 90)
+    tone(digits / ".trash" / "0_s0_99.wav", 91)  # hidden
+    (note,) = load(folder(digits), seed=0).notes
+    assert note.startswith("3 of 63 audio files do not match data.pattern and are left out (1 .mp3, 1 .ogg, 1 .wav)")
+
+
+def test_composed_and_decomposed_letters_are_the_same(tmp_path):
+    """A speaker named by one system and listed by another; the spec is written by a third."""
+    for number in range(8):
+        speaker = "J\u00f6rg" if number % 2 else "Jo\u0308rg"
+        for place, word in enumerate(("gr\u00fcn" if number % 3 else "gru\u0308n", "rot")):
+            tone(tmp_path / f"{word}_{speaker}_{number}.wav", 200 + 7 * number + 100 * place)
+            tone(tmp_path / f"{word}_ann_{number}.wav", 600 + 7 * number + 100 * place)
+    pattern = r"(?P<label>\w+)_(?P<speaker>\w+)_(?P<take>\d+)\.wav"
+    for spelling in ("J\u00f6rg", "Jo\u0308rg"):
+        got = load(folder(tmp_path, pattern=pattern, target=spelling, words=["gru\u0308n", "rot"]), seed=0)
+        assert got.labels == got.source_labels == ("gr\u00fcn", "rot")
+        assert (len(got.shots), len(got.target_test), len(got.source_train)) == (6, 10, 6)
 
 
 for kind in (FolderData, EspeakData, SpeechCommandsData):

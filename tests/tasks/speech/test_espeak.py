@@ -10,7 +10,6 @@ from conservtl.tasks.speech import SOURCE_VOICES, TARGET_VOICES, EspeakData, loa
 from conservtl.tasks.speech.espeak import speak, takes_of
 
 pytest.importorskip("espeakng_loader", reason="espeakng_loader is not installed")
-pytest.importorskip("torchaudio", reason="torchaudio is not installed")
 
 
 def test_enough_voices():
