@@ -182,7 +182,7 @@ class TestCompare:
         """Its result is that of the epoch with the best validation score; the last epoch's is another."""
         fields["data"] |= {"shots": 4}
         fields["training"] = {"epochs": 12, "lr": 1e-3}
-        fields["compare"] |= {"targets": ["cleo"], "rates": [0.2, 0.3, 0.4]}
+        fields["compare"] |= {"targets": ["cleo"], "rates": [0.05, 0.3, 0.4]}
         (low,) = [t for t in plan_trials(parse_spec(fields)) if t.variant == "fine-tuning, low rate"]
         lines = []
         result = run_trial(low, judge=True, tell=lines.append)
