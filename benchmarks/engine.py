@@ -41,6 +41,7 @@ from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.models import ModelSpec, build
 
 RECORDINGS, BATCH, CLASSES, LR = 2048, 64, 10, 1e-4
+SAME_DECAY = ctl.DiscriminativeLR(groups={"*": 1.0}, decay_biases_and_norms=True)  # one group, as in the other loops
 RESULTS = Path(__file__).parent / "results"
 
 Variant = Callable[[nn.Module, int], None]
@@ -105,7 +106,7 @@ def fit(
     model: nn.Module, epochs: int, data: Any = DATA, frozen: int = 0, *, fused: bool = False, **options: Any
 ) -> Any:
     strategies = [ctl.LayerTransfer(side="input", layers=frozen)] if frozen else []
-    adaptation = ctl.adapt(model, deep_copy(model), strategies)
+    adaptation = ctl.adapt(model, deep_copy(model), [SAME_DECAY, *strategies])
     training = ctl.Training(epochs=epochs, batch_size=BATCH, lr=LR, device="cpu", precision="fp32", fused=fused)
     return ctl.fit(adaptation, data, training=training, **options)
 
@@ -119,7 +120,7 @@ def fit_loader(model: nn.Module, epochs: int) -> None:
 
 
 def fit_pull(model: nn.Module, epochs: int) -> None:
-    adaptation = ctl.adapt(model, deep_copy(model), [ctl.L2SP(alpha=0.01)])
+    adaptation = ctl.adapt(model, deep_copy(model), [SAME_DECAY, ctl.L2SP(alpha=0.01)])
     training = ctl.Training(epochs=epochs, batch_size=BATCH, lr=LR, device="cpu", precision="fp32")
     ctl.fit(adaptation, DATA, training=training)
 

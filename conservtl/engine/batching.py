@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from conservtl.batches import batch_size as size_of
-from conservtl.batches import map_tensors, to_device
+from conservtl.batches import to_device
 from conservtl.data import Examples
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
@@ -101,7 +101,8 @@ class Held:
         self.part = part
         self._cuts = _cuts(self.length, batch_size, part[1])
         fits = _fits(sum(tensor.nbytes for tensor in tensors), device)
-        self._content: Any = map_tensors(content, lambda tensor: tensor.to(device)) if fits else content
+        self._names = tuple(content) if isinstance(content, dict) else None
+        self._tensors = [tensor.to(device) for tensor in tensors] if fits else tensors
         self._place = device if fits else torch.device("cpu")
 
     def count(self) -> int:
@@ -121,9 +122,8 @@ class Held:
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""
-        return map_tensors(
-            self._content, lambda tensor: tensor.index_select(0, index.to(tensor.device)).to(self.device)
-        )
+        rows = [tensor.index_select(0, index.to(tensor.device)).to(self.device) for tensor in self._tensors]
+        return tuple(rows) if self._names is None else dict(zip(self._names, rows, strict=True))
 
     def _batch(self, index: Tensor) -> Batch:
         return Batch(self.take(index), len(index), index)

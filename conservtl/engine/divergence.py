@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,8 @@ class Losses:
             number: position of the batch in its epoch, from 1.
             step: the step that the batch is a part of, from 1.
         """
-        self._waiting.append((loss.detach(), replace(batch, content=None), number, step))  # its memory is free again
+        # Without its content, whose memory is free again.
+        self._waiting.append((loss.detach(), Batch(None, batch.size, batch.index), number, step))
         if len(self._waiting) >= self._every:
             self.look()
 

@@ -19,7 +19,7 @@ __all__ = ["PenaltyRunner", "total_penalty"]
 
 
 class PenaltyRunner:
-    """The plan's penalties on the parameters of one optimizer.
+    """The plan's penalties on the parameters of one optimizer; called without gradients.
 
     Args:
         index: the optimizer's parameters.
@@ -29,7 +29,6 @@ class PenaltyRunner:
     def __init__(self, index: ParameterIndex, context: StepContext) -> None:
         self._index, self._context = index, context
 
-    @torch.no_grad()
     def add_gradients(self, scale: Tensor | None, *, maximize: bool) -> None:
         """Add the coupled penalties to complete gradients, once a step.
 
@@ -43,7 +42,6 @@ class PenaltyRunner:
                 for kernel in self._index.kernels(penalty):
                     kernel.add_gradients(-factor if maximize else factor, scale)
 
-    @torch.no_grad()
     def move_weights(self, skip: Tensor | None) -> None:
         """Move weights by the decoupled penalties.
 

@@ -41,6 +41,7 @@ class StepHook:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
+    @torch.no_grad()
     def add(self, scaler: GradScaler | None = None) -> None:
         """Add the coupled penalties now, so that the step adds nothing. A second call before the step does nothing."""
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -87,6 +88,7 @@ class StepHook:
             self._context.check_model((name, parameter) for name, parameter, _ in self.index)
             self._checked = True
 
+    @torch.no_grad()
     def _act(self) -> None:
         self._check_model()
         self.drop_frozen()
@@ -102,6 +104,7 @@ class StepHook:
         if self._penalties is not None:
             self._penalties.move_weights(skip)
 
+    @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self._context.updates.act("after", self.index.moving, getattr(self.optimizer, "found_inf", None))
         self._context.updates.number += 1

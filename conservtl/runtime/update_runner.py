@@ -33,7 +33,6 @@ class UpdateRunner:
         """Whether an update acts before each forward pass."""
         return any(update.forward for update in self.updates)
 
-    @torch.no_grad()
     def act(
         self,
         moment: Literal["gradients", "before", "after"],
@@ -41,7 +40,7 @@ class UpdateRunner:
         skip: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        """Call one method of all updates.
+        """Call one method of all updates, without gradients.
 
         Args:
             moment: name of the method.
