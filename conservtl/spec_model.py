@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import inspect
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,10 +14,26 @@ __all__ = ["FrozenModel", "register"]
 Class = TypeVar("Class")
 
 
+class _Signature:
+    """A class's signature, with its fields; computed when asked for, because building a class takes time."""
+
+    def __get__(self, instance: object, owner: type[BaseModel]) -> inspect.Signature:
+        if instance is None and owner.__dict__.get("__signature__") is self:
+            owner.model_rebuild(raise_errors=False)  # Pydantic then sets the signature
+            if owner.__dict__.get("__signature__") is not self:
+                return owner.__signature__
+        raise AttributeError("__signature__")
+
+
 class FrozenModel(BaseModel):
     """An immutable model. Unknown fields are refused; the docstring under a field becomes its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Of each class, or one that is not built yet would have the signature of a base that is.
+        cls.__signature__ = _Signature()  # type: ignore[assignment]
 
 
 def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) -> None:

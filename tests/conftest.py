@@ -1,6 +1,9 @@
 """One thread a test process, and a small world: three speakers who hum three words at their own pitch."""
 
+import importlib.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 torch.set_num_threads(1)  # the models here are so small that a second thread only waits
 
+ROOT = Path(__file__).parents[1]
 WORDS = ("0", "1", "2")
 PITCH = {"anna": 1.0, "ben": 0.9, "cleo": 1.25}
 
@@ -37,3 +41,15 @@ def speech_fields(humming: Path, tmp_path: Path) -> dict:
         "strategies": [{"kind": "l2_sp", "mode": "decoupled"}],
         "training": {"epochs": 3, "lr": 1e-3},
     }
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this source tree."""
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed, so no wheel can be built")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+    (found,) = folder.glob("conservtl-*.whl")
+    return found

@@ -1,6 +1,5 @@
 """Examples of extending conservtl, from the source tree and from an installed wheel."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,18 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "extend"
 QUICK = ["source.training.epochs=1", "training.epochs=1", "training.evaluate_every=1"]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel of this source tree."""
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("hatchling is not installed, so no wheel can be built")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
-    (found,) = folder.glob("conservtl-*.whl")
-    return found
 
 
 @pytest.fixture(scope="module", params=["source tree", "wheel"])
