@@ -44,12 +44,14 @@ class Origin:
         strategies: in the order they were given.
         source_model: the source model, kept only if a term or a measurement needs it.
         head: name of the head's module if the target has labels of its own.
+        inherited: strategies of an earlier run whose additions are part of the source's model.
     """
 
     drawn: Plan
     strategies: tuple[Strategy, ...] = ()
     source_model: nn.Module | None = None
     head: str | None = None
+    inherited: tuple[Strategy, ...] = ()
 
 
 class BoundPlan:

@@ -9,6 +9,7 @@ from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.bound_plan import Origin
+from conservtl.adaptation.earlier_run import check_saved_extensions, inherited_strategies, run_note
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.layers.copying import deep_copy
@@ -88,14 +89,18 @@ def adapt(
     chosen = tuple(strategy for strategy in map(as_strategy, strategies) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
-    if read.module is not None and read.module is not unwrap(model):
-        check_structure(model, read.module, allow, {old: new for new, old in read.old_names.items()})
-    own = own_tensors(model)
-    check_kinds(read.tensors, own, read.where)
-    read.check_finite(other_than=_masks(model))
-    bare = deep_copy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
-    added, layers = extend_all(model, chosen, example, layers)
+    inherited = inherited_strategies(read, own_tensors(model))
+    _, layers = extend_all(model, inherited, example, layers)
+    extended = [*inherited]
     try:
+        if read.module is not None and read.module is not unwrap(model):
+            check_structure(model, read.module, allow, {old: new for new, old in read.old_names.items()})
+        own = own_tensors(model)
+        check_kinds(read.tensors, own, read.where)
+        read.check_finite(other_than=_masks(model))
+        bare = deep_copy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
+        added, layers = extend_all(model, chosen, example, layers)
+        extended += chosen
         _check_merged(read, added)
         parts = find_layers(model, example, layers)
         values = read.values_of(parts)
@@ -114,6 +119,7 @@ def adapt(
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
+        check_saved_extensions(plan, read)
         head = _own_head(plan, declared)
         # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
         constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
@@ -122,7 +128,7 @@ def adapt(
         compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
         source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
     except BaseException:
-        retract_all(model, chosen)
+        retract_all(model, extended)
         raise
     report = transfer(model, parts, plan, values, read)
     known = {name: tensor for name, tensor in own.items() if name not in declared}
@@ -131,8 +137,8 @@ def adapt(
         *kept_note(report.kept, own),
         *missed_note(read, known),
     ]
-    plan = plan.with_notes((*read.notes, *notes))
-    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head))
+    plan = plan.with_notes((*read.notes, *run_note(read), *notes))
+    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head, inherited))
 
 
 def _check_trained(plan: Plan) -> None:

@@ -18,6 +18,7 @@ from conservtl.source.entries import some, tensors_of, weights_in
 from conservtl.source.kinds import check_model_kinds, has_values
 from conservtl.source.migration import Migration
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
+from conservtl.source.run_header import read_header, weights_file
 
 __all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
 
@@ -33,6 +34,7 @@ class Source:
         module: the source model, if the source is a model.
         versions: of the modules that saved the tensors, as a state dict's metadata.
         old_names: name -> name in ``module``, if names were changed.
+        run: the header of the run that saved the source, or None.
     """
 
     tensors: dict[str, Tensor]
@@ -41,6 +43,7 @@ class Source:
     module: nn.Module | None = None
     versions: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     old_names: Mapping[str, str] = field(default_factory=dict)
+    run: Mapping[str, Any] | None = None
 
     def renamed(self, prefix: str | None = None, rename: Mapping[str, str] | None = None) -> Source:
         """Return the source under other names.
@@ -211,13 +214,12 @@ def _read(source: SourceLike, key: str | None) -> Source:
         return _source_in(source, "source state dict", key)
     if isinstance(source, (str, Path)):
         path = Path(source)
-        return _source_in(_load(path), f"source {path.name}", key)
+        return replace(_source_in(_load(path), f"source {path.name}", key), run=read_header(path))
     raise SourceError(f"source must be a path, a state dict or a torch.nn.Module; received {type(source).__name__}.")
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    if path.is_dir() and (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"  # the folder of a run
+    path = weights_file(path)
     if not path.is_file():
         files = [file.name for file in path.parent.glob("*") if file.is_file()]
         raise SourceError(

@@ -107,6 +107,15 @@ class Task(ABC):
             DataError: data is missing, unreadable, or contradicts the spec.
         """
 
+    def adopt(self, data: Any, preprocessing: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """Return the ``data`` section with what it leaves open set as in the run that saved the source's weights.
+
+        Args:
+            data: the spec's ``data`` section.
+            preprocessing: of that run, as JSON. Settings that differ from it after ``load`` are refused.
+        """
+        return data
+
     @abstractmethod
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
         """Return the named network with fresh weights.

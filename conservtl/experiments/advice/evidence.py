@@ -107,7 +107,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         raise DataError(
             f"data: a recommendation needs two classes; there is one class only, {domains.labels[0]!r}. Add another."
         )
-    plan = setting.adaptation(source.model).plan
+    plan = setting.adaptation(source.with_notes()).plan
     layers = find_layers(source.model, setting.example, spec.layers)
     target = features_of(source.model, domains.shots, layers)
     body = [name for name in target.layers if name != layers[-1].name] or list(target.layers)

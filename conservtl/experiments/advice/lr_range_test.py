@@ -45,7 +45,7 @@ def lr_find(spec: Spec, *, steps: int = 100) -> RangeTest:
     setting = prepare(spec)
     source = obtain_source(setting)
     return range_test(
-        setting.adaptation(source.model),
+        setting.adaptation(source.with_notes()),
         setting.domains.shots,
         setting.selecting(spec.training),
         valid=sets_to_select_on(setting, source, both=False),

@@ -100,7 +100,7 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
         "labels": domains.labels,
         "preprocessing": domains.preprocessing.model_dump(mode="json"),
     }
-    left = [one for one in adaptation.origin.strategies if not one.merge(model)]
+    left = [one for one in (*adaptation.origin.inherited, *adaptation.origin.strategies) if not one.merge(model)]
     if left or adaptation.plan.extensions:
         header["extended"] = {
             "strategies": [one.model_dump(mode="json") for one in left],

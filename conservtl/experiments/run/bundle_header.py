@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from conservtl.errors import SourceError, SpecError
@@ -18,15 +15,9 @@ from conservtl.layers import find_layers
 from conservtl.methods import as_strategy, extend_all
 from conservtl.plan.extension import Extensions
 from conservtl.runtime.extending import apply_extensions
+from conservtl.source.run_header import read_header
 
 __all__ = ["describe_example", "extend_model", "read_header"]
-
-
-def read_header(path: Path) -> dict[str, Any] | None:
-    """Return what a run wrote beside the weights; None for a file that no run wrote."""
-    with safe_open(path, "pt") as file:
-        header = (file.metadata() or {}).get("conservtl")
-    return None if header is None else _upgraded(json.loads(header))
 
 
 def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: bool = True) -> dict[str, Tensor]:
@@ -62,19 +53,6 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
         apply_extensions(model, extensions, find_layers(model, example, cut))
     tensors = model.state_dict()
     return {name: tensors[name] for name in added}
-
-
-def _upgraded(header: dict[str, Any]) -> dict[str, Any]:
-    """Return a header as this version writes it: an earlier one named each norm that mixes and its share."""
-    shares = header.pop("instance_statistics", {})
-    if shares:
-        names = {share: [name for name, other in shares.items() if other == share] for share in shares.values()}
-        extended = header.setdefault("extended", {"strategies": [], "example": None, "layers": None})
-        extended["extensions"] = [
-            {"kind": "instance_statistics", "by": "NormAdaptation", "share": share, "names": names[share]}
-            for share in names
-        ]
-    return header
 
 
 def describe_example(example: Any) -> Any:

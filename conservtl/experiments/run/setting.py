@@ -13,9 +13,10 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.errors import SpecError
+from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.source_labels import check_outputs, check_shots, with_source_labels
 from conservtl.experiments.spec.spec import Spec
-from conservtl.layers import find_layers
+from conservtl.layers import find_layers, matches, named_parameters
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_head import SourceHead
 from conservtl.source.read import SourceLike, read_source
@@ -118,7 +119,16 @@ class Setting:
 
     def head(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the head's parameters."""
-        return Plan.draw(find_layers(model, self.example, self.spec.layers), {}, {}).head
+        layers = self.spec.layers
+        if layers is not None:  # an earlier run may have added modules that no glob matches
+            unmatched = [name for name in named_parameters(model) if not any(matches(glob, name) for glob in layers)]
+            added = [
+                name
+                for name in dict.fromkeys(name.rpartition(".")[0] for name in unmatched)
+                if name == "input_transform"
+            ]
+            layers = (*added, *layers)
+        return Plan.draw(find_layers(model, self.example, layers), {}, {}).head
 
     def source_head(self, source: nn.Module) -> SourceHead | None:
         """Return the source model's own head; None where the labels are shared, so that one head serves both."""
@@ -144,8 +154,14 @@ def prepare(spec: Spec) -> Setting:
             f"source.{named[0]} says how to read source.weights, which is null. Give the file, or leave it out."
         )
     task = spec.problem
+    if (header := earlier_run(spec)) is not None:
+        spec = spec.model_copy(update={"data": task.adopt(spec.data, header["preprocessing"])})
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
-    if spec.source.labels is not None:
+    if header is not None:
+        check_preprocessing(spec, header, domains.preprocessing)
+        field = "source.labels (as the run that saved source.weights has them)"
+        domains = with_source_labels(task, domains, header["labels"], trains=False, field=field)
+    elif spec.source.labels is not None:
         trains = spec.source.weights is None
         domains = with_source_labels(task, domains, spec.source.labels, trains=trains, field="source.labels")
     check_shots(task, domains)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data
 from conservtl.errors import SourceError, SpecError
-from conservtl.experiments.run.bundle_header import extend_model, read_header
+from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.run.source_labels import listed
 from conservtl.files import atomic_path
@@ -39,16 +40,18 @@ class SourceModel:
         outputs: number of its outputs.
         origin: "given", "trained" or "cached".
         notes: remarks on the weights that were read.
+        run: the header of the run that saved the weights, or None.
     """
 
     model: nn.Module
     outputs: int
     origin: str
     notes: tuple[str, ...] = ()
+    run: Mapping[str, Any] | None = None
 
     def with_notes(self) -> Source:
-        """Return the model as a source whose notes reach the plan."""
-        return replace(read_source(self.model), notes=self.notes)
+        """Return the model as a source whose notes reach the plan, with the header of the run that saved it."""
+        return replace(read_source(self.model), notes=self.notes, run=self.run)
 
 
 def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
@@ -108,6 +111,10 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
             )
         model = setting.model(outputs)
         needed = own_tensors(model)
+    if matched.run is not None:
+        identities = extend_model(model, matched.run)
+        needed = own_tensors(model)
+        tensors = identities | {name: matched.tensors[name] for name in needed if name in matched.tensors}
     resampled, notes = resample_positions(model, tensors, needed)
     tensors |= resampled
     network = f"model {setting.spec.model.model_dump(mode='json')}"
@@ -126,10 +133,8 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
         for name, tensor in needed.items():
             if name in tensors:
                 tensor.copy_(tensors[name])
-    if weights.suffix == ".safetensors" and (header := read_header(weights)) is not None:
-        extend_model(model, header, strategies=False)
     unused = unused_note([name for name in matched.tensors if name not in needed], matched.tensors, weights.name)
-    return SourceModel(model.eval(), outputs, "given", (*matched.notes, *notes, *unused))
+    return SourceModel(model.eval(), outputs, "given", (*matched.notes, *notes, *unused), matched.run)
 
 
 def _fitting(matched: Source, needed: Mapping[str, Tensor]) -> str:

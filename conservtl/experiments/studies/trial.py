@@ -135,7 +135,7 @@ def _headlines(setting: Setting, source: SourceModel, adaptation: Adaptation | N
     """The headline metric on both test parts; of the source model if nothing is adapted yet."""
     model = source.model if adaptation is None else adaptation.model
     if adaptation is None and not setting.shared:
-        model = setting.adaptation(source.model).model
+        model = setting.adaptation(source.with_notes()).model
     scores, metric = score_on_tests(setting, source, model), setting.task.headline.metric
     return {name: scores[name].metrics[metric] if name in scores else None for name in ("target", "source")}
 
@@ -144,7 +144,7 @@ def _adaptation(how: How, setting: Setting, source: SourceModel) -> Adaptation:
     if how == "control":
         place = Trial("control", "", setting.spec).place
         return setting.adaptation(_control(place, setting.spec.training.model_dump_json()))
-    return _scratch(setting) if how == "scratch" else setting.adaptation(source.model)
+    return _scratch(setting) if how == "scratch" else setting.adaptation(source.with_notes())
 
 
 def _scratch(setting: Setting) -> Adaptation:

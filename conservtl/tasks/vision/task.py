@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -57,6 +57,12 @@ class Vision(Classification):
         if (corruption := _corruption(data)) is not None:
             return f"{corruption.name} (severity {corruption.severity})"
         return str(data.root.name if isinstance(data, ImageFolderData) else data.name)
+
+    def adopt(self, data: Any, preprocessing: Mapping[str, Any]) -> Any:
+        """Return the section with the earlier run's image settings if it has none of its own."""
+        if data.images is not None:
+            return data
+        return data.model_copy(update={"images": VisionPreprocessing.model_validate(preprocessing).images})
 
     def shares_labels(self, data: Any) -> bool:
         """Return whether the source is the target's images without the corruption."""

@@ -1,0 +1,76 @@
+"""Weights that an earlier run saved: its labels and preprocessing are adopted, or what contradicts them is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from conservtl.errors import SourceError
+from conservtl.experiments.run.source_labels import listed
+from conservtl.experiments.spec.spec import Spec
+from conservtl.source.run_header import read_header
+
+__all__ = ["check_preprocessing", "earlier_run"]
+
+_ABSENT = "nothing"
+
+
+def earlier_run(spec: Spec) -> dict[str, Any] | None:
+    """Return the header of the run that saved ``source.weights``; None if no run did.
+
+    Raises:
+        SourceError: task, network or labels of the spec contradict it; the message gives both values.
+    """
+    weights = spec.source.weights
+    if weights is None or (header := read_header(weights)) is None:
+        return None
+    where = f"source.weights {weights.name!r}"
+    if header["task"] != spec.task:
+        raise SourceError(
+            f"{where} were saved by a run of task {header['task']!r}, and the spec has {spec.task!r}. Give weights of "
+            "the spec's task."
+        )
+    differences = _differences(header["model"], spec.model.model_dump(mode="json"))
+    if different := [one for one in differences if "drop" not in one[0]]:  # dropout changes no trained model
+        raise SourceError(_message(where, "model", different))
+    labels, said = tuple(header["labels"]), spec.source.labels
+    if said is not None and said != labels:
+        raise SourceError(
+            f"{where} were saved by a run with the labels {listed(labels)}, and source.labels has {listed(said)}. "
+            "Leave source.labels out."
+        )
+    return header
+
+
+def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: Any) -> None:
+    """Raise unless inputs are made as in the run that saved the source's weights.
+
+    Raises:
+        SourceError: a setting differs; the message names each with both values.
+    """
+    try:
+        saved = spec.problem.preprocessing.model_validate(header["preprocessing"]).model_dump(mode="json")
+    except ValidationError:
+        saved = header["preprocessing"]
+    if different := list(_differences(saved, preprocessing.model_dump(mode="json"))):
+        where = f"source.weights {spec.source.weights.name!r}"  # type: ignore[union-attr]
+        raise SourceError(_message(where, "data", different))
+
+
+def _differences(saved: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name of each value that differs, with both values."""
+    if isinstance(saved, Mapping) and isinstance(here, Mapping):
+        for key in dict.fromkeys([*saved, *here]):
+            yield from _differences(saved.get(key, _ABSENT), here.get(key, _ABSENT), f"{name}.{key}".lstrip("."))
+    elif saved != here:
+        yield name, saved, here
+
+
+def _message(where: str, section: str, different: list[tuple[str, Any, Any]]) -> str:
+    shown = "; ".join(f"{section}.{name} was {saved} in that run and is {here} here" for name, saved, here in different)
+    return (
+        f"{where} were saved by a run, with which the spec must agree: {shown}. Give that run's value, or train a "
+        "source model with the other."
+    )

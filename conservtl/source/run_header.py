@@ -1,0 +1,45 @@
+"""The header of a run's saved model: labels, preprocessing, model section and what was added to the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["WEIGHTS", "read_header", "weights_file"]
+
+WEIGHTS = "model.safetensors"
+"""Name of the saved model in a run's folder."""
+
+
+def weights_file(path: Path) -> Path:
+    """Return the saved model in a run's folder; any other path as it is."""
+    return path / WEIGHTS if path.is_dir() and (path / WEIGHTS).is_file() else path
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """Return what a run wrote beside the weights; None for a file that no run wrote or that cannot be read."""
+    path = weights_file(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get("conservtl")
+    except SafetensorError:
+        return None
+    return None if header is None else _upgraded(json.loads(header))
+
+
+def _upgraded(header: dict[str, Any]) -> dict[str, Any]:
+    """Return a header as this version writes it: an earlier one named each norm that mixes and its share."""
+    shares = header.pop("instance_statistics", {})
+    if shares:
+        names = {share: [name for name, other in shares.items() if other == share] for share in shares.values()}
+        extended = header.setdefault("extended", {"strategies": [], "example": None, "layers": None})
+        extended["extensions"] = [
+            {"kind": "instance_statistics", "by": "NormAdaptation", "share": share, "names": names[share]}
+            for share in names
+        ]
+    return header
