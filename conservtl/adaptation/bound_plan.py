@@ -16,6 +16,7 @@ from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.methods import Strategy, apply_all
+from conservtl.plan.extension import Extension
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
@@ -45,6 +46,7 @@ class Origin:
         source_model: the source model, kept only if a term or a measurement needs it.
         head: name of the head's module if the target has labels of its own.
         inherited: strategies of an earlier run whose additions are part of the source's model.
+        extensions: of the plan of an earlier run, kept unless a strategy decides about their kind.
     """
 
     drawn: Plan
@@ -52,6 +54,7 @@ class Origin:
     source_model: nn.Module | None = None
     head: str | None = None
     inherited: tuple[Strategy, ...] = ()
+    extensions: tuple[Extension, ...] = ()
 
 
 class BoundPlan:
@@ -100,7 +103,7 @@ class BoundPlan:
             PlanError: the new plan copies other layers than were copied.
         """
         drawn = self.origin.drawn.with_facts({**self.plan.facts, **facts}).with_notes(self.plan.notes)
-        plan = apply_all(drawn, self.origin.strategies)
+        plan = apply_all(drawn, self.origin.strategies, self.origin.extensions)
         if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
             raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
         self.terms.detach()

@@ -1,18 +1,48 @@
-"""A source that a run saved: what was added to its model is added to the model that adapts from it."""
+"""A source that a run saved: what the run added to its model or extended in it is part of the model adapted from it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from conservtl.errors import SourceError
+from pydantic import TypeAdapter, ValidationError
+
+from conservtl.errors import SourceError, SpecError
 from conservtl.methods import Strategy, as_strategy
+from conservtl.plan.extension import Extension, Extensions
 from conservtl.plan.plan import Plan
 from conservtl.source.read import Source
 
-__all__ = ["check_saved_extensions", "inherited_strategies", "run_note"]
+__all__ = ["check_extensions_agree", "inherited_strategies", "run_note", "saved_extensions", "saved_strategies"]
 
-_NOT_SETTINGS = {"kind", "by", "names"}
+
+def saved_strategies(run: Mapping[str, Any] | None) -> tuple[Strategy, ...]:
+    """Return the strategies whose additions a run left in its model; none without a header.
+
+    Args:
+        run: the header of the saved model, or None.
+
+    Raises:
+        SourceError: one of a user's own is not imported; the message names its module.
+    """
+    extended = _extended(run)
+    try:
+        return tuple(as_strategy(fields) for fields in extended.get("strategies", ()))
+    except SpecError as error:
+        _check_imported(extended, error)
+        raise
+
+
+def saved_extensions(run: Mapping[str, Any] | None) -> tuple[Extension, ...]:
+    """Return the extensions of the plan of the run that saved a model; arguments and errors as ``saved_strategies``."""
+    extended = _extended(run)
+    try:
+        extensions: tuple[Extension, ...] = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
+    except ValidationError as error:
+        _check_imported(extended, error)
+        raise
+    return extensions
 
 
 def inherited_strategies(source: Source, own: Collection[str]) -> tuple[Strategy, ...]:
@@ -22,26 +52,28 @@ def inherited_strategies(source: Source, own: Collection[str]) -> tuple[Strategy
         source: matched to the model's names.
         own: names of the model's tensors.
     """
-    if not (source.tensors.keys() - set(own)):
-        return ()
-    return tuple(as_strategy(fields) for fields in _extended(source).get("strategies", ()))
+    return saved_strategies(source.run) if source.tensors.keys() - set(own) else ()
 
 
-def check_saved_extensions(plan: Plan, source: Source) -> None:
-    """Raise unless the plan extends modules as the run did that saved the source, with the same settings.
+def check_extensions_agree(plan: Plan, extensions: Collection[Extension], where: str) -> None:
+    """Raise unless the plan's extensions have the settings of an earlier run's of their kind.
+
+    Args:
+        plan: with the decisions of the strategies.
+        extensions: of the earlier run.
+        where: name of the source in messages.
 
     Raises:
-        SourceError: the plan lacks an extension, or has other settings; the message gives both.
+        SourceError: a setting differs; the message gives both values.
     """
-    planned = {extension.kind: extension.model_dump(mode="json") for extension in plan.extensions}
-    for fields in _extended(source).get("extensions", ()):
-        kind, settings = fields["kind"], _settings(fields)
-        found = "none" if kind not in planned else _listed(_settings(planned[kind]))
-        if found != _listed(settings):
-            prior = f" (prior {1 / settings['share'] - 1:.6g})" if settings.get("share") else ""
+    planned = {extension.name: extension for extension in plan.extensions}
+    for saved in extensions:
+        here = planned.get(saved.name, saved)
+        if (then := _settings(saved)) != (now := _settings(here)):
             raise SourceError(
-                f"{source.where} was saved with {kind} of {_listed(settings)}{prior}; the plan has {found}, so its "
-                f"weights would be another model's. Add {fields.get('by', 'its strategy')} with the same setting."
+                f"{where} was saved with {saved.kind} of {_listed(then)}, and {here.by} has {_listed(now)}, with which "
+                f"its weights would be another model's. Give {here.by} the settings of that run, or leave it out: the "
+                "run's are then kept."
             )
 
 
@@ -54,14 +86,24 @@ def run_note(source: Source) -> tuple[str, ...]:
     return (f"saved by a run with the labels {labels} and the preprocessing {made}",)
 
 
-def _extended(source: Source) -> Mapping[str, Any]:
-    return ((source.run or {}).get("extended")) or {}
+def _extended(run: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return (run or {}).get("extended") or {}
 
 
-def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in _NOT_SETTINGS}
+def _check_imported(extended: Mapping[str, Any], error: Exception) -> None:
+    """Raise an error that names the modules that must be imported first, if there are any."""
+    if missing := [name for name in extended.get("modules", ()) if name not in sys.modules]:
+        raise SourceError(
+            f"the model was extended by code in {', '.join(missing)}, which is not imported. In Python, import it "
+            f"before loading the model; on the command line: --import {' --import '.join(missing)}."
+        ) from error
+
+
+def _settings(extension: Extension) -> dict[str, Any]:
+    return extension.model_dump(exclude={"kind", "by", "names"})
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in settings.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
+    prior = f" (prior {1 / settings['share'] - 1:.6g})" if settings.get("share") else ""
+    return ", ".join(f"{name} {value}" for name, value in shown.items()) + prior

@@ -9,7 +9,12 @@ from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.bound_plan import Origin
-from conservtl.adaptation.earlier_run import check_saved_extensions, inherited_strategies, run_note
+from conservtl.adaptation.earlier_run import (
+    check_extensions_agree,
+    inherited_strategies,
+    run_note,
+    saved_extensions,
+)
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
 from conservtl.layers.copying import deep_copy
@@ -89,7 +94,7 @@ def adapt(
     chosen = tuple(strategy for strategy in map(as_strategy, strategies) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
-    inherited = inherited_strategies(read, own_tensors(model))
+    inherited, saved = inherited_strategies(read, own_tensors(model)), saved_extensions(read.run)
     _, layers = extend_all(model, inherited, example, layers)
     extended = [*inherited]
     try:
@@ -112,14 +117,14 @@ def adapt(
         shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
         fixed = [name for name, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
         drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
-        plan = apply_all(drawn, chosen)
+        plan = apply_all(drawn, chosen, saved)
+        check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
         check_coverage(plan, read, own, declared, allow)
         for decision in plan.decisions:
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
-        check_saved_extensions(plan, read)
         head = _own_head(plan, declared)
         # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
         constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
@@ -138,7 +143,7 @@ def adapt(
         *missed_note(read, known),
     ]
     plan = plan.with_notes((*read.notes, *run_note(read), *notes))
-    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head, inherited))
+    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head, inherited, saved))
 
 
 def _check_trained(plan: Plan) -> None:

@@ -10,17 +10,19 @@ from torch import nn
 from conservtl.errors import SelectorError
 from conservtl.layers import find_layers, matches
 from conservtl.methods.base import Strategy
+from conservtl.plan.extension import Extension
 from conservtl.plan.plan import Plan
 
 __all__ = ["apply_all", "extend_all", "retract_all"]
 
 
-def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
+def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[Extension] = ()) -> Plan:
     """Return the plan after all strategies, applied by their ``order``; their place in the list does not matter.
 
     Args:
         plan: the plan before any strategy.
         strategies: in any order.
+        extensions: of an earlier run, part of the source's function; kept unless a strategy decides about their kind.
 
     Raises:
         SelectorError: a glob of a strategy matches nothing; the message names the strategy.
@@ -31,6 +33,10 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
             plan = strategy.apply(plan)
         except SelectorError as error:
             raise SelectorError(f"{strategy.label}: {error}") from None
+    decided = {extension.name for extension in plan.extensions}
+    for extension in extensions:
+        if extension.name not in decided:
+            plan = plan.with_extension(extension)
     return plan
 
 

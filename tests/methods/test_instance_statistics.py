@@ -189,13 +189,13 @@ def test_a_runs_folder_gives_it_back(speech_fields, humming, tmp_path):
 def test_a_runs_folder_is_a_source_that_mixes(speech_fields, tmp_path):
     run(parse_spec({**speech_fields, "strategies": [INSTANCE.model_dump()]}), tmp_path / "first")
     fields = {**speech_fields, "source": {"weights": str(tmp_path / "first" / "model.safetensors")}}
-    with pytest.raises(ctl.SourceError, match="mix in 25%"):
-        run(parse_spec(fields), tmp_path / "second")
-    second = run(parse_spec({**fields, "strategies": [INSTANCE.model_dump()]}), tmp_path / "second")
     first = load_adapted(tmp_path / "first")
     test = prepare(parse_spec(fields)).domains.target_test
     right = first.probabilities(test.inputs).argmax(1).eq(test.labels).float().mean()
-    assert second["before"]["target"]["accuracy"] == pytest.approx(float(right))
+    for strategies in ([{"kind": "l2_sp"}], [INSTANCE.model_dump()]):
+        second = run(parse_spec({**fields, "strategies": strategies}), tmp_path / "second")
+        assert second["before"]["target"]["accuracy"] == pytest.approx(float(right))
+        assert [one["share"] for one in second["plan"]["extensions"]] == [0.25]
 
 
 def types(model):

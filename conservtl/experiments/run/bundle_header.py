@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from conservtl.errors import SourceError, SpecError
+from conservtl.adaptation.earlier_run import saved_extensions, saved_strategies
 from conservtl.layers import find_layers
-from conservtl.methods import as_strategy, extend_all
-from conservtl.plan.extension import Extensions
+from conservtl.methods import extend_all
 from conservtl.runtime.extending import apply_extensions
 from conservtl.source.run_header import read_header
 
@@ -37,17 +34,8 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
     if (extended := header.get("extended")) is None:
         return {}
     example = _example(extended["example"])
-    try:
-        chosen = [as_strategy(fields) for fields in extended["strategies"]] if strategies else []
-        extensions = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
-    except (SpecError, ValidationError) as error:
-        missing = [name for name in extended.get("modules", ()) if name not in sys.modules]
-        if not missing:
-            raise
-        raise SourceError(
-            f"the model was extended by code in {', '.join(missing)}, which is not imported. In Python, import it "
-            f"before loading the model; on the command line: --import {' --import '.join(missing)}."
-        ) from error
+    chosen = saved_strategies(header) if strategies else ()
+    extensions = saved_extensions(header)
     added, cut = extend_all(model, chosen, example, extended["layers"])
     if extensions:
         apply_extensions(model, extensions, find_layers(model, example, cut))

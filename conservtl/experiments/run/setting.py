@@ -159,11 +159,13 @@ def prepare(spec: Spec) -> Setting:
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
     if header is not None:
         check_preprocessing(spec, header, domains.preprocessing)
-        field = "source.labels (as the run that saved source.weights has them)"
-        domains = with_source_labels(task, domains, header["labels"], trains=False, field=field)
+        field = "the labels of the run that saved source.weights"
+        fix = "Leave the source's data out (source.data: null), or give data with that run's labels."
+        domains = with_source_labels(task, domains, header["labels"], trains=False, field=field, fix=fix)
     elif spec.source.labels is not None:
         trains = spec.source.weights is None
-        domains = with_source_labels(task, domains, spec.source.labels, trains=trains, field="source.labels")
+        fix = "List the labels of the source model's outputs in their order, or restrict the data to them."
+        domains = with_source_labels(task, domains, spec.source.labels, trains=trains, field="source.labels", fix=fix)
     check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
     return Setting(spec, domains, example, domains.labels == domains.source_labels)

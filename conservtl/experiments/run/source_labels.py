@@ -21,7 +21,9 @@ __all__ = ["check_outputs", "check_shots", "listed", "with_source_labels"]
 _SHOWN = 12  # labels in a message
 
 
-def with_source_labels(task: Task, domains: Domains, labels: Sequence[str], *, trains: bool, field: str) -> Domains:
+def with_source_labels(
+    task: Task, domains: Domains, labels: Sequence[str], *, trains: bool, field: str, fix: str
+) -> Domains:
     """Return the domains with the source's examples numbered by these labels, its model's outputs in order.
 
     Args:
@@ -30,6 +32,7 @@ def with_source_labels(task: Task, domains: Domains, labels: Sequence[str], *, t
         labels: of the source model's outputs.
         trains: whether a source model is trained on the data, which then must have examples of every label.
         field: where the labels stand, for messages.
+        fix: how to mend labels of the data that are not listed, for messages.
 
     Raises:
         SpecError: a label stands twice, the data has a label that is not listed, or one is listed to be trained that
@@ -44,8 +47,7 @@ def with_source_labels(task: Task, domains: Domains, labels: Sequence[str], *, t
     if unknown := [label for label in old if label not in labels]:
         raise SpecError(
             f"{field} must list every label of the source's data, to number its examples; received {listed(labels)}, "
-            f"without {listed(unknown)}. List the labels of the source model's outputs in their order, or restrict "
-            "the data to them."
+            f"without {listed(unknown)}. {fix}"
         )
     if trains and (extra := [label for label in labels if label not in old]):
         raise SpecError(

@@ -81,8 +81,11 @@ def test_what_contradicts_the_run_is_refused_with_both_values(first, speech_fiel
 
 def test_data_with_labels_that_the_run_did_not_know_is_refused(first, speech_fields):
     with_header(first[0], labels=["0", "1", "z"])
-    with pytest.raises(ctl.SpecError, match=r"as the run that saved.*received '0', '1', 'z', without '2'"):
-        prepare(parse_spec(after(speech_fields, first[0])))
+    onward = after(speech_fields, first[0])
+    message = r"labels of the run that saved .*received '0', '1', 'z', without '2'. Leave .* \(source\.data: null\)"
+    with pytest.raises(ctl.SpecError, match=message):
+        prepare(parse_spec(onward))
+    assert prepare(parse_spec(after(speech_fields, first[0], data=None))).domains.source_labels == ("0", "1", "z")
 
 
 def test_weights_of_another_task_are_refused(first, speech_fields):
@@ -156,14 +159,21 @@ def test_shares_of_instance_statistics_are_kept_or_refused(speech_fields, tmp_pa
     run(parse_spec({**speech_fields, "strategies": mixing(4)}), tmp_path / "first")
     onward = after(speech_fields, tmp_path / "first")
     setting = prepare(parse_spec(speech_fields))
-    refused = {r"of share 0\.2 \(prior 4\); the plan has share 0\.1": mixing(9), r"share 0\.2|20% of each": []}
-    for message, strategies in refused.items():
-        with pytest.raises(ctl.SourceError, match=message):
-            run(parse_spec({**onward, "strategies": strategies}), tmp_path / "second")
-        with pytest.raises(ctl.SourceError, match=message):
-            ctl.adapt(setting.model(3), tmp_path / "first", strategies)
-    again = run(parse_spec({**onward, "strategies": mixing(4)}), tmp_path / "second")
+    message = r"of share 0\.2, padding leave_out \(prior 4\), and NormAdaptation has share 0\.1"
+    with pytest.raises(ctl.SourceError, match=message):
+        run(parse_spec({**onward, "strategies": mixing(9)}), tmp_path / "second")
+    with pytest.raises(ctl.SourceError, match=message):
+        ctl.adapt(setting.model(3), tmp_path / "first", mixing(9))
+    loaded = ctl.load_adapted(tmp_path / "first").model
+    inputs, labels = setting.domains.target_test.inputs, setting.domains.target_test.labels
     with torch.no_grad():
-        inputs, labels = setting.domains.target_test.inputs, setting.domains.target_test.labels
-        right = ctl.load_adapted(tmp_path / "first").model(inputs).argmax(-1) == labels
-    assert again["before"]["target"]["accuracy"] == pytest.approx(right.float().mean().item())
+        outputs = loaded(inputs)
+        right = (outputs.argmax(-1) == labels).float().mean().item()
+    for strategies in (mixing(4), []):
+        again = run(parse_spec({**onward, "strategies": strategies}), tmp_path / "second")
+        assert again["before"]["target"]["accuracy"] == pytest.approx(right)
+        adaptation = ctl.adapt(setting.model(3), tmp_path / "first", strategies)
+        adaptation.replan(found="something")
+        assert adaptation.plan.extensions[0].share == pytest.approx(0.2)
+        with torch.no_grad():
+            assert torch.equal(adaptation.model.eval()(inputs), outputs)
