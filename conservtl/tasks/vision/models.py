@@ -13,6 +13,7 @@ from conservtl.spec_model import FrozenModel
 from conservtl.tasks.vision.cifar_resnet import CIFAR_DEPTHS, CifarResNet
 from conservtl.tasks.vision.image_settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
+from conservtl.written import Arguments
 
 __all__ = ["ModelSpec", "build", "published_settings"]
 
@@ -27,7 +28,7 @@ class ModelSpec(FrozenModel):
     """`cifar_resnet20`, `32`, `44` or `56`; a classifier of torchvision (`resnet18`); or one of timm (`timm/resnet18`,
     also without the prefix if torchvision has no such name)."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     """Further arguments of the network's constructor."""
 
     @field_validator("args")
