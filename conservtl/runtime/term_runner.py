@@ -52,7 +52,7 @@ class TermRunner:
         self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._head)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
-        self._added = False  # to a loss since the last step
+        self.added = 0  # losses since the last step that the terms were added to
         self.attach(model)
 
     @property
@@ -125,7 +125,7 @@ class TermRunner:
         """
         if not loss.requires_grad:
             return loss
-        self._added = True
+        self.added += 1
         features, entering = self._taps.take() if self._taps is not None else ({}, {})
         # Read before the source's head replaces the outputs: they belong to the task's.
         compares = any(term.heads for term in self.terms)
@@ -151,12 +151,12 @@ class TermRunner:
         Raises:
             SpecError: there are terms, and none was added to a loss since the last step.
         """
-        if self.terms and not self._added:
+        if self.terms and not self.added:
             raise SpecError(
                 f"{self.terms[0].by} adds a term to the loss, but none was added since the last step. Call "
                 "loss = adaptation.loss(loss, outputs, inputs) before backward()."
             )
-        self._added = False
+        self.added = 0
 
     def _on(self, device: torch.device, name: str, measurement: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a measurement on the device, copied there once: a step must not wait for it."""

@@ -1,0 +1,249 @@
+"""A plan in Lightning's Trainer: the steps of ``fit``, phases, checkpoints, and what is refused before training."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import conservtl as ctl
+
+lightning = pytest.importorskip("lightning.pytorch")
+from conservtl.integrations.lightning import Conserve  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated"),  # Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),
+]
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+EVERYTHING = (
+    ctl.L2SP(alpha=0.3, beta=0.1),
+    ctl.DiscriminativeLR(decay=0.5),
+    ctl.GradualUnfreezing(epochs=1),
+    ctl.OutputConservation(),
+    ctl.Mixout(p=0.3),
+)
+
+
+class Module(lightning.LightningModule):
+    """A LightningModule as people write it, with an optimizer of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("loss", F.cross_entropy(self.model(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+class Served(Module):
+    """A LightningModule with an adaptation, whose optimizer it returns."""
+
+    def __init__(self, adaptation):
+        super().__init__(adaptation.model)
+        self.adaptation = adaptation
+
+    def configure_optimizers(self):
+        return self.adaptation.optimizer(SGD)
+
+
+@pytest.fixture
+def adapted(net):
+    """Return a function that adapts a network by strategies."""
+    return lambda *strategies: ctl.adapt(net(0), net(1), strategies)
+
+
+@pytest.fixture
+def trainer():
+    """Return a function that makes a Trainer without files, logs and bars."""
+
+    def make(*callbacks, **options):
+        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        return lightning.Trainer(
+            **{"max_epochs": 3, "accelerator": "cpu", "callbacks": [*callbacks], **quiet, **options}
+        )
+
+    return make
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def close(one, other, tolerance=1e-6):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["by the callback", "by configure_optimizers"])
+def test_the_steps_of_fit(adapted, trainer, batches, own):
+    """Accumulation, clipping, phases, rates, a pull, a term, a held norm and mixed weights; validated every epoch."""
+    expected, found = adapted(*EVERYTHING), adapted(*EVERYTHING)
+    training = ctl.Training(epochs=3, optimizer="sgd", lr=0.1, accumulate=2, clip=0.2, device="cpu")
+    ctl.fit(expected, batches, training=training)
+    module = Served(found) if own else Module(found.model)
+    callback = Conserve() if own else Conserve(found, optimizer=SGD)
+    trainer(callback, accumulate_grad_batches=2, gradient_clip_val=0.2).fit(module, batches, batches)
+    close(weights(found.model), weights(expected.model))
+    assert found.phase == 1
+    assert callback.adaptation is found
+
+
+@pytest.mark.parametrize("keep", ["train", "eval"])
+def test_batch_norms_as_the_setting_says(adapted, trainer, batches, keep):
+    expected, found = adapted(ctl.L2SP()), adapted(ctl.L2SP())
+    training = ctl.Training(epochs=3, optimizer="sgd", lr=0.1, batch_norm=keep, device="cpu")
+    ctl.fit(expected, batches, training=training)
+    trainer(Conserve(found, optimizer=SGD, batch_norm=keep)).fit(Module(found.model), batches, batches)
+    close(weights(found.model), weights(expected.model))
+    start = found.start["stem.1.running_mean"]
+    assert torch.equal(found.model.stem[1].running_mean, start) == (keep == "eval")
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_the_pull_is_clipped_with_the_gradients(adapted, trainer, batches, algorithm):
+    """As a penalty in the loss would be, whichever way the Trainer clips."""
+    expected, found = adapted(ctl.L2SP(alpha=5.0)), adapted(ctl.L2SP(alpha=5.0))
+    clip = {"norm": torch.nn.utils.clip_grad_norm_, "value": torch.nn.utils.clip_grad_value_}[algorithm]
+    optimizer = expected.optimizer(SGD, pull=False)
+    for _ in range(3):
+        for inputs, labels in batches:
+            (F.cross_entropy(expected.model(inputs), labels) + expected.penalty()).backward()
+            clip(expected.model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+    options = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": algorithm}
+    trainer(Conserve(found, optimizer=SGD), **options).fit(Module(found.model), batches)
+    close(weights(found.model), weights(expected.model))
+
+
+def test_a_loss_scale_and_a_skipped_step(adapted, trainer, batches):
+    """The pull joins unscaled gradients before clipping, also after a step that the scaler skipped."""
+    plugins = pytest.importorskip("lightning.pytorch.plugins.precision")
+    expected, found = adapted(ctl.L2SP(alpha=5.0)), adapted(ctl.L2SP(alpha=5.0))
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=2) for _ in range(2)]
+    optimizer = expected.optimizer(SGD)
+    for _ in range(3):
+        for inputs, labels in batches:
+            with torch.autocast("cpu", torch.half, cache_enabled=False):
+                loss = F.cross_entropy(expected.model(inputs), labels) * 8
+            scalers[0].scale(loss).backward()
+            expected.pull(scalers[0])
+            torch.nn.utils.clip_grad_norm_(expected.model.parameters(), 0.05)
+            scalers[0].step(optimizer)
+            scalers[0].update()
+            optimizer.zero_grad()
+
+    class Louder(Module):
+        def training_step(self, batch, index):
+            return 8 * super().training_step(batch, index)
+
+    precision = plugins.MixedPrecision("16-mixed", "cpu", scalers[1])
+    trainer(Conserve(found, optimizer=SGD), plugins=[precision], gradient_clip_val=0.05).fit(
+        Louder(found.model), batches
+    )
+    assert scalers[1].get_scale() == scalers[0].get_scale() < 2.0**20  # some steps were skipped
+    close(weights(found.model), weights(expected.model))
+
+
+def test_terms_that_the_training_step_adds_are_not_added_twice(adapted, trainer, batches):
+    expected, found = adapted(ctl.OutputConservation()), adapted(ctl.OutputConservation())
+
+    class Explicit(Module):
+        def training_step(self, batch, index):
+            outputs = self.model(batch[0])
+            return {"loss": found.loss(F.cross_entropy(outputs, batch[1]), outputs, batch[0]), "more": 1}
+
+    trainer(Conserve(expected, optimizer=SGD)).fit(Module(expected.model), batches)
+    trainer(Conserve(found, optimizer=SGD)).fit(Explicit(found.model), batches)
+    close(weights(found.model), weights(expected.model))
+
+
+def test_keyword_arguments_and_a_dictionary_reach_the_source_model(net, trainer, data):
+    """The model is called with positional and keyword arguments; the step returns a dictionary."""
+
+    class Scaled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, inputs, scale=1.0, shift=0.0):
+            return scale * self.inner(inputs) + shift
+
+    class Keywords(Module):
+        def training_step(self, batch, index):
+            return {"loss": F.cross_entropy(self.model(batch["x"], scale=batch["scale"]), batch["y"])}
+
+    expected, found = (ctl.adapt(Scaled(net(0)), Scaled(net(1)), [ctl.OutputConservation()]) for _ in range(2))
+    optimizer = expected.optimizer(SGD)
+    outputs = expected.model(data[0], scale=3.0)
+    expected.loss(F.cross_entropy(outputs, data[1]), outputs, {"inputs": data[0], "scale": 3.0}).backward()
+    optimizer.step()
+    whole = DataLoader([{"x": data[0], "y": data[1], "scale": 3.0}], batch_size=None)
+    trainer(Conserve(found, optimizer=SGD), max_epochs=1).fit(Keywords(found.model), whole)
+    close(weights(found.model), weights(expected.model))
+
+
+def test_an_adaptation_of_the_whole_module(net, trainer, batches):
+    """Mixout acts although the step calls a part of the adapted model, which announces no pass."""
+
+    def adapt(seed):
+        return ctl.adapt(Module(net(0)), Module(net(1)), [ctl.Mixout(p=0.5, seed=seed)])
+
+    found = []
+    for seed in (0, 1):
+        adaptation = adapt(seed)
+        trainer(Conserve(adaptation, optimizer=SGD), max_epochs=1).fit(adaptation.model, batches)
+        found.append(weights(adaptation.model))
+    expected = ctl.adapt(net(0), net(1), [ctl.Mixout(p=0.5, seed=0)])
+    ctl.fit(expected, batches, training=ctl.Training(epochs=1, optimizer="sgd", lr=0.1, device="cpu"))
+    close({name.removeprefix("model."): tensor for name, tensor in found[0].items()}, weights(expected.model))
+    assert not torch.equal(found[0]["model.head.weight"], found[1]["model.head.weight"])
+
+
+def test_validation_and_checkpoints_see_plain_weights(adapted, trainer, batches, tmp_path):
+    """Also within accumulated batches, and if the validation calls a part of the model."""
+    adaptation = adapted(ctl.Mixout(p=0.5))
+    plain = weights(adaptation.model)
+    seen = []
+
+    class Parts(Module):
+        def validation_step(self, batch, index):
+            self.model.head(self.model.body(self.model.stem(batch[0])))
+            seen.append(weights(self.model))
+
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 1, "num_sanity_val_steps": 0, "max_epochs": 1}
+    with torch.no_grad():
+        adaptation.model.head.weight.add_(1.0)
+        plain["head.weight"].add_(1.0)
+    fitting = trainer(Conserve(adaptation, optimizer=SGD), limit_val_batches=1, **options)
+    fitting.fit(Parts(adaptation.model), batches, batches)
+    statistics = [name for name in plain if "running" in name or "tracked" in name]
+    for found in seen[:3]:  # the fourth follows the step
+        close(*({name: each[name] for name in each if name not in statistics} for each in (found, plain)), 0.0)
+    assert len(seen) == 4
+
+
+def test_an_evaluation_before_training_leaves_anchors_that_have_gradients(adapted, trainer, batches):
+    """Lightning evaluates in inference mode; tensors made there cannot be saved for a backward pass."""
+    adaptation = adapted(ctl.L2SP(alpha=1.0), ctl.Mixout(p=0.5))
+    adaptation.optimizer(SGD)
+    with torch.inference_mode():
+        adaptation.model.eval()(batches.dataset.tensors[0])
+    assert all(not tensor.is_inference() for tensor in adaptation.start.values())
+    adaptation.model.train()(batches.dataset.tensors[0]).sum().backward()
+    adaptation.restore_weights()
+    adaptation.penalty().backward()
