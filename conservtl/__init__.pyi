@@ -10,6 +10,7 @@ from conservtl.errors import ConservtlError as ConservtlError
 from conservtl.errors import DataError as DataError
 from conservtl.errors import InputError as InputError
 from conservtl.errors import MissingExtraError as MissingExtraError
+from conservtl.errors import OmissionWarning as OmissionWarning
 from conservtl.errors import PlanError as PlanError
 from conservtl.errors import SelectorError as SelectorError
 from conservtl.errors import SourceError as SourceError
@@ -86,6 +87,7 @@ __all__ = [
     "MissingExtraError",
     "Mixout",
     "NormAdaptation",
+    "OmissionWarning",
     "OutputConservation",
     "Phase",
     "Plan",

@@ -29,6 +29,7 @@ from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
 from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
 from conservtl.runtime.param_groups import build_optimizer
+from conservtl.runtime.plan_scheduler import PlanScheduler
 from conservtl.runtime.step_hook import StepHook
 from conservtl.runtime.term_runner import TermRunner
 from conservtl.runtime.update_runner import UpdateRunner
@@ -143,6 +144,12 @@ class BoundPlan:
         self._optimized = ModelRecord(self.model)
         self.hook = StepHook(optimizer, self, penalties=pull)
         return optimizer
+
+    def make_scheduler(self, cls: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> PlanScheduler:
+        """Return a scheduler of the optimizer's rates that keeps their ratios."""
+        if self.hook is None:
+            raise SpecError("scheduler() sets the rates of adaptation.optimizer(...): make that optimizer first.")
+        return PlanScheduler(self.hook.optimizer, cls, args, options)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by name.
