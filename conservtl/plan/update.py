@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import SerializeAsAny
 from torch import Tensor
 
+from conservtl.errors import SpecError
 from conservtl.plan.decision import Decision
 from conservtl.plan.row import Row
 
-__all__ = ["Moving", "Step", "Update", "Updates"]
+if TYPE_CHECKING:
+    from conservtl.plan.penalty import Penalty
+
+__all__ = ["Moving", "Step", "Update", "Updates", "naming_fresh"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,26 @@ class Moving:
     def name(self) -> str:
         """Canonical name of the parameter."""
         return self.row.name
+
+
+@contextmanager
+def naming_fresh(decision: Update | Penalty, moving: Sequence[Moving]) -> Iterator[None]:
+    """Run code of a decision; name the parameters without an anchor if it fails as if it took None for a tensor.
+
+    Raises:
+        SpecError: an attribute or a type is wrong, and an anchor is None.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if not (missing := [item.name for item in moving if item.anchor is None]):
+            raise
+        why, fix = "they are fresh", "Name only rows of origin 'source', or handle an anchor of None."
+        if not type(decision).anchors:
+            why, fix = f"{type(decision).__name__}.anchors is False", "Declare it True."
+        raise SpecError(
+            f"{decision.by}: {missing} have no anchor: {why}; received {type(error).__name__}: {error}. {fix}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -86,7 +111,8 @@ class Update(Decision):
     layered: ClassVar[bool] = False
     """Whether each layer needs groups of its own in the optimizer, so that the update can set its rate."""
     anchors: ClassVar[bool] = True
-    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory."""
+    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory. Fresh parameters
+    have none."""
     shards: ClassVar[bool] = False
     """Whether it supports parameters that are sharded by rows over processes (FSDP2), which are refused otherwise."""
 
