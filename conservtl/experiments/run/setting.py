@@ -12,6 +12,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
+from conservtl.engine.selection import deciders
 from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.source_labels import check_outputs, check_shots, with_source_labels
@@ -94,9 +95,25 @@ class Setting:
             valid: the sets to select on, or None.
             training: settings; None: the spec's. Without ``select`` they select on the task's headline metric.
             options: further arguments of ``fit``, which win over those of the setting.
+
+        Raises:
+            SpecError: a validation score decides something, and ``data.validation`` of the shots leaves no example.
         """
         settings = self.selecting(training or self.spec.training)
+        if valid is None:
+            self._check_validation(settings, adaptation.plan)
         return fit(adaptation, train, valid, settings, **self.fit_arguments() | options)
+
+    def _check_validation(self, training: Training, plan: Plan) -> None:
+        """Raise if a validation score decides something and the part asked for is empty, too few shots to split."""
+        data = self.spec.data
+        if self.domains.validation is None and data.validation and (names := deciders(training, plan)):
+            verb, them = ("choose", "them") if len(names) > 1 else ("chooses", "it")
+            raise SpecError(
+                f"{' and '.join(names)} {verb} by a validation set, but data.validation={data.validation:g} of "
+                f"{data.shots} shot{'' if data.shots == 1 else 's'} leaves none. Ask for more shots, or leave {them} "
+                "out."
+            )
 
     def selecting(self, training: Training) -> Training:
         """Return settings that select on the task's headline metric, unless they name a metric themselves."""
