@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import SerializeAsAny
@@ -17,7 +17,7 @@ from conservtl.plan.row import Row
 if TYPE_CHECKING:
     from conservtl.plan.penalty import Penalty
 
-__all__ = ["Moving", "Step", "Update", "Updates", "naming_fresh"]
+__all__ = ["Moving", "NamingFresh", "Step", "Update", "Updates"]
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,38 @@ class Moving:
         return self.row.name
 
 
-@contextmanager
-def naming_fresh(decision: Update | Penalty, moving: Sequence[Moving]) -> Iterator[None]:
-    """Run code of a decision; name the parameters without an anchor if it fails as if it took None for a tensor.
+class NamingFresh:
+    """Context of a decision's code: if it fails as if it took an anchor of None for a tensor, name the parameters.
+
+    A class, because a generator would cost some of the microseconds that a step has.
+
+    Args:
+        decision: the update or penalty that runs.
+        moving: its parameters.
 
     Raises:
         SpecError: an attribute or a type is wrong, and an anchor is None.
     """
-    try:
-        yield
-    except (AttributeError, TypeError) as error:
-        if not (missing := [item.name for item in moving if item.anchor is None]):
-            raise
-        why, fix = "they are fresh", "Name only rows of origin 'source', or handle an anchor of None."
-        if not type(decision).anchors:
-            why, fix = f"{type(decision).__name__}.anchors is False", "Declare it True."
-        raise SpecError(
-            f"{decision.by}: {missing} have no anchor: {why}; received {type(error).__name__}: {error}. {fix}"
-        ) from error
+
+    __slots__ = ("_decision", "_moving")
+
+    def __init__(self, decision: Update | Penalty, moving: Sequence[Moving]) -> None:
+        self._decision, self._moving = decision, moving
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not isinstance(error, (AttributeError, TypeError)):
+            return
+        decision = self._decision
+        if missing := [item.name for item in self._moving if item.anchor is None]:
+            why, fix = "they are fresh", "Name only rows of origin 'source', or handle an anchor of None."
+            if not type(decision).anchors:
+                why, fix = f"{type(decision).__name__}.anchors is False", "Declare it True."
+            raise SpecError(
+                f"{decision.by}: {missing} have no anchor: {why}; received {type(error).__name__}: {error}. {fix}"
+            ) from error
 
 
 @dataclass(frozen=True)

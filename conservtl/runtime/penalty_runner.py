@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conservtl.kernels.dtensor import local, over_parts, sharded, whole
 from conservtl.kernels.gradient import as_handed
 from conservtl.plan.penalty import Penalty
-from conservtl.plan.update import Moving, naming_fresh
+from conservtl.plan.update import Moving, NamingFresh
 from conservtl.runtime.parameter_index import ParameterIndex, penalised
 from conservtl.runtime.step_context import StepContext
 
@@ -93,7 +93,7 @@ def _value(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
 
 
 def _value_of(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
-    with naming_fresh(penalty, moving):
+    with NamingFresh(penalty, moving):
         return penalty.value(moving)
 
 

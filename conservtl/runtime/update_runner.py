@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from conservtl.plan.update import Moving, Step, Update, naming_fresh
+from conservtl.plan.update import Moving, NamingFresh, Step, Update
 
 __all__ = ["UpdateRunner"]
 
@@ -51,7 +51,7 @@ class UpdateRunner:
         for update in reversed(self.updates) if moment == "after" else self.updates:
             if getattr(type(update), moment) is not getattr(Update, moment):
                 step = Step(moving(update), self.number, skip, scale)
-                with naming_fresh(update, step.moving):
+                with NamingFresh(update, step.moving):
                     getattr(update, moment)(step, self.state[update.name])
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class UpdateRunner:
         for update in self.updates:
             if update.forward:
                 step = Step(moving(update), self.number)
-                with naming_fresh(update, step.moving):
+                with NamingFresh(update, step.moving):
                     update.prepare(step, self.state[update.name], training)
 
     def state_dict(self) -> dict[str, Any]:
