@@ -247,3 +247,55 @@ def test_an_evaluation_before_training_leaves_anchors_that_have_gradients(adapte
     adaptation.model.train()(batches.dataset.tensors[0]).sum().backward()
     adaptation.restore_weights()
     adaptation.penalty().backward()
+
+
+class Resumable:
+    """Batches in an order of their own each epoch, that go on where a checkpoint was written."""
+
+    def __init__(self, data):
+        self.data, self.epoch, self.next = data, 0, 0
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        if self.next == 4:
+            self.epoch, self.next = self.epoch + 1, 0
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(self.epoch)).split(8)
+        while self.next < 4:
+            index = order[self.next]
+            self.next += 1
+            yield self.data[0][index], self.data[1][index]
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "next": self.next}
+
+    def load_state_dict(self, state):
+        self.epoch, self.next = state["epoch"], state["next"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_goes_on_from_a_checkpoint_within_an_epoch(adapted, trainer, data, tmp_path):
+    """Anchors, phase, rates, momentum, masks and the annealing's step: the weights of an uninterrupted run."""
+    strategies = (
+        ctl.L2SP(alpha=0.3, anneal=ctl.Anneal(steps=10)),
+        ctl.GradualUnfreezing(epochs=1, scales=(1.0, 0.5)),
+        ctl.Mixout(p=0.3),
+        ctl.DiscriminativeLR(decay=0.5),
+    )
+
+    def fit(adaptation, folder, path=None):
+        saving = lightning.callbacks.ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+        fitting = trainer(Conserve(adaptation, optimizer=SGD), saving, enable_checkpointing=True, max_epochs=2)
+        fitting.fit(Module(adaptation.model), Resumable(data), ckpt_path=path)
+
+    whole = adapted(*strategies)
+    fit(whole, tmp_path)
+    for step in (2, 4, 6, 7):
+        rest = adapted(*strategies)
+        with torch.no_grad():
+            for parameter in rest.model.parameters():
+                parameter.add_(1.0)  # the checkpoint brings all values
+        fit(rest, tmp_path, next(tmp_path.glob(f"*step={step}.ckpt")))
+        close(weights(rest.model), weights(whole.model))
+        assert rest.bound.updates.number == 8
