@@ -16,11 +16,13 @@ from conservtl.errors import SpecError
 from conservtl.extras import require
 from conservtl.integrations._passes import outermost, recording
 from conservtl.runtime.freezing import held_norms, tracks_statistics
+from conservtl.runtime.plan_scheduler import PlanScheduler
 
 __all__ = ["Conserve"]
 
 _lightning: Any = require("lightning.pytorch", "lightning")
 _Callback: Any = _lightning.Callback
+_NORMS, _INTERVALS = ("train", "eval"), ("epoch", "step")
 
 
 class Conserve(_Callback):  # type: ignore[misc]
@@ -45,7 +47,9 @@ class Conserve(_Callback):  # type: ignore[misc]
             LightningModule and returns one; None: the LightningModule's attribute ``adaptation``.
         optimizer: replaces ``configure_optimizers``: a class, or a ``functools.partial`` of one with its arguments,
             such as ``partial(torch.optim.AdamW, lr=1e-3)``; None: ``configure_optimizers`` makes it.
-        scheduler: (optimizer) -> a scheduler, or Lightning's dictionary of one; only with ``optimizer``.
+        scheduler: a scheduler class of torch, a ``functools.partial`` of one, or a function of the optimizer, for
+            ``adaptation.scheduler``, which keeps the plan's ratios; only with ``optimizer``.
+        interval: whether the scheduler steps after each ``"epoch"`` or each ``"step"``.
         batch_norm: statistics of trained batch norms: ``"train"`` updates them on the target, ``"eval"`` keeps the
             source's.
         name: distinguishes several of these callbacks in one Trainer.
@@ -53,8 +57,8 @@ class Conserve(_Callback):  # type: ignore[misc]
     Raises:
         MissingExtraError: on import of this module, if Lightning is not installed.
         SpecError: before training: the optimizer is not the adaptation's, the LightningModule does not contain the
-            adaptation's model, the phases do not fit ``max_epochs``, or a finetuning callback of Lightning freezes
-            layers too.
+            adaptation's model, the phases do not fit ``max_epochs``, a scheduler would undo their rates, or a
+            finetuning callback of Lightning freezes layers too.
 
     Example:
         >>> import lightning, torch, conservtl as ctl
@@ -78,19 +82,21 @@ class Conserve(_Callback):  # type: ignore[misc]
         *,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
+        interval: Literal["epoch", "step"] = "epoch",
         batch_norm: Literal["train", "eval"] = "train",
         name: str = "",
     ) -> None:
         super().__init__()
-        if batch_norm not in ("train", "eval"):
-            raise SpecError(f"Conserve: batch_norm must be 'train' or 'eval'; received {batch_norm!r}.")
+        for field, value, allowed in (("batch_norm", batch_norm, _NORMS), ("interval", interval, _INTERVALS)):
+            if value not in allowed:
+                raise SpecError(f"Conserve: {field} must be {' or '.join(map(repr, allowed))}; received {value!r}.")
         if scheduler is not None and optimizer is None:
             raise SpecError(
                 "Conserve: a scheduler is made for the optimizer that the callback makes, and there is none. Pass "
                 "optimizer=..., or return the scheduler from configure_optimizers."
             )
         self._given = adaptation
-        self._optimizer, self._scheduler = optimizer, scheduler
+        self._optimizer, self._scheduler, self._interval = optimizer, scheduler, interval
         self._batch_norm, self._name = batch_norm, name
         self._adaptation: Adaptation | None = adaptation if isinstance(adaptation, Adaptation) else None
         self._phases: list[int] = []
@@ -140,7 +146,7 @@ class Conserve(_Callback):  # type: ignore[misc]
             self._replace(pl_module, "training_step", self._with_terms(pl_module))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the optimizer is the adaptation's."""
+        """Check that the optimizer is the adaptation's, and that schedulers keep the rates of phases."""
         hook = self.adaptation.bound.hook
         if hook is None or all(optimizer is not hook.optimizer for optimizer in trainer.optimizers):
             found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
@@ -150,6 +156,7 @@ class Conserve(_Callback):  # type: ignore[misc]
                 "self.adaptation.optimizer(torch.optim.AdamW, lr=...) there, or pass Conserve(adaptation, "
                 "optimizer=partial(torch.optim.AdamW, lr=...))."
             )
+        _check_schedulers(trainer, self.adaptation)
         # The Trainer warns of modules in eval mode; those of the plan return to it when training starts.
         for norm in held_norms(self.adaptation.model):
             norm.training = True
@@ -240,7 +247,8 @@ class Conserve(_Callback):  # type: ignore[misc]
         optimizer = self.adaptation.optimizer(cls, **options)
         if self._scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        scheduler = {"scheduler": self.adaptation.scheduler(self._scheduler), "interval": self._interval}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _with_terms(self, pl_module: Any) -> Callable[..., Any]:
         """Return the training step with the plan's terms added to its loss, unless it adds them itself."""
@@ -282,6 +290,19 @@ def _check_callbacks(trainer: Any) -> None:
                 f"Conserve: the plan alone freezes and unfreezes layers, but {type(callback).__name__} does so too. "
                 f"Leave it out, and adapt with GradualUnfreezing(epochs={epochs}), which trains the head first, and "
                 "DiscriminativeLR for a lower rate below it."
+            )
+
+
+def _check_schedulers(trainer: Any, adaptation: Adaptation) -> None:
+    """Raise if a phase scales rates that a scheduler would set back."""
+    if len({phase.scale for phase in adaptation.plan.phases}) == 1:
+        return
+    for config in trainer.lr_scheduler_configs:
+        if not isinstance(config.scheduler, PlanScheduler):
+            name = type(config.scheduler).__name__
+            raise SpecError(
+                f"Conserve: the plan's phases scale the rates, and a {name} keeps those of the first phase. Make it "
+                f"with self.adaptation.scheduler({name}, ...) in configure_optimizers."
             )
 
 

@@ -299,3 +299,104 @@ def test_a_run_goes_on_from_a_checkpoint_within_an_epoch(adapted, trainer, data,
         fit(rest, tmp_path, next(tmp_path.glob(f"*step={step}.ckpt")))
         close(weights(rest.model), weights(whole.model))
         assert rest.bound.updates.number == 8
+
+
+class Rates(lightning.loggers.logger.DummyLogger):
+    """Logger that keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append(dict(metrics))
+
+
+def test_the_monitor_shows_layers_by_name_and_rates_by_phase(adapted, trainer, batches):
+    adaptation = adapted(ctl.DiscriminativeLR(decay=0.5), ctl.GradualUnfreezing(epochs=1, scales=(1.0, 0.5)))
+    logger = Rates()
+    callback = Conserve(
+        adaptation,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        scheduler=partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.5, total_iters=8),
+        interval="step",
+    )
+    monitor = lightning.callbacks.LearningRateMonitor("step")
+    options = {"logger": logger, "log_every_n_steps": 1, "max_epochs": 2}
+    trainer(callback, monitor, **options).fit(Module(adaptation.model), batches, batches)
+    lines = [line for line in logger.lines if "lr-SGD/head" in line]
+    assert {name for line in lines for name in line} == {"lr-SGD/stem", "lr-SGD/body", "lr-SGD/head"}
+    factors = [1 - step / 16 for step in range(8)]
+    scale = [1.0] * 4 + [0.5] * 4
+    for place, name in enumerate(["head", "body", "stem"]):
+        expected = [0.1 * 0.5**place * factor * phase for factor, phase in zip(factors, scale, strict=True)]
+        torch.testing.assert_close([line[f"lr-SGD/{name}"] for line in lines], expected)
+
+
+def test_a_held_norm_is_no_cause_for_a_warning_and_stays_held(adapted, trainer, batches):
+    """The Trainer warns of modules in eval mode; it restores modes after each validation."""
+    adaptation = adapted(ctl.LayerTransfer(layers=["stem"]))
+    start = adaptation.model.stem[1].running_mean.clone()
+    trainer(Conserve(adaptation, optimizer=SGD), val_check_interval=2).fit(Module(adaptation.model), batches, batches)
+    assert torch.equal(adaptation.model.stem[1].running_mean, start)
+
+
+def test_the_module_is_left_as_it_was(adapted, trainer, batches):
+    """After training and after an error in it."""
+    adaptation = adapted(ctl.OutputConservation())
+    module = Module(adaptation.model)
+    before = {name: value for name, value in vars(module).items() if callable(value)}
+    trainer(Conserve(adaptation, optimizer=SGD), max_epochs=1).fit(module, batches)
+    assert {name: value for name, value in vars(module).items() if callable(value)} == before
+    wrong = DataLoader([(torch.randn(4, 5), torch.zeros(4))], batch_size=None)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        trainer(Conserve(adaptation, optimizer=SGD), max_epochs=1).fit(module, wrong)
+    assert {name: value for name, value in vars(module).items() if callable(value)} == before
+    assert not module.model._forward_hooks
+
+
+def test_a_function_of_the_module_adapts_it(net, trainer, batches):
+    callback = Conserve(lambda module: ctl.adapt(module.model, net(1), [ctl.L2SP()]), optimizer=SGD)
+    module = Module(net(0))
+    with pytest.raises(ctl.SpecError, match=r"when trainer.fit\(module\) begins"):
+        _ = callback.adaptation
+    trainer(callback, max_epochs=1).fit(module, batches)
+    assert callback.adaptation.model is module.model
+    assert 0 < callback.adaptation.drift()["head"] < 1
+
+
+def test_two_adaptations_in_one_trainer(net, trainer, data, tmp_path):
+    """Manual optimization with an optimizer each; each has a state of its own in the checkpoint."""
+
+    class Two(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.one, self.two = net(0), net(1)
+            self.adapted = [ctl.adapt(model, net(2), [ctl.L2SP(alpha=1.0)]) for model in (self.one, self.two)]
+
+        def training_step(self, batch, index):
+            for model, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
+                self.manual_backward(F.cross_entropy(model(batch[0]), batch[1]))
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return [each.optimizer(SGD) for each in self.adapted]
+
+    module = Two()
+    expected = [ctl.adapt(model, net(2), [ctl.L2SP(alpha=1.0)]) for model in (net(0), net(1))]
+    for each in expected:
+        optimizer = each.optimizer(SGD)
+        for _ in range(2):
+            F.cross_entropy(each.model(data[0]), data[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    callbacks = [Conserve(each, name=name) for each, name in zip(module.adapted, "ab", strict=True)]
+    fitting = trainer(*callbacks, max_epochs=2, enable_checkpointing=True, default_root_dir=tmp_path)
+    fitting.fit(module, DataLoader([data], batch_size=None))
+    close(weights(module.one), weights(expected[0].model))
+    close(weights(module.two), weights(expected[1].model))
+    fitting.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
+    assert sum(key.startswith("Conserve") for key in saved) == 2
