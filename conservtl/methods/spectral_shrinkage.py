@@ -13,7 +13,7 @@ from conservtl.errors import SpecError
 from conservtl.layers import select
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
-from conservtl.plan.term import Term, View
+from conservtl.plan.term import Term, View, all_of
 
 __all__ = ["SpectralShrinkage", "SpectralShrinkageTerm", "smallest_squares"]
 
@@ -92,8 +92,10 @@ class SpectralShrinkageTerm(Term):
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Return the term."""
-        features = adapted.features[self.taps[0]] if self.taps else adapted.entering[self.enters[0]]
-        return self.eta * smallest_squares(features, self.k)
+        found = all_of(adapted.features, self.taps[0]) if self.taps else all_of(adapted.entering, self.enters[0])
+        if not found:  # the layer did not run in this pass
+            return torch.zeros(())
+        return self.eta * torch.stack([smallest_squares(features, self.k) for features in found]).mean()
 
 
 def smallest_squares(features: Tensor, k: int) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
-from conservtl.plan.term import View
+from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.source_head import SourceHead
-from conservtl.runtime.taps import tensor_of
+from conservtl.runtime.taps import all_tensors_of
 from conservtl.source.read import Source
 
 __all__ = ["SourceModelRunner", "build_source_model"]
@@ -35,7 +35,7 @@ class SourceModelRunner:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], head: str | None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._modules = {canonical(name): module for name, module in model.named_modules()}
+        self._modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
         self._layers = dict(layers)
         self._head = None if head is None else SourceHead(model, head)
         self._watch = PaddingWatch(self.model)
@@ -50,11 +50,15 @@ class SourceModelRunner:
         if first is not None and first.device != device:
             self.model.to(device)
 
-    def head(self, entered: Tensor) -> Any:
-        """Return the source head's outputs for the adapted body's features, with gradient to the features."""
+    def head(self, entered: Sequence[Tensor]) -> Any:
+        """Return the source head's outputs for the adapted body's features, with gradient to the features.
+
+        Args:
+            entered: the input of the adapted head in each of its calls.
+        """
         if self._head is None:
             raise RuntimeError("the source's head is used only if the target has labels of its own")
-        return self._head.outputs(entered)
+        return _single([self._head.outputs(one) for one in entered])
 
     @torch.no_grad()
     def view(self, run: Callable[[nn.Module], Any]) -> View:
@@ -63,19 +67,22 @@ class SourceModelRunner:
         Args:
             run: model -> outputs for the batch.
         """
-        caught: dict[str, Tensor] = {}
+        caught: dict[str, list[Any]] = {layer: [] for layer in self._layers}
+        of_head: list[Any] = []
+        passes: list[None] = []
 
         def catch(layer: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
+            def hook(module: nn.Module, _: Any, output: Any) -> None:
                 # A copy: the next module may write into it, as ReLU(inplace=True) does.
-                caught[layer] = tensor_of(output, layer).clone()
+                caught[layer] += [tensor.clone() for tensor in all_tensors_of(output, layer, module)]
 
             return hook
 
-        taps = dict(self._layers)
+        hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in self._layers.items()]
+        hooks.append(self.model.register_forward_hook(lambda *_: passes.append(None)))
         if self._head is not None:
-            taps[""] = self._head.name
-        hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in taps.items()]
+            head = self._modules[self._head.name]
+            hooks.append(head.register_forward_hook(lambda _, __, output: of_head.append(output)))
         self.model.eval()
         try:
             with self._watch:
@@ -83,8 +90,14 @@ class SourceModelRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        of_head = caught.pop("", None)
-        return View(outputs if self._head is None else of_head, caught, padding=self._watch.padding)
+        if self._head is not None:
+            outputs = _single(of_head)
+        return View(outputs, numbered(caught), padding=self._watch.padding, passes=max(1, len(passes)))
+
+
+def _single(results: list[Any]) -> Any:
+    """Return the only result of a module, or a list of those of all its calls."""
+    return results[0] if len(results) == 1 else results
 
 
 def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module:

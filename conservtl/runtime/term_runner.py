@@ -15,9 +15,9 @@ from conservtl.functions import logits_of
 from conservtl.labels import give_labels, takes_labels
 from conservtl.padding import find_padding, padding_of_outputs
 from conservtl.plan.plan import Plan
-from conservtl.plan.term import Term, View
+from conservtl.plan.term import Term, View, all_of
 from conservtl.runtime.source_model import SourceModelRunner
-from conservtl.runtime.taps import Taps
+from conservtl.runtime.taps import Taken, Taps
 from conservtl.runtime.task_loss import read_task_loss
 
 __all__ = ["TermRunner"]
@@ -126,17 +126,24 @@ class TermRunner:
         if not loss.requires_grad:
             return loss
         self.added += 1
-        features, entering = self._taps.take() if self._taps is not None else ({}, {})
+        passes = source.passes if source is not None else 1
+        taken = self._taps.take(passes) if self._taps is not None else Taken()
         # Read before the source's head replaces the outputs: they belong to the task's.
         compares = any(term.heads for term in self.terms)
         task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
         output_padding = padding_of_outputs(outputs)
         if self._head is not None and self.source_model is not None:
-            entered = entering[self._head]
-            self.source_model.move(entered.device)
+            entered = all_of(taken.entering, self._head)
+            if not entered:
+                raise SpecError(
+                    f"the head {self._head!r} did not run in the model's forward pass. Call the whole model."
+                )
+            self.source_model.move(entered[0].device)
             outputs = self.source_model.head(entered)
         padding = None if source is None else source.padding
-        view = View(outputs, features, entering, task, padding, output_padding)
+        view = View(
+            outputs, taken.features, taken.entering, task, padding, output_padding, axes=taken.axes, passes=passes
+        )
         total = loss
         for term in self.terms:
             total = total * term.task

@@ -16,7 +16,7 @@ from conservtl.layers import Layer, canonical, select, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.plan.plan import Plan
-from conservtl.runtime.channels import channel_axis, channels_first, pooled
+from conservtl.runtime.channels import Channels, channel_axis, pooled
 from conservtl.runtime.taps import tensor_of
 
 __all__ = ["ProbeHead", "add_probe_head", "remove_probe_head"]
@@ -69,13 +69,13 @@ class _Tap:
     computes = True
     """The model needs this hook to run: it does not only observe."""
 
-    def __init__(self, probe: ProbeHead, layer: str, first: int) -> None:
-        self.probe, self.layer, self.first = probe, layer, first
+    def __init__(self, probe: ProbeHead, layer: str, channels: Channels) -> None:
+        self.probe, self.layer, self.channels = probe, layer, channels
 
     def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
         tensor = tensor_of(output, self.layer)
         # A copy: the next module may overwrite it, as ReLU(inplace=True) does.
-        self.probe.caught[self.layer] = pooled(tensor, channel_axis(tensor, self.first)).clone()
+        self.probe.caught[self.layer] = pooled(tensor, self.channels.axis(tensor)).clone()
 
 
 def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Sequence[str]) -> None:
@@ -115,12 +115,11 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
     parts = {layer.name: layer.modules[-1] for layer in layers if layer.name in chosen - {last} and layer.modules}
     if bare := chosen - {last} - parts.keys():
         raise SpecError(f"FeatureExtraction: {min(bare)!r} is a parameter outside all modules, so it has no output.")
-    first = {layer: channels_first(rows) for layer, rows in plan.by_layer()}
     outputs, entered = _outputs(model, example, parts, name)
-    sizes = {layer: outputs[layer].shape[channel_axis(outputs[layer], first[layer])] for layer in parts}
+    sizes = {layer: outputs[layer].shape[channel_axis(modules[parts[layer]], outputs[layer])] for layer in parts}
     probe = ProbeHead(head, sizes, entered.shape[1] if last in chosen else 0)
     for layer, module in parts.items():
-        modules[module].register_forward_hook(_Tap(probe, layer, first[layer]))
+        modules[module].register_forward_hook(_Tap(probe, layer, Channels(modules[module])))
     holder, _, key = name.rpartition(".")
     setattr(modules[holder], key, probe)
 
