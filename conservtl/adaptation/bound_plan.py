@@ -45,7 +45,7 @@ class Origin:
         drawn: the plan before any strategy.
         strategies: in the order they were given.
         source_model: the source model, kept only if a term or a measurement needs it.
-        head: name of the head's module if the target has labels of its own.
+        heads: names of the head's modules if the target has labels of its own.
         inherited: strategies of an earlier run whose additions are part of the source's model.
         extensions: of the plan of an earlier run, kept unless a strategy decides about their kind.
     """
@@ -53,7 +53,7 @@ class Origin:
     drawn: Plan
     strategies: tuple[Strategy, ...] = ()
     source_model: nn.Module | None = None
-    head: str | None = None
+    heads: tuple[str, ...] = ()
     inherited: tuple[Strategy, ...] = ()
     extensions: tuple[Extension, ...] = ()
 
@@ -89,7 +89,7 @@ class BoundPlan:
         self.anchors.keep(self.model, plan)
         self.plan = plan
         let_train(self.model, [row.name for row in plan.rows if row.found == "frozen" and not row.frozen])
-        self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.head)
+        self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.heads)
         self.updates = UpdateRunner(plan.updates)
         self._register_hooks()
         self.start_phase(0)

@@ -27,17 +27,17 @@ class SourceModelRunner:
     Args:
         model: the source model; put into eval mode and frozen.
         layers: layer -> name of its module, for the tapped layers.
-        head: name of the head's module if the target has labels of its own; outputs are then the head's.
+        heads: names of the head's modules if the target has labels of its own; outputs are then theirs.
 
     Raises:
         SourceError: a tapped layer is missing in the source model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, str], head: str | None) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, str], heads: Sequence[str] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
         self._modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
         self._layers = dict(layers)
-        self._head = None if head is None else SourceHead(model, head)
+        self._heads = {name: SourceHead(model, name) for name in heads}
         self._watch = PaddingWatch(self.model)
         if missing := [layer for layer, name in layers.items() if name not in self._modules]:
             raise SourceError(
@@ -50,15 +50,16 @@ class SourceModelRunner:
         if first is not None and first.device != device:
             self.model.to(device)
 
-    def head(self, entered: Sequence[Tensor]) -> Any:
+    def head(self, entered: Mapping[str, Sequence[Tensor]]) -> Any:
         """Return the source head's outputs for the adapted body's features, with gradient to the features.
 
         Args:
-            entered: the input of the adapted head in each of its calls.
+            entered: module of the head -> its input in each of its calls.
+
+        Returns:
+            The outputs; a list of them if there are several modules or calls.
         """
-        if self._head is None:
-            raise RuntimeError("the source's head is used only if the target has labels of its own")
-        return _single([self._head.outputs(one) for one in entered])
+        return _single([self._heads[name].outputs(one) for name, found in entered.items() for one in found])
 
     @torch.no_grad()
     def view(self, run: Callable[[nn.Module], Any]) -> View:
@@ -68,7 +69,7 @@ class SourceModelRunner:
             run: model -> outputs for the batch.
         """
         caught: dict[str, list[Any]] = {layer: [] for layer in self._layers}
-        of_head: list[Any] = []
+        of_heads: dict[str, list[Any]] = {name: [] for name in self._heads}
         passes: list[None] = []
 
         def catch(layer: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -80,9 +81,8 @@ class SourceModelRunner:
 
         hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in self._layers.items()]
         hooks.append(self.model.register_forward_hook(lambda *_: passes.append(None)))
-        if self._head is not None:
-            head = self._modules[self._head.name]
-            hooks.append(head.register_forward_hook(lambda _, __, output: of_head.append(output)))
+        for name, found in of_heads.items():
+            hooks.append(self._modules[name].register_forward_hook(lambda _, __, y, found=found: found.append(y)))
         self.model.eval()
         try:
             with self._watch:
@@ -90,8 +90,8 @@ class SourceModelRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        if self._head is not None:
-            outputs = _single(of_head)
+        if of_heads:
+            outputs = _single([output for found in of_heads.values() for output in found])
         return View(outputs, numbered(caught), padding=self._watch.padding, passes=max(1, len(passes)))
 
 
@@ -120,12 +120,13 @@ def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -
             f"{source.where} has no value for {missing[0]!r}, so the source model cannot be run to compare with. "
             "Pass the source as a model (source=nn.Module) instead of its weights."
         )
-    owners = {canonical(name): module for name, module in built.named_modules()}
-    for key, tensor in built.state_dict(keep_vars=True).items():
-        name = canonical(key)
-        if name not in source.tensors:
+    owners = {canonical(name): module for name, module in built.named_modules(remove_duplicate=False)}
+    state = {canonical(key): tensor for key, tensor in built.state_dict(keep_vars=True).items()}
+    tied = {id(tensor): source.tensors[name] for name, tensor in state.items() if name in source.tensors}
+    for name, tensor in state.items():
+        if id(tensor) not in tied:
             continue
-        value = source.tensors[name].detach().to(tensor.device, tensor.dtype)
+        value = source.tensors.get(name, tied[id(tensor)]).detach().to(tensor.device, tensor.dtype)
         if value.shape == tensor.shape:
             tensor.detach().copy_(value)
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,14 +31,19 @@ class TermRunner:
         model: the model that is trained; hooks are registered on tapped modules.
         layers: layer -> name of the module whose output is the layer's.
         source_model: the source model, None if no term needs it.
-        head: name of the head's module if the target has labels of its own.
+        heads: names of the head's modules if the target has labels of its own.
 
     Raises:
         SpecError: a term taps a layer without an output.
     """
 
     def __init__(
-        self, plan: Plan, model: nn.Module, layers: Mapping[str, str], source_model: nn.Module | None, head: str | None
+        self,
+        plan: Plan,
+        model: nn.Module,
+        layers: Mapping[str, str],
+        source_model: nn.Module | None,
+        heads: Sequence[str],
     ) -> None:
         self.terms: tuple[Term, ...] = plan.terms
         for term in self.terms:
@@ -48,8 +53,8 @@ class TermRunner:
                     "another layer."
                 )
         self._layers = {layer: layers[layer] for term in self.terms for layer in term.taps}
-        self._head = head if any(term.heads for term in self.terms) else None
-        self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._head)
+        self._heads = tuple(heads) if any(term.heads for term in self.terms) else ()
+        self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._heads)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
         self.added = 0  # losses since the last step that the terms were added to
@@ -63,7 +68,7 @@ class TermRunner:
     def attach(self, model: nn.Module) -> None:
         """Register the taps on a model: the one of the constructor, or its copy."""
         enters = [name for term in self.terms for name in term.enters]
-        enters = list(dict.fromkeys([*enters, *([] if self._head is None else [self._head])]))
+        enters = list(dict.fromkeys([*enters, *self._heads]))
         if self._layers or enters:
             self._taps = Taps(model, self._layers, enters)
             forget_graphs()  # those made before do not call the new hooks
@@ -132,13 +137,11 @@ class TermRunner:
         compares = any(term.heads for term in self.terms)
         task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
         output_padding = padding_of_outputs(outputs)
-        if self._head is not None and self.source_model is not None:
-            entered = all_of(taken.entering, self._head)
-            if not entered:
-                raise SpecError(
-                    f"the head {self._head!r} did not run in the model's forward pass. Call the whole model."
-                )
-            self.source_model.move(entered[0].device)
+        if self._heads and self.source_model is not None:
+            entered = {name: all_of(taken.entering, name) for name in self._heads}
+            if absent := [name for name, found in entered.items() if not found]:
+                raise SpecError(f"the head {absent[0]!r} must run in each forward pass; it did not. Call the model.")
+            self.source_model.move(entered[self._heads[0]][0].device)
             outputs = self.source_model.head(entered)
         padding = None if source is None else source.padding
         view = View(

@@ -82,7 +82,8 @@ class Setting:
             source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            return adapt(model, source, spec.strategies, example=self.example, layers=spec.layers, fresh=fresh)
+            options = {"example": self.example, "layers": spec.layers, "head": self.head_globs}
+            return adapt(model, source, spec.strategies, fresh=fresh, **options)
 
     def fit(
         self, adaptation: Adaptation, train: Any, valid: Any = None, training: Training | None = None, **options: Any
@@ -134,8 +135,16 @@ class Setting:
             "seed": self.spec.seed,
         }
 
+    @property
+    def head_globs(self) -> tuple[str, ...] | None:
+        """Globs of the head in the spec's ``model`` section; None if it has none."""
+        return getattr(self.spec.model, "head", None)
+
     def head(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the head's parameters."""
+        return self._drawn(model).head
+
+    def _drawn(self, model: nn.Module) -> Plan:
         layers = self.spec.layers
         if layers is not None:  # an earlier run may have added modules that no glob matches
             unmatched = [name for name in named_parameters(model) if not any(matches(glob, name) for glob in layers)]
@@ -145,11 +154,11 @@ class Setting:
                 if name == "input_transform"
             ]
             layers = (*added, *layers)
-        return Plan.draw(find_layers(model, self.example, layers), {}, {}).head
+        return Plan.draw(find_layers(model, self.example, layers, self.head_globs), {}, {})
 
     def source_head(self, source: nn.Module) -> SourceHead | None:
         """Return the source model's own head; None where the labels are shared, so that one head serves both."""
-        return None if self.shared else SourceHead(source, self.head(source)[0].rpartition(".")[0])
+        return None if self.shared else SourceHead(source, self._drawn(source).head_module)
 
 
 def prepare(spec: Spec) -> Setting:

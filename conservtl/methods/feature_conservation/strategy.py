@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError
-from conservtl.layers import select
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.methods.feature_conservation.attention import AttentionMeasure
 from conservtl.methods.feature_conservation.distance import FeatureConservationTerm
@@ -117,7 +116,7 @@ class FeatureConservation(Strategy):
     def _taps(self, plan: Plan) -> tuple[str, ...]:
         """Return the layers to tap, input side first."""
         if isinstance(self.layers, tuple):
-            matched = select(self.layers, plan.layers, "layer").values()
+            matched = plan.select_layers(self.layers).values()
             chosen = {name for names in matched for name in names}
             return tuple(layer for layer in plan.layers if layer in chosen)
         body = plan.own_layers[:-1]

@@ -27,6 +27,8 @@ class ModelSpec(FrozenModel):
     `wav2vec2_base`, ...)."""
     args: Arguments = Field(default_factory=dict)
     """Arguments of the network: `width`, `dropout` and `norm` of a TC-ResNet, or those of torchaudio's function."""
+    head: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Globs of the parameters or modules that are the head. null: the model is asked, else the last weight used."""
 
 
 def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from torch import nn
@@ -30,6 +30,8 @@ class ModelSpec(FrozenModel):
 
     args: Arguments = Field(default_factory=dict)
     """Further arguments of the network's constructor."""
+    head: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Globs of the parameters or modules that are the head. null: the model is asked, else the last weight used."""
 
     @field_validator("args")
     @classmethod
