@@ -23,8 +23,8 @@ from conservtl.experiments.run.bundle import load_adapted as load
 from conservtl.experiments.run.bundle import load_adapted as load_adapted
 from conservtl.experiments.spec.recipes import Recipe as Recipe
 from conservtl.experiments.spec.recipes import recipe as recipe
-from conservtl.layers.find import Layer as Layer
 from conservtl.layers.find import find_layers as find_layers
+from conservtl.layers.info import Layer as Layer
 from conservtl.methods.auto_rgn import AutoRGN as AutoRGN
 from conservtl.methods.base import Strategy as Strategy
 from conservtl.methods.discriminative_lr import DiscriminativeLR as DiscriminativeLR

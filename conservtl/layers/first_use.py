@@ -175,7 +175,7 @@ class _Recorder(TorchFunctionMode):
             way = self._way(inputs)
             for tensor in results:
                 if id(tensor) not in self.names:
-                    tensor._way = way  # type: ignore[attr-defined]  # noqa: SLF001 - on tensors of the copy
+                    tensor.weights_before = way  # type: ignore[attr-defined]
         return result
 
     def last_weights(self, result: object) -> tuple[str, ...]:
@@ -223,4 +223,4 @@ class _Way:
 
 
 def _way_of(tensor: torch.Tensor) -> _Way | None:
-    return getattr(tensor, "_way", None)
+    return getattr(tensor, "weights_before", None)

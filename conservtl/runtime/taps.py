@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,9 +238,9 @@ def tensor_of(output: Any, layer: str) -> Tensor:
 
 def _in_checkpoint() -> bool:
     """Whether a reentrant checkpoint is running: torch's, or a library's of the same name."""
-    frame = sys._getframe()  # noqa: SLF001 - the only way to see who called
-    while frame.f_back is not None:
-        frame = frame.f_back
+    frame = inspect.currentframe()
+    while frame is not None:
         if "CheckpointFunction" in frame.f_code.co_qualname:
             return True
+        frame = frame.f_back
     return False

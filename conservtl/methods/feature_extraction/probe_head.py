@@ -87,7 +87,7 @@ def refuse_tied(plan: Plan, label: str) -> None:
     if tied := plan.tied_head:
         names = " and ".join(map(repr, (tied[0], *plan[tied[0]].aliases)))
         raise SpecError(
-            f"{label}: the head must have a weight of its own; here {names} are one tensor, so a new head would replace "
+            f"{label}: the head must have a weight of its own; here {names} are one tensor, so a new one would replace "
             "the embedding too. Untie them (tie_word_embeddings=False), or name another head: adapt(..., head=[...])."
         )
 
