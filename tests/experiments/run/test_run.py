@@ -249,6 +249,20 @@ def test_planning_trains_nothing(speech_fields, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_the_head_of_a_spec(speech_fields):
+    """Named in the model section; a name that is not in the model is refused."""
+    fields = {**speech_fields, "strategies": [{"kind": "lp_ft"}], "model": {"head": ["stem*"]}}
+    setting = prepare(parse_spec(fields))
+    model = setting.model(len(setting.domains.labels))
+    assert setting.head(model)
+    assert all(name.startswith("stem") for name in setting.head(model))
+    plan = setting.adaptation(model).plan
+    assert set(plan.phases[0].frozen) == {row.name for row in plan.rows} - set(setting.head(model))
+    setting = prepare(parse_spec({**fields, "model": {"head": ["haed"]}}))
+    with pytest.raises(ctl.SelectorError, match=r"head: 'haed'.*'head'"):
+        setting.adaptation(model)
+
+
 def test_agreement_is_the_kl_divergence_from_the_source():
     source = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log()
     adapted = torch.tensor([[0.6, 0.4], [0.4, 0.6]]).log()
