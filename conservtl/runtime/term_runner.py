@@ -102,7 +102,7 @@ class TermRunner:
 
     def _lacks_labels(self, view: View, batch: Any, outputs: Any) -> bool:
         """Return whether the source model gave outputs of another shape without labels that it can take."""
-        if outputs is None or self._head is not None or self.source_model is None:
+        if outputs is None or self._heads or self.source_model is None:
             return False
         if not isinstance(batch, Mapping) or "labels" not in batch or not takes_labels(self.source_model.model):
             return False
