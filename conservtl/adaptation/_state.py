@@ -78,8 +78,7 @@ def _without_reasons(plan: Plan) -> Plan:
     rows = []
     for row in plan.rows:
         chosen = {column: choice for column, choice in row.chosen.items() if column != "weight_decay"}
-        plain = {"reason": None, "found": "trained", "aliases": (), "chosen": chosen}
-        rows.append(row.model_copy(update=plain))
+        rows.append(row.model_copy(update={"reason": None, "found": "trained", "chosen": chosen}))
     return plan.model_copy(update={"rows": tuple(rows)})
 
 

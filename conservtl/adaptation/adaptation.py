@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.lr_scheduler import LRScheduler
 
 from conservtl.adaptation import _finishing, _state
 from conservtl.adaptation.bound_plan import BoundPlan, Origin
@@ -120,43 +119,22 @@ class Adaptation:
         """
         return self.bound.make_optimizer(cls, options, pull=pull)
 
-    def scheduler(self, cls: Callable[..., Any], *args: Any, **options: Any) -> LRScheduler:
-        """Return a scheduler of the last optimizer's rates that keeps their ratios, over phases too.
-
-        A scheduler with bounds of its own (OneCycleLR's ``max_lr``, CosineAnnealingLR's ``eta_min``) acts on the
-        optimizer's own rate, the ``lr`` of ``optimizer(...)``; each group's rate is the plan's ratio of that, times
-        the scale of the current phase. Call its ``step`` as you would the scheduler's own.
-
-        Args:
-            cls: a scheduler class of torch, or a function that takes an optimizer and returns a scheduler.
-            args: positional arguments for ``cls`` after the optimizer.
-            options: keyword arguments for ``cls``; one value for all groups.
-
-        Raises:
-            SpecError: no optimizer has been made yet, or ``cls`` is no class or function.
-
-        Example:
-            >>> import torch, conservtl as ctl
-            >>> source, model = (torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(2))) for _ in range(2))
-            >>> adaptation = ctl.adapt(model, source, [ctl.DiscriminativeLR(decay=0.1)])
-            >>> optimizer = adaptation.optimizer(torch.optim.SGD, lr=1.0)
-            >>> scheduler = adaptation.scheduler(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
-            >>> optimizer.step()
-            >>> scheduler.step()
-            >>> [round(rate, 3) for rate in scheduler.get_last_lr()]
-            [0.05, 0.5]
-        """
-        return self.bound.make_scheduler(cls, args, options)
-
     def loss(
-        self, loss: Tensor, outputs: Any, inputs: Any = None, *, source: View | None = None, batch: Any = None
+        self,
+        loss: Tensor,
+        outputs: Any,
+        inputs: Any = None,
+        *,
+        source: View | None = None,
+        batch: Any = None,
+        share: float | Tensor = 1.0,
     ) -> Tensor:
         """Return the loss to call ``backward`` on: the task's loss with the plan's terms on outputs and features.
 
         Without such terms it is ``loss`` itself.
 
         Args:
-            loss: the task's loss, a scalar, the mean over the batch.
+            loss: the task's loss, a scalar, the mean over the batch unless ``share`` says otherwise.
             outputs: the model's outputs in the forward pass just made.
             inputs: the model's inputs in that pass: a tensor, a tuple of positional or a dictionary of keyword
                 arguments; ``labels`` among these reach a source model that needs them, and no other
@@ -165,6 +143,9 @@ class Adaptation:
             source: instead of ``inputs``, the result of ``source_view(inputs)`` from an earlier epoch.
             batch: the batch that the loss was computed on. Outputs at labels of -100 do not count; the loss itself
                 says where they are if it is torch's cross-entropy. None: ``inputs``, if a dictionary with ``labels``.
+            share: factor on the terms, for a ``loss`` that is not the batch's mean but its part of a step's: the sum
+                over the batch divided by the number of labels in all accumulated batches, say. Then the batch's number
+                of labels divided by that; these shares add up to 1.
 
         Padding does not count either. It is found among the model's arguments, or in a dictionary ``batch``, by name:
         ``lengths`` (or ``input_lengths``, ``wav_lens``, ...; integers or shares), ``attention_mask``, ``padding_mask``;
@@ -191,7 +172,7 @@ class Adaptation:
                     f"{by} compares with the source model on the same inputs: pass loss(loss, outputs, inputs)."
                 )
             source = self.bound.source_view(inputs, outputs=outputs)
-        return terms.objective(loss, outputs, source, self.measured, inputs if batch is None else batch)
+        return terms.objective(loss, outputs, source, self.measured, inputs if batch is None else batch, share)
 
     def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.

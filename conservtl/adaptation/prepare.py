@@ -42,7 +42,6 @@ def adapt(
     layers: Sequence[str] | None = None,
     fresh: Sequence[str] | Mapping[str, str] = (),
     allow: Sequence[str] = (),
-    head: Sequence[str] | None = None,
     key: str | None = None,
     prefix: str | None = None,
     rename: Mapping[str, str] | None = None,
@@ -69,11 +68,6 @@ def adapt(
             mapping glob -> reason, which the plan shows.
         allow: globs of modules that the model may lack, or build differently, if the source is a model; and of
             parameters that the source may lack, if it has almost none of the model's.
-        head: globs of the parameters or modules that are the head. None: the model is asked
-            (``get_output_embeddings`` and ``classifier`` of Hugging Face models, ``get_classifier`` of timm's), else it
-            is the last weight used. If the model has several outputs from different weights, what needs the head (a
-            linear probe, ``FeatureExtraction``) is refused without it. A head tied to an embedding is named by its own
-            name, such as ``["proj_out"]``.
         key: the entry of a checkpoint that holds the weights, such as ``"state_dict_ema"``; see ``read_source`` for
             the order without it.
         prefix: what the names of the wanted source tensors begin with; removed, and other tensors are left out.
@@ -101,7 +95,7 @@ def adapt(
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
     inherited, saved = inherited_strategies(read, own_tensors(model)), saved_extensions(read.run)
-    _, layers = extend_all(model, inherited, example, layers, head)
+    _, layers = extend_all(model, inherited, example, layers)
     extended = [*inherited]
     try:
         if read.module is not None and read.module is not unwrap(model):
@@ -110,10 +104,10 @@ def adapt(
         check_kinds(read.tensors, own, read.where)
         read.check_finite(other_than=_masks(model))
         bare = deep_copy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
-        added, layers = extend_all(model, chosen, example, layers, head)
+        added, layers = extend_all(model, chosen, example, layers)
         extended += chosen
         _check_merged(read, added)
-        parts = find_layers(model, example, layers, head)
+        parts = find_layers(model, example, layers)
         values = read.values_of(parts)
         declared = _declared(parts, fresh)
         parameters = named_parameters(model)
@@ -131,12 +125,11 @@ def adapt(
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
-        own_labels = _has_own_labels(plan, declared)
-        heads = plan.head_modules if own_labels and any(term.heads for term in plan.terms) else ()
+        head = _own_head(plan, declared)
         # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
         constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
         wanted_names = [name for name in named_parameters(bare) if name not in constant]
-        names = [name for name in wanted_names if not (own_labels and name in plan.possible_head)]
+        names = [name for name in wanted_names if head is None or not name.startswith(f"{head}.")]
         compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
         source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
     except BaseException:
@@ -150,7 +143,7 @@ def adapt(
         *missed_note(read, known),
     ]
     plan = plan.with_notes((*read.notes, *run_note(read), *notes))
-    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, heads, inherited, saved))
+    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head, inherited, saved))
 
 
 def _check_trained(plan: Plan) -> None:
@@ -168,10 +161,11 @@ def _check_trained(plan: Plan) -> None:
         )
 
 
-def _has_own_labels(plan: Plan, declared: Mapping[str, str]) -> bool:
-    """Return whether the target has labels of its own: a head of another shape, or declared fresh."""
-    rows = [plan[name] for name in plan.possible_head]
-    return any(row.name in declared or (row.source_shape or row.shape) != row.shape for row in rows)
+def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:
+    """Return the head's module if the target has labels of its own: another shape, or declared fresh; else None."""
+    rows = [plan[name] for name in plan.head]
+    other = any(row.name in declared or (row.source_shape or row.shape) != row.shape for row in rows)
+    return rows[0].name.rpartition(".")[0] if other else None
 
 
 def _check_merged(source: Source, added: Iterable[str]) -> None:
@@ -196,6 +190,5 @@ def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str])
     reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
     globs = [glob for glob in reasons if glob not in inside]
-    aliases = {info.name: info.aliases for layer in layers for info in layer.parameters}
-    matched = inside | select(globs, list(aliases), aliases=aliases)
+    matched = inside | select(globs, [name for names in inside.values() for name in names])
     return {name: reason for glob, reason in reasons.items() for name in matched[glob]}

@@ -105,3 +105,22 @@ def test_half_precision_is_computed_in_full():
     half = kl_to_source(ours.bfloat16(), theirs.bfloat16())
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, kl_to_source(ours.bfloat16().float(), theirs.bfloat16().float()))
+
+
+def test_shares_of_a_step_add_up_to_one_batch():
+    """Losses that are sums divided by the number of labels of the whole step, and terms by their batches' shares."""
+    torch.manual_seed(0)
+    source, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    adaptation = ctl.adapt(model, source, [ctl.OutputConservation(rho=0.3)])
+    x, labels = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    with torch.no_grad():
+        model.weight.add_(0.5)
+
+    def gradient(parts):
+        model.zero_grad()
+        for part in parts:
+            loss = torch.nn.functional.cross_entropy(model(x[part]), labels[part], reduction="sum") / len(x)
+            adaptation.loss(loss, model(x[part]), x[part], share=len(x[part]) / len(x)).backward()
+        return model.weight.grad.clone()
+
+    torch.testing.assert_close(gradient([slice(0, 2), slice(2, 5)]), gradient([slice(0, 5)]))
