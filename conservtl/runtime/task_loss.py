@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from conservtl.compat import saved_by_node
 from conservtl.functions import labels_of
@@ -26,6 +27,7 @@ _SIGMOID = {
     "MultilabelMarginLoss",
 }
 _SQUARED = {"MseLoss", "SmoothL1Loss", "HuberLoss", "Abs", "Pow", "LinalgVectorNorm", "Norm"}
+_ALIGNED = {"CtcLoss", "CudnnCtcLoss"}
 _SAME_AXES = {"ToCopy", "Clone", "Contiguous", "Slice", "Mul", "Div", "Add", "Index"}
 _NODES = 400  # of the graph that are searched for the outputs
 _NEAR = 12  # nodes next to the loss that are read if it does not lead to the outputs
@@ -39,7 +41,8 @@ def read_task_loss(loss: Tensor, logits: Any, batch: Any = None) -> TaskLoss:
 
     The operations from the outputs to the loss say it: a softmax or a loss of classes, a sigmoid or a loss of binary
     labels, a squared or absolute difference. Classes are on the axis of the softmax. A position does not count if its
-    label is the ignored index (-100 by default); without such a loss, if its label in the batch is -100.
+    label is the ignored index (-100 by default); without such a loss, if its label in the batch is -100. The labels of
+    a CTC loss have positions of their own, which say nothing of the outputs'.
 
     Args:
         loss: the task's loss, a scalar with its graph.
@@ -53,7 +56,7 @@ def read_task_loss(loss: Tensor, logits: Any, batch: Any = None) -> TaskLoss:
     axis = _axis(nodes, names, logits) if linked else None
     form, why = _form(set(names), loss)
     counted = _counted(nodes, names, logits, axis) if form == "softmax" else None
-    if counted is None and form != "squared":
+    if counted is None and form != "squared" and not _ALIGNED.intersection(names):  # labels have positions of their own
         counted = _counted_in(batch, logits, axis)
     return TaskLoss(form, why, axis, counted)
 
@@ -163,6 +166,9 @@ def _counted(nodes: Sequence[Node], names: Sequence[str], logits: Tensor, axis: 
             counted: Tensor = target != _signed(saved_by_node(node, "ignore_index"))
             if counted.numel() == shape.numel():
                 return counted.view(shape)
+            # A language model's loss, of the outputs without the last position and the labels without the first.
+            if len(shape) == 2 and counted.numel() == shape[0] * (shape[1] - 1) and "Slice" in names:
+                return F.pad(counted.view(shape[0], -1), (0, 1))
     return None
 
 

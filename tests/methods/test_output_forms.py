@@ -271,3 +271,35 @@ def test_a_plan_of_an_earlier_version_means_what_it_meant():
     found = term(lambda o: F.cross_entropy(o, torch.zeros(4).long()), ROWS, BIAS, weight=0.5)
     expected = mean(kl(row, [a + b for a, b in zip(row, BIAS, strict=True)]) for row in ROWS.tolist())
     assert found == pytest.approx(0.5 * expected, rel=1e-4)
+
+
+def language_loss(labels):
+    """The loss of the next token as many write it: outputs without the last, labels without the first position."""
+    return lambda outputs: F.cross_entropy(outputs[:, :-1].reshape(-1, outputs.shape[-1]), labels[:, 1:].reshape(-1))
+
+
+def test_of_shifted_labels_the_positions_before_them_count():
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[-100, 1, 2, -100], [0, -100, 1, 2]])
+    bias = [0.5, -1.0, 0.3]
+    found = term(language_loss(labels), x, bias, axis=2)
+    counted = [x[0, 0], x[0, 1], x[1, 1], x[1, 2]]  # those whose next label counts
+    shifted = torch.tensor(bias)
+    assert found == pytest.approx(mean(kl(row.tolist(), (row + shifted).tolist()) for row in counted), rel=1e-4)
+
+
+def test_labels_of_a_ctc_loss_say_nothing_of_the_frames():
+    """Even if there are as many: a text padded with -100 to the number of frames."""
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, -100, -100], [1, -100, -100, -100]])
+    bias = [0.5, -1.0, 0.3]
+    adaptation = ctl.adapt(Shifted(3, 2), Shifted(3, 2), [ctl.OutputConservation(weight=1.0, temperature=1.0)])
+    with torch.no_grad():
+        adaptation.model.bias.copy_(torch.tensor(bias))
+    outputs = adaptation.model(x)
+    scores = outputs.log_softmax(-1).transpose(0, 1)
+    task = F.ctc_loss(scores, labels.clamp(min=0), torch.tensor([4, 4]), torch.tensor([2, 1]))
+    found = adaptation.loss(task, outputs, x, batch={"inputs": x, "labels": labels}) - task
+    rows = x.flatten(0, 1)
+    expected = mean(kl(row.tolist(), (row + torch.tensor(bias)).tolist()) for row in rows)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
