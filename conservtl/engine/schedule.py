@@ -60,8 +60,13 @@ def total_steps(training: Training, batches: int | None) -> int:
     return 0
 
 
-def phase_of_epoch(plan: Plan, epochs: int) -> list[int]:
+def phase_of_epoch(plan: Plan, epochs: int, setting: str = "training.epochs") -> list[int]:
     """Return the phase of each epoch.
+
+    Args:
+        plan: the plan with its phases.
+        epochs: of the run.
+        setting: name of the setting that holds them, for the message.
 
     Raises:
         SpecError: the phases take more or fewer epochs than the run.
@@ -73,7 +78,7 @@ def phase_of_epoch(plan: Plan, epochs: int) -> list[int]:
     if len(order) != epochs or order[-1] != len(plan.phases) - 1:
         needed = sum(length or 1 for length in lengths)
         raise SpecError(
-            f"training.epochs is {epochs}, but the plan's phases ({', '.join(p.name for p in plan.phases)}) take "
+            f"{setting} is {epochs}, but the plan's phases ({', '.join(p.name for p in plan.phases)}) take "
             f"{'at least ' if lengths[-1] is None else ''}{needed}. Change one of the two."
         )
     return order
