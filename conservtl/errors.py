@@ -11,7 +11,6 @@ __all__ = [
     "DataError",
     "InputError",
     "MissingExtraError",
-    "OmissionWarning",
     "PlanError",
     "SelectorError",
     "SourceError",
@@ -60,10 +59,6 @@ class MissingExtraError(ConservtlError, ImportError):
 
 class TrainingDivergedError(ConservtlError, RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
-
-
-class OmissionWarning(ConservtlError, UserWarning):  # noqa: N818 - it is a warning
-    """A training loop of your own leaves out a part of the plan, or does it twice."""
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

@@ -34,7 +34,6 @@ def draw_rows(
                 Row(
                     name=info.name,
                     layer=layer.name,
-                    aliases=info.aliases,
                     depth=number / max(1, len(layers) - 1),
                     shape=info.shape,
                     kind=info.kind,

@@ -56,8 +56,7 @@ class StepHook:
 
     def prepare(self, *, training: bool) -> None:
         """Let updates act before a forward pass of the model."""
-        with torch.inference_mode(mode=False):  # anchors that are placed here serve steps with gradients too
-            self._context.updates.prepare(self.index.moving, training=training)
+        self._context.updates.prepare(self.index.moving, training=training)
 
     def drop_frozen(self) -> None:
         """Drop the gradients of parameters that this phase does not train."""

@@ -12,7 +12,6 @@ from conservtl.tasks.base import DataSection
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.image_settings import ImageSettings
-from conservtl.written import Arguments
 
 __all__ = ["DIGITS_IMAGES", "DataSpec", "DigitsData", "ImageFolderData", "TorchvisionData"]
 
@@ -124,7 +123,7 @@ class TorchvisionData(_Photographs):
     root: Path = Path("data")
     """The folder in which torchvision stores it."""
 
-    args: Arguments = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the class."""
 
     train_split: str = "train"
