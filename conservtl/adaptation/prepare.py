@@ -16,13 +16,14 @@ from conservtl.adaptation.earlier_run import (
     saved_extensions,
 )
 from conservtl.errors import SourceError, SpecError
-from conservtl.layers import Layer, canonical, find_layers, named_parameters, select, unwrap
+from conservtl.layers import Layer, canonical, find_layers, matches, named_parameters, select, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.runtime.freezing import found_frozen
 from conservtl.runtime.source_model import build_source_model
+from conservtl.source.by_label import HeadLabels
 from conservtl.source.coverage import check_coverage, kept_note, missed_note, unused_note
 from conservtl.source.kinds import check_kinds, check_model_kinds
 from conservtl.source.positions import resample_positions
@@ -45,6 +46,7 @@ def adapt(
     key: str | None = None,
     prefix: str | None = None,
     rename: Mapping[str, str] | None = None,
+    labels: tuple[Sequence[Any], Sequence[Any]] | None = None,
 ) -> Adaptation:
     """Draw up the plan, copy the source's weights and fix the anchors; nothing is trained.
 
@@ -65,13 +67,18 @@ def adapt(
             to find the order of layers by running a copy of the model once.
         layers: globs of parameter names, input side first, that define the layers.
         fresh: globs of parameters or layers not to copy although they fit, such as a head for other labels; or a
-            mapping glob -> reason, which the plan shows.
+            mapping glob -> reason, which the plan shows. ``"head"`` means the head, unless a layer or parameter is
+            called so.
         allow: globs of modules that the model may lack, or build differently, if the source is a model; and of
             parameters that the source may lack, if it has almost none of the model's.
         key: the entry of a checkpoint that holds the weights, such as ``"state_dict_ema"``; see ``read_source`` for
             the order without it.
         prefix: what the names of the wanted source tensors begin with; removed, and other tensors are left out.
         rename: regular expression -> replacement, for names of source tensors that differ from the model's.
+        labels: of the head's outputs, for the target and for the source (``(["no", "yes", "stop"], ["yes", "no"])``).
+            The head's rows of labels that both know are copied by label, whatever their order and number; the others
+            are new. Strategies that pull to the source act on the copied rows only, and outputs are compared on the
+            labels that both know. Without a label in common the head is fresh.
 
     Returns:
         The adaptation, at its starting point.
@@ -91,6 +98,7 @@ def adapt(
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
     if isinstance(strategies, (Strategy, str)):
         raise SpecError(f"strategies must be a list: write [{strategies!r}].")
+    head_labels = None if labels is None else HeadLabels(labels)
     chosen = tuple(strategy for strategy in map(as_strategy, strategies) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
@@ -117,15 +125,22 @@ def adapt(
         shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
         fixed = [name for name, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
         drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
+        if head_labels is not None:
+            drawn = head_labels.applied(drawn, unwrap(model), declared)
+            if not head_labels.common:
+                declared = dict.fromkeys(drawn.head, "its labels differ from the source's") | declared
+                drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
+            notes += head_labels.notes(drawn)
         plan = apply_all(drawn, chosen, saved)
         check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
+        _check_source_rows(plan)
         check_coverage(plan, read, own, declared, allow)
         for decision in plan.decisions:
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
-        head = _own_head(plan, declared)
+        head = _own_head(plan, drawn, declared)
         # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
         constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
         wanted_names = [name for name in named_parameters(bare) if name not in constant]
@@ -161,10 +176,36 @@ def _check_trained(plan: Plan) -> None:
         )
 
 
-def _own_head(plan: Plan, declared: Mapping[str, str]) -> str | None:
-    """Return the head's module if the target has labels of its own: another shape, or declared fresh; else None."""
+def _check_source_rows(plan: Plan) -> None:
+    """Raise if rows of labels that the source does not know are never trained, or outputs have one label in common."""
+    for row in (row for row in plan.rows if row.new_rows and row.frozen):
+        by = row.chosen["frozen"].by if "frozen" in row.chosen else "requires_grad=False"
+        raise SpecError(
+            f"labels: the rows of labels that the source does not know must be trained; {row.name!r} has "
+            f"{len(row.new_rows)} and is frozen by {by}. Train its layer {row.layer!r}."
+        )
+    for term in plan.terms if plan.source_rows is not None else ():
+        known = len(plan.source_rows or ()) - (plan.source_rows or ()).count(None)
+        if type(term).heads and known < 2 and getattr(term, "form", None) in (None, "softmax"):
+            raise SpecError(
+                f"{term.by} compares the outputs of labels that both know; the softmax of {known} label is always 1. "
+                "Declare the head fresh (fresh=['head']), so that the source's own head is compared, or say "
+                "form='sigmoid'."
+            )
+
+
+def _own_head(plan: Plan, drawn: Plan, declared: Mapping[str, str]) -> str | None:
+    """Return the head's module if the target has labels of its own: another shape, or declared fresh; else None.
+
+    A head whose rows are copied by label is not of its own, unless a strategy made it fresh.
+    """
     rows = [plan[name] for name in plan.head]
-    other = any(row.name in declared or (row.source_shape or row.shape) != row.shape for row in rows)
+    other = any(
+        row.name in declared
+        or (row.source_rows is None and (row.source_shape or row.shape) != row.shape)
+        or (row.source_rows is None and drawn[row.name].source_rows is not None)
+        for row in rows
+    )
     return rows[0].name.rpartition(".")[0] if other else None
 
 
@@ -189,6 +230,9 @@ def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str])
         raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
     reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
+    named = {name for names in inside.values() for name in names}
+    if "head" in reasons and "head" not in inside and not any(matches("head", name) for name in named):
+        inside["head"] = list(Plan.draw(layers, {}, {}).head)
     globs = [glob for glob in reasons if glob not in inside]
     matched = inside | select(globs, [name for names in inside.values() for name in names])
     return {name: reason for glob, reason in reasons.items() for name in matched[glob]}

@@ -12,7 +12,7 @@ from conservtl.bounds import NonNegative
 from conservtl.compat import foreach_abs_, foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_reciprocal_
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
 from conservtl.methods._quadratic import with_decay
-from conservtl.methods._rows import Coverage, covered_rows, source_parameters
+from conservtl.methods._rows import Coverage, fresh_rows, source_parameters
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Moving, Step, Update
 
@@ -31,7 +31,7 @@ def with_proximal(plan: Plan, update: Proximal, beta: float | None, on: Coverage
     Raises:
         PlanError: another strategy gives fresh parameters another strength.
     """
-    fresh = [row.name for row in covered_rows(plan, on) if row.origin == "fresh"]
+    fresh = [row.name for row in fresh_rows(plan, on)]
     if beta is not None:
         plan = with_decay(plan, update.by, dict.fromkeys(fresh, beta))
     names = source_parameters(plan, on)

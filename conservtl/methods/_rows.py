@@ -8,7 +8,15 @@ from typing import Literal
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 
-__all__ = ["Coverage", "covered_rows", "freeze_all_but", "names_something", "source_parameters", "train_named"]
+__all__ = [
+    "Coverage",
+    "covered_rows",
+    "freeze_all_but",
+    "fresh_rows",
+    "names_something",
+    "source_parameters",
+    "train_named",
+]
 
 Coverage = Literal["weights", "all"]
 """weights: parameters of two dimensions or more that no norm owns. all: biases and norms too."""
@@ -17,6 +25,11 @@ Coverage = Literal["weights", "all"]
 def covered_rows(plan: Plan, on: Coverage) -> tuple[Row, ...]:
     """Return the rows that a coverage includes, whatever their origin, frozen or not."""
     return tuple(row for row in plan.rows if on == "all" or row.kind == "weight")
+
+
+def fresh_rows(plan: Plan, on: Coverage) -> tuple[Row, ...]:
+    """Return the covered rows that hold values which do not come from the source: all of them, or new rows."""
+    return tuple(row for row in covered_rows(plan, on) if row.fresh)
 
 
 def source_parameters(plan: Plan, on: Coverage) -> tuple[str, ...]:

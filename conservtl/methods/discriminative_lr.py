@@ -70,7 +70,8 @@ class DiscriminativeLR(Strategy):
     source: Positive | None = None
     """Absolute rate of parameters from the source."""
     fresh: Positive | None = None
-    """Absolute rate of fresh parameters. It combines with every other rule; ``groups`` overrules it."""
+    """Absolute rate of fresh parameters, and of a head with rows for new labels. It combines with every other rule;
+    ``groups`` overrules it."""
     toward: Literal["output", "input"] = "output"
     """Side that changes most: output for new labels, input for a new speaker or noise."""
     decay_biases_and_norms: bool | None = None
@@ -94,7 +95,7 @@ class DiscriminativeLR(Strategy):
         if self.source is not None:
             values = {row.name: {"lr": self.source} for row in plan.rows if row.origin == "source"}
         if self.fresh is not None:
-            values |= {row.name: {"lr": self.fresh} for row in plan.rows if row.origin == "fresh"}
+            values |= {name: {"lr": self.fresh} for name in plan.fresh}
         plan = plan.choose(self.label, "rate", values, explicit=False)
         named = {name: self._fields(rate) for name, rate in self._by_glob(plan).items()}
         plan = plan.choose(self.label, "rate", named)
@@ -122,7 +123,7 @@ class DiscriminativeLR(Strategy):
         full, last = self._full, len(plan.layers) - 1
         steps = {layer: last - i if self.toward == "output" else i for i, layer in enumerate(plan.layers)}
         decay = self.decay if self.decay is not None else ((self.lowest or full) / full) ** (1 / max(1, last))
-        return {row.name: full if row.origin == "fresh" else full * decay ** steps[row.layer] for row in plan.rows}
+        return {row.name: full if row.fresh else full * decay ** steps[row.layer] for row in plan.rows}
 
     @staticmethod
     def _by_third(plan: Plan, thirds: tuple[float, float, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.functions import logits_of
 from conservtl.layers import named_parameters
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
-from conservtl.methods._rows import Coverage, covered_rows
+from conservtl.methods._rows import Coverage, covered_rows, fresh_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.plan.plan import Plan
@@ -107,9 +107,8 @@ class FisherSP(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Add the measurement of F, the pull that it weighs, and plain L2 on fresh parameters."""
         alpha = _ALPHA[self.mode] if self.alpha is None else self.alpha
-        covered = covered_rows(plan, self.on)
-        copied = tuple(row.name for row in covered if row.origin == "source")
-        fresh = [row.name for row in covered if row.origin == "fresh"]
+        copied = tuple(row.name for row in covered_rows(plan, self.on) if row.origin == "source")
+        fresh = [row.name for row in fresh_rows(plan, self.on)]
         measure = FisherMeasure(
             by=self.label,
             data=self.data,
@@ -182,7 +181,12 @@ class FisherMeasure(Measure):
                 for name, square in examples.squares((batch, labels), weights).items():
                     total[name] += square
             count += row_count(batch)
-        return self._normalised({name: square / count for name, square in total.items()})
+        for name, rows in probe.left_out.items():
+            if name in total and rows:
+                total[name][list(rows)] = 0
+        every = sum(square.numel() for square in total.values())
+        left_out = sum(total[name][list(rows)].numel() for name, rows in probe.left_out.items() if name in total)
+        return self._normalised({name: square / count for name, square in total.items()}, every - left_out)
 
     def _labels(self, probe: MeasureContext, batch: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """Yield labels of a batch and their weights; (None, None): the data's labels, each with weight 1."""
@@ -208,10 +212,10 @@ class FisherMeasure(Measure):
         for labels in torch.multinomial(shares.cpu(), draws, replacement=True, generator=generator).unbind(1):
             yield labels.to(logits.device), torch.full((len(logits),), 1 / draws)
 
-    def _normalised(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return F divided by its mean if asked for, then floored and clipped."""
+    def _normalised(self, squares: Mapping[str, Tensor], elements: int) -> dict[str, Tensor]:
+        """Return F divided by its mean over this number of elements if asked for, then floored and clipped."""
         total = torch.stack([square.double().sum() for square in squares.values()]).sum()
-        mean = total / sum(square.numel() for square in squares.values())
+        mean = total / elements
         if not torch.isfinite(mean) or (self.normalize == "mean" and mean == 0):
             value = "zero everywhere" if mean == 0 else "not finite"
             raise SpecError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from conservtl.bounds import NonNegative
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
-from conservtl.methods._rows import Coverage, covered_rows
+from conservtl.methods._rows import Coverage, covered_rows, fresh_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Row
@@ -91,16 +91,17 @@ class L2SP(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Add the pull on rows from the source and plain L2 on fresh ones."""
-        covered = covered_rows(plan, self.on)
-        copied = [row for row in covered if row.origin == "source"]
-        fresh = [row for row in covered if row.origin == "fresh"]
-        plan = with_decay(plan, self.label, {row.name: self.beta / self._divisor(fresh) for row in fresh}, self.mode)
+        copied = [row for row in covered_rows(plan, self.on) if row.origin == "source"]
+        fresh = fresh_rows(plan, self.on)
+        divisor = self._divisor(row.size - row.copied_size for row in fresh)
+        plan = with_decay(plan, self.label, {row.name: self.beta / divisor for row in fresh}, self.mode)
         penalty = L2Penalty(by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal)
-        return with_quadratic(plan, penalty, {row.name: self._alpha_at(row) / self._divisor(copied) for row in copied})
+        divisor = self._divisor(row.copied_size for row in copied)
+        return with_quadratic(plan, penalty, {row.name: self._alpha_at(row) / divisor for row in copied})
 
-    def _divisor(self, rows: Sequence[Row]) -> int:
-        """Return the divisor of a strength on some rows."""
-        return sum(row.size for row in rows) if self.normalize == "per_parameter" else 1
+    def _divisor(self, sizes: Iterable[int]) -> int:
+        """Return the divisor of a strength on parameters that cover so many elements each."""
+        return sum(sizes) if self.normalize == "per_parameter" else 1
 
     def _alpha_at(self, row: Row) -> float:
         """Return alpha at a row's depth."""

@@ -117,8 +117,12 @@ class MixoutUpdate(Update):
         _restore(step, state)
         for item in step.moving:
             mask = state.pop(_MASK + item.name, None)
-            if mask is not None and item.parameter.grad is not None:
-                item.parameter.grad.mul_(mask.to(item.parameter.device)).mul_(self._scale)
+            gradient = item.parameter.grad
+            if mask is not None and gradient is not None:
+                plain = gradient.clone() if item.new is not None else gradient
+                gradient.mul_(mask.to(gradient.device)).mul_(self._scale)
+                if item.new is not None:  # new rows were not mixed
+                    gradient.copy_(torch.where(item.new, plain, gradient))
 
     @property
     def _dropped(self) -> int:

@@ -58,10 +58,28 @@ def _check_row(row: Row) -> None:
         raise PlanError(f"plan: {row.name!r} is {row.origin} with reason {row.reason!r}; only fresh rows have one.")
     if row.origin == "fresh" and row.pull is not None:
         raise PlanError(f"plan: {row.name!r} is fresh, so there is no source value to pull it to.")
-    if row.origin == "source" and row.decay is not None:
+    if not row.fresh and row.decay is not None:
         raise PlanError(f"plan: {row.name!r} comes from the source; beta acts on fresh parameters only.")
-    if row.origin == "source" and row.source_shape != row.shape:
+    if row.source_rows is not None:
+        _check_source_rows(row)
+    elif row.origin == "source" and row.source_shape != row.shape:
         raise PlanError(f"plan: {row.name!r} has shape {row.shape}, its source {row.source_shape}.")
+
+
+def _check_source_rows(row: Row) -> None:
+    rows, source = row.source_rows or (), row.source_shape or ()
+    known = [place for place in rows if place is not None]
+    if row.origin != "source" or not known:
+        raise PlanError(f"plan: {row.name!r} is {row.origin}, and {len(known)} of its rows are copied from the source.")
+    if (
+        (len(rows), *source[1:]) != row.shape
+        or len(set(known)) != len(known)
+        or not set(known) <= set(range(source[0]))
+    ):
+        raise PlanError(
+            f"plan: {row.name!r} of shape {row.shape} must copy each row from one of its source of shape {source}; "
+            f"received {rows}."
+        )
 
 
 def _check_phases(plan: Plan) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import SerializeAsAny
@@ -29,6 +29,7 @@ class MeasureContext:
         modules: layer -> its module in the model.
         parameters: canonical name -> parameter of the model.
         autocast: makes the context of the run's forward passes.
+        left_out: name of a parameter -> indices of its rows that the source and the model to adapt do not share.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class MeasureContext:
     modules: Mapping[str, nn.Module]
     parameters: Mapping[str, nn.Parameter]
     autocast: Callable[[], AbstractContextManager[Any]]
+    left_out: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class Measure(Decision):

@@ -17,7 +17,7 @@ from conservtl.plan.extension import Extension, Extensions
 from conservtl.plan.invariants import check_plan
 from conservtl.plan.measure import Measure, Measures
 from conservtl.plan.penalty import Penalties, Penalty
-from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row
+from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, changed
 from conservtl.plan.rows import draw_rows, fill_column
 from conservtl.plan.search import Search, Searches
 from conservtl.plan.term import Term, Terms
@@ -107,14 +107,19 @@ class Plan(FrozenModel):
         return tuple(row.name for row in last if _module(row.name) == owner)
 
     @property
+    def source_rows(self) -> tuple[int | None, ...] | None:
+        """For each output, that of the source with its label, if a head is copied by label; else None."""
+        return next((row.source_rows for row in self.rows if row.source_rows is not None), None)
+
+    @property
     def head_module(self) -> str:
         """Name of the last weight's module."""
         return _module(self.head[0])
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Parameters that do not come from the source."""
-        return tuple(row.name for row in self.rows if row.origin == "fresh")
+        """Parameters that do not come from the source, or have rows that do not."""
+        return tuple(row.name for row in self.rows if row.fresh)
 
     @property
     def new(self) -> tuple[str, ...]:
@@ -219,6 +224,20 @@ class Plan(FrozenModel):
         """
         return self._with(rows=fill_column(self.rows, by, column, values, explicit=explicit))
 
+    def with_source_rows(self, numbers: Mapping[str, Sequence[int | None]]) -> Plan:
+        """Return the plan in which parameters are copied row by row, before any strategy.
+
+        Args:
+            numbers: parameter name -> its ``source_rows``.
+
+        Raises:
+            PlanError: they do not fit the shapes of a parameter and its source.
+        """
+        changes = {name: {"origin": "source", "reason": None, "source_rows": rows} for name, rows in numbers.items()}
+        return self._with(
+            rows=tuple(changed(row, "labels", changes[row.name]) if row.name in changes else row for row in self.rows)
+        )
+
     def with_phases(self, by: str, phases: Sequence[Phase]) -> Plan:
         """Return the plan with phases.
 
@@ -311,8 +330,8 @@ class Plan(FrozenModel):
             "all": sum(row.size for row in self.rows),
             "trained": sum(row.size for row in self.rows if row.name in trained),
             "frozen": sum(row.size for row in self.rows if row.name not in trained),
-            "copied": sum(row.size for row in self.rows if row.origin == "source"),
-            "fresh": sum(row.size for row in self.rows if row.origin == "fresh"),
+            "copied": sum(row.copied_size for row in self.rows),
+            "fresh": sum(row.size - row.copied_size for row in self.rows),
         }
 
     def __str__(self) -> str:

@@ -81,6 +81,9 @@ class Row(FrozenModel):
     origin: Literal["source", "fresh"] = "source"
     reason: str | None = None
     """Reason why it is fresh; None for a row from the source."""
+    source_rows: tuple[int | None, ...] | None = None
+    """For each index of its first dimension, that of the source from which it is copied, by label; None among them: a
+    label that the source does not know, whose values are new. None: copied as it is."""
     found: Literal["trained", "frozen", "fixed"] = "trained"
     """State in which the model was handed in. frozen: it asked for no gradient (``requires_grad`` was False), so it is
     frozen throughout unless a strategy names it. fixed: its type has no gradient, so nothing trains it."""
@@ -93,14 +96,32 @@ class Row(FrozenModel):
     pull: NonNegative | None = None
     """alpha: strength of the pull toward the source value; None: no pull. A penalty of the plan carries it out."""
     decay: NonNegative | None = None
-    """beta: strength of the pull of a fresh parameter toward zero; None: no pull. A penalty of the plan carries it
-    out."""
+    """beta: strength of the pull of a fresh parameter, or of its new rows, toward zero; None: no pull. A penalty of the
+    plan carries it out."""
     weight_decay: bool = True
     """Whether the optimizer's own weight decay may act on it. In a new plan it is False for biases and norms."""
     statistics: Literal["follow", "hold"] = "follow"
     """Statistics of a norm that tracks them. follow: updated by training batches. hold: unchanged."""
     chosen: dict[str, Choice] = Field(default_factory=dict)
     """Column -> the strategy that filled it in; a column not here holds its default."""
+
+    @property
+    def new_rows(self) -> tuple[int, ...]:
+        """Indices of its first dimension that the source has no values for, although it has for others."""
+        return tuple(place for place, row in enumerate(self.source_rows or ()) if row is None)
+
+    @property
+    def unused_rows(self) -> tuple[int, ...]:
+        """Indices of the source's first dimension from which nothing is copied, although it is from others."""
+        rows = self.source_rows
+        return (
+            () if rows is None else tuple(place for place in range((self.source_shape or (0,))[0]) if place not in rows)
+        )
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it holds values that do not come from the source: all of them, or new rows."""
+        return self.origin == "fresh" or bool(self.new_rows)
 
     @property
     def as_found(self) -> bool:
@@ -114,6 +135,13 @@ class Row(FrozenModel):
         for length in self.shape:
             product *= length
         return product
+
+    @property
+    def copied_size(self) -> int:
+        """Number of elements that come from the source."""
+        if self.origin == "fresh":
+            return 0
+        return self.size if self.source_rows is None else self.size - self.size // self.shape[0] * len(self.new_rows)
 
     def rate(self, base: float) -> float:
         """Return the learning rate, given the optimizer's own ``base`` rate."""

@@ -70,6 +70,8 @@ def fill_column(
             filled.append(row)
             continue
         fields = {**defaults, **chosen}
+        if fields.get("origin") == "fresh":
+            fields["source_rows"] = None
         if earlier is not None and earlier.explicit == explicit:
             agree = all(getattr(row, field) == value for field, value in fields.items())
             if explicit or not agree:

@@ -39,6 +39,8 @@ def summary(plan: Plan) -> list[str]:
         f"{total['all']:,} parameters: {total['trained']:,} trained ({share:.1f} %), {total['frozen']:,} frozen",
         f"{total['copied']:,} copied from the source, {total['fresh']:,} fresh",
     ]
+    by_label = {row.layer: row for row in reversed(plan.rows) if row.source_rows is not None}
+    text += [f"rows copied by label  {layer}: {_rows(row)}" for layer, row in by_label.items()]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     text += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
     text += [f"frozen as found  {_as_found(plan)}"] if any(row.as_found for row in plan.rows) else []
@@ -95,7 +97,16 @@ def as_rich(plan: Plan) -> Any:
 
 def _origin(rows: Sequence[Row]) -> str:
     origins = {row.origin for row in rows}
-    return origins.pop() if len(origins) == 1 else "source, part fresh"
+    partly = len(origins) > 1 or ("source" in origins and any(row.fresh for row in rows))
+    return "source, part fresh" if partly else origins.pop()
+
+
+def _rows(row: Row) -> str:
+    """Return how many rows are copied by label, and how many of the source's are not used."""
+    every, source = len(row.source_rows or ()), (row.source_shape or (0,))[0]
+    copied = every - len(row.new_rows)
+    left = f" ({source - copied} of the source's {source} not used)" if source > copied else ""
+    return f"{copied} of {every}{left}"
 
 
 def _state(plan: Plan, rows: Sequence[Row], trained: set[str]) -> str:

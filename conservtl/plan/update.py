@@ -25,6 +25,8 @@ class Moving:
         anchor: its starting value, placed as it is; None if it is fresh, or if it is not asked for.
         group: its group of the optimizer; ``lr`` is its rate.
         measured: name of a measurement -> the tensor for this parameter, placed as it is.
+        new: which of its elements are of new rows (labels that the source does not know), on its device; the anchor
+            equals the parameter there. None: none of them, or all.
     """
 
     row: Row
@@ -32,6 +34,7 @@ class Moving:
     anchor: Tensor | None
     group: dict[str, Any]
     measured: Mapping[str, Tensor] = field(default_factory=dict)
+    new: Tensor | None = None
 
     @property
     def name(self) -> str:

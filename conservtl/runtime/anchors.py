@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.kernels.dtensor import place_like, real_parts, sharded, whole
+from conservtl.kernels.dtensor import local, place_like, real_parts, sharded, whole
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.plan.plan import Plan
+from conservtl.source.by_label import row_mask, rows_by_label
 
 __all__ = ["Anchors", "differs"]
 
@@ -20,6 +21,9 @@ class Anchors:
 
     A parameter that is frozen throughout has no copy: the model itself holds its starting value.
 
+    New rows of a parameter whose others are copied (a label that the source does not know) have no starting value.
+    Their anchor follows the parameter, so that they deviate from it by nothing: no penalty and no update pulls them.
+
     Args:
         model: right after the transfer.
     """
@@ -27,7 +31,9 @@ class Anchors:
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.buffers = {canonical(name): _copied(buffer) for name, buffer in unwrap(model).named_buffers()}
+        self.new: dict[str, tuple[int, ...]] = {}
         self.placed: dict[tuple[str, str], Tensor] = {}
+        self._following: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
         self.revision = 0
 
     def keep(self, model: nn.Module, plan: Plan) -> None:
@@ -41,17 +47,22 @@ class Anchors:
         names = [name for name in plan.trained if plan[name].origin == "source"]
         kept = self.parameters
         self.parameters = {name: kept[name] if name in kept else _copied(parameters[name]) for name in names}
+        self.new = {row.name: row.new_rows for row in plan.rows if row.new_rows}
         self.forget()
 
     def start(self, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-        """Return the starting values on the CPU of all parameters from the source.
+        """Return the starting values on the CPU of all parameters from the source; new rows as they are now.
 
         If parameters are sharded, all processes call it together.
         """
         parameters = named_parameters(model)
         names = [row.name for row in plan.rows if row.origin == "source"]
         kept = self.parameters
-        return {name: kept[name] if name in kept else _copied(whole(parameters[name])) for name in names}
+        start = {name: kept[name] if name in kept else _copied(whole(parameters[name])) for name in names}
+        for name in self.new.keys() & kept.keys():
+            now = _copied(whole(parameters[name]))
+            start[name] = torch.where(row_mask(now.shape, self.new[name]), now, start[name])
+        return start
 
     def of(self, name: str, parameter: Tensor, storage: str) -> Tensor:
         """Return the starting value of a parameter: on the CPU, or placed like the parameter.
@@ -62,6 +73,8 @@ class Anchors:
             storage: fp32, bf16 or cpu, as in ``Penalty.anchor``.
         """
         start = self.parameters[name]
+        if name in self.new:  # whatever the storage: rounded values would not follow exactly
+            return self._follow("w0", name, start, parameter, row_mask(start.shape, self.new[name]))
         if storage != "cpu":
             return self._place(storage, name, start, parameter, torch.bfloat16 if storage == "bf16" else None)
         if sharded(parameter):
@@ -70,13 +83,39 @@ class Anchors:
             start = self.parameters[name] = start.pin_memory()  # else the host would wait while it is sent
         return start
 
+    def zero_on_new(self, name: str, parameter: Tensor) -> Tensor:
+        """Return the target of plain L2 on a parameter's new rows, placed like it: 0 there, and the rest follows it."""
+        start = self.parameters[name]
+        return self._follow("zero", name, torch.zeros_like(start), parameter, ~row_mask(start.shape, self.new[name]))
+
+    def follow(self) -> None:
+        """Let the anchors of rows without a starting value follow their parameters, which have changed."""
+        for anchor, parameter, rows in self._following.values():
+            anchor.copy_(torch.where(rows, local(parameter.detach()), anchor))
+
+    def mask_of_new(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Return which elements of a parameter are of new rows, on its device; of a sharded one this process's part."""
+        if name not in self.new:
+            return None
+        rows = row_mask(parameter.shape, self.new[name]).expand(parameter.shape)
+        mask: Tensor = local(self._place("new", name, rows, parameter, None))
+        return mask != 0
+
+    def _follow(self, what: str, name: str, start: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:
+        """Return an anchor that follows the parameter where ``rows`` is true."""
+        anchor = self._place(what, name, start, parameter, None)
+        mask = self._place(f"{what} rows", name, rows.expand(parameter.shape), parameter, None)
+        self._following[what, name] = local(anchor), parameter, local(mask) != 0
+        self.follow()
+        return anchor
+
     def weighing(self, measure: str, found: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         """Return a measurement of a parameter, placed like it."""
         return self._place(measure, name, found[name], parameter, None)
 
     def forget(self) -> None:
         """Drop all placed copies."""
-        self.placed = {}
+        self.placed, self._following = {}, {}
         self.revision += 1
 
     @torch.no_grad()
@@ -87,7 +126,10 @@ class Anchors:
         for layer, rows in plan.by_layer():
             weights = {row.name: whole(parameters[row.name]).cpu() for row in rows if row.origin == "source"}
             if weights:
-                pairs = [(_wide(weight), _wide(self.parameters.get(name, weight))) for name, weight in weights.items()]
+                starts = {name: self.parameters.get(name, weight) for name, weight in weights.items()}
+                pairs = [
+                    (self._copied_rows(name, weights[name]), self._copied_rows(name, starts[name])) for name in weights
+                ]
                 moved = sum(float((w - w0).square().sum()) for w, w0 in pairs)
                 size = sum(float(w0.square().sum()) for _, w0 in pairs)
                 drift[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
@@ -108,8 +150,13 @@ class Anchors:
         self.buffers = {name: _copied(tensor) for name, tensor in state["statistics"].items()}
         self.forget()
 
+    def _copied_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor in double precision, with 0 for new rows."""
+        wide = _wide(tensor)
+        return wide.masked_fill(row_mask(wide.shape, self.new[name]), 0) if name in self.new else wide
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "placed": {}}
+        return {**self.__dict__, "placed": {}, "_following": {}}
 
     def _place(self, what: str, name: str, value: Tensor, parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
         placed = self.placed.get((what, name))
@@ -118,13 +165,22 @@ class Anchors:
         return placed
 
 
-def differs(source: nn.Module, start: Mapping[str, Tensor]) -> str | None:
-    """Return the first parameter of a source model that differs from the starting values by more than rounding."""
+def differs(source: nn.Module, start: Mapping[str, Tensor], plan: Plan) -> str | None:
+    """Return the first parameter of a source model that differs from the starting values by more than rounding.
+
+    Args:
+        source: the source model.
+        start: name -> starting value.
+        plan: says which parameters were copied by label.
+    """
     for name, parameter in named_parameters(source).items():
-        value = start.get(name)
-        if value is None or value.shape != parameter.shape:
+        value, given = start.get(name), parameter.detach().cpu()
+        if value is not None and name in plan and (numbers := plan[name].source_rows) is not None:
+            given = rows_by_label(given, numbers)
+            value = value.masked_fill(row_mask(value.shape, plan[name].new_rows), 0)
+        if value is None or value.shape != given.shape:
             continue
-        if not torch.allclose(_wide(parameter.detach().cpu()), _wide(value), rtol=1e-2, atol=1e-6):
+        if not torch.allclose(_wide(given), _wide(value), rtol=1e-2, atol=1e-6):
             return name
     return None
 

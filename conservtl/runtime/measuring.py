@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,7 @@ def measure(
     forward: Forward,
     loss: Loss,
     autocast: Callable[[], AbstractContextManager[Any]],
+    left_out: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
     """Make one measurement; modes, gradients, buffers and random generators are restored.
 
@@ -40,6 +41,7 @@ def measure(
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
         autocast: returns the context of each forward pass.
+        left_out: as in ``MeasureContext``.
 
     Returns:
         Name -> tensor, on the CPU.
@@ -56,7 +58,7 @@ def measure(
     device = next(iter(parameters.values())).device
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     tapped = {layer: modules[name] for layer, name in layers.items() if name in modules}
-    context = MeasureContext(model, Placed(batches, device), forward, loss, tapped, parameters, autocast)
+    context = MeasureContext(model, Placed(batches, device), forward, loss, tapped, parameters, autocast, left_out)
     with (
         eval_mode(model),
         preserve_buffers(model),

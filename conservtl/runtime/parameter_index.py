@@ -95,15 +95,21 @@ class ParameterIndex:
     def _moved(self, update: Update, row: Row, parameter: Tensor, group: dict[str, Any], storage: str | None) -> Moving:
         if not type(update).anchors or row.origin != "source":
             return Moving(row, parameter, None, group)
-        anchor = self._context.anchors.of(row.name, parameter, storage or "fp32")
-        return Moving(row, parameter, anchor.to(parameter.device), group)
+        anchors = self._context.anchors
+        anchor = anchors.of(row.name, parameter, storage or "fp32")
+        return Moving(row, parameter, anchor.to(parameter.device), group, new=anchors.mask_of_new(row.name, parameter))
 
 
 def penalised(penalty: Penalty, context: StepContext, row: Row, parameter: Tensor, group: dict[str, Any]) -> Moving:
-    """Return a parameter as a penalty receives it: its anchor stored as the penalty says, and its measurements."""
+    """Return a parameter as a penalty receives it: its anchor stored as the penalty says, and its measurements.
+
+    Plain L2 on a parameter with new rows gets an anchor too: 0 on these rows, and the parameter itself on the others.
+    """
     anchors, anchor = context.anchors, None
     if type(penalty).anchors and row.origin == "source":
         anchor = anchors.of(row.name, parameter, penalty.anchor)
+    elif row.new_rows and penalty.column == "decay":
+        anchor = anchors.zero_on_new(row.name, parameter)
     if not context.measured.keys() >= set(penalty.reads):
         context.check_measured()
     measured = {name: anchors.weighing(name, context.measured[name], row.name, parameter) for name in penalty.reads}

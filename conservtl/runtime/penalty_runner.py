@@ -51,6 +51,7 @@ class PenaltyRunner:
         for penalty in self._context.plan.penalties:
             factor = _factor(penalty, self._context)
             if penalty.mode == "decoupled" and factor:
+                self._context.anchors.follow()  # an earlier penalty may have moved them
                 for kernel in self._index.kernels(penalty):
                     kernel.move_weights(factor, skip)
 
@@ -68,6 +69,7 @@ def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) 
     for penalty in context.plan.penalties:
         names = [name for name in penalty.names if name not in context.frozen]
         moving = [penalised(penalty, context, context.plan[name], parameters[name], {}) for name in names]
+        context.anchors.follow()
         if moving:
             values.append(_factor(penalty, context) * _value(penalty, moving))
     if not values:

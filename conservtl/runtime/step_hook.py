@@ -49,6 +49,7 @@ class StepHook:
             self._unscale(self._scaler)
         self._check_model()
         self.drop_frozen()
+        self._context.anchors.follow()
         token = self._token()
         if self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True)):
             self._couple(None)
@@ -56,6 +57,7 @@ class StepHook:
 
     def prepare(self, *, training: bool) -> None:
         """Let updates act before a forward pass of the model."""
+        self._context.anchors.follow()
         self._context.updates.prepare(self.index.moving, training=training)
 
     def drop_frozen(self) -> None:
@@ -95,6 +97,7 @@ class StepHook:
         if self._context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
             self._context.check_terms()
         added, self._added = self._added, None
+        self._context.anchors.follow()
         skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
         if added is None or added[0] is not self._state():  # not yet, or in a step that the scaler skipped
             self._couple(scale)
@@ -106,6 +109,7 @@ class StepHook:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        self._context.anchors.follow()
         self._context.updates.act("after", self.index.moving, getattr(self.optimizer, "found_inf", None))
         self._context.updates.number += 1
 

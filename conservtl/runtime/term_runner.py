@@ -16,6 +16,7 @@ from conservtl.labels import give_labels, takes_labels
 from conservtl.padding import find_padding, padding_of_outputs
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View
+from conservtl.runtime.common_labels import CommonLabels
 from conservtl.runtime.source_model import SourceModelRunner
 from conservtl.runtime.taps import Taps
 from conservtl.runtime.task_loss import read_task_loss
@@ -49,6 +50,7 @@ class TermRunner:
                 )
         self._layers = {layer: layers[layer] for term in self.terms for layer in term.taps}
         self._head = head if any(term.heads for term in self.terms) else None
+        self._labels = None if head is not None or plan.source_rows is None else CommonLabels(plan.source_rows)
         self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._head)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
@@ -102,7 +104,8 @@ class TermRunner:
         if not isinstance(batch, Mapping) or "labels" not in batch or not takes_labels(self.source_model.model):
             return False
         try:
-            return logits_of(view.outputs).shape != logits_of(outputs).shape
+            last = None if self._labels is None else -1  # the number of labels may differ
+            return logits_of(view.outputs).shape[:last] != logits_of(outputs).shape[:last]
         except SpecError:
             return False
 
@@ -138,6 +141,10 @@ class TermRunner:
             self.source_model.move(entered.device)
             outputs = self.source_model.head(entered)
         padding = None if source is None else source.padding
+        if self._labels is not None and compares and source is not None:
+            axis = None if task is None else task.axis
+            adapted, known = self._labels.of(logits_of(outputs), logits_of(source.outputs), axis)
+            outputs, source = adapted, replace(source, outputs=known)
         view = View(outputs, features, entering, task, padding, output_padding)
         total = loss
         for term in self.terms:

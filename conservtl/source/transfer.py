@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from conservtl.compat import NormBase, reset_method
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
 from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
+from conservtl.source.by_label import row_mask, rows_by_label
 from conservtl.source.read import Source
 
 __all__ = ["TransferReport", "transfer"]
@@ -58,11 +60,11 @@ def transfer(
         source: provides the buffers.
     """
     parameters = named_parameters(model)
-    kinds = {row.name: row.kind for row in plan.rows if row.origin == "fresh"}
+    kinds = {row.name: row.kind for row in plan.rows if row.fresh}
     _initialise(unwrap(model), {name: kinds[name] for name in _stale(plan, parameters, values)})
     copied = [row.name for row in plan.rows if row.origin == "source"]
     for name in copied:
-        parameters[name].copy_(values[name])
+        _copy(parameters[name], values[name], plan[name])
     buffers, kept = _copy_buffers(unwrap(model), layers, plan, source.tensors)
     copied += buffers
     taken = set(copied)
@@ -78,8 +80,16 @@ def transfer(
     return TransferReport(tuple(copied), reasons, unused, source.notes, tuple(kept))
 
 
+def _copy(parameter: Tensor, value: Tensor, row: Row) -> None:
+    """Copy a source tensor, or its rows by label."""
+    if row.source_rows is not None:
+        new = row_mask(row.shape, row.new_rows).to(parameter.device)
+        value = torch.where(new, parameter, rows_by_label(value, row.source_rows).to(parameter))
+    parameter.copy_(value)
+
+
 def _stale(plan: Plan, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
-    """Return the fresh parameters that hold the source's value.
+    """Return the fresh parameters, and those with new rows, that hold the source's value.
 
     A constant, such as a bias of zeros, is no evidence if the weights of its module differ. Nothing would train the
     random values of a parameter that is frozen as found (a position table), so it keeps its own.
@@ -87,7 +97,7 @@ def _stale(plan: Plan, parameters: Mapping[str, Tensor], values: Mapping[str, Te
     same = [
         row.name
         for row in plan.rows
-        if row.origin == "fresh"
+        if row.fresh
         and not row.as_found
         and row.source_shape == row.shape
         and _same(parameters[row.name], values[row.name])

@@ -92,7 +92,7 @@ class FeatureExtraction(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Freeze the body, and make the head fresh: trained or fitted."""
         head = plan.head
-        copied = [name for name in head if name not in plan.fresh]
+        copied = [name for name in head if plan[name].origin == "source"]
         fresh = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
         plan = plan.choose(self.label, "origin", dict.fromkeys(copied, fresh))
         body = {row.name: {"frozen": True} for row in plan.rows if row.origin == "source"}

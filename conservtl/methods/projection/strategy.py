@@ -142,7 +142,11 @@ class ProjectionUpdate(Update):
         parameters = [item.parameter for item in moving]
         sizes = norms(moved, self.each, self.norm, of=parameters)
         if self.relative:
-            radii = foreach_mul(norms(anchors, self.each, self.norm, of=parameters), self.radius)
+            starts = [
+                anchor if item.new is None else anchor.masked_fill(item.new, 0)
+                for item, anchor in zip(moving, anchors, strict=True)
+            ]
+            radii = foreach_mul(norms(starts, self.each, self.norm, of=parameters), self.radius)
         else:
             radii = tuple(torch.full_like(size, self.radius) for size in sizes)
         foreach_clamp_min_(sizes, TINY)
