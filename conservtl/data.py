@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from conservtl.errors import DataError
+from conservtl.shots import Shots, number_of_shots
 
 __all__ = [
     "Augmentation",
@@ -114,8 +115,10 @@ class Domains:
     notes: tuple[str, ...] = ()
 
 
-def draw_shots(labels: Sequence[int], shots: int, seed: int) -> tuple[list[int], list[int]]:
+def draw_shots(labels: Sequence[int], shots: Shots, seed: int) -> tuple[list[int], list[int]]:
     """Draw ``shots`` examples a label by ``seed``; return their positions and those of all others, both in order.
+
+    A number is drawn of each label. ``all`` and ``UpTo`` leave one example of each label that has two.
 
     Raises:
         DataError: a label has fewer than ``shots`` examples, or none is left to test with.
@@ -124,13 +127,17 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int) -> tuple[list[int],
     chosen: set[int] = set()
     for label in sorted(set(labels)):
         places = [i for i, other in enumerate(labels) if other == label]
-        if len(places) <= shots:
+        if isinstance(shots, int) and len(places) <= shots:
             raise DataError(
                 f"data.shots: label {label} has {len(places)} examples; {shots} to adapt with leave none to "
-                f"test on. Ask for at most {len(places) - 1}."
+                f"test on. Ask for at most {len(places) - 1}, or {{up_to: {shots}}}."
             )
-        chosen |= {places[i] for i in torch.randperm(len(places), generator=generator)[:shots].tolist()}
-    return sorted(chosen), [i for i in range(len(labels)) if i not in chosen]
+        count = number_of_shots(shots, len(places), spare=1)
+        chosen |= {places[i] for i in torch.randperm(len(places), generator=generator)[:count].tolist()}
+    rest = [i for i in range(len(labels)) if i not in chosen]
+    if not rest:
+        raise DataError("data.shots: every label has one example, so none is left to test on. Add examples.")
+    return sorted(chosen), rest
 
 
 def carve(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from conservtl.report.text.intervals import MeanInterval, difference_span, metric_span
 from conservtl.report.text.metrics import headline, pair
-from conservtl.report.text.summary import shots_text
+from conservtl.report.text.summary import shots_text, taken_of
 
 __all__ = ["comparison_tables", "run_table", "trial_line"]
 
@@ -37,7 +37,7 @@ def comparison_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """Return one table for each number of shots, a row for each variant, with 95 % intervals."""
     metric = headline(result)
     for shots in result["tables"]:
-        title = shots_text(shots["shots"], classes=bool(result["classes"]))
+        title = shots_text(shots["shots"], classes=bool(result["classes"]), taken=taken_of(shots))
         table = _table("target", "source", metric.combination, "difference", title=title)
         for row in shots["rows"]:
             cells = [_interval(metric_span(row[key], metric)) for key in ("target", "source", "harmonic")]

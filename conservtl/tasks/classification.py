@@ -12,9 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.functions import MetricValue, accuracy, cross_entropy, labels_of, logits_of
-from conservtl.tasks.base import Prediction, Task
+from conservtl.shots import Shots
+from conservtl.tasks.base import DataSection, Prediction, Task
 
-__all__ = ["Classification"]
+__all__ = ["ClassData", "Classification"]
+
+
+class ClassData(DataSection):
+    """Base of a ``data`` section whose shots are counted a class; ``conservtl.data.draw_shots`` draws them."""
+
+    shots: Shots = 5  # type: ignore[assignment]  # wider than that of a task that counts its shots itself
+    """Labelled target examples of each class to adapt with: a number, ``{up_to: 5}`` or ``all``."""
 
 
 class Classification(Task, ABC):

@@ -45,6 +45,7 @@ class Evidence:
         classes: number of the target's classes.
         examples: number of shots of all classes.
         fewest: number of shots of the class that has fewest.
+        most: number of shots of the class that has most.
         parameters: number of the model's parameters.
         layers: the body's layers, input side first.
         head: name of the layer that holds the classifier.
@@ -67,6 +68,7 @@ class Evidence:
     classes: int
     examples: int
     fewest: int
+    most: int
     parameters: int
     layers: tuple[str, ...]
     head: str
@@ -129,6 +131,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         classes=len(domains.labels),
         examples=len(target.labels),
         fewest=min(counts.values()),
+        most=max(counts.values()),
         parameters=plan.totals()["all"],
         layers=tuple(body),
         head=layers[-1].name,

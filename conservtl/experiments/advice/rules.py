@@ -18,6 +18,7 @@ from conservtl.experiments.advice.thresholds import (
     far,
     size,
 )
+from conservtl.shots import taken_text
 
 __all__ = ["Advice", "Reason", "advise"]
 
@@ -71,7 +72,7 @@ def advise(evidence: Evidence) -> Advice:
         evidence: the measurements.
     """
     amount, (distant, by) = size(evidence), far(evidence)
-    where = f"{amount} data ({_count(evidence.fewest)} a class, one for {1 / evidence.per_parameter:,.0f} parameters)"
+    where = f"{amount} data ({_count(evidence)} a class, one for {1 / evidence.per_parameter:,.0f} parameters)"
     apart = f"{'far' if distant else 'near'} ({by})"
     if evidence.shift == "labels" and (amount == "little" or _features_suffice(evidence)):
         return _frozen_features(evidence, amount, where, apart)
@@ -171,5 +172,5 @@ def _stage(evidence: Evidence) -> int:
     return max(1, _epochs(evidence) // 5)
 
 
-def _count(examples: int) -> str:
-    return f"{examples} example{'' if examples == 1 else 's'}"
+def _count(evidence: Evidence) -> str:
+    return f"{taken_text((evidence.fewest, evidence.most))} example{'' if evidence.most == 1 else 's'}"

@@ -140,7 +140,8 @@ def _report(
         agreed = sides if all(sides.values()) else None
     return {
         "target": setting.target,
-        "shots": spec.data.shots,
+        "shots": spec.model_dump(mode="json")["data"]["shots"],
+        "taken": setting.taken,
         "metric": task.headline.as_json(),
         "example": task.example,
         "classes": task.has_classes,

@@ -14,11 +14,18 @@ from conservtl.data import Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
-from conservtl.experiments.run.source_labels import check_outputs, check_shots, with_source_labels
+from conservtl.experiments.run.source_labels import (
+    check_outputs,
+    check_shots,
+    classes_of,
+    listed,
+    with_source_labels,
+)
 from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers, matches, named_parameters
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_head import SourceHead
+from conservtl.shots import UpTo, taken_text
 from conservtl.source.read import SourceLike, read_source
 from conservtl.tasks.base import Shift, Task
 
@@ -52,6 +59,17 @@ class Setting:
     def target(self) -> str:
         """The target's name in a report."""
         return self.task.target_name(self.spec.data, self.domains)
+
+    @property
+    def taken(self) -> dict[str, int] | None:
+        """Name of each class -> number of examples to adapt with, those to validate on included; None: not known."""
+        labels, parts = self.domains.labels, [self.domains.shots, self.domains.validation]
+        found = [classes for part in parts if (classes := classes_of(part)) is not None]
+        if not self.task.has_classes or len(found) < sum(part is not None for part in parts):
+            return None
+        classes = torch.cat(found)
+        counts = classes[classes >= 0].bincount(minlength=len(labels)).tolist()
+        return dict(zip(labels, counts, strict=True))
 
     @property
     def shift(self) -> Shift:
@@ -168,4 +186,17 @@ def prepare(spec: Spec) -> Setting:
         domains = with_source_labels(task, domains, spec.source.labels, trains=trains, field="source.labels", fix=fix)
     check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
-    return Setting(spec, domains, example, domains.labels == domains.source_labels)
+    setting = Setting(spec, domains, example, domains.labels == domains.source_labels)
+    note = _shots_note(setting)
+    return replace(setting, domains=replace(domains, notes=(*domains.notes, *note))) if note else setting
+
+
+def _shots_note(setting: Setting) -> tuple[str, ...]:
+    """Say how many examples of each class are taken where the spec gives no number."""
+    taken, shots = setting.taken, setting.spec.data.shots
+    if isinstance(shots, int) or not taken:
+        return ()
+    text = f"{taken_text(taken.values())} {setting.task.example}s of each class are taken, {sum(taken.values())} in all"
+    if isinstance(shots, UpTo) and (few := [label for label, count in taken.items() if count < shots.up_to]):
+        text += f"; fewer than {shots.up_to} of {listed(few)}"
+    return (text,)

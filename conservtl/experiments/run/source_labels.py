@@ -16,7 +16,7 @@ from conservtl.functions import logits_of
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
-__all__ = ["check_outputs", "check_shots", "listed", "with_source_labels"]
+__all__ = ["check_outputs", "check_shots", "classes_of", "listed", "with_source_labels"]
 
 _SHOWN = 12  # labels in a message
 
@@ -73,7 +73,7 @@ def check_shots(task: Task, domains: Domains) -> None:
         return
     for name in ("shots", "validation", "target_test", "source_train", "source_test"):
         labels = domains.source_labels if name.startswith("source") else domains.labels
-        classes = _classes(getattr(domains, name))
+        classes = classes_of(getattr(domains, name))
         if classes is not None and labels and classes.numel() and int(classes.max()) >= len(labels):
             raise DataError(
                 f"task {task.name!r}: the labels of {name} must be positions in a list of {len(labels)} labels "
@@ -106,7 +106,8 @@ def listed(labels: Sequence[str]) -> str:
     return ", ".join(repr(label) for label in labels[:_SHOWN]) + more
 
 
-def _classes(data: Data | None) -> Tensor | None:
+def classes_of(data: Data | None) -> Tensor | None:
+    """Return the class of each example, (N,), without reading inputs; None where it is not known."""
     if isinstance(data, Examples):
         labels: Any = data.labels
     elif isinstance(data, Mapping):

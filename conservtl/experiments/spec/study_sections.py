@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from conservtl.bounds import Count, NonNegative, NonNegativeInt, Positive
+from conservtl.shots import Shots
 from conservtl.spec_model import FrozenModel
 
 __all__ = ["BASELINES", "CompareSection", "SweepSection", "TuneSection"]
@@ -40,8 +41,8 @@ class CompareSection(_Section):
 
     seeds: Seeds = 5
     """Runs of each variant, with seeds from the spec's upward: other shots, other order, another source model."""
-    shots: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    """Numbers of shots; null: the spec's."""
+    shots: Annotated[tuple[Shots, ...], Field(min_length=1)] | None = None
+    """Numbers of shots, ``{up_to: 5}`` and ``all`` among them where the task takes these; null: the spec's."""
     variants: dict[str, Overrides] = Field(default_factory=dict)
     """Name -> fields of the spec that differ, by dotted name: {"strong": {"strategies.0.alpha": 30}}. Empty:
     the spec unchanged."""

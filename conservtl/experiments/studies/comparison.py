@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,8 +16,9 @@ from conservtl.experiments.studies.bootstrap import bootstrap, interval
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import Trial
+from conservtl.experiments.studies.trial import Trial, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, variants_of
+from conservtl.report.text.summary import shots_text, taken_of
 
 __all__ = ["compare", "plan_trials", "summarise"]
 
@@ -62,7 +64,7 @@ def plan_trials(spec: Spec) -> list[Trial]:
     trials = []
     for target in section.targets or targets_of(spec):
         for seed in range(spec.seed, spec.seed + section.seeds):
-            for shots in section.shots or (spec.data.shots,):
+            for shots in section.model_dump(mode="json")["shots"] or (spec.data.shots,):
                 run = with_fields(on_target(spec, target), {"seed": seed, "data.shots": shots})
                 trials += [Trial(one.label, target, one.make(run), one.how) for one in variants]
     return trials
@@ -73,16 +75,18 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
 
     Returns:
         ``metric``: the headline metric; ``combination``: name of the score for both domains; ``tables``: [{shots,
-        best_baseline, best_baseline_id, rows: [{id, variant, role, baseline, target, source, harmonic, constrained,
-        seconds, difference, wins, per_target}]}] with intervals as {mean, low, high, count}, ``harmonic`` the score
-        for both domains and ``difference`` its gain over the best baseline, positive if better; ``runs``;
-        ``verdict``, a sentence for each table; ``left_out``, what could not be measured and why.
+        taken, best_baseline, best_baseline_id, rows: [{id, variant, role, baseline, target, source, harmonic,
+        constrained, seconds, difference, wins, per_target}]}] with intervals as {mean, low, high, count}, ``harmonic``
+        the score for both domains, ``difference`` its gain over the best baseline, positive if better, and ``taken``
+        the fewest, the most and the mean number of examples that a class had; ``runs``; ``verdict``, a sentence for
+        each table; ``left_out``, what could not be measured and why.
     """
     judge = Judge(spec.problem.headline)
-    by_shots: dict[int, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    by_shots: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        by_shots[run["shots"]][run["variant"]].append(run)
-    tables = [_table(judge, shots, variants) for shots, variants in sorted(by_shots.items())]
+        by_shots[json.dumps(run["shots"])][run["variant"]].append(run)
+    tables = [_table(judge, json.loads(shots), variants) for shots, variants in by_shots.items()]
+    tables.sort(key=lambda table: table["shots"] if table["taken"] is None else table["taken"]["mean"])
     left_out = []
     if any(run["after"]["source"] is None for run in runs):
         left_out.append(
@@ -101,7 +105,7 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
     }
 
 
-def _table(judge: Judge, shots: int, variants: Mapping[str, Runs]) -> dict[str, Any]:
+def _table(judge: Judge, shots: Any, variants: Mapping[str, Runs]) -> dict[str, Any]:
     kinds: dict[str, tuple[str, Role]] = {label: (label, "method") for label in variants}
     kinds |= {label: kind for label, kind in baseline_ids().items() if label in variants}
     scores = {label: fmean(judge.score(run["after"]) for run in runs) for label, runs in variants.items()}
@@ -113,7 +117,8 @@ def _table(judge: Judge, shots: int, variants: Mapping[str, Runs]) -> dict[str, 
         row = {"id": identity, "variant": label, "role": role, "baseline": role != "method"}
         rows.append(row | _figures(judge, runs, variants[best] if best is not None else ()))
     best_id = kinds[best][0] if best is not None else None
-    return {"shots": shots, "best_baseline": best, "best_baseline_id": best_id, "rows": rows}
+    taken = taken_over(run for runs in variants.values() for run in runs)
+    return {"shots": shots, "taken": taken, "best_baseline": best, "best_baseline_id": best_id, "rows": rows}
 
 
 def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
@@ -149,8 +154,7 @@ def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
 
 def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     """One sentence, plain where nothing wins."""
-    shots = f"{table['shots']} {'shot' if table['shots'] == 1 else 'shots'}"
-    where = f"At {shots} a class" if classes else f"At {shots}"
+    where = f"At {shots_text(table['shots'], classes=classes, taken=taken_of(table))}"
     methods = [row for row in table["rows"] if not row["baseline"]]
     if table["best_baseline"] is None or not methods:
         return f"{where} there is nothing to compare with."

@@ -15,7 +15,7 @@ from conservtl.experiments.spec.study_sections import SweepSection
 from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import How, Trial
+from conservtl.experiments.studies.trial import How, Trial, taken_over
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 
@@ -114,6 +114,9 @@ def sweep(
             name: interval([run["before"][name] for run in runs if run["before"][name] is not None])
             for name in ("target", "source")
         },
+        "shots": spec.model_dump(mode="json")["data"]["shots"],
+        "taken": taken_over(runs),
+        "classes": spec.problem.has_classes,
         "runs": runs,
         "spec": spec.model_dump(mode="json"),
     }

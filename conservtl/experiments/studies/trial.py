@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from conservtl.experiments.run.source_training import SourceModel, obtain_source
 from conservtl.experiments.spec.spec import Spec, parse_spec
 from conservtl.experiments.studies.judge import Judge
 
-__all__ = ["How", "Trial", "run_trial"]
+__all__ = ["How", "Trial", "run_trial", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
@@ -81,9 +82,10 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         tell: is called with each epoch's line of the history; an exception that it raises ends the trial.
 
     Returns:
-        ``variant``, ``target``, ``shots``, ``seed``; ``before`` and ``after``, the headline metric of "target" and
-        "source" (None without a source test part); ``harmonic``, the score of both afterwards; ``seconds`` of
-        adapting; number of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
+        ``variant``, ``target``, ``shots``, ``seed``; ``taken``, the number of examples of each class; ``before`` and
+        ``after``, the headline metric of "target" and "source" (None without a source test part); ``harmonic``, the
+        score of both afterwards; ``seconds`` of adapting; number of ``trained`` parameters; ``steps``; ``path`` as
+        ``FitResult`` has it.
     """
     setting, source, before = _shared(trial.place)
     setting = replace(setting, spec=trial.spec)
@@ -105,7 +107,8 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
     return {
         "variant": trial.variant,
         "target": trial.target,
-        "shots": trial.spec.data.shots,
+        "shots": trial.spec.model_dump(mode="json")["data"]["shots"],
+        "taken": setting.taken,
         "seed": trial.spec.seed,
         "before": before,
         "after": after,
@@ -116,6 +119,12 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "path": list(result.path) if result else [],
         "valid": _on_valid(setting, result.history[-1]) if judge and result else None,
     }
+
+
+def taken_over(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Return the fewest, the most and the mean number of examples that a class of any run had; None: not known."""
+    counts = [count for run in runs for count in (run.get("taken") or {}).values()]
+    return {"fewest": min(counts), "most": max(counts), "mean": fmean(counts)} if counts else None
 
 
 def _on_valid(setting: Setting, line: Mapping[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from conservtl.experiments.studies.result_store import estimate
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.extras import require
 from conservtl.files import write_text
+from conservtl.shots import may_validate
 
 __all__ = ["tune"]
 
@@ -50,10 +51,11 @@ def tune(
     ranges = ranges_of(content)
     first = parse_spec(with_values(content, {name: field.first() for name, field in ranges.items()}))
     section = first.tune or TuneSection()
-    if first.data.validation == 0 or first.data.shots < 2:
+    if first.data.validation == 0 or not may_validate(first.data.shots):
         raise SpecError(
             f"tune: trials are judged on a part of the shots; data.validation is {first.data.validation:g} and "
-            f"data.shots {first.data.shots}. Set data.validation to 0.4, say, with at least 2 shots."
+            f"data.shots {first.model_dump(mode='json')['data']['shots']}. Set data.validation to 0.4, say, with at "
+            "least 2 shots."
         )
     if section.objective != "target" and first.source.data is None:
         raise SpecError(f"tune.objective={section.objective} needs source data, and source.data is null. Use target.")

@@ -10,6 +10,7 @@ from conservtl.errors import SpecError
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
 from conservtl.experiments.studies.trial import How
+from conservtl.shots import may_validate
 
 __all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "variants_of"]
 
@@ -66,7 +67,7 @@ def early_stopping(spec: Spec) -> dict[str, Any]:
     If the spec selects (``training.keep`` and ``data.validation``), its rule holds, so that baselines and variants are
     selected alike; else the best weights by the target, on a fifth of the shots.
     """
-    if spec.data.shots < 2:
+    if not may_validate(spec.data.shots):
         return {}
     keep = spec.training.keep
     if keep == "path":

@@ -8,7 +8,7 @@ from typing import Any
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
 from conservtl.report.text.metrics import ACCURACY, Metric
-from conservtl.report.text.summary import shots_text
+from conservtl.report.text.summary import shots_text, taken_of
 from conservtl.report.text.variants import VariantResult, variants
 
 __all__ = ["frontier"]
@@ -25,7 +25,7 @@ def frontier(table: Mapping[str, Any], name: str, metric: Metric = ACCURACY, *, 
         metric: of both axes.
         classes: whether shots are counted a class.
     """
-    rows, where = variants(table, metric), shots_text(table["shots"], classes=classes)
+    rows, where = variants(table, metric), shots_text(table["shots"], classes=classes, taken=taken_of(table))
     if not rows:
         return None
     marks = _marks(rows)

@@ -21,7 +21,7 @@ _HEIGHT = 2.9  # inches of a panel
 _LINEAR = 0.5  # per cent: below it the axis of errors is linear, because a logarithmic one has no 0
 _TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
-Curve = list[tuple[int, MeanInterval, VariantResult]]
+Curve = list[tuple[float, MeanInterval, VariantResult]]
 
 
 def error_by_shots(
@@ -42,7 +42,7 @@ def error_by_shots(
     panels = {domain: curves for domain in ("target", "source") if (curves := _curves(tables, domain, metric))}
     if not panels:
         return None
-    shots = [table["shots"] for table in tables]
+    shots = [_place(table) for table in tables]
     named = _named(main, metric)
     rest = {curve[-1][2].name for curves in panels.values() for curve in curves} - named
     error = "error" if _complement(metric) else metric.name
@@ -64,6 +64,11 @@ def error_by_shots(
     return Picture("What each further example brings", caption, draw("shots", alt, _HEIGHT * len(panels), paint))
 
 
+def _place(table: Mapping[str, Any]) -> float:
+    """Return the number of shots; their mean over the classes where they have different numbers."""
+    return float(table["shots"] if isinstance(table["shots"], int) else table["taken"]["mean"])
+
+
 def _complement(metric: Metric) -> bool:
     """Whether the error is 100 % minus the metric."""
     return metric.share and metric.better != "lower"
@@ -77,7 +82,7 @@ def _curves(tables: Sequence[Mapping[str, Any]], domain: str, metric: Metric) ->
             span = row.target if domain == "target" else row.source
             if span is not None:
                 span = span.mirrored(100.0) if _complement(metric) else span
-                curves.setdefault(row.name, []).append((table["shots"], span, row))
+                curves.setdefault(row.name, []).append((_place(table), span, row))
     return list(curves.values())
 
 
@@ -88,7 +93,7 @@ def _named(table: Mapping[str, Any], metric: Metric) -> set[str]:
     return {*methods, *(row.name for row in rows if row.best or row.untrained)}
 
 
-def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[int], named: set[str], metric: Metric) -> None:
+def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[float], named: set[str], metric: Metric) -> None:
     axes.set_xscale("log")
     if metric.share:
         axes.set_yscale("symlog", linthresh=_LINEAR, linscale=0.4)
@@ -109,7 +114,7 @@ def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[int], named: set[
     else:
         pad = 0.1 * (max(means) - min(means)) or 0.5
         axes.set_ylim(min(means) - pad, max(means) + pad)
-    axes.set_xticks(shots, [str(number) for number in shots])
+    axes.set_xticks(shots, [f"{number:.4g}" for number in shots])
     axes.minorticks_off()
     axes.set_xlim(shots[0] / 1.12, shots[-1] * 1.12)
     bare(axes, grid="y")

@@ -13,7 +13,7 @@ from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import Metric, Verdict, headline
-from conservtl.report.text.summary import duration, shots_text
+from conservtl.report.text.summary import duration, shots_text, taken_of
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
 __all__ = ["write_compare"]
@@ -104,7 +104,7 @@ def _table(table: Mapping[str, Any], metric: Metric, classes: bool) -> HtmlTable
         )
     columns = (sourced, scored, compared)
     lines = [TableRow(_cells(row, *columns), "quiet" if row.baseline else "strong") for row in rows]
-    where = shots_text(table["shots"], classes=classes)
+    where = shots_text(table["shots"], classes=classes, taken=taken_of(table))
     return HtmlTable(f"In numbers, {where}", " ".join(notes), header, lines)
 
 

@@ -19,6 +19,7 @@ from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
+from conservtl.report.text.summary import shots_text, taken_of
 
 __all__ = ["free_layers", "sweep_sentences", "write_sweep"]
 
@@ -45,7 +46,10 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
         title="How many layers, how strong",
         sentence=sentences[0] if sentences else "There are no runs to summarise.",
         more=sentences[1:],
-        notes=["Not measured: what the source keeps, because it has no data."] if unmeasured else [],
+        notes=[
+            *_shots(result),
+            *(["Not measured: what the source keeps, because it has no data."] if unmeasured else []),
+        ],
         parts=[
             by_depth(result, "target"),
             _layers(result),
@@ -55,6 +59,13 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
         ],
         spec=result.get("spec"),
     )
+
+
+def _shots(result: Mapping[str, Any]) -> list[str]:
+    if result.get("shots") is None:
+        return []
+    text = shots_text(result["shots"], classes=bool(result.get("classes")), taken=taken_of(result))
+    return [f"Every run adapts to {text}."]
 
 
 def sweep_sentences(result: Mapping[str, Any]) -> list[str]:

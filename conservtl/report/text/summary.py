@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from conservtl.plan.plan import Plan
 from conservtl.report.text.metrics import Verdict, headline, number, pair
+from conservtl.shots import taken_text
 
-__all__ = ["costly", "duration", "read_plan", "sentence", "shots_text", "target_text", "verdict"]
+__all__ = ["costly", "duration", "read_plan", "sentence", "shots_text", "taken_of", "target_text", "verdict"]
 
 
 def sentence(report: Mapping[str, Any]) -> str:
@@ -56,12 +57,35 @@ def target_text(report: Mapping[str, Any]) -> str:
     if shots is None:
         return str(target)
     example = str(report.get("example") or "example")
-    return f"{target} from {shots_text(shots, example, classes=bool(report.get('classes')))}"
+    taken = (report.get("taken") or {}).values()
+    return f"{target} from {shots_text(shots, example, classes=bool(report.get('classes')), taken=taken)}"
 
 
-def shots_text(shots: int, example: str = "shot", *, classes: bool = True) -> str:
-    """Return a number of shots in words, of each class if there are classes."""
-    return f"{shots} {example}{'' if shots == 1 else 's'}{' a class' if classes else ''}"
+def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:
+    """Return the shots of a spec in words, of each class if there are classes.
+
+    Args:
+        shots: a number, "all" or {"up_to": a number}.
+        example: name of one shot.
+        classes: whether shots are counted a class.
+        taken: numbers of examples that classes had; said where ``shots`` is no number.
+
+    Example:
+        >>> shots_text(5), shots_text({"up_to": 5}, "recording", taken=[5, 3, 4])
+        ('5 shots a class', 'up to 5 recordings a class (3 to 5)')
+    """
+    most = shots["up_to"] if isinstance(shots, Mapping) else shots
+    words = f"{most} {example}{'' if most == 1 else 's'}{' a class' if classes else ''}"
+    if isinstance(shots, int):
+        return words
+    words = f"up to {words}" if isinstance(shots, Mapping) else words
+    return f"{words} ({taken_text(taken)})" if taken else words
+
+
+def taken_of(study: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the fewest and the most examples that a class had in a study, or in one of its tables."""
+    taken = study.get("taken")
+    return (taken["fewest"], taken["most"]) if taken else ()
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from conservtl.bounds import Count, NonNegativeInt, ProperShare
 from conservtl.data import Domains
 from conservtl.errors import SpecError
-from conservtl.tasks.base import DataSection
+from conservtl.shots import Shots
+from conservtl.tasks.classification import ClassData
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
@@ -39,11 +40,12 @@ Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
 Words = Annotated[tuple[Text, ...], MinLen(2)]
 
 
-class _SpeechData(DataSection):
+class _SpeechData(ClassData):
     """Fields of all kinds of speech data."""
 
-    shots: Annotated[int, Field(ge=1, le=10_000)] = 5
-    """Recordings of each word by the target speaker for adaptation; the others are the test part."""
+    shots: Shots = 5
+    """Recordings of each word by the target speaker for adaptation: a number, ``{up_to: 5}`` or ``all``; the others are
+    the test part. ``all`` and ``up_to`` leave one recording of each word that has two to test on."""
     validation: ProperShare = 0.0
     """Share of the shots for validation instead of training; 0 with one shot."""
     features: Features = Features()
@@ -182,7 +184,7 @@ def _check_voices(data: EspeakData) -> None:
         raise SpecError(
             f"data.voices must not contain data.target; received {data.target!r} in both. Remove it from data.voices."
         )
-    if data.target_takes <= data.shots:
+    if isinstance(data.shots, int) and data.target_takes <= data.shots:
         raise SpecError(
             f"data.target_takes must be larger than data.shots, to leave recordings for testing; received "
             f"{data.target_takes} and {data.shots}. Raise data.target_takes."

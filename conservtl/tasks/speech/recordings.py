@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 from conservtl.errors import DataError
+from conservtl.shots import Shots
 
 __all__ = ["Protocol", "Recording", "domains", "find_copies"]
 
@@ -43,7 +44,8 @@ class Protocol:
 
     Args:
         target: the target speaker.
-        shots: recordings of each word for adaptation.
+        shots: recordings of each word for adaptation: a number, "all" or up to a most. The last two leave one of each
+            word that has two.
         validation: share of the shots for validation.
         seed: draws the shots.
         source_speakers: the source's speakers; None for all but the target.
@@ -52,7 +54,7 @@ class Protocol:
     """
 
     target: str
-    shots: int
+    shots: Shots
     validation: float
     seed: int
     source_speakers: tuple[str, ...] | None = None
@@ -186,13 +188,15 @@ def _labels(target: Sequence[Recording], source: Sequence[Recording]) -> tuple[t
     return tuple(sorted(words)), tuple(sorted(source_words or words))
 
 
-def _check_shots(target: Sequence[Recording], shots: int) -> None:
+def _check_shots(target: Sequence[Recording], shots: Shots) -> None:
+    if not isinstance(shots, int):
+        return
     for label in sorted({r.label for r in target}):
         count = sum(r.label == label for r in target)
         if count <= shots:
             raise DataError(
                 f"data.shots: {target[0].speaker!r} has {count} recordings of {label!r}; {shots} shots leave none "
-                f"for testing. Set data.shots to at most {count - 1}, or record more."
+                f"for testing. Set data.shots to at most {count - 1} or to {{up_to: {shots}}}, or record more."
             )
 
 

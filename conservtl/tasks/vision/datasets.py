@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from conservtl.bounds import Count, NonNegativeInt
-from conservtl.tasks.base import DataSection
+from conservtl.bounds import NonNegativeInt
+from conservtl.shots import Shots
+from conservtl.tasks.classification import ClassData
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.image_settings import ImageSettings
@@ -22,11 +23,12 @@ _Digit = Annotated[int, Field(ge=0, le=9)]
 _WRITING = frozenset({"EMNIST", "KMNIST", "MNIST", "Omniglot", "QMNIST", "RenderedSST2", "SVHN", "USPS"})
 
 
-class _Images(DataSection):
+class _Images(ClassData):
     """Fields of all kinds of image data."""
 
-    shots: Count = 5
-    """Labelled target images of each class for adaptation, drawn by the run's seed."""
+    shots: Shots = 5
+    """Labelled target images of each class for adaptation, drawn by the run's seed: a number, ``{up_to: 5}`` or
+    ``all``. Without a test part, the last two leave one image of each class that has two to test on."""
 
     validation: float = Field(default=0.0, ge=0, le=0.9)
     """Share of the shots for validation instead of training; 0 with one shot."""

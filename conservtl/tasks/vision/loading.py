@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conservtl.data import Domains, carve, draw_shots
 from conservtl.errors import DataError
+from conservtl.shots import Shots
 from conservtl.tasks.vision.datasets import DIGITS_IMAGES, DataSpec, DigitsData, ImageFolderData
 from conservtl.tasks.vision.digits import digits_parts
 from conservtl.tasks.vision.folders import folder_parts
@@ -75,7 +76,7 @@ def _parts_of(data: DataSpec) -> Parts:
     return folder_parts(data) if isinstance(data, ImageFolderData) else torchvision_parts(data)
 
 
-def _shots_and_test(parts: Parts, shots: int, seed: int) -> tuple[ImagePart, ImagePart]:
+def _shots_and_test(parts: Parts, shots: Shots, seed: int) -> tuple[ImagePart, ImagePart]:
     if parts.test is not None:
         if len(parts.test) == 0:
             raise DataError("data must have images for testing; the test part is empty. Add some.")

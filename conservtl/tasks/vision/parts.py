@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from conservtl.data import Data, Examples, carve
 from conservtl.errors import DataError
+from conservtl.shots import Shots, number_of_shots
 from conservtl.tasks.vision.corruptions import Corruption, corrupt
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
 
@@ -128,7 +129,7 @@ def split(part: ImagePart, fraction: float, seed: int, owner: str) -> tuple[Imag
     return part.take(train), part.take(test)
 
 
-def draw_from_pool(pool: ImagePart, shots: int, seed: int) -> ImagePart:
+def draw_from_pool(pool: ImagePart, shots: Shots, seed: int) -> ImagePart:
     """Draw ``shots`` images of each class from a pool without test images, by ``seed``.
 
     Raises:
@@ -138,12 +139,13 @@ def draw_from_pool(pool: ImagePart, shots: int, seed: int) -> ImagePart:
     chosen: list[int] = []
     for position, name in enumerate(pool.classes):
         members = [i for i, label in enumerate(pool.labels) if label == position]
-        if len(members) < shots:
+        if isinstance(shots, int) and len(members) < shots:
             raise DataError(
                 f"data.shots must not exceed the number of images of a class; received {shots}, and class {name!r} "
-                f"has {len(members)}. Set data.shots to at most {len(members)}."
+                f"has {len(members)}. Set data.shots to at most {len(members)}, or to {{up_to: {shots}}}."
             )
-        chosen += [members[i] for i in torch.randperm(len(members), generator=generator)[:shots].tolist()]
+        count = number_of_shots(shots, len(members))
+        chosen += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]
     return pool.take(sorted(chosen))
 
 

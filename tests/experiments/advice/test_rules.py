@@ -14,6 +14,7 @@ BASE = Evidence(
     classes=10,
     examples=250,
     fewest=25,
+    most=25,
     parameters=300_000,
     layers=("a", "b", "c", "d"),
     head="e",
