@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torchaudio
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,16 +207,19 @@ class TestWellKnownModels:
         assert names(on_meta(torchvision.models.efficientnet_b0))[-2:] == ["features.8", "classifier"]
 
     def test_conformer(self):
+        torchaudio = pytest.importorskip("torchaudio")
         model = torchaudio.models.Conformer(8, 2, 16, 3, 5)
         example = (torch.zeros(2, 20, 8), torch.tensor([20, 12]))
         assert names(model, example) == [f"conformer_layers.{i}" for i in range(3)]
 
     def test_wav2letter(self):
+        torchaudio = pytest.importorskip("torchaudio")
         model = on_meta(torchaudio.models.Wav2Letter)
         rest = [f"acoustic_model.1.{i}" for i in range(0, 22, 2)]
         assert names(model, torch.zeros(1, 1, 4000)) == ["acoustic_model.0", *rest]
 
     def test_wav2vec2(self):
+        torchaudio = pytest.importorskip("torchaudio")
         model = torchaudio.models.wav2vec2_model(
             extractor_mode="group_norm",
             extractor_conv_layer_config=None,
