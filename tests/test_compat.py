@@ -293,7 +293,9 @@ def test_graphs_are_forgotten():
     compiled(torch.ones(1, 2)).sum().backward()
     model[0].requires_grad_(True)
     compiled(torch.ones(1, 2)).sum().backward()
-    assert model[0].weight.grad is None
+    if torch.__version__ < (2, 12):  # later ones look at requires_grad again
+        assert model[0].weight.grad is None
+    model.zero_grad()
     compat.forget_graphs()
     compiled(torch.ones(1, 2)).sum().backward()
     assert model[0].weight.grad is not None
@@ -316,6 +318,14 @@ def test_metadata_is_what_load_state_dict_reads():
     module.register_load_state_dict_pre_hook(lambda _, __, ___, metadata, *____: seen.append(metadata))
     module.load_state_dict(compat.with_metadata(dict(state), {"": {"version": 7}}))
     assert seen == [{"version": 7}]
+
+
+def test_bundles_of_torchaudio_tell_their_url():
+    pipelines = pytest.importorskip("torchaudio.pipelines")
+    url = "https://download.pytorch.org/torchaudio/models/wav2vec2_fairseq_base_ls960.pth"
+    assert compat.bundle_url(pipelines.WAV2VEC2_BASE) == url
+    assert compat.bundle_url(pipelines.MMS_FA).startswith("https://dl.")
+    assert compat.bundle_url(pipelines.HDEMUCS_HIGH_MUSDB) is None
 
 
 def test_each_name_has_a_test():

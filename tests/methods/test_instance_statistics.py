@@ -221,9 +221,9 @@ class TestTheSameNorm:
 
     def test_it_prints_its_share(self):
         model = ctl.adapt(network(), source(), [INSTANCE]).model
-        assert repr(model[1]) == (
-            "InstanceMixingBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, share=0.25)"
-        )
+        plain = repr(nn.BatchNorm2d(4))  # with what this version of torch shows
+        assert repr(model[1]) == f"InstanceMixing{plain.removesuffix(')')}, share=0.25)"
+        assert plain.startswith("BatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, ")
 
     def test_there_and_back(self):
         """Ended and begun again, it is the same classes and outputs."""
