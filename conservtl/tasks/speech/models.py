@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import nn
 
-from conservtl.errors import SpecError, hint
+from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
@@ -38,7 +38,12 @@ def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) ->
     """
     if model.name in _BLOCKS:
         return _compact(model, preprocessing, classes)
-    known = torchaudio_names()
+    try:
+        known = torchaudio_names()
+    except MissingExtraError:
+        if not did_you_mean(model.name, _BLOCKS):
+            raise
+        known = []
     if model.name not in known:
         raise SpecError(
             f"model.name must be a compact network ({', '.join(_BLOCKS)}) or a name in torchaudio.models; "
