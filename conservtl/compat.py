@@ -28,6 +28,7 @@ __all__ = [
     "NormBase",
     "accelerate_states",
     "after_loading",
+    "bundle_url",
     "foreach_abs_",
     "foreach_add_",
     "foreach_addcmul_",
@@ -83,6 +84,17 @@ foreach_sub = torch._foreach_sub
 def after_loading(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
     """Return the table of the hooks that follow ``load_state_dict``: torch registers hooks but does not list them."""
     return module._load_state_dict_post_hooks
+
+
+def bundle_url(bundle: Any) -> str | None:
+    """Return the URL of the weights of one of torchaudio's bundles; None if it names them in another way.
+
+    No public name tells it before the download.
+    """
+    path = getattr(bundle, "_path", None)
+    if not isinstance(path, str):
+        return None
+    return path if path.startswith("https:") else f"https://download.pytorch.org/torchaudio/models/{path}"
 
 
 def outside_graphs(function: _Function) -> _Function:

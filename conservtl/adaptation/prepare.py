@@ -61,7 +61,8 @@ def adapt(
 
     Args:
         model: built for the target task, on any device.
-        source: a path, a state dict or a model; see ``read_source``.
+        source: a path, a state dict or a model; or a name of weights, such as ``"hf:ORG/NAME@REVISION"``; see
+            ``read_source``.
         strategies: in any order; none is plain fine-tuning.
         example: a batch as the model takes it (a tensor, a tuple of positional or a dictionary of keyword arguments),
             to find the order of layers by running a copy of the model once.

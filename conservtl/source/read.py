@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from conservtl.compat import metadata_of
 from conservtl.errors import SourceError, did_you_mean
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.source.entries import some, tensors_of, weights_in
+from conservtl.source.folder import read_folder
 from conservtl.source.kinds import check_model_kinds, has_values
 from conservtl.source.migration import Migration
+from conservtl.source.references import reference_of
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 from conservtl.source.run_header import read_header, weights_file
 
@@ -162,8 +166,15 @@ class Source:
                 )
 
 
-SourceLike = str | Path | Mapping[str, Any] | nn.Module | Source
-"""A path to weights, a state dict (wrapped or not), a model, or a source that was read before."""
+class _Record(Protocol):
+    """A dataclass, as timm's configurations and torchaudio's bundles are."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+SourceLike = str | Path | Mapping[str, Any] | nn.Module | Source | Enum | _Record
+"""A path or a name of weights, a state dict (wrapped or not), a model, a library's own object for weights that it
+publishes, or a source that was read before."""
 
 
 def read_source(
@@ -180,14 +191,20 @@ def read_source(
     that is a dictionary of tensors. Several others are an error that lists them.
 
     Args:
-        source: a path (``.safetensors``, or ``.pt``, ``.pth``, ``.th``, ``.bin`` read with
-            ``weights_only=True``), a state dict, a dictionary that wraps one, or a model.
+        source: a path (``.safetensors``, or ``.pt``, ``.pth``, ``.th``, ``.bin`` read with ``weights_only=True``; a
+            folder as ``save_pretrained`` writes it), a state dict, a dictionary that wraps one, or a model. Or a name:
+            ``"torchvision:ResNet18_Weights.DEFAULT"`` or the entry itself, ``"timm:resnet18.a1_in1k"`` or a model's
+            ``pretrained_cfg``, ``"torchaudio:WAV2VEC2_BASE"`` or the bundle, ``"hf:ORG/NAME@REVISION"`` (safetensors
+            only), or a URL with ``#sha256=...`` or a hash in the file's name, as torch publishes weights. A download is
+            announced on stderr with its size.
         key: the entry of a checkpoint to take, such as ``"state_dict_ema"``; dots lead to nested entries.
         prefix: what the names of the wanted tensors begin with; removed. Other tensors are left out.
         rename: regular expression -> replacement, applied to the names in order, after ``prefix``.
 
     Raises:
-        SourceError: the file is missing or unreadable, holds no tensors, has no such entry, or names do not match.
+        SourceError: the file is missing or unreadable, holds no tensors, has no such entry, or names do not match; or a
+            download fails, and the message names the file and where to put it.
+        MissingExtraError: a name needs a library that is not installed.
         SpecError: an expression is not valid.
     """
     return _read(source, key).renamed(prefix, rename)
@@ -200,6 +217,9 @@ def own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(source: SourceLike, key: str | None) -> Source:
+    if (reference := reference_of(source)) is not None:
+        pinned = reference.pinned()
+        return replace(_read(pinned.read(), key), where=f"source {pinned}")
     if isinstance(source, (nn.Module, Source)):
         if key is not None:
             raise SourceError(f"key chooses an entry of a checkpoint; the source is none. Leave key={key!r} out.")
@@ -215,11 +235,16 @@ def _read(source: SourceLike, key: str | None) -> Source:
     if isinstance(source, (str, Path)):
         path = Path(source)
         return replace(_source_in(_load(path), f"source {path.name}", key), run=read_header(path))
-    raise SourceError(f"source must be a path, a state dict or a torch.nn.Module; received {type(source).__name__}.")
+    raise SourceError(
+        f"source must be a path, a state dict or a torch.nn.Module; received {type(source).__name__}. Names of "
+        "published weights are texts, such as 'timm:resnet18.a1_in1k'."
+    )
 
 
 def _load(path: Path) -> Mapping[str, Any]:
     path = weights_file(path)
+    if path.is_dir():
+        return read_folder(path, _load)
     if not path.is_file():
         files = [file.name for file in path.parent.glob("*") if file.is_file()]
         raise SourceError(
@@ -231,7 +256,8 @@ def _load(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that large weights are not in memory twice; only torch's newer format can be.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:
         raise SourceError(
             f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. The file is damaged, of another "

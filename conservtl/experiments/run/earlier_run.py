@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,9 +25,9 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
         SourceError: task, network or labels of the spec contradict it; the message gives both values.
     """
     weights = spec.source.weights
-    if weights is None or (header := read_header(weights)) is None:
+    if not isinstance(weights, Path) or (header := read_header(weights)) is None:
         return None
-    where = f"source.weights {weights.name!r}"
+    where = f"source.weights {spec.source.shown!r}"
     if header["task"] != spec.task:
         raise SourceError(
             f"{where} were saved by a run of task {header['task']!r}, and the spec has {spec.task!r}. Give weights of "
@@ -55,7 +56,7 @@ def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: An
     except ValidationError:
         saved = header["preprocessing"]
     if different := list(_differences(saved, preprocessing.model_dump(mode="json"))):
-        where = f"source.weights {spec.source.weights.name!r}"  # type: ignore[union-attr]
+        where = f"source.weights {spec.source.shown!r}"
         raise SourceError(_message(where, "data", different))
 
 

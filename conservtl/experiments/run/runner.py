@@ -78,7 +78,7 @@ def run(
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
     _begin(folder, resume=resume)
-    write_text(dump_spec(spec), folder / "spec.yaml")
+    write_text(dump_spec(setting.spec), folder / "spec.yaml")
     before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)
     path = sets_to_watch(setting, source, _PATH_EXAMPLES)
     result = setting.fit(

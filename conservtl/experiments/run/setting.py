@@ -171,6 +171,7 @@ def prepare(spec: Spec) -> Setting:
         raise SpecError(
             f"source.{named[0]} says how to read source.weights, which is null. Give the file, or leave it out."
         )
+    spec = spec.model_copy(update={"source": spec.source.pinned()})
     task = spec.problem
     if (header := earlier_run(spec)) is not None:
         spec = spec.model_copy(update={"data": task.adopt(spec.data, header["preprocessing"])})

@@ -88,10 +88,11 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
     return SourceModel(model, outputs, "trained")
 
 
-def _given(setting: Setting, weights: Path) -> SourceModel:
+def _given(setting: Setting, given: Path | str) -> SourceModel:
     section = setting.spec.source
+    weights = f"source.weights {section.shown!r}"
     outputs = len(setting.domains.source_labels or setting.domains.labels)
-    read = read_source(weights, key=section.key, prefix=section.prefix, rename=section.rename)
+    read = read_source(given, key=section.key, prefix=section.prefix, rename=section.rename)
     model = setting.model(outputs)
     head = setting.head(model)
     matched = read.matched(model)
@@ -105,7 +106,7 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
         labels, outputs = setting.domains.source_labels, len(tensors[head[0]])
         if labels:
             raise SourceError(
-                f"source.weights {weights.name!r} must have an output for each label of the source; its head "
+                f"{weights} must have an output for each label of the source; its head "
                 f"{head[0]!r} has {outputs}, and there are {len(labels)} labels ({listed(labels)}). List the labels "
                 "of its outputs, in order, in source.labels."
             )
@@ -121,19 +122,19 @@ def _given(setting: Setting, weights: Path) -> SourceModel:
     for name, tensor in needed.items():
         if name not in tensors and not name.endswith("num_batches_tracked"):
             raise SourceError(
-                f"source.weights {weights.name!r} has no tensor {name!r}, which {network} needs."
+                f"{weights} has no tensor {name!r}, which {network} needs."
                 f"{_fitting(matched, needed)} Choose the model that the weights were trained with."
             )
         if name in tensors and tensors[name].shape != tensor.shape:
             raise SourceError(
-                f"source.weights {weights.name!r}: {name!r} has shape {tuple(tensors[name].shape)}, but {network} "
+                f"{weights}: {name!r} has shape {tuple(tensors[name].shape)}, but {network} "
                 f"needs {tuple(tensor.shape)}. Choose the model that the weights were trained with."
             )
     with torch.no_grad():  # no load_state_dict: the model's hooks have already run
         for name, tensor in needed.items():
             if name in tensors:
                 tensor.copy_(tensors[name])
-    unused = unused_note([name for name in matched.tensors if name not in needed], matched.tensors, weights.name)
+    unused = unused_note([name for name in matched.tensors if name not in needed], matched.tensors, section.shown)
     return SourceModel(model.eval(), outputs, "given", (*matched.notes, *notes, *unused), matched.run)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model
 
 from conservtl.engine import Training
 from conservtl.errors import SpecError
@@ -20,6 +20,7 @@ from conservtl.experiments.spec.recipes import fill, offer
 from conservtl.experiments.spec.study_sections import CompareSection, SweepSection, TuneSection
 from conservtl.methods import AnyStrategy
 from conservtl.plugins import import_modules, imported_modules
+from conservtl.source.references import is_name, reference_of
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.base import Task
 from conservtl.tasks.registry import task_named, tasks
@@ -37,11 +38,18 @@ __all__ = [
 ]
 
 
+def _path_or_name(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and not is_name(value) else value
+
+
 class SourceSection(FrozenModel):
     """The source model's origin."""
 
-    weights: Path | None = None
-    """File of source weights. null: a source model is trained on the source data, and cached."""
+    weights: Annotated[Path | str, BeforeValidator(_path_or_name)] | None = None
+    """Source weights: a file, a folder as save_pretrained writes it, or a name: torchvision:ResNet18_Weights.DEFAULT,
+    timm:resnet18.a1_in1k, torchaudio:WAV2VEC2_BASE, hf:ORG/NAME@REVISION (safetensors), or a URL with #sha256=... The
+    spec that a run writes names the very weights it took. null: a source model is trained on the source data, and
+    cached."""
     key: str | None = None
     """Entry of the file that holds the weights, such as state_dict_ema; dots lead to nested ones. null: state_dict,
     model_state_dict, model or module, in this order, or else the only dictionary of tensors."""
@@ -60,6 +68,21 @@ class SourceSection(FrozenModel):
     """How a source model is trained if no weights are given."""
     cache: Path | None = None
     """Folder for trained source models, keyed by content. null: ``.cache/conservtl`` in the home folder."""
+
+    @property
+    def shown(self) -> str:
+        """The weights' name in messages."""
+        return self.weights.name if isinstance(self.weights, Path) else str(self.weights)
+
+    def pinned(self) -> SourceSection:
+        """Return the section with a name that means the same weights later too.
+
+        Raises:
+            SourceError: the name is wrong, or the server that knows it cannot be reached.
+        """
+        if not isinstance(self.weights, str) or (reference := reference_of(self.weights)) is None:
+            return self
+        return self.model_copy(update={"weights": str(reference.pinned())})
 
 
 class Spec(FrozenModel):

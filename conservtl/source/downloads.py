@@ -1,0 +1,92 @@
+"""Downloads: announced with their size, checked by their hash, and kept where torch keeps its own."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import torch
+
+from conservtl.errors import SourceError
+
+__all__ = ["announce", "checkpoints", "download", "one_line"]
+
+_PATIENCE = 30  # seconds to wait for a server's first answer
+
+
+def checkpoints() -> Path:
+    """Return the folder in which torch keeps downloaded weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def announce(name: str, size: int | None, where: Path) -> None:
+    """Tell on stderr that a download begins.
+
+    Args:
+        name: of the source.
+        size: in bytes; None: unknown.
+        where: path of the file or folder to write.
+    """
+    sys.stderr.write(f"conservtl: downloading {name} ({_shown(size)}) to {where}\n")
+
+
+def download(url: str, path: Path, digest: str | None, name: str) -> Path:
+    """Return the path of a file, downloaded if it is not there.
+
+    Args:
+        url: of the file.
+        path: of the file on this machine.
+        digest: beginning of the file's SHA-256, in hexadecimal digits; None: not known.
+        name: of the source, in messages.
+
+    Raises:
+        SourceError: the file cannot be downloaded, or has another hash.
+    """
+    if path.is_file():
+        if digest is not None and not (found := _sha256(path)).startswith(digest):
+            raise SourceError(
+                f"source {name}: {path} must have the SHA-256 {digest}; it has {found[: len(digest)]}. Delete it, so "
+                "that it is downloaded again."
+            )
+        return path
+    try:
+        announce(name, _size(url), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
+    except RuntimeError as error:  # torch's for another hash
+        raise SourceError(f"source {name}: {url} holds another file: {error}. Correct the hash or the URL.") from error
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"source {name}: {url} cannot be downloaded ({one_line(error)}). Download {path.name} on another machine "
+            f"and put it at {path}"
+        ) from error
+    return path
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _size(url: str) -> int | None:
+    """Return the length of the file that a server announces; None if it tells none."""
+    with urlopen(Request(url, method="HEAD"), timeout=_PATIENCE) as answer:  # noqa: S310 - url.py checks the scheme
+        length = answer.headers.get("Content-Length")
+    return None if length is None else int(length)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shown(size: int | None) -> str:
+    if size is None:
+        return "of unknown size"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"

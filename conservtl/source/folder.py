@@ -1,0 +1,107 @@
+"""A folder of weights as ``save_pretrained`` writes it: one file, or shards with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from conservtl.errors import SourceError
+
+__all__ = ["INDEX", "SINGLE", "read_folder", "shards"]
+
+SINGLE = "model.safetensors"
+"""Name of the weights in one file."""
+INDEX = "model.safetensors.index.json"
+"""Name of the index of weights in several files."""
+
+_PREFERRED = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_OTHERS = ("*.safetensors", "*.safetensors.index.json")  # of other libraries, if there is only one
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def read_folder(folder: Path, read: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the weights in a folder. Files are mapped into memory, so that tensors are read as they are copied.
+
+    Taken is the first of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index, or else the only file
+    of safetensors or index of such files.
+
+    Args:
+        folder: as ``save_pretrained`` writes it.
+        read: reads one file.
+
+    Raises:
+        SourceError: the folder holds no weights, an adapter alone or several files without an index; a file of the
+            index is missing or lacks a tensor.
+    """
+    chosen = _chosen(folder)
+    return _sharded(chosen, read) if chosen.suffix == ".json" else read(chosen)
+
+
+def shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists.
+
+    Raises:
+        SourceError: it is no index.
+    """
+    return list(dict.fromkeys(_files(index).values()))
+
+
+def _chosen(folder: Path) -> Path:
+    for name in _PREFERRED:
+        if (folder / name).is_file():
+            return folder / name
+    if adapter := [name for name in _ADAPTERS if (folder / name).is_file()]:
+        raise SourceError(
+            f"source {str(folder)!r} must hold a model's weights; it holds an adapter ({adapter[0]}). Merge it into "
+            "its base model (merge_and_unload), and save that."
+        )
+    found = [path for glob in _OTHERS for path in sorted(folder.glob(glob))]
+    indices = [path for path in found if path.suffix == ".json"]
+    if len(indices or found) == 1:
+        return (indices or found)[0]
+    names = ", ".join([path.name for path in found] or sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    raise SourceError(
+        f"source {str(folder)!r} is not a file, and a folder must hold {SINGLE} or {INDEX}, as save_pretrained writes "
+        f"them; it holds {names}. Give the path of a file, or the folder that has the weights."
+    )
+
+
+def _sharded(index: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the tensors that an index lists, each from its file."""
+    files = _files(index)
+    tensors: dict[str, Tensor] = {}
+    for file in shards(index):
+        path = index.parent / file
+        if not path.is_file():
+            raise SourceError(f"source {str(path)!r} is missing, which {index.name} lists. Put it beside the index.")
+        shard = read(path)
+        wanted = [name for name, other in files.items() if other == file]
+        if missing := [name for name in wanted if name not in shard]:
+            raise SourceError(
+                f"source {str(path)!r} has no tensor {missing[0]!r}, which {index.name} says it holds. Files of two "
+                "models may be mixed: save or download the folder again."
+            )
+        tensors.update((name, shard[name]) for name in wanted)
+    return tensors
+
+
+def _files(index: Path) -> dict[str, str]:
+    """Return tensor -> file name, as an index lists them."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {Path(file).name for file in files.values()} - set(files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"source {str(index)!r} must hold a weight_map, tensor -> file name; it cannot be read as that "
+            f"({type(error).__name__}). Save or download the folder again."
+        ) from error
+    if names or not files:
+        raise SourceError(
+            f"source {str(index)!r} must list files beside it; received {sorted(files.values())[:1]}. Save or download "
+            "the folder again."
+        )
+    return files  # type: ignore[no-any-return]
