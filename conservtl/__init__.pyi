@@ -10,6 +10,7 @@ from conservtl.errors import ConservtlError as ConservtlError
 from conservtl.errors import DataError as DataError
 from conservtl.errors import InputError as InputError
 from conservtl.errors import MissingExtraError as MissingExtraError
+from conservtl.errors import OmissionWarning as OmissionWarning
 from conservtl.errors import PlanError as PlanError
 from conservtl.errors import SelectorError as SelectorError
 from conservtl.errors import SourceError as SourceError
@@ -22,8 +23,8 @@ from conservtl.experiments.run.bundle import load_adapted as load
 from conservtl.experiments.run.bundle import load_adapted as load_adapted
 from conservtl.experiments.spec.recipes import Recipe as Recipe
 from conservtl.experiments.spec.recipes import recipe as recipe
-from conservtl.layers.find import Layer as Layer
 from conservtl.layers.find import find_layers as find_layers
+from conservtl.layers.info import Layer as Layer
 from conservtl.methods.auto_rgn import AutoRGN as AutoRGN
 from conservtl.methods.base import Strategy as Strategy
 from conservtl.methods.discriminative_lr import DiscriminativeLR as DiscriminativeLR
@@ -86,6 +87,7 @@ __all__ = [
     "MissingExtraError",
     "Mixout",
     "NormAdaptation",
+    "OmissionWarning",
     "OutputConservation",
     "Phase",
     "Plan",

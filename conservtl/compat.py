@@ -27,6 +27,7 @@ __all__ = [
     "InstanceNormBase",
     "NormBase",
     "accelerate_states",
+    "accumulates",
     "after_loading",
     "bundle_url",
     "foreach_abs_",
@@ -43,10 +44,12 @@ __all__ = [
     "foreach_reciprocal_",
     "foreach_sub",
     "forget_graphs",
+    "forget_schedulers",
     "forward_hook_table",
     "forward_hooks",
     "forward_pre_hooks",
     "has_load_hooks",
+    "has_scheduler",
     "hook_tables",
     "metadata_of",
     "outside_graphs",
@@ -216,6 +219,32 @@ def scaler_state(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[s
     """
     state: dict[str, Any] = scaler._per_optimizer_states[id(optimizer)]
     return state
+
+
+_SCHEDULED = "_wrapped_by_lr_sched"
+
+
+def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a scheduler of torch was made for an optimizer: the first wraps and marks the ``step``."""
+    return hasattr(optimizer.step, _SCHEDULED)
+
+
+def forget_schedulers(optimizer: torch.optim.Optimizer) -> None:
+    """Let ``has_scheduler`` return False until another scheduler is made.
+
+    The wrapper that is removed only tells a scheduler that a step came before its own.
+    """
+    if has_scheduler(optimizer):
+        vars(optimizer).pop("step")
+
+
+def accumulates(parameter: torch.Tensor) -> bool:
+    """Return whether the backward pass that is running adds to a parameter's ``grad``: ``autograd.grad`` does not."""
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # raised for a leaf whose gradient autograd.grad returns
+        return False
 
 
 ACCELERATE_ATTRIBUTES = ("_original_forward", "_is_accelerate_prepared")

@@ -37,7 +37,9 @@ class Examples:
 
     Args:
         inputs: (N, ...) float32, as the model takes them.
-        labels: (N,) int64, positions in the domain's label list; (N, ...) of another type for a task without classes.
+        labels: (N,) int64, positions in the domain's label list. For a task without classes (N, ...) of another type,
+            shaped as the model's outputs: (N, 1) float32 for the regression of one quantity, since a loss of (N, 1)
+            outputs and (N,) labels would be taken over all N × N pairs.
         names: N names that a person can find the examples by (a file, a voice and a word).
     """
 
@@ -158,7 +160,7 @@ def carve(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int],
 def length_of(data: Data) -> int:
     """Return the number of examples."""
     if isinstance(data, Mapping):
-        return len(next(iter(data.values())))
+        return len(next(iter(data.values()), ()))
     return len(data)  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "InputError",
     "MissingExtraError",
+    "OmissionWarning",
     "PlanError",
     "SelectorError",
     "SourceError",
@@ -59,6 +60,10 @@ class MissingExtraError(ConservtlError, ImportError):
 
 class TrainingDivergedError(ConservtlError, RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class OmissionWarning(ConservtlError, UserWarning):  # noqa: N818 - it is a warning
+    """A training loop of your own leaves out a part of the plan, or does it twice."""
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, hint
 
 __all__ = ["import_modules", "imported_modules", "load_entry_points"]
 
@@ -30,6 +30,9 @@ def import_modules(names: Iterable[str]) -> None:
     for name in names:
         path = Path(name)
         is_path = path.suffix == ".py" or "/" in name or "\\" in name
+        if is_path and not path.exists():
+            beside = [str(path.with_name(other.name)) for other in path.parent.glob("*") if _importable(other)]
+            raise SpecError(f"--import {name!r}: there is no file {str(path)!r}.{hint(str(path), beside)}")
         folder, module = (path.resolve().parent, path.stem) if is_path else (Path.cwd(), name)
         added = str(folder) not in sys.path
         if added:
@@ -44,6 +47,11 @@ def import_modules(names: Iterable[str]) -> None:
                 "name or a path, and install what the module needs."
             ) from error
         _IMPORTED[str(path.resolve()) if is_path else name] = None
+
+
+def _importable(path: Path) -> bool:
+    """Whether a path is that of a module or of a package."""
+    return path.suffix == ".py" or (path / "__init__.py").is_file()
 
 
 def imported_modules() -> tuple[str, ...]:

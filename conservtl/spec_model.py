@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
 
 from conservtl.errors import SpecError
 
-__all__ = ["FrozenModel", "register"]
+__all__ = ["FrozenModel", "check_describable", "register"]
 
 Class = TypeVar("Class")
 
@@ -57,3 +59,38 @@ def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) ->
                 "Give it another."
             )
     registry.update(dict.fromkeys(names, cls))
+
+
+def check_describable(cls: type[BaseModel]) -> None:
+    """Raise unless JSON can describe each field of a model: one that it cannot breaks the schema of all specs.
+
+    A class with types that are not defined yet is not checked.
+
+    Raises:
+        SpecError: JSON cannot describe a field; the message names it.
+    """
+    if (reason := _undescribed(cls)) is None:
+        return
+    alone: dict[str, Any] = {name: (info.annotation, info) for name, info in cls.model_fields.items()}
+    for name, field in alone.items():
+        # A class of the field alone: Pydantic's error does not name it.
+        if _undescribed(create_model("Alone", __config__=cls.model_config, **{name: field})) is not None:
+            raise SpecError(
+                f"{cls.__qualname__}.{name} must be of a type that JSON can describe, because specs hold it; received "
+                f"{field[0]!r}. Use text, numbers, lists or models of such fields, or make it a ClassVar."
+            )
+    raise SpecError(f"{cls.__qualname__}: JSON must be able to describe it, because specs hold it; {reason}")
+
+
+def _undescribed(cls: type[BaseModel]) -> str | None:
+    """Return why JSON cannot describe a model; None if it can, or if a type is not defined yet."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a default that JSON does not have is left out of the schema
+            cls.model_json_schema()
+    except (PydanticInvalidForJsonSchema, PydanticSchemaGenerationError) as error:
+        return error.message
+    except PydanticUserError as error:
+        if error.code != "class-not-fully-defined":
+            raise
+    return None

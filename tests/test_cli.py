@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from conservtl import cli
+from conservtl.cli._studies import _print_estimate
 
 ROOT = Path(__file__).parents[1]
 
@@ -204,6 +205,19 @@ def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_d
         assert not (tmp_path / f"cut_{epoch}" / "model.safetensors").exists()
         assert run(f"cut_{epoch}", "--resume").returncode == 0
         assert (tmp_path / f"cut_{epoch}" / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("runs", "seconds", "sources", "text"),
+    [
+        (1, 61.0, 1, "1 run, about 1 minute on this machine, and the training of up to 1 source model, which is kept"),
+        (2, 120.0, 2, "2 runs, about 2 minutes on this machine, and the training of up to 2 source models, which are"),
+        (2, 3.0, 0, "2 runs, less than a minute on this machine, and the training of up to 0 source models, which are"),
+    ],
+)
+def test_an_estimate_counts_in_words(capsys, runs, seconds, sources, text):
+    _print_estimate({"runs": runs, "seconds": seconds, "sources": sources})
+    assert capsys.readouterr().out.startswith(text)
 
 
 def test_many_runs_from_the_command_line(spec, tmp_path, monkeypatch, capsys):

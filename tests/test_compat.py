@@ -340,3 +340,29 @@ def test_saved_by_node():
     assert (compat.saved_by_node(transposed, "dim0"), compat.saved_by_node(transposed, "dim1")) == (0, 1)
     loss = torch.nn.functional.cross_entropy(values, torch.tensor([0, -7]), ignore_index=-7)
     assert compat.saved_by_node(loss.grad_fn, "ignore_index") % 2**64 == -7 % 2**64
+
+
+def test_a_scheduler_marks_the_step_of_its_optimizer():
+    """Each that is made after its mark was forgotten marks it again."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    assert not compat.has_scheduler(optimizer)
+    for _ in range(2):
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        assert compat.has_scheduler(optimizer)
+        compat.forget_schedulers(optimizer)
+        assert not compat.has_scheduler(optimizer)
+
+
+def test_accumulates_tells_backward_from_grad():
+    weight = nn.Parameter(torch.ones(2))
+    found = []
+
+    def squares():
+        value = weight.square().sum()
+        value.register_hook(lambda _: found.append(compat.accumulates(weight)))
+        return value
+
+    squares().backward()
+    torch.autograd.grad(squares(), weight)
+    squares().backward(inputs=[weight])
+    assert found == [True, False, True]

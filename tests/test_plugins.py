@@ -38,6 +38,27 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch, conten
     assert plugins.imported_modules() == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_metods.py", r"there is no file 'my_metods\.py'\. Did you mean 'my_methods\.py'\?"),
+        ("./my_metods.py", r"there is no file 'my_metods\.py'\. Did you mean 'my_methods\.py'\?"),
+        ("pack/toy_taks", r"there is no file 'pack/toy_taks'\. Did you mean 'pack/toy_task'\?"),
+        ("pack/zz.py", r"there is no file 'pack/zz\.py'\. There are pack/toy_task\."),
+        ("nowhere/at_all.py", r"there is no file 'nowhere/at_all\.py'\.$"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_methods.py").write_text("")
+    (tmp_path / "my_notes.txt").write_text("")
+    (tmp_path / "pack" / "toy_task").mkdir(parents=True)
+    (tmp_path / "pack" / "toy_task" / "__init__.py").write_text("")
+    with pytest.raises(SpecError, match=rf"--import '{name}': {message}"):
+        plugins.import_modules([name])
+    assert plugins.imported_modules() == ()
+
+
 def test_entry_points_are_loaded_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
     (tmp_path / "plugin_of_a_package.py").write_text("LOADED = []\nLOADED.append(1)")
     monkeypatch.syspath_prepend(str(tmp_path))

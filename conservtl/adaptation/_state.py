@@ -78,7 +78,8 @@ def _without_reasons(plan: Plan) -> Plan:
     rows = []
     for row in plan.rows:
         chosen = {column: choice for column, choice in row.chosen.items() if column != "weight_decay"}
-        rows.append(row.model_copy(update={"reason": None, "found": "trained", "chosen": chosen}))
+        plain = {"reason": None, "found": "trained", "aliases": (), "chosen": chosen}
+        rows.append(row.model_copy(update=plain))
     return plan.model_copy(update={"rows": tuple(rows)})
 
 

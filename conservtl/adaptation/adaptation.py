@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim.lr_scheduler import LRScheduler
 
 from conservtl.adaptation import _finishing, _state
 from conservtl.adaptation.bound_plan import BoundPlan, Origin
@@ -119,6 +120,34 @@ class Adaptation:
             >>> optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3)
         """
         return self.bound.make_optimizer(cls, options, pull=pull)
+
+    def scheduler(self, cls: Callable[..., Any], *args: Any, **options: Any) -> LRScheduler:
+        """Return a scheduler of the last optimizer's rates that keeps their ratios, over phases too.
+
+        A scheduler with bounds of its own (OneCycleLR's ``max_lr``, CosineAnnealingLR's ``eta_min``) acts on the
+        optimizer's own rate, the ``lr`` of ``optimizer(...)``; each group's rate is the plan's ratio of that, times
+        the scale of the current phase. Call its ``step`` as you would the scheduler's own.
+
+        Args:
+            cls: a scheduler class of torch, or a function that takes an optimizer and returns a scheduler.
+            args: positional arguments for ``cls`` after the optimizer.
+            options: keyword arguments for ``cls``; one value for all groups.
+
+        Raises:
+            SpecError: no optimizer has been made yet, or ``cls`` is no class or function.
+
+        Example:
+            >>> import torch, conservtl as ctl
+            >>> source, model = (torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(2))) for _ in range(2))
+            >>> adaptation = ctl.adapt(model, source, [ctl.DiscriminativeLR(decay=0.1)])
+            >>> optimizer = adaptation.optimizer(torch.optim.SGD, lr=1.0)
+            >>> scheduler = adaptation.scheduler(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+            >>> optimizer.step()
+            >>> scheduler.step()
+            >>> [round(rate, 3) for rate in scheduler.get_last_lr()]
+            [0.05, 0.5]
+        """
+        return self.bound.make_scheduler(cls, args, options)
 
     def loss(
         self,

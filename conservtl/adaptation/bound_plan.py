@@ -29,6 +29,7 @@ from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
 from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
 from conservtl.runtime.param_groups import build_optimizer
+from conservtl.runtime.plan_scheduler import PlanScheduler
 from conservtl.runtime.step_hook import StepHook
 from conservtl.runtime.term_runner import TermRunner
 from conservtl.runtime.update_runner import UpdateRunner
@@ -44,7 +45,7 @@ class Origin:
         drawn: the plan before any strategy.
         strategies: in the order they were given.
         source_model: the source model, kept only if a term or a measurement needs it.
-        head: name of the head's module if the target has labels of its own.
+        heads: names of the head's modules if the target has labels of its own.
         inherited: strategies of an earlier run whose additions are part of the source's model.
         extensions: of the plan of an earlier run, kept unless a strategy decides about their kind.
     """
@@ -52,7 +53,7 @@ class Origin:
     drawn: Plan
     strategies: tuple[Strategy, ...] = ()
     source_model: nn.Module | None = None
-    head: str | None = None
+    heads: tuple[str, ...] = ()
     inherited: tuple[Strategy, ...] = ()
     extensions: tuple[Extension, ...] = ()
 
@@ -88,7 +89,7 @@ class BoundPlan:
         self.anchors.keep(self.model, plan)
         self.plan = plan
         let_train(self.model, [row.name for row in plan.rows if row.found == "frozen" and not row.frozen])
-        self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.head)
+        self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.heads)
         self.updates = UpdateRunner(plan.updates)
         self._register_hooks()
         self.start_phase(0)
@@ -143,6 +144,12 @@ class BoundPlan:
         self._optimized = ModelRecord(self.model)
         self.hook = StepHook(optimizer, self, penalties=pull)
         return optimizer
+
+    def make_scheduler(self, cls: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> PlanScheduler:
+        """Return a scheduler of the optimizer's rates that keeps their ratios."""
+        if self.hook is None:
+            raise SpecError("scheduler() sets the rates of adaptation.optimizer(...): make that optimizer first.")
+        return PlanScheduler(self.hook.optimizer, cls, args, options)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by name.

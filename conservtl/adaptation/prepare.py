@@ -43,6 +43,7 @@ def adapt(
     layers: Sequence[str] | None = None,
     fresh: Sequence[str] | Mapping[str, str] = (),
     allow: Sequence[str] = (),
+    head: Sequence[str] | None = None,
     key: str | None = None,
     prefix: str | None = None,
     rename: Mapping[str, str] | None = None,
@@ -72,6 +73,11 @@ def adapt(
             called so.
         allow: globs of modules that the model may lack, or build differently, if the source is a model; and of
             parameters that the source may lack, if it has almost none of the model's.
+        head: globs of the parameters or modules that are the head. None: the model is asked
+            (``get_output_embeddings`` and ``classifier`` of Hugging Face models, ``get_classifier`` of timm's), else it
+            is the last weight used. If the model has several outputs from different weights, what needs the head (a
+            linear probe, ``FeatureExtraction``) is refused without it. A head tied to an embedding is named by its own
+            name, such as ``["proj_out"]``.
         key: the entry of a checkpoint that holds the weights, such as ``"state_dict_ema"``; see ``read_source`` for
             the order without it.
         prefix: what the names of the wanted source tensors begin with; removed, and other tensors are left out.
@@ -104,7 +110,7 @@ def adapt(
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
     inherited, saved = inherited_strategies(read, own_tensors(model)), saved_extensions(read.run)
-    _, layers = extend_all(model, inherited, example, layers)
+    _, layers = extend_all(model, inherited, example, layers, head)
     extended = [*inherited]
     try:
         if read.module is not None and read.module is not unwrap(model):
@@ -113,10 +119,10 @@ def adapt(
         check_kinds(read.tensors, own, read.where)
         read.check_finite(other_than=_masks(model))
         bare = deep_copy(unwrap(model)) if any(strategy.extends for strategy in chosen) else unwrap(model)
-        added, layers = extend_all(model, chosen, example, layers)
+        added, layers = extend_all(model, chosen, example, layers, head)
         extended += chosen
         _check_merged(read, added)
-        parts = find_layers(model, example, layers)
+        parts = find_layers(model, example, layers, head)
         values = read.values_of(parts)
         declared = _declared(parts, fresh)
         parameters = named_parameters(model)
@@ -141,11 +147,12 @@ def adapt(
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
-        head = _own_head(plan, drawn, declared)
+        own_labels = _has_own_labels(plan, drawn, declared)
+        heads = plan.head_modules if own_labels and any(term.heads for term in plan.terms) else ()
         # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
         constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
         wanted_names = [name for name in named_parameters(bare) if name not in constant]
-        names = [name for name in wanted_names if head is None or not name.startswith(f"{head}.")]
+        names = [name for name in wanted_names if not (own_labels and name in plan.possible_head)]
         compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
         source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
     except BaseException:
@@ -159,7 +166,7 @@ def adapt(
         *missed_note(read, known),
     ]
     plan = plan.with_notes((*read.notes, *run_note(read), *notes))
-    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, head, inherited, saved))
+    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, heads, inherited, saved))
 
 
 def _check_trained(plan: Plan) -> None:
@@ -195,19 +202,18 @@ def _check_source_rows(plan: Plan) -> None:
             )
 
 
-def _own_head(plan: Plan, drawn: Plan, declared: Mapping[str, str]) -> str | None:
-    """Return the head's module if the target has labels of its own: another shape, or declared fresh; else None.
+def _has_own_labels(plan: Plan, drawn: Plan, declared: Mapping[str, str]) -> bool:
+    """Return whether the target has labels of its own: a head of another shape, or declared fresh.
 
     A head whose rows are copied by label is not of its own, unless a strategy made it fresh.
     """
-    rows = [plan[name] for name in plan.head]
-    other = any(
+    rows = [plan[name] for name in plan.possible_head]
+    return any(
         row.name in declared
         or (row.source_rows is None and (row.source_shape or row.shape) != row.shape)
         or (row.source_rows is None and drawn[row.name].source_rows is not None)
         for row in rows
     )
-    return rows[0].name.rpartition(".")[0] if other else None
 
 
 def _check_merged(source: Source, added: Iterable[str]) -> None:
@@ -235,5 +241,6 @@ def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str])
     if "head" in reasons and "head" not in inside and not any(matches("head", name) for name in named):
         inside["head"] = list(Plan.draw(layers, {}, {}).head)
     globs = [glob for glob in reasons if glob not in inside]
-    matched = inside | select(globs, [name for names in inside.values() for name in names])
+    aliases = {info.name: info.aliases for layer in layers for info in layer.parameters}
+    matched = inside | select(globs, list(aliases), aliases=aliases)
     return {name: reason for glob, reason in reasons.items() for name in matched[glob]}

@@ -82,11 +82,17 @@ def _progress(text: str) -> None:
 
 
 def _print_estimate(estimate: dict[str, Any]) -> None:
-    minutes = estimate["seconds"] / 60
+    minutes = round(estimate["seconds"] / 60)
+    duration = f"about {_counted(minutes, 'minute')}" if minutes else "less than a minute"
+    sources = estimate["sources"]
     sys.stdout.write(
-        f"{estimate['runs']} runs, about {minutes:.0f} minutes on this machine, and the training of up to "
-        f"{estimate['sources']} source models, which are kept for later runs\n"
+        f"{_counted(estimate['runs'], 'run')}, {duration} on this machine, and the training of up to "
+        f"{_counted(sources, 'source model')}, which {'is' if sources == 1 else 'are'} kept for later runs\n"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _write(result: dict[str, Any], out: Path, name: str, write_page: Callable[[Any, Path], None]) -> None:

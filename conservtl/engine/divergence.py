@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,19 @@ class Losses:
 
 
 @torch.no_grad()
-def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+def check_weights(parameters: Mapping[str, nn.Parameter], step: int, penalised: Container[str] = ()) -> None:
     """Raise unless all trained parameters are finite: an infinite gradient shows in them before it shows in a loss.
+
+    Args:
+        parameters: name -> parameter.
+        step: number of steps done.
+        penalised: names of the parameters with a penalty of the user's own.
 
     Raises:
         TrainingDivergedError: a parameter is not finite; the message names it.
     """
     for name, parameter in parameters.items():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise TrainingDivergedError(f"{name!r} is not finite after step {step}. {_ADVICE}.")
+            starts = step == 1 and name in penalised
+            more = ", or check the gradient of a penalty of your own where w = w0" if starts else ""
+            raise TrainingDivergedError(f"{name!r} is not finite after step {step}. {_ADVICE}{more}.")

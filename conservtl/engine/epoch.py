@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -65,6 +65,9 @@ class Learner:
             self._source = cache_source_outputs(
                 session.adaptation.bound.terms.needs_source, partial(session.source_view, functions), batches
             )
+        penalties = session.adaptation.plan.penalties
+        own = (one.names for one in penalties if not type(one).__module__.startswith("conservtl."))
+        self._own_penalties = frozenset(chain.from_iterable(own))
         self._phase: int | None = None
         self.ever_cached = False
         self.go_on_from(State())
@@ -121,6 +124,8 @@ class Learner:
                 session.step()
             state.batch += size
             state.step += 1
+            if state.step == 1 and self._own_penalties:  # their gradient at w = w0, the only step that begins there
+                self.check()
             yield
         if not state.batch:
             raise DataError(
@@ -135,7 +140,7 @@ class Learner:
             TrainingDivergedError: a loss or a weight is not finite.
         """
         self.losses.look()
-        check_weights(named_parameters(self.session.adaptation.model), self.state.step)
+        check_weights(named_parameters(self.session.adaptation.model), self.state.step, self._own_penalties)
 
     def forget(self) -> None:
         """Remove the cache of the frozen input side."""

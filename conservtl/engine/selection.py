@@ -16,7 +16,7 @@ from conservtl.functions import Metrics, accuracy
 from conservtl.layers import unwrap
 from conservtl.plan.plan import Plan
 
-__all__ = ["Selection", "check_selection", "decides"]
+__all__ = ["Selection", "check_selection", "deciders", "decides"]
 
 
 @dataclass
@@ -74,7 +74,12 @@ class Selection:
 
 def decides(training: Training, plan: Plan) -> bool:
     """Return whether a validation score decides anything."""
-    return _selects(training) or bool(_choosers(plan))
+    return bool(deciders(training, plan))
+
+
+def deciders(training: Training, plan: Plan) -> list[str]:
+    """Return the settings and strategies that decide by a validation score, as a message names them."""
+    return [*_selecting(training), *_choosers(plan)]
 
 
 def check_selection(training: Training, valid: Mapping[str, object], plan: Plan, metrics: Metrics) -> None:
@@ -90,10 +95,12 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan,
         SpecError: a set or a metric is missing; the message says where to get it.
     """
     missing = [name for name in ("target", "source")[: 2 if training.keep == "harmonic" else 1] if name not in valid]
-    if _selects(training) and missing:
+    if missing and (selecting := _selecting(training)):
+        verb, them = ("choose", "them") if len(selecting) > 1 else ("chooses", "it")
+        fix = "Carve one from the shots (data.validation)" if missing[0] == "target" else "Pass source data"
         raise SpecError(
-            f"training.keep={training.keep} and patience={training.patience} choose by a validation set, but "
-            f"valid has no {missing[0]!r}. Carve one from the shots (data.validation), or keep the last weights."
+            f"{' and '.join(selecting)} {verb} by a validation set, but valid has no {missing[0]!r}. {fix}, or leave "
+            f"{them} out."
         )
     for after in plan.after:
         if training.keep == "path" and after.interpolates:
@@ -113,9 +120,10 @@ def check_selection(training: Training, valid: Mapping[str, object], plan: Plan,
             check_metric(select, ("loss", "accuracy"), name)
 
 
-def _selects(training: Training) -> bool:
-    """Whether the settings keep weights, or stop, by a validation score."""
-    return training.keep != "last" or training.patience is not None
+def _selecting(training: Training) -> list[str]:
+    """Return the settings that keep weights, or stop, by a validation score."""
+    keep = [] if training.keep == "last" else [f"training.keep={training.keep}"]
+    return keep if training.patience is None else [*keep, f"training.patience={training.patience}"]
 
 
 def _choosers(plan: Plan) -> list[str]:

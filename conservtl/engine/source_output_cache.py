@@ -85,8 +85,10 @@ def cache_source_outputs(
     start = 0
     for index in torch.split(torch.arange(batches.length), _CHUNK):
         part = view(batches.take(index))
-        if part is None:
+        if part is None or part.passes > 1:
             return None
+        if caches and layers != list(part.features):
+            return None  # which layers run depends on the example
         layers = list(part.features)
         paddings.append(part.padding)
         try:

@@ -13,7 +13,7 @@ from conservtl.kernels.deviation import placed, runs
 from conservtl.kernels.dtensor import local
 from conservtl.kernels.pull import dense_gradient
 from conservtl.plan.penalty import Penalty
-from conservtl.plan.update import Moving
+from conservtl.plan.update import Moving, NamingFresh
 
 __all__ = ["GradientKernel", "as_handed"]
 
@@ -50,7 +50,8 @@ class GradientKernel:
         """Yield each parameter with a copy of its gradient; the gradients of a run are computed before the first."""
         for run in self._runs:
             handed = [as_handed(item) for item in run]
-            gradients = self._penalty.gradient(handed)
+            with NamingFresh(self._penalty, handed):
+                gradients = self._penalty.gradient(handed)
             self._check(handed, gradients)
             yield from ((item, gradient.clone()) for item, gradient in zip(run, gradients, strict=True))
 

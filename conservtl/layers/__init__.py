@@ -4,7 +4,8 @@ A layer is a residual block, a transformer block, a convolution with its norm an
 the classifier. `find_layers` divides a model into layers; the other functions name parameters and select them by name.
 """
 
-from conservtl.layers.find import Layer, ParameterInfo, find_layers, layer_of
+from conservtl.layers.find import find_layers
+from conservtl.layers.info import Layer, ParameterInfo, layer_of
 from conservtl.layers.names import canonical, matches, named_parameters, select, unwrap
 
 __all__ = [

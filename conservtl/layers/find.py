@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from conservtl.errors import SelectorError, SpecError
-from conservtl.layers.first_use import first_use
+from conservtl.layers.first_use import Trace, trace
+from conservtl.layers.head import mark_head
+from conservtl.layers.info import Layer, ParameterInfo, layer_of
 from conservtl.layers.names import canonical, matches, named_parameters, select, unwrap
 from conservtl.layers.units import Node, Unit, is_norm, tree, units
 
 __all__ = ["Layer", "ParameterInfo", "find_layers", "layer_of"]
 
 
-@dataclass(frozen=True)
-class ParameterInfo:
-    """A parameter, by its canonical name.
-
-    The kind is `norm` for a parameter of a normalisation, otherwise `weight` for two axes or more and `bias` for one.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Literal["weight", "bias", "norm"]
-    aliases: tuple[str, ...] = ()
-    """Other names of the same tensor, if it is tied."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of a model: its parameters, and the outermost modules that contain them."""
-
-    name: str
-    parameters: tuple[ParameterInfo, ...]
-    modules: tuple[str, ...]
-
-
-def find_layers(model: nn.Module, example: Any = None, layers: Sequence[str] | None = None) -> tuple[Layer, ...]:
+def find_layers(
+    model: nn.Module, example: Any = None, layers: Sequence[str] | None = None, head: Sequence[str] | None = None
+) -> tuple[Layer, ...]:
     """Return the layers of a model, input side first; every parameter is in exactly one.
 
     Without an example, layers are in the order of registration, which is wrong for a model that registers its head
@@ -50,7 +30,9 @@ def find_layers(model: nn.Module, example: Any = None, layers: Sequence[str] | N
         model: The model, wrapped or not.
         example: An input: a tensor, a tuple of arguments, a dictionary of keyword arguments, or a batch of
             (inputs, labels).
-        layers: One glob for each layer, input side first, to divide the model yourself. The example is then unused.
+        layers: One glob for each layer, input side first, to divide the model yourself.
+        head: Globs of the parameters or modules that are the head. None: the model is asked (``get_output_embeddings``
+            and ``classifier`` of Hugging Face models, ``get_classifier`` of timm's), else the last weight used.
 
     Raises:
         SpecError: The model has no parameters, or cannot be called with the example.
@@ -66,21 +48,28 @@ def find_layers(model: nn.Module, example: Any = None, layers: Sequence[str] | N
     root = tree(model, {id(parameter): name for name, parameter in named_parameters(model).items()})
     if root is None or not infos:
         raise SpecError(f"model: must have parameters; received a {type(model).__name__} without any")
+    record = _traced(model, example, needed=layers is None)
     if layers is not None:
-        return _layers_by_glob(layers, infos, root)
-    ordered = units(root)
-    registration = {unit.name: index for index, unit in enumerate(ordered)}
-    if example is not None:
-        ordered = _by_use(ordered, first_use(model, example))
-    return tuple(_layer(group, infos, registration) for group in _groups(ordered))
+        found = _layers_by_glob(layers, infos, root)
+    else:
+        ordered = units(root)
+        registration = {unit.name: index for index, unit in enumerate(ordered)}
+        if record is not None:
+            ordered = _by_use(ordered, record.order)
+        found = tuple(_layer(group, infos, registration) for group in _groups(ordered))
+    return mark_head(model, found, record, head)
 
 
-def layer_of(layers: Sequence[Layer], module: str) -> Layer | None:
-    """Return the layer that contains a module, by canonical name; None for a module that contains layers."""
-    parts = {part: layer for layer in layers for part in layer.modules}
-    while module not in parts and module:
-        module = module.rpartition(".")[0]
-    return parts.get(module)
+def _traced(model: nn.Module, example: Any, *, needed: bool) -> Trace | None:
+    """Return a record of a forward pass; None without an example, or if it fails and is not needed."""
+    if example is None:
+        return None
+    try:
+        return trace(model, example)
+    except SpecError:
+        if needed:
+            raise
+        return None
 
 
 def _describe(model: nn.Module) -> dict[str, ParameterInfo]:
@@ -138,17 +127,24 @@ def _host(unit: Unit, ordered: list[Unit], before: int | None, after: int | None
     """Return the index of the layer that an extra joins.
 
     A weight is preferred to a block, which is complete: positions join the patch projection before the first block,
-    the final norm joins the head behind the last. Between two weights, the extra joins the one nearer in the module
-    tree, and the preceding one if both are equally near.
+    the final norm joins the head behind the last. Between two weights, and between two towers of blocks (an encoder and
+    a decoder), the extra joins the one nearer in the module tree: the encoder's final norm belongs to the encoder. If
+    both are equally near, weights win, and then the preceding one.
     """
     if after is None or before is None:
         neighbour = before if after is None else after
         return neighbour if neighbour is not None else 0
+    nearer = _common(unit, ordered[after]) - _common(unit, ordered[before])
+    inner = any(one.kind == "block" for one in ordered[: before + 1]) and any(
+        one.kind == "block" for one in ordered[after:]
+    )
+    if inner and nearer:
+        return after if nearer > 0 else before
     if ordered[before].kind != "weight":
         return after
     if ordered[after].kind != "weight":
         return before
-    return after if _common(unit, ordered[after]) > _common(unit, ordered[before]) else before
+    return after if nearer > 0 else before
 
 
 def _common(unit: Unit, other: Unit) -> int:
@@ -171,14 +167,15 @@ def _layer(group: list[Unit], infos: dict[str, ParameterInfo], registration: dic
 
 
 def _layers_by_glob(layers: Sequence[str], infos: dict[str, ParameterInfo], root: Node) -> tuple[Layer, ...]:
-    chosen = select(layers, tuple(infos))
+    aliases = {name: info.aliases for name, info in infos.items()}
+    chosen = select(layers, tuple(infos), aliases=aliases)
     for name in infos:
-        hits = [pattern for pattern in layers if matches(pattern, name)]
+        hits = [pattern for pattern in layers if name in chosen[pattern]]
         if len(hits) > 1:
             raise SelectorError(
                 f"layers: two globs must not match one parameter; {hits} match {name!r}. Narrow one of them"
             )
-    unmatched = [name for name in infos if not any(matches(pattern, name) for pattern in layers)]
+    unmatched = [name for name in infos if not any(name in names for names in chosen.values())]
     if unmatched:
         more = f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else ""
         raise SelectorError(

@@ -6,8 +6,9 @@ import random
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +21,32 @@ from conservtl.errors import SpecError
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.names import canonical
 
-__all__ = ["calls", "first_use"]
+__all__ = ["Trace", "calls", "first_use", "trace"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Record of one forward pass.
+
+    Args:
+        order: name of a parameter or buffer -> its rank in the order of first use; unused ones are missing.
+        outputs: for each output tensor that weights compute, the name of the weight used last on its way; without
+            weights that also lead to another output, such as those of features returned beside the scores.
+        main: whether one of the outputs is named as the scores (``logits``, or ``out`` in torchvision's segmentation).
+    """
+
+    order: dict[str, int] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    main: bool = False
 
 
 def first_use(model: nn.Module, example: Any) -> dict[str, int]:
-    """Return name of a parameter or buffer -> its rank in the order of first use; unused ones are missing.
+    """Return name of a parameter or buffer -> its rank in the order of first use; see ``trace``."""
+    return trace(model, example).order
+
+
+def trace(model: nn.Module, example: Any) -> Trace:
+    """Run a copy of a model once and record which parameters it uses, and which weights its outputs come from.
 
     The pass runs on the meta device, without memory or arithmetic. If that fails, integer and boolean inputs (lengths
     of sequences) stay on their device; if that fails too, a real copy of the model runs. The model itself is never
@@ -76,7 +98,7 @@ def calls(example: Any) -> Iterator[Callable[[nn.Module], object]]:
         yield lambda model: model(example[0])
 
 
-def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: bool) -> dict[str, int]:
+def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: bool) -> Trace:
     with _isolated(model):
         twins = {id(tensor): _twin(tensor, on_meta=on_meta) for tensor in _tensors(model)}
         # Forward hooks are observers: neither copied nor called. Pre-hooks stay: old weight_norm is one.
@@ -92,10 +114,16 @@ def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: b
             for named in (model.named_buffers(), model.named_parameters())
             for name, tensor in named
         }
-        recorder = _Recorder(names)
+        weights = {canonical(name) for name, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1}
+        recorder = _Recorder(names, weights)
         with recorder:
-            call(clone)
-    return recorder.order
+            result = call(clone)
+        return Trace(recorder.order, recorder.last_weights(result), _names_scores(result))
+
+
+def _names_scores(result: object) -> bool:
+    keys = result if isinstance(result, Mapping) else vars(result) if hasattr(result, "__dict__") else ()
+    return not isinstance(result, torch.Tensor) and ("logits" in keys or "out" in keys)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -132,15 +160,67 @@ class _Recorder(TorchFunctionMode):
     A call that returns no tensor, such as a query of the shape, does not count.
     """
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], weights: Collection[str]) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.weights = names, weights
         self.order: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if tensors_of(result):
-            for tensor in tensors_of((args, kwargs)):
+        if results := tensors_of(result):
+            inputs = tensors_of((args, kwargs))
+            for tensor in inputs:
                 if name := self.names.get(id(tensor)):
                     self.order.setdefault(name, len(self.order))
+            way = self._way(inputs)
+            for tensor in results:
+                if id(tensor) not in self.names:
+                    tensor.weights_before = way  # type: ignore[attr-defined]
         return result
+
+    def last_weights(self, result: object) -> tuple[str, ...]:
+        """Return the weight used last on the way to each output, without those on the way to another's."""
+        ways = [way for tensor in tensors_of(result) if (way := _way_of(tensor)) is not None and way.last]
+        last = dict.fromkeys(max(way.last, key=self.order.__getitem__) for way in ways if not way.constant)
+        before = {name for way in ways for name in way.before}
+        return tuple(name for name in last if name not in before) or tuple(last)
+
+    def _way(self, inputs: list[torch.Tensor]) -> _Way:
+        """Return the way of a call's results: the weights it uses itself are the last, if it uses any."""
+        own: set[str] = set()
+        last: set[str] = set()
+        before: set[str] = set()
+        constant = True
+        for tensor in inputs:
+            name, way = self.names.get(id(tensor)), _way_of(tensor)
+            if name is not None:
+                own |= {name} & set(self.weights)
+            elif way is not None and way.constant:
+                own |= way.last
+            else:
+                constant = False
+                if way is not None:
+                    last |= way.last
+                    before |= way.before
+        if own:
+            return _Way(frozenset(own), frozenset((before | last) - own), constant)
+        return _Way(frozenset(last), frozenset(before), constant and bool(inputs))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The weights that a tensor comes from.
+
+    Args:
+        last: those used last.
+        before: those used before.
+        constant: whether it depends on parameters alone, as a transposed weight does.
+    """
+
+    last: frozenset[str]
+    before: frozenset[str]
+    constant: bool
+
+
+def _way_of(tensor: torch.Tensor) -> _Way | None:
+    return getattr(tensor, "weights_before", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -19,6 +19,7 @@ __all__ = [
     "matches",
     "named_parameters",
     "own_parameters",
+    "owner",
     "select",
     "unwrap",
 ]
@@ -109,25 +110,52 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def select(patterns: Sequence[str], names: Sequence[str], what: str = "parameter") -> dict[str, tuple[str, ...]]:
+def owner(name: str) -> str:
+    """Return the module that holds a parameter, parametrised or not.
+
+    Args:
+        name: The canonical name of a parameter.
+    """
+    return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
+
+
+def select(
+    patterns: Sequence[str],
+    names: Sequence[str],
+    what: str = "parameter",
+    aliases: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, tuple[str, ...]]:
     """Return pattern -> the names it matches, in the order of `names`.
+
+    A tied parameter is found under its aliases too: by a pattern that is an alias or the module that holds it, and by
+    one that matches no name at all. A wider pattern, such as `decoder`, leaves it to the part that comes first.
 
     Args:
         patterns: Globs as in `matches`.
         names: The names to select from.
         what: The kind of the names, for the error message.
+        aliases: Name -> other names of the same parameter.
 
     Raises:
         SelectorError: A pattern matches nothing, or `patterns` is one string.
     """
     if isinstance(patterns, str):
         raise SelectorError(f"patterns: must be a list of globs; received a string. Write [{patterns!r}]")
-    chosen = {pattern: tuple(name for name in names if matches(pattern, name)) for pattern in patterns}
+    chosen = {}
+    for pattern in patterns:
+        direct = {name for name in names if matches(pattern, name)}
+        tied = {
+            name
+            for name in names
+            for alias in (aliases or {}).get(name, ())
+            if pattern in (alias, owner(alias)) or (not direct and matches(pattern, alias))
+        }
+        chosen[pattern] = tuple(name for name in names if name in direct or name in tied)
     for pattern, matched in chosen.items():
         if not matched:
-            raise SelectorError(
-                f"{pattern!r}: must match at least one {what}, matches none of {len(names)}.{glob_hint(pattern, names)}"
-            )
+            others = [alias for tied in (aliases or {}).values() for alias in tied]
+            similar = glob_hint(pattern, [*names, *others])
+            raise SelectorError(f"{pattern!r}: must match at least one {what}, matches none of {len(names)}.{similar}")
     return chosen
 
 

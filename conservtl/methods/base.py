@@ -12,7 +12,7 @@ from torch import nn
 
 from conservtl.layers import Layer
 from conservtl.plan.plan import Plan
-from conservtl.spec_model import FrozenModel, register
+from conservtl.spec_model import FrozenModel, check_describable, register
 
 __all__ = ["Aliases", "Order", "Span", "Strategy", "TestFields"]
 
@@ -71,6 +71,7 @@ class Strategy(FrozenModel, ABC):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         kind = cls.model_fields["kind"]
         if get_args(kind.annotation) == (kind.default,):
+            check_describable(cls)
             register(Strategy.named, cls, kind.default, *cls.__dict__.get("aliases", ()))
 
     @property

@@ -41,7 +41,11 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[E
 
 
 def extend_all(
-    model: nn.Module, strategies: Iterable[Strategy], example: Any = None, layers: Sequence[str] | None = None
+    model: nn.Module,
+    strategies: Iterable[Strategy],
+    example: Any = None,
+    layers: Sequence[str] | None = None,
+    head: Sequence[str] | None = None,
 ) -> tuple[dict[str, str], Sequence[str] | None]:
     """Let strategies extend a model in place: all of them, or none if one raises.
 
@@ -50,6 +54,7 @@ def extend_all(
         strategies: extended in this order.
         example: an example input, or None.
         layers: globs that the caller cuts the model into layers by, or None.
+        head: globs of the head, or None.
 
     Returns:
         Name of each added parameter -> its description; and ``layers`` with the added modules that no glob matches
@@ -59,7 +64,7 @@ def extend_all(
     extended: list[Strategy] = []
     try:
         for strategy in (strategy for strategy in strategies if strategy.extends):
-            new = strategy.extend(model, find_layers(model, example, layers), example)
+            new = strategy.extend(model, find_layers(model, example, layers, head), example)
             extended.append(strategy)
             added |= new
             if layers is not None:

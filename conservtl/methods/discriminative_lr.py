@@ -30,8 +30,8 @@ class DiscriminativeLR(Strategy):
 
     The first four are ratios of the optimizer's rate, unless ``lr`` is given: they are absolute then, and ``lr`` is
     the full rate. Fresh layers take the full rate at any depth. The rates are written into the optimizer's groups as
-    ``lr``, so every scheduler sees them. Use one that multiplies the rates (LambdaLR): a scheduler with one absolute
-    bound makes them all equal.
+    ``lr``, so every scheduler sees them. ``adaptation.scheduler(...)`` makes one that keeps their ratios: by itself, a
+    scheduler with one absolute bound (OneCycleLR) makes them all equal.
 
     Reference:
         Howard and Ruder 2018, "Universal language model fine-tuning for text classification", 3.2.

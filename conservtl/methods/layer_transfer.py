@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from conservtl.errors import SourceError, SpecError
-from conservtl.layers import select
 from conservtl.methods._rows import names_something
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
@@ -79,14 +78,14 @@ class LayerTransfer(Strategy):
     def _kept_as_found(self, plan: Plan) -> set[str]:
         """Return the parameters that were frozen when the model was handed in, but for those in layers named here."""
         globs = [glob for glob in self.layers if names_something(glob)] if isinstance(self.layers, tuple) else []
-        named = {layer for matched in select(globs, plan.own_layers, "layer").values() for layer in matched}
+        named = {layer for matched in plan.select_layers(globs, plan.own_layers).values() for layer in matched}
         return {row.name for row in plan.rows if row.as_found and row.layer not in named}
 
     def transferred(self, plan: Plan) -> frozenset[str]:
         """Return the names of the transferred layers; layers that a strategy added do not count."""
         layers = plan.own_layers
         if isinstance(self.layers, tuple):
-            names = select(self.layers, layers, "layer").values()
+            names = plan.select_layers(self.layers, layers).values()
             return frozenset(name for matched in names for name in matched)
         count = self.layers if isinstance(self.layers, int) else max(1, round(self.layers * len(layers)))
         if count > len(layers):

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SpecError
-from conservtl.layers import select
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
-from conservtl.plan.term import Term, View
+from conservtl.plan.term import Term, View, all_of
 
 __all__ = ["SpectralShrinkage", "SpectralShrinkageTerm", "smallest_squares"]
 
@@ -63,9 +62,9 @@ class SpectralShrinkage(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Add the term."""
         if self.layer is None:
-            head = plan.head_module
-            return plan.with_term(SpectralShrinkageTerm(by=self.label, enters=(head,), eta=self.eta, k=self.k))
-        (matched,) = select([self.layer], plan.layers, "layer").values()
+            heads = plan.head_modules
+            return plan.with_term(SpectralShrinkageTerm(by=self.label, enters=heads, eta=self.eta, k=self.k))
+        (matched,) = plan.select_layers([self.layer]).values()
         if len(matched) > 1:
             raise SpecError(
                 f"{self.label}: layer must mean one layer; {self.layer!r} matches {list(matched)}. Name one."
@@ -87,13 +86,16 @@ class SpectralShrinkageTerm(Term):
 
     def describe(self) -> str:
         """One line for the plan's table."""
-        where = self.taps[0] if self.taps else f"the input of {self.enters[0]}"
+        where = self.taps[0] if self.taps else f"the input of {' and '.join(self.enters)}"
         return f"{self.eta:g} × the {self.k} smallest squared singular values of a batch's features at {where}"
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Return the term."""
-        features = adapted.features[self.taps[0]] if self.taps else adapted.entering[self.enters[0]]
-        return self.eta * smallest_squares(features, self.k)
+        found = [tensor for layer in self.taps for tensor in all_of(adapted.features, layer)]
+        found += [tensor for module in self.enters for tensor in all_of(adapted.entering, module)]
+        if not found:  # the layer did not run in this pass
+            return torch.zeros(())
+        return self.eta * torch.stack([smallest_squares(features, self.k) for features in found]).mean()
 
 
 def smallest_squares(features: Tensor, k: int) -> Tensor:

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from conservtl.bounds import Count
 from conservtl.errors import PlanError, SpecError
-from conservtl.layers import select
 from conservtl.methods._rows import names_something, train_named
 from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.plan.plan import Plan
@@ -105,7 +104,7 @@ class SurgicalFineTuning(Strategy):
         """Return the layers of a block."""
         place = {"first": 0, "last": -1}.get(block, block) if isinstance(block, str) else block
         if isinstance(place, str):
-            return frozenset(select([place], plan.layers, "layer")[place])
+            return frozenset(plan.select_layers([place])[place])
         body = self._body(plan)
         if not -len(body) <= place < len(body):
             raise SpecError(
@@ -116,7 +115,7 @@ class SurgicalFineTuning(Strategy):
 
     def _candidates(self, plan: Plan) -> tuple[str, ...]:
         if self.candidates is not None:
-            select(self.candidates, plan.layers, "layer")
+            plan.select_layers(self.candidates)
             return self.candidates
         trained_anyway = set(plan.new) if self.head or plan.fresh else set()
         free = [row for row in plan.rows if not row.frozen and row.name not in trained_anyway]
@@ -124,10 +123,10 @@ class SurgicalFineTuning(Strategy):
 
     @staticmethod
     def _body(plan: Plan) -> tuple[str, ...]:
-        """Return the layers from the source, without the layer of the head."""
-        head = plan[plan.head[0]].layer
+        """Return the layers from the source, without those of the head; an embedding tied to it is body."""
+        head = {plan[name].layer for name in plan.head if name not in plan.tied_head}
         rows = [row for row in plan.rows if row.origin == "source"]
-        return tuple(dict.fromkeys(row.layer for row in rows if row.layer != head)) or plan.layers
+        return tuple(dict.fromkeys(row.layer for row in rows if row.layer not in head)) or plan.layers
 
 
 class BestBlock(Search):

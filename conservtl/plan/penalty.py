@@ -59,6 +59,14 @@ class Penalty(Decision):
         ...         return self.strength * sum(
         ...             torch.nn.functional.huber_loss(item.parameter, item.anchor, reduction="sum") for item in moving
         ...         )
+        >>> class HuberStrategy(ctl.Strategy):
+        ...     kind: Literal["huber_example"] = "huber_example"
+        ...     def apply(self, plan):
+        ...         names = tuple(row.name for row in plan.rows if row.origin == "source")  # fresh ones have no anchor
+        ...         return plan.with_penalty(Huber(by=self.label, names=names, strength=0.1))
+        >>> source, model = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> ctl.adapt(model, source, [HuberStrategy()]).plan.penalties[0].names
+        ('weight', 'bias')
     """
 
     names: tuple[str, ...]
@@ -77,7 +85,8 @@ class Penalty(Decision):
     column: ClassVar[Literal["pull", "decay"] | None] = None
     """Column of the plan that holds its strength on each parameter (``item.row.pull``); None: no column does."""
     anchors: ClassVar[bool] = True
-    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory."""
+    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory. Fresh parameters
+    have none: leave their rows out of ``names`` (``row.origin == "source"``), or handle an anchor of None."""
     sums_over: ClassVar[Literal["elements", "rows", "parameters", "all"]] = "all"
     """Parts over which the value is a sum. all: ``value`` receives all parameters at once. parameters: it receives a
     few at a time, which saves memory. rows, elements: it also receives this process's rows, or elements, of sharded

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from conservtl.errors import PlanError
+from conservtl.errors import PlanError, SpecError
 from conservtl.layers import Layer, matches, select
+from conservtl.layers.names import owner
 from conservtl.plan.after import After, Afters
 from conservtl.plan.decision import Decision
 from conservtl.plan.extension import Extension, Extensions
@@ -60,6 +61,12 @@ class Plan(FrozenModel):
     notes: tuple[str, ...] = ()
     """Remarks on the source: names under which tensors were taken, tensors that were resampled or not used.
     Those on the data begin with ``data: ``. They decide nothing: plans are equal whatever their notes."""
+    heads: tuple[str, ...] = ()
+    """Modules of the head, if it was named, asked of the model or found by running it."""
+    head_candidates: tuple[str, ...] = ()
+    """Modules that may be the head, if several remain possible: what needs the head is then refused."""
+    outputs: tuple[str, ...] = ()
+    """Modules that compute the model's outputs, if there are several and none is named as the scores."""
 
     def __init__(self, **fields: Any) -> None:
         # Checked here, not in a validator: Pydantic would wrap a PlanError in an error of its own.
@@ -86,7 +93,13 @@ class Plan(FrozenModel):
             added: parameters that a strategy added to the model.
             frozen: parameters that asked for no gradient when the model was handed in, and so are frozen.
         """
-        return cls(rows=draw_rows(layers, shapes, fresh, fixed, added, frozen))
+        infos = [info for layer in layers for info in layer.parameters]
+        return cls(
+            rows=draw_rows(layers, shapes, fresh, fixed, added, frozen),
+            heads=tuple(dict.fromkeys(info.head for info in infos if info.head is not None)),
+            head_candidates=tuple(dict.fromkeys(info.candidate for info in infos if info.candidate is not None)),
+            outputs=tuple(dict.fromkeys(info.output for info in infos if info.output is not None)),
+        )
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -100,11 +113,32 @@ class Plan(FrozenModel):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """Parameters of the last weight's module: the classifier, without the norm that joined its layer."""
+        """Parameters of the head's modules: the classifier, without the norm that joined its layer.
+
+        Raises:
+            SpecError: several modules may be the head.
+        """
+        modules = set(self.head_modules)
+        return tuple(row.name for row in self.rows if modules & set(_owners(row)))
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the head's modules; of the last weight's module if the head was not told.
+
+        Raises:
+            SpecError: several modules may be the head.
+        """
+        if self.heads:
+            return self.heads
+        if self.head_candidates:
+            raise SpecError(
+                f"head: it must be known which module is the head; {list(self.head_candidates)} may be, each computing "
+                f"an output. Name it (or them): adapt(..., head=[{self.head_candidates[0]!r}]), in a spec model.head. "
+                "Without an example, adapt(..., example=...) may tell it."
+            )
         last = [row for row in self.rows if row.layer == self.layers[-1]]
         weights = [row for row in last if row.kind == "weight"]
-        owner = _module((weights or last)[-1].name)
-        return tuple(row.name for row in last if _module(row.name) == owner)
+        return (owner((weights or last)[-1].name),)
 
     @property
     def source_rows(self) -> tuple[int | None, ...] | None:
@@ -113,8 +147,28 @@ class Plan(FrozenModel):
 
     @property
     def head_module(self) -> str:
-        """Name of the last weight's module."""
-        return _module(self.head[0])
+        """Name of the head's module.
+
+        Raises:
+            SpecError: the head has several modules, or several may be the head.
+        """
+        if len(self.head_modules) > 1:
+            raise SpecError(
+                f"head: one module is needed here; the head is {list(self.head_modules)}. Name one of them."
+            )
+        return self.head_modules[0]
+
+    @property
+    def possible_head(self) -> frozenset[str]:
+        """Parameters of all modules that may be the head."""
+        modules = set(self.head_candidates if not self.heads and self.head_candidates else self.head_modules)
+        return frozenset(row.name for row in self.rows if modules & set(_owners(row)))
+
+    @property
+    def tied_head(self) -> tuple[str, ...]:
+        """Parameters of the head that a module outside it holds too: an embedding, of a language model."""
+        modules = set(self.head_modules)
+        return tuple(name for name in self.head if set(_owners(self[name])) - modules)
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -146,7 +200,7 @@ class Plan(FrozenModel):
         )
 
     def __eq__(self, other: object) -> bool:
-        fields = type(self).model_fields.keys() - {"notes"}
+        fields = type(self).model_fields.keys() - {"notes", "heads", "head_candidates", "outputs"}
         return isinstance(other, Plan) and all(getattr(self, name) == getattr(other, name) for name in fields)
 
     __hash__ = None  # type: ignore[assignment]
@@ -192,10 +246,31 @@ class Plan(FrozenModel):
             SelectorError: a glob matches neither; the message names it and the nearest names.
         """
         layers = {glob: [name for name in self.layers if matches(glob, name)] for glob in globs}
-        others = select([glob for glob in globs if not layers[glob]], [row.name for row in self.rows])
+        aliases = {row.name: row.aliases for row in self.rows}
+        others = select([glob for glob in globs if not layers[glob]], [row.name for row in self.rows], aliases=aliases)
         return {
             glob: others.get(glob, tuple(row.name for row in self.rows if row.layer in layers[glob])) for glob in globs
         }
+
+    def select_layers(self, globs: Sequence[str], among: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
+        """Return glob -> layers that it matches, or else those that hold a tied parameter of which it matches an alias.
+
+        Args:
+            globs: of layers.
+            among: layers to select from; None: all.
+
+        Raises:
+            SelectorError: a glob matches no layer; the message names it and the nearest names.
+        """
+        names = self.layers if among is None else tuple(among)
+        aliases: dict[str, tuple[str, ...]] = {}
+        for row in self.rows:
+            aliases[row.layer] = (*aliases.get(row.layer, ()), *row.aliases)
+        direct = [glob for glob in globs if any(matches(glob, name) for name in names)]
+        chosen = select(direct, names, "layer") | select(
+            [glob for glob in globs if glob not in direct], names, "layer", aliases
+        )
+        return {glob: chosen[glob] for glob in globs}
 
     def by_layer(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
         """Yield layers with their rows, input side first."""
@@ -345,6 +420,6 @@ class Plan(FrozenModel):
         return as_rich(self)
 
 
-def _module(name: str) -> str:
-    """Return the module that owns a parameter, parametrised or not."""
-    return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
+def _owners(row: Row) -> list[str]:
+    """Return the modules that hold a parameter; several for a tied one."""
+    return [owner(name) for name in (row.name, *row.aliases)]

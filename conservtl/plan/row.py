@@ -69,6 +69,8 @@ class Row(FrozenModel):
     """Canonical parameter name: wrapper prefixes stripped, tied parameters under their first name."""
     layer: str
     """The layer it belongs to."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor, if it is tied."""
     depth: Share
     """0 at the input side, 1 at the output side; counted over all layers, frozen ones included."""
     shape: tuple[int, ...]

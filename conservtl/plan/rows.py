@@ -34,6 +34,7 @@ def draw_rows(
                 Row(
                     name=info.name,
                     layer=layer.name,
+                    aliases=info.aliases,
                     depth=number / max(1, len(layers) - 1),
                     shape=info.shape,
                     kind=info.kind,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import SerializeAsAny
 from torch import Tensor
@@ -15,7 +15,7 @@ from conservtl.errors import SpecError
 from conservtl.padding import Padding, padding_of_outputs
 from conservtl.plan.decision import Decision
 
-__all__ = ["OutputForm", "TaskLoss", "Term", "Terms", "View"]
+__all__ = ["OutputForm", "TaskLoss", "Term", "Terms", "View", "all_of", "numbered"]
 
 OutputForm = Literal["softmax", "sigmoid", "squared"]
 """softmax: logits of classes that exclude each other. sigmoid: logits of labels that do not, or one logit. squared:
@@ -47,11 +47,16 @@ class View:
     Args:
         outputs: the model's outputs. If the target has labels of its own: those of the source's head, on the adapted
             body's features or on the source's.
-        features: layer -> its output, (N, ...), for the layers in ``Term.taps``.
+        features: layer -> its output, (N, ...), for the layers in ``Term.taps``. A layer that did not run in this pass
+            (layerdrop, stochastic depth) has no entry; one that ran more than once, or that returns several tensors,
+            has the entries ``layer``, ``layer [2]``, ``layer [3]``: see ``all_of``.
         entering: module -> its input, (N, ...), for the modules in ``Term.enters``; of the adapted model only.
+            Numbered likewise.
         task: how the task's loss takes the outputs; of the adapted model only, for terms that compare outputs.
         padding: what the model's arguments, or else the batch, say is padding; None: nothing.
         output_padding: what the model's own outputs say is padding; None: what ``outputs`` say.
+        axes: for each entry of ``features``, the axis of its channels; of the adapted model only.
+        passes: forward passes of the whole model that were made.
     """
 
     outputs: Any
@@ -60,6 +65,8 @@ class View:
     task: TaskLoss | None = None
     padding: Padding | None = None
     output_padding: Padding | None = None
+    axes: Mapping[str, int] = field(default_factory=dict)
+    passes: int = 1
 
     def valid(self, layer: str, features: Tensor, axis: int) -> Tensor | None:
         """Return which positions of a layer's features are no padding.
@@ -117,6 +124,35 @@ class View:
                 f"{tuple(ignored.shape)}. Say class_axis."
             )
         return ignored if mask is None else mask & ignored
+
+
+_Value = TypeVar("_Value")
+
+
+def numbered(records: Mapping[str, Sequence[_Value]]) -> dict[str, _Value]:
+    """Return all records under their name, a second one of a name under ``name [2]``, and so on."""
+    return {_entry(name, number): one for name, found in records.items() for number, one in enumerate(found, 1)}
+
+
+def all_of(records: Mapping[str, _Value], name: str) -> list[_Value]:
+    """Return all records of a name, in order; none if there is none.
+
+    Args:
+        records: ``features``, ``entering`` or ``axes`` of a view.
+        name: a layer or module.
+
+    Example:
+        >>> all_of({"encoder": 1, "encoder [2]": 2, "head": 3}, "encoder")
+        [1, 2]
+    """
+    found: list[_Value] = []
+    while (entry := _entry(name, len(found) + 1)) in records:
+        found.append(records[entry])
+    return found
+
+
+def _entry(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} [{number}]"
 
 
 class Term(Decision):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import SerializeAsAny
 from torch import Tensor
 
+from conservtl.errors import SpecError
 from conservtl.plan.decision import Decision
 from conservtl.plan.row import Row
 
-__all__ = ["Moving", "Step", "Update", "Updates"]
+if TYPE_CHECKING:
+    from conservtl.plan.penalty import Penalty
+
+__all__ = ["Moving", "NamingFresh", "Step", "Update", "Updates"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,40 @@ class Moving:
     def name(self) -> str:
         """Canonical name of the parameter."""
         return self.row.name
+
+
+class NamingFresh:
+    """Context of a decision's code: if it fails as if it took an anchor of None for a tensor, name the parameters.
+
+    A class, because a generator would cost some of the microseconds that a step has.
+
+    Args:
+        decision: the update or penalty that runs.
+        moving: its parameters.
+
+    Raises:
+        SpecError: an attribute or a type is wrong, and an anchor is None.
+    """
+
+    __slots__ = ("_decision", "_moving")
+
+    def __init__(self, decision: Update | Penalty, moving: Sequence[Moving]) -> None:
+        self._decision, self._moving = decision, moving
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not isinstance(error, (AttributeError, TypeError)):
+            return
+        decision = self._decision
+        if missing := [item.name for item in self._moving if item.anchor is None]:
+            why, fix = "they are fresh", "Name only rows of origin 'source', or handle an anchor of None."
+            if not type(decision).anchors:
+                why, fix = f"{type(decision).__name__}.anchors is False", "Declare it True."
+            raise SpecError(
+                f"{decision.by}: {missing} have no anchor: {why}; received {type(error).__name__}: {error}. {fix}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -89,7 +128,8 @@ class Update(Decision):
     layered: ClassVar[bool] = False
     """Whether each layer needs groups of its own in the optimizer, so that the update can set its rate."""
     anchors: ClassVar[bool] = True
-    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory."""
+    """Whether it needs the starting values; if not, ``Moving.anchor`` is None and costs no memory. Fresh parameters
+    have none."""
     shards: ClassVar[bool] = False
     """Whether it supports parameters that are sharded by rows over processes (FSDP2), which are refused otherwise."""
 

@@ -98,5 +98,24 @@ def _name(row: Any) -> Any:
     return row.get("name") if isinstance(row, dict) else None
 
 
+def _without_dimensions(fields: Fields) -> Fields:
+    """Drop the numbers of dimensions that told the axis of channels: it is found from the outputs now."""
+    upgraded = dict(fields)
+    for name, kind in (("terms", "features"), ("measures", "attention")):
+        decisions = fields.get(name, ())
+        if any(isinstance(one, dict) and one.get("kind") == kind and "first" in one for one in decisions):
+            upgraded[name] = [
+                {key: value for key, value in one.items() if key != "first"} if isinstance(one, dict) else one
+                for one in decisions
+            ]
+    return upgraded
+
+
 _PENALTY_COLUMNS = ("mode", "importance", "anchor", "anneal")
-_STEPS: tuple[Callable[[Fields], Fields], ...] = (_separate_searches, _instance_column, _penalty_columns, _undecayed)
+_STEPS: tuple[Callable[[Fields], Fields], ...] = (
+    _separate_searches,
+    _instance_column,
+    _penalty_columns,
+    _undecayed,
+    _without_dimensions,
+)

@@ -1,29 +1,98 @@
-"""Channel axis of a layer's features, and means over positions."""
+"""Channel axis of a module's output, and means over positions."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import re
+from collections.abc import Iterator
+from typing import Any
 
-from conservtl.plan.row import Row
+from torch import Tensor, nn
 
-__all__ = ["channel_axis", "channels_first", "pooled"]
+from conservtl.compat import BatchNormBase, ConvBase, InstanceNormBase
+
+__all__ = ["Channels", "channel_axis", "output_size", "pooled"]
+
+_SECOND: tuple[type[nn.Module], ...] = (ConvBase, BatchNormBase, InstanceNormBase, nn.GroupNorm)
+_SIZES = ("out_features", "out_channels", "num_features", "num_channels", "embedding_dim", "embed_dim", "nf")
+_INPUT_SIZES = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape", "embed_dim", "nx")
+_SPATIAL = re.compile(r"[123][dD]$")
 
 
-def channels_first(rows: tuple[Row, ...]) -> int:
-    """Return the number of dimensions of outputs whose channels are second, (N, C, ...); 0: channels are always last.
+class Channels:
+    r"""Channel axis of a module's output, found from the sizes that the modules inside it declare.
 
-    A layer with convolutions has outputs of as many dimensions as their weights; outputs with another number come from
-    a later module. For one spatial dimension (N, C, frames) and (N, frames, C) have equally many: there the layer's
-    last weight decides, so that a Conformer's block, which ends with a linear layer, has its channels last.
+    Convolutions declare ``out_channels``, linear maps ``out_features``, layer norms ``normalized_shape``, and so on.
+    The last of them that declares the size of an axis of the output decides:
+
+    1. If one axis has this size, it holds the channels. Once found, it serves for outputs in which two axes are equal.
+    2. If several have it, the module's own convention decides: channels are second in the outputs of convolutions,
+       batch, instance and group norms and of norms whose class ends in ``2d``, and last in those of linear maps, layer
+       norms and recurrent layers. A ``Permute`` behind it moves them. In a block (no ``nn.Sequential``) whose first
+       module takes as many channels as the last gives, the first one's convention decides, because the block adds its
+       input: a block of ConvNeXt begins with a convolution, ends with a linear map and has its channels second.
+    3. If none has it, channels are second if the last such module is a convolution for outputs of as many dimensions,
+       and last otherwise.
+
+    Args:
+        module: the module.
     """
-    counts = [len(row.shape) for row in rows if row.kind == "weight"]
-    most = max(counts, default=0)
-    return most if most > 3 or (counts and counts[-1] == most == 3) else 0
+
+    def __init__(self, module: nn.Module) -> None:
+        self._leaves = list(_leaves(module))
+        self._block = not isinstance(module, nn.Sequential)
+        self._known: dict[int, int] = {}
+
+    def axis(self, features: Tensor) -> int:
+        """Return the channel axis of an output (N, ...)."""
+        if features.ndim <= 2:
+            return features.ndim - 1
+        sizes = tuple(features.shape)
+        declared = [(leaf, size) for leaf in self._leaves if (size := output_size(leaf)) is not None]
+        for leaf, size in reversed(declared):
+            axes = [axis for axis in range(1, len(sizes)) if sizes[axis] == size]
+            if len(axes) == 1:
+                return self._known.setdefault(features.ndim, axes[0])
+            if axes:
+                known = self._known.get(features.ndim)
+                return known if known in axes else self._by_convention(leaf, size, axes, features.ndim)
+        if declared and _dimensions(declared[-1][0]) == features.ndim:
+            return 1
+        return features.ndim - 1
+
+    def _by_convention(self, leaf: nn.Module, size: int, axes: list[int], ndim: int) -> int:
+        """Return the axis among equal ones."""
+        first = next((one for one in self._leaves if output_size(one) is not None), leaf)
+        moves = [one for one in self._leaves[self._leaves.index(leaf) + 1 :] if _is_permutation(one, ndim)]
+        if self._block and first is not leaf and not moves and _input_size(first) == size:
+            leaf = first
+        axis = 1 if _is_second(leaf, ndim) else ndim - 1
+        for move in moves:
+            axis = list(move.dims).index(axis)
+        return axis if axis in axes else axes[-1]
 
 
-def channel_axis(features: Tensor, first: int) -> int:
-    """Return the channel axis; ``first`` is the layer's ``channels_first``."""
-    return 1 if features.ndim == first else features.ndim - 1
+def channel_axis(module: nn.Module, features: Tensor) -> int:
+    """Return the channel axis of a module's output.
+
+    Args:
+        module: the module.
+        features: its output, (N, ...).
+
+    Example:
+        >>> import torch
+        >>> channel_axis(nn.Conv2d(3, 8, 3), torch.zeros(2, 8, 5, 5))
+        1
+        >>> channel_axis(nn.Linear(3, 8), torch.zeros(2, 5, 8))
+        2
+    """
+    return Channels(module).axis(features)
+
+
+def output_size(module: nn.Module) -> int | None:
+    """Return the number of channels that a module declares for its output; None if it declares none."""
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    return _size(module, (*_SIZES, "normalized_shape"))
 
 
 def pooled(features: Tensor, axis: int) -> Tensor:
@@ -37,3 +106,46 @@ def pooled(features: Tensor, axis: int) -> Tensor:
         (N, channels).
     """
     return features.movedim(axis, 1).flatten(2).mean(2) if features.ndim > 2 else features
+
+
+def _leaves(module: nn.Module) -> Iterator[Any]:
+    """Yield the modules inside, in order, that have no children; attention as a whole."""
+    children = list(module.children())
+    if not children or isinstance(module, nn.MultiheadAttention):
+        yield module
+        return
+    for child in children:
+        yield from _leaves(child)
+
+
+def _size(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        size = getattr(module, name, None)
+        if isinstance(size, int) and not isinstance(size, bool):
+            return size
+        if isinstance(size, (tuple, list)) and len(size) and isinstance(size[-1], int):
+            return int(size[-1])
+    gains = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 1]
+    return len(gains[0]) if gains and all(p.ndim == 1 for p in module.parameters(recurse=False)) else None
+
+
+def _input_size(module: nn.Module) -> int | None:
+    return module.input_size if isinstance(module, nn.RNNBase) else _size(module, _INPUT_SIZES)
+
+
+def _dimensions(module: nn.Module) -> int | None:
+    """Return the number of dimensions of a convolution's output, None for other modules."""
+    return module.weight.ndim if isinstance(module, ConvBase) else None
+
+
+def _is_second(module: nn.Module, ndim: int) -> bool:
+    """Whether channels are the second axis in a module's outputs with ``ndim`` dimensions."""
+    dimensions = _dimensions(module)
+    if dimensions is not None:
+        return dimensions == ndim
+    return isinstance(module, _SECOND) or bool(_SPATIAL.search(type(module).__name__))
+
+
+def _is_permutation(module: Any, ndim: int) -> bool:
+    dims = getattr(module, "dims", None)
+    return isinstance(dims, (tuple, list)) and sorted(dims) == list(range(ndim))

@@ -14,6 +14,7 @@ from conservtl.plan.row import Row
 __all__ = [
     "found_frozen",
     "freeze",
+    "held_norms",
     "hold_statistics",
     "holds",
     "keeps_batch_statistics",
@@ -201,6 +202,11 @@ def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], tra
             for name in _HELD:
                 norm.__dict__.pop(name, None)
             norm.train(training)
+
+
+def held_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the norms that ``hold_statistics`` keeps in eval mode."""
+    return [module for module in model.modules() if isinstance(module.__dict__.get("train"), _StayInEval)]
 
 
 def tracks_statistics(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def build_optimizer(
     scale: float,
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """Return an optimizer whose groups carry the plan's rates, times the phase's factor.
+    """Return an optimizer whose groups carry the plan's rates, times the phase's factor, and names of layers.
 
     Args:
         cls: an optimizer class that takes groups and dense gradients.
@@ -67,12 +68,13 @@ def build_optimizer(
         [
             {
                 "params": [(name, parameters[name]) for name in names],
+                "name": title,
                 "lr": lr,
                 "initial_lr": lr,
                 "phase_scale": scale,
                 **({"layer": layer} if layer else {}),
             }
-            for (lr, _, layer), names in groups.items()
+            for title, ((lr, _, layer), names) in zip(_titles(plan, groups.values()), groups.items(), strict=True)
         ],
         **options,
     )
@@ -112,6 +114,27 @@ def _groups(
         key = (row.rate(base) * scale, bare, row.layer if row.name in layered else None)
         groups.setdefault(key, []).append(row.name)
     return groups
+
+
+def _titles(plan: Plan, groups: Iterable[Sequence[str]]) -> list[str]:
+    """Return a name for each group, for monitors of rates: its layers, and its kinds of parameters if two share them.
+
+    Args:
+        plan: the decisions.
+        groups: names of the parameters in each group.
+    """
+    members = [[plan[name] for name in names] for names in groups]
+    titles = [_span([row.layer for row in rows]) for rows in members]
+    for describe in (lambda rows: ", ".join(sorted({row.kind for row in rows})), lambda rows: rows[0].name):
+        repeated = {title for title, count in Counter(titles).items() if count > 1}
+        titles = [f"{t} ({describe(r)})" if t in repeated else t for t, r in zip(titles, members, strict=True)]
+    return titles
+
+
+def _span(layers: Iterable[str]) -> str:
+    """Return the first and the last of the layers, or the only one."""
+    names = list(dict.fromkeys(layers))
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: Sequence[Row]) -> None:

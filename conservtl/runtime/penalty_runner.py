@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conservtl.kernels.dtensor import local, over_parts, sharded, whole
 from conservtl.kernels.gradient import as_handed
 from conservtl.plan.penalty import Penalty
-from conservtl.plan.update import Moving
+from conservtl.plan.update import Moving, NamingFresh
 from conservtl.runtime.parameter_index import ParameterIndex, penalised
 from conservtl.runtime.step_context import StepContext
 
@@ -80,7 +80,7 @@ def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) 
 def _value(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
     """Return the value of a penalty: on whole parameters, or the sum over this process's parts and those of others."""
     if penalty.sums_over not in ("elements", "rows"):
-        return penalty.value([as_handed(item, whole) for item in moving])
+        return _value_of(penalty, [as_handed(item, whole) for item in moving])
     alike: dict[Any, list[Moving]] = {}
     for item in moving:
         parameter: Any = item.parameter
@@ -88,10 +88,15 @@ def _value(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
         alike.setdefault(cut, []).append(item)
     total = torch.zeros((), device=moving[0].parameter.device)
     for items in alike.values():
-        part = penalty.value([as_handed(item, local) for item in items])
+        part = _value_of(penalty, [as_handed(item, local) for item in items])
         others = over_parts(part.detach().reshape(1), [items[0].parameter])[0] - part.detach()  # without gradient
         total = total + (part + others).to(total.device)
     return total
+
+
+def _value_of(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
+    with NamingFresh(penalty, moving):
+        return penalty.value(moving)
 
 
 def _factor(penalty: Penalty, context: StepContext) -> float:

@@ -25,7 +25,7 @@ class SourceHead:
 
     def __init__(self, source: nn.Module, name: str) -> None:
         self.name = name
-        self.module = {canonical(own): module for own, module in source.named_modules()}[name]
+        self.module = {canonical(own): module for own, module in source.named_modules(remove_duplicate=False)}[name]
         self._copies: dict[torch.device, nn.Module] = {}
 
     def outputs(self, entering: Tensor) -> Any:

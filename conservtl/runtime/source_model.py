@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
-from conservtl.plan.term import View
+from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.source_head import SourceHead
-from conservtl.runtime.taps import tensor_of
+from conservtl.runtime.taps import all_tensors_of
 from conservtl.source.read import Source
 
 __all__ = ["SourceModelRunner", "build_source_model"]
@@ -27,17 +27,17 @@ class SourceModelRunner:
     Args:
         model: the source model; put into eval mode and frozen.
         layers: layer -> name of its module, for the tapped layers.
-        head: name of the head's module if the target has labels of its own; outputs are then the head's.
+        heads: names of the head's modules if the target has labels of its own; outputs are then theirs.
 
     Raises:
         SourceError: a tapped layer is missing in the source model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, str], head: str | None) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, str], heads: Sequence[str] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._modules = {canonical(name): module for name, module in model.named_modules()}
+        self._modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
         self._layers = dict(layers)
-        self._head = None if head is None else SourceHead(model, head)
+        self._heads = {name: SourceHead(model, name) for name in heads}
         self._watch = PaddingWatch(self.model)
         if missing := [layer for layer, name in layers.items() if name not in self._modules]:
             raise SourceError(
@@ -50,11 +50,16 @@ class SourceModelRunner:
         if first is not None and first.device != device:
             self.model.to(device)
 
-    def head(self, entered: Tensor) -> Any:
-        """Return the source head's outputs for the adapted body's features, with gradient to the features."""
-        if self._head is None:
-            raise RuntimeError("the source's head is used only if the target has labels of its own")
-        return self._head.outputs(entered)
+    def head(self, entered: Mapping[str, Sequence[Tensor]]) -> Any:
+        """Return the source head's outputs for the adapted body's features, with gradient to the features.
+
+        Args:
+            entered: module of the head -> its input in each of its calls.
+
+        Returns:
+            The outputs; a list of them if there are several modules or calls.
+        """
+        return _single([self._heads[name].outputs(one) for name, found in entered.items() for one in found])
 
     @torch.no_grad()
     def view(self, run: Callable[[nn.Module], Any]) -> View:
@@ -63,19 +68,21 @@ class SourceModelRunner:
         Args:
             run: model -> outputs for the batch.
         """
-        caught: dict[str, Tensor] = {}
+        caught: dict[str, list[Any]] = {layer: [] for layer in self._layers}
+        of_heads: dict[str, list[Any]] = {name: [] for name in self._heads}
+        passes: list[None] = []
 
         def catch(layer: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
+            def hook(module: nn.Module, _: Any, output: Any) -> None:
                 # A copy: the next module may write into it, as ReLU(inplace=True) does.
-                caught[layer] = tensor_of(output, layer).clone()
+                caught[layer] += [tensor.clone() for tensor in all_tensors_of(output, layer, module)]
 
             return hook
 
-        taps = dict(self._layers)
-        if self._head is not None:
-            taps[""] = self._head.name
-        hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in taps.items()]
+        hooks = [self._modules[name].register_forward_hook(catch(layer)) for layer, name in self._layers.items()]
+        hooks.append(self.model.register_forward_hook(lambda *_: passes.append(None)))
+        for name, found in of_heads.items():
+            hooks.append(self._modules[name].register_forward_hook(lambda _, __, y, found=found: found.append(y)))
         self.model.eval()
         try:
             with self._watch:
@@ -83,8 +90,14 @@ class SourceModelRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        of_head = caught.pop("", None)
-        return View(outputs if self._head is None else of_head, caught, padding=self._watch.padding)
+        if of_heads:
+            outputs = _single([output for found in of_heads.values() for output in found])
+        return View(outputs, numbered(caught), padding=self._watch.padding, passes=max(1, len(passes)))
+
+
+def _single(results: list[Any]) -> Any:
+    """Return the only result of a module, or a list of those of all its calls."""
+    return results[0] if len(results) == 1 else results
 
 
 def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module:
@@ -107,12 +120,13 @@ def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -
             f"{source.where} has no value for {missing[0]!r}, so the source model cannot be run to compare with. "
             "Pass the source as a model (source=nn.Module) instead of its weights."
         )
-    owners = {canonical(name): module for name, module in built.named_modules()}
-    for key, tensor in built.state_dict(keep_vars=True).items():
-        name = canonical(key)
-        if name not in source.tensors:
+    owners = {canonical(name): module for name, module in built.named_modules(remove_duplicate=False)}
+    state = {canonical(key): tensor for key, tensor in built.state_dict(keep_vars=True).items()}
+    tied = {id(tensor): source.tensors[name] for name, tensor in state.items() if name in source.tensors}
+    for name, tensor in state.items():
+        if id(tensor) not in tied:
             continue
-        value = source.tensors[name].detach().to(tensor.device, tensor.dtype)
+        value = source.tensors.get(name, tied[id(tensor)]).detach().to(tensor.device, tensor.dtype)
         if value.shape == tensor.shape:
             tensor.detach().copy_(value)
             continue

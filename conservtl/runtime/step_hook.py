@@ -57,8 +57,9 @@ class StepHook:
 
     def prepare(self, *, training: bool) -> None:
         """Let updates act before a forward pass of the model."""
-        self._context.anchors.follow()
-        self._context.updates.prepare(self.index.moving, training=training)
+        with torch.inference_mode(mode=False):  # anchors that are placed here serve steps with gradients too
+            self._context.anchors.follow()
+            self._context.updates.prepare(self.index.moving, training=training)
 
     def drop_frozen(self) -> None:
         """Drop the gradients of parameters that this phase does not train."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,35 +12,120 @@ from torch import Tensor, nn
 
 from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import canonical, unwrap
+from conservtl.plan.term import numbered
+from conservtl.runtime.channels import Channels
 
-__all__ = ["Taps", "tensor_of"]
+__all__ = ["Taken", "Taps", "all_tensors_of", "tensor_of"]
+
+_PASSES = 4
+"""Forward passes to remember until the first loss shows how many make a batch."""
+
+
+@dataclass
+class _Passes:
+    """Forward passes of the whole model since the last loss."""
+
+    count: int = 0
+    """Passes with gradients."""
+    running: bool = False
+    """Whether one is being made."""
+    keep: int = _PASSES
+
+
+class _Start:
+    """Forward pre-hook of the whole model. A copy, in a copied model, does nothing."""
+
+    def __init__(self, passes: _Passes, taps: Iterable[_Tap]) -> None:
+        self.passes, self.taps, self.live = passes, list(taps), True
+
+    def __call__(self, *_: Any) -> None:
+        if self.live and torch.is_grad_enabled():
+            self.passes.count += 1
+            self.passes.running = True
+            first = max(1, self.passes.count - self.passes.keep + 1)
+            for tap in self.taps:
+                tap.records = [record for record in tap.records if record[0] >= first]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"passes": _Passes(), "taps": [], "live": False}
+
+
+class _End:
+    """Forward hook of the whole model; runs after an error, too."""
+
+    def __init__(self, passes: _Passes) -> None:
+        self.passes = passes
+
+    def __call__(self, *_: Any) -> None:
+        self.passes.running = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"passes": _Passes()}
 
 
 class _Tap:
-    """Forward hook that records the last output, or pre-hook that records the last input.
+    """Forward hook that records outputs, or pre-hook that records inputs, with the number of the forward pass.
 
     A copy, in a copied model, records nothing.
     """
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
+    def __init__(self, layer: str, passes: _Passes) -> None:
+        self.layer, self.passes = layer, passes
         self.live = True
-        self.output: Tensor | None = None
+        self.records: list[tuple[int, list[Tensor]]] = []
+        self.checkpointed = False
 
-    def __call__(self, _: nn.Module, inputs: Any, output: Any = None) -> None:
-        if self.live and torch.is_grad_enabled():
-            # A copy: the next module may write into it, as ReLU(inplace=True) does.
-            self.output = tensor_of(inputs if output is None else output, self.layer).clone()
+    def output(self, module: nn.Module, _: Any, output: Any) -> None:
+        """Record an output, as a forward hook."""
+        if self._wanted():
+            self._record(all_tensors_of(output, self.layer, module))
+
+    def input(self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Record an input, as a forward pre-hook."""
+        if self._wanted():
+            self._record([tensor_of(inputs or tuple(keywords.values()), self.layer)])
+
+    def _wanted(self) -> bool:
+        if not self.live:
+            return False
+        if torch.is_grad_enabled():
+            return True
+        if not self.passes.running or torch.compiler.is_compiling():
+            return False
+        # Without gradients inside a pass that has them: a part that the model does not train, or a checkpoint.
+        self.checkpointed = self.checkpointed or _in_checkpoint()
+        return not self.checkpointed
+
+    def _record(self, tensors: list[Tensor]) -> None:
+        if not self.passes.running:
+            self.records = []  # called by itself, outside the whole model: the last call counts
+        # A copy: the next module may write into it, as ReLU(inplace=True) does.
+        self.records.append((self.passes.count, [tensor.clone() for tensor in tensors]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "live": False, "output": None}
+        return {"layer": self.layer, "passes": _Passes(), "live": False, "records": [], "checkpointed": False}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Records of a forward pass.
+
+    Args:
+        features: layer -> its output; further outputs and calls are numbered as in ``View``.
+        entering: module -> its input, likewise.
+        axes: for each entry of ``features``, its channel axis.
+    """
+
+    features: dict[str, Tensor] = field(default_factory=dict)
+    entering: dict[str, Tensor] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
 
 
 class Taps:
     """Records outputs of layers and inputs of modules in forward passes with gradients.
 
     Args:
-        model: hooks are registered on its modules.
+        model: hooks are registered on it and its modules.
         layers: layer -> name of the module whose output is the layer's.
         enters: names of the modules whose inputs to record.
 
@@ -47,36 +134,93 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], enters: Collection[str] = ()) -> None:
-        modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+        model = unwrap(model)
+        modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
         if unknown := [name for name in enters if name not in modules]:
             raise SelectorError(f"the model has no module {unknown[0]!r} whose input could be taken.")
-        self._taps = {layer: _Tap(layer) for layer in layers}
-        self._inputs = {name: _Tap(name) for name in enters}
-        self._handles = [modules[layers[layer]].register_forward_hook(tap) for layer, tap in self._taps.items()]
-        self._handles += [modules[name].register_forward_pre_hook(tap) for name, tap in self._inputs.items()]
+        self._passes = _Passes()
+        self._taps = {layer: _Tap(layer, self._passes) for layer in layers}
+        self._inputs = {name: _Tap(name, self._passes) for name in enters}
+        self._channels = {layer: Channels(modules[name]) for layer, name in layers.items()}
+        start = _Start(self._passes, (*self._taps.values(), *self._inputs.values()))
+        self._handles = [
+            model.register_forward_pre_hook(start, prepend=True),
+            model.register_forward_hook(_End(self._passes), always_call=True),
+        ]
+        self._handles += [modules[layers[layer]].register_forward_hook(tap.output) for layer, tap in self._taps.items()]
+        self._handles += [
+            modules[name].register_forward_pre_hook(tap.input, with_kwargs=True) for name, tap in self._inputs.items()
+        ]
 
-    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the records of the last forward pass, once: layer -> features, and module -> input.
+    def take(self, passes: int = 1) -> Taken:
+        """Return the records of the last forward passes, once. A layer that ran in none of them has no entry.
+
+        Args:
+            passes: forward passes of the whole model for one loss.
 
         Raises:
-            SpecError: there was no forward pass since the last call.
+            SpecError: there was no forward pass since the last call, or a layer ran in a reentrant checkpoint.
         """
         taps = [*self._taps.values(), *self._inputs.values()]
-        if missing := [tap.layer for tap in taps if tap.output is None]:
+        if checkpointed := [tap.layer for tap in taps if tap.checkpointed]:
+            for tap in taps:
+                tap.checkpointed = False
             raise SpecError(
-                f"the outputs of {missing} are not known: the model made no forward pass with gradients since the last "
-                "loss. Call model(inputs) first, then adaptation.loss(...), once for each."
+                f"the output of {checkpointed[0]!r} has no gradient: the layer runs in a reentrant activation "
+                "checkpoint, which computes it without gradients. Use use_reentrant=False (of Hugging Face models: "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}))."
             )
-        features = {layer: tap.output for layer, tap in self._taps.items() if tap.output is not None}
-        entered = {name: tap.output for name, tap in self._inputs.items() if tap.output is not None}
+        if not self._passes.count and not any(tap.records for tap in taps):
+            raise SpecError(
+                f"the outputs of {[tap.layer for tap in taps]} are not known: the model made no forward pass with "
+                "gradients since the last loss. Call model(inputs) first, then adaptation.loss(...), once for each."
+            )
+        first = self._passes.count - passes + 1 if self._passes.count else 0
+        features = {layer: _since(first, tap.records) for layer, tap in self._taps.items()}
+        entering = {name: _since(first, tap.records) for name, tap in self._inputs.items()}
         for tap in taps:
-            tap.output = None
-        return features, entered
+            tap.records = []
+        self._passes.count, self._passes.keep = 0, passes
+        return Taken(
+            numbered(features),
+            numbered(entering),
+            numbered({layer: [self._channels[layer].axis(one) for one in ran] for layer, ran in features.items()}),
+        )
 
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+
+
+def _since(first: int, records: list[tuple[int, list[Tensor]]]) -> list[Tensor]:
+    return [tensor for number, tensors in records if number >= first for tensor in tensors]
+
+
+def all_tensors_of(output: Any, layer: str, module: nn.Module | None = None) -> list[Tensor]:
+    """Return all parts of a layer's output that are features.
+
+    Of a list (of maps at several resolutions) these are all its tensors. Of a tuple, as of recurrent and transformer
+    layers, it is the first, with others of its kind: the same examples, number of dimensions and channels.
+
+    Raises:
+        SpecError: the output has no tensor where one is expected.
+    """
+    if isinstance(output, list) and output:
+        return [tensor for part in output for tensor in all_tensors_of(part, layer)]
+    if isinstance(output, tuple) and output and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+        first, *rest = output
+        tensors = all_tensors_of(first, layer)
+        return tensors + [part for part in rest if len(tensors) == 1 and _alike(part, tensors[0])]
+    return [tensor_of(output, layer)]
+
+
+def _alike(part: Any, first: Tensor) -> bool:
+    """Whether a part of a tuple is of the kind of the first: not an attention map, a length or a state."""
+    if not isinstance(part, Tensor) or not part.is_floating_point() or part.ndim != first.ndim or first.ndim < 2:
+        return False
+    same = [part.shape[axis] == first.shape[axis] for axis in ((1, -1) if first.ndim > 3 else (-1,))]
+    return len(part) == len(first) and any(same)
 
 
 def tensor_of(output: Any, layer: str) -> Tensor:
@@ -90,3 +234,13 @@ def tensor_of(output: Any, layer: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise SpecError(f"layer {layer!r} returns a {type(output).__name__}, no tensor to compare. Tap another layer.")
     return output
+
+
+def _in_checkpoint() -> bool:
+    """Whether a reentrant checkpoint is running: torch's, or a library's of the same name."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if "CheckpointFunction" in frame.f_code.co_qualname:
+            return True
+        frame = frame.f_back
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from conservtl.functions import logits_of
 from conservtl.labels import give_labels, takes_labels
 from conservtl.padding import find_padding, padding_of_outputs
 from conservtl.plan.plan import Plan
-from conservtl.plan.term import Term, View
+from conservtl.plan.term import Term, View, all_of
 from conservtl.runtime.common_labels import CommonLabels
 from conservtl.runtime.source_model import SourceModelRunner
-from conservtl.runtime.taps import Taps
+from conservtl.runtime.taps import Taken, Taps
 from conservtl.runtime.task_loss import read_task_loss
 
 __all__ = ["TermRunner"]
@@ -32,14 +32,19 @@ class TermRunner:
         model: the model that is trained; hooks are registered on tapped modules.
         layers: layer -> name of the module whose output is the layer's.
         source_model: the source model, None if no term needs it.
-        head: name of the head's module if the target has labels of its own.
+        heads: names of the head's modules if the target has labels of its own.
 
     Raises:
         SpecError: a term taps a layer without an output.
     """
 
     def __init__(
-        self, plan: Plan, model: nn.Module, layers: Mapping[str, str], source_model: nn.Module | None, head: str | None
+        self,
+        plan: Plan,
+        model: nn.Module,
+        layers: Mapping[str, str],
+        source_model: nn.Module | None,
+        heads: Sequence[str],
     ) -> None:
         self.terms: tuple[Term, ...] = plan.terms
         for term in self.terms:
@@ -49,12 +54,12 @@ class TermRunner:
                     "another layer."
                 )
         self._layers = {layer: layers[layer] for term in self.terms for layer in term.taps}
-        self._head = head if any(term.heads for term in self.terms) else None
-        self._labels = None if head is not None or plan.source_rows is None else CommonLabels(plan.source_rows)
-        self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._head)
+        self._heads = tuple(heads) if any(term.heads for term in self.terms) else ()
+        self._labels = None if heads or plan.source_rows is None else CommonLabels(plan.source_rows)
+        self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._heads)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
-        self._added = False  # to a loss since the last step
+        self.added = 0  # losses since the last step that the terms were added to
         self.attach(model)
 
     @property
@@ -65,7 +70,7 @@ class TermRunner:
     def attach(self, model: nn.Module) -> None:
         """Register the taps on a model: the one of the constructor, or its copy."""
         enters = [name for term in self.terms for name in term.enters]
-        enters = list(dict.fromkeys([*enters, *([] if self._head is None else [self._head])]))
+        enters = list(dict.fromkeys([*enters, *self._heads]))
         if self._layers or enters:
             self._taps = Taps(model, self._layers, enters)
             forget_graphs()  # those made before do not call the new hooks
@@ -99,7 +104,7 @@ class TermRunner:
 
     def _lacks_labels(self, view: View, batch: Any, outputs: Any) -> bool:
         """Return whether the source model gave outputs of another shape without labels that it can take."""
-        if outputs is None or self._head is not None or self.source_model is None:
+        if outputs is None or self._heads or self.source_model is None:
             return False
         if not isinstance(batch, Mapping) or "labels" not in batch or not takes_labels(self.source_model.model):
             return False
@@ -130,22 +135,27 @@ class TermRunner:
         """
         if not loss.requires_grad:
             return loss
-        self._added = True
-        features, entering = self._taps.take() if self._taps is not None else ({}, {})
+        self.added += 1
+        passes = source.passes if source is not None else 1
+        taken = self._taps.take(passes) if self._taps is not None else Taken()
         # Read before the source's head replaces the outputs: they belong to the task's.
         compares = any(term.heads for term in self.terms)
         task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
         output_padding = padding_of_outputs(outputs)
-        if self._head is not None and self.source_model is not None:
-            entered = entering[self._head]
-            self.source_model.move(entered.device)
+        if self._heads and self.source_model is not None:
+            entered = {name: all_of(taken.entering, name) for name in self._heads}
+            if absent := [name for name, found in entered.items() if not found]:
+                raise SpecError(f"the head {absent[0]!r} must run in each forward pass; it did not. Call the model.")
+            self.source_model.move(entered[self._heads[0]][0].device)
             outputs = self.source_model.head(entered)
         padding = None if source is None else source.padding
         if self._labels is not None and compares and source is not None:
             axis = None if task is None else task.axis
             adapted, known = self._labels.of(logits_of(outputs), logits_of(source.outputs), axis)
             outputs, source = adapted, replace(source, outputs=known)
-        view = View(outputs, features, entering, task, padding, output_padding)
+        view = View(
+            outputs, taken.features, taken.entering, task, padding, output_padding, axes=taken.axes, passes=passes
+        )
         total = loss
         for term in self.terms:
             total = total * term.task
@@ -160,12 +170,12 @@ class TermRunner:
         Raises:
             SpecError: there are terms, and none was added to a loss since the last step.
         """
-        if self.terms and not self._added:
+        if self.terms and not self.added:
             raise SpecError(
                 f"{self.terms[0].by} adds a term to the loss, but none was added since the last step. Call "
                 "loss = adaptation.loss(loss, outputs, inputs) before backward()."
             )
-        self._added = False
+        self.added = 0
 
     def _on(self, device: torch.device, name: str, measurement: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a measurement on the device, copied there once: a step must not wait for it."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from conservtl.plan.update import Moving, Step, Update
+from conservtl.plan.update import Moving, NamingFresh, Step, Update
 
 __all__ = ["UpdateRunner"]
 
@@ -51,14 +51,17 @@ class UpdateRunner:
         for update in reversed(self.updates) if moment == "after" else self.updates:
             if getattr(type(update), moment) is not getattr(Update, moment):
                 step = Step(moving(update), self.number, skip, scale)
-                getattr(update, moment)(step, self.state[update.name])
+                with NamingFresh(update, step.moving):
+                    getattr(update, moment)(step, self.state[update.name])
 
     @torch.no_grad()
     def prepare(self, moving: Lookup, *, training: bool) -> None:
         """Let updates act before a forward pass."""
         for update in self.updates:
             if update.forward:
-                update.prepare(Step(moving(update), self.number), self.state[update.name], training)
+                step = Step(moving(update), self.number)
+                with NamingFresh(update, step.moving):
+                    update.prepare(step, self.state[update.name], training)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps done and the state of each update."""

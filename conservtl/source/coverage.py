@@ -42,7 +42,7 @@ def check_coverage(
     Raises:
         SourceError: too little is found; the message names the prefix or renaming that fits best.
     """
-    head = {name for name in plan.head if plan[name].source_shape is not None}
+    head = {name for name in plan.possible_head if plan[name].source_shape is not None}
     wanted = [
         row
         for row in plan.rows

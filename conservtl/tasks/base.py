@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
 from conservtl.functions import MetricValue, forward
 from conservtl.spec_model import FrozenModel, register
+from conservtl.tasks._declaration import check_declaration
 from conservtl.tasks.headline import Headline
 
-__all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes"]
+__all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes", "unfinished_task"]
 
 Shift = Literal["labels", "speaker", "input"]
 """How the target differs from the source: other labels; the same labels from another speaker; the same labels for
@@ -63,7 +64,8 @@ class Task(ABC):
 
     A batch is what the task's data yields: (inputs, labels), or a dictionary of tensors. Everything else in
     conservtl treats batches and outputs as opaque, so inputs of any length, sequences as outputs and a loss of its
-    own need no more than these methods.
+    own need no more than these methods. Refused when the class is defined: a ``name`` without ``summary``,
+    ``model_section``, ``data_section`` and ``preprocessing``, and sections that a spec cannot hold.
     """
 
     name: ClassVar[str]
@@ -91,6 +93,7 @@ class Task(ABC):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             return
+        check_declaration(cls)
         register(_CLASSES, cls, cls.name)
 
     @abstractmethod
@@ -243,3 +246,24 @@ class Task(ABC):
 def task_classes() -> dict[str, type[Task]]:
     """Return the tasks defined so far, by name, those of user modules included."""
     return {name: cls for name, cls in _CLASSES.items() if not inspect.isabstract(cls)}
+
+
+def unfinished_task(name: str, otherwise: str) -> str:
+    """Return what to do about an unknown task: finish the class that is imported, or import it.
+
+    Args:
+        name: the task's name in the spec.
+        otherwise: how to import it.
+    """
+    if (cls := _CLASSES.get(name)) is not None:
+        lacks = ", ".join(sorted(cls.__abstractmethods__))
+        return f" {name!r} is imported, but {cls.__module__}.{cls.__qualname__} does not implement {lacks}."
+    nameless = [cls for cls in _subclasses(Task) if not hasattr(cls, "name") and not inspect.isabstract(cls)]
+    listed = ", ".join(sorted({f"{cls.__module__}.{cls.__qualname__}" for cls in nameless}))
+    more = f" {listed} is imported, but has no name: declare it in the class, name = {name!r}." if listed else ""
+    return otherwise + more
+
+
+def _subclasses(cls: Any) -> list[type[Task]]:
+    """Return the subclasses of a class, and theirs."""
+    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]

@@ -8,7 +8,7 @@ import pkgutil
 import conservtl.tasks
 from conservtl.errors import SpecError, did_you_mean
 from conservtl.plugins import load_entry_points
-from conservtl.tasks.base import Task, task_classes
+from conservtl.tasks.base import Task, task_classes, unfinished_task
 
 __all__ = ["task_named", "tasks"]
 
@@ -41,9 +41,10 @@ def task_named(name: str, module: str | None = None) -> Task:
     """
     known = tasks()
     if name not in known:
-        raise SpecError(
-            f"task: {name!r} is none of {', '.join(known)}.{did_you_mean(name, known)} A task of your own is known "
-            f"once its module is imported. In Python, import it first; on the command line: --import "
-            f"{module or 'MODULE'}."
+        fix = unfinished_task(
+            name,
+            f"{did_you_mean(name, known)} A task of your own is known once its module is imported. In Python, import "
+            f"it first; on the command line: --import {module or 'MODULE'}.",
         )
+        raise SpecError(f"task: {name!r} is none of {', '.join(known)}.{fix}")
     return known[name]

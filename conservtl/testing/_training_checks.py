@@ -28,6 +28,7 @@ def check_training(strategy: Strategy, case: Case) -> None:
         return
     copied = copy.deepcopy(first)
     _train(strategy, first, case.example)
+    _check_finite(strategy, first)
     unchanged = all(torch.equal(start[name], tensor) for name, tensor in second.model.state_dict().items())
     require(unchanged, strategy, "training one model changed another.")
     _train(strategy, copied, case.example)
@@ -54,6 +55,16 @@ def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
             optimizer.step()
         for name, tensor in held(adaptation).items():
             require(torch.equal(tensor, before[name]), strategy, f"{name!r} is frozen in phase {phase + 1} and moved.")
+
+
+def _check_finite(strategy: Strategy, adaptation: Adaptation) -> None:
+    """Raise unless all trained weights are finite after training from the source."""
+    for name, parameter in named_parameters(adaptation.model).items():
+        if name in adaptation.plan.trained and not bool(parameter.isfinite().all()):
+            rule = f"{name!r} is not finite after training from w = w0."
+            if any(name in penalty.names for penalty in adaptation.plan.penalties):
+                rule += " Check the penalty's gradient at w = w0: a square root has none at 0."
+            require(False, strategy, rule)
 
 
 def check_skipped(strategy: Strategy, case: Case) -> None:

@@ -43,12 +43,25 @@ class _Tied(nn.Module):
         return scores
 
 
+class _Shared(nn.Module):
+    """A layer that runs twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.shared, self.head = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.shared(self.shared(self.stem(x).tanh()).tanh()).tanh())
+        return scores
+
+
 @st.composite
 def models(draw: st.DrawFn) -> tuple[nn.Module, Any]:
     """Draw a model with an example of its input.
 
     Perceptrons with and without norms, convolutions with batch norm (with and without affine parameters), nested
-    ``nn.Sequential``, LSTM classifiers and tied weights. All are in train mode and float32 and return (4, 3) scores.
+    ``nn.Sequential``, LSTM classifiers, tied weights, and a layer that runs twice. All are in train mode
+    and float32 and return (4, 3) scores.
     torch's random state is left as it was.
 
     Example:
@@ -61,7 +74,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Any]:
         ...     assert model(example).shape == (4, 3)
         >>> test_it_returns_scores()
     """
-    make = draw(st.sampled_from([_perceptron, _convolutional, _nested, _recurrent, _tied]))
+    make = draw(st.sampled_from([_perceptron, _convolutional, _nested, _recurrent, _tied, _shared]))
     build, example = make(draw)
     seed = draw(st.integers(0, 2**31 - 1))
     with torch.random.fork_rng([]):
@@ -118,3 +131,8 @@ def _recurrent(draw: st.DrawFn) -> _Made:
 def _tied(draw: st.DrawFn) -> _Made:
     width = draw(st.integers(2, 4))
     return lambda: _Tied(width), lambda: torch.randint(CLASSES, (_BATCH, 5))
+
+
+def _shared(draw: st.DrawFn) -> _Made:
+    width = draw(st.integers(2, 4))
+    return lambda: _Shared(width), lambda: torch.randn(_BATCH, 3)

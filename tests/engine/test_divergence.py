@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import conservtl as ctl
+from conservtl.plan import Penalty
 
 
 def spoiling(at, value=float("nan")):
@@ -75,6 +78,34 @@ def test_weights_that_are_not_finite_are_never_saved(plain, data, tmp_path):
     with pytest.raises(ctl.TrainingDivergedError, match=r"'stem\.0\.weight' is not finite after step 4"):
         ctl.fit(plain(), data, training=ctl.Training(epochs=3, batch_size=16), loss=loss, out=tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+class Distance(Penalty):
+    """The distance to the source: its gradient is 0 / 0 there."""
+
+    kind: Literal["divergence_distance"] = "divergence_distance"
+
+    def describe(self):
+        return "the distance to the source"
+
+    def value(self, moving):
+        return sum((item.parameter - item.anchor).square().sum() for item in moving).sqrt()
+
+
+class KeepsNear(ctl.Strategy):
+    kind: Literal["divergence_keeps_near"] = "divergence_keeps_near"
+
+    def apply(self, plan):
+        names = tuple(row.name for row in plan.rows if row.origin == "source")
+        return plan.with_penalty(Distance(by=self.label, names=names))
+
+
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_a_penalty_without_a_gradient_at_the_source_is_suspected(plain, data, batch_size):
+    """Its first step spoils the weights; with further batches the next loss would be blamed."""
+    message = r"'stem\.0\.weight' is not finite after step 1\. .*, or check the gradient of a penalty of your own"
+    with pytest.raises(ctl.TrainingDivergedError, match=message):
+        ctl.fit(plain(KeepsNear()), data, training=ctl.Training(epochs=2, batch_size=batch_size))
 
 
 def test_no_gradients_are_left_behind(plain, data):

@@ -282,6 +282,24 @@ def test_selection_needs_a_validation_part(plain, data, settings):
         ctl.fit(plain(), data, training=ctl.Training(**settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "strategies", "message"),
+    [
+        ({"keep": "target"}, [], r"^training\.keep=target chooses by a validation set, .* or leave it out\.$"),
+        ({"patience": 3}, [], r"^training\.patience=3 chooses by a validation set, .* or leave it out\.$"),
+        (
+            {"keep": "path", "patience": 3},
+            [],
+            r"^training\.keep=path and training\.patience=3 choose by .* them out",
+        ),
+        ({}, [ctl.Projection(radius="learn", steps=2)], "^Projection chooses on a validation part"),
+    ],
+)
+def test_only_what_is_set_is_named(plain, data, settings, strategies, message):
+    with pytest.raises(ctl.SpecError, match=message):
+        ctl.fit(plain(*strategies), data, training=ctl.Training(epochs=3, **settings))
+
+
 def test_harmonic_needs_a_source(plain, data):
     with pytest.raises(ctl.SpecError, match="valid has no 'source'"):
         ctl.fit(plain(), data, {"target": data}, ctl.Training(keep="harmonic"))

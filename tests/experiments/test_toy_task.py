@@ -162,7 +162,7 @@ def test_what_needs_classes_says_so(spec):
 
 def test_another_task_of_the_same_name_is_refused():
     with pytest.raises(ctl.SpecError, match=r"'pitch' of .*Other is that of toy_task"):
-        type("Other", (Task,), {"name": "pitch"})
+        type("Other", (task_classes()["pitch"],), {"name": "pitch"})
     assert task_classes()["pitch"].__name__ == "Pitch"
 
 

@@ -145,5 +145,5 @@ class TestRefused:
     def test_an_example_that_does_not_fit(self):
         model = HeadFirst()
         with pytest.raises(ctl.SpecError, match="cannot be called with it"):
-            add_probe_head(model, find_layers(model), X[:, :1], ["one"])
+            add_probe_head(model, find_layers(model, X), X[:, :1], ["one"])
         assert type(model.head) is nn.Linear

@@ -4,18 +4,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+import torch
+from pydantic import TypeAdapter, ValidationError, create_model
 
 import conservtl as ctl
 from conservtl import plugins
-from conservtl.experiments.spec.spec import parse_spec
+from conservtl.experiments.spec.spec import parse_spec, schema
 from conservtl.methods import AnyStrategy, as_strategy, builtin_strategies
 from conservtl.methods.base import Aliases
+from conservtl.spec_model import FrozenModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -295,3 +298,34 @@ def test_built_in_strategies_are_those_of_the_package():
     assert {"L2SP", "FeatureConservation", "LPFT"} <= found.keys()
     assert all(found[name] is getattr(ctl, name) for name in found)
     assert list(found) == sorted(found)
+
+
+class TestFieldsThatJsonCannotDescribe:
+    """One of them would break the schema of all specs."""
+
+    @pytest.mark.parametrize("field", [Callable[[int], int], type, torch.dtype, list[torch.Tensor]])
+    def test_the_field_is_named_and_the_class_refused(self, field):
+        fields = {"kind": Literal["undescribed"], "alpha": float, "wrong": field}
+        with pytest.raises(ctl.SpecError, match=r"Undescribed\.wrong must be of a type that JSON can describe"):
+            type("Undescribed", (ctl.Strategy,), {"__annotations__": fields, "kind": "undescribed", "alpha": 1.0})
+        assert "undescribed" not in ctl.Strategy.named
+        assert "undescribed" not in schema()
+
+    def test_a_field_of_a_section_is_named_by_the_strategys(self):
+        section = create_model("Section", __base__=FrozenModel, read=(Callable[[int], int], print))
+        fields = {"kind": Literal["undescribed"], "section": section}
+        with pytest.raises(ctl.SpecError, match=r"Undescribed\.section must be of a type that JSON can describe"):
+            type("Undescribed", (ctl.Strategy,), {"__annotations__": fields, "kind": "undescribed"})
+
+    def test_what_is_no_field_may_be_of_any_type(self):
+        class Described(ctl.Strategy):
+            kind: Literal["described"] = "described"
+            alpha: float = float("inf")
+            """JSON has no infinity: the default is left out of the schema."""
+            read: ClassVar[Callable[[int], int]] = abs
+
+            def apply(self, plan):
+                return plan
+
+        assert Described.named["described"] is Described
+        del Described.named["described"]

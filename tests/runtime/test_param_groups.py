@@ -121,3 +121,16 @@ def test_a_phase_that_comes_later_is_in_the_groups_already():
     adaptation.start_phase(1)
     assert members == [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_groups_are_named_after_their_layers():
+    """Each name once, as monitors of rates ask."""
+    by_layer = ctl.DiscriminativeLR(decay=0.5)
+    within = ctl.DiscriminativeLR(groups={"0.weight": 0.3, "0.bias": 0.2, "1.weight": 0.1})
+    for strategies, cls, expected in (
+        ((), torch.optim.SGD, ["0 … 2"]),
+        ((by_layer,), torch.optim.SGD, ["0", "2"]),
+        ((by_layer,), torch.optim.AdamW, ["0 (weight)", "0 (bias, norm)", "2 (weight)", "2 (bias)"]),
+        ((within,), torch.optim.AdamW, ["0 (weight)", "0 (bias)", "0 (norm)", "0 … 2", "2"]),
+    ):
+        assert [group["name"] for group in adapted(*strategies).optimizer(cls, lr=0.1).param_groups] == expected

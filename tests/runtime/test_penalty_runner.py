@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 
 import conservtl as ctl
 from conservtl.kernels import pull as module
-from conservtl.plan import Penalty
+from conservtl.plan import Penalty, Update
 from conservtl.runtime import param_groups
 
 CORNER = 0.5
@@ -345,3 +345,85 @@ class TestRefused:
         with pytest.raises(ctl.SpecError, match=r"Chooses gives 'weight' a pull of 0\.5, but no penalty of"):
             adapted(Chooses()).optimizer(torch.optim.SGD, lr=0.1)
         assert step(adapted(Chooses(), ctl.L2SP(alpha=0.1))) == pytest.approx([0.25 * 0.95, -3 * 0.95])
+
+
+class OnAll(Penalised):
+    kind: Literal["runner_on_all"] = "runner_on_all"
+
+    def apply(self, plan):
+        names = tuple(row.name for row in plan.rows)
+        return plan.with_penalty(Penalty.model_validate({"by": self.label, "names": names, **self.penalty}))
+
+
+class OwnGradient(Huber):
+    kind: Literal["runner_own_gradient"] = "runner_own_gradient"
+
+    def gradient(self, moving):
+        return [2 * (item.parameter - item.anchor) for item in moving]
+
+
+class NoAnchors(Huber):
+    kind: Literal["runner_no_anchors"] = "runner_no_anchors"
+    anchors: ClassVar[bool] = False
+
+
+class Wrongly(Huber):
+    kind: Literal["runner_wrongly"] = "runner_wrongly"
+
+    def value(self, moving):
+        return moving[0].no_such_attribute
+
+
+class TestFreshParameters:
+    """They have no anchor: a penalty that takes one for granted is told so before a weight moves."""
+
+    def model(self):
+        return nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
+
+    def adapted(self, kind):
+        model = self.model()
+        return ctl.adapt(model, nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 3)), [OnAll(penalty={"kind": kind})])
+
+    @pytest.mark.parametrize("kind", ["runner_huber", "runner_elementwise", "runner_own_gradient", "runner_norm"])
+    def test_they_are_named(self, kind):
+        adaptation = self.adapted(kind)
+        before = [parameter.clone() for parameter in adaptation.model.parameters()]
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        with pytest.raises(ctl.SpecError, match=r"OnAll: \['1\.weight', '1\.bias'\] have no anchor: they are fresh"):
+            optimizer.step()
+        assert all(map(torch.equal, before, adaptation.model.parameters()))
+        if kind != "runner_own_gradient":
+            with pytest.raises(ctl.SpecError, match=r"\['1\.weight', '1\.bias'\] have no anchor: they are fresh"):
+                adaptation.penalty()
+
+    def test_a_penalty_that_asks_for_no_anchors_gets_none(self):
+        with pytest.raises(ctl.SpecError, match=r"'0\.weight', .* have no anchor: NoAnchors\.anchors is False"):
+            self.adapted("runner_no_anchors").optimizer(torch.optim.SGD, lr=0.1).step()
+
+    def test_another_mistake_keeps_its_own_message(self):
+        adaptation = adapted(penalised("runner_wrongly"))
+        with pytest.raises(AttributeError, match="no_such_attribute"):
+            adaptation.optimizer(torch.optim.SGD, lr=0.1).step()
+
+    def test_an_update_is_told_too(self):
+        class Mixes(Update):
+            kind: Literal["runner_mixes"] = "runner_mixes"
+
+            def describe(self):
+                return "mixes"
+
+            def before(self, step, state):
+                for item in step.moving:
+                    item.parameter.lerp_(item.anchor, 0.5)
+
+        plan_names = tuple(name for name, _ in self.model().named_parameters())
+
+        class MixesAll(ctl.Strategy):
+            kind: Literal["runner_mixes_all"] = "runner_mixes_all"
+
+            def apply(self, plan):
+                return plan.with_update(Mixes(by=self.label, names=plan_names))
+
+        adaptation = ctl.adapt(self.model(), nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 3)), [MixesAll()])
+        with pytest.raises(ctl.SpecError, match=r"MixesAll: \['1\.weight', '1\.bias'\] have no anchor: they are fresh"):
+            adaptation.optimizer(torch.optim.SGD, lr=0.1).step()

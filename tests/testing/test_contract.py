@@ -19,7 +19,7 @@ import conservtl as ctl
 import conservtl.testing
 from conservtl.layers.extended import ExtendedModule, extend_module
 from conservtl.methods import Order
-from conservtl.plan import Extension
+from conservtl.plan import Extension, Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Choice
 from conservtl.testing import check_strategy, instances, models, state_dicts, strategies
@@ -365,6 +365,31 @@ for name in [name for name, cls in ctl.Strategy.named.items() if cls.__module__ 
     del ctl.Strategy.named[name]
 
 
+class Distance(Penalty):
+    """The distance to the source, whose gradient is 0 / 0 at the source itself."""
+
+    kind: Literal["contract_distance"] = "contract_distance"
+    power: float = 0.5
+
+    def describe(self):
+        return "the distance to the source"
+
+    def value(self, moving):
+        return sum((item.parameter - item.anchor).square().sum() for item in moving) ** self.power
+
+
+class KeepsNear(Good):
+    kind: Literal["keeps_near"] = "keeps_near"
+    power: float = 0.5
+    """Of the squared distance."""
+    fresh: bool = False
+    """Whether it is on fresh parameters too."""
+
+    def apply(self, plan):
+        names = tuple(row.name for row in plan.rows if self.fresh or row.origin == "source")
+        return plan.with_penalty(Distance(by=self.label, names=names, power=self.power))
+
+
 class TestBroken:
     def test_a_good_one_passes(self):
         check_strategy(Good())
@@ -404,6 +429,19 @@ class TestBroken:
         SEEN.clear()
         with pytest.raises(AssertionError, match=message):
             check_strategy(strategy)
+
+    def test_a_penalty_without_a_gradient_at_the_source(self):
+        """The derivative of (d²)^½ is d / |d|; a power of 1 has one, 2d, and keeps the contract."""
+        message = r"KeepsNear: '0\.weight' is not finite after training from w = w0\. Check the penalty's gradient at"
+        with pytest.raises(AssertionError, match=message):
+            check_strategy(KeepsNear())
+        check_strategy(KeepsNear(power=1.0))
+
+    def test_a_penalty_on_fresh_parameters_that_takes_anchors_for_granted(self):
+        with pytest.raises(
+            ctl.SpecError, match=r"KeepsNear: \['21\.weight', '21\.bias'\] have no anchor: they are fresh"
+        ):
+            check_strategy(KeepsNear(power=1.0, fresh=True))
 
     def test_a_field_that_no_row_has(self):
         with pytest.raises(ctl.PlanError, match=r"Typo chooses the pull of '0\.weight' as \{'pul': 1\.0\}"):

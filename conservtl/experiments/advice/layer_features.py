@@ -15,8 +15,7 @@ from conservtl.engine.batching import as_batches
 from conservtl.errors import SelectorError
 from conservtl.functions import forward, logits_of
 from conservtl.layers import Layer, canonical, unwrap
-from conservtl.plan.plan import Plan
-from conservtl.runtime.channels import channel_axis, channels_first, pooled
+from conservtl.runtime.channels import Channels, pooled
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.preserve import preserve_modes
 
@@ -127,7 +126,6 @@ def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> 
 def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that holds the pooled outputs of layers after each forward pass."""
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
-    rows = dict(Plan.draw(layers, {}, {}).by_layer())
     caught: dict[str, Tensor] = {}
     hooks = []
     try:
@@ -136,8 +134,8 @@ def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Te
                 continue
             if layer.modules[-1] not in modules:
                 raise SelectorError(f"the model has no layer {layer.name!r}. Give the layers that find_layers gives.")
-            hook = _Pool(layer.name, channels_first(rows[layer.name]), caught)
-            hooks.append(modules[layer.modules[-1]].register_forward_hook(hook))
+            module = modules[layer.modules[-1]]
+            hooks.append(module.register_forward_hook(_Pool(layer.name, Channels(module), caught)))
         yield caught
     finally:
         for hook_handle in hooks:
@@ -147,14 +145,14 @@ def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Te
 class _Pool:
     """A forward hook that stores the mean of the output over all but examples and channels."""
 
-    def __init__(self, layer: str, first: int, caught: dict[str, Tensor]) -> None:
-        self.layer, self.first, self.caught = layer, first, caught
+    def __init__(self, layer: str, channels: Channels, caught: dict[str, Tensor]) -> None:
+        self.layer, self.channels, self.caught = layer, channels, caught
 
     def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
         while isinstance(output, (tuple, list, Mapping)) and output:
             output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
         if isinstance(output, Tensor) and output.ndim >= 2:
-            self.caught[self.layer] = pooled(output.float(), channel_axis(output, self.first)).cpu()
+            self.caught[self.layer] = pooled(output.float(), self.channels.axis(output)).cpu()
 
 
 @contextmanager

@@ -107,6 +107,7 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
             "extensions": [one.model_dump(mode="json") for one in adaptation.plan.extensions],
             "example": describe_example(setting.example),
             "layers": spec.layers,
+            "head": getattr(spec.model, "head", None),
             "modules": sorted({type(one).__module__ for one in (*left, *adaptation.plan.extensions)}),
         }
     _save(model.state_dict(), folder / _FILE, {"conservtl": json.dumps(header)})

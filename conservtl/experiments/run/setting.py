@@ -12,6 +12,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
+from conservtl.engine.selection import deciders
 from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.source_labels import (
@@ -99,7 +100,8 @@ class Setting:
             source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            return adapt(model, source, spec.strategies, example=self.example, layers=spec.layers, fresh=fresh)
+            options = {"example": self.example, "layers": spec.layers, "head": self.head_globs}
+            return adapt(model, source, spec.strategies, fresh=fresh, **options)
 
     def fit(
         self, adaptation: Adaptation, train: Any, valid: Any = None, training: Training | None = None, **options: Any
@@ -112,9 +114,25 @@ class Setting:
             valid: the sets to select on, or None.
             training: settings; None: the spec's. Without ``select`` they select on the task's headline metric.
             options: further arguments of ``fit``, which win over those of the setting.
+
+        Raises:
+            SpecError: a validation score decides something, and ``data.validation`` of the shots leaves no example.
         """
         settings = self.selecting(training or self.spec.training)
+        if valid is None:
+            self._check_validation(settings, adaptation.plan)
         return fit(adaptation, train, valid, settings, **self.fit_arguments() | options)
+
+    def _check_validation(self, training: Training, plan: Plan) -> None:
+        """Raise if a validation score decides something and the part asked for is empty, too few shots to split."""
+        data = self.spec.data
+        if self.domains.validation is None and data.validation and (names := deciders(training, plan)):
+            verb, them = ("choose", "them") if len(names) > 1 else ("chooses", "it")
+            raise SpecError(
+                f"{' and '.join(names)} {verb} by a validation set, but data.validation={data.validation:g} of "
+                f"{data.shots} shot{'' if data.shots == 1 else 's'} leaves none. Ask for more shots, or leave {them} "
+                "out."
+            )
 
     def selecting(self, training: Training) -> Training:
         """Return settings that select on the task's headline metric, unless they name a metric themselves."""
@@ -135,8 +153,16 @@ class Setting:
             "seed": self.spec.seed,
         }
 
+    @property
+    def head_globs(self) -> tuple[str, ...] | None:
+        """Globs of the head in the spec's ``model`` section; None if it has none."""
+        return getattr(self.spec.model, "head", None)
+
     def head(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the head's parameters."""
+        return self._drawn(model).head
+
+    def _drawn(self, model: nn.Module) -> Plan:
         layers = self.spec.layers
         if layers is not None:  # an earlier run may have added modules that no glob matches
             unmatched = [name for name in named_parameters(model) if not any(matches(glob, name) for glob in layers)]
@@ -146,11 +172,11 @@ class Setting:
                 if name == "input_transform"
             ]
             layers = (*added, *layers)
-        return Plan.draw(find_layers(model, self.example, layers), {}, {}).head
+        return Plan.draw(find_layers(model, self.example, layers, self.head_globs), {}, {})
 
     def source_head(self, source: nn.Module) -> SourceHead | None:
         """Return the source model's own head; None where the labels are shared, so that one head serves both."""
-        return None if self.shared else SourceHead(source, self.head(source)[0].rpartition(".")[0])
+        return None if self.shared else SourceHead(source, self._drawn(source).head_module)
 
 
 def prepare(spec: Spec) -> Setting:

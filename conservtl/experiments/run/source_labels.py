@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.batches import map_tensors
-from conservtl.data import Data, Domains, Examples
+from conservtl.data import Data, Domains, Examples, length_of
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import logits_of
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
@@ -64,16 +64,20 @@ def with_source_labels(
 
 
 def check_shots(task: Task, domains: Domains) -> None:
-    """Raise unless the classes of the data in memory are positions in its lists of labels.
+    """Raise unless each set holds examples, and the classes of those in memory are positions in its list of labels.
 
     Raises:
-        DataError: a class has no label.
+        DataError: a set is empty, or a class has no label.
     """
-    if not task.has_classes:
-        return
     for name in ("shots", "validation", "target_test", "source_train", "source_test"):
+        data = getattr(domains, name)
+        if data is not None and length_of(data) == 0:
+            fix = "at least one" if name in ("shots", "target_test") else "at least one, or None"
+            raise DataError(f"task {task.name!r}: {name} must hold examples; received none. Let load return {fix}.")
+        if not task.has_classes:
+            continue
         labels = domains.source_labels if name.startswith("source") else domains.labels
-        classes = classes_of(getattr(domains, name))
+        classes = classes_of(data)
         if classes is not None and labels and classes.numel() and int(classes.max()) >= len(labels):
             raise DataError(
                 f"task {task.name!r}: the labels of {name} must be positions in a list of {len(labels)} labels "

@@ -159,7 +159,7 @@ def _key(setting: Setting, data: Data) -> str:
         "conservtl": __version__,
         "torch": torch.__version__,
         "task": spec.task,
-        "model": spec.model.model_dump(mode="json"),
+        "model": spec.model.model_dump(mode="json", exclude={"head"}),  # does not change the training
         "training": spec.source.training.model_dump(mode="json"),
         "augmentation": augmentation.model_dump(mode="json") if augmentation is not None else None,
         "labels": domains.source_labels,

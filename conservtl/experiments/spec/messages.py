@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from conservtl.errors import hint, wrong_tag
+from conservtl.tasks.base import unfinished_task
 
 __all__ = ["explain"]
 
@@ -27,8 +28,10 @@ def explain(error: Any, adapter: TypeAdapter[Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{field}: there is no such field.{hint(shown[-1], _fields_at(place[:-1], definitions))}"
     if error["type"] == "union_tag_invalid":
-        more = " A task of your own needs --import MODULE." if not place else ""
-        return f"{field}: {wrong_tag(error)}{more}"
+        if place:
+            return f"{field}: {wrong_tag(error)}"
+        fix = unfinished_task(str(error["ctx"]["tag"]), " A task of your own needs --import MODULE.")
+        return f"{field}: {wrong_tag(error)}{fix}"
     message = error["msg"].replace("valid tuple", "list")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = f"must hold fields of its own, such as {field}.{(_fields_at(place, definitions) or ['kind'])[0]}"

@@ -16,6 +16,7 @@ from conservtl.engine import Training
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.messages import explain
+from conservtl.experiments.spec.reading import as_written, changeable, read_yaml
 from conservtl.experiments.spec.recipes import fill, offer
 from conservtl.experiments.spec.study_sections import CompareSection, SweepSection, TuneSection
 from conservtl.methods import AnyStrategy
@@ -154,7 +155,7 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"spec {str(path)!r} cannot be read: {error}. Give the path of a YAML or JSON file.") from error
     except yaml.YAMLError as error:
@@ -174,11 +175,15 @@ def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
         SpecError: a field is wrong.
     """
     adapter = _adapter()
-    try:
-        return adapter.validate_python(fill(content))
-    except ValidationError as error:
-        lines = [f"  {explain(one, adapter)}" for one in error.errors()]
-        raise SpecError(f"{where}:\n" + "\n".join(lines)) from error
+    fields = changeable(fill(content))
+    while True:
+        try:
+            return adapter.validate_python(fields)
+        except ValidationError as error:
+            if as_written(fields, error.errors()):
+                continue
+            lines = [f"  {explain(one, adapter)}" for one in error.errors()]
+            raise SpecError(f"{where}:\n" + "\n".join(lines)) from error
 
 
 def with_fields(spec: Spec, fields: Mapping[str, Any]) -> Spec:
@@ -235,6 +240,6 @@ def _override(text: str) -> tuple[str, Any]:
     if not equals or not all(name.split(".")):
         raise SpecError(f"{text!r} must have the form field.field=value, such as data.shots=1.")
     try:
-        return name, yaml.safe_load(raw) if raw.strip() else ""
+        return name, read_yaml(raw) if raw.strip() else ""
     except yaml.YAMLError as error:
         raise SpecError(f"{text!r}: the value is not valid YAML: {error}") from error

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from conservtl.batches import map_tensors, replace_tensors, row_count, tensors_of
 from conservtl.errors import SpecError
 from conservtl.plan.measure import Measure, MeasureContext
-from conservtl.runtime.channels import channel_axis
+from conservtl.runtime.channels import Channels
 
 __all__ = ["AttentionMeasure"]
 
@@ -29,8 +28,6 @@ class AttentionMeasure(Measure):
     kind: Literal["attention"] = "attention"
     layers: tuple[str, ...]
     """Layers to measure."""
-    first: dict[str, int] = Field(default_factory=dict)
-    """Layer -> number of dimensions of its output if channels are its second axis, not its last."""
 
     def describe(self) -> str:
         """One line for the plan's table."""
@@ -56,7 +53,7 @@ class AttentionMeasure(Measure):
             count += size
             plain = probe.loss(probe.forward(probe.model, batch), batch)
             for layer in self.layers:
-                losses = _Occluded(probe, layer, self.first.get(layer, 0)).losses(batch, size)
+                losses = _Occluded(probe, layer).losses(batch, size)
                 rises[layer] = rises.get(layer, 0.0) + size * (losses - plain).double()
         return {layer: ((rise / count).softmax(0) * len(rise)).float() for layer, rise in rises.items()}
 
@@ -67,24 +64,29 @@ class _Occluded:
     Args:
         probe: the model and the data.
         layer: the layer.
-        first: what ``channels_first`` returns for it.
     """
 
-    def __init__(self, probe: MeasureContext, layer: str, first: int) -> None:
+    def __init__(self, probe: MeasureContext, layer: str) -> None:
         if layer not in probe.modules:
             raise SpecError(f"layer {layer!r} has no module in the source model. Tap layers that both have.")
-        self.probe, self.layer, self.first = probe, layer, first
+        self.probe, self.layer = probe, layer
         self.module = probe.modules[layer]
+        self.channels = Channels(self.module)
 
     def losses(self, batch: Any, size: int) -> Tensor:
         """Return the loss with each channel zeroed, (channels,)."""
         shape: list[tuple[int, int]] = []
 
         def look(output: Tensor) -> Tensor:
-            shape.append((output.shape[channel_axis(output, self.first)], output.numel()))
+            shape.append((output.shape[self.channels.axis(output)], output.numel()))
             return output
 
         outputs = self._run(batch, look)
+        if len(set(shape)) != 1:
+            raise SpecError(
+                f"layer {self.layer!r} must give one output in eval mode to measure its attention; it gives "
+                f"{len(shape)} of different sizes. Tap another layer, or set attention=False."
+            )
         channels, elements = shape[0]
         # A scalar such as outputs.loss is the mean over all rows, so that copies cannot be told apart in it.
         whole = any(not tensor.ndim for tensor in tensors_of(outputs))
@@ -101,7 +103,7 @@ class _Occluded:
                     f"layer {self.layer!r} gives outputs of shape {tuple(output.shape)} for {size} examples, so no "
                     "channel of an example can be told. Tap another layer, or set attention=False."
                 )
-            axis = channel_axis(output, self.first)
+            axis = self.channels.axis(output)
             mask = torch.ones(copies, output.shape[axis], dtype=output.dtype, device=output.device)
             mask[torch.arange(copies), zeroed.to(output.device)] = 0
             wide = [1] * output.ndim
@@ -145,6 +147,8 @@ def _first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a layer's output with its tensor changed; of a tuple (recurrent, transformer layers) the first."""
     if isinstance(output, Tensor):
         return change(output)
+    if isinstance(output, list):
+        return [_first_changed(part, change) for part in output]
     return (_first_changed(output[0], change), *output[1:])
 
 

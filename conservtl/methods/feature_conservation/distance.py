@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError
-from conservtl.plan.term import Term, View
-from conservtl.runtime.channels import channel_axis
+from conservtl.plan.term import Term, View, all_of
 
 __all__ = ["FeatureConservationTerm", "delta", "ldifs"]
 
@@ -28,8 +26,6 @@ class FeatureConservationTerm(Term):
     """Factor on the distance."""
     metric: Literal["delta", "ldifs"] = "delta"
     """delta: distance of feature maps as they are. ldifs: distance of feature vectors scaled to length 1."""
-    first: dict[str, int] = Field(default_factory=dict)
-    """Layer -> number of dimensions of its output if channels are its second axis, as of ``channels_first``."""
     padding: Literal["leave_out", "count"] = "leave_out"
     """count: padding is compared too."""
 
@@ -40,34 +36,50 @@ class FeatureConservationTerm(Term):
         return f"{self.alpha:g} × distance of {name} to the source's at {', '.join(self.taps)}{weighted}"
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Return the term."""
-        targets = source.features if source is not None else {}
+        """Return the term: the sum over the layers that ran in this pass, 0 if none did."""
         parts = []
         for layer in self.taps:
-            features, target = adapted.features[layer], targets[layer]
-            if features.shape[1:] == target.shape[1:] and len(features) != len(target):
-                raise SpecError(
-                    f"{self.by}: the model's features are of {len(features)} examples, the source's of {len(target)}. "
-                    "Give loss(..., inputs) the inputs that the outputs came from."
-                )
-            if features.shape != target.shape:
-                raise SpecError(
-                    f"{self.by}: layer {layer!r} gives features of shape {tuple(features.shape)}, in the source "
-                    f"{tuple(target.shape)}. Tap layers that are the same in both."
-                )
-            axis = channel_axis(features, self.first.get(layer, 0))
-            mask = adapted.valid(layer, features, axis) if self.padding == "leave_out" else None
-            if self.metric == "ldifs":
-                parts.append(ldifs(features, target, axis, mask))
+            features, axes = all_of(adapted.features, layer), all_of(adapted.axes, layer)
+            targets = all_of(source.features, layer) if source is not None else []
+            if not features or not targets:
                 continue
-            weights = measured[self.reads[0]][layer] if self.reads else None
-            if weights is not None and weights.shape != (features.shape[axis],):
+            if len(features) != len(targets):
                 raise SpecError(
-                    f"{self.by}: layer {layer!r} has {features.shape[axis]} channels, but {self.reads[0]!r} weighs "
-                    f"{tuple(weights.shape)} of them. Measure it on this model."
+                    f"{self.by}: layer {layer!r} gives {len(features)} outputs in a forward pass of the model, "
+                    f"{len(targets)} in one of the source (its calls and parts together). Tap a layer that gives as "
+                    "many in both."
                 )
-            parts.append(delta(features, target, axis, weights, mask))
+            weights = measured[self.reads[0]][layer] if self.reads else None
+            calls = [self._distance(layer, adapted, *one, weights) for one in zip(features, targets, axes, strict=True)]
+            parts.append(torch.stack(calls).mean())
+        if not parts:
+            return torch.zeros(())
         return self.alpha * torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+    def _distance(
+        self, layer: str, adapted: View, features: Tensor, target: Tensor, axis: int, weights: Tensor | None
+    ) -> Tensor:
+        """Return the distance of one output of a layer."""
+        if features.shape[1:] == target.shape[1:] and len(features) != len(target):
+            raise SpecError(
+                f"{self.by}: the model's features are of {len(features)} examples, the source's of {len(target)}. Give "
+                f"loss(..., inputs) the inputs that the outputs came from; if {layer!r} is an expert, which sees some "
+                "examples only, tap the layer that contains it."
+            )
+        if features.shape != target.shape:
+            raise SpecError(
+                f"{self.by}: layer {layer!r} gives features of shape {tuple(features.shape)}, in the source "
+                f"{tuple(target.shape)}. Tap layers that are the same in both."
+            )
+        mask = adapted.valid(layer, features, axis) if self.padding == "leave_out" else None
+        if self.metric == "ldifs":
+            return ldifs(features, target, axis, mask)
+        if weights is not None and weights.shape != (features.shape[axis],):
+            raise SpecError(
+                f"{self.by}: layer {layer!r} has {features.shape[axis]} channels, but {self.reads[0]!r} weighs "
+                f"{tuple(weights.shape)} of them. Measure it on this model."
+            )
+        return delta(features, target, axis, weights, mask)
 
 
 def delta(

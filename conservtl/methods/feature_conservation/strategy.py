@@ -8,12 +8,10 @@ from pydantic import Field, model_validator
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError
-from conservtl.layers import select
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.methods.feature_conservation.attention import AttentionMeasure
 from conservtl.methods.feature_conservation.distance import FeatureConservationTerm
 from conservtl.plan.plan import Plan
-from conservtl.runtime.channels import channels_first
 
 __all__ = ["FeatureConservation"]
 
@@ -42,8 +40,10 @@ class FeatureConservation(Strategy):
     Padding is left out, as ``adaptation.loss`` finds it: means are over the positions that count, and where a layer has
     other positions than the inputs, they follow the strides of the convolutions and poolings before it.
 
-    Channels are the second axis in the outputs of convolutions, (N, C, ...), and the last in all others,
-    (N, frames, C).
+    The axis of the channels, second in (N, C, ...) and last in (N, frames, C) or (N, H, W, C), is found from the sizes
+    that a layer's modules declare (``runtime.channels``). A layer that does not run in a step (layerdrop, stochastic
+    depth) is left out of that step's sum. If a layer runs more than once in a forward pass (Siamese and shared layers)
+    or returns several tensors, the mean of their distances is taken.
 
     Attention is measured once, on the model at its start. A fresh head cannot yet tell which channels matter: leave
     ``attention`` off then.
@@ -100,9 +100,8 @@ class FeatureConservation(Strategy):
     def apply(self, plan: Plan) -> Plan:
         """Add the term, and the measurement of its attention."""
         taps = self._taps(plan)
-        first = {layer: channels_first(rows) for layer, rows in plan.by_layer() if layer in taps}
         if self.attention:
-            plan = plan.with_measure(AttentionMeasure(by=self.label, layers=taps, first=first))
+            plan = plan.with_measure(AttentionMeasure(by=self.label, layers=taps))
         return plan.with_term(
             FeatureConservationTerm(
                 by=self.label,
@@ -110,7 +109,6 @@ class FeatureConservation(Strategy):
                 alpha=_ALPHA[self.metric] if self.alpha is None else self.alpha,
                 metric=self.metric,
                 reads=("attention",) if self.attention else (),
-                first=first,
                 padding=self.padding,
             )
         )
@@ -118,7 +116,7 @@ class FeatureConservation(Strategy):
     def _taps(self, plan: Plan) -> tuple[str, ...]:
         """Return the layers to tap, input side first."""
         if isinstance(self.layers, tuple):
-            matched = select(self.layers, plan.layers, "layer").values()
+            matched = plan.select_layers(self.layers).values()
             chosen = {name for names in matched for name in names}
             return tuple(layer for layer in plan.layers if layer in chosen)
         body = plan.own_layers[:-1]

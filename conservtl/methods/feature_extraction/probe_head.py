@@ -12,14 +12,14 @@ from torch.nn import functional as F  # noqa: N812
 from conservtl.batches import map_tensors
 from conservtl.compat import remove_forward_hooks
 from conservtl.errors import SpecError
-from conservtl.layers import Layer, canonical, select, unwrap
+from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.plan.plan import Plan
-from conservtl.runtime.channels import channel_axis, channels_first, pooled
+from conservtl.runtime.channels import Channels, channel_axis, pooled
 from conservtl.runtime.taps import tensor_of
 
-__all__ = ["ProbeHead", "add_probe_head", "remove_probe_head"]
+__all__ = ["ProbeHead", "add_probe_head", "refuse_tied", "remove_probe_head"]
 
 _HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -69,13 +69,27 @@ class _Tap:
     computes = True
     """The model needs this hook to run: it does not only observe."""
 
-    def __init__(self, probe: ProbeHead, layer: str, first: int) -> None:
-        self.probe, self.layer, self.first = probe, layer, first
+    def __init__(self, probe: ProbeHead, layer: str, channels: Channels) -> None:
+        self.probe, self.layer, self.channels = probe, layer, channels
 
     def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
         tensor = tensor_of(output, self.layer)
         # A copy: the next module may overwrite it, as ReLU(inplace=True) does.
-        self.probe.caught[self.layer] = pooled(tensor, channel_axis(tensor, self.first)).clone()
+        self.probe.caught[self.layer] = pooled(tensor, self.channels.axis(tensor)).clone()
+
+
+def refuse_tied(plan: Plan, label: str) -> None:
+    """Raise if another module holds the head's weight too: a new head would replace that module's weight.
+
+    Raises:
+        SpecError: the head is tied.
+    """
+    if tied := plan.tied_head:
+        names = " and ".join(map(repr, (tied[0], *plan[tied[0]].aliases)))
+        raise SpecError(
+            f"{label}: the head must have a weight of its own; here {names} are one tensor, so a new one would replace "
+            "the embedding too. Untie them (tie_word_embeddings=False), or name another head: adapt(..., head=[...])."
+        )
 
 
 def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Sequence[str]) -> None:
@@ -92,9 +106,14 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
         SpecError: there is no example, or the head cannot be replaced.
     """
     model = unwrap(model)
+    if example is None:
+        raise SpecError(
+            f"FeatureExtraction: how many features the layers {sorted(globs)} give is seen by running the model. Pass "
+            "adapt(..., example=a batch of inputs)."
+        )
     plan = Plan.draw(layers, {}, {})
-    name, last = plan.head_module, plan.layers[-1]
-    chosen = {layer for names in select(globs, plan.layers, "layer").values() for layer in names}
+    name, last = plan.head_module, plan[plan.head[0]].layer
+    chosen = {layer for names in plan.select_layers(globs).values() for layer in names}
     modules = {canonical(key): module for key, module in model.named_modules()}
     head = modules.get(name)
     if isinstance(head, ProbeHead):
@@ -102,25 +121,20 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
             "FeatureExtraction: the model's head is fed from chosen layers already. Retract that of an earlier "
             "adaptation first (FeatureExtraction(layers=...).retract(model)); there can be one."
         )
+    refuse_tied(plan, "FeatureExtraction")
     if not name or not isinstance(head, _HEADS):
         raise SpecError(
             f"FeatureExtraction: with layers, the head must be a linear map or a convolution inside the model, to be "
             f"replaced; here it is {name or 'the whole model'!r}, a {type(head).__name__}. Leave layers out."
         )
-    if example is None:
-        raise SpecError(
-            f"FeatureExtraction: how many features the layers {sorted(chosen)} give is seen by running the model. Pass "
-            "adapt(..., example=a batch of inputs)."
-        )
     parts = {layer.name: layer.modules[-1] for layer in layers if layer.name in chosen - {last} and layer.modules}
     if bare := chosen - {last} - parts.keys():
         raise SpecError(f"FeatureExtraction: {min(bare)!r} is a parameter outside all modules, so it has no output.")
-    first = {layer: channels_first(rows) for layer, rows in plan.by_layer()}
     outputs, entered = _outputs(model, example, parts, name)
-    sizes = {layer: outputs[layer].shape[channel_axis(outputs[layer], first[layer])] for layer in parts}
+    sizes = {layer: outputs[layer].shape[channel_axis(modules[parts[layer]], outputs[layer])] for layer in parts}
     probe = ProbeHead(head, sizes, entered.shape[1] if last in chosen else 0)
     for layer, module in parts.items():
-        modules[module].register_forward_hook(_Tap(probe, layer, first[layer]))
+        modules[module].register_forward_hook(_Tap(probe, layer, Channels(modules[module])))
     holder, _, key = name.rpartition(".")
     setattr(modules[holder], key, probe)
 

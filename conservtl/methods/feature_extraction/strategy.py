@@ -13,7 +13,7 @@ from conservtl.errors import SpecError
 from conservtl.layers import Layer
 from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.methods.feature_extraction.fitted_head import FittedHead
-from conservtl.methods.feature_extraction.probe_head import add_probe_head, remove_probe_head
+from conservtl.methods.feature_extraction.probe_head import add_probe_head, refuse_tied, remove_probe_head
 from conservtl.plan.plan import Plan
 
 __all__ = ["FeatureExtraction"]
@@ -91,6 +91,7 @@ class FeatureExtraction(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Freeze the body, and make the head fresh: trained or fitted."""
+        refuse_tied(plan, self.label)
         head = plan.head
         copied = [name for name in head if plan[name].origin == "source"]
         fresh = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}

@@ -12,6 +12,7 @@ from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
 from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import glob_hint
+from conservtl.runtime.channels import output_size
 
 __all__ = ["channel_dim", "find_hidden_units", "is_recurrent", "unit_count"]
 
@@ -24,7 +25,6 @@ _NORMS: dict[type[nn.Module], int] = {
     nn.RMSNorm: -1,
 }
 _RECURRENT: dict[type[nn.Module], int] = {nn.RNN: -1, nn.LSTM: -1, nn.GRU: -1}
-_SIZES = ("out_features", "out_channels", "num_features", "num_channels", "normalized_shape")
 
 
 def find_hidden_units(
@@ -75,12 +75,9 @@ def unit_count(module: nn.Module) -> int | None:
     """Return the number of channels of a module's output; None if an amplitude cannot scale it."""
     if _dim(module, _WEIGHTS | _NORMS | _RECURRENT) is None:
         return None
-    if isinstance(module, nn.RNNBase):
-        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    size = next(getattr(module, name) for name in _SIZES if hasattr(module, name))
-    if isinstance(size, tuple):
-        return size[0] if len(size) == 1 else None
-    return int(size)
+    if len(getattr(module, "normalized_shape", (1,))) != 1:
+        return None
+    return output_size(module)
 
 
 def channel_dim(module: nn.Module) -> int:

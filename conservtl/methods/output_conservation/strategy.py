@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from conservtl.bounds import NonNegative, Positive, Share
+from conservtl.errors import SpecError
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.methods.output_conservation.term import OutputConservationTerm
 from conservtl.plan.plan import Plan
@@ -92,7 +93,18 @@ class OutputConservation(Strategy):
         return self
 
     def apply(self, plan: Plan) -> Plan:
-        """Add the term."""
+        """Add the term.
+
+        Raises:
+            SpecError: the model has several outputs.
+        """
+        # With labels of the target's own, the outputs of the source's heads are compared, whatever the model returns.
+        by_heads = any(plan[name].origin == "fresh" for name in plan.possible_head)
+        if plan.outputs and not (by_heads and set(plan.outputs) <= set(plan.head_modules)):
+            raise SpecError(
+                f"{self.label}: the model must have one output to compare, or name its scores 'logits' or 'out'; it "
+                f"has several, of {list(plan.outputs)}. Return one of them, or use FeatureConservation."
+            )
         outputs = {"form": self.form, "class_axis": self.class_axis, "padding": self.padding}
         if self.weight is not None:
             temperature = self.temperature or 2.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from conservtl.bounds import NonNegative, Positive
@@ -47,12 +49,20 @@ class OutputConservationTerm(Term):
         return f"{task}{self.weight:g} × {name}{of} to the source's outputs at temperature {self.temperature:g}"
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
-        """Return the term.
+        """Return the term; of several heads, or several calls of one, the sum.
 
         Raises:
             SpecError: the shapes differ, or form or class axis do not follow from the task's loss and the layout.
         """
-        logits, target = logits_of(adapted.outputs), logits_of(source.outputs if source is not None else None)
+        theirs = source.outputs if source is not None else None
+        if isinstance(adapted.outputs, list) and isinstance(theirs, list) and len(adapted.outputs) == len(theirs) > 1:
+            pairs = zip(adapted.outputs, theirs, strict=True)
+            return torch.stack([self._compared(replace(adapted, outputs=ours), other) for ours, other in pairs]).sum()
+        return self._compared(adapted, theirs)
+
+    def _compared(self, adapted: View, outputs: Any) -> Tensor:
+        """Return the term for one output."""
+        logits, target = logits_of(adapted.outputs), logits_of(outputs)
         if logits.shape != target.shape:
             raise SpecError(
                 f"{self.by}: the adapted model gives outputs of shape {tuple(logits.shape)}, the source "

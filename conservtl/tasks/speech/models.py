@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 from torch import nn
@@ -12,6 +12,7 @@ from conservtl.spec_model import FrozenModel
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.torchaudio_adapter import torchaudio_names, wrap
+from conservtl.written import Arguments
 
 __all__ = ["ModelSpec", "build"]
 
@@ -24,8 +25,10 @@ class ModelSpec(FrozenModel):
     name: Annotated[str, Field(min_length=1)] = "tc_resnet8"
     """`tc_resnet8`, `tc_resnet14`, or a name in `torchaudio.models` (`Wav2Letter`, `Conformer`,
     `wav2vec2_base`, ...)."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     """Arguments of the network: `width`, `dropout` and `norm` of a TC-ResNet, or those of torchaudio's function."""
+    head: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Globs of the parameters or modules that are the head. null: the model is asked, else the last weight used."""
 
 
 def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) -> nn.Module:

@@ -13,6 +13,7 @@ from conservtl.tasks.classification import ClassData
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.image_settings import ImageSettings
+from conservtl.written import Arguments
 
 __all__ = ["DIGITS_IMAGES", "DataSpec", "DigitsData", "ImageFolderData", "TorchvisionData"]
 
@@ -125,7 +126,7 @@ class TorchvisionData(_Photographs):
     root: Path = Path("data")
     """The folder in which torchvision stores it."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     """Further arguments of the class."""
 
     train_split: str = "train"

@@ -144,6 +144,27 @@ def test_keeping_the_best_needs_a_validation_part(speech_fields, tmp_path):
     assert run(parse_spec(fields), tmp_path / "out")["after"]["target"]["accuracy"] >= 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "subject", "them"),
+    [
+        ({"training": {"epochs": 2, "keep": "target"}}, r"training\.keep=target chooses", "it"),
+        ({"training": {"epochs": 2, "patience": 1}}, r"training\.patience=1 chooses", "it"),
+        (
+            {"training": {"epochs": 2, "keep": "path", "patience": 1}, "strategies": [{"kind": "lhuc"}]},
+            r"training\.keep=path and training\.patience=1 choose",
+            "them",
+        ),
+        ({"strategies": [{"kind": "weight_interpolation", "t": None}]}, "WeightInterpolation chooses", "it"),
+    ],
+)
+def test_shots_too_few_to_split_are_named(speech_fields, tmp_path, fields, subject, them):
+    """One of one shot must stay to train on."""
+    data = {**speech_fields["data"], "shots": 1, "validation": 0.25}
+    leaves = rf"^{subject} by a validation set, but data\.validation=0\.25 of 1 shot leaves none\. .* {them} out\.$"
+    with pytest.raises(ctl.SpecError, match=leaves):
+        run(parse_spec({**speech_fields, "data": data, **fields}), tmp_path / "out")
+
+
 def test_without_source_data_agreement_stands_in(done, speech_fields, tmp_path):
     _, out, _ = done
     fields = {**speech_fields, "source": {"data": None, "weights": str(out / "model.safetensors")}}
@@ -226,6 +247,20 @@ def test_planning_trains_nothing(speech_fields, tmp_path):
     plan = plan_of(parse_spec(speech_fields))
     assert plan.totals()["fresh"] == 0
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_head_of_a_spec(speech_fields):
+    """Named in the model section; a name that is not in the model is refused."""
+    fields = {**speech_fields, "strategies": [{"kind": "lp_ft"}], "model": {"head": ["stem*"]}}
+    setting = prepare(parse_spec(fields))
+    model = setting.model(len(setting.domains.labels))
+    assert setting.head(model)
+    assert all(name.startswith("stem") for name in setting.head(model))
+    plan = setting.adaptation(model).plan
+    assert set(plan.phases[0].frozen) == {row.name for row in plan.rows} - set(setting.head(model))
+    setting = prepare(parse_spec({**fields, "model": {"head": ["haed"]}}))
+    with pytest.raises(ctl.SelectorError, match=r"head: 'haed'.*'head'"):
+        setting.adaptation(model)
 
 
 def test_agreement_is_the_kl_divergence_from_the_source():

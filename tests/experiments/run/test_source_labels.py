@@ -1,17 +1,21 @@
 """Examples of the source are numbered by the labels of its model's outputs, or the run is refused before training."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import conservtl as ctl
-from conservtl.data import Examples, renumber
+from conservtl.data import Domains, Examples, length_of, renumber
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.run.source_labels import check_shots
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import parse_spec
 from conservtl.experiments.studies.trial import _training_data
@@ -134,6 +138,31 @@ def test_examples_numbered_beyond_the_labels_are_refused(speech_fields):
 
     with pytest.raises(ctl.DataError, match=r"labels of shots must be positions in a list of 3 labels.*received 3"):
         prepare(parse_spec({**speech_fields, "task": Shifted.name}))
+
+
+def held(kind: str, count: int) -> Any:
+    inputs, labels = torch.zeros(count, 3), torch.zeros(count, 1)
+    if kind == "examples":
+        return Examples(inputs, labels, tuple("abcdef"[:count]))
+    return {"inputs": inputs, "labels": labels} if kind == "dictionary" else TensorDataset(inputs, labels)
+
+
+@pytest.mark.parametrize("kind", ["examples", "dictionary", "dataset"])
+@pytest.mark.parametrize("has_classes", [True, False])
+@pytest.mark.parametrize("empty", ["shots", "validation", "target_test", "source_train", "source_test"])
+def test_an_empty_set_is_refused_by_name(kind, has_classes, empty):
+    task: Any = SimpleNamespace(name="pitch", has_classes=has_classes)
+    names = ("shots", "validation", "target_test", "source_train", "source_test")
+    sets = {name: held(kind, 2) for name in names}
+    whole = Domains(labels=("a",), source_labels=("a",), preprocessing=None, **sets)
+    check_shots(task, whole)
+    check_shots(task, replace(whole, validation=None, source_train=None, source_test=None))
+    with pytest.raises(ctl.DataError, match=rf"task 'pitch': {empty} must hold examples; received none\."):
+        check_shots(task, replace(whole, **{empty: held(kind, 0)}))
+
+
+def test_a_dictionary_without_entries_is_empty():
+    assert length_of({}) == 0
 
 
 def test_joint_training_numbers_the_sources_examples_by_the_targets_labels(speech_fields):

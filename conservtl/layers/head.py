@@ -1,0 +1,185 @@
+"""The head of a model: named, asked of the model, or the last weight used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from conservtl.compat import ConvBase
+from conservtl.errors import SelectorError
+from conservtl.layers.first_use import Trace
+from conservtl.layers.info import Layer, ParameterInfo
+from conservtl.layers.names import canonical, matches, own_parameters, owner, select
+
+__all__ = ["mark_head"]
+
+_SINGLE = (nn.Linear, ConvBase)
+
+
+def mark_head(
+    model: nn.Module, layers: tuple[Layer, ...], record: Trace | None, head: Sequence[str] | None
+) -> tuple[Layer, ...]:
+    """Return the layers with the head's parameters marked, or with all that may be the head.
+
+    Args:
+        model: unwrapped.
+        layers: its layers.
+        record: of a forward pass, or None.
+        head: globs of the head's parameters or modules; None: found.
+
+    Raises:
+        SelectorError: a glob matches nothing, or ``head`` is one string.
+    """
+    infos = {info.name: info for layer in layers for info in layer.parameters}
+    outputs = _modules_of(record.outputs, infos) if record is not None and not record.main else []
+    named = _named(head, infos) if head is not None else _asked(model, infos, record)
+    found = named or _last(model, infos, layers, record)
+    heads, candidates = (found, []) if named or len(found) == 1 else ([], found)
+
+    def marked(info: ParameterInfo) -> ParameterInfo:
+        names = [owner(name) for name in (info.name, *info.aliases)]
+
+        def of(modules: list[str]) -> str | None:
+            return next((module for module in modules if module in names), None)
+
+        several = outputs if len(outputs) > 1 else []
+        return replace(info, head=of(heads), candidate=of(candidates), output=of(several))
+
+    return tuple(replace(layer, parameters=tuple(map(marked, layer.parameters))) for layer in layers)
+
+
+def _named(head: Sequence[str], infos: Mapping[str, ParameterInfo]) -> list[str]:
+    """Return the modules whose parameters the globs match."""
+    if isinstance(head, str):
+        raise SelectorError(f"head: must be a list of globs; received a string. Write [{head!r}]")
+    names = [name for info in infos.values() for name in (info.name, *info.aliases)]
+    try:
+        chosen = select(head, names)
+    except SelectorError as error:
+        raise SelectorError(f"head: {error}") from None
+    return list(dict.fromkeys(owner(name) for glob in head for name in chosen[glob]))
+
+
+def _asked(model: nn.Module, infos: Mapping[str, ParameterInfo], record: Trace | None) -> list[str]:
+    """Return the modules that the model itself calls its output layer or classifier; none if it has no such method."""
+    modules = {id(module): canonical(name) for name, module in model.named_modules()}
+    found = []
+    for module in _answers(model):
+        weights = [
+            name
+            for info in infos.values()
+            for name in (info.name, *info.aliases)
+            if id(module) in modules and info.kind == "weight" and matches(modules[id(module)], name)
+        ]
+        if weights:
+            order = record.order if record is not None else {}
+            found.append(owner(max(weights, key=lambda name: (order.get(name, -1), weights.index(name)))))
+    return list(dict.fromkeys(found))
+
+
+def _answers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what a model of Hugging Face or timm gives as its head."""
+    for method in ("get_output_embeddings", "get_classifier"):
+        answer = None
+        with suppress(Exception):  # no such method, or one that this model does not implement
+            answer = getattr(model, method)()
+        answers = [one for one in (answer if isinstance(answer, tuple) else [answer]) if isinstance(one, nn.Module)]
+        if answers:
+            yield from answers
+            return
+    classifier = getattr(model, "classifier", None)
+    if hasattr(model, "get_output_embeddings") and isinstance(classifier, nn.Module):
+        yield classifier
+
+
+def _last(
+    model: nn.Module, infos: Mapping[str, ParameterInfo], layers: tuple[Layer, ...], record: Trace | None
+) -> list[str]:
+    """Return the modules that compute the outputs; more than one if several remain possible."""
+    if record is not None and record.outputs:
+        return _modules_of(record.outputs, infos)
+    registered = [canonical(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    weights = {name: info for info in infos.values() if info.kind == "weight" for name in (info.name, *info.aliases)}
+    last = next((name for name in reversed(registered) if name in weights), None)
+    if record is None and last is not None and last not in infos:
+        return [owner(last)]  # tied to a weight registered before it
+    final = layers[-1].parameters
+    inside = [info for info in final if info.kind == "weight"] or list(final)
+    module = owner(inside[-1].name)
+    return [module] if record is not None else list(dict.fromkeys([*_parallel(model, module), module]))
+
+
+def _modules_of(names: Sequence[str], infos: Mapping[str, ParameterInfo]) -> list[str]:
+    """Return the module of each weight; of a tied one, the module registered last, which is no embedding by name."""
+    return list(dict.fromkeys(owner((name, *infos[name].aliases)[-1]) for name in names if name in infos))
+
+
+def _parallel(model: nn.Module, last: str) -> Iterator[str]:
+    """Yield modules beside the last, in order of registration, whose outputs no later module can take.
+
+    This is for models without an example: two linear maps of one input side by side, or parts of the model of which
+    the later one cannot take what the earlier one gives.
+    """
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    holder = modules.get(last.rpartition(".")[0]) if last else None
+    if holder is not None and not isinstance(holder, nn.Sequential):
+        before: list[tuple[str, nn.Module]] = []
+        for name, child in holder.named_children():
+            full = ".".join(part for part in (last.rpartition(".")[0], canonical(name)) if part)
+            if full == last:
+                break
+            before.append((full, child))
+        for name, child in before:
+            size, final = _sizes(child), _sizes(modules[last])
+            if size and final and type(child) is type(modules[last]) and _beside(size, final):
+                yield name
+    final = _sizes(modules[last]) if last in modules else None
+    for name in _branches(model):
+        size = _sizes(modules[name])
+        single = "." not in name or isinstance(modules[name.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict)
+        if name != last and final and size and (single or size[1] == final[1]):
+            yield name
+
+
+def _beside(size: tuple[int, int], final: tuple[int, int]) -> bool:
+    """Whether two maps take the same input, and the second cannot take the output of the first."""
+    return size[0] == final[0] and 1 < size[1] != final[0]
+
+
+def _branches(model: nn.Module) -> Iterator[str]:
+    """Yield the last weight of each part of a model that no later part can take the output of."""
+    prefix = ""
+    while True:
+        parts = [(name, part) for name, part in model.named_children() if any(True for _ in part.parameters())]
+        if len(parts) != 1 or own_parameters(model):
+            break
+        prefix, model = f"{prefix}{canonical(parts[0][0])}.", parts[0][1]
+    if isinstance(model, nn.Sequential):
+        return
+    ends = []
+    for name, part in parts:
+        leaves = [(inner, leaf) for inner, leaf in part.named_modules() if own_parameters(leaf)]
+        weights = [(inner, sizes) for inner, leaf in leaves if (sizes := _sizes(leaf))]
+        whole = all(_sizes(leaf) or all(p.ndim < 2 for p in own_parameters(leaf).values()) for _, leaf in leaves)
+        ends.append((f"{prefix}{name}", weights, whole))
+    for number, (name, weights, _) in enumerate(ends[:-1]):
+        later = ends[number + 1 :]
+        if not weights or not all(whole for *_, whole in later) or not all(sizes for _, sizes, _ in later):
+            continue
+        inner, (_, given) = weights[-1]
+        others = [sizes[-1][1][1] for _, sizes, _ in ends if sizes]
+        taken = {size[0] for _, sizes, _ in later for _, size in sizes}
+        if given > 1 and not any(size % given == 0 or size - given in others for size in taken):
+            yield ".".join(part for part in (name, canonical(inner)) if part)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return the number of channels that a linear map or convolution takes and gives; None for other modules."""
+    if not isinstance(module, _SINGLE):
+        return None
+    one: Any = module
+    return (one.in_features, one.out_features) if isinstance(one, nn.Linear) else (one.in_channels, one.out_channels)

@@ -1,0 +1,16 @@
+"""Without the library of an integration, its module names the extra that installs it."""
+
+import importlib
+import sys
+
+import pytest
+
+import conservtl as ctl
+
+
+@pytest.mark.parametrize(("module", "library", "extra"), [("lightning", "lightning.pytorch", "lightning")])
+def test_the_extra_is_named(monkeypatch, module, library, extra):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"conservtl.integrations.{module}", raising=False)
+    with pytest.raises(ctl.MissingExtraError, match=rf"{library} is needed here .*conservtl\[{extra}\]"):
+        importlib.import_module(f"conservtl.integrations.{module}")
