@@ -278,7 +278,7 @@ def test_a_strategy_makes_the_head_fresh_as_a_whole():
     adaptation = ctl.adapt(model, source, [ctl.FeatureExtraction()], labels=(("b", "c", "a"), SOURCE))
     assert adaptation.plan["2.weight"].origin == "fresh"
     assert adaptation.plan["2.weight"].source_rows is None
-    assert adaptation.origin.head == "2"
+    assert adaptation.origin.heads == ("2",)
 
 
 def test_a_copy_of_the_source_gets_new_values_in_its_new_row():
