@@ -30,7 +30,7 @@ class Trace:
 
     Args:
         order: name of a parameter or buffer -> its rank in the order of first use; unused ones are missing.
-        outputs: for each output tensor that weights compute, the name of the weight used last on its way; without
+        outputs: names of the weights used last on the ways to the output tensors, in order of first use; without
             weights that also lead to another output, such as those of features returned beside the scores.
         main: whether one of the outputs is named as the scores (``logits``, or ``out`` in torchvision's segmentation).
     """
@@ -179,11 +179,11 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def last_weights(self, result: object) -> tuple[str, ...]:
-        """Return the weight used last on the way to each output, without those on the way to another's."""
-        ways = [way for tensor in tensors_of(result) if (way := _way_of(tensor)) is not None and way.last]
-        last = dict.fromkeys(max(way.last, key=self.order.__getitem__) for way in ways if not way.constant)
+        """Return the weights used last on the ways to the outputs, without those on the way to another of them."""
+        ways = [way for tensor in tensors_of(result) if (way := _way_of(tensor)) is not None]
+        last = {name for way in ways if not way.constant for name in way.last}
         before = {name for way in ways for name in way.before}
-        return tuple(name for name in last if name not in before) or tuple(last)
+        return tuple(sorted(last - before or last, key=self.order.__getitem__))
 
     def _way(self, inputs: list[torch.Tensor]) -> _Way:
         """Return the way of a call's results: the weights it uses itself are the last, if it uses any."""
@@ -202,8 +202,9 @@ class _Recorder(TorchFunctionMode):
                 if way is not None:
                     last |= way.last
                     before |= way.before
-        if own:
-            return _Way(frozenset(own), frozenset((before | last) - own), constant)
+        if own:  # of a call with several weights (recurrent, attention) the one that it takes last
+            final = {max(own, key=self.order.__getitem__)}
+            return _Way(frozenset(own if constant else final), frozenset((before | last | own) - final), constant)
         return _Way(frozenset(last), frozenset(before), constant and bool(inputs))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -138,10 +138,9 @@ def _parallel(model: nn.Module, last: str) -> Iterator[str]:
             if size and final and type(child) is type(modules[last]) and _beside(size, final):
                 yield name
     final = _sizes(modules[last]) if last in modules else None
-    for name in _branches(model):
+    for name in _branches(model) if final else ():
         size = _sizes(modules[name])
-        single = "." not in name or isinstance(modules[name.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict)
-        if name != last and final and size and (single or size[1] == final[1]):
+        if name != last and final and size and size[1] > 1:
             yield name
 
 
@@ -150,31 +149,64 @@ def _beside(size: tuple[int, int], final: tuple[int, int]) -> bool:
     return size[0] == final[0] and 1 < size[1] != final[0]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a model.
+
+    Args:
+        name: its name.
+        module: the part.
+        weights: name and sizes of each linear map or convolution.
+        whole: whether it has no other weights.
+        maps: whether it ends in a convolution, whose output may be flattened.
+    """
+
+    name: str
+    module: nn.Module
+    weights: list[tuple[str, tuple[int, int]]]
+    whole: bool
+    maps: bool
+
+
 def _branches(model: nn.Module) -> Iterator[str]:
-    """Yield the last weight of each part of a model that no later part can take the output of."""
-    prefix = ""
-    while True:
-        parts = [(name, part) for name, part in model.named_children() if any(True for _ in part.parameters())]
-        if len(parts) != 1 or own_parameters(model):
-            break
-        prefix, model = f"{prefix}{canonical(parts[0][0])}.", parts[0][1]
-    if isinstance(model, nn.Sequential):
-        return
-    ends = []
-    for name, part in parts:
-        leaves = [(inner, leaf) for inner, leaf in part.named_modules() if own_parameters(leaf)]
-        weights = [(inner, sizes) for inner, leaf in leaves if (sizes := _sizes(leaf))]
-        whole = all(_sizes(leaf) or all(p.ndim < 2 for p in own_parameters(leaf).values()) for _, leaf in leaves)
-        ends.append((f"{prefix}{name}", weights, whole))
-    for number, (name, weights, _) in enumerate(ends[:-1]):
-        later = ends[number + 1 :]
-        if not weights or not all(whole for *_, whole in later) or not all(sizes for _, sizes, _ in later):
-            continue
-        inner, (_, given) = weights[-1]
-        others = [sizes[-1][1][1] for _, sizes, _ in ends if sizes]
-        taken = {size[0] for _, sizes, _ in later for _, size in sizes}
-        if given > 1 and not any(size % given == 0 or size - given in others for size in taken):
-            yield ".".join(part for part in (name, canonical(inner)) if part)
+    """Yield the last weights of the parts that no later part can take the output of, at each level of the last part."""
+    prefix, listed = "", False
+    while not isinstance(model, nn.Sequential):
+        parts = [
+            _part(prefix, name, child)
+            for name, child in model.named_children()
+            if any(True for _ in child.parameters())
+        ]
+        outputs = {part.weights[-1][1][1] for part in parts[:-1] if part.weights}
+        for number, part in enumerate(parts[:-1]):
+            later = parts[number + 1 :]
+            if not part.weights or not all(one.weights and one.whole for one in later):
+                continue
+            taken = {size[0] for one in later for _, size in one.weights}
+            (_, (enters, _)), (last, (_, given)) = part.weights[0], part.weights[-1]
+            if any(size == given or (part.maps and size % given == 0) or size - given in outputs for size in taken):
+                continue
+            # A predictor: maps of one input.
+            beside = all(size[0] == enters and size[1] != enters for _, size in part.weights)
+            compound = [one for one in later if len(one.weights) > 1 or isinstance(part.module, nn.Sequential)]
+            again = any(one.weights[0][1][0] == enters for one in compound)  # a later part takes the same input
+            alike = given == parts[-1].weights[-1][1][1]  # an auxiliary classifier
+            if beside:
+                yield from (name for name, _ in part.weights)
+            elif listed or again or alike:
+                yield last
+        if not parts:
+            return
+        prefix, model, listed = f"{parts[-1].name}.", parts[-1].module, isinstance(model, nn.ModuleList | nn.ModuleDict)
+
+
+def _part(prefix: str, name: str, module: nn.Module) -> _Part:
+    leaves = [(inner, leaf) for inner, leaf in module.named_modules() if own_parameters(leaf)]
+    names = [canonical(".".join(one for one in (f"{prefix}{name}", inner) if one)) for inner, _ in leaves]
+    weights = [(full, sizes) for full, (_, leaf) in zip(names, leaves, strict=True) if (sizes := _sizes(leaf))]
+    whole = all(_sizes(leaf) or all(p.ndim < 2 for p in own_parameters(leaf).values()) for _, leaf in leaves)
+    maps = [isinstance(leaf, ConvBase) for _, leaf in leaves if _sizes(leaf)]
+    return _Part(f"{prefix}{canonical(name)}", module, weights, whole, maps[-1:] == [True])
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

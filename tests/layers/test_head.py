@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -310,6 +311,76 @@ def test_hugging_face_and_timm_are_asked():
     timm = pytest.importorskip("timm")
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=12, num_heads=1)
     assert drawn(distilled).head_modules == ("head", "head_dist")
+
+
+class Boxes(nn.Module):
+    """Boxes chosen by their scores, as a detector returns them: both weights lead to both outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scores = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+        self.boxes = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+
+    def forward(self, x):
+        x = self.body(x).tanh()
+        scores, boxes = self.scores(x), self.boxes(x)
+        chosen = scores[:, 0].argsort()
+        return [{"boxes": boxes[chosen], "scores": scores[chosen]}]
+
+
+@pytest.mark.parametrize("example", [X, None])
+def test_scores_that_choose_boxes(example):
+    with pytest.raises(ctl.SpecError, match=r"\['scores.1', 'boxes.1'\]"):
+        _ = drawn(Boxes(), example).head
+
+
+def test_two_weights_of_one_output():
+    """Of a sum of a wide and a deep map both compute the output; of attention, its output projection."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.body, self.deep = nn.Linear(4, 3), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.wide(x) + self.deep(self.body(x).tanh())
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 1)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    with pytest.raises(ctl.SpecError, match=r"\['wide', 'deep'\]"):
+        _ = drawn(Wide(), X).head
+    assert drawn(Attention(), X).head_module == "attention.out_proj"
+
+
+def test_detectors_list_scores_and_boxes():
+    detection = pytest.importorskip("torchvision").models.detection
+    heads = {
+        "retinanet_resnet50_fpn": ["head.classification_head.cls_logits", "head.regression_head.bbox_reg"],
+        "keypointrcnn_resnet50_fpn": [
+            "roi_heads.box_predictor.cls_score",
+            "roi_heads.box_predictor.bbox_pred",
+            "roi_heads.keypoint_predictor.kps_score_lowres",
+        ],
+    }
+    for name, listed in heads.items():
+        with torch.device("meta"):
+            model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=2)
+        with pytest.raises(ctl.SpecError, match=re.escape(str(listed))):
+            _ = drawn(model).head
+
+
+def test_an_auxiliary_classifier_without_an_example():
+    models = pytest.importorskip("torchvision").models
+    with torch.device("meta"):
+        inception = models.inception_v3(weights=None, init_weights=False, num_classes=3)
+    with pytest.raises(ctl.SpecError, match=r"\['AuxLogits.fc', 'fc'\]"):
+        _ = drawn(inception).head
 
 
 def test_deeplab_lists_both():
