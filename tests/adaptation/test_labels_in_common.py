@@ -275,7 +275,8 @@ def test_a_strategy_makes_the_head_fresh_as_a_whole():
     """A linear probe begins with a new head; another order does not pass for the source's outputs."""
     torch.manual_seed(0)
     source, model = network(3), network(3)
-    adaptation = ctl.adapt(model, source, [ctl.FeatureExtraction()], labels=(("b", "c", "a"), SOURCE))
+    strategies = [ctl.FeatureExtraction(), ctl.OutputConservation()]
+    adaptation = ctl.adapt(model, source, strategies, labels=(("b", "c", "a"), SOURCE))
     assert adaptation.plan["2.weight"].origin == "fresh"
     assert adaptation.plan["2.weight"].source_rows is None
     assert adaptation.origin.heads == ("2",)
