@@ -16,7 +16,9 @@ __all__ = [
     "SelectorError",
     "SourceError",
     "SpecError",
+    "Terminated",
     "TrainingDivergedError",
+    "WriteError",
     "did_you_mean",
     "hint",
     "wrong_tag",
@@ -64,6 +66,26 @@ class TrainingDivergedError(ConservtlError, RuntimeError):
 
 class OmissionWarning(ConservtlError, UserWarning):  # noqa: N818 - it is a warning
     """A training loop of your own leaves out a part of the plan, or does it twice."""
+
+
+class Terminated(SystemExit):
+    """The process received SIGTERM; a run stops after its step, once a checkpoint is written (exit code 143)."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+class WriteError(ConservtlError, OSError):
+    """A file cannot be written: the disk is full, or the folder is read-only or gone. Earlier files are unchanged."""
+
+    @classmethod
+    def about(cls, path: object, error: BaseException) -> WriteError:
+        """Return the error for a path and the exception that the attempt to write it raised."""
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        return cls(
+            f"{str(path)!r} must be writable; received: {reason}. Earlier files are unchanged. Free space, or give a "
+            "folder that can be written to."
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from conservtl.cli._app import app
-from conservtl.errors import ConservtlError, InputError
+from conservtl.errors import ConservtlError, InputError, Terminated
 
 __all__ = ["main"]
 
@@ -17,7 +17,7 @@ _INTERRUPTED = "interrupted. To continue, repeat the command with the same --out
 
 
 def main() -> None:
-    """Run the command line; exit codes: 0 done, 2 bad input, 1 other errors, 130 interrupted."""
+    """Run the command line; exit codes: 0 done, 2 bad input, 1 other errors, 130 interrupted, 143 terminated."""
     sys.exit(_exit_code(app))
 
 
@@ -30,6 +30,8 @@ def _exit_code(command: Callable[..., Any]) -> int:
         return _fail(str(error), 2)
     except ConservtlError as error:
         return _fail(str(error), 1)
+    except Terminated:
+        return _fail(_INTERRUPTED, 143)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_INTERRUPTED, 130)
     except Exception as error:

@@ -1,9 +1,14 @@
-"""Checkpoints: the complete state of a run, written atomically, from which it resumes bit for bit."""
+"""Checkpoints: the complete state of a run, written atomically, from which it resumes bit for bit.
+
+The last two are kept. A damaged one is recognised by the checksums in its file, and the one before is taken.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +25,10 @@ from conservtl.errors import SpecError
 from conservtl.files import atomic_path, write_text
 from conservtl.layers import unwrap
 
-__all__ = ["Checkpoints", "State", "gather_generators", "restore", "snapshot"]
+__all__ = ["CHECKPOINTS", "Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 
+CHECKPOINTS = _LAST, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+_DAMAGED = (RuntimeError, EOFError, OSError, UnpicklingError, zipfile.BadZipFile, NotImplementedError, ValueError)
 _OVERHEAD = 20  # least time between checkpoints, as a multiple of the time that the last one took to write
 
 
@@ -55,7 +62,7 @@ class State:
 
 
 class Checkpoints:
-    """A folder's ``checkpoint.pt`` and ``history.jsonl``.
+    """A folder's ``checkpoint.pt``, the one before it, and ``history.jsonl``.
 
     Args:
         folder: where they are; None writes nothing.
@@ -79,31 +86,59 @@ class Checkpoints:
         begun = time.perf_counter()
         with atomic_path(self._path()) as temporary:
             torch.save(dict(content()), temporary)
+            if self._path().is_file():
+                self._path().replace(self._path(_PREVIOUS))
         self._due = time.perf_counter() + _OVERHEAD * (time.perf_counter() - begun)
 
+    def exist(self) -> bool:
+        """Return whether there is a checkpoint to resume from."""
+        return self.folder is not None and any(self._path(name).is_file() for name in CHECKPOINTS)
+
     def load(self) -> dict[str, Any]:
-        """Return the checkpoint to resume from.
+        """Return the checkpoint to resume from: the last one, or with a warning the one before if that is damaged.
 
         Raises:
-            SpecError: there is no checkpoint, or it cannot be read.
+            SpecError: there is no checkpoint, or none can be read.
         """
         if self.folder is None:
             raise SpecError("resume: the checkpoint is read from out, which is None. Pass the folder of the run.")
-        if not self._path().is_file():
+        paths = [path for path in map(self._path, CHECKPOINTS) if path.is_file()]
+        if not paths:
             raise SpecError(f"resume: there is no checkpoint in {self.folder}. Run without resume to begin.")
-        try:
-            loaded: dict[str, Any] = torch.load(self._path(), map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-            raise SpecError(f"resume: {self._path()} cannot be read: {error} Run without resume to begin.") from error
-        return loaded
+        errors = []
+        for path in paths:
+            try:
+                loaded = _read(path)
+            except _DAMAGED as error:
+                errors.append(f"{path} cannot be read: {error}")
+                continue
+            if errors:
+                warnings.warn(f"resume: {errors[0]} Resuming from {path.name}, the one before.", stacklevel=2)
+            return loaded
+        raise SpecError(f"resume: {' '.join(errors)} Run without resume to begin.")
+
+    def end(self) -> None:
+        """Delete the checkpoint before the last one, once a run has ended."""
+        if self._writes:
+            self._path(_PREVIOUS).unlink(missing_ok=True)
 
     def write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``history.jsonl``, one line per epoch."""
         if self._writes and self.folder is not None:
             write_text("".join(json.dumps(line) + "\n" for line in history), self.folder / "history.jsonl")
 
-    def _path(self) -> Path:
-        return (self.folder or Path()) / "checkpoint.pt"
+    def _path(self, name: str = _LAST) -> Path:
+        return (self.folder or Path()) / name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, if all its parts have their checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch.load does not compare them
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of its part {damaged!r} differs.")
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
 
 
 def gather_generators(session: Session, generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Ctrl-C handled between two steps, so that a run stops in a complete state."""
+"""Ctrl-C and SIGTERM handled between two steps, so that a run stops in a complete state."""
 
 from __future__ import annotations
 
@@ -8,35 +8,57 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from conservtl.errors import Terminated
+
 __all__ = ["Interruption", "interruptible"]
 
 
 class Interruption:
-    """Whether Ctrl-C has been pressed."""
+    """The signal received first: SIGINT (Ctrl-C), SIGTERM, or none."""
 
-    asked = False
+    received: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.received is not None
+
+    def stop(self) -> None:
+        """Raise the exception of the signal received.
+
+        Raises:
+            KeyboardInterrupt: it is SIGINT.
+            Terminated: it is SIGTERM.
+        """
+        raise Terminated if self.received == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextmanager
 def interruptible(active: bool) -> Iterator[Interruption]:
-    """Record a first Ctrl-C inside the block; a second one interrupts at once.
+    """Record a first signal inside the block; a second one acts at once, as it did before the block.
 
     Args:
-        active: whether to do so; any thread but the main one leaves Ctrl-C as it is.
+        active: whether to do so; any thread but the main one leaves signals as they are.
     """
-    stop = Interruption()
+    interruption = Interruption()
     if not active or threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield interruption
         return
-    before = signal.getsignal(signal.SIGINT)
 
-    def record(number: int, frame: Any) -> None:
-        if stop.asked and callable(before):
-            before(number, frame)
-        stop.asked = True
+    def record(number: int, _: Any) -> None:
+        if interruption.asked:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        interruption.received = number
 
-    signal.signal(signal.SIGINT, record)
+    # None: a handler that was not installed from Python.
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    for number in before:
+        signal.signal(number, record)
     try:
-        yield stop
+        yield interruption
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

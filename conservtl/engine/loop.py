@@ -104,7 +104,9 @@ def fit(
         DataError: data is empty or of an unknown kind.
         TrainingDivergedError: the loss is NaN or infinite, in training or on a set of ``valid``; the last good
             checkpoint is kept.
+        WriteError: a checkpoint cannot be written; the one before is unchanged.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was written to ``out``.
+        Terminated: on SIGTERM, likewise.
 
     Example:
         >>> import torch, conservtl as ctl
@@ -152,6 +154,7 @@ def fit(
         if learner.state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)
         ended = finish(session, functions, batches, sets.valid, sets.path)
+        store.end()
         return _result(session, learner.state, ended, begun, kept_outputs=learner.ever_cached)
 
 
@@ -168,6 +171,7 @@ def _run_epochs(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        Terminated: after SIGTERM, likewise.
     """
     state = learner.state
 
@@ -184,14 +188,14 @@ def _run_epochs(
                     if stop.asked:
                         learner.check()
                         save(now=True)
-                        raise KeyboardInterrupt
+                        stop.stop()
                 close_epoch(learner, sets, time.perf_counter() - begun)
                 bar.show(state.history[-1])
                 store.write_history(state.history)
                 gathered = gather_generators(learner.session, learner.generators) if store.folder is not None else ()
                 save(now=stop.asked or not continues(learner, phases), gathered=gathered)
                 if stop.asked:
-                    raise KeyboardInterrupt
+                    stop.stop()
                 if tell is not None:
                     tell(state.history[-1])
     finally:

@@ -23,6 +23,7 @@ from conservtl.source.migration import Migration
 from conservtl.source.references import reference_of
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 from conservtl.source.run_header import read_header, weights_file
+from conservtl.tensor_files import load_tensors
 
 __all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
 
@@ -253,11 +254,11 @@ def _load(path: Path) -> Mapping[str, Any]:
         )
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return load_tensors(path)
         # Mapped, so that large weights are not in memory twice; only torch's newer format can be.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except SourceError:
+        raise
     except Exception as error:
         raise SourceError(
             f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. The file is damaged, of another "

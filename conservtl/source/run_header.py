@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from conservtl import tensor_files
+from conservtl.errors import SourceError
 
 __all__ = ["WEIGHTS", "read_header", "weights_file"]
 
@@ -25,11 +25,10 @@ def read_header(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("conservtl")
-    except SafetensorError:
+        header = tensor_files.read_header(path)
+    except SourceError:
         return None
-    return None if header is None else _upgraded(json.loads(header))
+    return None if header is None else _upgraded(header)
 
 
 def _upgraded(header: dict[str, Any]) -> dict[str, Any]:

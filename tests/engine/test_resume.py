@@ -217,6 +217,52 @@ def test_a_torn_checkpoint_is_named(plain, data, tmp_path):
         _run(plain, data, {}, out=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "empty", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    plain, data, same, interrupting, tmp_path, damage, recwarn
+):
+    """Its run ends as an undisturbed one does."""
+    whole, _ = _run(plain, data, {})
+    for at in (6, 3):  # the second stop is in another step
+        with pytest.raises(KeyboardInterrupt):
+            _run(plain, data, {}, out=tmp_path, forward=interrupting(at), resume=at == 3)
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    damaged = {"flipped bit": bytes(content), "cut short": bytes(content[:-100]), "empty": b""}
+    if damage == "missing":  # killed between two renames
+        path.unlink()
+    else:
+        path.write_bytes(damaged[damage])
+    resumed, _ = _run(plain, data, {}, out=tmp_path, resume=True)
+    assert same(resumed.model, whole.model)
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (damage != "missing")
+    assert all("checkpoint.pt cannot be read" in text and "checkpoint.previous.pt" in text for text in told)
+    assert not (tmp_path / "checkpoint.previous.pt").exists()  # the run has ended
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(plain, data, same, tmp_path):
+    """The first SIGTERM is recorded, a second one would act at once; the caller's handler is restored."""
+    handler = signal.getsignal(signal.SIGTERM)
+    calls = 0
+
+    def forward(model, batch):
+        nonlocal calls
+        calls += model.training
+        if calls == 6 and model.training:
+            signal.raise_signal(signal.SIGTERM)
+        return model(batch[0])
+
+    whole, _ = _run(plain, data, {})
+    with pytest.raises(SystemExit) as stopped:
+        _run(plain, data, {}, out=tmp_path, forward=forward)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed, _ = _run(plain, data, {}, out=tmp_path, resume=True)
+    assert same(resumed.model, whole.model)
+
+
 def test_seeds_make_runs_repeatable(plain, data, same):
     """The same seed gives the same weights, whatever was drawn before; another seed gives others."""
     first, _ = _run(plain, data, CASES["random dataset"])

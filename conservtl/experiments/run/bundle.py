@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
@@ -19,10 +16,10 @@ from conservtl.data import Preprocessing
 from conservtl.errors import DataError, SourceError, SpecError
 from conservtl.experiments.run.bundle_header import describe_example, extend_model, read_header
 from conservtl.experiments.run.setting import Setting
-from conservtl.files import atomic_path
 from conservtl.functions import logits_of
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.registry import task_named
+from conservtl.tensor_files import load_tensors, save_tensors
 
 __all__ = ["Adapted", "load_adapted", "save_bundle", "save_measured"]
 
@@ -110,7 +107,7 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
             "head": getattr(spec.model, "head", None),
             "modules": sorted({type(one).__module__ for one in (*left, *adaptation.plan.extensions)}),
         }
-    _save(model.state_dict(), folder / _FILE, {"conservtl": json.dumps(header)})
+    save_tensors(model.state_dict(), folder / _FILE, header)
 
 
 def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -120,7 +117,7 @@ def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) ->
     """
     tensors = {f"{name}/{key}": tensor for name, values in measured.items() for key, tensor in values.items()}
     if tensors:
-        _save(tensors, folder / _MEASURED)
+        save_tensors(tensors, folder / _MEASURED)
 
 
 def load_adapted(folder: str | Path) -> Adapted:
@@ -130,17 +127,14 @@ def load_adapted(folder: str | Path) -> Adapted:
         folder: what ``conservtl run --out`` wrote, or its ``model.safetensors``.
 
     Raises:
-        SourceError: there is no such model, or no run wrote it.
+        SourceError: there is no such model, it is damaged, or no run wrote it.
         SpecError: it is of a task that is not known here.
     """
     path = Path(folder)
     path = path / _FILE if path.is_dir() else path
     if not path.is_file():
         raise SourceError(f"there is no model in {str(folder)!r}. Give the folder that `conservtl run --out` wrote.")
-    try:
-        header, tensors = read_header(path), load_file(path)
-    except SafetensorError as error:
-        raise SourceError(f"{str(path)!r} cannot be read: {error}. Run the adaptation again.") from error
+    header, tensors = read_header(path), load_tensors(path)
     if header is None:
         raise SourceError(f"{str(path)!r} was not written by a run: it carries no labels. Adapt with `conservtl run`.")
     task = task_named(header["task"], header.get("module"))
@@ -150,12 +144,3 @@ def load_adapted(folder: str | Path) -> Adapted:
     added = extend_model(model, header)
     model.load_state_dict(added | tensors)
     return Adapted(model.eval(), tuple(header["labels"]), preprocessing, task)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    # Cloned: safetensors refuses tensors that share memory.
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    with atomic_path(path) as temporary:
-        save_file(copies, temporary, metadata)

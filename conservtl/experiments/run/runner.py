@@ -13,6 +13,7 @@ import torch
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.data import length_of
 from conservtl.engine import Holdout
+from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
 from conservtl.errors import MissingExtraError, SpecError
 from conservtl.experiments.run.bundle import save_bundle, save_measured
 from conservtl.experiments.run.evaluation_sets import (
@@ -28,12 +29,20 @@ from conservtl.experiments.run.source_training import SourceModel, obtain_source
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
 from conservtl.files import write_text
+from conservtl.locks import check_folder, lock_folder
 from conservtl.plan.plan import Plan
 from conservtl.report import sentence, write_html, write_json, write_tensorboard
 
 __all__ = ["plan_of", "run"]
 
-_RESULTS = ("report.json", "report.html", "model.safetensors", "measured.safetensors")
+_RESULTS = (
+    "report.json",
+    "report.html",
+    "model.safetensors",
+    "measured.safetensors",
+    "history.jsonl",
+    *CHECKPOINTS,
+)
 _PATH_EXAMPLES = 2000  # test examples of a domain that are evaluated at each point of the path
 
 
@@ -59,67 +68,70 @@ def run(
         spec: the run's spec.
         out: folder for ``report.json``, ``report.html``, ``model.safetensors``, ``spec.yaml`` and
             ``history.jsonl``; a checkpoint while it runs. Files of an earlier run in it are replaced.
-        resume: continue from the checkpoint in ``out``.
+        resume: continue from the checkpoint in ``out``; from the beginning if the run stopped before the first.
         progress: show bars.
         tensorboard: write the history into ``tensorboard`` below the folder, too.
 
     Returns:
         The content of ``report.json``.
+
+    Raises:
+        SpecError: another process writes to ``out``.
+        WriteError: the disk is full, or ``out`` cannot be written to.
     """
     begun = time.perf_counter()
     if tensorboard:
         require("torch.utils.tensorboard", "tensorboard")  # before time is spent
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise SpecError(f"out: {str(folder)!r} is a file. Give a folder.")
+    check_folder(folder)
+    if resume and not folder.exists():
+        raise SpecError(f"resume: there is no checkpoint, and no folder {str(folder)!r}. Run without resume to begin.")
     setting = prepare(spec)
     source = obtain_source(setting, progress=progress)
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
-    _begin(folder, resume=resume)
-    write_text(dump_spec(setting.spec), folder / "spec.yaml")
-    before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)
-    path = sets_to_watch(setting, source, _PATH_EXAMPLES)
-    result = setting.fit(
-        adaptation,
-        setting.domains.shots,
-        sets_to_select_on(setting, source, both=selects_on_source(spec, adaptation.plan)),
-        watch=sets_to_watch(setting, source),
-        path=path,
-        out=folder,
-        resume=resume,
-        progress=progress,
-    )
-    if tensorboard:
-        write_tensorboard(result.history, folder / "tensorboard")
-    after = score_on_tests(setting, source, adaptation.model)
-    report = _report(setting, source, adaptation, before, after) | {
-        "seconds": {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun},
-        "environment": _environment(result.device, result.precision),
-    }
-    report["kept_outputs"] = result.kept_outputs
-    report["finished"] = result.after
-    report["path"] = list(result.path)
-    report["path_examples"] = {
-        name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
-    }
-    report["sentence"] = sentence(report)
-    save_bundle(folder, adaptation, setting)
-    save_measured(folder, adaptation.measured)
-    write_json(report, folder / "report.json")
-    try:
-        write_html(report, result.history, folder / "report.html")
-    except MissingExtraError as error:
-        report["note"] = str(error)
-    return report
-
-
-def _begin(folder: Path, *, resume: bool) -> None:
-    """Make the folder and delete an earlier run's results, so that an interrupted run does not look finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _RESULTS if resume else (*_RESULTS, "checkpoint.pt", "history.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    with lock_folder(folder):
+        resume = resume and Checkpoints(folder).exist()
+        if not resume:  # an interrupted run must not look finished; whether it may resume, fit decides first
+            for name in _RESULTS:
+                (folder / name).unlink(missing_ok=True)
+            write_text(dump_spec(setting.spec), folder / "spec.yaml")
+        before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)
+        path = sets_to_watch(setting, source, _PATH_EXAMPLES)
+        result = setting.fit(
+            adaptation,
+            setting.domains.shots,
+            sets_to_select_on(setting, source, both=selects_on_source(spec, adaptation.plan)),
+            watch=sets_to_watch(setting, source),
+            path=path,
+            out=folder,
+            resume=resume,
+            progress=progress,
+        )
+        if tensorboard:
+            write_tensorboard(result.history, folder / "tensorboard")
+        after = score_on_tests(setting, source, adaptation.model)
+        report = _report(setting, source, adaptation, before, after) | {
+            "seconds": {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun},
+            "environment": _environment(result.device, result.precision),
+        }
+        report["kept_outputs"] = result.kept_outputs
+        report["finished"] = result.after
+        report["path"] = list(result.path)
+        report["path_examples"] = {
+            name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
+        }
+        report["sentence"] = sentence(report)
+        write_text(dump_spec(setting.spec), folder / "spec.yaml")
+        save_bundle(folder, adaptation, setting)
+        save_measured(folder, adaptation.measured)
+        write_json(report, folder / "report.json")
+        try:
+            write_html(report, result.history, folder / "report.html")
+        except MissingExtraError as error:
+            report["note"] = str(error)
+        return report
 
 
 def _report(

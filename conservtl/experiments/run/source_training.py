@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data
+from conservtl.engine.checkpoint import Checkpoints
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.source_cache import SourceCache
 from conservtl.experiments.run.source_labels import listed
-from conservtl.files import atomic_path
 from conservtl.source.coverage import unused_note
 from conservtl.source.kinds import check_kinds
 from conservtl.source.positions import resample_positions
@@ -60,6 +60,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
     Raises:
         SourceError: the weights do not fit the model.
         SpecError: neither weights nor source data are given.
+        WriteError: the cache cannot be written to.
     """
     spec = setting.spec
     if spec.source.weights is not None:
@@ -71,20 +72,22 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
         )
     outputs = len(setting.domains.source_labels)
     model = setting.model(outputs)
-    path = _cache(setting) / f"{spec.task}-{_key(setting, data)}.safetensors"
-    if path.is_file():
-        model.load_state_dict(load_file(path))
-        return SourceModel(model.eval(), outputs, "cached")
-    setting.fit(
-        adapt(model, model, example=setting.example, layers=spec.layers),
-        data,
-        training=spec.source.training,
-        augment=setting.task.augmented(setting.domains.source_augmentation),
-        progress=progress,
-    )
-    model = model.cpu().eval()
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+    with SourceCache(spec.source.cache).entry(f"{spec.task}-{_key(setting, data)}") as entry:
+        cached = entry.load()
+        if cached is not None:
+            model.load_state_dict(cached)
+            return SourceModel(model.eval(), outputs, "cached")
+        setting.fit(
+            adapt(model, model, example=setting.example, layers=spec.layers),
+            data,
+            training=spec.source.training,
+            augment=setting.task.augmented(setting.domains.source_augmentation),
+            progress=progress,
+            out=entry.unfinished,
+            resume=Checkpoints(entry.unfinished).exist(),
+        )
+        model = model.cpu().eval()
+        entry.store(model.state_dict())
     return SourceModel(model, outputs, "trained")
 
 
@@ -142,10 +145,6 @@ def _fitting(matched: Source, needed: Mapping[str, Tensor]) -> str:
     """Return a sentence with the prefix or renaming under which more of the model is found; empty if none helps."""
     fit = best_fit(matched.tensors, needed)
     return "" if fit is None else f" With {fit} in the section source, {len(fit.names)} of its {len(needed)} are."
-
-
-def _cache(setting: Setting) -> Path:
-    return setting.spec.source.cache or Path.home() / ".cache" / "conservtl"
 
 
 def _key(setting: Setting, data: Data) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from conservtl.errors import SpecError
 from conservtl.experiments.spec.spec import with_fields
 from conservtl.experiments.studies.trial import Trial, run_trial
+from conservtl.locks import check_folder, lock_folder
 from conservtl.report import write_json
 
 __all__ = ["ResultStore", "estimate"]
@@ -30,8 +30,7 @@ class ResultStore:
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] | None = None) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise SpecError(f"out: {str(folder)!r} is a file. Give a folder.")
+        check_folder(folder)
         self.folder = folder / "runs"
         self.say = say or (lambda _: None)
 
@@ -41,9 +40,16 @@ class ResultStore:
         Args:
             trials: those that share data and a source model are run by one process, one after the other.
             processes: number of processes.
+
+        Raises:
+            SpecError: another process writes to the folder.
         """
+        with lock_folder(self.folder.parent):
+            return self._results(trials, processes)
+
+    def _results(self, trials: Sequence[Trial], processes: int) -> list[dict[str, Any]]:
         distinct = {trial.key: trial for trial in trials}
-        missing = [trial for trial in distinct.values() if not self._path(trial).is_file()]
+        missing = [trial for trial in distinct.values() if self._read(trial) is None]
         done = len(distinct) - len(missing)
         self.say(f"{len(distinct)} runs, {done} of them done")
         groups: dict[str, list[Trial]] = defaultdict(list)
@@ -52,7 +58,7 @@ class ResultStore:
         for count in self._run(list(groups.values()), processes):
             done += count
             self.say(f"{done} of {len(distinct)} runs")
-        return [{**self._read(trial), "variant": trial.variant, "target": trial.target} for trial in trials]
+        return [{**(self._read(trial) or {}), "variant": trial.variant, "target": trial.target} for trial in trials]
 
     def _run(self, groups: Sequence[list[Trial]], processes: int) -> Iterable[int]:
         if processes == 1:
@@ -73,8 +79,16 @@ class ResultStore:
     def _path(self, trial: Trial) -> Path:
         return self.folder / f"{trial.key}.json"
 
-    def _read(self, trial: Trial) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self._path(trial).read_text(encoding="utf-8"))
+    def _read(self, trial: Trial) -> dict[str, Any] | None:
+        """Return a stored result; None if there is none, or with a line of progress if it is damaged."""
+        path = self._path(trial)
+        if not path.is_file():
+            return None
+        try:
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            self.say(f"{path} is damaged and is made again")
+            return None
         return result
 
 

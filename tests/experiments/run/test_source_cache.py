@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from torch.utils.data import Dataset
 
 from conservtl.data import Examples
-from conservtl.experiments.run import source_training
+from conservtl.engine.checkpoint import Checkpoints
+from conservtl.experiments.run import source_cache, source_training
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import parse_spec, with_fields
@@ -104,3 +106,66 @@ def test_digits_share_a_source_over_targets(field, value, same):
     pytest.importorskip("sklearn")
     spec = parse_spec({"task": "vision", "data": {"kind": "digits"}})
     assert (key_of(with_fields(spec, {f"data.{field}": value})) == key_of(spec)) is same
+
+
+def entries(spec):
+    return sorted(spec.source.cache.glob("*.safetensors"))
+
+
+def test_a_damaged_entry_is_trained_again(speech_fields, tmp_path):
+    spec = with_fields(parse_spec(speech_fields), {"source.cache": str(tmp_path)})
+    first = obtain_source(prepare(spec))
+    (entry,) = entries(spec)
+    content = bytearray(entry.read_bytes())
+    content[-3] ^= 1
+    entry.write_bytes(content)
+    with pytest.warns(UserWarning, match="its checksum differs.* trained again"):
+        again = obtain_source(prepare(spec))
+    assert again.origin == "trained"
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True))
+    assert obtain_source(prepare(spec)).origin == "cached"
+
+
+def test_an_interrupted_training_goes_on_where_it_stopped(speech_fields, tmp_path, monkeypatch):
+    """In its last epoch but one; the model equals that of an undisturbed training, and no checkpoint is left."""
+    spec = with_fields(parse_spec(speech_fields), {"source.cache": str(tmp_path / "whole")})
+    whole = obtain_source(prepare(spec))
+    epochs, begun = spec.source.training.epochs, []
+    write = Checkpoints.write_history
+
+    def stopping(self, history):
+        write(self, history)
+        begun.append(len(history))
+        if len(history) == epochs - 1 and len(begun) == epochs - 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Checkpoints, "write_history", stopping)
+    cut = with_fields(spec, {"source.cache": str(tmp_path / "cut")})
+    with pytest.raises(KeyboardInterrupt):
+        obtain_source(prepare(cut))
+    resumed = obtain_source(prepare(cut))
+    assert begun == [*range(1, epochs), epochs]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+    assert [path.suffix for path in (tmp_path / "cut").iterdir() if path.suffix != ".lock"] == [".safetensors"]
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path, monkeypatch):
+    """Room for two models of 400 bytes with their headers; the second is not used again and goes."""
+    monkeypatch.setattr(source_cache, "CACHE_BYTES", 1400)
+    cache = source_cache.SourceCache(tmp_path)
+    for time, name in enumerate(["first", "second"]):
+        with cache.entry(name) as entry:
+            entry.store({"w": torch.full((100,), float(time))})
+        os.utime(tmp_path / f"{name}.safetensors", (time, time))
+    with cache.entry("first") as entry:
+        assert entry.load() is not None
+    with cache.entry("third") as entry:
+        entry.store({"w": torch.zeros(100)})
+    assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["first", "third"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions")
+def test_only_its_user_may_read_a_cache_that_is_made(tmp_path):
+    with source_cache.SourceCache(tmp_path / "cache").entry("model") as entry:
+        assert entry.load() is None
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700

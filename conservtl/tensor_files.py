@@ -1,0 +1,99 @@
+"""Files of tensors that are written atomically and carry a checksum of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conservtl.errors import SourceError
+from conservtl.files import atomic_path
+
+__all__ = ["load_tensors", "read_header", "save_tensors"]
+
+_HEADER, _DIGEST = "conservtl", "sha256"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, header: Mapping[str, Any] | None = None) -> None:
+    """Write tensors as safetensors, with a checksum in the header.
+
+    Args:
+        tensors: name -> tensor on any device; tensors may share memory.
+        path: file to create or replace; its folder is created if missing.
+        header: further content, which JSON can describe; ``read_header`` returns it.
+
+    Raises:
+        WriteError: the disk is full, or the folder is read-only or gone; the old file is unchanged.
+    """
+    # Cloned: safetensors refuses tensors that share memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with atomic_path(path) as temporary:
+        # One entry: safetensors writes several in an order of its own, and equal runs must give equal files.
+        save_file(copies, temporary, {_HEADER: json.dumps({**(header or {}), _DIGEST: _digest(copies)})})
+
+
+def read_header(path: str | Path) -> dict[str, Any] | None:
+    """Return the header that ``save_tensors`` was given; None for a file with none, or of another program.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    with _opened(path) as file:
+        return _parted(file.metadata())[0] or None
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SourceError(
+            f"{str(path)!r} cannot be read as weights: {error}. The file is damaged, or no safetensors file. Make or "
+            "download it again."
+        ) from error
+
+
+def _parted(metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], str | None]:
+    """Return a file's header and its checksum."""
+    header: dict[str, Any] = json.loads((metadata or {}).get(_HEADER, "{}"))
+    return header, header.pop(_DIGEST, None)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read tensors, and compare their checksum if the file has one.
+
+    Args:
+        path: a safetensors file, such as ``save_tensors`` writes.
+
+    Raises:
+        SourceError: it cannot be read, or its content has changed since it was written.
+    """
+    with _opened(path) as file:
+        expected = _parted(file.metadata())[1]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    if expected is not None and _digest(tensors) != expected:
+        raise SourceError(
+            f"{str(path)!r} must have the content it was written with; its checksum differs. The file is damaged: "
+            "make it again."
+        )
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,25 @@
+"""Runs and comparisons killed at random moments end as undisturbed ones do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("kills.py")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_killed_run_is_resumed_bit_for_bit():
+    command = [sys.executable, str(SCRIPT), "--chains", "1", "--kills", "4", "--comparisons", "1"]
+    ended = subprocess.run(
+        command, check=False, capture_output=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    counts = json.loads(ended.stdout)
+    assert [counts[kind]["equal"] for kind in ("run", "compare")] == [1, 1]
+    assert counts["run"]["kills"] + counts["compare"]["kills"] > 0
