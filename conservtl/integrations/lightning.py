@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.schedule import phase_of_epoch
@@ -78,10 +79,10 @@ class Conserve(_Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        adaptation: Adaptation | Callable[..., Adaptation] | None = None,
+        adaptation: Callable[[nn.Module], Adaptation] | Adaptation | None = None,
         *,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-        scheduler: Callable[..., Any] | None = None,
+        scheduler: Callable[..., LRScheduler] | None = None,
         interval: Literal["epoch", "step"] = "epoch",
         batch_norm: Literal["train", "eval"] = "train",
         name: str = "",
