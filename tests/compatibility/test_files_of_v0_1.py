@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 import conservtl as ctl
 from conservtl.experiments.spec.spec import dump_spec, load_spec
+from conservtl.experiments.studies.variants import baseline_ids
+from conservtl.report import write_compare, write_html, write_sweep, write_tune
+from conservtl.report.text.variants import variants
 
 FOLDER = Path(__file__).parent / "v0_1"
 PLANS = [(path.stem, name) for path in sorted(FOLDER.glob("plans/*.json")) for name in json.loads(path.read_text())]
@@ -261,3 +264,39 @@ def test_a_spec_written_out_is_read_and_keeps_every_field(name, tmp_path):
     assert_keeps(yaml.safe_load(dump_spec(spec)), yaml.safe_load((FOLDER / name).read_text()))
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     assert load_spec(tmp_path / "spec.yaml") == spec
+
+
+def study(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / "studies" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "shown"),
+    [
+        ("compare", write_compare, ["fine-tuning, low rate", "the best baseline", "uses source data: an upper bound"]),
+        ("sweep", write_sweep, ["AnB"]),
+        ("tune", write_tune, ["training.lr"]),
+    ],
+)
+def test_an_old_study_is_shown(name, write, shown, tmp_path):
+    write(study(name), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page
+    assert [text for text in shown if text not in page] == []
+
+
+def test_an_old_report_is_shown(tmp_path):
+    history = [json.loads(line) for line in (FOLDER / "studies" / "history.jsonl").read_text().splitlines()]
+    report = study("report")
+    write_html(report, history, tmp_path / "page.html")
+    assert report["sentence"] in (tmp_path / "page.html").read_text()
+
+
+def test_variants_without_an_id_have_the_role_of_their_label():
+    """Today's comparison gives each baseline the same role."""
+    for table in study("compare")["tables"]:
+        rows = variants(table)
+        today = {label: role for label, (_, role) in baseline_ids().items()}
+        assert [row.role for row in rows] == [today.get(row.name, "method") for row in rows]
+        assert {row.role for row in rows} == {"source", "baseline", "bound", "method"}
+        assert [row.name for row in rows if row.best] == ["fine-tuning, low rate"]

@@ -81,14 +81,15 @@ def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Varian
         target, combined = metric_span(row.get("target"), metric), metric_span(row.get("harmonic"), metric)
         if target is None:
             continue
-        best = row["id"] == table.get("best_baseline_id")
-        if row["role"] == "method":
+        best = row.get("id", row["variant"]) == table.get("best_baseline_id", table.get("best_baseline"))
+        role = row.get("role") or _role_by_label(row)
+        if role == "method":
             place = methods % len(_COLOURS)
             look = _COLOURS[place], _INKS[place], _SHAPES[(methods + methods // len(_SHAPES)) % len(_SHAPES)]
             methods += 1
         else:
-            colours = (INK, INK) if best or row["role"] == "source" else (GREY, _SOFT)
-            look = *colours, "D" if row["role"] == "source" else "o"
+            colours = (INK, INK) if best or role == "source" else (GREY, _SOFT)
+            look = *colours, "D" if role == "source" else "o"
         sides = {
             str(name): (metric_span(pair.get("before"), metric), metric_span(pair.get("after"), metric))
             for name, pair in (row.get("per_target") or {}).items()
@@ -96,7 +97,7 @@ def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Varian
         result.append(
             VariantResult(
                 name=str(row["variant"]),
-                role=str(row["role"]),
+                role=role,
                 best=best,
                 wins=bool(row.get("wins")),
                 target=target,
@@ -113,6 +114,12 @@ def variants(table: Mapping[str, Any], metric: Metric = ACCURACY) -> list[Varian
             )
         )
     return result
+
+
+def _role_by_label(row: Mapping[str, Any]) -> str:
+    """Return the role of a row that was written before rows had one: its label was its id."""
+    own = {"source as it is": "source", "joint training": "bound"}
+    return own.get(row["variant"], "baseline") if row["baseline"] else "method"
 
 
 def best_method(rows: list[VariantResult]) -> VariantResult | None:

@@ -17,6 +17,8 @@ Later versions must read these files; they must not write them anew. What each f
   was not stopped.
 - ``runs/NAME/``: of a run's folder ``model.safetensors``, ``spec.yaml`` and, where something was measured,
   ``measured.safetensors``; ``expected.safetensors`` has two inputs and the probabilities that the model gave.
+- ``studies/``: ``compare.json``, ``sweep.json`` and ``tune.json`` of small studies, and the ``report.json`` and
+  ``history.jsonl`` of a run.
 - ``specs/``: the examples' specs and some written here; ``specs/resolved``: the same with every default written out.
 """
 
@@ -36,7 +38,11 @@ import soundfile
 import torch
 import world
 import yaml
+from conservtl.experiments.compare import compare
 from conservtl.experiments.setting import prepare
+from conservtl.experiments.sweep import sweep
+from conservtl.experiments.tune import tune
+from conservtl.report.files import write_json
 from safetensors.torch import save_file
 
 import conservtl as ctl
@@ -224,6 +230,36 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """A few seconds in all: three speakers who hum three words, and scikit-learn's digits."""
 
+STUDIED = {
+    **SPEECH,
+    "source": {"training": {"epochs": 20, "lr": 1e-2, "evaluate_every": 100}, "cache": "cache"},
+    "strategies": [{"kind": "l2_sp", "mode": "decoupled"}],
+    "training": {"epochs": 10, "lr": 1e-2},
+}
+STUDIES: dict[str, dict[str, Any]] = {
+    "compare": {
+        **STUDIED,
+        "compare": {
+            "targets": ["ben", "cleo"],
+            "seeds": 1,
+            "shots": [1, 2],
+            "baselines": ["source as it is", "linear probe", "fine-tuning, low rate", "joint training"],
+            "variants": {"pulled": {}, "pulled hard": {"strategies.0.alpha": 100.0}},
+        },
+    },
+    "sweep": {
+        **STUDIED,
+        "sweep": {"targets": ["cleo"], "seeds": 1, "layers": [0, 2], "strengths": [1.0, 10.0], "controls": False},
+    },
+    "tune": {
+        **STUDIED,
+        "data": {**SPEECH["data"], "validation": 0.5},
+        "training": {"epochs": 5, "lr": {"range": [1e-4, 1e-2], "log": True}},
+        "tune": {"trials": 3},
+    },
+}
+"""Of studies on the same speakers: what each varies."""
+
 WRITTEN: dict[str, dict[str, Any]] = {
     "aliases": {
         "task": "speech",
@@ -378,6 +414,21 @@ def write_runs(folder: Path) -> None:
         os.chdir(FOLDER)
 
 
+def write_studies(folder: Path) -> None:
+    """A comparison, a sweep and a search, small enough for seconds, as the command line writes them."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        hum(Path("humming"))
+        folder.mkdir(parents=True)
+        for name, study in {"compare": compare, "sweep": sweep}.items():
+            write_json(study(parse_spec(STUDIES[name]), name), folder / f"{name}.json")
+        write_json(tune(STUDIES["tune"], "tune"), folder / "tune.json")
+        run(parse_spec(STUDIED), "run")
+        for file in ("report.json", "history.jsonl"):
+            shutil.copy(Path("run") / file, folder / file)
+        os.chdir(FOLDER)
+
+
 def write_specs(folder: Path) -> None:
     """As people write them, and with every default written out."""
     (folder / "resolved").mkdir(parents=True)
@@ -400,6 +451,7 @@ def main() -> None:
         "checkpoints": write_checkpoints,
         "fit": write_fits,
         "runs": write_runs,
+        "studies": write_studies,
         "specs": write_specs,
     }
     for name, write in writers.items():
