@@ -25,7 +25,7 @@ from conservtl.engine.preparation import (
     place_sets,
     training_batches,
 )
-from conservtl.engine.progress import Progress
+from conservtl.engine.progress import Progress, ShowMetric, show_plainly
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
@@ -58,7 +58,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     seed: int | None = None,
-    progress: bool = False,
+    progress: bool | ShowMetric = False,
     tell: Tell | None = None,
     accelerator: Any = None,
 ) -> FitResult:
@@ -95,7 +95,8 @@ def fit(
         out: folder for ``history.jsonl`` and ``checkpoint.pt``.
         resume: whether to continue from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
         seed: seed of torch, NumPy and Python; None leaves the generators as they are.
-        progress: whether to show a bar with steps per second and the metrics.
+        progress: whether to show a bar with steps per second and the metrics; a function (metric, value) -> text
+            shows it and writes the metrics.
         tell: called with each epoch's line of the history, for a log; an exception that it raises ends training.
         accelerator: an ``accelerate.Accelerator`` to use instead of a new one.
 
@@ -149,7 +150,8 @@ def fit(
         if saved is not None:
             learner.go_on_from(restore(session, saved, learner.generators, learner.augmenting))
         begun -= learner.state.seconds
-        bar = Progress(steps, learner.state.step, shown=progress and main)
+        show = progress if callable(progress) else show_plainly
+        bar = Progress(steps, learner.state.step, shown=bool(progress) and main, show=show)
         _run_epochs(learner, phases, sets, store, bar, begun, tell)
         if learner.state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "ShowMetric", "show_plainly"]
+
+ShowMetric = Callable[[str, float], str]
+"""From a metric's name and value to its text in the bar."""
 
 _EVERY = 0.1  # seconds between updates of the bar
+
+
+def show_plainly(metric: str, value: float) -> str:
+    """Return a metric's name and its value with three decimals."""
+    return f"{metric} {value:.3f}"
 
 
 class Progress:
@@ -19,10 +27,12 @@ class Progress:
         steps: steps of the run, 0 if unknown.
         done: steps done before a run was resumed.
         shown: whether to show anything.
+        show: writes metrics.
     """
 
-    def __init__(self, steps: int, done: int = 0, *, shown: bool) -> None:
+    def __init__(self, steps: int, done: int = 0, *, shown: bool, show: ShowMetric = show_plainly) -> None:
         self._bar: Any = None
+        self._show = show
         self._done = done
         self._due = 0.0
         if shown:
@@ -67,6 +77,5 @@ class Progress:
         for name in ("target", "source"):
             for metric, value in line.get(name, {}).items():
                 if metric != "loss":
-                    shown = f"{100 * value:.1f} %" if metric == "accuracy" else f"{metric} {value:.3f}"
-                    parts.append(f"{name} {shown}")
+                    parts.append(f"{name} {self._show(metric, value)}")
         self._bar.update(self._task, completed=self._done, note="  ".join(parts))

@@ -166,6 +166,17 @@ def test_fused_equals_plain_to_rounding(data, optimizer):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_bar_writes_metrics_as_it_is_told(plain, data, capsys, monkeypatch):
+    """No metric is special: a function of the caller writes all."""
+    monkeypatch.setenv("COLUMNS", "200")
+    settings = ctl.Training(**ONCE, evaluate_every=1)
+    holdout = ctl.Holdout(data, metrics=lambda *_: {"accuracy": 0.25, "wer": 0.5})
+    ctl.fit(plain(), data, {"target": holdout}, settings, progress=True)
+    assert "target accuracy 0.250  target wer 0.500" in capsys.readouterr().err
+    ctl.fit(plain(), data, {"target": holdout}, settings, progress=lambda name, value: f"{name.upper()}={value:.0%}")
+    assert "target ACCURACY=25%  target WER=50%" in capsys.readouterr().err
+
+
 def test_the_bar_goes_to_stderr(plain, data, capsys):
     """Rate and both metrics; standard output stays free for results."""
     ctl.fit(plain(), data, {"target": data, "source": data}, ctl.Training(**ONCE, evaluate_every=1), progress=True)

@@ -12,6 +12,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
+from conservtl.engine.progress import show_plainly
 from conservtl.engine.selection import deciders
 from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
@@ -119,9 +120,16 @@ class Setting:
             SpecError: a validation score decides something, and ``data.validation`` of the shots leaves no example.
         """
         settings = self.selecting(training or self.spec.training)
-        if valid is None:
+        if valid is None and train is self.domains.shots:
             self._check_validation(settings, adaptation.plan)
+        if options.get("progress"):
+            options["progress"] = self.show_metric
         return fit(adaptation, train, valid, settings, **self.fit_arguments() | options)
+
+    def show_metric(self, metric: str, value: float) -> str:
+        """Return a metric for the progress bar, the task's headline one as the task writes it."""
+        headline = self.task.headline
+        return f"{headline.label} {headline.show(value)}" if metric == headline.metric else show_plainly(metric, value)
 
     def _check_validation(self, training: Training, plan: Plan) -> None:
         """Raise if a validation score decides something and the part asked for is empty, too few shots to split."""

@@ -144,6 +144,12 @@ def test_keeping_the_best_needs_a_validation_part(speech_fields, tmp_path):
     assert run(parse_spec(fields), tmp_path / "out")["after"]["target"]["accuracy"] >= 0
 
 
+def test_the_bar_writes_the_headline_metric_as_its_task_does(speech_fields):
+    setting = prepare(parse_spec(speech_fields))
+    assert setting.show_metric("accuracy", 0.873) == "accuracy 87.3 %"
+    assert setting.show_metric("wer", 0.873) == "wer 0.873"
+
+
 @pytest.mark.parametrize(
     ("fields", "subject", "them"),
     [
