@@ -45,12 +45,13 @@ def run(
     from conservtl.cli._tables import run_table
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
+    from conservtl.report.text.summary import rows_notes
 
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal
     report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard)
     Console().print(run_table(report))
-    sys.stdout.write(report["sentence"] + "\n")
+    sys.stdout.write("\n".join([report["sentence"], *rows_notes(report)]) + "\n")
     if note := report.get("note"):
         sys.stderr.write(f"report.html was not written: {note}\n")
     page = out / "report.html" if "note" not in report else out / "report.json"

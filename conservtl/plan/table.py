@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from conservtl.plan.plan import Plan
     from conservtl.plan.row import Row
 
-__all__ = ["HEADER", "as_rich", "as_text", "beside", "lines", "summary"]
+__all__ = ["HEADER", "as_rich", "as_text", "beside", "lines", "rows_by_label", "summary"]
 
 HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 
@@ -39,8 +39,7 @@ def summary(plan: Plan) -> list[str]:
         f"{total['all']:,} parameters: {total['trained']:,} trained ({share:.1f} %), {total['frozen']:,} frozen",
         f"{total['copied']:,} copied from the source, {total['fresh']:,} fresh",
     ]
-    by_label = {row.layer: row for row in reversed(plan.rows) if row.source_rows is not None}
-    text += [f"rows copied by label  {layer}: {_rows(row)}" for layer, row in by_label.items()]
+    text += [f"rows copied by label  {said}" for said in rows_by_label(plan).values()]
     reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
     text += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
     text += [f"frozen as found  {_as_found(plan)}"] if any(row.as_found for row in plan.rows) else []
@@ -53,6 +52,12 @@ def summary(plan: Plan) -> list[str]:
             text.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {shown}")
     text += [f"{moment}  {description}" for moment, description in beside(plan)]
     return text
+
+
+def rows_by_label(plan: Plan) -> dict[str, str]:
+    """Return layer -> how many of its rows are copied by label, for those that are not copied as they are."""
+    rows = {row.layer: row for row in reversed(plan.rows) if row.source_rows is not None}
+    return {layer: f"{layer}: {_rows(row)}" for layer, row in rows.items()}
 
 
 def beside(plan: Plan) -> list[tuple[str, str]]:
@@ -103,10 +108,9 @@ def _origin(rows: Sequence[Row]) -> str:
 
 def _rows(row: Row) -> str:
     """Return how many rows are copied by label, and how many of the source's are not used."""
-    every, source = len(row.source_rows or ()), (row.source_shape or (0,))[0]
-    copied = every - len(row.new_rows)
-    left = f" ({source - copied} of the source's {source} not used)" if source > copied else ""
-    return f"{copied} of {every}{left}"
+    every, left = len(row.source_rows or ()), len(row.unused_rows)
+    unused = f" ({left} of the source's {(row.source_shape or (0,))[0]} not used)" if left else ""
+    return f"{every - len(row.new_rows)} of {every}{unused}"
 
 
 def _state(plan: Plan, rows: Sequence[Row], trained: set[str]) -> str:

@@ -68,16 +68,16 @@ class HeadLabels:
         ours, theirs = len(self.target), len(self.source)
         modules = {canonical(name): module for name, module in model.named_modules()}
         weights = [row for row in head if row.kind == "weight"] or head
+        if any(row.name in declared for row in weights):
+            return plan
         for row in weights:
             columns = _by_columns(modules.get(row.name.rpartition(".")[0]))
             if row.shape[:1] != (ours,) or columns:
                 raise SpecError(
                     f"labels: the head must have a row for each of the target's {ours} labels; {row.name!r} "
                     f"has shape {row.shape}{', with the outputs on another axis' * columns}. Correct the list or the "
-                    "model, or leave labels out."
+                    "model, or declare the head fresh (fresh=['head'])."
                 )
-        if any(row.name in declared for row in weights):
-            return plan
         other = [row for row in weights if row.source_shape is not None and row.source_shape[:1] != (theirs,)]
         if other:
             raise SpecError(

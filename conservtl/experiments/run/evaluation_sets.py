@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from conservtl.data import spread
-from conservtl.experiments.run.scoring import Scores, on_source_head, score_model
+from conservtl.experiments.run.scoring import Scores, score_model
 from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.run.source_training import SourceModel
 from conservtl.experiments.spec.spec import Spec
 from conservtl.plan.plan import Plan
 
-__all__ = ["device_of", "score_on_tests", "selects_on_source", "sets_to_select_on", "sets_to_watch"]
+__all__ = ["device_of", "score_before", "score_on_tests", "selects_on_source", "sets_to_select_on", "sets_to_watch"]
 
 
 def sets_to_watch(setting: Setting, source: SourceModel, most: int | None = None) -> dict[str, Any]:
@@ -22,15 +22,13 @@ def sets_to_watch(setting: Setting, source: SourceModel, most: int | None = None
 
     Args:
         setting: of the run.
-        source: the source model; its head serves the source's test part where the labels differ.
+        source: the source model; its head serves the source's test part where the target lacks some of its labels.
         most: at most so many examples of each part, evenly spread; None: all.
     """
     domains = setting.domains
     sets: dict[str, Any] = {"target": spread(domains.target_test, most)}
     if domains.source_test is not None:
-        sets["source"] = on_source_head(
-            setting.task, spread(domains.source_test, most), setting.source_head(source.model)
-        )
+        sets["source"] = setting.source_set(spread(domains.source_test, most), source.model)
     return sets
 
 
@@ -47,7 +45,7 @@ def sets_to_select_on(setting: Setting, source: SourceModel, *, both: bool) -> d
         return None
     sets: dict[str, Any] = {"target": domains.validation}
     if both and domains.source_train is not None:
-        sets["source"] = on_source_head(setting.task, domains.source_train, setting.source_head(source.model))
+        sets["source"] = setting.source_set(domains.source_train, source.model)
     return sets
 
 
@@ -57,10 +55,26 @@ def selects_on_source(spec: Spec, plan: Plan) -> bool:
 
 
 def score_on_tests(setting: Setting, source: SourceModel, model: nn.Module) -> dict[str, Scores]:
-    """Score a model on both test parts; where the labels differ, on the source's under the source's own head."""
+    """Score an adapted model on both test parts, the source's as ``Setting.source_set`` says."""
     size = setting.spec.training.evaluate_batch_size
     sets = sets_to_watch(setting, source)
     return {name: score_model(setting.task, model, data, size) for name, data in sets.items()}
+
+
+def score_before(setting: Setting, source: SourceModel, start: nn.Module) -> dict[str, Scores]:
+    """Score the source model on both test parts; on the target's the starting point, if its labels are others.
+
+    Args:
+        setting: of the run.
+        source: the source model.
+        start: the model to adapt, at its starting point.
+    """
+    size, domains = setting.spec.training.evaluate_batch_size, setting.domains
+    model = source.model if setting.shared else start
+    scores = {"target": score_model(setting.task, model, domains.target_test, size)}
+    if domains.source_test is not None:
+        scores["source"] = score_model(setting.task, source.model, domains.source_test, size)
+    return scores
 
 
 def device_of(device: str) -> str:

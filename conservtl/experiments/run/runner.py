@@ -18,6 +18,7 @@ from conservtl.errors import MissingExtraError, SpecError
 from conservtl.experiments.run.bundle import save_bundle, save_measured
 from conservtl.experiments.run.evaluation_sets import (
     device_of,
+    score_before,
     score_on_tests,
     selects_on_source,
     sets_to_select_on,
@@ -31,6 +32,7 @@ from conservtl.extras import require
 from conservtl.files import write_text
 from conservtl.locks import check_folder, lock_folder
 from conservtl.plan.plan import Plan
+from conservtl.plan.table import rows_by_label
 from conservtl.report import sentence, write_html, write_json, write_tensorboard
 
 __all__ = ["plan_of", "run"]
@@ -97,7 +99,7 @@ def run(
             for name in _RESULTS:
                 (folder / name).unlink(missing_ok=True)
             write_text(dump_spec(setting.spec), folder / "spec.yaml")
-        before = score_on_tests(setting, source, adaptation.model if not setting.shared else source.model)
+        before = score_before(setting, source, adaptation.model)
         path = sets_to_watch(setting, source, _PATH_EXAMPLES)
         result = setting.fit(
             adaptation,
@@ -143,12 +145,12 @@ def _report(
 ) -> dict[str, Any]:
     domains, spec, task = setting.domains, setting.spec, setting.task
     names = {"target": domains.labels, "source": domains.source_labels}
+    rows = adaptation.plan.source_rows
+    known = [place for place, row in enumerate(rows or ()) if row is not None]  # at the start as the source's outputs
     agreed = None
-    if setting.shared:
-        sides = {
-            when: agreement(task, scores["target"], before["target"])
-            for when, scores in (("before", before), ("after", after))
-        }
+    if setting.shared or len(known) > 1:
+        start, end = (one["target"] if setting.shared else one["target"].of(known) for one in (before, after))
+        sides = {when: agreement(task, scores, start) for when, scores in (("before", start), ("after", end))}
         agreed = sides if all(sides.values()) else None
     return {
         "target": setting.target,
@@ -160,6 +162,7 @@ def _report(
         "before": {name: before[name].metrics if name in before else None for name in names},
         "after": {name: after[name].metrics if name in after else None for name in names},
         "agreement": agreed,
+        "rows_by_label": list(rows_by_label(adaptation.plan).values()),
         "per_class": {
             name: task.per_class(before[name].outputs, after[name].outputs, after[name].labels, names[name])
             if name in after

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
 from conservtl.data import Data
 from conservtl.engine import Functions, Holdout, evaluate
-from conservtl.functions import MetricPool
+from conservtl.functions import MetricPool, logits_of
 from conservtl.runtime.source_head import SourceHead
 from conservtl.tasks.base import Task
 
-__all__ = ["Scores", "agreement", "on_source_head", "score_model"]
+__all__ = ["Scores", "agreement", "in_order", "on_source_head", "score_model"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Scores:
     metrics: dict[str, float]
     outputs: tuple[Any, ...]
     labels: tuple[Any, ...]
+
+    def of(self, places: Sequence[int]) -> Scores:
+        """Return the scores with these outputs alone, of (N, classes, ...)."""
+        chosen = tuple(logits_of(out)[:, list(places)] for out in self.outputs)
+        return Scores(self.metrics, chosen, self.labels)
 
 
 def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: int = 256) -> Scores:
@@ -64,10 +70,18 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
     return pool.result() or None
 
 
-def on_source_head(task: Task, data: Data, head: SourceHead | None) -> Any:
-    """Return a set on which the source's own head replaces the model's; the data itself if there is none."""
-    if head is None:
-        return data
+def in_order(task: Task, data: Data, order: Sequence[int]) -> Holdout:
+    """Return a set on which a model's outputs, (N, classes, ...), stand in another order."""
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        logits = logits_of(task.forward(model, batch))
+        return logits.index_select(1, torch.tensor(order, device=logits.device))
+
+    return Holdout(data, forward=forward)
+
+
+def on_source_head(task: Task, data: Data, head: SourceHead) -> Holdout:
+    """Return a set on which the source's own head replaces the model's."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
         with head.replacing(model) as replaced:

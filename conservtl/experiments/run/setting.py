@@ -10,12 +10,13 @@ from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
-from conservtl.data import Domains, first_batch
+from conservtl.data import Data, Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
 from conservtl.engine.selection import deciders
 from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
+from conservtl.experiments.run.scoring import in_order, on_source_head
 from conservtl.experiments.run.source_labels import (
     check_outputs,
     check_shots,
@@ -44,7 +45,7 @@ class Setting:
         spec: the run's spec.
         domains: source and target.
         example: a small batch of inputs; finds the order of layers.
-        shared: whether source and target have the same labels in the same order.
+        shared: whether source and target have the same labels in the same order. One head then serves both.
     """
 
     spec: Spec
@@ -95,14 +96,20 @@ class Setting:
     def adaptation(self, source: SourceLike) -> Adaptation:
         """Apply the spec's strategies to a model for the target, from this source."""
         model, spec = self.model(len(self.domains.labels), target=True), self.spec
-        fresh = {} if self.shared else dict.fromkeys(self.head(model), "its labels differ from the source's")
+        globs = (spec.fresh,) if isinstance(spec.fresh, str) else spec.fresh
+        fresh = dict.fromkeys(globs, "declared fresh by the spec")
+        labels = (self.domains.labels, self.domains.source_labels)
+        overlap = not self.shared and self.task.has_classes and bool({*labels[0]} & {*labels[1]})
+        if not self.shared and not overlap:
+            fresh |= dict.fromkeys(self.head(model), "its labels differ from the source's")
         if self.domains.notes:  # the plan shows them
             read = read_source(source)
             source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             options = {"example": self.example, "layers": spec.layers, "head": self.head_globs}
-            return adapt(model, source, spec.strategies, fresh=fresh, **options)
+            chosen = labels if overlap else None
+            return adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **options)
 
     def fit(
         self, adaptation: Adaptation, train: Any, valid: Any = None, training: Training | None = None, **options: Any
@@ -182,9 +189,23 @@ class Setting:
             layers = (*added, *layers)
         return Plan.draw(find_layers(model, self.example, layers, self.head_globs), {}, {})
 
-    def source_head(self, source: nn.Module) -> SourceHead | None:
-        """Return the source model's own head; None where the labels are shared, so that one head serves both."""
-        return None if self.shared else SourceHead(source, self._drawn(source).head_module)
+    def source_set(self, data: Data, source: nn.Module) -> Any:
+        """Return a set of the source's as adapted models are scored on it.
+
+        A model whose labels include all of the source's answers itself, with the outputs of the source's labels first.
+        Else the source's own head answers, in the place of the model's.
+
+        Args:
+            data: numbered by the source's labels.
+            source: the source model.
+        """
+        if self.shared:
+            return data
+        labels, own = self.domains.labels, self.domains.source_labels
+        if self.task.has_classes and set(own) <= set(labels):
+            order = [labels.index(label) for label in own] + [n for n, label in enumerate(labels) if label not in own]
+            return in_order(self.task, data, order)
+        return on_source_head(self.task, data, SourceHead(source, self._drawn(source).head_module))
 
 
 def prepare(spec: Spec) -> Setting:

@@ -99,6 +99,10 @@ class Spec(FrozenModel):
     """The source model."""
     layers: tuple[str, ...] | None = None
     """Globs of parameter names, input side first, if the layers found are not the ones you mean."""
+    fresh: str | tuple[str, ...] = ()
+    """Globs of parameters or layers that do not start from the source although they fit; head: the head. Without it, a
+    head whose labels overlap the source's starts from the source's rows of these labels, and a head with no label in
+    common is fresh."""
     strategies: Annotated[tuple[AnyStrategy, ...], Field(json_schema_extra=offer)] = ()
     """What to conserve and what to change; an empty list is plain fine-tuning. Or ``{recipe: speaker}`` or
     ``{recipe: vision}``: the recommended strategies with their training and augmentation; fields of those that the

@@ -15,7 +15,7 @@ from conservtl.experiments.spec.study_sections import SweepSection
 from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import How, Trial, taken_over
+from conservtl.experiments.studies.trial import How, Trial, said_by_label, taken_over
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 
@@ -117,6 +117,7 @@ def sweep(
         "shots": spec.model_dump(mode="json")["data"]["shots"],
         "taken": taken_over(runs),
         "classes": spec.problem.has_classes,
+        "rows_by_label": said_by_label(runs),
         "runs": runs,
         "spec": spec.model_dump(mode="json"),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean
@@ -20,6 +20,7 @@ from conservtl.data import Data, join, length_of
 from conservtl.engine import Training
 from conservtl.errors import SpecError
 from conservtl.experiments.run.evaluation_sets import (
+    score_before,
     score_on_tests,
     selects_on_source,
     sets_to_select_on,
@@ -29,13 +30,14 @@ from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
 from conservtl.experiments.spec.spec import Spec, parse_spec
 from conservtl.experiments.studies.judge import Judge
+from conservtl.plan.table import rows_by_label
 
-__all__ = ["How", "Trial", "run_trial", "taken_over"]
+__all__ = ["How", "Trial", "run_trial", "said_by_label", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
 
-_FORMAT = 2  # of a stored result
+_FORMAT = 3  # of a stored result
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class Trial:
     @property
     def place(self) -> str:
         """The data and the source model, which trials share, as JSON: every field that does not adapt."""
-        shared = self.spec.model_dump(mode="json", include={"task", "model", "source", "data", "seed", "layers"})
+        shared = self.spec.model_dump(
+            mode="json", include={"task", "model", "source", "data", "seed", "layers", "fresh"}
+        )
         return json.dumps(shared, sort_keys=True)
 
 
@@ -84,8 +88,8 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
     Returns:
         ``variant``, ``target``, ``shots``, ``seed``; ``taken``, the number of examples of each class; ``before`` and
         ``after``, the headline metric of "target" and "source" (None without a source test part); ``harmonic``, the
-        score of both afterwards; ``seconds`` of adapting; number of ``trained`` parameters; ``steps``; ``path`` as
-        ``FitResult`` has it.
+        score of both afterwards; ``seconds`` of adapting; ``rows_by_label``, how many rows of a layer are copied
+        by label; number of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
     """
     setting, source, before = _shared(trial.place)
     setting = replace(setting, spec=trial.spec)
@@ -114,6 +118,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "after": after,
         "harmonic": Judge(setting.task.headline).score(after) if both else None,
         "seconds": seconds,
+        "rows_by_label": list(rows_by_label(adaptation.plan).values()),
         "trained": adaptation.plan.totals()["trained"] if trial.how != "source" else 0,
         "steps": result.steps if result else 0,
         "path": list(result.path) if result else [],
@@ -125,6 +130,11 @@ def taken_over(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
     """Return the fewest, the most and the mean number of examples that a class of any run had; None: not known."""
     counts = [count for run in runs for count in (run.get("taken") or {}).values()]
     return {"fewest": min(counts), "most": max(counts), "mean": fmean(counts)} if counts else None
+
+
+def said_by_label(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how many rows of a layer were copied by label in some of the runs."""
+    return list(dict.fromkeys(said for run in runs for said in run.get("rows_by_label", ())))
 
 
 def _on_valid(setting: Setting, line: Mapping[str, Any]) -> dict[str, float]:
@@ -142,10 +152,12 @@ def _shared(place: str) -> tuple[Setting, SourceModel, dict[str, float | None]]:
 
 def _headlines(setting: Setting, source: SourceModel, adaptation: Adaptation | None) -> dict[str, float | None]:
     """The headline metric on both test parts; of the source model if nothing is adapted yet."""
-    model = source.model if adaptation is None else adaptation.model
-    if adaptation is None and not setting.shared:
-        model = setting.adaptation(source.with_notes()).model
-    scores, metric = score_on_tests(setting, source, model), setting.task.headline.metric
+    if adaptation is not None:
+        scores = score_on_tests(setting, source, adaptation.model)
+    else:
+        start = source.model if setting.shared else setting.adaptation(source.with_notes()).model
+        scores = score_before(setting, source, start)
+    metric = setting.task.headline.metric
     return {name: scores[name].metrics[metric] if name in scores else None for name in ("target", "source")}
 
 
@@ -176,7 +188,7 @@ def _training_data(how: How, setting: Setting) -> Data:
     if how != "joint":
         return shots
     labels, own = setting.domains.labels, setting.domains.source_labels
-    if source is not None and set(own) == set(labels) and not setting.shared:
+    if source is not None and set(own) <= set(labels) and not setting.shared:
         source = setting.task.renumbered(source, [labels.index(label) for label in own])
     elif source is None or not setting.shared:
         raise SpecError("joint training needs source data with the target's labels. Leave it out of the baselines.")

@@ -19,7 +19,7 @@ from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
-from conservtl.report.text.summary import shots_text, taken_of
+from conservtl.report.text.summary import rows_notes, shots_text, taken_of
 
 __all__ = ["free_layers", "sweep_sentences", "write_sweep"]
 
@@ -49,6 +49,7 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
         notes=[
             *_shots(result),
             *(["Not measured: what the source keeps, because it has no data."] if unmeasured else []),
+            *rows_notes(result),
         ],
         parts=[
             by_depth(result, "target"),

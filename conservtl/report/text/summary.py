@@ -9,7 +9,17 @@ from conservtl.plan.plan import Plan
 from conservtl.report.text.metrics import Verdict, headline, number, pair
 from conservtl.shots import taken_text
 
-__all__ = ["costly", "duration", "read_plan", "sentence", "shots_text", "taken_of", "target_text", "verdict"]
+__all__ = [
+    "costly",
+    "duration",
+    "read_plan",
+    "rows_notes",
+    "sentence",
+    "shots_text",
+    "taken_of",
+    "target_text",
+    "verdict",
+]
 
 
 def sentence(report: Mapping[str, Any]) -> str:
@@ -59,6 +69,11 @@ def target_text(report: Mapping[str, Any]) -> str:
     example = str(report.get("example") or "example")
     taken = (report.get("taken") or {}).values()
     return f"{target} from {shots_text(shots, example, classes=bool(report.get('classes')), taken=taken)}"
+
+
+def rows_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return sentences on rows of a head that a run, or some runs of a study, copied by label."""
+    return [f"Rows copied by label, {said}." for said in result.get("rows_by_label") or ()]
 
 
 def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:

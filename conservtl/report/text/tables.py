@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.plan.plan import Plan
-from conservtl.plan.table import HEADER, beside, lines
+from conservtl.plan.table import HEADER, beside, lines, rows_by_label
 from conservtl.report.text.metrics import Verdict, metrics_of, number, pair, signed
 from conservtl.report.text.summary import read_plan
 
@@ -95,6 +95,7 @@ def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
     if plan is None:
         return None
     reasons = {layer: "; ".join(dict.fromkeys(r.reason for r in rows if r.reason)) for layer, rows in plan.by_layer()}
+    reasons |= {layer: f"rows copied by label, {said}" for layer, said in rows_by_label(plan).items()}
     rows = [
         LayerRow(cells, cells[3].startswith("frozen"), cells[2] != "source", reasons[layer])
         for (layer, _), cells in zip(plan.by_layer(), lines(plan), strict=True)

@@ -42,7 +42,7 @@ def test_a_run_goes_on_from_a_folder_or_its_file(first, speech_fields, tmp_path,
 
 
 def test_labels_of_the_run_number_the_examples(first, speech_fields, tmp_path):
-    """The saved outputs permuted with their labels: scored as before, and the head is fresh for another order."""
+    """The saved outputs permuted with their labels: scored as before, and rows are copied by label."""
     folder, report = first
     path, order = folder / "model.safetensors", [2, 0, 1]
     header, tensors = read_header(path), load_file(path)
@@ -50,7 +50,8 @@ def test_labels_of_the_run_number_the_examples(first, speech_fields, tmp_path):
     save_file(tensors, path, {"conservtl": json.dumps({**header, "labels": ["2", "0", "1"]})})
     again = run(parse_spec(after(speech_fields, folder)), tmp_path / "second")
     assert again["before"]["source"]["accuracy"] == pytest.approx(report["after"]["source"]["accuracy"])
-    assert ctl.Plan(**again["plan"])["head.weight"].origin == "fresh"
+    assert ctl.Plan(**again["plan"])["head.weight"].source_rows == (1, 2, 0)
+    assert again["before"]["target"] == pytest.approx(report["after"]["target"])
 
 
 @pytest.mark.parametrize(
