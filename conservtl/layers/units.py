@@ -3,6 +3,7 @@
 The module tree is traversed from the root. A module is one unit if it is one of these, and is divided otherwise:
 
 - a weight: a module with a single leaf that has a weight (a convolution with its norm, a pooling head), of any class;
+  an adapter of PEFT belongs to the weight that it changes;
 - a block: a module whose class occurs at least twice (residual and transformer blocks);
 - a bracket: one of at least three `nn.Sequential(conv, relu, conv, relu)` in one list;
 - a neighbour of blocks in a list, or the only element of a list, even if its class occurs once.
@@ -101,7 +102,7 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
         return None
     seen.add(id(module))
 
-    whole = isinstance(module, nn.MultiheadAttention)
+    whole = isinstance(module, nn.MultiheadAttention) or _is_adapted(module)
     tensors = []
     for key, parameter in module.named_parameters(recurse=True):
         inside = canonical(join(name, key))
@@ -123,6 +124,12 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
     else:
         node.weights = int(_has_weight(module))
     return node if node.direct or node.children else None
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Return whether a module is a weight with an adapter of PEFT beside it, or with a copy that is trained instead."""
+    children = {name for name, _ in module.named_children()}
+    return "base_layer" in children or {"original_module", "modules_to_save"} <= children
 
 
 def _has_weight(leaf: nn.Module) -> bool:
@@ -237,7 +244,7 @@ def _leaf(node: Node) -> Iterator[Unit]:
         stem = node.name or type(node.module).__name__
         for level, names in sorted(levels.items()):
             yield Unit(join(stem, str(level)), node.parent, "weight", tuple(names), (node.name,))
-    elif isinstance(node.module, nn.Embedding | nn.EmbeddingBag):
+    elif isinstance(getattr(node.module, "base_layer", node.module), nn.Embedding | nn.EmbeddingBag):
         yield Unit(node.name or "Embedding", node.parent, "weight", node.direct, (node.name,), embedding=True)
     else:
         complete = getattr(node.module, "complete", False)

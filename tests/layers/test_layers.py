@@ -703,3 +703,20 @@ def test_own_cut_by_the_names_found_is_the_cut_found(depth, tied):
     cut = find_layers(model, layers=globs)
     assert in_layers(cut) == in_layers(found)
     assert [layer.modules for layer in cut] == [(name,) for name in globs]
+
+
+class TestAdapters:
+    """An adapter of PEFT belongs to the weight that it changes, and a head's trained copy to the head."""
+
+    def test_one_layer_a_weight(self):
+        peft = pytest.importorskip("peft")
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+        config = peft.LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["3"])
+        found = find_layers(peft.get_peft_model(model, config))
+        assert [layer.name for layer in found] == [f"base_model.model.{place}" for place in (0, 1, 3)]
+        assert [info.name.rpartition("model.1.")[2] for info in found[1].parameters] == [
+            "base_layer.weight",
+            "base_layer.bias",
+            "lora_A.default.weight",
+            "lora_B.default.weight",
+        ]
