@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from conservtl.adaptation.bound_plan import BoundPlan
 from conservtl.errors import PlanError
@@ -51,7 +52,7 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
     if not bound.anchors.fits(state):
         raise PlanError("this state's anchors are not those of this adaptation. Load what state_dict() gave.")
     source = bound.origin.source_model
-    if source is not None and (moved := differs(source, start, plan)):
+    if isinstance(source, nn.Module) and (moved := differs(source, start, plan)):
         raise PlanError(
             f"this state belongs to another source model: it began with other values in {moved!r}. Load it into an "
             "adaptation made from the same source."

@@ -25,6 +25,7 @@ from conservtl.plan.term import View
 from conservtl.runtime.measuring import check_importance, measure
 from conservtl.runtime.penalty_runner import total_penalty
 from conservtl.source.by_label import rows_by_label
+from conservtl.source.shared import SharedModel
 from conservtl.source.transfer import TransferReport
 
 __all__ = ["Adaptation"]
@@ -245,11 +246,14 @@ class Adaptation:
         self.bound.parameters()
         for measurement in self.bound.unmeasured():
             if measurement.data == on:
-                model = self.origin.source_model if on == "source" else None
-                model = self.model if model is None else model
+                source = self.origin.source_model if on == "source" else None
+                model = source if isinstance(source, nn.Module) else self.model
                 rows = [row for row in self.plan.rows if row.source_rows is not None]
                 left_out = {row.name: row.unused_rows if on == "source" else row.new_rows for row in rows}
-                tensors = measure(measurement, model, batches, self.bound.modules(), forward, loss, autocast, left_out)
+                with source.as_source() if isinstance(source, SharedModel) else nullcontext():
+                    tensors = measure(
+                        measurement, model, batches, self.bound.modules(), forward, loss, autocast, left_out
+                    )
                 if on == "source":
                     by_label = {row.name: row.source_rows or () for row in rows if row.name in tensors}
                     tensors |= {name: rows_by_label(tensors[name], numbers) for name, numbers in by_label.items()}

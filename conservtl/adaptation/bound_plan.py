@@ -33,6 +33,7 @@ from conservtl.runtime.plan_scheduler import PlanScheduler
 from conservtl.runtime.step_hook import StepHook
 from conservtl.runtime.term_runner import TermRunner
 from conservtl.runtime.update_runner import UpdateRunner
+from conservtl.source.shared import SharedModel
 
 __all__ = ["BoundPlan", "Origin"]
 
@@ -52,7 +53,7 @@ class Origin:
 
     drawn: Plan
     strategies: tuple[Strategy, ...] = ()
-    source_model: nn.Module | None = None
+    source_model: nn.Module | SharedModel | None = None
     heads: tuple[str, ...] = ()
     inherited: tuple[Strategy, ...] = ()
     extensions: tuple[Extension, ...] = ()

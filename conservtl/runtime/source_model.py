@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from conservtl.layers.copying import deep_copy
 from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.padding_watch import PaddingWatch
+from conservtl.runtime.preserve import eval_mode
 from conservtl.runtime.source_head import SourceHead
 from conservtl.runtime.taps import all_tensors_of
 from conservtl.source.read import Source
+from conservtl.source.shared import SharedModel
 
 __all__ = ["SourceModelRunner", "build_source_model"]
 
@@ -25,7 +28,7 @@ class SourceModelRunner:
     """The source model in eval mode, without gradients.
 
     Args:
-        model: the source model; put into eval mode and frozen.
+        model: the source model; put into eval mode and frozen. A shared one is put into eval mode for each view.
         layers: layer -> name of its module, for the tapped layers.
         heads: names of the head's modules if the target has labels of its own; outputs are then theirs.
 
@@ -33,11 +36,12 @@ class SourceModelRunner:
         SourceError: a tapped layer is missing in the source model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, str], heads: Sequence[str] = ()) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self._modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    def __init__(self, model: nn.Module | SharedModel, layers: Mapping[str, str], heads: Sequence[str] = ()) -> None:
+        self.shared = model if isinstance(model, SharedModel) else None
+        self.model = model.model if isinstance(model, SharedModel) else model.eval().requires_grad_(False)
+        self._modules = {canonical(name): module for name, module in self.model.named_modules(remove_duplicate=False)}
         self._layers = dict(layers)
-        self._heads = {name: SourceHead(model, name) for name in heads}
+        self._heads = {name: SourceHead(self.model, name) for name in heads}
         self._watch = PaddingWatch(self.model)
         if missing := [layer for layer, name in layers.items() if name not in self._modules]:
             raise SourceError(
@@ -47,7 +51,7 @@ class SourceModelRunner:
     def move(self, device: torch.device) -> None:
         """Move the source model to a device."""
         first = next(self.model.parameters(), None)
-        if first is not None and first.device != device:
+        if self.shared is None and first is not None and first.device != device:
             self.model.to(device)
 
     def head(self, entered: Mapping[str, Sequence[Tensor]]) -> Any:
@@ -83,9 +87,8 @@ class SourceModelRunner:
         hooks.append(self.model.register_forward_hook(lambda *_: passes.append(None)))
         for name, found in of_heads.items():
             hooks.append(self._modules[name].register_forward_hook(lambda _, __, y, found=found: found.append(y)))
-        self.model.eval()
         try:
-            with self._watch:
+            with self._as_source(), self._watch:
                 outputs = run(self.model)
         finally:
             for hook in hooks:
@@ -94,13 +97,23 @@ class SourceModelRunner:
             outputs = _single([output for found in of_heads.values() for output in found])
         return View(outputs, numbered(caught), padding=self._watch.padding, passes=max(1, len(passes)))
 
+    @contextmanager
+    def _as_source(self) -> Iterator[None]:
+        """Put the model into eval mode, and let a shared one compute the source's function."""
+        if self.shared is None:
+            self.model.eval()
+            yield
+            return
+        with eval_mode(self.model), self.shared.as_source():
+            yield
+
 
 def _single(results: list[Any]) -> Any:
     """Return the only result of a module, or a list of those of all its calls."""
     return results[0] if len(results) == 1 else results
 
 
-def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module:
+def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module | SharedModel:
     """Return a model that computes the source's function: a copy of the source, or of ``model`` with its values.
 
     Args:
@@ -111,6 +124,8 @@ def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -
     Raises:
         SourceError: a parameter of the model has no value in the source.
     """
+    if source.shared is not None:
+        return source.shared
     if source.module is not None:
         return deep_copy(source.module)
     built = deep_copy(unwrap(model))

@@ -13,6 +13,7 @@ from conservtl.compat import forget_graphs
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.labels import give_labels, takes_labels
+from conservtl.layers.copying import deep_copy
 from conservtl.padding import find_padding, padding_of_outputs
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View, all_of
@@ -20,6 +21,7 @@ from conservtl.runtime.common_labels import CommonLabels
 from conservtl.runtime.source_model import SourceModelRunner
 from conservtl.runtime.taps import Taken, Taps
 from conservtl.runtime.task_loss import read_task_loss
+from conservtl.source.shared import SharedModel
 
 __all__ = ["TermRunner"]
 
@@ -43,7 +45,7 @@ class TermRunner:
         plan: Plan,
         model: nn.Module,
         layers: Mapping[str, str],
-        source_model: nn.Module | None,
+        source_model: nn.Module | SharedModel | None,
         heads: Sequence[str],
     ) -> None:
         self.terms: tuple[Term, ...] = plan.terms
@@ -189,6 +191,8 @@ class TermRunner:
         new = object.__new__(TermRunner)
         memo[id(self)] = new
         new.__dict__.update(self.__dict__, _taps=None, _placed={})  # copies share the source model, which never changes
+        if self.source_model is not None and self.source_model.shared is not None:  # that is their own model
+            new.source_model = deep_copy(self.source_model, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

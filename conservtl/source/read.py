@@ -23,6 +23,7 @@ from conservtl.source.migration import Migration
 from conservtl.source.references import reference_of
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 from conservtl.source.run_header import read_header, weights_file
+from conservtl.source.shared import SharedModel
 from conservtl.tensor_files import load_tensors
 
 __all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
@@ -40,6 +41,7 @@ class Source:
         versions: of the modules that saved the tensors, as a state dict's metadata.
         old_names: name -> name in ``module``, if names were changed.
         run: the header of the run that saved the source, or None.
+        shared: computes the source's function with the model to adapt itself, or None.
     """
 
     tensors: dict[str, Tensor]
@@ -49,6 +51,7 @@ class Source:
     versions: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     old_names: Mapping[str, str] = field(default_factory=dict)
     run: Mapping[str, Any] | None = None
+    shared: SharedModel | None = None
 
     def renamed(self, prefix: str | None = None, rename: Mapping[str, str] | None = None) -> Source:
         """Return the source under other names.

@@ -1,0 +1,131 @@
+"""LoRA on a model: the pairs of factors whose product changes a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.errors import SpecError
+from conservtl.extras import require
+from conservtl.layers import canonical, unwrap
+
+__all__ = ["Pair", "change", "lora_pairs", "peft", "squared_change"]
+
+peft: Any = require("peft", "peft")
+
+_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Initialisations that leave the weights of the base as they are."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one LoRA module: they change its weight by scale × B A.
+
+    Args:
+        module: name of the module.
+        a: name of the parameter A, whose first axis is the rank.
+        b: name of the parameter B, whose second axis is the rank.
+        scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        weight: name of the weight that is changed.
+        size: number of its elements.
+    """
+
+    module: str
+    a: str
+    b: str
+    scale: float
+    weight: str
+    size: int
+
+
+def lora_pairs(model: nn.Module) -> tuple[Pair, ...]:
+    """Return the pairs of the active adapter.
+
+    Args:
+        model: a PeftModel, wrapped or not.
+
+    Raises:
+        SpecError: the adapter is no plain LoRA, so that its change is not scale × B A.
+    """
+    bare: Any = unwrap(model)
+    for name, config in bare.peft_config.items():
+        start = getattr(config, "init_lora_weights", True)
+        if start not in _STARTS and name in bare.active_adapters:
+            raise SpecError(
+                f"adapter {name!r}: the base must be the source, but init_lora_weights={start!r} moves a part of its "
+                "weights into the adapter. Choose another initialisation, such as True."
+            )
+    return tuple(pair for module, layer in _lora_layers(bare) for pair in _pairs(module, layer))
+
+
+def squared_change(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    r"""Return the squared Frobenius norm of scale × B A, from two r × r products.
+
+    .. math:: s^2 \lVert B A \rVert_F^2 = s^2 \sum (B^\top B) \circ (A A^\top)
+
+    Args:
+        a: (r, ...), what follows is one axis.
+        b: (outputs, r), or (outputs, r, 1, ...) of a convolution.
+        scale: s.
+    """
+    a, b = a.flatten(1), b.flatten(1)
+    return scale**2 * ((b.mT @ b) * (a @ a.mT)).sum()
+
+
+@torch.no_grad()
+def change(a: Tensor, b: Tensor, scale: float) -> float:
+    """Return the norm of scale × B A; the root of ``squared_change`` in double precision."""
+    return float(squared_change(a.double(), b.double(), scale).clamp(min=0).sqrt())
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules of the model that hold an active adapter of PEFT.
+
+    Raises:
+        SpecError: one is no LoRA.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            continue
+        if not isinstance(module, peft.tuners.lora.LoraLayer):
+            raise SpecError(
+                f"{canonical(name)!r} is a {type(module).__module__.split('.')[2]} {type(module).__name__}, and only "
+                "LoRA changes a weight by B A. Use LoraConfig, or leave out L2SP and what acts after training."
+            )
+        yield canonical(name), module
+
+
+def _pairs(name: str, layer: Any) -> Iterator[Pair]:
+    active = [one for one in layer.active_adapters if one in layer.scaling]
+    if len(active) > 1:
+        raise SpecError(
+            f"{name!r} has {len(active)} active adapters ({', '.join(active)}), whose changes are no single B A. "
+            "Activate one: model.set_adapter(name)."
+        )
+    for one in active:
+        if (other := _other_formula(layer, one)) is not None:
+            raise SpecError(
+                f"{name!r}: its change is not B A, but that of {other}. Leave out L2SP and what acts after training, "
+                "or make it a plain LoRA."
+            )
+        base = layer.get_base_layer()
+        if one in layer.lora_A:
+            a, b = f"{name}.lora_A.{one}.weight", f"{name}.lora_B.{one}.weight"
+        else:
+            a, b = f"{name}.lora_embedding_A.{one}", f"{name}.lora_embedding_B.{one}"
+        yield Pair(name, a, b, float(layer.scaling[one]), f"{name}.base_layer.weight", base.weight.numel())
+
+
+def _other_formula(layer: Any, adapter: str) -> str | None:
+    """Return why a LoRA module changes its weight by something else than B A; None: it does not."""
+    if adapter in layer.lora_variant:
+        return type(layer.lora_variant[adapter]).__name__
+    if type(layer).__name__ == "ParamWrapper":
+        return "a parameter with an axis of experts"
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return "a convolution in groups"
+    return None
