@@ -14,6 +14,7 @@ from conservtl.errors import SelectorError
 from conservtl.layers.first_use import Trace
 from conservtl.layers.info import Layer, ParameterInfo
 from conservtl.layers.names import canonical, matches, own_parameters, owner, select
+from conservtl.layers.units import is_adapted
 
 __all__ = ["mark_head"]
 
@@ -171,7 +172,7 @@ class _Part:
 def _branches(model: nn.Module) -> Iterator[str]:
     """Yield the last weights of the parts that no later part can take the output of, at each level of the last part."""
     prefix, listed = "", False
-    while not isinstance(model, nn.Sequential):
+    while not (isinstance(model, nn.Sequential) or is_adapted(model)):
         parts = [
             _part(prefix, name, child)
             for name, child in model.named_children()

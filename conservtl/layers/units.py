@@ -26,7 +26,7 @@ from torch import nn
 from conservtl.compat import ConvBase, NormBase
 from conservtl.layers.names import WRAPPED, canonical
 
-__all__ = ["Node", "Unit", "is_norm", "join", "tree", "units"]
+__all__ = ["Node", "Unit", "is_adapted", "is_norm", "join", "tree", "units"]
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -102,7 +102,7 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
         return None
     seen.add(id(module))
 
-    whole = isinstance(module, nn.MultiheadAttention) or _is_adapted(module)
+    whole = isinstance(module, nn.MultiheadAttention) or is_adapted(module)
     tensors = []
     for key, parameter in module.named_parameters(recurse=True):
         inside = canonical(join(name, key))
@@ -126,7 +126,7 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
     return node if node.direct or node.children else None
 
 
-def _is_adapted(module: nn.Module) -> bool:
+def is_adapted(module: nn.Module) -> bool:
     """Return whether a module is a weight with an adapter of PEFT beside it, or with a copy that is trained instead."""
     children = {name for name, _ in module.named_children()}
     return "base_layer" in children or {"original_module", "modules_to_save"} <= children

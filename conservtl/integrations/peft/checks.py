@@ -44,7 +44,7 @@ def check_plan(adaptation: Adaptation, pairs: Sequence[Pair] | None, reason: Spe
     if sourced:
         _check_source(plan, sourced[0], trained)
     heads = [term.by for term in plan.terms if term.heads]
-    if heads and any(".modules_to_save." in name for name in plan.head):
+    if heads and any(".modules_to_save." in name for name in plan.possible_head):
         raise SpecError(
             f"{heads[0]} compares outputs, but the head is trained as a module of its own (modules_to_save), so the "
             "source has none for these labels. Compare features (FeatureConservation), or leave the head out of "

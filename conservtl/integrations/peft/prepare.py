@@ -31,6 +31,7 @@ def adapt(
     example: Any = None,
     layers: Sequence[str] | None = None,
     fresh: Sequence[str] | Mapping[str, str] = (),
+    head: Sequence[str] | None = None,
 ) -> AdapterAdaptation:
     """Draw up the plan of a model with an adapter; the source is the model with its adapter off.
 
@@ -52,6 +53,7 @@ def adapt(
         example: as for ``conservtl.adapt``.
         layers: as for ``conservtl.adapt``.
         fresh: as for ``conservtl.adapt``; parameters of adapters and ``modules_to_save`` need not be named.
+        head: as for ``conservtl.adapt``.
 
     Raises:
         MissingExtraError: on import of this module, if PEFT is not installed.
@@ -97,7 +99,7 @@ def adapt(
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(added)}
     source = Source(tensors, "the model without its adapter", shared=AdapterOff(bare))
     adaptation = plain_adapt(
-        model, source, _translated(chosen, pairs or ()), example=example, layers=layers, fresh=fresh
+        model, source, _translated(chosen, pairs or ()), example=example, layers=layers, fresh=fresh, head=head
     )
     try:
         check_plan(adaptation, pairs, reason)
