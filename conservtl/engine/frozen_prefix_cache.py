@@ -16,6 +16,7 @@ from conservtl.compat import forward_hooks
 from conservtl.engine.batching import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.layers import Layer, canonical, unwrap
+from conservtl.runtime.model_hooks import ForwardEnded
 from conservtl.runtime.preserve import preserve_buffers
 
 __all__ = ["FrozenPrefixCache", "cache_frozen_prefix"]
@@ -26,10 +27,6 @@ _ROUNDING = 1e-2  # tolerance, relative to the largest value: the rounding of bf
 
 Run = Callable[[Any], Any]
 Kind = tuple[tuple[int, ...], torch.dtype]
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass at the boundary
-    """Raised once the boundary's output is known, to skip the rest of the model."""
 
 
 class FrozenPrefixCache:
@@ -204,7 +201,7 @@ def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) ->
 
     def catch(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output)
-        raise _Reached
+        raise ForwardEnded
 
     hook = boundary.register_forward_hook(catch)
     states = [*_generators(batches.device), *(buffer.clone() for buffer in model.buffers())]
@@ -212,7 +209,7 @@ def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) ->
         for index in torch.split(torch.arange(batches.length), _CHUNK):
             try:
                 run(batches.take(index))
-            except _Reached:
+            except ForwardEnded:
                 pass
             else:
                 return None

@@ -115,7 +115,7 @@ def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: b
             for name, tensor in named
         }
         weights = {canonical(name) for name, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1}
-        recorder = _Recorder(names, weights)
+        recorder = _CallRecorder(names, weights)
         with recorder:
             result = call(clone)
         return Trace(recorder.order, recorder.last_weights(result), _names_scores(result))
@@ -154,7 +154,7 @@ def _isolated(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Recorder(TorchFunctionMode):
+class _CallRecorder(TorchFunctionMode):
     """Recorder of the first torch call that computes a tensor from each named tensor.
 
     A call that returns no tensor, such as a query of the shape, does not count.

@@ -10,7 +10,11 @@ from torch import nn
 
 from conservtl.compat import outside_graphs
 
-__all__ = ["ForwardHook", "Listener", "StateDictHook"]
+__all__ = ["ForwardEnded", "ForwardHook", "Listener", "StateDictHook"]
+
+
+class ForwardEnded(Exception):  # noqa: N818 - not an error
+    """Raised in a hook that has what it needs, to skip the rest of a forward pass; whoever runs the pass catches it."""
 
 
 class Listener(Protocol):

@@ -59,7 +59,7 @@ class Migration:
         if not self._hooked:
             return tensors
         try:
-            recorder = _Recorder(_without_weights(self._model), self._names)
+            recorder = _LoadRecorder(_without_weights(self._model), self._names)
             recorder.load(tensors, versions)
         except Exception as error:  # noqa: BLE001 - a hook of any library or user
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -81,7 +81,7 @@ class Migration:
         return renamed
 
 
-class _Recorder:
+class _LoadRecorder:
     """Notes what each module would load, and keeps it from loading.
 
     Args:

@@ -66,7 +66,7 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     judge = Judge(first.problem.headline)
     study = _study(section, content, folder, judge)
-    objective = _Objective(content, ranges, section, judge, say or (lambda _: None))
+    objective = _TrialObjective(content, ranges, section, judge, say or (lambda _: None))
     study.optimize(objective, n_trials=section.trials, catch=_CATCH)
     result = _result(study, ranges, section, content) | {"metric": judge.headline.as_json()}
     for number, trial in enumerate(result["best"]):
@@ -79,7 +79,7 @@ def tune(
 _CATCH: tuple[type[Exception], ...] = (ConservtlError,)
 
 
-class _Objective:
+class _TrialObjective:
     """The function that Optuna calls for each trial."""
 
     def __init__(

@@ -63,7 +63,7 @@ class ProbeHead(nn.Linear):
         return F.linear(features, self.weight, self.bias).view(len(features), -1, *[1] * (entered.ndim - 2))
 
 
-class _Tap:
+class _ProbeTap:
     """A forward hook that passes a layer's output to the probe head."""
 
     computes = True
@@ -134,7 +134,7 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
     sizes = {layer: outputs[layer].shape[channel_axis(modules[parts[layer]], outputs[layer])] for layer in parts}
     probe = ProbeHead(head, sizes, entered.shape[1] if last in chosen else 0)
     for layer, module in parts.items():
-        modules[module].register_forward_hook(_Tap(probe, layer, Channels(modules[module])))
+        modules[module].register_forward_hook(_ProbeTap(probe, layer, Channels(modules[module])))
     holder, _, key = name.rpartition(".")
     setattr(modules[holder], key, probe)
 
@@ -142,7 +142,7 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
 def remove_probe_head(model: nn.Module) -> None:
     """Restore the head that was replaced."""
     for parent in list(unwrap(model).modules()):
-        remove_forward_hooks(parent, lambda hook: isinstance(hook, _Tap))
+        remove_forward_hooks(parent, lambda hook: isinstance(hook, _ProbeTap))
         for name, child in list(parent.named_children()):
             if isinstance(child, ProbeHead):
                 setattr(parent, name, child.replaced[0].to(child.weight.device))

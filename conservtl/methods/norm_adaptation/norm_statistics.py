@@ -17,6 +17,7 @@ from conservtl.errors import DataError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.model_hooks import ForwardEnded
 from conservtl.runtime.padding_watch import PaddingWatch
 
 __all__ = ["NormStatisticsMeasure"]
@@ -97,14 +98,14 @@ class NormStatisticsMeasure(Measure):
             padding = None if said is None else said.of_layer(name)
             moments.take(inputs[0], None if padding is None else padding.mask(inputs[0].shape, 1, repr(name)))
             if once:
-                raise _Reached
+                raise ForwardEnded
 
         hook = norm.register_forward_pre_hook(listen)
         try:
             with watch:
                 for batch in probe.batches:
                     current[0] = batch
-                    with suppress(_Reached), probe.autocast():
+                    with suppress(ForwardEnded), probe.autocast():
                         probe.forward(probe.model, batch)
                     examples += batch_size(batch)
         finally:
@@ -121,10 +122,6 @@ class NormStatisticsMeasure(Measure):
 
 def _norms(model: nn.Module) -> dict[str, Any]:
     return {canonical(name): module for name, module in model.named_modules() if tracks_statistics(module)}
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass at the norm that is measured
-    pass
 
 
 def _calls(probe: MeasureContext, norms: Mapping[str, nn.Module]) -> Counter[str]:

@@ -66,7 +66,7 @@ class LearnedProjection(After):
 
         shares = torch.zeros(len(weights), device=weights[0].device, requires_grad=True)
         optimizer = torch.optim.Adam([shares], lr=self.rate)
-        model = _Objective(ending.model, ending.objective)
+        model = _ModelLoss(ending.model, ending.objective)
         with torch.enable_grad(), eval_mode(ending.model):
             for batch in _endless(Placed(ending.valid, shares.device), self.steps):
                 loss = functional_call(model, dict(zip(keys, projected(shares), strict=True)), (batch,))
@@ -79,7 +79,7 @@ class LearnedProjection(After):
         return {"radii": dict(zip(self.names, radii, strict=True)), "shares": shares.detach().tolist()}
 
 
-class _Objective(nn.Module):
+class _ModelLoss(nn.Module):
     """Loss of a model on a batch, as a module whose parameters can be replaced for one call."""
 
     def __init__(self, model: nn.Module, loss: Any) -> None:

@@ -47,13 +47,13 @@ class SpeechAugment(FrozenModel):
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""
-        draw = _Draw(generator, inputs)
+        draw = _BatchDraws(generator, inputs)
         if inputs.ndim == 2:
             shifted = shift_wave(inputs, draw.symmetric(len(inputs)) * self.time_shift)
             return mix_noise(mask(shifted, -1, self.time_masks, self.time_mask, draw), self.noise, draw)
         return self._spectrogram(inputs, draw)
 
-    def _spectrogram(self, inputs: Tensor, draw: _Draw) -> Tensor:
+    def _spectrogram(self, inputs: Tensor, draw: _BatchDraws) -> Tensor:
         n = len(inputs)
         out = warp(
             inputs,
@@ -65,7 +65,7 @@ class SpeechAugment(FrozenModel):
         return mask(out, -2, self.frequency_masks, self.frequency_mask, draw)
 
 
-class _Draw:
+class _BatchDraws:
     """Random numbers for one batch, drawn on the generator's device and moved to the inputs' device."""
 
     def __init__(self, generator: torch.Generator, like: Tensor) -> None:
@@ -110,7 +110,7 @@ def shift_wave(inputs: Tensor, shares: Tensor) -> Tensor:
     return torch.where(inside, inputs.gather(1, at.clamp(0, samples - 1)), inputs.new_zeros(()))
 
 
-def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _Draw) -> Tensor:
+def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _BatchDraws) -> Tensor:
     """Replace ``count`` random spans along ``dim``, each at most the share ``widest`` of it, by the example's mean."""
     if count == 0 or widest == 0:
         return inputs
@@ -125,7 +125,7 @@ def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _Draw) -> Te
     return torch.where(masked.view(shape), mean, inputs)
 
 
-def tilt(inputs: Tensor, strength: float, draw: _Draw) -> Tensor:
+def tilt(inputs: Tensor, strength: float, draw: _BatchDraws) -> Tensor:
     """Add to each band a smooth random offset: a sum of three cosines along the mel axis."""
     if strength == 0:
         return inputs
@@ -135,7 +135,7 @@ def tilt(inputs: Tensor, strength: float, draw: _Draw) -> Tensor:
     return inputs + (strength * draw.normal(len(inputs), 3) @ waves).unsqueeze(-1)
 
 
-def mix_noise(inputs: Tensor, strongest: float, draw: _Draw) -> Tensor:
+def mix_noise(inputs: Tensor, strongest: float, draw: _BatchDraws) -> Tensor:
     """Add white noise whose standard deviation is drawn between 0 and ``strongest`` for each example."""
     if strongest == 0:
         return inputs

@@ -120,13 +120,13 @@ def corrupt(images: Tensor, corruption: Corruption, names: Sequence[str]) -> Ten
     apply, strength = _APPLY[corruption.name], strength_of(corruption, size)
     results = [
         # double precision, as in the published code: single precision would round down by whole levels
-        apply(image.double(), strength, _Draw(corruption.seed, name, size)).clamp(0, 1)
+        apply(image.double(), strength, _ImageDraws(corruption.seed, name, size)).clamp(0, 1)
         for image, name in zip(images, names, strict=True)
     ]
     return (torch.stack(results) * 255).floor().div(255).to(torch.float32)
 
 
-class _Draw:
+class _ImageDraws:
     """Random numbers of one image, and the benchmark of its size."""
 
     def __init__(self, seed: int, name: str, size: int) -> None:
@@ -143,11 +143,11 @@ def _benchmark(size: int) -> int:
     return next((known for known in sorted(SEVERITIES) if size <= known), max(SEVERITIES))
 
 
-def _gaussian_noise(image: Tensor, sigma: float, draw: _Draw) -> Tensor:
+def _gaussian_noise(image: Tensor, sigma: float, draw: _ImageDraws) -> Tensor:
     return image + sigma * draw.normal(image)
 
 
-def _gaussian_blur(image: Tensor, sigma: float, _draw: _Draw) -> Tensor:
+def _gaussian_blur(image: Tensor, sigma: float, _draw: _ImageDraws) -> Tensor:
     """Blur with repeated edges and a kernel of four sigma, as skimage.filters.gaussian does."""
     kernel = _gaussian(int(4 * sigma + 0.5), sigma).to(image)
     radius = len(kernel) // 2
@@ -156,7 +156,7 @@ def _gaussian_blur(image: Tensor, sigma: float, _draw: _Draw) -> Tensor:
     return functional.conv2d(planes, kernel.view(1, 1, 1, -1))[:, 0]
 
 
-def _defocus_blur(image: Tensor, radius: float, draw: _Draw) -> Tensor:
+def _defocus_blur(image: Tensor, radius: float, draw: _ImageDraws) -> Tensor:
     """Blur with a disk and with mirrored edges, not repeated, as OpenCV's filter2D does."""
     kernel = _disk(radius, _EDGES.get((radius, draw.benchmark), 0.1)).to(image)
     reach = len(kernel) // 2
@@ -164,12 +164,12 @@ def _defocus_blur(image: Tensor, radius: float, draw: _Draw) -> Tensor:
     return functional.conv2d(planes, kernel[None, None])[:, 0]
 
 
-def _contrast(image: Tensor, factor: float, _draw: _Draw) -> Tensor:
+def _contrast(image: Tensor, factor: float, _draw: _ImageDraws) -> Tensor:
     mean = image.mean(dim=(-2, -1), keepdim=True)
     return (image - mean) * factor + mean
 
 
-def _brightness(image: Tensor, shift: float, _draw: _Draw) -> Tensor:
+def _brightness(image: Tensor, shift: float, _draw: _ImageDraws) -> Tensor:
     """Raise the value in hue, saturation and value, which scales the colours in RGB."""
     value = image.amax(dim=0, keepdim=True)
     raised = (value + shift).clamp(max=1)
@@ -203,7 +203,7 @@ def _mirror(values: Tensor, reach: int, dim: int) -> Tensor:
     return values.index_select(dim, torch.minimum(at, period - at))
 
 
-_APPLY: dict[str, Callable[[Tensor, float, _Draw], Tensor]] = {
+_APPLY: dict[str, Callable[[Tensor, float, _ImageDraws], Tensor]] = {
     "gaussian_noise": _gaussian_noise,
     "gaussian_blur": _gaussian_blur,
     "defocus_blur": _defocus_blur,

@@ -29,7 +29,7 @@ def digits_parts(data: DigitsData) -> Parts:
     return Parts(_part(images, digits.target, data.target), None, source.classes, train, test)
 
 
-class _Opener:
+class _DigitOpener:
     """Function from a digit's number to a Pillow image; picklable, for loaders with workers."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
@@ -47,5 +47,5 @@ def _part(images: NDArray[np.uint8], values: NDArray[np.int64], digits: Sequence
         tuple(classes.index(int(values[i])) for i in ids),
         tuple(f"digit_{int(values[i])}_{i:04d}" for i in ids),
         ids,
-        _Opener(images),
+        _DigitOpener(images),
     )

@@ -38,7 +38,7 @@ def folder_parts(data: ImageFolderData) -> Parts:
     return Parts(train, test, source_train.classes, source_train, source_test, data.corruption)
 
 
-class _Opener:
+class _FileOpener:
     """Function from an image's number to a Pillow image; picklable, for loaders with workers."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
@@ -96,7 +96,7 @@ def _tree(root: Path, below: str, field: str) -> ImagePart:
         files += images
         labels += [position] * len(images)
     names = tuple(file.relative_to(root).as_posix() for file in files)
-    return ImagePart(tuple(classes), tuple(labels), names, tuple(range(len(files))), _Opener(tuple(files)))
+    return ImagePart(tuple(classes), tuple(labels), names, tuple(range(len(files))), _FileOpener(tuple(files)))
 
 
 def _folders(folder: Path) -> dict[str, Path]:

@@ -27,7 +27,7 @@ def torchvision_parts(data: TorchvisionData) -> Parts:
     return Parts(train, test, train.classes, train, test, data.corruption)
 
 
-class _Opener:
+class _SetOpener:
     """Function from an image's number to a Pillow image; picklable if the set is."""
 
     def __init__(self, images: Any, name: str) -> None:
@@ -97,7 +97,7 @@ def _part(images: Any, name: str, part: str) -> ImagePart:
         tuple(labels),
         tuple(f"{part}_{i:06d}" for i in range(len(labels))),
         tuple(range(len(labels))),
-        _Opener(images, name),
+        _SetOpener(images, name),
     )
 
 
