@@ -1,4 +1,4 @@
-"""The base of every decision that stands in a plan beside its rows."""
+"""The base class of all decisions of a plan beside its rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Decision(FrozenModel, ABC):
     """Base class of decisions beside the rows: frozen specs that are printed and saved with the plan.
 
     A subclass has a constant ``kind`` with its value as the default, and methods that carry the decision out on
-    tensors. The built-in ones stand in the files of their methods; a strategy of your own brings its own.
+    tensors. The built-in ones are in the files of their methods; a strategy of your own brings its own.
     """
 
     kind: str
@@ -38,10 +38,10 @@ class Decision(FrozenModel, ABC):
     @model_validator(mode="wrap")
     @classmethod
     def _of_its_kind(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        found = Decision.kinds.get(value.get("kind", "")) if isinstance(value, dict) else None
-        if found is not None and found is not cls and issubclass(found, cls):
-            return found.model_validate(value)
-        if found is None and isabstract(cls) and isinstance(value, dict):
+        named = Decision.kinds.get(value.get("kind", "")) if isinstance(value, dict) else None
+        if named is not None and named is not cls and issubclass(named, cls):
+            return named.model_validate(value)
+        if named is None and isabstract(cls) and isinstance(value, dict):
             raise ValueError(f"there is no {cls.__name__} of kind {value.get('kind')!r}: import its class first")
         return handler(value)
 

@@ -223,11 +223,11 @@ class Plan(FrozenModel):
 
     @cached_property
     def _penalties_by_name(self) -> dict[str, tuple[Penalty, ...]]:
-        found: dict[str, tuple[Penalty, ...]] = {}
+        by_name: dict[str, tuple[Penalty, ...]] = {}
         for penalty in self.penalties:
             for name in penalty.names:
-                found[name] = (*found.get(name, ()), penalty)
-        return found
+                by_name[name] = (*by_name.get(name, ()), penalty)
+        return by_name
 
     @property
     def covered(self) -> dict[str, str]:

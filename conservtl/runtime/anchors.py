@@ -41,7 +41,7 @@ class Anchors:
 
         Args:
             model: at its starting point, but for parameters whose values are kept already.
-            plan: says what came from the source and what is trained.
+            plan: the origin of each parameter, and the phases that train it.
         """
         parameters = named_parameters(model)
         names = [name for name in plan.trained if plan[name].origin == "source"]
@@ -109,9 +109,9 @@ class Anchors:
         self.follow()
         return anchor
 
-    def weighing(self, measure: str, found: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    def weighing(self, measure: str, tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         """Return a measurement of a parameter, placed like it."""
-        return self._place(measure, name, found[name], parameter, None)
+        return self._place(measure, name, tensors[name], parameter, None)
 
     def forget(self) -> None:
         """Drop all placed copies."""

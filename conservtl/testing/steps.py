@@ -18,12 +18,12 @@ __all__ = ["backward", "doubled", "held", "measured", "objective", "outputs_of",
 def held(adaptation: Adaptation) -> dict[str, Tensor]:
     """Return the tensors that must not move in this phase: frozen parameters, statistics of norms that are frozen."""
     frozen = adaptation.frozen
-    found: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(adaptation.model).items() if n in frozen}
+    tensors: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(adaptation.model).items() if n in frozen}
     for raw, norm in unwrap(adaptation.model).named_modules():
-        own = {canonical(f"{raw}.{name}") for name, _ in norm.named_parameters(recurse=False)}
-        if tracks_statistics(norm) and own and own <= frozen:
-            found |= {canonical(f"{raw}.{name}"): buffer for name, buffer in norm.named_buffers()}
-    return found
+        names = {canonical(f"{raw}.{name}") for name, _ in norm.named_parameters(recurse=False)}
+        if tracks_statistics(norm) and names and names <= frozen:
+            tensors |= {canonical(f"{raw}.{name}"): buffer for name, buffer in norm.named_buffers()}
+    return tensors
 
 
 def measured(adaptation: Adaptation, example: Any) -> bool:
