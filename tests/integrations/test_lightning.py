@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import conservtl as ctl
 
@@ -400,3 +401,28 @@ def test_two_adaptations_in_one_trainer(net, trainer, data, tmp_path):
     fitting.save_checkpoint(tmp_path / "two.ckpt")
     saved = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
     assert sum(key.startswith("Conserve") for key in saved) == 2
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_two_processes_make_the_steps_of_one(adapted, trainer, data, tmp_path):
+    """DDP, with a layer that a phase frees after the model is wrapped; each process has half of every batch."""
+
+    class Parted(Served):
+        def train_dataloader(self):
+            world, rank = self.trainer.world_size, self.trainer.global_rank
+            sampler = DistributedSampler(TensorDataset(*data), world, rank, shuffle=False)
+            return DataLoader(sampler.dataset, 8 // world, sampler=sampler)
+
+        def on_train_end(self):
+            torch.save(self.model.state_dict(), tmp_path / f"{self.trainer.world_size}{self.global_rank}.pt")
+
+    held = ctl.LayerTransfer(layers=["stem"])  # its norm would see other batches
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2, "use_distributed_sampler": False}
+    for devices in (1, 2):
+        module = Parted(adapted(held, *EVERYTHING))
+        strategy = "auto" if devices == 1 else "ddp_fork"
+        trainer(Conserve(), devices=devices, strategy=strategy, **options).fit(module)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("10", "20", "21"))
+    close(first, one)
+    close(second, first, 0.0)
