@@ -35,7 +35,7 @@ def finish(
     objective: Callable[[nn.Module, Any], Tensor],
     margin: float,
 ) -> dict[str, Any]:
-    """Carry out the plan's ``after`` decisions; arguments as for ``Adaptation.finish``.
+    """Carry out the plan's ``after`` decisions that are not done yet; arguments as for ``Adaptation.finish``.
 
     Returns:
         Name of each decision -> its facts for a report.
@@ -47,18 +47,23 @@ def finish(
         if given is not None and bound.plan.after:
             check_batches(given, f"finish({name}=...)")
     bound.restore_weights()
-    facts: dict[str, Any] = {}
+    done = bound.endings.done
     for after in bound.plan.after:
+        if after.name in done:
+            continue
         if type(after).scored and score is None and valid is None:
             raise SpecError(f"{after.by} chooses on a validation part: pass score or valid, or give fit valid={{...}}.")
         context = FinishContext(unwrap(bound.model), start, batches, forward, score, valid, objective, margin)
         with torch.no_grad():
-            facts[after.name] = after.finish(context)
-    return facts
+            done[after.name] = after.finish(context)
+    bound.endings.finished()
+    bound.register_hooks()
+    return dict(done)
 
 
 def merged(bound: BoundPlan) -> nn.Module:
     """Return a copy of the model in which each strategy has merged what it added, if that is exact."""
+    bound.endings.exported()
     bound.restore_weights()
     model = deep_copy(unwrap(bound.model))
     for strategy in bound.origin.strategies:

@@ -18,7 +18,7 @@ __all__ = ["load_state_dict", "state_dict"]
 
 
 def state_dict(bound: BoundPlan) -> dict[str, Any]:
-    """Return the plan, anchors, phase, measurements and the updates' state."""
+    """Return the plan, anchors, phase, measurements, the updates' state and the endings done."""
     bound.restore_weights()
     return {
         **bound.anchors.state_dict(),
@@ -26,6 +26,7 @@ def state_dict(bound: BoundPlan) -> dict[str, Any]:
         "plan": bound.plan.model_dump(mode="json"),
         "measured": {name: dict(tensors) for name, tensors in bound.measured.items()},
         "updates": bound.updates.state_dict(),
+        "finished": dict(bound.endings.done),
     }
 
 
@@ -62,6 +63,7 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
     bound.measured = {name: dict(tensors) for name, tensors in state["measured"].items()}
     bound.updates.load_state_dict(state["updates"])
     bound.start_phase(phase)
+    bound.endings.done = dict(state.get("finished", {}))
 
 
 def _with_weight_decay(plan: Plan, names: Collection[str]) -> Plan:

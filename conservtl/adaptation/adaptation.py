@@ -303,6 +303,9 @@ class Adaptation:
     ) -> dict[str, Any]:
         """Carry out the plan's ``after`` decisions at the end of training; ``fit`` does this by itself.
 
+        Each is carried out once: a second call, or one after ``fit``, returns the facts of the first, unless steps
+        were made since. If it is left out, a model that is saved, exported or deleted after training warns.
+
         Args:
             batches: batches of the training data, to recompute statistics on; iterated repeatedly.
             forward: (model, batch) -> outputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,9 @@ from conservtl.plan.row import Row
 from conservtl.plan.search import Search
 from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
+from conservtl.runtime.endings import Endings, ExportHook, SaveHook
 from conservtl.runtime.extending import apply_extensions
+from conservtl.runtime.foreign_steps import ForeignSteps, recognise
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
@@ -81,9 +84,17 @@ class BoundPlan:
         self._handed_in = ModelRecord(model)
         self._optimized = self._handed_in
         self.hook: StepHook | None = None
+        self.endings = Endings()
+        self.penalty_in_gradients = False
         self._revision = 0
         self._handles: tuple[RemovableHandle, ...] = ()
         self._bind(plan)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Notice steps of other optimizers, and an end of training that is left out."""
+        self._foreign = ForeignSteps(self)
+        weakref.finalize(self, self.endings.deleted)
 
     def _bind(self, plan: Plan) -> None:
         """Build the runners of a plan's terms and updates, and begin its first phase."""
@@ -92,7 +103,8 @@ class BoundPlan:
         let_train(self.model, [row.name for row in plan.rows if row.found == "frozen" and not row.frozen])
         self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.heads)
         self.updates = UpdateRunner(plan.updates)
-        self._register_hooks()
+        self.endings.bind(plan)
+        self.register_hooks()
         self.start_phase(0)
 
     def replan(self, **facts: str) -> None:
@@ -143,6 +155,7 @@ class BoundPlan:
         optimizer = build_optimizer(cls, self.plan, parameters, scale, options)
         self.anchors.forget()
         self._optimized = ModelRecord(self.model)
+        recognise(optimizer)
         self.hook = StepHook(optimizer, self, penalties=pull)
         return optimizer
 
@@ -199,12 +212,9 @@ class BoundPlan:
         self._frozen = self.plan.frozen_in(phase)
         self._revision += 1
         self.keep_frozen()
-        scale = phases[phase].scale
-        for group in self.hook.optimizer.param_groups if self.hook else ():
-            # The group records the scale of its rates: its state may have been loaded before this object's.
-            factor = scale / group.get("phase_scale", scale)
-            first = group.get("initial_lr", group["lr"])
-            group |= {"lr": group["lr"] * factor, "initial_lr": first * factor, "phase_scale": scale}
+        self.endings.started(phase)
+        if self.hook is not None:
+            self.hook.rates.scale(phases[phase].scale)
 
     def keep_frozen(self) -> None:
         """Freeze again what the current phase freezes, after other code has changed it."""
@@ -244,28 +254,31 @@ class BoundPlan:
         """Layer -> name of the module whose output is the layer's: the last of its modules."""
         return {layer.name: layer.modules[-1] for layer in self.layers if layer.modules}
 
-    def _register_hooks(self) -> None:
-        """Register hooks on the model if an update acts before forward passes."""
+    def register_hooks(self) -> None:
+        """Register hooks on the model if an update acts before forward passes, or something ends training."""
         for handle in self._handles:
             handle.remove()
-        self._handles = ()
+        model = unwrap(self.model)
+        handles: list[RemovableHandle] = []
         if self.updates.listens:
-            model = unwrap(self.model)
             forget_graphs()  # those made before do not call the new hooks
-            self._handles = (
-                model.register_forward_pre_hook(ForwardHook(self)),
-                model.register_state_dict_pre_hook(StateDictHook(self)),  # type: ignore[no-untyped-call]
-            )
+            handles.append(model.register_forward_pre_hook(ForwardHook(self)))
+            handles.append(model.register_state_dict_pre_hook(StateDictHook(self)))  # type: ignore[no-untyped-call]
+        if not self.endings.complete:
+            handles.append(model.register_forward_pre_hook(ExportHook(self.endings)))
+            handles.append(model.register_state_dict_post_hook(SaveHook(self.endings)))  # type: ignore[no-untyped-call]
+        self._handles = tuple(handles)
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore_weights()
-        return {**self.__dict__, "hook": None, "_handles": (), "_handed_in": None, "_optimized": None}
+        return {**self.__dict__, "hook": None, "_handles": (), "_handed_in": None, "_optimized": None, "_foreign": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._handed_in = self._optimized = ModelRecord(self.model)
         self.terms.attach(self.model)
-        self._register_hooks()
+        self.register_hooks()
+        self._watch()
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

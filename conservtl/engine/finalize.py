@@ -93,6 +93,7 @@ def finish(
             best = scores[t]
         del line  # frees its copy of the weights
     target = valid.get("target")
+    adaptation.bound.endings.done = {}  # of an earlier run
     after |= adaptation.finish(
         Contents(batches),
         forward=functions.forward,

@@ -157,6 +157,7 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
         _determinism(training.deterministic),
         cpu_threads(None if training.threads == "auto" else training.threads),
         _preserve(adaptation, ready),
+        adaptation.bound.endings.in_good_hands(),
     ):
         session = Session(adaptation, training, ready)
         try:

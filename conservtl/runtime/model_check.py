@@ -17,7 +17,7 @@ from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update
 from conservtl.runtime.freezing import parameter_owners, tracks_statistics
 
-__all__ = ["ModelRecord", "check_members", "check_precision", "checked_parameters"]
+__all__ = ["ModelRecord", "check_conversion", "check_members", "check_precision", "checked_parameters"]
 
 _HALF = (torch.float16, torch.bfloat16, torch.complex32)
 _REMEDY = "Call adapt again on the model as it is now, or change it before adapt."
@@ -90,6 +90,25 @@ def check_precision(acting: Update | Penalty, name: str, parameter: Tensor) -> N
         which = f"{acting.by} acts on {name!r}, which is {parameter.dtype}"
         what = f"{which}: steps as small as its are lost in that rounding."
     raise SpecError(f"{what} Keep parameters in float32 and use autocast for speed.")
+
+
+def check_conversion(names: Iterable[str], before: Iterable[torch.dtype], now: Iterable[torch.dtype]) -> None:
+    """Raise if a parameter was converted to half precision after the optimizer was made.
+
+    Args:
+        names: of the optimizer's parameters.
+        before: their types when the optimizer was made.
+        now: their types now.
+
+    Raises:
+        SpecError: one has become float16 or bfloat16.
+    """
+    for name, made, found in zip(names, before, now, strict=False):
+        if found != made and found in _HALF:
+            raise SpecError(
+                f"{name!r} is {found}, and was {made} when the optimizer was made: small steps are lost in that "
+                "rounding. Keep parameters in float32 and use autocast for speed; convert the model after training."
+            )
 
 
 class ModelRecord:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.compat import accumulates
 from conservtl.kernels.dtensor import local, over_parts, sharded, whole
 from conservtl.kernels.gradient import as_handed
 from conservtl.plan.penalty import Penalty
@@ -59,22 +60,32 @@ class PenaltyRunner:
 def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """Return the sum of the penalties' values on what is trained now, a scalar with gradient.
 
-    If parameters are sharded, all processes call it together.
+    The context is told when its gradient is added to those of the parameters. If parameters are sharded, all processes
+    call it together.
 
     Args:
         context: the adaptation's state.
         parameters: name -> parameter of the model.
     """
-    values = []
+    values: list[Tensor] = []
     for penalty in context.plan.penalties:
         names = [name for name in penalty.names if name not in context.frozen]
         moving = [penalised(penalty, context, context.plan[name], parameters[name], {}) for name in names]
         context.anchors.follow()
         if moving:
             values.append(_factor(penalty, context) * _value(penalty, moving))
+            leaf = moving[0].parameter
     if not values:
         return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-    return torch.stack([value.to(values[0].device) for value in values]).sum()
+    total = torch.stack([value.to(values[0].device) for value in values]).sum()
+    if total.requires_grad and not torch.compiler.is_compiling():
+        total.register_hook(lambda gradient: _note(context, leaf, gradient))  # type: ignore[no-untyped-call]
+    return total
+
+
+def _note(context: StepContext, parameter: Tensor, gradient: Tensor) -> None:
+    """Note that a penalty's gradient is added to that of a parameter, and not only returned by ``autograd.grad``."""
+    context.penalty_in_gradients |= bool(gradient) and accumulates(parameter)
 
 
 def _value(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:

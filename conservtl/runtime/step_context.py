@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conservtl.plan.plan import Plan
 from conservtl.runtime.anchors import Anchors
+from conservtl.runtime.endings import Endings
 from conservtl.runtime.update_runner import UpdateRunner
 
 __all__ = ["StepContext"]
@@ -16,6 +17,11 @@ __all__ = ["StepContext"]
 
 class StepContext(Protocol):
     """What steps read; ``revision`` tells them when to read it again."""
+
+    penalty_in_gradients: bool
+    """Whether the gradients hold that of ``penalty()`` already."""
+    endings: Endings
+    """What is to be done at the end of training."""
 
     @property
     def revision(self) -> int:

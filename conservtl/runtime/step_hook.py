@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from conservtl.compat import scaler_state
+from conservtl.errors import SpecError
+from conservtl.runtime.model_check import check_conversion
 from conservtl.runtime.parameter_index import ParameterIndex
 from conservtl.runtime.penalty_runner import PenaltyRunner
+from conservtl.runtime.phase_rates import PhaseRates
 from conservtl.runtime.step_context import StepContext
 
 __all__ = ["StepHook"]
@@ -38,6 +41,9 @@ class StepHook:
         self._scaler: GradScaler | None = None
         self._checked = False  # whether the model was found as it was when the optimizer was made
         self._added: tuple[Any, ...] | None = None  # the gradients to which penalties were added
+        self.rates = PhaseRates(optimizer)
+        self._types = self._parameter_types()
+        optimizer.register_state_dict_pre_hook(lambda _: context.endings.checkpointed())
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -85,8 +91,19 @@ class StepHook:
 
         return (args[0], closure_then_act, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
+    def _parameter_types(self) -> list[torch.dtype]:
+        return [parameter.dtype for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def _check_model(self) -> None:
-        """Raise at the first step if the model has changed since the optimizer was made."""
+        """Raise if the model has changed since the optimizer was made: its types at each step, all else at the first.
+
+        Raises:
+            SpecError: it has changed.
+        """
+        types = self._parameter_types()
+        if types != self._types:
+            check_conversion((name for name, _, _ in self.index), self._types, types)
+            self._types = types
         if not self._checked:
             self._context.check_model((name, parameter) for name, parameter, _ in self.index)
             self._checked = True
@@ -94,6 +111,7 @@ class StepHook:
     @torch.no_grad()
     def _act(self) -> None:
         self._check_model()
+        self.rates.check()
         self.drop_frozen()
         if self._context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
             self._context.check_terms()
@@ -113,11 +131,19 @@ class StepHook:
         self._context.anchors.follow()
         self._context.updates.act("after", self.index.moving, getattr(self.optimizer, "found_inf", None))
         self._context.updates.number += 1
+        self._context.penalty_in_gradients = False
+        self._context.endings.stepped()
 
     def _couple(self, scale: Tensor | None) -> None:
         """Let updates and coupled penalties act on complete gradients, once a step."""
         self._context.updates.act("gradients", self.index.moving, scale=scale)
         if self._penalties is not None:
+            if self._context.penalty_in_gradients:
+                self._context.penalty_in_gradients = False
+                raise SpecError(
+                    "penalty() is part of the loss, and the optimizer's step adds the pull too: it would count twice. "
+                    "Leave penalty() out of the loss, or make the optimizer with optimizer(..., pull=False)."
+                )
             self._penalties.add_gradients(scale, maximize=bool(self.optimizer.param_groups[0].get("maximize")))
 
     def _unscale(self, scaler: GradScaler) -> None:

@@ -44,7 +44,10 @@ class Case:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             needed = not self.ordered or any(strategy.extends for strategy in strategies)
-            return adapt(deep_copy(self.model), self.source, strategies, example=self.example if needed else None)
+            example = self.example if needed else None
+            adaptation = adapt(deep_copy(self.model), self.source, strategies, example=example)
+        adaptation.bound.endings.leave_out()
+        return adaptation
 
     def drawn(self, strategy: Strategy) -> Plan:
         """Return the plan before any strategy, with the parameters that this one adds."""

@@ -127,6 +127,7 @@ class TestLearned:
 
         adaptation.finish(valid=["a", "b"], objective=objective)
         assert seen == ["a", "b", "a", "b", "a"]
+        adaptation, _ = self.adapted(steps=5)
         with pytest.raises(ctl.DataError, match="no batches to learn radii on"):
             adaptation.finish(valid=[], objective=objective)
 

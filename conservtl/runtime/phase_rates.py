@@ -1,0 +1,60 @@
+"""The rates of an optimizer's groups as phases scale them, and a scheduler that takes a phase's scale back."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from conservtl.compat import forget_schedulers, has_scheduler
+from conservtl.errors import OmissionWarning
+
+__all__ = ["PhaseRates"]
+
+
+class PhaseRates:
+    """Scales rates for a phase, and warns once if a scheduler made before sets those of an earlier phase again.
+
+    Args:
+        optimizer: its groups have ``initial_lr`` and ``phase_scale``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._given: list[float] = []  # rates of a phase, until a scheduler changes them
+        self._rises = False  # whether a return to the rates before is a rise
+
+    def scale(self, scale: float) -> None:
+        """Scale rates for a phase: the group records the scale of its own, which may have been loaded."""
+        groups = self._optimizer.param_groups
+        factors = [scale / group.get("phase_scale", scale) for group in groups]
+        for group, factor in zip(groups, factors, strict=True):
+            first = group.get("initial_lr", group["lr"])
+            group |= {"lr": group["lr"] * factor, "initial_lr": first * factor, "phase_scale": scale}
+        if any(factor != 1 for factor in factors) and has_scheduler(self._optimizer):
+            forget_schedulers(self._optimizer)
+            self._given, self._rises = self._rates(), max(factors) < 1
+
+    def check(self) -> None:
+        """Warn if the first change of the rates since a phase began goes back, and no scheduler was made for it."""
+        if not self._given:
+            return
+        rates = self._rates()
+        if has_scheduler(self._optimizer):
+            self._given = []
+        elif rates != self._given:
+            back = any(
+                (now > given) if self._rises else (now < given) for now, given in zip(rates, self._given, strict=True)
+            )
+            self._given = []
+            if back:
+                warnings.warn(
+                    "a scheduler made before start_phase(...) sets the rates of the earlier phase again: it keeps the "
+                    "rates it was made with, and the phase scales them. Make it with adaptation.scheduler(...), which "
+                    "goes on over phases, or make a new one after start_phase(...).",
+                    OmissionWarning,
+                    stacklevel=2,
+                )
+
+    def _rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
