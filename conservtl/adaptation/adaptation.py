@@ -72,6 +72,11 @@ class Adaptation:
         return self.bound.origin
 
     @property
+    def training(self) -> Any:
+        """Training settings handed to ``adapt`` in a recipe; None without."""
+        return self.origin.training
+
+    @property
     def phase(self) -> int:
         """Position of the current phase in ``plan.phases``."""
         return self.bound.phase
@@ -99,7 +104,7 @@ class Adaptation:
         return {**buffers, **anchors.start(self.model, self.plan)}
 
     def optimizer(
-        self, cls: Callable[..., torch.optim.Optimizer], *, pull: bool = True, **options: Any
+        self, cls: Callable[..., torch.optim.Optimizer] | None = None, *, pull: bool = True, **options: Any
     ) -> torch.optim.Optimizer:
         """Return an optimizer with the plan's rates in its groups and the pull in its step.
 
@@ -107,7 +112,8 @@ class Adaptation:
         gradients, as a term in the loss would be. Call this after the model has been moved, wrapped or sharded.
 
         Args:
-            cls: any optimizer class that takes groups and dense gradients.
+            cls: any optimizer class that takes groups and dense gradients. None: that of the training settings handed
+                to ``adapt`` in a recipe, with its rate.
             pull: whether the step adds the penalties' gradients; False for a loss that contains ``penalty()``.
             options: passed to ``cls``; ``lr`` is the rate that the plan's ratios multiply.
 
@@ -122,7 +128,7 @@ class Adaptation:
         """
         return self.bound.make_optimizer(cls, options, pull=pull)
 
-    def scheduler(self, cls: Callable[..., Any], *args: Any, **options: Any) -> LRScheduler:
+    def scheduler(self, cls: Callable[..., Any] | None = None, *args: Any, **options: Any) -> LRScheduler:
         """Return a scheduler of the last optimizer's rates that keeps their ratios, over phases too.
 
         A scheduler with bounds of its own (OneCycleLR's ``max_lr``, CosineAnnealingLR's ``eta_min``) acts on the
@@ -130,7 +136,8 @@ class Adaptation:
         the scale of the current phase. Call its ``step`` as you would the scheduler's own.
 
         Args:
-            cls: a scheduler class of torch, or a function that takes an optimizer and returns a scheduler.
+            cls: a scheduler class of torch, or a function that takes an optimizer and returns a scheduler. None: the
+                schedule of the training settings handed to ``adapt`` in a recipe, over ``steps=...`` optimizer steps.
             args: positional arguments for ``cls`` after the optimizer.
             options: keyword arguments for ``cls``; one value for all groups.
 

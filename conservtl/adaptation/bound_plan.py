@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
+from conservtl.adaptation.preset import TrainingSettings
 from conservtl.compat import forget_graphs
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
@@ -52,6 +55,7 @@ class Origin:
         heads: names of the head's modules if the target has labels of its own.
         inherited: strategies of an earlier run whose additions are part of the source's model.
         extensions: of the plan of an earlier run, kept unless a strategy decides about their kind.
+        training: settings that came with the strategies, as in a recipe.
     """
 
     drawn: Plan
@@ -60,6 +64,7 @@ class Origin:
     heads: tuple[str, ...] = ()
     inherited: tuple[Strategy, ...] = ()
     extensions: tuple[Extension, ...] = ()
+    training: TrainingSettings | None = None
 
 
 class BoundPlan:
@@ -85,6 +90,7 @@ class BoundPlan:
         self._optimized = self._handed_in
         self.hook: StepHook | None = None
         self.endings = Endings()
+        self._norms_in_eval = origin.training is not None and origin.training.batch_norm == "eval"
         self.penalty_in_gradients = False
         self._revision = 0
         self._handles: tuple[RemovableHandle, ...] = ()
@@ -143,9 +149,12 @@ class BoundPlan:
             raise SpecError(f"{first.by} needs a {kind} first ({first.describe()}). {first.remedy}")
 
     def make_optimizer(
-        self, cls: Callable[..., torch.optim.Optimizer], options: dict[str, Any], *, pull: bool
+        self, cls: Callable[..., torch.optim.Optimizer] | None, options: dict[str, Any], *, pull: bool
     ) -> torch.optim.Optimizer:
         """Return an optimizer with the plan's groups, and hook the pull and the updates into its step."""
+        if cls is None:
+            cls, usual = self._training("optimizer(torch.optim.AdamW, lr=1e-3)").make()
+            options = {**usual, **options}
         parameters = self.parameters()
         self._handed_in.check_copied(self.plan, self.model, self.anchors.parameters)
         self.check_measured()
@@ -159,11 +168,35 @@ class BoundPlan:
         self.hook = StepHook(optimizer, self, penalties=pull)
         return optimizer
 
-    def make_scheduler(self, cls: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> PlanScheduler:
+    def make_scheduler(
+        self, cls: Callable[..., Any] | None, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> PlanScheduler:
         """Return a scheduler of the optimizer's rates that keeps their ratios."""
         if self.hook is None:
             raise SpecError("scheduler() sets the rates of adaptation.optimizer(...): make that optimizer first.")
+        if cls is None:
+            training = self._training("scheduler(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=100)")
+            steps = options.get("steps")
+            if options.keys() != {"steps"} or not isinstance(steps, int) or steps < 1:
+                raise SpecError(
+                    "scheduler() without a class follows the training settings, and needs the number of optimizer "
+                    f"steps of the whole training: scheduler(steps=...); received {options or 'nothing'}."
+                )
+            cls, options = LambdaLR, {"lr_lambda": lambda step: training.factor(min(step, steps - 1), steps)}
         return PlanScheduler(self.hook.optimizer, cls, args, options)
+
+    def _training(self, otherwise: str) -> TrainingSettings:
+        """Return the settings that came with the strategies.
+
+        Raises:
+            SpecError: none did; the message gives the call without them.
+        """
+        if self.origin.training is None:
+            raise SpecError(
+                "adapt(...) was given strategies without training settings, which a recipe has: pass a class, such as "
+                f"{otherwise}."
+            )
+        return self.origin.training
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by name.
@@ -223,8 +256,20 @@ class BoundPlan:
         if freeze(self.model, self._frozen, keep):
             forget_graphs()  # those made before give no gradient to what is trained from now on
         model, norms = unwrap(self.model), self._norms()
-        hold_statistics(norms, [norm for norm, rows in norms.items() if holds(rows, self._frozen)], model.training)
+        held = [norm for norm, rows in norms.items() if self._norms_in_eval or holds(rows, self._frozen)]
+        hold_statistics(norms, held, model.training)
         apply_extensions(model, self.plan.extensions, self.layers)  # again: norms may have been converted since
+
+    @contextmanager
+    def norms_left_to_loop(self) -> Iterator[None]:
+        """Hold inside the block only the norms that the plan holds, whatever the settings that came with it."""
+        held, self._norms_in_eval = self._norms_in_eval, False
+        self.keep_frozen()
+        try:
+            yield
+        finally:
+            self._norms_in_eval = held
+            self.keep_frozen()
 
     def _norms(self) -> dict[nn.Module, list[Row]]:
         return norms_with_rows(unwrap(self.model), self.plan.rows, self.layers)

@@ -15,6 +15,7 @@ from conservtl.adaptation.earlier_run import (
     run_note,
     saved_extensions,
 )
+from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, matches, named_parameters, select, unwrap
 from conservtl.layers.copying import deep_copy
@@ -37,7 +38,7 @@ __all__ = ["Adaptation", "adapt"]
 def adapt(
     model: nn.Module,
     source: SourceLike,
-    strategies: Sequence[Strategy | Mapping[str, Any]] = (),
+    strategies: Sequence[Strategy | Mapping[str, Any]] | Preset = (),
     *,
     example: Any = None,
     layers: Sequence[str] | None = None,
@@ -64,7 +65,9 @@ def adapt(
         model: built for the target task, on any device.
         source: a path, a state dict or a model; or a name of weights, such as ``"hf:ORG/NAME@REVISION"``; see
             ``read_source``.
-        strategies: in any order; none is plain fine-tuning.
+        strategies: in any order; none is plain fine-tuning. Or a recipe (``ctl.recipe("vision")``), whose training
+            settings are then those of ``adaptation.optimizer()``, ``adaptation.scheduler(steps=...)`` and ``fit``, and
+            its treatment of batch norms that of the model.
         example: a batch as the model takes it (a tensor, a tuple of positional or a dictionary of keyword arguments),
             to find the order of layers by running a copy of the model once.
         layers: globs of parameter names, input side first, that define the layers.
@@ -106,7 +109,9 @@ def adapt(
     if isinstance(strategies, (Strategy, str)):
         raise SpecError(f"strategies must be a list: write [{strategies!r}].")
     head_labels = None if labels is None else HeadLabels(labels)
-    chosen = tuple(strategy for strategy in map(as_strategy, strategies) if strategy.concerns(unwrap(model)))
+    training = strategies.training if isinstance(strategies, Preset) else None
+    given = strategies.strategies if isinstance(strategies, Preset) else strategies
+    chosen = tuple(strategy for strategy in map(as_strategy, given) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
     inherited, saved = inherited_strategies(read, own_tensors(model)), saved_extensions(read.run)
@@ -166,7 +171,8 @@ def adapt(
         *missed_note(read, known),
     ]
     plan = plan.with_notes((*read.notes, *run_note(read), *notes))
-    return Adaptation(model, plan, report, parts, Origin(drawn, chosen, source_model, heads, inherited, saved))
+    origin = Origin(drawn, chosen, source_model, heads, inherited, saved, training)
+    return Adaptation(model, plan, report, parts, origin)
 
 
 def _check_trained(plan: Plan) -> None:

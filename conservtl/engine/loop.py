@@ -79,7 +79,7 @@ def fit(
             dataset, a DataLoader or another iterable of batches.
         valid: {"target": data, "source": data}: sets that ``training.keep`` and ``patience`` select on, never a test
             part. Data as for ``train``, or a ``Holdout`` with functions of its own.
-        training: settings; None: the defaults.
+        training: settings; None: those handed to ``adapt`` in a recipe, or else the defaults.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch.
         metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count) to pool over the set};
@@ -120,7 +120,7 @@ def fit(
         2
     """
     begun = time.perf_counter()
-    settings = training or Training()
+    settings = training or adaptation.training or Training()
     check_arguments(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
     functions = Functions(forward, loss, metrics)
     check_selection(settings, valid or {}, adaptation.plan, metrics)

@@ -158,6 +158,7 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
         cpu_threads(None if training.threads == "auto" else training.threads),
         _preserve(adaptation, ready),
         adaptation.bound.endings.in_good_hands(),
+        adaptation.bound.norms_left_to_loop(),
     ):
         session = Session(adaptation, training, ready)
         try:

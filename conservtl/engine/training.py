@@ -69,6 +69,17 @@ class Training(BaseModel):
     deterministic: bool = False
     """Whether to refuse operations that are not deterministic on a GPU while training."""
 
+    def factor(self, step: int, steps: int) -> float:
+        """Return the factor on all rates at a step.
+
+        Args:
+            step: 0 to ``steps`` - 1.
+            steps: optimizer steps of the whole training.
+        """
+        from conservtl.engine.schedule import schedule_factor  # which reads these settings
+
+        return schedule_factor(self, step, steps)
+
     def make(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """Return the optimizer class and its keyword arguments."""
         options: dict[str, Any] = {"lr": self.lr}

@@ -18,7 +18,10 @@ __all__ = ["RECIPES", "Recipe", "fill", "offer", "recipe"]
 
 
 class Recipe(FrozenModel):
-    """Strategies with their training settings. In a spec: ``strategies: {recipe: vision}``."""
+    """Strategies with their training settings. In a spec: ``strategies: {recipe: vision}``.
+
+    ``adapt(model, source, recipe)`` takes both. ``print(recipe)`` says what a training loop of your own must call.
+    """
 
     task: str
     """The task that it is for."""
@@ -28,6 +31,43 @@ class Recipe(FrozenModel):
     """For ``fit``."""
     augment: dict[str, Any] | None = None
     """Augmentation of the shots, as a spec's ``data.augment``; None: the usual one for the data."""
+
+    def __str__(self) -> str:
+        """Return the strategies, the settings, and a loop with all that they need."""
+        training = self.training
+        cls, options = training.make()
+        norms = "; batch norms keep their statistics" if training.batch_norm == "eval" else ""
+        spread = f" / {training.accumulate}" if training.accumulate > 1 else ""
+        calls = [
+            ("adaptation = ctl.adapt(model, source, recipe)", f"the strategies{norms}"),
+            ("adaptation.measure(batches)", "if adaptation.outstanding() names a measurement"),
+            ("optimizer = adaptation.optimizer()", f"{cls.__name__}({_listed(options)})"),
+            ("scheduler = adaptation.scheduler(steps=steps)", f"{training.schedule}; steps in all epochs together"),
+            (f"for each of {training.epochs} epochs, with batches of {training.batch_size}:", ""),
+            ("    model.train()", "after each evaluation"),
+            ("    adaptation.start_phase(i)", "where phase i of adaptation.plan.phases begins"),
+            *([] if self.augment is None else [("    change the examples", f"augment: {_listed(self.augment)}")]),
+            (f"    loss = adaptation.loss(loss, outputs, inputs){spread}", "adds what the strategies compare"),
+            ("    loss.backward()", f"in {training.accumulate} batches a step" if spread else ""),
+            *([] if training.clip is None else [("    adaptation.pull(); clip", f"norm {training.clip:g}")]),
+            ("    optimizer.step(); scheduler.step(); optimizer.zero_grad()", ""),
+            ("adaptation.finish(batches)", "the last step; batches of the training data"),
+        ]
+        width = max(len(call) for call, _ in calls)
+        loop = [f"  {call.ljust(width)}  {'# ' * bool(note)}{note}".rstrip() for call, note in calls]
+        strategies = [f"  {one.label}({_listed(one.model_dump(exclude_unset=True))})" for one in self.strategies]
+        settings = f"  {_listed(training.model_dump(exclude_unset=True))}"
+        fit = "ctl.fit(ctl.adapt(model, source, recipe), data) does this:"
+        return "\n".join(
+            [
+                f"strategies ({self.task})",
+                *strategies,
+                "training",
+                f"  {_listed(training.model_dump(exclude_unset=True))}",
+                fit,
+                *loop,
+            ]
+        )
 
 
 RECIPES = {
@@ -60,6 +100,11 @@ RECIPES = {
 """Name -> recipe."""
 
 
+def _listed(fields: Mapping[str, Any]) -> str:
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in fields.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items() if name != "kind")
+
+
 def recipe(name: str) -> Recipe:
     """Return recommended strategies and training settings by name, for ``adapt`` and ``fit``.
 
@@ -74,6 +119,11 @@ def recipe(name: str) -> Recipe:
     The settings were chosen on small networks; ``benchmarks/results`` has the measurements. For far fewer images
     raise the epochs; for a large network find a rate with ``conservtl lr-find``. Without batch norms their part is
     left out.
+
+    ``fit(adapt(model, source, recipe), data)`` carries out all of a recipe but its augmentation. In a training loop of
+    your own, call what ``print(recipe)`` lists: ``adaptation.optimizer()`` and ``adaptation.scheduler(steps=...)`` have
+    its rates and schedule, batch norms its treatment, ``adaptation.loss(...)`` adds its terms and
+    ``adaptation.finish(batches)`` is its last step.
 
     Args:
         name: ``speaker`` or ``vision``.

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 import conservtl as ctl
 from conservtl.experiments.run.runner import run
@@ -104,3 +106,77 @@ def test_the_norms_of_the_recipe_see_more_of_low_contrast_before_anything_is_tra
     before, after = ({d: report[when][d]["accuracy"] for d in ("target", "source")} for when in ("before", "after"))
     assert after["target"] > before["target"] + 0.15
     assert after["source"] > before["source"] - 0.02
+
+
+class TestInALoop:
+    """A recipe handed to ``adapt`` as it is."""
+
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(32) % 3
+
+    def adapted(self, recipe, classes=3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, classes))
+        source = {**model.state_dict(), "1.running_var": torch.full((6,), 2.0)}
+        return ctl.adapt(model, source, recipe)
+
+    def recipe(self, **training):
+        settings = ctl.Training(
+            epochs=6, batch_size=32, lr=0.05, schedule="cosine", warmup=0.2, device="cpu", **training
+        )
+        return ctl.Recipe(
+            task="vision",
+            strategies=(ctl.DiscriminativeLR(decay=0.5), ctl.L2SP(alpha=0.1), ctl.WeightInterpolation(t=0.75)),
+            training=settings,
+        )
+
+    @pytest.mark.parametrize("batch_norm", ["train", "eval"])
+    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+    def test_the_printed_loop_is_what_fit_does(self, batch_norm, optimizer):
+        recipe = self.recipe(batch_norm=batch_norm, optimizer=optimizer)
+        fitted, own = self.adapted(recipe), self.adapted(recipe)
+        ctl.fit(fitted, (self.x, self.y))
+        optimizer = own.optimizer()
+        scheduler = own.scheduler(steps=6)
+        for _ in range(own.training.epochs):
+            own.model.train()
+            outputs = own.model(self.x)
+            own.loss(nn.functional.cross_entropy(outputs, self.y), outputs, self.x).backward()
+            optimizer.step(), scheduler.step(), optimizer.zero_grad()
+        own.finish([self.x])
+        for name, tensor in own.model.state_dict().items():
+            torch.testing.assert_close(tensor, fitted.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+        held = torch.equal(own.model[1].running_var, own.start["1.running_var"])
+        assert held == (batch_norm == "eval")
+
+    def test_settings_given_to_fit_win(self):
+        """And those of the recipe hold again after it."""
+        adaptation = self.adapted(self.recipe(batch_norm="eval"))
+        ctl.fit(adaptation, (self.x, self.y), training=ctl.Training(epochs=1, device="cpu"))
+        assert not torch.equal(adaptation.model[1].running_var, adaptation.start["1.running_var"])
+        assert not adaptation.model.train()[1].training
+        assert adaptation.optimizer(lr=0.3).param_groups[-1]["lr"] == 0.3
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_it_says_what_must_be_called(self, name):
+        text = str(ctl.recipe(name))
+        for call in ("ctl.adapt(model, source, recipe)", "adaptation.optimizer()", "adaptation.scheduler(steps=steps)",
+                     "adaptation.loss(loss, outputs, inputs)", "adaptation.finish(batches)"):  # fmt: skip
+            assert call in text
+        assert f"for each of {ctl.recipe(name).training.epochs} epochs" in text
+        assert "batch norms keep their statistics" in text
+        assert "lr=0.00" in text
+
+    def test_without_settings_a_class_is_asked_for(self):
+        adaptation = self.adapted(self.recipe().strategies)
+        assert adaptation.training is None
+        with pytest.raises(ctl.SpecError, match=r"without training settings.*optimizer\(torch\.optim\.AdamW"):
+            adaptation.optimizer()
+        adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        with pytest.raises(ctl.SpecError, match=r"without training settings.*scheduler\(torch"):
+            adaptation.scheduler(steps=3)
+        adaptation = self.adapted(self.recipe())
+        adaptation.optimizer()
+        for options in ({}, {"steps": 0}, {"steps": 2.5}, {"steps": 3, "T_max": 3}):
+            with pytest.raises(ctl.SpecError, match="needs the number of optimizer steps"):
+                adaptation.scheduler(**options)
