@@ -58,16 +58,7 @@ class Recipe(FrozenModel):
         strategies = [f"  {one.label}({_listed(one.model_dump(exclude_unset=True))})" for one in self.strategies]
         settings = f"  {_listed(training.model_dump(exclude_unset=True))}"
         fit = "ctl.fit(ctl.adapt(model, source, recipe), data) does this:"
-        return "\n".join(
-            [
-                f"strategies ({self.task})",
-                *strategies,
-                "training",
-                f"  {_listed(training.model_dump(exclude_unset=True))}",
-                fit,
-                *loop,
-            ]
-        )
+        return "\n".join([f"strategies ({self.task})", *strategies, "training", settings, fit, *loop])
 
 
 RECIPES = {
