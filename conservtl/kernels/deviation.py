@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from conservtl.compat import foreach_lerp_, foreach_norm, foreach_sub
+from conservtl.kernels.chunks import chunk
 from conservtl.kernels.dtensor import local, over_parts, real_parts, sharded
-from conservtl.kernels.pull import chunk
 from conservtl.plan.update import Moving
 
 __all__ = ["TINY", "By", "Norm", "deviations", "move_toward", "norms", "placed", "runs", "together", "totals"]

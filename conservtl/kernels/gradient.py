@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from conservtl.errors import SpecError
+from conservtl.kernels.chunks import dense_gradient
 from conservtl.kernels.deviation import placed, runs
 from conservtl.kernels.dtensor import local
-from conservtl.kernels.pull import dense_gradient
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.update import Moving, NamingFresh
 

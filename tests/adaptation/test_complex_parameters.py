@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import conservtl as ctl
-from conservtl.kernels.pull import chunk
+from conservtl.kernels.chunks import chunk
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

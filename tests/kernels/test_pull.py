@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conservtl.kernels import pull as module
+from conservtl.kernels import chunks as module
 from conservtl.kernels.dtensor import place_like
 from conservtl.kernels.pull import Pulled, gather
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 import conservtl as ctl
-from conservtl.kernels import pull as module
+from conservtl.kernels import chunks as module
 from conservtl.plan import Penalty, Update
 from conservtl.runtime import param_groups
 
