@@ -10,6 +10,7 @@ from conservtl.errors import SourceError
 from conservtl.layers import matches
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
+from conservtl.source.entries import amount
 from conservtl.source.read import Source
 from conservtl.source.renaming import best_fit, missed
 
@@ -79,14 +80,9 @@ def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str 
         tensors: all of the source, by name.
         file: named in the remark if given.
     """
-    left = sorted(unused, key=lambda name: -tensors[name].numel())
-    if not left:
-        return ()
-    largest = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in left[:3])
-    count, every = (sum(tensors[name].numel() for name in names) for names in (left, tensors))
-    most = "the largest " * (len(left) > 3)
+    left = list(unused)
     where = f" in {file}" if file else ""
-    return (f"not used{where}: {len(left)} of {len(tensors)} tensors, {count:,} of {every:,} values ({most}{largest})",)
+    return (f"not used{where}: {len(left)} of {len(tensors)} tensors, {amount(left, tensors)}",) if left else ()
 
 
 def kept_note(kept: Sequence[str], model: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from conservtl.errors import SourceError, hint
 from conservtl.layers import canonical
 
-__all__ = ["KNOWN_KEYS", "some", "tensors_of", "weights_in"]
+__all__ = ["KNOWN_KEYS", "amount", "some", "tensors_of", "weights_in"]
 
 KNOWN_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which checkpoints hold the trained weights, in the order in which they are preferred."""
@@ -36,7 +36,7 @@ def weights_in(entries: Mapping[str, Any], where: str, key: str | None = None) -
         notes.append(f"took the entry {key!r}")
     while (name := _choice(entries, where)) is not None:
         others = sorted(str(other) for other in entries if other != name)
-        weights = sorted(repr(other) for other, value in entries.items() if other != name and _holds_tensors(value))
+        weights = sorted(repr(path) for path in _paths({key: one for key, one in entries.items() if key != name}))
         left = f", ignored {', '.join(others[:6])}" if others else ""
         choose = f"; {' and '.join(weights[:4])} hold{'s' * (len(weights) == 1)} weights too (key=...)"
         notes.append(f"took the entry {name!r}{left}{choose if weights else ''}")
@@ -62,6 +62,19 @@ def tensors_of(entries: Mapping[str, Any], where: str, notes: list[str]) -> dict
     if not tensors:
         raise SourceError(f"{where} holds no tensors (entries: {some(map(str, entries))}); a state dict is needed.")
     return tensors
+
+
+def amount(names: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
+    """Return how many values some tensors have, of those of all, and which of them are the largest.
+
+    Args:
+        names: of these tensors.
+        tensors: all of the source, by name.
+    """
+    left = sorted(names, key=lambda name: -tensors[name].numel())
+    count, every = (sum(tensors[name].numel() for name in chosen) for chosen in (left, tensors))
+    largest = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in left[:3])
+    return f"{count:,} of {every:,} values ({'the largest ' * (len(left) > 3)}{largest})"
 
 
 def some(names: Iterable[str]) -> str:
@@ -101,6 +114,17 @@ def _choice(entries: Mapping[str, Any], where: str) -> str | None:
             f"{', '.join(map(repr, candidates[:6]))}. Name one: key={candidates[0]!r} (in a spec, source.key)."
         )
     return candidates[0] if candidates else None
+
+
+def _paths(entries: Mapping[str, Any]) -> list[str]:
+    """Return the keys, also those of nested entries, that hold dictionaries of named tensors."""
+    found = []
+    for key, value in entries.items():
+        if _holds_tensors(value):
+            found.append(str(key))
+        elif isinstance(value, Mapping):
+            found += [f"{key}.{inner}" for inner, nested in value.items() if _holds_tensors(nested)]
+    return found
 
 
 def _holds_tensors(value: Any) -> bool:

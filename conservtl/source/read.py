@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conservtl.compat import metadata_of
 from conservtl.errors import SourceError, did_you_mean
 from conservtl.layers import Layer, canonical, unwrap
-from conservtl.source.entries import some, tensors_of, weights_in
+from conservtl.source.entries import amount, some, tensors_of, weights_in
 from conservtl.source.folder import read_folder
 from conservtl.source.kinds import check_model_kinds, has_values
 from conservtl.source.migration import Migration
@@ -70,8 +70,9 @@ class Source:
         notes = [*self.notes]
         versions = self.versions
         if prefix:
-            left = len(self.tensors) - len(names)
-            notes.append(f"removed the prefix {prefix!r}" + (f", left out {left} tensors without it" if left else ""))
+            left = [name for name in self.tensors if name not in names]
+            without = f", left out {len(left)} tensors without it, {amount(left, self.tensors)}" if left else ""
+            notes.append(f"removed the prefix {prefix!r}{without}")
             versions = self._versions(prefix.removesuffix(".") + ".")
         for expression, replacement in (rename or {}).items():
             notes.append(f"renamed {expression!r} to {replacement!r}")

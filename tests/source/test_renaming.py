@@ -36,6 +36,8 @@ class TestPrefix:
         assert equal(model.state_dict(), plain)
         assert not adaptation.transfer.unused
         assert f"source  removed the prefix {prefix!r}, left out 1 tensors without it" in str(adaptation.plan)
+        every = sum(tensor.numel() for tensor in source.values())
+        assert f"without it, 9 of {every:,} values (projector.weight (3, 3))" in str(adaptation.plan)
 
     def test_inside_a_wrapper(self):
         model = network()
@@ -279,6 +281,16 @@ class TestSeveralDictionaries:
             )
         else:
             assert f"took the entry {key!r}" in text
+
+    def test_averaged_weights_beside_in_an_entry_of_another(self):
+        """The note gives the key; an optimizer's moments are no weights."""
+        moments = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1.0}]}
+        entries = {"model": self.plain(1), "ema": {"shadow": self.plain(2), "decay": 0.9}, "optimizer": moments}
+        model = network()
+        text = str(ctl.adapt(model, entries).plan)
+        assert "took the entry 'model', ignored ema, optimizer; 'ema.shadow' holds weights too (key=...)" in text
+        ctl.adapt(model, entries, key="ema.shadow")
+        assert equal(model.state_dict(), self.plain(2))
 
     def test_the_documented_order(self):
         order = ["state_dict", "model_state_dict", "model", "module"]
