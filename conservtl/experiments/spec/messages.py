@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -10,34 +11,64 @@ from pydantic import TypeAdapter
 from conservtl.errors import hint, wrong_tag
 from conservtl.tasks.base import unfinished_task
 
-__all__ = ["explain"]
+__all__ = ["explanations"]
 
 
-def explain(error: Any, adapter: TypeAdapter[Any]) -> str:
-    """Return one line for an error of Pydantic.
+_LINES = 20
+_LONGEST = 500  # characters of a name, a value or a rule
+
+
+def explanations(errors: Sequence[Any], adapter: TypeAdapter[Any]) -> list[str]:
+    """Return a line for each of the first errors of Pydantic, and one for all the others.
 
     Args:
-        error: one of ``ValidationError.errors()``.
-        adapter: the validator that found it; its schema holds the known fields.
+        errors: of a validation.
+        adapter: the validator that found them; its schema holds the known fields.
     """
+    definitions = _definitions(adapter)
+    lines = [f"  {_explain(error, definitions)}" for error in errors[:_LINES]]
+    return [*lines, f"  ... and {len(errors) - _LINES:,} more"] if len(errors) > _LINES else lines
+
+
+@lru_cache(maxsize=2)
+def _definitions(adapter: TypeAdapter[Any]) -> dict[str, Any]:
     definitions: dict[str, Any] = adapter.json_schema().get("$defs", {})
+    return definitions
+
+
+def _explain(error: Any, definitions: dict[str, Any]) -> str:
+    """Return one line for an error."""
     place = [str(part) for part in error["loc"]]
     tags = _tags(definitions)
-    shown = [part for i, part in enumerate(place) if part not in tags or i == len(place) - 1]
+    shown = [_cut(part) for i, part in enumerate(place) if part not in tags or i == len(place) - 1]
     field = ".".join(shown) or "spec"
     if error["type"] == "extra_forbidden":
         return f"{field}: there is no such field.{hint(shown[-1], _fields_at(place[:-1], definitions))}"
+    if error["type"] == "union_tag_not_found":
+        return f"{field}: {error['ctx']['discriminator']} is missing. Name the kind, as in {{kind: folder}}."
     if error["type"] == "union_tag_invalid":
         if place:
             return f"{field}: {wrong_tag(error)}"
         fix = unfinished_task(str(error["ctx"]["tag"]), " A task of your own needs --import MODULE.")
         return f"{field}: {wrong_tag(error)}{fix}"
-    message = error["msg"].replace("valid tuple", "list")
+    message = _cut(error["msg"]).replace("valid tuple", "list")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = f"must hold fields of its own, such as {field}.{(_fields_at(place, definitions) or ['kind'])[0]}"
     received = error.get("input")
-    short = "" if isinstance(received, (dict, list)) or error["type"] == "missing" else f"; received {received!r}"
+    short = "" if isinstance(received, (dict, list)) or error["type"] == "missing" else f"; received {_shown(received)}"
     return f"{field}: {message}{short}"
+
+
+def _cut(text: str) -> str:
+    """Return a text, without the end of a very long one."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _cut(repr(value))
+    except ValueError:  # Python prints no whole number of more than some thousand digits
+        return "a number of too many digits"
 
 
 def _fields_at(place: Sequence[str], definitions: dict[str, Any]) -> list[str]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import yaml
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
-from yaml.nodes import MappingNode, ScalarNode
+from yaml.events import AliasEvent, Event
+from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
 from conservtl.written import Decimal, SwitchWord, Whole, written
 
@@ -25,10 +27,48 @@ _SWITCH = "!switch"
 _WANTS_TEXT = ("string_type", "path_type")
 
 
+MAX_CHARACTERS = 256 * 1024
+"""Length of a document."""
+MAX_DEPTH = 64
+"""Fields and lists within each other."""
+MAX_NODES = 20_000
+"""Fields and values of a document, those that aliases repeat counted each time."""
+
+
 class _Loader(yaml.SafeLoader):
-    """A safe loader whose scalars know their text and whose keys are text."""
+    """A safe loader whose scalars know their text and whose keys are text.
+
+    Documents are data of bounded size: tags other than ``!!str`` are refused, and aliases that multiply.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - not those of YAML 1.1
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}  # identity of a finished node -> nodes in it
+
+    def compose_node(self, parent: Any, index: Any) -> Node | None:
+        """Compose a node, and count it."""
+        event: Event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!", f"{_PREFIX}str"):
+            raise ComposerError(None, None, f"found the tag {tag!r}; a spec has no tags. Write the value alone", mark)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ComposerError(None, None, f"found more than {MAX_DEPTH} fields or lists within each other", mark)
+        node: Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, AliasEvent) and id(node) not in self._sizes:
+            raise ComposerError(None, None, f"found the alias *{event.anchor} within what it stands for", mark)
+        inner = node.value if isinstance(node, CollectionNode) else ()
+        pairs = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+        size = 1 + sum(self._sizes[id(part)] for part in pairs)
+        if size > MAX_NODES:
+            raise ComposerError(None, None, f"found more than {MAX_NODES:,} fields and values", mark)
+        self._sizes[id(node)] = size
+        return node
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[str, Any]:  # type: ignore[override]
         own = [self._name(key, node) for key, _ in node.value]
@@ -55,7 +95,7 @@ class _Loader(yaml.SafeLoader):
             number = read(node)
             if repr(number) == node.value:
                 return number
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ConstructorError(
                 None, None, f"found a number that cannot be read: {error}", node.start_mark
             ) from error
@@ -92,11 +132,14 @@ def read_yaml(text: str) -> Any:
     """Return the content of a YAML or JSON document.
 
     Raises:
-        yaml.YAMLError: the text is not valid, or a name stands twice in the same fields.
+        yaml.YAMLError: the text is not valid, too long, too deep or has too many values; a name stands twice in the
+            same fields; there is a tag.
 
     >>> read_yaml("words: [yes, no, 0017, 2024-01-01, 12:30, 1e5]")
     {'words': ['yes', 'no', '0017', '2024-01-01', '12:30', '1e5']}
     """
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it must have at most {MAX_CHARACTERS:,} characters; it has {len(text):,}.")
     return yaml.load(text, _Loader)  # noqa: S506 - a subclass of the safe loader
 
 

@@ -127,7 +127,7 @@ def recipe(name: str) -> Recipe:
         >>> [strategy.kind for strategy in ctl.recipe("vision").strategies]
         ['norm_adaptation', 'l2_sp', 'weight_interpolation']
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise SpecError(f"recipe must be one of {', '.join(RECIPES)}; received {name!r}.")
     return RECIPES[name]
 
@@ -147,6 +147,9 @@ def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
             f"received {dict(section)}. To change a part of a recipe, write its strategies out as in a run's spec.yaml."
         )
     chosen = recipe(section["recipe"])
+    training = content.get("training") or {}
+    if not isinstance(training, Mapping):
+        raise SpecError(f"training must hold fields of its own, such as training.epochs; received {training!r}.")
     if content.get("task", chosen.task) != chosen.task:
         fit = [name for name, one in RECIPES.items() if one.task == content["task"]]
         raise SpecError(
@@ -155,7 +158,7 @@ def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     filled = dict(content)
     filled["strategies"] = [one.model_dump(mode="json") for one in chosen.strategies]
-    filled["training"] = chosen.training.model_dump(exclude_unset=True) | dict(content.get("training") or {})
+    filled["training"] = chosen.training.model_dump(exclude_unset=True) | dict(training)
     data = content.get("data")
     if chosen.augment is not None and isinstance(data, Mapping):
         augment = data.get("augment", {})

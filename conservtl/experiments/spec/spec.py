@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model
 
+from conservtl.bounds import Place, check_names
 from conservtl.engine import Training
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.fields import with_values
-from conservtl.experiments.spec.messages import explain
-from conservtl.experiments.spec.reading import as_written, changeable, read_yaml
+from conservtl.experiments.spec.messages import explanations
+from conservtl.experiments.spec.reading import MAX_CHARACTERS, as_written, changeable, read_yaml
 from conservtl.experiments.spec.recipes import fill, offer
 from conservtl.experiments.spec.study_sections import CompareSection, SweepSection, TuneSection
 from conservtl.methods import AnyStrategy
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def _path_or_name(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) and not is_name(value) else value
+    return check_names(Path(value)) if isinstance(value, str) and not is_name(value) else value
 
 
 class SourceSection(FrozenModel):
@@ -67,7 +68,7 @@ class SourceSection(FrozenModel):
     too."""
     training: Training = Training(epochs=30, lr=1e-3, schedule="one_cycle", evaluate_every=1000)
     """How a source model is trained if no weights are given."""
-    cache: Path | None = None
+    cache: Place | None = None
     """Folder for trained source models, keyed by content. null: ``.cache/conservtl`` in the home folder."""
 
     @property
@@ -159,7 +160,8 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     path = Path(path)
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = read_yaml(file.read(MAX_CHARACTERS + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"spec {str(path)!r} cannot be read: {error}. Give the path of a YAML or JSON file.") from error
     except yaml.YAMLError as error:
@@ -186,8 +188,7 @@ def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
         except ValidationError as error:
             if as_written(fields, error.errors()):
                 continue
-            lines = [f"  {explain(one, adapter)}" for one in error.errors()]
-            raise SpecError(f"{where}:\n" + "\n".join(lines)) from error
+            raise SpecError(f"{where}:\n" + "\n".join(explanations(error.errors(), adapter))) from error
 
 
 def with_fields(spec: Spec, fields: Mapping[str, Any]) -> Spec:

@@ -12,7 +12,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from conservtl.bounds import Count, NonNegativeInt, ProperShare
+from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
 from conservtl.data import Domains
 from conservtl.errors import SpecError
 from conservtl.shots import Shots
@@ -67,7 +67,7 @@ class FolderData(_SpeechData):
 
     kind: Literal["folder"] = "folder"
     """Recordings in files, labelled by a pattern."""
-    root: Path
+    root: Place
     """The folder; its subfolders are searched too."""
     pattern: str = FREE_SPOKEN_DIGITS
     """Regular expression for the end of a file's path, with the groups `label`, `speaker` and optionally `take`. The
@@ -108,7 +108,7 @@ class SpeechCommandsData(_SpeechData):
 
     kind: Literal["speechcommands"] = "speechcommands"
     """Speech Commands, read by torchaudio."""
-    root: Path
+    root: Place
     """The folder that contains `SpeechCommands/speech_commands_v0.02`."""
     version: Literal["speech_commands_v0.01", "speech_commands_v0.02"] = "speech_commands_v0.02"
     """Release of the set."""

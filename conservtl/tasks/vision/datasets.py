@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from conservtl.bounds import NonNegativeInt
+from conservtl.bounds import NonNegativeInt, Place
 from conservtl.shots import Shots
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
@@ -107,10 +107,10 @@ class ImageFolderData(_Photographs):
     kind: Literal["imagefolder"] = "imagefolder"
     """Images in folders."""
 
-    root: Path
+    root: Place
     """The target's folder."""
 
-    source_root: Path | None = None
+    source_root: Place | None = None
     """The source's folder, with the same structure; its classes may differ."""
 
 
@@ -123,7 +123,7 @@ class TorchvisionData(_Photographs):
     name: str = Field(min_length=1)
     """Class in torchvision.datasets, such as CIFAR10."""
 
-    root: Path = Path("data")
+    root: Place = Path("data")
     """The folder in which torchvision stores it."""
 
     args: Arguments = Field(default_factory=dict)
