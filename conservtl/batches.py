@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -13,7 +15,35 @@ from torch.nn.utils.rnn import PackedSequence
 from conservtl.compat import tree_leaves, tree_map
 from conservtl.errors import DataError, SpecError
 
-__all__ = ["batch_size", "check_batches", "map_tensors", "replace_tensors", "row_count", "tensors_of", "to_device"]
+__all__ = [
+    "as_tensor",
+    "batch_size",
+    "check_batches",
+    "map_tensors",
+    "replace_tensors",
+    "row_count",
+    "tensors_of",
+    "to_device",
+]
+
+
+def as_tensor(value: Any) -> Any:
+    """Return a NumPy array, a number or nested lists of numbers as a tensor; everything else as it is.
+
+    float64 arrays become torch's default type, because NumPy makes them without being asked.
+
+    >>> as_tensor([[1, 2], [3, 4]]).shape
+    torch.Size([2, 2])
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        large = value.dtype.itemsize > {"f": 4, "u": 1}.get(value.dtype.kind, 16)
+        kind: Any = {"f": np.float64, "u": np.int64}[value.dtype.kind] if large else value.dtype.newbyteorder("=")
+        tensor = torch.from_numpy(np.require(value, kind, ["C", "W"]))
+        return tensor.to(torch.get_default_dtype()) if kind is np.float64 else tensor
+    if isinstance(value, (list, tuple, int, float)):
+        with suppress(TypeError, ValueError, RuntimeError):
+            return torch.as_tensor(value)
+    return value
 
 
 def check_batches(batches: Iterable[Any], subject: str) -> None:
@@ -68,10 +98,13 @@ def replace_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch on a device; copies from pinned memory do not block.
 
-    An object with a ``to`` method, such as ``PackedSequence`` or a tokenizer's ``BatchEncoding``, moves itself.
+    An object with a ``to`` method, such as ``PackedSequence`` or a tokenizer's ``BatchEncoding``, moves itself. NumPy
+    arrays of numbers become tensors.
     """
     return _map(
-        batch, lambda node: callable(getattr(node, "to", None)), lambda node: node.to(device, non_blocking=True)
+        batch,
+        lambda node: callable(getattr(node, "to", None)) or isinstance(node, np.ndarray),
+        lambda node: _moved(as_tensor(node), device),
     )
 
 
@@ -132,7 +165,7 @@ def _map(batch: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], A
 
 
 def _moved(node: Any, device: torch.device) -> Any:
-    return node.to(device, non_blocking=True)
+    return node if isinstance(node, np.ndarray) else node.to(device, non_blocking=True)
 
 
 def _fields(node: Any) -> dict[str, Any]:

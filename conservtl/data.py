@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
+from conservtl.batches import as_tensor
 from conservtl.errors import DataError
 from conservtl.shots import Shots, number_of_shots
 
@@ -36,7 +37,7 @@ class Examples:
     """Labelled examples held in memory.
 
     Args:
-        inputs: (N, ...) float32, as the model takes them.
+        inputs: (N, ...) float32, as the model takes them; a NumPy array or nested lists become a tensor.
         labels: (N,) int64, positions in the domain's label list. For a task without classes (N, ...) of another type,
             shaped as the model's outputs: (N, 1) float32 for the regression of one quantity, since a loss of (N, 1)
             outputs and (N,) labels would be taken over all N × N pairs.
@@ -46,6 +47,19 @@ class Examples:
     inputs: Tensor
     labels: Tensor
     names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("inputs", "labels"):
+            object.__setattr__(self, field, as_tensor(getattr(self, field)))
+        object.__setattr__(self, "names", tuple(self.names))
+        for field in ("inputs", "labels"):
+            value: Any = getattr(self, field)
+            if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(self.names):
+                count = f"{len(value)} rows" if isinstance(value, Tensor) and value.ndim else type(value).__name__
+                raise DataError(
+                    f"Examples.{field} must be a tensor or an array with one row for each of {len(self.names)} names; "
+                    f"received {count}. Give as many names as rows."
+                )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -21,6 +21,7 @@ __all__ = [
     "MetricPool",
     "Metrics",
     "accuracy",
+    "class_loss",
     "cross_entropy",
     "forward",
     "labels_of",
@@ -78,13 +79,41 @@ def forward(model: nn.Module, batch: Any) -> Any:
 def cross_entropy(outputs: Any, batch: Any) -> Tensor:
     """Return the mean cross-entropy of logits and labels.
 
-    Labels are class indices, or probabilities of the logits' shape. For logits with positions, (N, frames, classes) or
-    (N, classes, ...) with labels (N, ...), the mean is over positions that count: labels of -100 do not, nor does
-    padding that the outputs' lengths or the batch name, if no label is -100.
+    Labels are class indices of any whole type, (N,) or (N, 1), or probabilities or one-hot rows of the logits' shape.
+    For logits with positions, (N, frames, classes) or (N, classes, ...) with labels (N, ...), the mean is over
+    positions that count: labels of -100 do not, nor does padding that the outputs' lengths or the batch name, if no
+    label is -100.
+
+    Raises:
+        SpecError: the labels are no classes of the logits, as in regression.
     """
-    logits, labels = logits_of(outputs), labels_of(batch)
+    return class_loss(_mean_cross_entropy, outputs, batch)
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim < 3 or labels.is_floating_point():
         return F.cross_entropy(logits, labels)
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    mean: Tensor = total / (labels != IGNORED).sum().clamp(min=1)
+    return mean
+
+
+def class_loss(loss: Callable[[Tensor, Tensor], Tensor], outputs: Any, batch: Any, *, ignored: int = IGNORED) -> Tensor:
+    """Return a loss of classes in torch's layout: logits (N, classes, ...) and labels (N, ...), padding ignored.
+
+    Args:
+        loss: (logits, labels) -> scalar.
+        outputs: of the model.
+        batch: with labels, and perhaps what tells its padding.
+        ignored: label of positions that the loss leaves out.
+
+    Raises:
+        SpecError: the labels are no classes of the logits.
+    """
+    logits = logits_of(outputs)
+    labels = _class_labels(logits, labels_of(batch))
+    if logits.ndim < 3 or labels.is_floating_point():
+        return loss(logits, labels)
     last, second = labels.shape == logits.shape[:-1], labels.shape == logits.shape[:1] + logits.shape[2:]
     # If both fit, torch's layout, but for outputs of Hugging Face models.
     axis = logits.ndim - 1 if last and (not second or hasattr(outputs, "logits")) else 1
@@ -92,22 +121,67 @@ def cross_entropy(outputs: Any, batch: Any) -> Tensor:
     if padding is not None and (padding.sizes is None or labels.shape[-1] in padding.sizes):
         mask = padding.mask(logits.shape, axis, "the labels")
         if mask is not None:
-            labels = labels.masked_fill(~mask & (labels != IGNORED).all(), IGNORED)
-    total = F.cross_entropy(logits.movedim(axis, 1), labels, reduction="sum", ignore_index=IGNORED)
-    return total / (labels != IGNORED).sum().clamp(min=1)
+            labels = labels.masked_fill(~mask & (labels != ignored).all(), ignored)
+    return loss(logits.movedim(axis, 1), labels)
+
+
+def _class_labels(logits: Tensor, labels: Any) -> Tensor:
+    """Return labels as torch's cross-entropy takes them: int64 indices, or probabilities of the logits' type.
+
+    Raises:
+        SpecError: they are no classes of the logits.
+    """
+    if not isinstance(labels, Tensor):
+        raise SpecError(
+            f"labels must be a tensor of classes; received {type(labels).__name__}. Pass tensors or NumPy arrays."
+        )
+    received = f"received outputs {tuple(logits.shape)} and {str(labels.dtype)[6:]} labels {tuple(labels.shape)}"
+    if logits.ndim < 2:
+        raise SpecError(
+            f"outputs must be (N, classes) for a cross-entropy; {received}. For numbers pass loss=nn.MSELoss(), for "
+            "yes or no loss=nn.BCEWithLogitsLoss()."
+        )
+    if logits.ndim == 2 and logits.shape[1] == 1:
+        raise SpecError(
+            f"outputs must have two classes or more for a cross-entropy, which is 0 for one whatever the label; "
+            f"{received}. For numbers pass loss=nn.MSELoss(), for yes or no loss=nn.BCEWithLogitsLoss()."
+        )
+    if labels.is_complex():
+        raise SpecError(f"labels must be classes; {received}. Give whole numbers.")
+    if labels.shape == logits.shape and (labels.is_floating_point() or logits.ndim == 2):
+        return labels.to(logits.dtype)
+    if labels.is_floating_point():
+        raise SpecError(
+            f"labels must be whole numbers, or probabilities of the outputs' shape, for a cross-entropy; {received}. "
+            "For classes pass labels.long(), for numbers loss=nn.MSELoss()."
+        )
+    if logits.ndim == 2:
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels.squeeze(1)
+        if labels.shape != logits.shape[:1]:
+            raise SpecError(
+                f"labels must be one class an example, (N,), or one-hot rows of the outputs' shape; {received}. For "
+                "several labels an example pass loss=nn.BCEWithLogitsLoss()."
+            )
+    classes: Tensor = labels.long()
+    return classes
 
 
 def accuracy(outputs: Any, batch: Any) -> dict[str, MetricValue]:
     """Return the accuracy: the share of examples whose largest logit is that of the label.
 
-    It is defined for logits (N, classes) and integer labels (N,), without those of -100; for others nothing is
-    returned, and the loss is the measure.
+    It is defined for logits (N, classes) and integer labels (N,) or (N, 1), without those of -100; for others nothing
+    is returned, and the loss is the measure.
     """
     try:
         logits, labels = logits_of(outputs), labels_of(batch)
     except (SpecError, LookupError, TypeError):
         return {}
-    if not isinstance(labels, Tensor) or not _are_classes(logits, labels):
+    if not isinstance(labels, Tensor):
+        return {}
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if not _are_classes(logits, labels):
         return {}
     right = logits.argmax(-1) == labels
     counted = labels != IGNORED

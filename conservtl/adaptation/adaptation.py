@@ -18,6 +18,7 @@ from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, unwrap
 from conservtl.layers.copying import deep_copy
+from conservtl.losses import as_loss
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.plan.search import Search
@@ -251,6 +252,7 @@ class Adaptation:
             SpecError: the measurement is not possible on this model.
         """
         self.bound.parameters()
+        loss = as_loss(loss)
         for measurement in self.bound.unmeasured():
             if measurement.data == on:
                 source = self.origin.source_model if on == "source" else None

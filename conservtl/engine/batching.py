@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from conservtl.batches import as_tensor, to_device
 from conservtl.batches import batch_size as size_of
-from conservtl.batches import to_device
 from conservtl.data import Examples
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
@@ -105,6 +106,11 @@ class Held:
         self._tensors = [tensor.to(device) for tensor in tensors] if fits else tensors
         self._place = device if fits else torch.device("cpu")
 
+    @property
+    def content(self) -> Any:
+        """All examples, where they are held."""
+        return tuple(self._tensors) if self._names is None else dict(zip(self._names, self._tensors, strict=True))
+
     def count(self) -> int:
         """Return the number of batches per epoch."""
         return len(self._cuts)
@@ -191,8 +197,9 @@ def as_batches(
     """Return the batches of data of any supported kind.
 
     Args:
-        data: ``Examples``; a tuple or dictionary of tensors; a ``TensorDataset``; another dataset of examples (loaded
-            by a DataLoader); a DataLoader or another iterable of batches; or the result of this function.
+        data: ``Examples``; a tuple or dictionary of tensors or NumPy arrays (float64 arrays become torch's
+            default type); a ``TensorDataset``; another dataset of examples (loaded by a DataLoader); a DataLoader or
+            another iterable of batches; or the result of this function.
         batch_size: examples per batch, for data that is not batched yet.
         device: device of the batches.
         shuffle: whether to shuffle data that is not batched yet.
@@ -207,13 +214,22 @@ def as_batches(
         data = (data.inputs, data.labels)
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
-        return Held(tuple(data), batch_size, device, shuffle, part)
+    if isinstance(data, (tuple, list)) and data and any(isinstance(one, (Tensor, np.ndarray)) for one in data):
+        tensors = tuple(map(as_tensor, data))
+        if kinds := _no_tensors(enumerate(tensors)):
+            raise DataError(
+                f"data: a {type(data).__name__} must hold tensors or arrays with one row per example; received "
+                f"{kinds}. For a list of batches, put each batch into a tuple of its own."
+            )
+        return Held(tensors, batch_size, device, shuffle, part)
     if isinstance(data, Mapping):
-        if not data or not all(isinstance(t, Tensor) for t in data.values()):
-            kinds = {key: type(value).__name__ for key, value in data.items()}
-            raise DataError(f"data: a dictionary must hold tensors with one row per example; received {kinds}.")
-        return Held(dict(data), batch_size, device, shuffle, part)
+        content = {key: as_tensor(value) for key, value in data.items()}
+        if (kinds := _no_tensors(content.items())) or not data:
+            raise DataError(
+                f"data: a dictionary must hold tensors or arrays with one row per example; received {kinds}. Convert "
+                "or leave out the others."
+            )
+        return Held(content, batch_size, device, shuffle, part)
     pinned = device.type == "cuda"
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, pin_memory=pinned)
@@ -227,6 +243,11 @@ def as_batches(
             f"(a DataLoader, a list); received {type(data).__name__}."
         )
     return Streamed(data, device)
+
+
+def _no_tensors(parts: Iterable[tuple[Any, Any]]) -> dict[Any, str]:
+    """Return the types of those parts that are no tensors."""
+    return {key: type(value).__name__ for key, value in parts if not isinstance(value, Tensor)}
 
 
 def _cuts(length: int, batch_size: int, world: int) -> list[int]:

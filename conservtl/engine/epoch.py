@@ -15,6 +15,7 @@ from conservtl.engine.batching import Batch, Held, Streamed, Waiting
 from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses, check_weights
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.first_batches import check_gradient, checked
 from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
@@ -162,17 +163,21 @@ class Learner:
 
     def _backward(self, batch: Batch, number: int, size: int) -> None:
         """Add the gradients of the ``number``-th batch of a group of ``size``."""
-        loss = self._loss(batch)
+        first = self.state.step == 0 and number == 1
+        loss = self._loss(batch, checked(self.functions, self.batches) if first else self.functions)
         self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
+        if first:
+            self.losses.look()
+            check_gradient(loss, self.session.adaptation.model)
         self.session.backward(loss if size == 1 else loss / size)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, functions: Functions) -> Tensor:
         content = batch.content
         if self.augment is not None and self.augmenting is not None:
             content = self.augment(content, self.augmenting)
         source = self._source.of(batch) if self._source is not None else None
         with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
-            return self.session.loss(self.functions, content, source)
+            return self.session.loss(functions, content, source)
 
 
 def _groups(batches: Iterator[Waiting], size: int) -> Iterator[list[Waiting]]:

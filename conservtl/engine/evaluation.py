@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from conservtl.engine.batching import Batch, as_batches, examples_of
 from conservtl.engine.randomness import preserve_rng
-from conservtl.errors import DataError, TrainingDivergedError
+from conservtl.errors import DataError, SpecError, TrainingDivergedError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics
 from conservtl.labels import labels_for_loss
+from conservtl.losses import as_loss
 from conservtl.runtime.preserve import eval_mode
 
-__all__ = ["Functions", "Holdout", "evaluate"]
+__all__ = ["Functions", "Holdout", "check_metrics", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,22 @@ class Functions:
 
     Args:
         forward: (model, batch) -> outputs.
-        loss: (outputs, batch) -> scalar, the mean over the batch.
+        loss: (outputs, batch) -> scalar, the mean over the batch; or a loss of torch, such as ``nn.MSELoss()``.
         metrics: (outputs, batch) -> name: mean over the batch, or (sum, count), pooled over a set.
     """
 
     forward: Forward
     loss: Loss
     metrics: Metrics
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", as_loss(self.loss))
+
+    def of(self, data: Any) -> Functions:
+        """Return the functions of a set: those that a ``Holdout`` brings instead of the run's."""
+        if not isinstance(data, Holdout):
+            return self
+        return Functions(data.forward or self.forward, data.loss or self.loss, data.metrics or self.metrics)
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,11 @@ def evaluate(
 
     Raises:
         DataError: the set is empty.
+        SpecError: metrics are no numbers by name.
         TrainingDivergedError: the loss of a set that selects is NaN or infinite; the message names the batch.
     """
-    if isinstance(data, Holdout):
-        functions = Functions(
-            data.forward or functions.forward, data.loss or functions.loss, data.metrics or functions.metrics
-        )
-        data = data.data
+    functions = functions.of(data)
+    data = data.data if isinstance(data, Holdout) else data
     pool = MetricPool()
     losses: list[tuple[Tensor, Batch]] = []
     with eval_mode(model), preserve_rng():  # a DataLoader draws a seed even when it does not shuffle
@@ -96,13 +104,47 @@ def evaluate(
                 labels_for_loss(model, batch.content, functions.forward, functions.loss)
             outputs = functions.forward(model, batch.content)
             loss = functions.loss(outputs, batch.content)
-            pool.add({"loss": loss, **functions.metrics(outputs, batch.content)}, batch.size)
+            metrics = functions.metrics(outputs, batch.content)
+            check_metrics(metrics)
+            pool.add({"loss": loss, **metrics}, batch.size)
             losses.append((torch.as_tensor(loss).detach(), replace(batch, content=None)))  # its memory is free again
     if not losses:
         raise DataError("a set to evaluate on has no examples. Leave it out, or give it some.")
     if selects is not None:
         _check_finite(losses, selects)
     return pool.result()
+
+
+def check_metrics(metrics: Any) -> None:
+    """Raise unless metrics are numbers, or pairs (sum, count), by name.
+
+    Raises:
+        SpecError: one is not; the message names it.
+    """
+    if not isinstance(metrics, Mapping):
+        raise SpecError(
+            f"metrics must return a dictionary, name -> value; received {type(metrics).__name__}. Return, say, "
+            "{'accuracy': value}."
+        )
+    for name, value in metrics.items():
+        if not isinstance(name, str) or name == "loss":
+            raise SpecError(f"metrics must have names other than 'loss', as text; received {name!r}. Rename it.")
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        if len(parts) not in (1, 2) or not all(_is_number(part) for part in parts):
+            raise SpecError(
+                f"metrics must be numbers, or pairs (sum, count); {name!r} is {_shown(value)}. Return its mean over "
+                "the batch, or a sum with its count."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float)) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
 def _check_finite(losses: Sequence[tuple[Tensor, Batch]], name: str) -> None:

@@ -14,7 +14,7 @@ from conservtl.engine.criterion import ACCURACY, Criterion, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
-from conservtl.functions import Forward, Loss, accuracy
+from conservtl.functions import accuracy
 from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode
 from conservtl.weights.interpolation import grid
@@ -125,6 +125,5 @@ def _margin(session: Session, target: Holdout, functions: Functions, select: Cri
 
 def _objective(data: Holdout | None, functions: Functions) -> Callable[[nn.Module, Any], Tensor]:
     """Return the function (model, batch) -> loss of a set."""
-    forward: Forward = (data and data.forward) or functions.forward
-    loss: Loss = (data and data.loss) or functions.loss
-    return lambda model, batch: loss(forward(model, batch), batch)
+    own = functions.of(data)
+    return lambda model, batch: own.loss(own.forward(model, batch), batch)

@@ -15,6 +15,7 @@ from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.epoch_end import close_epoch, continues, evaluate_sets
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.finalize import Ended, finish
+from conservtl.engine.first_batches import check_first_batches
 from conservtl.engine.fit_result import FitResult
 from conservtl.engine.interruption import interruptible
 from conservtl.engine.preparation import (
@@ -35,6 +36,7 @@ from conservtl.engine.training import Training
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
+from conservtl.losses import check_trained
 
 __all__ = ["fit", "trial_of"]
 
@@ -75,13 +77,14 @@ def fit(
 
     Args:
         adaptation: result of ``adapt``. Its model is trained in place and left on the device.
-        train: ``Examples``, a tuple or dictionary of tensors (held on the device and batched there if they fit), a
-            dataset, a DataLoader or another iterable of batches.
+        train: ``Examples``, a tuple or dictionary of tensors or NumPy arrays (held on the device and batched there if
+            they fit), a dataset, a DataLoader or another iterable of batches.
         valid: {"target": data, "source": data}: sets that ``training.keep`` and ``patience`` select on, never a test
             part. Data as for ``train``, or a ``Holdout`` with functions of its own.
         training: settings; None: those handed to ``adapt`` in a recipe, or else the defaults.
         forward: (model, batch) -> outputs.
-        loss: (outputs, batch) -> scalar, the mean over the batch.
+        loss: (outputs, batch) -> scalar, the mean over the batch; or a loss of torch, such as
+            ``nn.CrossEntropyLoss(label_smoothing=0.1)`` or ``nn.MSELoss()``, which gets the logits and labels.
         metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count) to pool over the set};
             ``training.select`` names the one to select on, accuracy by default. The default metric is the accuracy
             of logits (N, classes) and integer labels (N,); for other outputs or labels the loss is selected on.
@@ -101,7 +104,8 @@ def fit(
         accelerator: an ``accelerate.Accelerator`` to use instead of a new one.
 
     Raises:
-        SpecError: settings contradict each other, a metric to select on is missing, or there is no checkpoint.
+        SpecError: settings contradict each other, outputs, labels, loss and metrics do not fit each other, a metric to
+            select on is missing, or there is no checkpoint. All of this is found before the first step.
         DataError: data is empty or of an unknown kind.
         TrainingDivergedError: the loss is NaN or infinite, in training or on a set of ``valid``; the last good
             checkpoint is kept.
@@ -123,6 +127,7 @@ def fit(
     settings = training or adaptation.training or Training()
     check_arguments(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
     functions = Functions(forward, loss, metrics)
+    check_trained(functions.loss, adaptation.model.parameters())
     check_selection(settings, valid or {}, adaptation.plan, metrics)
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
     if seed is not None:
@@ -134,10 +139,11 @@ def fit(
         saved = store.load() if resume else None
         if saved is not None:
             adaptation.load_state_dict(saved["adaptation"])  # with its measurements and choices
+        sets = place_sets(session, valid, watch, path)
         learn_labels(session, functions, batches)
+        check_first_batches(session, functions, batches, {"valid": sets.valid, "watch": sets.watch, "path": sets.path})
         measured = train if session.part[1] > 1 else batches
         make_measurements(session, functions, measured, source)
-        sets = place_sets(session, valid, watch, path)
         if adaptation.plan.searches:
             trial = trial_of(batches, sets.valid, functions, augment, accelerator)
             run_searches(adaptation, sets.valid, settings, batches.generators, trial)

@@ -22,6 +22,12 @@ from conservtl.runtime.preserve import eval_mode, preserve_buffers
 __all__ = ["Sets", "check_arguments", "learn_labels", "make_measurements", "place_sets", "training_batches"]
 
 _MEASURED = 64  # examples a batch in measurements, which compute gradients
+_DECIDE = ("target", "source")
+_RESERVED = {
+    "valid": frozenset[str](),
+    "watch": frozenset({"epoch", "step", "phase", "loss", "lr", "seconds", "valid"}),
+    "path": frozenset({"t", "kept"}),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,27 @@ def check_arguments(adaptation: Any, training: Any, sets: Mapping[str, Any]) -> 
     for name, given in sets.items():
         if given is not None and not isinstance(given, Mapping):
             raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(given).__name__}.")
+        _check_names(name, given or {})
+
+
+def _check_names(kind: str, given: Mapping[Any, Any]) -> None:
+    """Raise unless the sets have names that decide, where they decide, and that no line of the history has."""
+    for name in given:
+        if not isinstance(name, str):
+            raise SpecError(f"{kind}: the names of sets must be text; received {name!r}. Write {str(name)!r}.")
+        if name in _RESERVED[kind]:
+            raise SpecError(
+                f"{kind}: {name!r} is a name of the results themselves ({', '.join(sorted(_RESERVED[kind]))}). Choose "
+                "another."
+            )
+    if kind == "valid" and (other := [name for name in given if name not in _DECIDE]):
+        fix = f"Pass it as watch={{{other[0]!r}: data}}" if "target" in given else "Name it: valid={'target': data}"
+        raise SpecError(
+            f"valid: weights are selected on the sets 'target' and 'source'; received {other[0]!r}. {fix}, or leave "
+            "it out."
+        )
+    if kind == "valid" and given and "target" not in given:
+        raise SpecError("valid: weights are selected on the set 'target'; received 'source' alone. Add 'target'.")
 
 
 def training_batches(session: Session, train: Any) -> Held | Streamed:
