@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from conservtl.batches import tensors_of
 from conservtl.compat import forward_hooks
 from conservtl.engine.batching import Held
-from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.draws import Draws
+from conservtl.engine.randomness import preserve_rng, torch_states
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.runtime.model_hooks import ForwardEnded
 from conservtl.runtime.preserve import preserve_buffers
@@ -88,10 +89,11 @@ def cache_frozen_prefix(
 ) -> FrozenPrefixCache | None:
     """Return a cache of the frozen input side over all examples, if caching changes no output.
 
-    Caching is refused if the input side draws random numbers, mixes the examples of a batch, has state or hooks, runs a
-    module more than once or returns anything but one tensor with one row per example; or if a trained module takes an
-    input from before the boundary. Nothing is inferred from names: the model is run on a few examples with and without
-    the cache, in training mode, with placeholders that invalidate every output they reach.
+    Caching is refused if the input side draws random numbers (of torch, NumPy, Python or the system), gives another
+    result when it is run again, mixes the examples of a batch, has state or hooks, runs a module more than once or
+    returns anything but one tensor with one row per example; or if a trained module takes an input from before the
+    boundary. Nothing is inferred from names: the model is run on a few examples with and without the cache, in training
+    mode, with placeholders that invalidate every output they reach.
 
     Args:
         model: in training mode, on its device. Its buffers and the random generators are restored.
@@ -109,16 +111,20 @@ def cache_frozen_prefix(
         return None
     probe = torch.arange(0, min(_CHUNK, batches.length), 2 if batches.length > 2 else 1)
     content = batches.take(probe)
-    with preserve_rng(), preserve_buffers(model):
-        start = _generators(batches.device)
+    with preserve_rng(), preserve_buffers(model), Draws() as draws:
+        start = torch_states(batches.device)
         calls, reference = _trace(run, content, [*prefix, *rest])
         ahead = _ahead(calls, prefix, rest, len(probe))
         if not ahead or not tensors_of(reference):
             return None
         boundary = next(reversed(ahead))
         kinds = {module: (tuple(output.shape[1:]), output.dtype) for module, output in ahead.items()}
-        outputs = _features(model, run, boundary, batches)
-        if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [ahead.pop(boundary)]):
+        computed = ahead.pop(boundary)
+        if not _same(_reach(run, boundary, content), computed):
+            return None
+        # Last: what a module remembers of these passes must not look like the probe's.
+        outputs = _features(model, run, boundary, batches, draws)
+        if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [computed]):
             return None
         cache = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs)
 
@@ -194,9 +200,24 @@ def _ahead(
     return dict(takewhile(plain, calls))
 
 
-@torch.no_grad()
-def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) -> Tensor | None:
-    """Return the boundary's outputs for all examples; None if a state changes or they are too large."""
+def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held, draws: Draws) -> Tensor | None:
+    """Return the boundary's outputs for all examples; None if they are random, change a state or are too large."""
+    states = [*torch_states(batches.device), *(buffer.clone() for buffer in model.buffers())]
+    outputs: list[Tensor] = []
+    with torch.no_grad(), draws.watching():
+        for index in torch.split(torch.arange(batches.length), _CHUNK):
+            reached = _reach(run, boundary, batches.take(index))
+            if reached is None or reached.nbytes / len(index) * batches.length > _LIMIT:
+                return None
+            outputs.append(reached)
+    current = [*torch_states(batches.device), *model.buffers()]
+    if draws.found or any(not torch.equal(a, b) for a, b in zip(states, current, strict=True)):
+        return None
+    return torch.cat(outputs)
+
+
+def _reach(run: Run, boundary: nn.Module, content: Any) -> Any:
+    """Return the boundary's output for a batch; None if the pass ends without it."""
     outputs: list[Any] = []
 
     def catch(_: nn.Module, __: Any, output: Any) -> None:
@@ -204,23 +225,20 @@ def _features(model: nn.Module, run: Run, boundary: nn.Module, batches: Held) ->
         raise ForwardEnded
 
     hook = boundary.register_forward_hook(catch)
-    states = [*_generators(batches.device), *(buffer.clone() for buffer in model.buffers())]
     try:
-        for index in torch.split(torch.arange(batches.length), _CHUNK):
-            try:
-                run(batches.take(index))
-            except ForwardEnded:
-                pass
-            else:
-                return None
-            if outputs[0].nbytes / len(index) * batches.length > _LIMIT:
-                return None
+        run(content)
+    except ForwardEnded:
+        return outputs[0]
     finally:
         hook.remove()
-    current = [*_generators(batches.device), *model.buffers()]
-    if any(not torch.equal(a, b) for a, b in zip(states, current, strict=True)):
-        return None
-    return torch.cat(outputs)
+    return None
+
+
+def _same(actual: Any, expected: Tensor) -> bool:
+    """Whether two outputs for the same batch are the same; on a GPU, a kernel may sum in another order."""
+    if not isinstance(actual, Tensor):
+        return False
+    return torch.equal(actual, expected) if actual.device.type == "cpu" else _alike([actual], [expected])
 
 
 def _alike(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -232,11 +250,6 @@ def _alike(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
         if error.numel() and not error.max() <= _ROUNDING * b.detach().double().abs().max():
             return False
     return True
-
-
-def _generators(device: torch.device) -> list[Tensor]:
-    """Return the states of the random generators that a forward pass may draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _set_generators(device: torch.device, states: Sequence[Tensor]) -> None:

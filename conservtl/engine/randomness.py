@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generator_states", "preserve_rng", "restore_generators", "seed_all"]
+__all__ = ["generator_states", "preserve_rng", "restore_generators", "seed_all", "torch_states"]
 
 
 def seed_all(seed: int) -> None:
@@ -55,3 +55,8 @@ def preserve_rng(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
         yield
     finally:
         restore_generators(states, generators)
+
+
+def torch_states(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the random generators that a forward pass may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

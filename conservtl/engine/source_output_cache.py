@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.batches import tensors_of
 from conservtl.engine.batching import Batch, Held
+from conservtl.engine.draws import Draws
+from conservtl.engine.randomness import preserve_rng, torch_states
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.padding import Padding
@@ -65,8 +68,10 @@ def cache_source_outputs(
 ) -> SourceOutputCache | None:
     """Run the source model once on all examples, in the order of the data.
 
-    The source model runs in eval mode, so its outputs do not depend on the other examples of a batch. A cache that
-    does not fit into memory is written to a temporary file and mapped.
+    The source model runs in eval mode, so its outputs do not depend on the other examples of a batch. If it draws
+    random numbers in eval mode, its outputs are computed in each step: from torch's generators if another draw gives
+    other outputs, since a draw may be for layerdrop that eval mode leaves out. A cache that does not fit into memory is
+    written to a temporary file and mapped.
 
     Args:
         needs_source: whether a term compares with the source model.
@@ -74,17 +79,25 @@ def cache_source_outputs(
         batches: the training data, without augmentation.
 
     Returns:
-        The cache; None if no term needs it, or outputs or features are not tensors with one row per example.
+        The cache; None if no term needs it, if outputs are random, or if outputs or features are not tensors with one
+        row per example.
     """
     if not needs_source:
         return None
+    with preserve_rng(), Draws() as draws:
+        with draws.watching():
+            cache = _filled(view, batches)
+        return None if draws.found else cache
+
+
+def _filled(view: Callable[[Any], View | None], batches: Held) -> SourceOutputCache | None:
     caches: list[Tensor] = []
     folder: tempfile.TemporaryDirectory[str] | None = None
     layers: list[str] = []
     paddings: list[Padding | None] = []
     start = 0
     for index in torch.split(torch.arange(batches.length), _CHUNK):
-        part = view(batches.take(index))
+        part = _fixed(view, batches.take(index), batches.device)
         if part is None or part.passes > 1:
             return None
         if caches and layers != list(part.features):
@@ -109,6 +122,17 @@ def cache_source_outputs(
         return None
     padding = Padding.joined(known) if known else None
     return SourceOutputCache(caches[0], dict(zip(layers, caches[1:], strict=True)), padding, batches.device, folder)
+
+
+def _fixed(view: Callable[[Any], View | None], content: Any, device: torch.device) -> View | None:
+    """Return the view of a batch; None if it depends on what is drawn from torch's generators."""
+    before = torch_states(device)
+    part = view(content)
+    if part is None or all(map(torch.equal, before, torch_states(device))):
+        return part
+    again = view(content)
+    first, second = (tensors_of((one.outputs, dict(one.features))) for one in (part, again or part))
+    return part if len(first) == len(second) and all(map(torch.equal, first, second)) else None
 
 
 def _allocate(like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str] | None, number: int) -> Tensor:

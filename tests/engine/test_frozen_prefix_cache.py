@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import random
+import secrets
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -222,6 +226,97 @@ def _vision(name):
     if name == "vit_b_16":
         return torchvision.models.VisionTransformer(32, 16, 4, 2, 24, 48, num_classes=3), 32
     return torchvision.models.get_model(name, num_classes=3), 32
+
+
+RNG = np.random.default_rng(0)
+GENERATOR = torch.Generator()
+
+
+def _rarely(draw):
+    """Noise that a step has with a probability of 5 %, and of a thousandth of the values: no output need show it."""
+    return 1e-3 * draw() if draw() < 0.05 else 0.0
+
+
+class OwnGenerator(Flow):
+    """Holds its generator in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.body.own = [np.random.default_rng(0)]
+
+    def noise(self):
+        return _rarely(self.body.own[0].random)
+
+
+class Counting(Flow):
+    """Not random: another result each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.body.calls = 0
+
+    def noise(self):
+        self.body.calls += 1
+        return 1e-3 * self.body.calls
+
+
+NOISES = {
+    "numpy": lambda: _rarely(np.random.rand),
+    "every other normal number": lambda: 1e-3 * np.random.randn(),  # noqa: NPY002
+    "random": lambda: _rarely(random.random),
+    "random's other functions": lambda: _rarely(lambda: random.uniform(0, 1)),
+    "a generator outside the model": lambda: _rarely(RNG.random),
+    "a generator for each call": lambda: _rarely(np.random.default_rng().random),
+    "an old one for each call": lambda: _rarely(np.random.RandomState().rand),
+    "Python's for each call": lambda: _rarely(lambda: random.Random().random()),
+    "the system's": lambda: _rarely(lambda: int.from_bytes(os.urandom(2), "big") / 65536),
+    "secrets": lambda: _rarely(lambda: secrets.randbelow(1000) / 1000),
+    "torch's, of one's own": lambda: _rarely(lambda: float(torch.rand((), generator=GENERATOR))),
+}
+
+
+class Noisy(Flow):
+    """Noise inside the frozen body."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x) + self.noise()))
+
+
+class _Stem(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + self.noise[0]()
+
+
+@pytest.mark.parametrize("noise", [*NOISES, OwnGenerator, Counting])
+@pytest.mark.parametrize("seed", range(2))
+def test_randomness_that_is_not_torchs(noise, seed):
+    """A frozen input side that draws from anywhere is not kept, however rarely the draw matters."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    model = noise() if isinstance(noise, type) else Flow()
+    draw = model.noise if isinstance(noise, type) else NOISES[noise]
+    model.stem = _Stem(*model.stem)
+    model.stem.noise = [draw]
+    assert not train(model, ["stem*", "body*"], keep=True, epochs=1)[1].kept_outputs
+
+
+def test_seeded_randomness_is_kept_and_trials_draw_nothing():
+    """A generator that each call seeds anew gives the same numbers; and looking for draws uses none up."""
+    model = Flow()
+    model.stem = _Stem(*model.stem)
+    model.stem.noise = [lambda: np.random.default_rng(3).random()]
+    assert train(model, ["stem*", "body*"], keep=True, epochs=1)[1].kept_outputs
+    own, kept = np.random.default_rng(1), []
+    model.stem.noise = [lambda: float(own.random())]
+    start = own.bit_generator.state
+    for keep in (False, True):
+        own.bit_generator.state = start
+        kept.append(train(model, ["stem*", "body*"], keep=keep, epochs=1)[0].model.head.weight)
+    assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "vit_b_16", "mobilenet_v3_small", "cifar_resnet"])
