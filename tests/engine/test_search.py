@@ -79,8 +79,8 @@ def test_a_resumed_run_does_not_choose_again(tmp_path, interrupting):
     source, train, valid = problem()
     whole, part, again = (adapted(source, block="best", trial_epochs=1) for _ in range(3))
     ctl.fit(whole, train, {"target": valid}, TRAINING, seed=1)
-    with pytest.raises(KeyboardInterrupt):  # in the run's first epochs, after 3 trials of 5 steps
-        ctl.fit(part, train, {"target": valid}, TRAINING, seed=1, out=tmp_path, forward=interrupting(3 * 5 + 12))
+    with pytest.raises(KeyboardInterrupt):  # in the run's first epochs, after 3 trials of 6 calls
+        ctl.fit(part, train, {"target": valid}, TRAINING, seed=1, out=tmp_path, forward=interrupting(3 * 6 + 13))
     calls = []
 
     def forward(model, batch):
