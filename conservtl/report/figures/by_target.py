@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
+from conservtl.report.figures.changes import change_column
 from conservtl.report.text.intervals import MeanInterval
-from conservtl.report.text.metrics import ACCURACY, Metric, signed
+from conservtl.report.text.metrics import ACCURACY, Metric
 from conservtl.report.text.variants import VariantResult, best_baseline, best_method, variants
 
 __all__ = ["SHOWN", "by_target"]
@@ -90,19 +91,8 @@ def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[VariantResult],
         after = [target.after[side].mean for target in targets]
         heights = [place + up for place in places]
         axes.plot(after, heights, row.shape, markersize=6.5, color=row.colour, label=shorten(row.name, 40), zorder=3.5)
-    for place, target in zip(places, targets, strict=True):
-        axes.annotate(
-            signed(target.difference, metric.digits),
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(40, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            weight="bold" if metric.rank(target.difference) > 0.5 * 10**-metric.digits else "normal",
-        )
-    head = "points" if metric.share else "difference"
-    axes.annotate(head, (1, 1), xycoords="axes fraction", xytext=(40, 8), textcoords="offset points", ha="right")
+    gains = [target.difference for target in targets]
+    change_column(axes, gains, metric, [metric.rank(gain) > 0.5 * 10**-metric.digits for gain in gains], 40)
     axes.set_yticks(places, [shorten(target.name, 24) for target in targets])
     axes.set_ylim(len(targets) - 0.4, -0.6)
     axes.set_xlabel(metric.with_unit(f"target {metric.name}"))

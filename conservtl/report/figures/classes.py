@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.report.figures.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
-from conservtl.report.text.metrics import Metric, headline, number, signed
+from conservtl.report.figures.changes import change_column
+from conservtl.report.text.metrics import Metric, headline, number
 
 __all__ = ["SHOWN", "class_chart"]
 
@@ -99,23 +100,12 @@ def _dumbbells(axes: Any, domain: str, classes: Sequence[Class], rows: int, metr
     axes.hlines(places, before, after, color=colour, alpha=0.35, linewidth=3)
     axes.plot(before, places, "o", color="white", markeredgecolor=INK, markeredgewidth=1.2, label="before")
     axes.plot(after, places, "o", color=colour, markersize=7, label="after", zorder=1.9)
-    for place, each in zip(places, classes, strict=True):
-        axes.annotate(
-            signed(each.change, metric.digits),
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(36, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            weight="bold" if metric.rank(each.change) < -0.5 * 10**-metric.digits else "normal",
-        )
+    changes = [each.change for each in classes]
+    change_column(axes, changes, metric, [metric.rank(change) < -0.5 * 10**-metric.digits for change in changes], 36)
     axes.set_yticks(places, [_name(each, classes) for each in classes])
     axes.set_ylim(rows - 0.4, -0.6)
     axes.xaxis.get_major_locator().set_params(nbins=5, steps=[1, 2, 5, 10], integer=metric.share)
     axes.set_xlabel(metric.label)
-    head = {"xycoords": "axes fraction", "xytext": (36, 8), "textcoords": "offset points", "ha": "right"}
-    axes.annotate("points" if metric.share else "difference", (1, 1), **head)
     axes.set_ylabel(f"{domain} class", labelpad=8)
     axes.legend(
         loc="lower left",
