@@ -53,8 +53,8 @@ class View:
         entering: module -> its input, (N, ...), for the modules in ``Term.enters``; of the adapted model only.
             Numbered likewise.
         task: how the task's loss takes the outputs; of the adapted model only, for terms that compare outputs.
-        padding: what the model's arguments, or else the batch, say is padding; None: nothing.
-        output_padding: what the model's own outputs say is padding; None: what ``outputs`` say.
+        padding: padding declared by the model's arguments, or else by the batch; None: none.
+        output_padding: padding declared by the model's own outputs; None: that of ``outputs``.
         axes: for each entry of ``features``, the axis of its channels; of the adapted model only.
         passes: forward passes of the whole model that were made.
     """
@@ -87,12 +87,12 @@ class View:
         return None if padding is None else padding.mask(features.shape, axis, f"layer {layer!r}")
 
     def has_positions(self, size: int) -> bool:
-        """Return whether an axis of this size in outputs (N, size) is one of positions, as lengths or a mask say."""
+        """Return whether lengths or a mask make an axis of this size in outputs (N, size) one of positions."""
         said = self._of_outputs()
         return said is not None and (said.sizes is None or size in said.sizes) and not said.lengths.is_floating_point()
 
     def _of_outputs(self) -> Padding | None:
-        """Return the padding of the outputs: as they say, or as the model's arguments say."""
+        """Return the padding that the outputs declare, or else that of the model's arguments."""
         said = self.output_padding or padding_of_outputs(self.outputs)
         if said is not None:
             return replace(said, sizes=None)  # they are the outputs' own
@@ -168,7 +168,7 @@ class Term(Decision):
     """Factor on the task's own loss."""
 
     source: ClassVar[bool] = True
-    """Whether it needs the source model, of which a frozen copy is then kept and run on each batch."""
+    """Whether it needs the source model: a frozen copy is then kept and run on each batch."""
     mean_over_batch: ClassVar[bool] = True
     """Whether the value is a mean over the batch, so that a batch twice over gives the same value."""
     heads: ClassVar[bool] = False

@@ -140,7 +140,7 @@ class TermRunner:
         self.added += 1
         passes = source.passes if source is not None else 1
         taken = self._taps.take(passes) if self._taps is not None else Taken()
-        # Read before the source's head replaces the outputs: they belong to the task's.
+        # Read before the source's head replaces the outputs: labels and padding belong to the task's outputs.
         compares = any(term.heads for term in self.terms)
         task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
         output_padding = padding_of_outputs(outputs)
