@@ -86,8 +86,11 @@ def network():
 
 
 def adapted(mode, *others):
+    """A head of its own, or one of which a row is copied by label."""
     model = network()
-    adaptation = ctl.adapt(model, random_weights(model, 1), [METHODS[mode], *others], fresh=["4"])
+    name = mode.removesuffix(", one label in common")
+    head = {"fresh": ["4"]} if name == mode else {"labels": (("b", "new"), ("a", "b"))}
+    adaptation = ctl.adapt(model, random_weights(model, 1), [METHODS[name], *others], **head)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3)
@@ -197,6 +200,10 @@ SHARDED = {
     "sharded, in the loss": ("coupled", "loss"),
     "sharded, huber, in the loss": ("huber", "loss"),
     "sharded, norms of rows, in the loss": ("norms of rows", "loss"),
+    **{
+        f"sharded, {name}, one label in common": (f"{name}, one label in common", how)
+        for name, how in [("coupled", "clip"), ("decoupled", "step"), ("ball", "step"), ("selective", "step")]
+    },
     **{f"sharded, {name}": (name, "step") for name in METHODS if name not in ("coupled", "decoupled", "mixout")},
 }
 TOGETHER = [f"together, {name}" for name in METHODS]

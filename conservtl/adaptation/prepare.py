@@ -114,6 +114,8 @@ def adapt(
     chosen = tuple(strategy for strategy in map(as_strategy, given) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
+    if head_labels is not None:
+        head_labels.check_run(read.run, read.where)
     inherited, saved = inherited_strategies(read, own_tensors(model)), saved_extensions(read.run)
     _, layers = extend_all(model, inherited, example, layers, head)
     extended = [*inherited]

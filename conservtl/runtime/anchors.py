@@ -59,7 +59,7 @@ class Anchors:
         names = [row.name for row in plan.rows if row.origin == "source"]
         kept = self.parameters
         start = {name: kept[name] if name in kept else _copied(whole(parameters[name])) for name in names}
-        for name in self.new.keys() & kept.keys():
+        for name in (name for name in names if name in self.new and name in kept):
             now = _copied(whole(parameters[name]))
             start[name] = torch.where(row_mask(now.shape, self.new[name]), now, start[name])
         return start

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SourceError, SpecError
 from conservtl.layers import canonical
 from conservtl.plan.plan import Plan
 
@@ -53,6 +53,22 @@ class HeadLabels:
         """Outputs of the target whose labels the source knows too."""
         return tuple(place for place, number in enumerate(self.numbers) if number is not None)
 
+    def check_run(self, run: Mapping[str, Any] | None, where: str) -> None:
+        """Raise unless the source's labels are those of the run that saved it.
+
+        Args:
+            run: the header of that run; None: no run saved it.
+            where: name of the source in messages.
+
+        Raises:
+            SourceError: they are others, or in another order; the message gives both lists.
+        """
+        if run is not None and list(map(str, self.source)) != list(map(str, run["labels"])):
+            raise SourceError(
+                f"{where} was saved by a run with the labels {_listed(run['labels'])}, and labels gives the source "
+                f"{_listed(self.source)}. Give that run's labels, in its order."
+            )
+
     def applied(self, plan: Plan, model: nn.Module, declared: Collection[str]) -> Plan:
         """Return the plan in which the head's rows are copied by label, before any strategy.
 
@@ -94,7 +110,7 @@ class HeadLabels:
             and (row.shape[:1], row.source_shape[:1]) == ((ours,), (theirs,))
             and row.shape[1:] == row.source_shape[1:]
         }
-        return plan.with_source_rows(rows)
+        return plan.with_source_rows(rows) if any(row.name in rows for row in weights) else plan
 
     def notes(self, plan: Plan) -> list[str]:
         """Return remarks on the labels that only one of the two knows, if rows of the plan are copied by label."""

@@ -10,9 +10,19 @@ from torch import Tensor, nn
 
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import select, unwrap
-from conservtl.source.read import SourceLike, read_source
+from conservtl.source.read import Source, SourceLike, read_source
 
-__all__ = ["RUNNING", "Statistics", "between", "grid", "interpolate", "interpolation_path", "mixes", "share"]
+__all__ = [
+    "RUNNING",
+    "Statistics",
+    "between",
+    "check_same_labels",
+    "grid",
+    "interpolate",
+    "interpolation_path",
+    "mixes",
+    "share",
+]
 
 Statistics = Literal["interpolate", "adapted", "source"]
 """How running means and variances are treated: interpolated, or taken from one end."""
@@ -132,8 +142,11 @@ def _ends(source: SourceLike, adapted: SourceLike, fresh: Sequence[str]) -> tupl
             "source and adapted are one and the same model. Adapting changes a model in place: pass the source's "
             "original weights, from a file or a copy."
         )
-    end = read_source(adapted).tensors
-    start = read_source(source).matched(end).tensors
+    last, first = read_source(adapted), read_source(source)
+    if not fresh:
+        check_same_labels(first, last)
+    end = last.tensors
+    start = first.matched(end).tensors
     names = [*end, *(name for name in start if name not in end)]
     excluded = {name for matched in select(fresh, names, "tensor").values() for name in matched}
     for name in names:
@@ -151,6 +164,21 @@ def _ends(source: SourceLike, adapted: SourceLike, fresh: Sequence[str]) -> tupl
                 f"the source and {tuple(end[name].shape)} in the adapted model. Exclude it: fresh=[{name!r}]."
             )
     return {name: tensor for name, tensor in start.items() if name in end and name not in excluded}, end
+
+
+def check_same_labels(one: Source, other: Source) -> None:
+    """Raise if two models that runs saved have other labels: equal rows of their heads would mean different ones.
+
+    Raises:
+        SourceError: they have; the message gives both lists.
+    """
+    labels, others = ([str(label) for label in (each.run or {}).get("labels", ())] for each in (one, other))
+    if labels and others and labels != others:
+        raise SourceError(
+            "models must have the same labels in one order, or rows of their heads mean different ones; "
+            f"{one.where} has {', '.join(labels[:12])}, and {other.where} {', '.join(others[:12])}. Adapt both from one "
+            "source to the same labels, or exclude the head where you can: fresh=['head.*'], by its name."
+        )
 
 
 def _all_between(

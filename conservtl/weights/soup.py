@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conservtl.errors import SourceError, SpecError
 from conservtl.source.read import SourceLike, read_source
-from conservtl.weights.interpolation import between
+from conservtl.weights.interpolation import between, check_same_labels
 
 __all__ = ["soup"]
 
@@ -51,8 +51,11 @@ def soup(models: Sequence[SourceLike], *, score: Callable[[State], float] | None
     if not isinstance(models, Sequence) or isinstance(models, str) or len(models) < 2:
         count = len(models) if isinstance(models, (list, tuple)) else type(models).__name__
         raise SpecError(f"models must be a list of at least 2 models; received {count}.")
-    first = read_source(models[0]).tensors
-    states = [first, *(read_source(model).matched(first).tensors for model in models[1:])]
+    read = [read_source(model) for model in models]
+    for other in read[1:]:
+        check_same_labels(read[0], other)
+    first = read[0].tensors
+    states = [first, *(other.matched(first).tensors for other in read[1:])]
     _check(states)
     if score is None:
         return _mean(states)

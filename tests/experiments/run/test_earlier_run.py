@@ -1,6 +1,7 @@
 """Weights of an earlier run bring labels, preprocessing and added parts: adopted, or refused by name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -151,6 +152,23 @@ def test_in_python_a_folder_brings_what_was_added(speech_fields, tmp_path):
     with pytest.raises(ctl.SelectorError):
         ctl.adapt(model, tmp_path / "first", example=setting.example, fresh=["no such layer"])
     assert not hasattr(model, "input_transform")
+
+
+def test_in_python_labels_of_the_run_are_refused_in_another_order(first, speech_fields, tmp_path):
+    """Given by hand, mixed or averaged with a model whose outputs have another order."""
+    setting = prepare(parse_spec(speech_fields))
+    with pytest.raises(ctl.SourceError, match=r"with the labels 0, 1, 2, and labels gives the source 2, 0, 1\."):
+        ctl.adapt(setting.model(3), first[0], example=setting.example, labels=(["0", "1", "2"], ["2", "0", "1"]))
+    adaptation = ctl.adapt(setting.model(3), first[0], example=setting.example, labels=((2, 0, 1), (0, 1, 2)))
+    assert adaptation.plan["head.weight"].source_rows == (2, 0, 1)
+    other = tmp_path / "other"
+    shutil.copytree(first[0], other)
+    assert ctl.soup([first[0], other])
+    with_header(other, labels=["1", "0", "2"])
+    for mixed in (lambda: ctl.soup([first[0], other]), lambda: ctl.interpolate(first[0], other, 0.5)):
+        with pytest.raises(ctl.SourceError, match=r"same labels in one order.*has 0, 1, 2, and .* 1, 0, 2"):
+            mixed()
+    assert ctl.interpolate(first[0], other, 0.5, fresh=["head.*"])
 
 
 def test_shares_of_instance_statistics_are_kept_or_refused(speech_fields, tmp_path):
