@@ -176,8 +176,8 @@ def check_same_labels(one: Source, other: Source) -> None:
     if labels and others and labels != others:
         raise SourceError(
             "models must have the same labels in one order, or rows of their heads mean different ones; "
-            f"{one.where} has {', '.join(labels[:12])}, and {other.where} {', '.join(others[:12])}. Adapt both from one "
-            "source to the same labels, or exclude the head where you can: fresh=['head.*'], by its name."
+            f"{one.where} has {', '.join(labels[:12])}, and {other.where} {', '.join(others[:12])}. Mix models of the "
+            "same labels; interpolate can exclude the head, by its name (fresh=['head.*'])."
         )
 
 
