@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from conservtl.engine.optimizer import class_name
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.selection import Selection
 from conservtl.engine.session import Session
@@ -170,6 +171,7 @@ def snapshot(
     return {
         "state": {**vars(state), "selection": vars(state.selection)},
         "settings": session.training.model_dump(mode="json"),
+        "optimizer_class": class_name(session.made[0]),
         "model": unwrap(session.adaptation.model).state_dict(),
         "adaptation": session.adaptation.state_dict(),
         "optimizer": session.raw.state_dict(),
@@ -211,6 +213,11 @@ def restore(
         raise SpecError(
             f"resume: the checkpoint was made with training.{key}={previous[key]!r}, but now it is {settings[key]!r}. "
             "Use the same spec."
+        )
+    made = class_name(session.made[0])
+    if (before := saved.get("optimizer_class", made)) != made:
+        raise SpecError(
+            f"resume: the checkpoint was made with the optimizer {before}, but now it is {made}. Use the same."
         )
     unwrap(session.adaptation.model).load_state_dict(saved["model"])
     session.adaptation.load_state_dict(saved["adaptation"])

@@ -18,6 +18,7 @@ from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.first_batches import check_first_batches
 from conservtl.engine.fit_result import FitResult
 from conservtl.engine.interruption import interruptible
+from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import (
     Sets,
     check_arguments,
@@ -56,6 +57,7 @@ def fit(
     path: Mapping[str, Any] | None = None,
     source: Any = None,
     augment: Augment | None = None,
+    optimizer: Any = None,
     keep_frozen_outputs: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
@@ -92,6 +94,8 @@ def fit(
         path: the same, evaluated after training at 11 points between the starting point and the trained weights.
         source: source data, for measurements on it such as a Fisher. Data as for ``train``.
         augment: (batch, generator) -> batch, drawn anew for each batch from that generator alone.
+        optimizer: an optimizer class, such as ``torch.optim.RMSprop``, or a ``functools.partial`` of one with its other
+            arguments, in the place of ``training.optimizer``; ``training.lr`` is its rate.
         keep_frozen_outputs: whether to compute a frozen input side, and the source model's outputs that a strategy
             compares with, only once, if that changes nothing but rounding: on held data, without ``augment``, without
             random layers in the input side.
@@ -126,13 +130,14 @@ def fit(
     begun = time.perf_counter()
     settings = training or adaptation.training or Training()
     check_arguments(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
+    made = choose_optimizer(settings, optimizer)
     functions = Functions(forward, loss, metrics)
     check_trained(functions.loss, adaptation.model.parameters())
     check_selection(settings, valid or {}, adaptation.plan, metrics)
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
     if seed is not None:
         seed_all(seed)
-    with open_session(adaptation, settings, accelerator) as session:
+    with open_session(adaptation, settings, accelerator, made) as session:
         main = session.part[0] == 0
         store = Checkpoints(Path(out) if out is not None else None, main)
         batches = training_batches(session, train)
@@ -145,7 +150,7 @@ def fit(
         measured = train if session.part[1] > 1 else batches
         make_measurements(session, functions, measured, source)
         if adaptation.plan.searches:
-            trial = trial_of(batches, sets.valid, functions, augment, accelerator)
+            trial = trial_of(batches, sets.valid, functions, augment, accelerator, optimizer)
             run_searches(adaptation, sets.valid, settings, batches.generators, trial)
             make_measurements(session, functions, measured, source)  # those that the choice needs
         if not adaptation.plan.trained:
@@ -231,7 +236,12 @@ def _untrained(
 
 
 def trial_of(
-    train: Any, valid: Mapping[str, Any], functions: Functions, augment: Augment | None, accelerator: Any
+    train: Any,
+    valid: Mapping[str, Any],
+    functions: Functions,
+    augment: Augment | None,
+    accelerator: Any,
+    optimizer: Any = None,
 ) -> Trial:
     """Return a function that trains an adaptation and returns its best validation score; arguments as for ``fit``."""
 
@@ -246,6 +256,7 @@ def trial_of(
             metrics=functions.metrics,
             augment=augment,
             accelerator=accelerator,
+            optimizer=optimizer,
         )
         if result.best is None:
             check_metric(ACCURACY, result.history[-1]["valid"]["target"], "target")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.optimizer import Made
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
@@ -31,15 +32,17 @@ class Session:
 
     Args:
         adaptation: its model is moved to the device.
-        training: optimizer, clipping, batch norms.
+        training: clipping, batch norms.
         accelerator: decides device, precision and processes.
+        made: the optimizer's class and arguments; None: the settings'.
     """
 
     model: nn.Module
     raw: torch.optim.Optimizer
 
-    def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any) -> None:
+    def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any, made: Made | None = None) -> None:
         self.adaptation = adaptation
+        self.made = made or training.make()
         self.training = training
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
@@ -52,7 +55,7 @@ class Session:
 
     def begin(self) -> None:
         """Make the optimizer and prepare it with the model, once the plan's measurements and searches are done."""
-        cls, options = self.training.make()
+        cls, options = self.made
         self.raw = self.adaptation.optimizer(cls, **options)
         self.model, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
         self.adaptation.keep_frozen()
@@ -140,13 +143,16 @@ class Session:
 
 
 @contextmanager
-def open_session(adaptation: Adaptation, training: Training, accelerator: Any = None) -> Iterator[Session]:
+def open_session(
+    adaptation: Adaptation, training: Training, accelerator: Any = None, made: Made | None = None
+) -> Iterator[Session]:
     """Open a session; restore the model's methods and modes, and the settings of the process, at its end.
 
     Args:
         adaptation: its model is moved to the device, and stays there.
         training: device, precision, optimizer.
         accelerator: an ``accelerate.Accelerator`` that decides device and precision; None: one made from ``training``.
+        made: the optimizer's class and arguments; None: the settings'.
 
     Raises:
         SpecError: this machine or this accelerator does not support the settings.
@@ -160,7 +166,7 @@ def open_session(adaptation: Adaptation, training: Training, accelerator: Any = 
         adaptation.bound.endings.in_good_hands(),
         adaptation.bound.norms_left_to_loop(),
     ):
-        session = Session(adaptation, training, ready)
+        session = Session(adaptation, training, ready, made)
         try:
             yield session
         finally:

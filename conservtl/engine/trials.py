@@ -31,6 +31,7 @@ def best_block(
     metrics: Metrics = accuracy,
     augment: Augment | None = None,
     accelerator: Any = None,
+    optimizer: Any = None,
 ) -> dict[str, float]:
     """Carry out the searches of a plan, such as the one of ``SurgicalFineTuning(block="best")``.
 
@@ -48,6 +49,7 @@ def best_block(
         metrics: as for ``fit``.
         augment: as for ``fit``.
         accelerator: as for ``fit``.
+        optimizer: as for ``fit``.
 
     Returns:
         Candidate -> its score, for the candidates of all searches; empty if no strategy searches.
@@ -61,6 +63,6 @@ def best_block(
     generators = (
         train.generators if isinstance(train, Held | Streamed) else Streamed(train, torch.device("cpu")).generators
     )
-    trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator)
+    trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator, optimizer)
     results = run_searches(adaptation, valid, training or Training(), generators, trial)
     return {candidate: score for scores in results.values() for candidate, score in scores.items()}

@@ -1,0 +1,70 @@
+"""The optimizer of a run: one that the settings name, or a class of the caller's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from conservtl.engine.training import Training
+from conservtl.errors import SpecError
+
+__all__ = ["Made", "choose_optimizer", "class_name"]
+
+Made = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
+"""An optimizer class, or a partial of one, and keyword arguments for it."""
+
+
+def choose_optimizer(training: Training, given: Any) -> Made:
+    """Return the optimizer class of a run, and its keyword arguments.
+
+    Args:
+        training: its ``lr``, ``weight_decay`` and ``fused`` are the arguments; its ``optimizer`` the class if none is
+            given.
+        given: an optimizer class, or a ``functools.partial`` of one with its other arguments; None: the settings'.
+
+    Raises:
+        SpecError: it is no class, both name one, or it cannot be called as the settings say.
+    """
+    if given is None:
+        return training.make()
+    name = class_name(given)
+    if not callable(given):
+        raise SpecError(
+            f"optimizer must be a class, such as torch.optim.RMSprop, or a functools.partial of one; received {name} "
+            "object. fit makes the optimizer from it."
+        )
+    if "optimizer" in training.model_fields_set:
+        raise SpecError(
+            f"optimizer={name} and training.optimizer={training.optimizer!r} both name the optimizer. Leave one out."
+        )
+    options: dict[str, Any] = {"lr": training.lr}
+    if training.weight_decay is not None:
+        options["weight_decay"] = training.weight_decay
+    if training.fused:
+        options["fused"] = True
+    known = inspect.signature(given.func if isinstance(given, functools.partial) else given).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for option in options:
+        if option in getattr(given, "keywords", {}):
+            raise SpecError(
+                f"optimizer: {option} is training.{option}; the partial of {name} has it too "
+                f"({given.keywords[option]!r}). Leave it out there, and set training.{option}."
+            )
+        if option not in known and not anything:
+            raise SpecError(f"training.{option} is for the optimizer, but {name} takes no {option}. Use another class.")
+    step = getattr(given.func if isinstance(given, functools.partial) else given, "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise SpecError(f"{name} steps with a closure only, and fit calls step(). Use another class.")
+    return given, options
+
+
+def class_name(cls: Any) -> str:
+    """Return the dotted name of an optimizer class, of a partial's class, or of an object's class."""
+    cls = cls.func if isinstance(cls, functools.partial) else cls
+    cls = cls if hasattr(cls, "__qualname__") else type(cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
