@@ -130,7 +130,7 @@ def fit(
     begun = time.perf_counter()
     settings = training or adaptation.training or Training()
     check_arguments(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
-    made = choose_optimizer(settings, optimizer)
+    made = choose_optimizer(settings, optimizer, recommended=training is None)
     functions = Functions(forward, loss, metrics)
     check_trained(functions.loss, adaptation.model.parameters())
     check_selection(settings, valid or {}, adaptation.plan, metrics)

@@ -18,13 +18,14 @@ Made = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
 """An optimizer class, or a partial of one, and keyword arguments for it."""
 
 
-def choose_optimizer(training: Training, given: Any) -> Made:
+def choose_optimizer(training: Training, given: Any, *, recommended: bool = False) -> Made:
     """Return the optimizer class of a run, and its keyword arguments.
 
     Args:
         training: its ``lr``, ``weight_decay`` and ``fused`` are the arguments; its ``optimizer`` the class if none is
             given.
         given: an optimizer class, or a ``functools.partial`` of one with its other arguments; None: the settings'.
+        recommended: whether the settings are a recipe's, whose optimizer another may replace.
 
     Raises:
         SpecError: it is no class, both name one, or it cannot be called as the settings say.
@@ -37,7 +38,7 @@ def choose_optimizer(training: Training, given: Any) -> Made:
             f"optimizer must be a class, such as torch.optim.RMSprop, or a functools.partial of one; received {name} "
             "object. fit makes the optimizer from it."
         )
-    if "optimizer" in training.model_fields_set:
+    if "optimizer" in training.model_fields_set and not recommended:
         raise SpecError(
             f"optimizer={name} and training.optimizer={training.optimizer!r} both name the optimizer. Leave one out."
         )

@@ -109,3 +109,15 @@ def test_settings_name_it_without_a_class():
         torch.optim.SGD,
         {"lr": 0.5, "momentum": 0.9},
     )
+
+
+def test_a_recipes_optimizer_may_be_replaced(net, data):
+    adaptation = ctl.adapt(net(0), net(1), ctl.recipe("vision"))
+    made = []
+
+    def counted(params, **options):
+        made.append(options)
+        return torch.optim.SGD(params, **options)
+
+    ctl.fit(adaptation, data, {"target": data, "source": data}, optimizer=counted)
+    assert made == [{"lr": adaptation.training.lr}]
