@@ -75,7 +75,8 @@ class DiscriminativeLR(Strategy):
     toward: Literal["output", "input"] = "output"
     """Side that changes most: output for new labels, input for a new speaker or noise."""
     decay_biases_and_norms: bool | None = None
-    """Whether the optimizer's weight decay acts on biases and norms. None: it does not, unless another strategy
+    """Whether the optimizer's weight decay acts on biases and norms, and on what acts as they do: tables of position
+    biases, scales of channels, tokens. None: it does not, unless another strategy
     decides so."""
 
     @model_validator(mode="after")
@@ -102,7 +103,7 @@ class DiscriminativeLR(Strategy):
         if self.decay_biases_and_norms is None:
             return plan
         fields = {"weight_decay": self.decay_biases_and_norms}
-        others = {row.name: fields for row in plan.rows if row.kind != "weight"}
+        others = {row.name: fields for row in plan.rows if row.like_bias}
         return plan.choose(self.label, "weight_decay", others, explicit=False)
 
     @property

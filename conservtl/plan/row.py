@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -11,7 +12,7 @@ from conservtl.bounds import Count, NonNegative, Positive, Share
 from conservtl.errors import PlanError
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "Phase", "Row", "changed"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "Phase", "Row", "changed", "like_bias"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
@@ -23,6 +24,22 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "statistics": ("statistics",),
 }
 """Decision about a row -> the fields of the row that hold it."""
+
+
+def like_bias(name: str, kind: str, shape: Sequence[int]) -> bool:
+    """Return whether weight decay leaves a parameter alone by convention, unless it is asked for.
+
+    Biases and norms are; and what acts as they do under another shape: tables of relative position biases, scales of
+    channels (C, 1, 1), tokens (1, 1, C).
+
+    Args:
+        name: of the parameter.
+        kind: as in a row.
+        shape: of the parameter.
+    """
+    owner, _, last = name.rpartition(".")
+    named = "bias" in last or owner.endswith("bias")
+    return kind != "weight" or named or (len(shape) > 2 and sum(size > 1 for size in shape) <= 1)
 
 
 class Choice(FrozenModel):
@@ -101,7 +118,8 @@ class Row(FrozenModel):
     """beta: strength of the pull of a fresh parameter, or of its new rows, toward zero; None: no pull. A penalty of the
     plan carries it out."""
     weight_decay: bool = True
-    """Whether the optimizer's own weight decay may act on it. In a new plan it is False for biases and norms."""
+    """Whether the optimizer's own weight decay may act on it. In a new plan it is False for biases, norms and what is
+    like them."""
     statistics: Literal["follow", "hold"] = "follow"
     """Statistics of a norm that tracks them. follow: updated by training batches. hold: unchanged."""
     chosen: dict[str, Choice] = Field(default_factory=dict)
@@ -129,6 +147,11 @@ class Row(FrozenModel):
     def as_found(self) -> bool:
         """Whether it is frozen because it was handed in so."""
         return self.frozen and self.found != "trained"
+
+    @property
+    def like_bias(self) -> bool:
+        """Whether it is a bias, belongs to a norm, or acts as these do."""
+        return like_bias(self.name, self.kind, self.shape)
 
     @property
     def size(self) -> int:

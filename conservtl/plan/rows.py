@@ -7,7 +7,7 @@ from typing import Any
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer
-from conservtl.plan.row import COLUMNS, Choice, Row, changed
+from conservtl.plan.row import COLUMNS, Choice, Row, changed, like_bias
 
 __all__ = ["draw_rows", "fill_column"]
 
@@ -43,7 +43,7 @@ def draw_rows(
                     origin="source" if reason is None else "fresh",
                     reason=reason,
                     found="fixed" if info.name in fixed else "frozen" if info.name in frozen else "trained",
-                    weight_decay=info.kind == "weight",
+                    weight_decay=not like_bias(info.name, info.kind, info.shape),
                     frozen=info.name in fixed or info.name in frozen,
                 )
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from conservtl.plan.row import like_bias
+
 __all__ = ["decayed_by_default", "upgrade"]
 
 Fields = dict[str, Any]
@@ -76,12 +78,17 @@ def _author(rows: Sequence[Fields], column: str) -> Fields:
 
 
 def decayed_by_default(fields: Mapping[str, Any]) -> frozenset[str]:
-    """Return the biases and norms that the optimizer's weight decay acted on, in a plan of 0.1.0's first versions."""
+    """Return the biases and norms, and what is like them, that the optimizer's weight decay acted on by default.
+
+    In a plan of 0.1.0's first versions.
+    """
     rows = [row for row in fields.get("rows", ()) if isinstance(row, dict) and "found" not in row]
     return frozenset(
         row["name"]
         for row in rows
-        if row.get("kind") != "weight" and row.get("weight_decay", True) and "weight_decay" not in row.get("chosen", {})
+        if like_bias(row.get("name", ""), row.get("kind", "weight"), row.get("shape", ()))
+        and row.get("weight_decay", True)
+        and "weight_decay" not in row.get("chosen", {})
     )
 
 

@@ -134,3 +134,60 @@ def test_groups_are_named_after_their_layers():
         ((within,), torch.optim.AdamW, ["0 (weight)", "0 (bias)", "0 (norm)", "0 … 2", "2"]),
     ):
         assert [group["name"] for group in adapted(*strategies).optimizer(cls, lr=0.1).param_groups] == expected
+
+
+class TensorRMSNorm(nn.Module):
+    """A norm of another library, known by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * self.weight
+
+
+class Everything(nn.Module):
+    """What is decayed by convention, and what is not whatever its shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.pos_embed = nn.Parameter(torch.ones(1, 3, 4))
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.relative_position_bias_table = nn.Parameter(torch.ones(9, 2))
+        self.relative_attention_bias = nn.Embedding(9, 2)
+        self.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.gamma = nn.Parameter(torch.ones(4))
+        self.norm, self.group, self.layer = TensorRMSNorm(), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+        self.unbiased = nn.Linear(4, 4)
+        self.one = nn.Linear(4, 1)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+
+DECAYED = {"embed.weight", "pos_embed", "unbiased.weight", "one.weight"}
+
+
+@pytest.mark.parametrize("phases", [(), (ctl.LPFT(epochs=1),)], ids=["one phase", "two"])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(torch.optim.AdamW, {}), (torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.SGD, {"weight_decay": 0.1})],
+)
+def test_decay_by_convention(cls, options, phases):
+    model = Everything()
+    adaptation = ctl.adapt(model, random_weights(model, 0), phases, head=["head"] if phases else None)
+    optimizer = adaptation.optimizer(cls, lr=0.1, **options)
+    decayed = {n for g in optimizer.param_groups if g["weight_decay"] for n in g["param_names"]}
+    assert decayed == {row.name for row in adaptation.plan.rows if row.weight_decay} == DECAYED
+    asked = ctl.adapt(model, random_weights(model, 0), [ctl.DiscriminativeLR(decay=1, decay_biases_and_norms=True)])
+    (group,) = asked.optimizer(cls, lr=0.1, **options).param_groups
+    assert len(group["params"]) == len(list(model.parameters()))
+    assert group["weight_decay"]
+
+
+def test_amplitudes_are_not_decayed_unless_asked():
+    for asked, decay in ((None, 0.0), (True, 0.01)):
+        strategies = [ctl.LHUC(), ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=asked)]
+        (group,) = adapted(*strategies).optimizer(torch.optim.AdamW, lr=0.1).param_groups
+        assert (group["param_names"], group["weight_decay"]) == (["1.lhuc"], decay)

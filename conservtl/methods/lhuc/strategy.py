@@ -27,8 +27,8 @@ class LHUC(Strategy):
     .. math:: h' = 2\,\sigma(r) \circ h
 
     with r = 0 at the start, so that the model's outputs do not change. Its parameters keep their names; r is the new
-    parameter ``lhuc`` beside them. Weight decay on r, the optimizer's or that of ``L2SP(beta=..., on="all")``, pulls
-    to amplitude 1.
+    parameter ``lhuc`` beside them. Weight decay on r pulls to amplitude 1: that of
+    ``L2SP(beta=..., on="all")``, or the optimizer's with ``DiscriminativeLR(decay_biases_and_norms=True)``.
 
     The output of a linear map or convolution is scaled, or that of the norm behind it. Before a ReLU that equals
     scaling the ReLU's output, because amplitudes are positive; before other activations it is the variant that scales
