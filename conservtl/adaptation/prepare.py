@@ -144,8 +144,8 @@ def adapt(
             if not head_labels.common:
                 declared = dict.fromkeys(drawn.head, "its labels differ from the source's") | declared
                 drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
-            notes += head_labels.notes(drawn)
         plan = apply_all(drawn, chosen, saved)
+        notes += [] if head_labels is None else head_labels.notes(plan)
         check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
         _check_source_rows(plan)

@@ -110,6 +110,13 @@ class HeadLabels:
             and (row.shape[:1], row.source_shape[:1]) == ((ours,), (theirs,))
             and row.shape[1:] == row.source_shape[1:]
         }
+        for row in (row for row in weights if row.name in rows):
+            if over := _normalised_together(modules, row.name):
+                raise SpecError(
+                    f"labels: rows of the head must not depend on each other; {row.name!r} is of {over} over all rows, "
+                    "so that a copied row computes something else beside others. Declare the head fresh "
+                    "(fresh=['head']), or remove it from both models."
+                )
         return plan.with_source_rows(rows) if any(row.name in rows for row in weights) else plan
 
     def notes(self, plan: Plan) -> list[str]:
@@ -145,6 +152,19 @@ def _by_columns(module: nn.Module | None) -> bool:
     """Return whether a module's weight has its outputs on another axis than the first."""
     transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     return isinstance(module, transposed) or type(module).__name__ == "Conv1D"  # of Hugging Face's GPT-2
+
+
+def _normalised_together(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Return the normalisation through which the rows of a weight depend on each other; None: there is none."""
+    owner, _, key = name.rpartition(".")
+    if key == "weight_orig" and hasattr(modules[owner], "weight_u"):
+        return "a spectral norm"
+    if key == "weight_v" and not getattr(modules[owner], "weight_g", torch.empty(1)).ndim:
+        return "a weight norm"
+    if ".parametrizations." not in f".{name}":
+        return None
+    kinds = ((type(part).__name__.strip("_"), getattr(part, "dim", None)) for part in modules[owner].children())
+    return next((kind for kind, dim in kinds if (kind, dim) != ("WeightNorm", 0)), None)
 
 
 def _listed(labels: Sequence[Any]) -> str:

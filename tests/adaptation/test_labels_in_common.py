@@ -393,3 +393,48 @@ def test_heads_of_double_and_complex_values():
         optimizer.step()
         assert torch.equal(model[1].weight[NEW], before[NEW])
         assert not torch.equal(model[1].weight[KNOWN], before[KNOWN])
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_rows_of_a_weight_norm_are_copied_if_each_has_a_norm_of_its_own(dim):
+    norm = nn.utils.parametrizations.weight_norm
+    source, model = (nn.Sequential(nn.Linear(4, 5), norm(nn.Linear(5, k), dim=dim)) for k in (3, 4))
+    if dim == 0:
+        ctl.adapt(model, source, [ctl.L2SP()], labels=LABELS)
+        torch.testing.assert_close(model[1].weight[KNOWN], source[1].weight[NUMBERS])
+    else:
+        with pytest.raises(ctl.SpecError, match=r"labels: (rows of the head must not depend|the head must have a row)"):
+            ctl.adapt(model, source, labels=LABELS)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_rows_that_a_spectral_norm_ties_together_are_refused(norm):
+    source, model = (nn.Sequential(nn.Linear(4, 5), norm(nn.Linear(5, k))) for k in (3, 4))
+    with pytest.raises(ctl.SpecError, match=r"must not depend on each other.*is of (a spectral norm|SpectralNorm)"):
+        ctl.adapt(model, source, labels=LABELS)
+    ctl.adapt(model, source, labels=LABELS, fresh=["head"])
+
+
+def test_outputs_on_another_axis_are_refused():
+    source, model = (nn.Sequential(nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)) for _ in range(2))
+    with pytest.raises(ctl.SpecError, match=r"shape \(4, 4, 1\), with the outputs on another axis"):
+        ctl.adapt(model, source, labels=(("c", "new", "a", "b"), ("a", "b", "c", "d")))
+
+
+def test_a_tied_embedding_gets_a_token():
+    """The head of a language model is its embedding: rows by token, in both places."""
+
+    class Tied(nn.Module):
+        def __init__(self, tokens):
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(tokens, 5), nn.Linear(5, 5)
+            self.out = nn.Linear(5, tokens, bias=False)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.out(self.body(self.embedding(x)))
+
+    source, model = Tied(3), Tied(4)
+    ctl.adapt(model, source, [ctl.L2SP()], example=torch.tensor([[0, 1]]), labels=LABELS, head=["out"])
+    assert model.out.weight is model.embedding.weight
+    assert torch.equal(model.out.weight[KNOWN], source.out.weight[NUMBERS])
