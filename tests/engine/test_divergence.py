@@ -100,6 +100,9 @@ class KeepsNear(ctl.Strategy):
         return plan.with_penalty(Distance(by=self.label, names=names))
 
 
+del ctl.Strategy.named["divergence_keeps_near"]  # other tests list the kinds
+
+
 @pytest.mark.parametrize("batch_size", [16, 64])
 def test_a_penalty_without_a_gradient_at_the_source_is_suspected(plain, data, batch_size):
     """Its first step spoils the weights; with further batches the next loss would be blamed."""

@@ -360,11 +360,6 @@ class LoudWithAHook(Loud):
     hooked: ClassVar[bool] = True
 
 
-# Specs of other tests must not meet these.
-for name in [name for name, cls in ctl.Strategy.named.items() if cls.__module__ == __name__]:
-    del ctl.Strategy.named[name]
-
-
 class Distance(Penalty):
     """The distance to the source, whose gradient is 0 / 0 at the source itself."""
 
@@ -388,6 +383,11 @@ class KeepsNear(Good):
     def apply(self, plan):
         names = tuple(row.name for row in plan.rows if self.fresh or row.origin == "source")
         return plan.with_penalty(Distance(by=self.label, names=names, power=self.power))
+
+
+# Specs of other tests must not meet these.
+for name in [name for name, cls in ctl.Strategy.named.items() if cls.__module__ == __name__]:
+    del ctl.Strategy.named[name]
 
 
 class TestBroken:
