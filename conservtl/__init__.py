@@ -26,6 +26,7 @@ from conservtl.methods import Strategy, builtin_strategies
 from conservtl.methods.gradual_unfreezing import Stage
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Phase, Row
+from conservtl.source.itself import itself
 from conservtl.source.transfer import TransferReport
 from conservtl.weights.interpolation import interpolate, interpolation_path
 from conservtl.weights.recompute_bn import recompute_statistics
@@ -71,6 +72,7 @@ __all__ = [
     "find_layers",
     "interpolate",
     "interpolation_path",
+    "itself",
     "recompute_statistics",
     "soup",
 ]

@@ -52,6 +52,7 @@ from conservtl.plan.plan import Plan as Plan
 from conservtl.plan.row import Anneal as Anneal
 from conservtl.plan.row import Phase as Phase
 from conservtl.plan.row import Row as Row
+from conservtl.source.itself import itself as itself
 from conservtl.source.transfer import TransferReport as TransferReport
 from conservtl.tasks.base import Prediction as Prediction
 from conservtl.weights.interpolation import interpolate as interpolate
@@ -115,6 +116,7 @@ __all__ = [
     "fit",
     "interpolate",
     "interpolation_path",
+    "itself",
     "load_adapted",
     "recipe",
     "recommend",

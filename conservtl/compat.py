@@ -30,6 +30,7 @@ __all__ = [
     "accumulates",
     "after_loading",
     "bundle_url",
+    "filled_by_transformers",
     "foreach_abs_",
     "foreach_add_",
     "foreach_addcmul_",
@@ -98,6 +99,11 @@ def bundle_url(bundle: Any) -> str | None:
     if not isinstance(path, str):
         return None
     return path if path.startswith("https:") else f"https://download.pytorch.org/torchaudio/models/{path}"
+
+
+def filled_by_transformers(parameter: nn.Parameter) -> bool:
+    """Return whether Hugging Face's ``from_pretrained`` loaded a parameter: it reports the rest to its caller alone."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
 def outside_graphs(function: _Function) -> _Function:

@@ -17,7 +17,8 @@ import conservtl as ctl
 import torch
 
 model = torch.nn.Linear(2, 2)
-adaptation = ctl.adapt(model, model, [ctl.L2SP(alpha=0.1, mode="decoupled"), ctl.DiscriminativeLR(decay=0.8)])
+strategies = [ctl.L2SP(alpha=0.1, mode="decoupled"), ctl.DiscriminativeLR(decay=0.8)]
+adaptation = ctl.adapt(model, ctl.itself(missing=[]), strategies)
 settings = ctl.Training(epochs=3, keep="target")
 drift: dict[str, float] = adaptation.drift()
 """

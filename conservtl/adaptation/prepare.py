@@ -26,6 +26,7 @@ from conservtl.runtime.freezing import found_frozen
 from conservtl.runtime.source_model import build_source_model
 from conservtl.source.by_label import HeadLabels
 from conservtl.source.coverage import check_coverage, kept_note, missed_note, unused_note
+from conservtl.source.itself import Itself, check_heads, check_own, own_values
 from conservtl.source.kinds import check_kinds, check_model_kinds
 from conservtl.source.positions import resample_positions
 from conservtl.source.read import Source, SourceLike, own_tensors, read_source
@@ -37,7 +38,7 @@ __all__ = ["Adaptation", "adapt"]
 
 def adapt(
     model: nn.Module,
-    source: SourceLike,
+    source: SourceLike | Itself,
     strategies: Sequence[Strategy | Mapping[str, Any]] | Preset = (),
     *,
     example: Any = None,
@@ -64,7 +65,7 @@ def adapt(
     Args:
         model: built for the target task, on any device.
         source: a path, a state dict or a model; or a name of weights, such as ``"hf:ORG/NAME@REVISION"``; see
-            ``read_source``.
+            ``read_source``. ``ctl.itself()`` for a model that holds pretrained weights already.
         strategies: in any order; none is plain fine-tuning. Or a recipe (``ctl.recipe("vision")``), whose training
             settings are then those of ``adaptation.optimizer()``, ``adaptation.scheduler(steps=...)`` and ``fit``, and
             its treatment of batch norms that of the model.
@@ -113,6 +114,14 @@ def adapt(
     given = strategies.strategies if isinstance(strategies, Preset) else strategies
     chosen = tuple(strategy for strategy in map(as_strategy, given) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
+    missing: dict[str, str] = {}
+    claimed = isinstance(source, Itself)
+    if isinstance(source, Itself):
+        if key or prefix or rename:
+            raise SpecError(
+                "key, prefix and rename say how to read a source; the model itself is none. Leave them out."
+            )
+        source, missing = own_values(model, source)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
     if head_labels is not None:
         head_labels.check_run(read.run, read.where)
@@ -131,7 +140,7 @@ def adapt(
         _check_merged(read, added)
         parts = find_layers(model, example, layers, head)
         values = read.values_of(parts)
-        declared = _declared(parts, fresh)
+        declared = missing | _declared(parts, fresh)
         parameters = named_parameters(model)
         wanted = {name: parameter for name, parameter in parameters.items() if name not in declared}
         resampled, notes = resample_positions(model, values, wanted)
@@ -149,6 +158,9 @@ def adapt(
         check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
         _check_source_rows(plan)
+        check_heads(plan, missing)
+        if not claimed:
+            check_own(plan, read, model)
         check_coverage(plan, read, own, declared, allow)
         for decision in plan.decisions:
             decision.check(unwrap(model))

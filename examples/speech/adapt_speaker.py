@@ -31,7 +31,7 @@ def main() -> None:
     # The source model, trained on all other speakers. A file of weights would do as well.
     source = speech.build(speech.ModelSpec(), data.preprocessing, len(data.labels))
     settings = ctl.Training(epochs=15, lr=3e-3, schedule="one_cycle", threads=1)
-    ctl.fit(ctl.adapt(source, source), data.source_train, training=settings, progress=True)
+    ctl.fit(ctl.adapt(source, ctl.itself(missing=[])), data.source_train, training=settings, progress=True)
     print(f"before: target {accuracy(source, data.target_test)}, source {accuracy(source, data.source_test)}")
 
     # The adaptation: the output side is held, the other layers are pulled toward the source.

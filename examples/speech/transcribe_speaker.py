@@ -66,7 +66,7 @@ def main() -> None:
     section = speech.FolderData(root=sys.argv[1], target=sys.argv[2]) if folder else speech.EspeakData()
     data, steps = speech.load(section, seed=0), int(sys.argv[3]) if len(sys.argv) > 3 else 1000
     models = {"before": (source := recognizer(len(data.labels)))}
-    train(ctl.adapt(source, source), data.source_train, steps)
+    train(ctl.adapt(source, ctl.itself(missing=[])), data.source_train, steps)
     for name, strategies in {"plain": [], "outputs conserved": [ctl.OutputConservation(rho=0.2)]}.items():
         adaptation = ctl.adapt(recognizer(len(data.labels)), source, strategies)
         adaptation.model.eval()  # batch norms keep the source's statistics

@@ -33,7 +33,7 @@ def main() -> None:
     source: str | nn.Module = sys.argv[2] if folder else vision.build(network, data.preprocessing, 5)
     if isinstance(source, nn.Module):  # no weights: train the source on its five digits
         settings = ctl.Training(epochs=8, lr=3e-3, schedule="one_cycle", evaluate_every=1000)
-        ctl.fit(ctl.adapt(source, source), data.source_train, training=settings, progress=True)
+        ctl.fit(ctl.adapt(source, ctl.itself(missing=[])), data.source_train, training=settings, progress=True)
 
     # The adaptation: the input side is held, and the new head learns fastest.
     model = vision.build(network, data.preprocessing, len(data.labels))

@@ -21,6 +21,7 @@ from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.run.source_cache import SourceCache
 from conservtl.experiments.run.source_labels import listed
 from conservtl.source.coverage import unused_note
+from conservtl.source.itself import itself
 from conservtl.source.kinds import check_kinds
 from conservtl.source.positions import resample_positions
 from conservtl.source.read import Source, own_tensors, read_source
@@ -78,7 +79,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
             model.load_state_dict(cached)
             return SourceModel(model.eval(), outputs, "cached")
         setting.fit(
-            adapt(model, model, example=setting.example, layers=spec.layers),
+            adapt(model, itself(missing=[]), example=setting.example, layers=spec.layers),
             data,
             training=spec.source.training,
             augment=setting.task.augmented(setting.domains.source_augmentation),
