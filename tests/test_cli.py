@@ -50,6 +50,27 @@ def test_run_then_predict(spec, humming, tmp_path, monkeypatch, capsys):
     assert (code, file) == (0, str(recording))
     assert label in "012"
     assert 1 / 3 <= float(probability) <= 1
+    files = [humming / f"{word}_anna_{take}.wav" for word in "012" for take in range(2)]
+    sizes = [
+        call(monkeypatch, capsys, "predict", tmp_path / "out", *files, *more) for more in ((), ("--batch-size", 4))
+    ]
+    assert len(sizes[0][1].splitlines()) == 6
+    assert [line.split("\t")[:2] for line in sizes[1][1].splitlines()] == [
+        line.split("\t")[:2] for line in sizes[0][1].splitlines()
+    ]
+    code, _, err = call(monkeypatch, capsys, "predict", tmp_path / "out", recording, "--batch-size", 0)
+    assert code == 2
+    assert "--batch-size" in err
+
+
+def test_of_several_processes_the_first_writes_and_prints(spec, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    code, out, _ = call(monkeypatch, capsys, "run", spec, "--out", tmp_path / "out")
+    assert (code, out) == (0, "")
+    assert not [
+        name for name in ("report.json", "model.safetensors", "spec.yaml") if (tmp_path / "out" / name).exists()
+    ]
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_recommend_writes_a_spec_that_runs(spec, tmp_path, monkeypatch, capsys):

@@ -43,6 +43,7 @@ def run(
 ) -> None:
     """Adapt the source model to the target domain and report gains and losses."""
     from conservtl.cli._tables import run_table
+    from conservtl.experiments.run.processes import is_main_process
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
     from conservtl.report.text.summary import rows_notes
@@ -50,6 +51,8 @@ def run(
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal
     report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard)
+    if not is_main_process():
+        return
     Console().print(run_table(report))
     sys.stdout.write("\n".join([report["sentence"], *rows_notes(report)]) + "\n")
     if note := report.get("note"):
@@ -64,11 +67,14 @@ def predict(
         list[Path], typer.Argument(metavar="FILE...", help="Recordings, images or other inputs.", show_default=False)
     ],
     _imports: Imports = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Files read and predicted at a time: fewer need less memory.")
+    ] = 32,
 ) -> None:
     """Print the adapted model's answers: file, label and probability, separated by tabs."""
     from conservtl.experiments.run.bundle import load_adapted
 
-    for prediction in load_adapted(folder).predict(files):
+    for prediction in load_adapted(folder).predictions(files, batch_size=batch_size):
         sys.stdout.write(f"{prediction}\n")
 
 

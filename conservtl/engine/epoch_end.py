@@ -37,11 +37,12 @@ def close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
     """
     session, settings, state = learner.session, learner.settings, learner.state
     state.epoch, state.batch = state.epoch + 1, 0
+    total, seen = session.summed(state.total, state.seen)
     line: dict[str, Any] = {
         "epoch": state.epoch,
         "step": state.step,
         "phase": session.adaptation.plan.phases[session.adaptation.phase].name,
-        "loss": state.total / state.seen,
+        "loss": total / seen,
         "lr": max(group["lr"] for group in session.raw.param_groups),
         "seconds": seconds,
     }

@@ -89,6 +89,14 @@ class Session:
         """Return a context for a backward that no step follows: processes do not exchange gradients."""
         return self.accelerator.no_sync(self.model) if self.part[1] > 1 else nullcontext()
 
+    def summed(self, *values: float) -> tuple[float, ...]:
+        """Return numbers summed over all processes."""
+        if self.part[1] == 1:
+            return values
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(numbers)
+        return tuple(numbers.tolist())
+
     def source_view(self, functions: Functions, content: Any) -> View | None:
         """Return the source model's view of the inputs that the adapted model gets, under the same autocast."""
         with self.autocast():

@@ -48,7 +48,8 @@ def _process(rank, port, folder):
     weighed = _adaptation(ctl.FisherSP(alpha=0.5))
     streamed = _train(weighed, 4, loader)
     found = weighed.model.state_dict(), weighed.measured["fisher"]
-    torch.save((adaptation.model.state_dict(), result.steps, streamed.steps, *found), f"{folder}/rank{rank}.pt")
+    losses = [line["loss"] for line in result.history]
+    torch.save((adaptation.model.state_dict(), result.steps, streamed.steps, *found, losses), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -117,7 +118,8 @@ def test_two_processes_equal_one(tmp_path):
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     weighed = _adaptation(ctl.FisherSP(alpha=0.5))
     weighed.measure([_data()])
-    for weights, steps, streamed, _, fisher in parts:
+    for weights, steps, streamed, _, fisher, losses in parts:
+        assert losses == pytest.approx([line["loss"] for line in result.history], rel=1e-4)  # of all processes' batches
         for name, tensor in weighed.measured["fisher"].items():  # of all examples, not of a process's own
             torch.testing.assert_close(fisher[name], tensor, msg=name)
         assert steps == streamed == result.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,21 @@ class Adapted:
     def predict(self, files: str | Path | Sequence[str | Path], batch_size: int = 32) -> list[Prediction]:
         """Return the answer for each file, or for one: its most probable label where the task has classes.
 
+        ``predictions`` yields the same one by one.
+
+        Args:
+            files: paths.
+            batch_size: files that are read and predicted at a time, which bounds the memory.
+
+        Raises:
+            DataError: a file is missing or cannot be read; the message names it.
+            SpecError: the batch size is below 1.
+        """
+        return list(self.predictions(files, batch_size))
+
+    def predictions(self, files: str | Path | Sequence[str | Path], batch_size: int = 32) -> Iterator[Prediction]:
+        """Return an iterator over the answers of ``predict``; files are read when it gets there.
+
         Args:
             files: paths.
             batch_size: files that are read and predicted at a time, which bounds the memory.
@@ -74,12 +89,12 @@ class Adapted:
             raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
         if batch_size < 1:
             raise SpecError(f"predict: batch_size must be at least 1; received {batch_size}.")
-        predictions: list[Prediction] = []
-        for start in range(0, len(paths), batch_size):
-            part = paths[start : start + batch_size]
-            outputs = map_tensors(self.outputs(self.preprocessing.read(part)), lambda tensor: tensor.cpu())
-            predictions += self.task.predictions(outputs, self.labels, part)
-        return predictions
+        parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
+        return (prediction for part in parts for prediction in self._predicted(part))
+
+    def _predicted(self, files: Sequence[Path]) -> list[Prediction]:
+        outputs = map_tensors(self.outputs(self.preprocessing.read(files)), lambda tensor: tensor.cpu())
+        return self.task.predictions(outputs, self.labels, files)
 
 
 def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from conservtl.experiments.run.evaluation_sets import (
     sets_to_select_on,
     sets_to_watch,
 )
+from conservtl.experiments.run.processes import is_main_process
 from conservtl.experiments.run.scoring import Scores, agreement
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
@@ -75,7 +77,7 @@ def run(
         tensorboard: write the history into ``tensorboard`` below the folder, too.
 
     Returns:
-        The content of ``report.json``.
+        The content of ``report.json``. Of several processes, the first alone writes files.
 
     Raises:
         SpecError: another process writes to ``out``.
@@ -93,9 +95,10 @@ def run(
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
-    with lock_folder(folder):
+    main = is_main_process()
+    with lock_folder(folder) if main else nullcontext():
         resume = resume and Checkpoints(folder).exist()
-        if not resume:  # an interrupted run must not look finished; whether it may resume, fit decides first
+        if main and not resume:  # an interrupted run must not look finished; whether it may resume, fit decides first
             for name in _RESULTS:
                 (folder / name).unlink(missing_ok=True)
             write_text(dump_spec(setting.spec), folder / "spec.yaml")
@@ -111,7 +114,7 @@ def run(
             resume=resume,
             progress=progress,
         )
-        if tensorboard:
+        if main and tensorboard:
             write_tensorboard(result.history, folder / "tensorboard")
         after = score_on_tests(setting, source, adaptation.model)
         report = _report(setting, source, adaptation, before, after) | {
@@ -125,6 +128,8 @@ def run(
             name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
         }
         report["sentence"] = sentence(report)
+        if not main:
+            return report
         write_text(dump_spec(setting.spec), folder / "spec.yaml")
         save_bundle(folder, adaptation, setting)
         save_measured(folder, adaptation.measured)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
 
 from conservtl.errors import SourceError
+from conservtl.experiments.run.processes import is_main_process
 from conservtl.files import remove_temporary
 from conservtl.locks import wait_for_lock
 from conservtl.tensor_files import load_tensors, save_tensors
@@ -37,13 +38,15 @@ class SourceCache:
     def entry(self, name: str) -> Iterator[CacheEntry]:
         """Hold one model's place: a second process that needs the same model waits, and then finds it.
 
+        Processes that train one model together hold it together: the first has the lock and stores the model.
+
         Args:
             name: of the model.
 
         Raises:
             WriteError: the folder cannot be created or written to.
         """
-        with wait_for_lock(self.folder / f".{name}.lock"):
+        with wait_for_lock(self.folder / f".{name}.lock") if is_main_process() else nullcontext():
             yield CacheEntry(self.folder, name)
 
 
@@ -74,6 +77,8 @@ class CacheEntry:
 
     def store(self, tensors: Mapping[str, Tensor]) -> None:
         """Store a trained model, delete its checkpoints, and cut the cache to its size."""
+        if not is_main_process():
+            return
         save_tensors(tensors, self._path)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         remove_temporary(self._folder, older=_DAY)

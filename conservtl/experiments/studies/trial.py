@@ -16,7 +16,7 @@ from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
-from conservtl.data import Data, join, length_of
+from conservtl.data import Data, Domains, join, length_of
 from conservtl.engine import Training
 from conservtl.errors import SpecError
 from conservtl.experiments.run.evaluation_sets import (
@@ -75,6 +75,10 @@ class Trial:
             mode="json", include={"task", "model", "source", "data", "seed", "layers", "fresh"}
         )
         return json.dumps(shared, sort_keys=True)
+
+    def domains(self) -> Domains:
+        """Return its data, read once for all trials that share it."""
+        return _shared(self.place)[0].domains
 
 
 def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) -> dict[str, Any]:

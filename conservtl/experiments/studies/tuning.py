@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conservtl.data import Domains
 from conservtl.errors import ConservtlError, InputError, SpecError
 from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.search_space import SearchRange, ranges_of
@@ -59,6 +60,7 @@ def tune(
         )
     if section.objective != "target" and first.source.data is None:
         raise SpecError(f"tune.objective={section.objective} needs source data, and source.data is null. Use target.")
+    _check_domains(Trial("tune", "the spec's", first).domains(), section)
     runs = section.trials * section.seeds
     if dry_run:
         return {**estimate([Trial("tune", "the spec's", first)], 1), "runs": runs}
@@ -74,6 +76,24 @@ def tune(
         params = next(one["params"] for one in result["trials"] if one["number"] == trial)
         write_text(dump_spec(parse_spec(with_values(content, params))), folder / name)
     return result
+
+
+def _check_domains(domains: Domains, section: TuneSection) -> None:
+    """Raise unless the data has what trials are judged on.
+
+    Raises:
+        SpecError: there is no source data to train on, or no class has a second shot to validate on.
+    """
+    if section.objective != "target" and domains.source_train is None:
+        raise SpecError(
+            f"tune.objective={section.objective} needs source data, and the section data names none. Give it, such as "
+            "data.source_root, or set tune.objective to target."
+        )
+    if domains.validation is None:
+        raise SpecError(
+            "tune: trials are judged on a part of the shots, and no class has a second example. Give more examples, or "
+            "raise data.shots."
+        )
 
 
 _CATCH: tuple[type[Exception], ...] = (ConservtlError,)
