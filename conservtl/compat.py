@@ -52,6 +52,7 @@ __all__ = [
     "has_load_hooks",
     "has_scheduler",
     "hook_tables",
+    "load_hook_tables",
     "metadata_of",
     "outside_graphs",
     "prepared_objects",
@@ -174,6 +175,11 @@ def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
         "_load_state_dict_post_hooks",
     )
     return [vars(module)[name] for name in names if name in vars(module)]
+
+
+def load_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the dictionaries of a module's hooks before it is loaded: torch registers hooks but does not list them."""
+    return [module._load_state_dict_pre_hooks]
 
 
 def metadata_of(state: Any) -> dict[str, dict[str, Any]]:

@@ -328,6 +328,17 @@ def test_bundles_of_torchaudio_tell_their_url():
     assert compat.bundle_url(pipelines.HDEMUCS_HIGH_MUSDB) is None
 
 
+def test_the_hooks_before_loading_are_listed():
+    module = torch.nn.Linear(2, 2)
+    assert compat.load_hook_tables(module) == [{}]
+    seen = []
+    module.register_load_state_dict_pre_hook(lambda *_: seen.append(1))
+    module.load_state_dict(module.state_dict())
+    compat.load_hook_tables(module)[0].clear()
+    module.load_state_dict(module.state_dict())
+    assert seen == [1]
+
+
 def test_each_name_has_a_test():
     tests = Path(__file__).read_text("utf-8")
     assert [name for name in compat.__all__ if not re.search(rf"\bcompat\.{name}\b", tests)] == []

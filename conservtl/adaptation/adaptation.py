@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
-from conservtl.adaptation import _finishing, _state
+from conservtl.adaptation import _export, _finishing, _state
 from conservtl.adaptation.bound_plan import BoundPlan, Origin
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
@@ -338,6 +338,30 @@ class Adaptation:
         Additions that cannot be merged stay. Without additions it is a plain copy.
         """
         return _finishing.merged(self.bound)
+
+    def export(self) -> nn.Module:
+        """Return a plain copy of the model in eval mode, which needs torch and your own code only.
+
+        Added parameters are merged as by ``merged``; what cannot be merged (amplitudes of recurrent layers, a transform
+        of the input, statistics of each example) becomes a ``torch.fx.GraphModule`` in its place. An adapter of PEFT is
+        merged and unloaded. Hooks, held norms and what else belongs to training is gone; parameters that the plan
+        froze ask for gradients again. The copy can be pickled, traced and passed to ``torch.export``.
+
+        Norms of each example's statistics compute as in eval mode, whatever the mode. A recurrent layer with amplitudes
+        takes padded tensors, no ``PackedSequence``.
+
+        Raises:
+            SpecError: norms leave out padding that the model's arguments name, or a head is fed from layers inside and
+                torch.fx cannot trace the model.
+
+        Example:
+            >>> import torch, conservtl as ctl
+            >>> source, model = (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)) for _ in range(2))
+            >>> plain = ctl.adapt(model, source, [ctl.LHUC()]).export()
+            >>> torch.export.export(plain, (torch.zeros(1, 4),)).module()(torch.zeros(1, 4)).shape
+            torch.Size([1, 2])
+        """
+        return _export.export(self.bound)
 
     def restore_weights(self) -> None:
         """Restore plain weights if an update (Mixout) replaced them for a forward pass that no step followed.

@@ -42,6 +42,10 @@ class ExtendedModule(nn.Module):
         """Return a sentence that says how to adapt from a model with such modules."""
         raise NotImplementedError(f"{type(self).__name__} needs remedy().")
 
+    def plain(self) -> nn.Module:
+        """Return a module of torch alone that computes the same in eval mode; called on a copy of the model."""
+        raise NotImplementedError(f"{type(self).__name__} needs plain().")
+
     def extra_repr(self) -> str:
         """Return the settings of the original class and of the extension."""
         shown = [f"{name}={getattr(self, name)!r}" for name in self.settings]

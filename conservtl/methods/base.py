@@ -114,6 +114,14 @@ class Strategy(FrozenModel, ABC):
         """
         return not self.extends
 
+    def plain(self, model: nn.Module) -> nn.Module:
+        """Return the model with what ``merge`` left of ``extend`` as modules of torch alone.
+
+        Args:
+            model: a copy, unwrapped; changed in place, or put into another module.
+        """
+        return model
+
     @property
     def label(self) -> str:
         """Name of the strategy in plans and messages."""

@@ -21,6 +21,7 @@ __all__ = [
     "let_train",
     "norms_with_rows",
     "parameter_owners",
+    "thaw",
     "tracks_statistics",
 ]
 
@@ -129,6 +130,14 @@ def let_train(model: nn.Module, names: Collection[str]) -> None:
     for name, (module, key) in parameter_owners(model).items():
         if name in names and not own_parameters(module)[key].requires_grad:
             _mark(module, key)
+
+
+def thaw(model: nn.Module) -> None:
+    """Let all parameters ask for a gradient that a plan froze; those that the user froze stay as they are."""
+    for module in model.modules():
+        for key in list(_marked(module)):
+            own_parameters(module)[key].requires_grad_(True)
+            _unmark(module, key)
 
 
 def _marked(module: nn.Module) -> Collection[str]:

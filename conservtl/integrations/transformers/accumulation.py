@@ -18,6 +18,9 @@ from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["count_next_tokens", "divides_by_items", "share_of_step"]
 
+_SHIFTS = "_loss_shifts_labels"
+"""Attribute of a Trainer that says whether it counts labels from the second on; it has no public name."""
+
 
 def count_next_tokens(trainer: Any) -> None:
     """Let a Trainer count the labels of a causal language model without the first of each row, which no loss takes.
@@ -29,9 +32,8 @@ def count_next_tokens(trainer: Any) -> None:
     model = inner() if callable(inner) else model
     auto = transformers.models.auto.modeling_auto
     causal = type(model).__name__ in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if causal and hasattr(trainer, "_loss_shifts_labels"):
-        shifts = model.loss_function is transformers.loss.loss_utils.ForCausalLMLoss
-        trainer._loss_shifts_labels |= shifts  # noqa: SLF001 - it has no public name
+    if causal and hasattr(trainer, _SHIFTS):
+        vars(trainer)[_SHIFTS] |= model.loss_function is transformers.loss.loss_utils.ForCausalLMLoss
 
 
 def share_of_step(trainer: Any, inputs: Mapping[str, Any], items: Any) -> float | Tensor:
@@ -64,7 +66,7 @@ def _count(trainer: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs.get("labels")
-        if isinstance(labels, Tensor) and getattr(trainer, "_loss_shifts_labels", False):
+        if isinstance(labels, Tensor) and getattr(trainer, _SHIFTS, False):
             labels = labels[..., 1:]  # the first token is predicted from none
     return labels.ne(-100).sum() if isinstance(labels, Tensor) else None
 

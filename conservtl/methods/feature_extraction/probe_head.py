@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from conservtl.plan.plan import Plan
 from conservtl.runtime.channels import Channels, channel_axis, pooled
 from conservtl.runtime.taps import tensor_of
 
-__all__ = ["ProbeHead", "add_probe_head", "refuse_tied", "remove_probe_head"]
+__all__ = ["ProbeHead", "ProbeTap", "add_probe_head", "refuse_tied", "remove_probe_head", "remove_taps"]
 
 _HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -40,6 +41,8 @@ class ProbeHead(nn.Linear):
         self.own = own > 0
         self.replaced = [head]  # in a list, so that it is no child
         self.caught: dict[str, Tensor] = {}
+        self.ndim = 2
+        """Number of dimensions of the last input of the head that was replaced."""
         self.train(head.training)
 
     def features(self, entered: Tensor) -> Tensor:
@@ -60,10 +63,34 @@ class ProbeHead(nn.Linear):
         """Return scores (N, classes), with the number of dimensions that the replaced head gives."""
         features = self.features(entered)
         self.caught.clear()
+        self.ndim = entered.ndim
         return F.linear(features, self.weight, self.bias).view(len(features), -1, *[1] * (entered.ndim - 2))
 
 
-class _ProbeTap:
+@dataclass(frozen=True)
+class Seen:
+    """How the last output of a layer was read.
+
+    Args:
+        depth: of the tensor in nested tuples.
+        axis: of the channels.
+        ndim: number of dimensions.
+    """
+
+    depth: int
+    axis: int
+    ndim: int
+
+
+def depth_of(output: Any) -> int:
+    """Return how many tuples the tensor is the first entry of."""
+    depth = 0
+    while isinstance(output, (tuple, list)):
+        output, depth = output[0], depth + 1
+    return depth
+
+
+class ProbeTap:
     """A forward hook that passes a layer's output to the probe head."""
 
     computes = True
@@ -71,11 +98,14 @@ class _ProbeTap:
 
     def __init__(self, probe: ProbeHead, layer: str, channels: Channels) -> None:
         self.probe, self.layer, self.channels = probe, layer, channels
+        self.seen: Seen | None = None
 
     def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Pass the means over positions of the layer's output to the head."""
         tensor = tensor_of(output, self.layer)
+        self.seen = Seen(depth_of(output), self.channels.axis(tensor), tensor.ndim)
         # A copy: the next module may overwrite it, as ReLU(inplace=True) does.
-        self.probe.caught[self.layer] = pooled(tensor, self.channels.axis(tensor)).clone()
+        self.probe.caught[self.layer] = pooled(tensor, self.seen.axis).clone()
 
 
 def refuse_tied(plan: Plan, label: str) -> None:
@@ -134,15 +164,21 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
     sizes = {layer: outputs[layer].shape[channel_axis(modules[parts[layer]], outputs[layer])] for layer in parts}
     probe = ProbeHead(head, sizes, entered.shape[1] if last in chosen else 0)
     for layer, module in parts.items():
-        modules[module].register_forward_hook(_ProbeTap(probe, layer, Channels(modules[module])))
+        modules[module].register_forward_hook(ProbeTap(probe, layer, Channels(modules[module])))
     holder, _, key = name.rpartition(".")
     setattr(modules[holder], key, probe)
 
 
+def remove_taps(model: nn.Module) -> None:
+    """Remove the hooks that feed the head."""
+    for module in unwrap(model).modules():
+        remove_forward_hooks(module, lambda hook: isinstance(hook, ProbeTap))
+
+
 def remove_probe_head(model: nn.Module) -> None:
     """Restore the head that was replaced."""
+    remove_taps(model)
     for parent in list(unwrap(model).modules()):
-        remove_forward_hooks(parent, lambda hook: isinstance(hook, _ProbeTap))
         for name, child in list(parent.named_children()):
             if isinstance(child, ProbeHead):
                 setattr(parent, name, child.replaced[0].to(child.weight.device))

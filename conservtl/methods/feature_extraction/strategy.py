@@ -13,6 +13,7 @@ from conservtl.errors import SpecError
 from conservtl.layers import Layer
 from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.methods.feature_extraction.fitted_head import FittedHead
+from conservtl.methods.feature_extraction.plain_probe import plain_probe
 from conservtl.methods.feature_extraction.probe_head import add_probe_head, refuse_tied, remove_probe_head
 from conservtl.plan.plan import Plan
 
@@ -132,3 +133,7 @@ class FeatureExtraction(Strategy):
         """Restore the model's own head."""
         if self.extends:
             remove_probe_head(model)
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """Feed the head without hooks, if it is fed from layers."""
+        return plain_probe(model)

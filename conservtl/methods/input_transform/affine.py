@@ -16,8 +16,9 @@ from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.layers.names import holder_counts, own_parameters
+from conservtl.layers.plain import behind, plain_module
 
-__all__ = ["NAME", "AffineTransform", "add_transform", "merge_transform", "remove_transform"]
+__all__ = ["NAME", "AffineTransform", "add_transform", "merge_transform", "plain_transform", "remove_transform"]
 
 NAME = "input_transform"
 """Name of the module on the model."""
@@ -116,6 +117,19 @@ def merge_transform(model: nn.Module) -> bool:
     _absorb(module, transform.weight)
     remove_transform(model)
     return True
+
+
+def plain_transform(model: nn.Module) -> nn.Module:
+    """Return the model with its transform as a module of torch alone: its first child, or in front of it."""
+    transform = getattr(model, NAME, None)
+    if not isinstance(transform, AffineTransform):
+        return model
+    traced = plain_module(transform)
+    if _runs_its_children(model):
+        setattr(model, NAME, traced)
+        return model
+    remove_transform(model)
+    return behind(traced, NAME, model)
 
 
 def _absorb(module: Any, weight: Tensor) -> None:

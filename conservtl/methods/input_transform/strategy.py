@@ -12,7 +12,13 @@ from conservtl.errors import PlanError
 from conservtl.layers import Layer
 from conservtl.methods._rows import freeze_all_but
 from conservtl.methods.base import Order, Strategy, TestFields
-from conservtl.methods.input_transform.affine import NAME, add_transform, merge_transform, remove_transform
+from conservtl.methods.input_transform.affine import (
+    NAME,
+    add_transform,
+    merge_transform,
+    plain_transform,
+    remove_transform,
+)
 from conservtl.plan.plan import Plan
 
 __all__ = ["InputTransform"]
@@ -98,3 +104,7 @@ class InputTransform(Strategy):
     def merge(self, model: nn.Module) -> bool:
         """Merge the transform into the weights that take the input."""
         return merge_transform(model)
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """Transform the input by a module of torch alone, if the transform is left."""
+        return plain_transform(model)

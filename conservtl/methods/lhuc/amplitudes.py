@@ -13,9 +13,10 @@ from conservtl.compat import forward_hooks, remove_forward_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.names import holder_counts, own_parameters
+from conservtl.layers.plain import plain_module, replace_module
 from conservtl.methods.lhuc.hidden_units import channel_dim, is_recurrent, unit_count
 
-__all__ = ["PARAMETER", "add_amplitudes", "merge_amplitudes", "remove_amplitudes"]
+__all__ = ["PARAMETER", "add_amplitudes", "merge_amplitudes", "plain_amplitudes", "remove_amplitudes"]
 
 PARAMETER = "lhuc"
 """Name of the amplitudes' parameter on the module whose output they scale."""
@@ -74,6 +75,46 @@ def merge_amplitudes(model: nn.Module) -> bool:
             value.mul_(factor.view(-1, *[1] * (value.ndim - 1)))
         _remove(module)
     return not left
+
+
+def plain_amplitudes(model: nn.Module) -> nn.Module:
+    """Return the model with each module that still has amplitudes inside one that scales its output.
+
+    Args:
+        model: unwrapped; changed in place, unless it is such a module itself.
+    """
+    for module in _scaled_modules(model):
+        parameter: Any = getattr(module, PARAMETER)
+        _remove(module)
+        scaled = _ScaledSteps(module, parameter) if is_recurrent(module) else _Scaled(module, parameter)
+        model = replace_module(model, module, plain_module(scaled))
+    return model
+
+
+class _Scaled(nn.Module):
+    """A module whose output is scaled, by operations that torch.fx can trace."""
+
+    def __init__(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.module, self.lhuc, self.dim = module, parameter, channel_dim(module)
+        self.train(module.training)
+
+    def forward(self, x: Tensor) -> Any:
+        output = self.module(x).transpose(self.dim, -1)
+        return (output * _amplitude(self.lhuc).to(output.dtype)).transpose(self.dim, -1)
+
+
+class _ScaledSteps(nn.Module):
+    """A recurrent layer whose outputs are scaled at each step; its inputs and outputs are padded tensors."""
+
+    def __init__(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.module, self.lhuc = module, parameter
+        self.train(module.training)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:  # noqa: A002 - as in torch
+        results = self.module(input, hx)
+        return results[0] * _amplitude(self.lhuc).to(results[0].dtype), results[1]
 
 
 def _amplitude(parameter: Tensor) -> Tensor:

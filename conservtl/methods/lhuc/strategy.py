@@ -12,7 +12,13 @@ from conservtl.errors import PlanError
 from conservtl.layers import Layer
 from conservtl.methods._rows import freeze_all_but
 from conservtl.methods.base import Order, Strategy
-from conservtl.methods.lhuc.amplitudes import PARAMETER, add_amplitudes, merge_amplitudes, remove_amplitudes
+from conservtl.methods.lhuc.amplitudes import (
+    PARAMETER,
+    add_amplitudes,
+    merge_amplitudes,
+    plain_amplitudes,
+    remove_amplitudes,
+)
 from conservtl.methods.lhuc.hidden_units import find_hidden_units
 from conservtl.plan.plan import Plan
 
@@ -89,3 +95,7 @@ class LHUC(Strategy):
     def merge(self, model: nn.Module) -> bool:
         """Multiply the amplitudes into the weights they scale."""
         return merge_amplitudes(model)
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """Scale outputs by modules of torch alone, where amplitudes are left."""
+        return plain_amplitudes(model)

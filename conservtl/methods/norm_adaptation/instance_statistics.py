@@ -13,7 +13,8 @@ from conservtl.bounds import Fraction
 from conservtl.errors import SpecError
 from conservtl.labels import argument_names
 from conservtl.layers import Layer, canonical, layer_of, named_parameters
-from conservtl.layers.extended import ExtendedModule, extend_module
+from conservtl.layers.extended import ExtendedModule, extend_module, restore_module
+from conservtl.layers.plain import plain_module
 from conservtl.padding import names_padding
 from conservtl.plan.extension import Extension
 from conservtl.runtime.freezing import keeps_batch_statistics
@@ -101,6 +102,18 @@ class PaddedModel(ExtendedModule):
         """Return the strategy that keeps the mixture."""
         return _mixing(self)[0].remedy()
 
+    def plain(self) -> nn.Module:
+        """Refuse: norms of torch alone do not see the arguments of the model.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(
+            f"export: norms of {self.own_class.__name__} leave out the padding that its arguments name, and modules of "
+            "torch alone do not see them. Say NormAdaptation(padding='count'), or save the state dict and load it with "
+            "conservtl."
+        )
+
 
 class InstanceMixing(ExtendedModule):
     r"""A batch norm that normalises each example by a mixture of the statistics it keeps and the example's own.
@@ -145,6 +158,12 @@ class InstanceMixing(ExtendedModule):
         factor = ((kept_variance + norm.eps) / (mixed_variance + norm.eps)).sqrt()
         return (wide - mixed_mean).mul(factor).add(kept_mean).to(x.dtype)
 
+    def plain(self) -> nn.Module:
+        """Return the mixture in front of the norm, as a module of torch alone."""
+        share = self.share
+        restore_module(self)
+        return plain_module(_Mixing(self, share))
+
     def difference(self) -> str:
         """Return how a model with such norms differs from one whose norms do not mix."""
         return f"norms mix in {self.share:.0%} of each example's own statistics"
@@ -153,3 +172,23 @@ class InstanceMixing(ExtendedModule):
         """Return the strategy that keeps the mixture."""
         prior = 1 / self.share - 1
         return f"Add NormAdaptation(train='all', statistics='instance', prior={prior:.0f})."
+
+
+class _Mixing(nn.Module):
+    """The mixture of ``InstanceMixing`` in front of a norm in eval mode, by operations that torch.fx can trace."""
+
+    def __init__(self, norm: Any, share: float) -> None:
+        super().__init__()
+        self.norm, self.share = norm, share
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Any:
+        norm = self.norm
+        rows = x.to(norm.running_mean.dtype).reshape(x.shape[0], x.shape[1], -1)
+        moments = torch.var_mean(rows, 2, correction=0, keepdim=True)
+        share = (x.dim() > 2) * self.share  # one value a channel has no statistics
+        kept_variance, kept_mean = norm.running_var.view(1, -1, 1), norm.running_mean.view(1, -1, 1)
+        mixed_variance = kept_variance + share * (moments[0] - kept_variance)
+        mixed_mean = kept_mean + share * (moments[1] - kept_mean)
+        factor = ((kept_variance + norm.eps) / (mixed_variance + norm.eps)).sqrt()
+        return norm(((rows - mixed_mean) * factor + kept_mean).reshape(x.shape).to(x.dtype))

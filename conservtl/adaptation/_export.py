@@ -1,0 +1,64 @@
+"""A plain model at the end: without hooks, replaced methods or classes of this package."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from conservtl.adaptation._finishing import merged
+from conservtl.adaptation.bound_plan import BoundPlan
+from conservtl.compat import hook_tables, load_hook_tables
+from conservtl.layers import unwrap
+from conservtl.layers.extended import extended_modules
+from conservtl.layers.plain import replace_module
+from conservtl.runtime.freezing import thaw
+
+__all__ = ["export"]
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+@torch.no_grad()
+def export(bound: BoundPlan) -> nn.Module:
+    """Return a plain copy of the model in eval mode; see ``Adaptation.export``."""
+    model: nn.Module = merged(bound)
+    for strategy in bound.origin.inherited:
+        strategy.merge(model)
+    unload: Any = getattr(model, "merge_and_unload", None)  # an adapter's model
+    if callable(unload):
+        model = unload()
+    for strategy in (*bound.origin.strategies, *bound.origin.inherited):
+        model = strategy.plain(model)
+    while extended := extended_modules(model):
+        first = next(iter(extended.values()))
+        model = replace_module(model, first, first.plain())
+    thaw(model)
+    for module in model.modules():
+        _strip(module)
+    return unwrap(model).eval()
+
+
+def _strip(module: nn.Module) -> None:
+    """Remove hooks and replaced methods of this package from a module."""
+    tables = [*hook_tables(module), *load_hook_tables(module)]
+    ours = {key for table in tables for key, hook in table.items() if _is_ours(hook)}
+    for table in tables:
+        for key in ours.intersection(table):
+            if _is_ours(table[key]) or isinstance(table[key], bool):
+                del table[key]
+    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
+        del vars(module)[name]
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether an object, or what it wraps, is of this package."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    value = getattr(value, "__self__", getattr(value, "hook", value))
+    if isinstance(value, (nn.Module, type)):
+        return False
+    where = getattr(value, "__module__", None) or type(value).__module__
+    return str(where).partition(".")[0] == _PACKAGE
