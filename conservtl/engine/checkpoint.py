@@ -176,6 +176,7 @@ def snapshot(
         "adaptation": session.adaptation.state_dict(),
         "optimizer": session.raw.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "average": session.average.state_dict() if session.average is not None else None,
         "generators": generator_states(generators),
         "processes": [dict(states) for states in gathered],
     }
@@ -224,6 +225,8 @@ def restore(
     session.raw.load_state_dict(saved["optimizer"])  # after the adaptation, which scales rates as it begins a phase
     if saved["scaler"] is not None and session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(saved["scaler"])
+    if session.average is not None:
+        session.average.load_state_dict(saved["average"])
     state = State(**{**saved["state"], "selection": Selection(**saved["state"]["selection"])})
     rank, world = session.part
     if len(saved.get("processes", ())) == world:

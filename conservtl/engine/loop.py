@@ -166,6 +166,8 @@ def fit(
         _run_epochs(learner, phases, sets, store, bar, begun, tell)
         if learner.state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)
+        elif session.average is not None:
+            session.average.apply()
         ended = finish(session, functions, batches, sets.valid, sets.path)
         store.end()
         return _result(session, learner.state, ended, begun, kept_outputs=learner.ever_cached)

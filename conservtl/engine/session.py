@@ -16,6 +16,7 @@ from conservtl.engine.evaluation import Functions
 from conservtl.engine.optimizer import Made
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.training import Training
+from conservtl.engine.weight_average import WeightAverage
 from conservtl.errors import SpecError
 from conservtl.plan.term import View
 from conservtl.runtime.freezing import tracks_statistics
@@ -39,6 +40,7 @@ class Session:
 
     model: nn.Module
     raw: torch.optim.Optimizer
+    average: WeightAverage | None = None
 
     def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any, made: Made | None = None) -> None:
         self.adaptation = adaptation
@@ -59,6 +61,13 @@ class Session:
         self.raw = self.adaptation.optimizer(cls, **options)
         self.model, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
         self.adaptation.keep_frozen()
+        if self.training.ema is not None:
+            trained = frozenset(self.adaptation.plan.trained)
+            self.average = WeightAverage(self.adaptation.model, trained, self.training.ema)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the averaged weights, if the settings ask for an average."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that the model's forward pass runs in."""
@@ -140,6 +149,8 @@ class Session:
         else:
             self.raw.step()
         self.raw.zero_grad()
+        if self.average is not None:
+            self.average.update()
 
     def rate(self, factor: float) -> None:
         """Set each group's rate to its initial rate times one factor."""

@@ -50,6 +50,10 @@ class Training(BaseModel):
     """Batches whose gradients are averaged into one step."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of all gradients together, with the pull; None: not clipped."""
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of an exponential average of the weights, taken in after each step from the starting point on, such as
+    0.999; evaluations, the weights that are kept and the result are the average. After n steps the starting point has a
+    share of ema to the n in it: for a short run choose a smaller one. None: no average."""
     batch_norm: Literal["train", "eval"] = "train"
     """Batch norms of trained layers: train updates their statistics on the target, eval keeps the source's."""
     keep: Literal["last", "target", "harmonic", "path"] = "last"
