@@ -161,11 +161,11 @@ class BoundPlan:
         check_importance(self.plan, self.measured)
         self.keep_frozen()  # a process group may have been initialised since
         scale = self.plan.phases[self.phase].scale
-        optimizer = build_optimizer(cls, self.plan, parameters, scale, options)
+        optimizer, inner = build_optimizer(cls, self.plan, parameters, scale, options)
         self.anchors.forget()
         self._optimized = ModelRecord(self.model)
         recognise(optimizer)
-        self.hook = StepHook(optimizer, self, penalties=pull)
+        self.hook = StepHook(optimizer, self, inner=inner, penalties=pull)
         return optimizer
 
     def make_scheduler(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conservtl.errors import SpecError
 from conservtl.kernels.dtensor import by_rows, sharded
@@ -17,6 +17,7 @@ from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 from conservtl.plan.update import Update
+from conservtl.runtime.inner_optimizer import check_groups, check_moves, check_steps, inner_optimizer
 from conservtl.runtime.model_check import check_precision
 
 __all__ = ["build_optimizer"]
@@ -28,8 +29,10 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     scale: float,
     options: Mapping[str, Any],
-) -> torch.optim.Optimizer:
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Return an optimizer whose groups carry the plan's rates, times the phase's factor, and names of layers.
+
+    It may be an optimizer around another, such as SAM or Lookahead.
 
     Args:
         cls: an optimizer class that takes groups and dense gradients.
@@ -38,10 +41,13 @@ def build_optimizer(
         scale: the current phase's factor on all rates.
         options: keyword arguments for ``cls``.
 
+    Returns:
+        The optimizer, and the one inside it that moves the weights: itself, unless it wraps another.
+
     Raises:
-        SpecError: nothing is trained, the optimizer cannot take groups, weight decay is asked for on parameters that a
-            penalty covers, a covered parameter is in half precision, a strength has no penalty, or a decoupled penalty
-            would overshoot the source.
+        SpecError: nothing is trained, the optimizer cannot take groups or carry out the plan around another, weight
+            decay is asked for on parameters that a penalty covers, a covered parameter is in half precision, a strength
+            has no penalty, or a decoupled penalty would overshoot the source.
     """
     rows = [plan[name] for name in plan.trained]
     if not rows:
@@ -64,24 +70,31 @@ def build_optimizer(
     for update in plan.updates:
         _check_precision(update, parameters)
     groups = _groups(plan, rows, base, scale, decays=_decays(cls, options))
-    optimizer = cls(
-        [
-            {
-                "params": [(name, parameters[name]) for name in names],
-                "name": title,
-                "lr": lr,
-                "initial_lr": lr,
-                "phase_scale": scale,
-                **({"layer": layer} if layer else {}),
-            }
-            for title, ((lr, _, layer), names) in zip(_titles(plan, groups.values()), groups.items(), strict=True)
-        ],
-        **options,
-    )
-    for group, (_, bare, _) in zip(optimizer.param_groups, groups, strict=True):
+    specs = [
+        {
+            "params": [(name, parameters[name]) for name in names],
+            "name": title,
+            "lr": lr,
+            "initial_lr": lr,
+            "phase_scale": scale,
+            **({"layer": layer} if layer else {}),
+        }
+        for title, ((lr, _, layer), names) in zip(_titles(plan, groups.values()), groups.items(), strict=True)
+    ]
+    optimizer: Any = cls([dict(spec) for spec in specs], **options)
+    inner = inner_optimizer(optimizer, name)
+    rates: dict[Tensor, tuple[str, float]] = {
+        parameters[row]: (row, lr) for (lr, *_), names in groups.items() for row in names
+    }
+    check_groups(optimizer, inner, rates, len(specs))
+    check_moves(optimizer, plan, name)
+    if inner is not optimizer:
+        device = parameters[rows[0].name].device
+        check_steps(lambda tensor: cls([specs[0] | {"params": [("weight", tensor)]}], **options), name, device)
+    for group, (_, bare, _) in zip(inner.param_groups, groups, strict=True):
         if bare and "weight_decay" in group:  # set afterwards, because its default may come from anywhere
             group["weight_decay"] = 0.0
-    return optimizer
+    return optimizer, inner
 
 
 def _base_rate(cls: Callable[..., torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> float:

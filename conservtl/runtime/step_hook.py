@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,13 +30,22 @@ class StepHook:
 
     Args:
         optimizer: from ``build_optimizer``; its groups carry ``param_names``.
+        inner: the optimizer inside it in whose step all this happens, of the same groups; None: it wraps none.
         context: the state of the adaptation, read before every step.
         penalties: False leaves the penalties to the caller's loss.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext, *, penalties: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        context: StepContext,
+        *,
+        inner: torch.optim.Optimizer | None = None,
+        penalties: bool = True,
+    ) -> None:
         self.optimizer = optimizer
-        self.index = ParameterIndex(optimizer, context)
+        self._inner = optimizer if inner is None else inner
+        self.index = ParameterIndex(self._inner, context)
         self._context = context
         self._penalties = PenaltyRunner(self.index, context) if penalties else None
         self._scaler: GradScaler | None = None
@@ -43,9 +53,11 @@ class StepHook:
         self._added: tuple[Any, ...] | None = None  # the gradients to which penalties were added
         self.rates = PhaseRates(optimizer)
         self._types = self._parameter_types()
-        optimizer.register_state_dict_pre_hook(lambda _: context.endings.checkpointed())
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        for one in dict.fromkeys((optimizer, self._inner)):
+            with suppress(AttributeError):  # a wrapper may leave out the constructor of its base class
+                one.register_state_dict_pre_hook(lambda _: context.endings.checkpointed())
+        self._inner.register_step_pre_hook(self._before_step)
+        self._inner.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
     def add(self, scaler: GradScaler | None = None) -> None:
@@ -117,7 +129,7 @@ class StepHook:
             self._context.check_terms()
         added, self._added = self._added, None
         self._context.anchors.follow()
-        skip, scale = (getattr(self.optimizer, name, None) for name in ("found_inf", "grad_scale"))
+        skip, scale = (getattr(self._inner, name, None) for name in ("found_inf", "grad_scale"))
         if added is None or added[0] is not self._state():  # not yet, or in a step that the scaler skipped
             self._couple(scale)
         self._context.updates.act(
@@ -129,7 +141,7 @@ class StepHook:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self._context.anchors.follow()
-        self._context.updates.act("after", self.index.moving, getattr(self.optimizer, "found_inf", None))
+        self._context.updates.act("after", self.index.moving, getattr(self._inner, "found_inf", None))
         self._context.updates.number += 1
         self._context.penalty_in_gradients = False
         self._context.endings.stepped()
@@ -144,7 +156,7 @@ class StepHook:
                     "penalty() is part of the loss, and the optimizer's step adds the pull too: it would count twice. "
                     "Leave penalty() out of the loss, or make the optimizer with optimizer(..., pull=False)."
                 )
-            self._penalties.add_gradients(scale, maximize=bool(self.optimizer.param_groups[0].get("maximize")))
+            self._penalties.add_gradients(scale, maximize=bool(self._inner.param_groups[0].get("maximize")))
 
     def _unscale(self, scaler: GradScaler) -> None:
         state = self._state()
