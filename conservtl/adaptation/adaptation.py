@@ -407,7 +407,8 @@ class Adaptation:
     def start_phase(self, phase: int) -> None:
         """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates.
 
-        A scheduler of torch keeps its first rates: make a new one after this.
+        A scheduler of torch keeps its first rates: make a new one after this, or let ``adaptation.scheduler(...)`` make
+        one that goes on over phases.
 
         Args:
             phase: position in ``plan.phases``.

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
-from conservtl.adaptation.preset import TrainingSettings
+from conservtl.adaptation.preset import TrainingSettings, optimizer_of, schedule_of
 from conservtl.compat import forget_graphs
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
@@ -153,8 +152,7 @@ class BoundPlan:
     ) -> torch.optim.Optimizer:
         """Return an optimizer with the plan's groups, and hook the pull and the updates into its step."""
         if cls is None:
-            cls, usual = self._training("optimizer(torch.optim.AdamW, lr=1e-3)").make()
-            options = {**usual, **options}
+            cls, options = optimizer_of(self.origin.training, options)
         parameters = self.parameters()
         self._handed_in.check_copied(self.plan, self.model, self.anchors.parameters)
         self.check_measured()
@@ -175,28 +173,8 @@ class BoundPlan:
         if self.hook is None:
             raise SpecError("scheduler() sets the rates of adaptation.optimizer(...): make that optimizer first.")
         if cls is None:
-            training = self._training("scheduler(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=100)")
-            steps = options.get("steps")
-            if options.keys() != {"steps"} or not isinstance(steps, int) or steps < 1:
-                raise SpecError(
-                    "scheduler() without a class follows the training settings, and needs the number of optimizer "
-                    f"steps of the whole training: scheduler(steps=...); received {options or 'nothing'}."
-                )
-            cls, options = LambdaLR, {"lr_lambda": lambda step: training.factor(min(step, steps - 1), steps)}
+            cls, options = schedule_of(self.origin.training, options)
         return PlanScheduler(self.hook.optimizer, cls, args, options)
-
-    def _training(self, otherwise: str) -> TrainingSettings:
-        """Return the settings that came with the strategies.
-
-        Raises:
-            SpecError: none did; the message gives the call without them.
-        """
-        if self.origin.training is None:
-            raise SpecError(
-                "adapt(...) was given strategies without training settings, which a recipe has: pass a class, such as "
-                f"{otherwise}."
-            )
-        return self.origin.training
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by name.
