@@ -104,12 +104,13 @@ class TestFinish:
     def test_what_failed_can_be_done_again(self):
         """And what came before it is not done twice."""
         adaptation, _ = trained(HALF, ctl.Projection(radius="learn", steps=1))
-        with pytest.raises(ctl.SpecError, match="Projection chooses on a validation part"):
-            adaptation.finish()
-        found = adaptation.model.body.weight.detach().clone()
+        end, start = adaptation.model.body.weight.detach().clone(), adaptation.start["body.weight"]
+        for _ in range(2):
+            with pytest.raises(ctl.SpecError, match="Projection chooses on a validation part"):
+                adaptation.finish()
+            torch.testing.assert_close(adaptation.model.body.weight.detach(), (start + end) / 2)
         facts = adaptation.finish(valid=[(X, torch.zeros(8, dtype=torch.long))])
-        assert facts["weight_interpolation"] == {"t": 0.5}
-        assert adaptation.model.body.weight.norm() >= found.norm() - 1
+        assert facts.keys() == {"weight_interpolation", "learned_projection"}
 
 
 WAYS = {
