@@ -6,15 +6,27 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from conservtl.errors import SourceError, SpecError
+from conservtl.layers import unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, as_strategy
 from conservtl.plan.extension import Extension, Extensions
 from conservtl.plan.plan import Plan
-from conservtl.source.read import Source
+from conservtl.source.read import Source, own_tensors
 
-__all__ = ["check_extensions_agree", "inherited_strategies", "run_note", "saved_extensions", "saved_strategies"]
+__all__ = [
+    "check_extensions_agree",
+    "describe_example",
+    "inherited_strategies",
+    "run_note",
+    "saved_example",
+    "saved_extensions",
+    "saved_strategies",
+]
 
 
 def saved_strategies(run: Mapping[str, Any] | None) -> tuple[Strategy, ...]:
@@ -45,14 +57,30 @@ def saved_extensions(run: Mapping[str, Any] | None) -> tuple[Extension, ...]:
     return extensions
 
 
-def inherited_strategies(source: Source, own: Collection[str]) -> tuple[Strategy, ...]:
-    """Return the strategies that added parameters to a saved model which the model does not have yet.
+def inherited_strategies(source: Source, model: nn.Module) -> tuple[Strategy, ...]:
+    """Return the strategies whose additions to a saved model the model does not have yet.
 
     Args:
         source: matched to the model's names.
-        own: names of the model's tensors.
+        model: to adapt; not changed.
     """
-    return saved_strategies(source.run) if source.tensors.keys() - set(own) else ()
+    saved = saved_strategies(source.run)
+    if not saved:
+        return ()
+    missing = bool(source.tensors.keys() - own_tensors(model).keys())
+    return tuple(one for one in saved if not _has_additions(model, one, default=not missing))
+
+
+def saved_example(run: Mapping[str, Any] | None) -> Any:
+    """Return an example of the inputs of a saved model, of the right shapes; None: not known."""
+    return _example(_extended(run).get("example"))
+
+
+def describe_example(example: Any) -> Any:
+    """Return an example as JSON: the shape of a tensor; the values of one of integers, such as lengths."""
+    if isinstance(example, Mapping):
+        return {name: describe_example(value) for name, value in example.items()}
+    return list(example.shape) if example.is_floating_point() else {"values": example.tolist()}
 
 
 def check_extensions_agree(plan: Plan, extensions: Collection[Extension], where: str) -> None:
@@ -84,6 +112,30 @@ def run_note(source: Source) -> tuple[str, ...]:
     labels = ", ".join(map(str, source.run["labels"][:12])) + (", ..." if len(source.run["labels"]) > 12 else "")
     made = "; ".join(f"{name} {value}" for name, value in source.run["preprocessing"].items() if name != "kind")
     return (f"saved by a run with the labels {labels} and the preprocessing {made}",)
+
+
+def _has_additions(model: nn.Module, strategy: Strategy, *, default: bool) -> bool:
+    """Return whether a model has what a strategy adds: taking it away would change a module.
+
+    Args:
+        model: not changed.
+        strategy: of an earlier run.
+        default: the answer for a strategy that cannot take away what it adds.
+    """
+    if type(strategy).retract is Strategy.retract:
+        return default
+    bare = deep_copy(unwrap(model))
+    before = [type(module) for module in bare.modules()]
+    strategy.retract(bare)
+    return before != [type(module) for module in bare.modules()]
+
+
+def _example(described: Any) -> Any:
+    if isinstance(described, Mapping):
+        if set(described) == {"values"}:
+            return torch.tensor(described["values"])
+        return {name: _example(value) for name, value in described.items()}
+    return None if described is None else torch.zeros(described)
 
 
 def _extended(run: Mapping[str, Any] | None) -> Mapping[str, Any]:

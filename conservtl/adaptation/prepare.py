@@ -13,6 +13,7 @@ from conservtl.adaptation.earlier_run import (
     check_extensions_agree,
     inherited_strategies,
     run_note,
+    saved_example,
     saved_extensions,
 )
 from conservtl.adaptation.preset import Preset
@@ -125,8 +126,8 @@ def adapt(
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
     if head_labels is not None:
         head_labels.check_run(read.run, read.where)
-    inherited, saved = inherited_strategies(read, own_tensors(model)), saved_extensions(read.run)
-    _, layers = extend_all(model, inherited, example, layers, head)
+    inherited, saved = inherited_strategies(read, model), saved_extensions(read.run)
+    _, layers = extend_all(model, inherited, saved_example(read.run) if example is None else example, layers, head)
     extended = [*inherited]
     try:
         if read.module is not None and read.module is not unwrap(model):

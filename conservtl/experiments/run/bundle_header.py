@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from conservtl.adaptation.earlier_run import saved_extensions, saved_strategies
+from conservtl.adaptation.earlier_run import describe_example, saved_example, saved_extensions, saved_strategies
 from conservtl.layers import find_layers
 from conservtl.methods import extend_all
 from conservtl.runtime.extending import apply_extensions
@@ -33,7 +32,7 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
     """
     if (extended := header.get("extended")) is None:
         return {}
-    example = _example(extended["example"])
+    example = saved_example(header)
     chosen = saved_strategies(header) if strategies else ()
     extensions = saved_extensions(header)
     added, cut = extend_all(model, chosen, example, extended["layers"], extended.get("head"))
@@ -41,18 +40,3 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
         apply_extensions(model, extensions, find_layers(model, example, cut))
     tensors = model.state_dict()
     return {name: tensors[name] for name in added}
-
-
-def describe_example(example: Any) -> Any:
-    """Return an example as JSON: the shape of a tensor; the values of one of integers, such as lengths."""
-    if isinstance(example, Mapping):
-        return {name: describe_example(value) for name, value in example.items()}
-    return list(example.shape) if example.is_floating_point() else {"values": example.tolist()}
-
-
-def _example(described: Any) -> Any:
-    if isinstance(described, Mapping):
-        if set(described) == {"values"}:
-            return torch.tensor(described["values"])
-        return {name: _example(value) for name, value in described.items()}
-    return None if described is None else torch.zeros(described)

@@ -154,6 +154,28 @@ def test_in_python_a_folder_brings_what_was_added(speech_fields, tmp_path):
     assert not hasattr(model, "input_transform")
 
 
+@pytest.mark.parametrize("layers", [["stem"], ["stem", "blocks.1"]])  # of the second as many features as the own head
+def test_a_head_that_is_fed_from_layers_is_kept(speech_fields, tmp_path, layers):
+    """Reference: the outputs of the loaded model, for a spec and in Python, with and without an example."""
+    probe = [{"kind": "feature_extraction", "layers": layers}]
+    report = run(parse_spec({**speech_fields, "strategies": probe}), tmp_path / "first")
+    onward = parse_spec(after(speech_fields, tmp_path / "first"))
+    setting = prepare(onward)
+    inputs = setting.domains.target_test.inputs
+    loaded = ctl.load_adapted(tmp_path / "first").model
+    with torch.no_grad():
+        outputs = loaded(inputs)
+        found = [setting.adaptation(obtain_source(setting).with_notes())]
+        found += [ctl.adapt(setting.model(3), tmp_path / "first", example=x) for x in (setting.example, None)]
+        found += [ctl.adapt(ctl.load_adapted(tmp_path / "first").model, tmp_path / "first")]
+        for adaptation in found:
+            assert not adaptation.plan.fresh
+            assert torch.allclose(adaptation.model.eval()(inputs), outputs, atol=1e-5)
+    again = run(onward, tmp_path / "second")
+    assert again["before"]["target"] == pytest.approx(report["after"]["target"])
+    assert ctl.load_adapted(tmp_path / "second").model.head.layers == tuple(layers)
+
+
 def test_in_python_labels_of_the_run_are_refused_in_another_order(first, speech_fields, tmp_path):
     """Given by hand, mixed or averaged with a model whose outputs have another order."""
     setting = prepare(parse_spec(speech_fields))
