@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import warnings
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 import conservtl as ctl
+from conservtl.plan.after import After
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 HALF = ctl.WeightInterpolation(t=0.5)
@@ -27,6 +29,28 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x))
+
+
+class Score(After):
+    """An ``after`` decision that needs a validation part."""
+
+    kind: Literal["with_score"] = "with_score"
+    scored: ClassVar[bool] = True
+
+    def describe(self):
+        return "asks for the score"
+
+    def finish(self, ending):
+        return {"score": ending.score()}
+
+
+class WithScore(ctl.Strategy):
+    """A strategy with that decision."""
+
+    kind: Literal["with_score"] = "with_score"
+
+    def apply(self, plan):
+        return plan.with_after(Score(by=self.label))
 
 
 def adapted(*strategies, **options):
@@ -103,14 +127,18 @@ class TestFinish:
 
     def test_what_failed_can_be_done_again(self):
         """And what came before it is not done twice."""
-        adaptation, _ = trained(HALF, ctl.Projection(radius="learn", steps=1))
+        adaptation, _ = trained(HALF, WithScore())
+        assert [after.by for after in adaptation.plan.after] == ["WeightInterpolation", "WithScore"]
         end, start = adaptation.model.body.weight.detach().clone(), adaptation.start["body.weight"]
         for _ in range(2):
-            with pytest.raises(ctl.SpecError, match="Projection chooses on a validation part"):
+            with pytest.raises(ctl.SpecError, match="WithScore chooses on a validation part"):
                 adaptation.finish()
             torch.testing.assert_close(adaptation.model.body.weight.detach(), (start + end) / 2)
-        facts = adaptation.finish(valid=[(X, torch.zeros(8, dtype=torch.long))])
-        assert facts.keys() == {"weight_interpolation", "learned_projection"}
+        assert adaptation.finish(score=lambda: 1.0) == {
+            "weight_interpolation": {"t": 0.5},
+            "with_score": {"score": 1.0},
+        }
+        torch.testing.assert_close(adaptation.model.body.weight.detach(), (start + end) / 2)
 
 
 WAYS = {
