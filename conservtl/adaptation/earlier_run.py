@@ -115,7 +115,7 @@ def run_note(source: Source) -> tuple[str, ...]:
 
 
 def _has_additions(model: nn.Module, strategy: Strategy, *, default: bool) -> bool:
-    """Return whether a model has what a strategy adds: taking it away would change a module.
+    """Return whether a model has what a strategy adds: taking it away would change a module or its parameters.
 
     Args:
         model: not changed.
@@ -125,9 +125,13 @@ def _has_additions(model: nn.Module, strategy: Strategy, *, default: bool) -> bo
     if type(strategy).retract is Strategy.retract:
         return default
     bare = deep_copy(unwrap(model))
-    before = [type(module) for module in bare.modules()]
+    before = _structure(bare)
     strategy.retract(bare)
-    return before != [type(module) for module in bare.modules()]
+    return before != _structure(bare)
+
+
+def _structure(model: nn.Module) -> tuple[list[str], list[type]]:
+    return [name for name, _ in model.named_parameters()], [type(module) for module in model.modules()]
 
 
 def _example(described: Any) -> Any:
