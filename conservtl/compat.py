@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -49,9 +50,11 @@ __all__ = [
     "forward_hook_table",
     "forward_hooks",
     "forward_pre_hooks",
+    "guard_hooks",
     "has_load_hooks",
     "has_scheduler",
     "hook_tables",
+    "hooks_are_guarded",
     "load_hook_tables",
     "metadata_of",
     "outside_graphs",
@@ -65,6 +68,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "with_metadata",
+    "without_graphs",
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -121,6 +125,30 @@ def forget_graphs() -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def guard_hooks() -> None:
+    """Drop the graphs of all compiled models, and have later ones made anew for a model with other hooks.
+
+    By default a graph is used for every model of a class, whatever its hooks. The setting has no public name; it can be
+    made once torch has loaded its compiler, and stays.
+    """
+    config = sys.modules.get("torch._dynamo.config")
+    if config is not None:
+        config.skip_nnmodule_hook_guards = False  # type: ignore[attr-defined]
+        forget_graphs()
+
+
+def hooks_are_guarded() -> bool:
+    """Return whether ``guard_hooks`` has nothing left to do, or no compiler is loaded."""
+    config = sys.modules.get("torch._dynamo.config")
+    return config is None or not config.skip_nnmodule_hook_guards
+
+
+def without_graphs() -> AbstractContextManager[Any]:
+    """Return a context in which compiled models run as they are; no compiler is loaded for it."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def forward_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:

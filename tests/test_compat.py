@@ -377,3 +377,40 @@ def test_accumulates_tells_backward_from_grad():
     torch.autograd.grad(squares(), weight)
     squares().backward(inputs=[weight])
     assert found == [True, False, True]
+
+
+def test_hooks_are_guarded():
+    """Two models of a class share a graph, whatever their hooks, until graphs are guarded by them."""
+    import torch._dynamo
+
+    class Own(nn.Linear):
+        pass
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = True
+    assert not compat.hooks_are_guarded()
+    compat.guard_hooks()
+    assert compat.hooks_are_guarded()
+    calls = []
+    plain, hooked = Own(2, 2), Own(2, 2)
+    hooked.register_forward_hook(lambda *_: calls.append(1))
+    plain.compile(backend="eager")
+    hooked.compile(backend="eager")
+    plain(torch.ones(1, 2))
+    hooked(torch.ones(1, 2))
+    assert calls
+
+
+def test_without_graphs():
+    """No graph is made of what runs inside."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph
+
+    compiled = torch.compile(nn.Linear(2, 2), backend=backend)
+    with compat.without_graphs():
+        compiled(torch.ones(1, 2))
+    assert not made
+    compiled(torch.ones(1, 2))
+    assert made

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from conservtl.adaptation.preset import TrainingSettings, optimizer_of, schedule_of
-from conservtl.compat import forget_graphs
+from conservtl.compat import forget_graphs, guard_hooks
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
@@ -284,8 +284,8 @@ class BoundPlan:
         model = unwrap(self.model)
         handles: list[RemovableHandle] = []
         if self.updates.listens:
-            forget_graphs()  # those made before do not call the new hooks
             handles.append(model.register_forward_pre_hook(ForwardHook(self)))
+            guard_hooks()
             handles.append(model.register_state_dict_pre_hook(StateDictHook(self)))  # type: ignore[no-untyped-call]
         if not self.endings.complete:
             handles.append(model.register_forward_pre_hook(ExportHook(self.endings)))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from conservtl.batches import map_tensors, tensors_of
+from conservtl.compat import without_graphs
 from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.evaluation import Functions, Holdout
 from conservtl.engine.randomness import preserve_rng
@@ -50,7 +50,7 @@ def check_first_batches(
         DataError: a set is empty, or its inputs are of another type than the weights.
     """
     model = session.adaptation.model
-    with eval_mode(model), preserve_buffers(model), preserve_rng(batches.generators), _eager():
+    with eval_mode(model), preserve_buffers(model), preserve_rng(batches.generators), without_graphs():
         for kind, named in sets.items():
             for name, data in named.items():
                 with _about(f"the set {name!r} of {kind}"), preserve_rng(getattr(data.data, "generators", ())):
@@ -124,12 +124,6 @@ def _check_signature(metrics: Any) -> None:
         ) from error
     except ValueError:  # functions of C say no signature
         return
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Return a context in which compiled models run as they are: a few examples are not worth a graph."""
-    compiled = "torch._dynamo" in sys.modules  # otherwise no module is
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.compat import guard_hooks, hooks_are_guarded
 from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.term import numbered
@@ -40,6 +41,8 @@ class _Start:
 
     def __call__(self, *_: Any) -> None:
         if self.live and torch.is_grad_enabled():
+            if not torch.compiler.is_compiling() and not hooks_are_guarded():
+                guard_hooks()  # the compiler was loaded after the taps were registered
             self.passes.count += 1
             self.passes.running = True
             first = max(1, self.passes.count - self.passes.keep + 1)

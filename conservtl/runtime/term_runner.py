@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.compat import forget_graphs
+from conservtl.compat import guard_hooks
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.labels import give_labels, takes_labels
@@ -75,7 +75,7 @@ class TermRunner:
         enters = list(dict.fromkeys([*enters, *self._heads]))
         if self._layers or enters:
             self._taps = Taps(model, self._layers, enters)
-            forget_graphs()  # those made before do not call the new hooks
+            guard_hooks()
 
     def detach(self) -> None:
         """Remove the taps."""

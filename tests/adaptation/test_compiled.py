@@ -201,3 +201,37 @@ def test_what_is_frozen_by_hand_under_a_graph_does_not_move():
     optimizer.step()
     assert model.first.weight.grad is None
     assert torch.equal(model.first.weight, before)
+
+
+@pytest.mark.parametrize("name", ["features", "mixout"])
+@pytest.mark.parametrize("when", ["before adapt", "after adapt", "between steps"])
+def test_another_model_of_the_class_is_compiled_too(name, when):
+    """A graph without hooks, made for one model, is not used for the model with hooks."""
+    strategy = ctl.FeatureConservation(metric="delta", alpha=5.0) if name == "features" else ctl.Mixout(p=0.9)
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model, other = network(), network()
+        runs = {"model": model, "other": other}
+        if compiled:
+            runs = {key: torch.compile(one, backend="aot_eager") for key, one in runs.items()}
+
+        def run_other(moment, runs=runs):
+            if moment == when:
+                runs["other"](X).sum().backward()
+
+        run_other("before adapt")
+        adaptation = ctl.adapt(runs["model"], SOURCE, [strategy])
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        run_other("after adapt")
+        for _ in range(3):
+            run_other("between steps")
+            torch.manual_seed(0)
+            outputs = runs["model"](X)
+            loss = nn.functional.cross_entropy(outputs, Y)
+            (adaptation.loss(loss, outputs, X) if name == "features" else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adaptation.finish([(X, Y)])
+        results.append(copy.deepcopy(model.state_dict()))
+    assert_same(results[1], results[0])
