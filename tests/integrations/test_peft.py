@@ -178,6 +178,17 @@ class TestMergedL2SP:
         with pytest.raises(ctl.SpecError, match="a convolution in groups"):
             adapt(model, [ctl.L2SP()])
 
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT reads it
+    def test_prompts_are_refused(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0
+        )
+        prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), prompts)
+        with pytest.raises(ctl.SpecError, match=r"\(PromptTuningConfig\) changes no weight by B A"):
+            adapt(model, [ctl.L2SP()])
+
     def test_two_active_adapters_are_refused(self):
         model = wrapped()
         model.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS))
@@ -292,6 +303,20 @@ class TestMergedWeights:
             expected = start if change is None else start + t * change
             torch.testing.assert_close(merged.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
+    def test_a_bias_of_the_adapter_goes_back_too(self):
+        model = wrapped(target_modules=["body.0"], lora_bias=True)
+        adaptation = adapt(model, [ctl.WeightInterpolation(t=0.0), ctl.L2SP()])
+        move(model)
+        layer = model.base_model.model.body[0]
+        bias = layer.scaling["default"] * layer.lora_B["default"].bias.detach()
+        square = layer.get_delta_weight("default").detach().square().sum() + bias.square().sum()
+        size = sum(parameter.detach().square().sum() for parameter in network().body[0].parameters())
+        assert adaptation.drift()["base_model.model.body"] == pytest.approx(float((square / size).sqrt()), rel=1e-5)
+        adaptation.finish()
+        torch.testing.assert_close(model(TOKENS), network()(TOKENS))
+        with pytest.raises(ctl.SpecError, match=r"lora_B\.default\.bias' of the adapter changes the model otherwise"):
+            adapt(wrapped(target_modules=["body.0"], lora_bias=True), [ctl.L2SP(on="all")])
+
     def test_the_best_point_by_a_score(self):
         model = wrapped()
         adaptation = adapt(model, [ctl.WeightInterpolation(t=None, points=5)])
@@ -318,6 +343,14 @@ class TestMergedWeights:
         model = peft.get_peft_model(network(), peft.IA3Config(target_modules=["body.0"], feedforward_modules=[]))
         with pytest.raises(ctl.SpecError, match="only LoRA changes a weight by B A"):
             adapt(model, [ctl.WeightInterpolation(t=0.5)])
+
+
+def test_fit():
+    """With rates, a term, the pull on the merged weights and the way back, as on any model."""
+    strategies = [ctl.L2SP(), ctl.OutputConservation(weight=0.5), ctl.WeightInterpolation(t=0.5)]
+    adaptation = adapt(wrapped(moved=True), [*strategies, ctl.DiscriminativeLR(decay=0.5)])
+    result = ctl.fit(adaptation, (TOKENS, LABELS), {"target": (TOKENS, LABELS)}, ctl.Training(epochs=2))
+    assert result.after["weight_interpolation"] == {"t": 0.5}
 
 
 class TestRefusals:

@@ -67,7 +67,8 @@ def _check_covered(plan: Plan, merged: MergedL2Penalty, trained: set[str]) -> No
     """Raise if the adapter has trained weights that change the base otherwise than by B A."""
     for name in sorted(trained):
         row = plan[name]
-        if row.origin == "source" or row.kind != "weight" or name in merged.names or ".modules_to_save." in name:
+        pulled = row.kind == "weight" or any(name in penalty.names for penalty in plan.penalties)
+        if row.origin == "source" or not pulled or name in merged.names or ".modules_to_save." in name:
             continue
         if "lora_" in name or "trainable_tokens" in name or "prompt_encoder" in name:
             raise SpecError(

@@ -32,6 +32,7 @@ class Pair:
         scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
         weight: name of the weight that is changed.
         size: number of its elements.
+        bias: name of the bias of B (``lora_bias=True``), or None.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Pair:
     scale: float
     weight: str
     size: int
+    bias: str | None = None
 
 
 def lora_pairs(model: nn.Module) -> tuple[Pair, ...]:
@@ -59,7 +61,14 @@ def lora_pairs(model: nn.Module) -> tuple[Pair, ...]:
                 f"adapter {name!r}: the base must be the source, but init_lora_weights={start!r} moves a part of its "
                 "weights into the adapter. Choose another initialisation, such as True."
             )
-    return tuple(pair for module, layer in _lora_layers(bare) for pair in _pairs(module, layer))
+    pairs = tuple(pair for module, layer in _lora_layers(bare) for pair in _pairs(module, layer))
+    if not pairs:
+        kinds = ", ".join(type(config).__name__ for config in bare.peft_config.values())
+        raise SpecError(
+            f"the adapter ({kinds}) changes no weight by B A, as LoRA does. Use LoraConfig, or leave out L2SP and what "
+            "acts after training."
+        )
+    return pairs
 
 
 def squared_change(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -117,7 +126,8 @@ def _pairs(name: str, layer: Any) -> Iterator[Pair]:
             a, b = f"{name}.lora_A.{one}.weight", f"{name}.lora_B.{one}.weight"
         else:
             a, b = f"{name}.lora_embedding_A.{one}", f"{name}.lora_embedding_B.{one}"
-        yield Pair(name, a, b, float(layer.scaling[one]), f"{name}.base_layer.weight", base.weight.numel())
+        bias = f"{name}.lora_B.{one}.bias" if layer.lora_bias.get(one) else None
+        yield Pair(name, a, b, float(layer.scaling[one]), f"{name}.base_layer.weight", base.weight.numel(), bias)
 
 
 def _other_formula(layer: Any, adapter: str) -> str | None:

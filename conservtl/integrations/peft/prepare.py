@@ -129,29 +129,32 @@ class AdapterAdaptation(Adaptation):
     def start(self) -> dict[str, Tensor]:
         """Starting point on the CPU of what training changes: zero for each B, and what is trained of the base."""
         parameters = self.bound.parameters()
-        zeros = {pair.b: torch.zeros_like(parameters[pair.b], device="cpu") for pair in self.pairs}
-        return {**dict(self.bound.anchors.parameters), **{name: zero.detach() for name, zero in zeros.items()}}
+        names = [name for pair in self.pairs for name in (pair.b, pair.bias) if name is not None]
+        zeros = {name: torch.zeros(parameters[name].shape, dtype=parameters[name].dtype) for name in names}
+        return {**self.bound.anchors.parameters, **zeros}
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
         """Return layer -> |w - w0| / |w0| over its parameters from the source, with the adapter merged."""
         self.restore_weights()
-        parameters = self.bound.parameters()
-        changes = {pair.weight: change(parameters[pair.a], parameters[pair.b], pair.scale) for pair in self.pairs}
+        parameters, anchors = self.bound.parameters(), self.bound.anchors.parameters
+        squares = {name: _square(parameters[name].cpu().double() - anchors[name].double()) for name in anchors}
+        for pair in self.pairs:
+            squares[pair.weight] = change(parameters[pair.a], parameters[pair.b], pair.scale) ** 2
+            if pair.bias is not None and pair.weight.removesuffix("weight") + "bias" not in anchors:
+                squares[pair.weight] += _square(pair.scale * parameters[pair.bias].double())
         drift = {}
         for layer, rows in self.plan.by_layer():
             names = [row.name for row in rows if row.origin == "source"]
-            start = {name: self.bound.anchors.parameters.get(name, parameters[name]) for name in names}
-            moved = sum(changes.get(name, 0.0) ** 2 for name in names)
-            moved += sum(
-                float((parameters[name].cpu().double() - start[name].double()).square().sum())
-                for name in names
-                if name in self.bound.anchors.parameters
-            )
-            size = sum(float(value.double().square().sum()) for value in start.values())
             if names:
+                moved = sum(squares.get(name, 0.0) for name in names)
+                size = sum(_square(anchors.get(name, parameters[name]).double()) for name in names)
                 drift[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
         return drift
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.square().sum())
 
 
 class AdapterOff(SharedModel):
