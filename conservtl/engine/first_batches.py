@@ -179,6 +179,8 @@ def _loss(loss: Loss, outputs: Any, content: Any, data: Held | Streamed | None =
 def _check_classes(logits: Tensor, labels: Any, content: Any, ignored: int) -> None:
     """Raise unless class indices are positions of the outputs, and probabilities sum to 1."""
     few = labels_of(content)
+    if isinstance(labels, Tensor) and (labels.shape[1:], labels.dtype) != (few.shape[1:], few.dtype):
+        labels = few  # an augmentation mixed them
     if not isinstance(labels, Tensor) or not labels.numel() or logits.ndim < 2 or logits.shape[1] < 2:
         return  # the loss says more
     if few.shape == logits.shape and logits.ndim == 2:

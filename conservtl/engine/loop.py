@@ -18,6 +18,7 @@ from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.first_batches import check_first_batches
 from conservtl.engine.fit_result import FitResult
 from conservtl.engine.interruption import interruptible
+from conservtl.engine.mixing import with_mixing
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import (
     Sets,
@@ -157,7 +158,8 @@ def fit(
             return _untrained(session, functions, batches, sets, store, begun)
         session.begin()
         steps = total_steps(settings, batches.count())
-        learner = Learner(session, functions, batches, steps, augment, keep_frozen_outputs)
+        mixed = with_mixing(session, functions, batches, augment)
+        learner = Learner(session, functions, batches, steps, mixed, keep_frozen_outputs)
         if saved is not None:
             learner.go_on_from(restore(session, saved, learner.generators, learner.augmenting))
         begun -= learner.state.seconds

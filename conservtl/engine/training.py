@@ -54,6 +54,12 @@ class Training(BaseModel):
     """Decay of an exponential average of the weights, taken in after each step from the starting point on, such as
     0.999; evaluations, the weights that are kept and the result are the average. After n steps the starting point has a
     share of ema to the n in it: for a short run choose a smaller one. None: no average."""
+    mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Mix each image with another of its batch, by torchvision's MixUp: shares are drawn from Beta(mixup, mixup), such
+    as 0.2, and labels are mixed alike. None: not. With cutmix too, one of the two is drawn for each batch."""
+    cutmix: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Paste a part of another image of the batch, by torchvision's CutMix: its area is drawn from Beta(cutmix, cutmix),
+    such as 1, and labels are mixed by area. None: not."""
     batch_norm: Literal["train", "eval"] = "train"
     """Batch norms of trained layers: train updates their statistics on the target, eval keeps the source's."""
     keep: Literal["last", "target", "harmonic", "path"] = "last"

@@ -13,6 +13,7 @@ from conservtl.engine import Training, best_block
 from conservtl.engine.batching import Contents, Held, Streamed, as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.mixing import with_mixing
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session, open_session
 from conservtl.errors import SpecError
@@ -120,7 +121,8 @@ def range_test(
         session.begin()
         session.start_phase(len(trained.plan.phases) - 1)
         rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
-        losses = _losses(session, functions, _endless(batches), rates, augment, seed)
+        mixed = with_mixing(session, functions, batches, augment)
+        losses = _losses(session, functions, _endless(batches), rates, mixed, seed)
     return read_curve(rates, losses)
 
 
