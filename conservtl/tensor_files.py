@@ -57,7 +57,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
         raise SourceError(
             f"{str(path)!r} cannot be read as weights: {error}. The file is damaged, or no safetensors file. Make or "
             "download it again."
@@ -66,7 +66,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 def _parted(metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], str | None]:
     """Return a file's header and its checksum."""
-    header: dict[str, Any] = json.loads((metadata or {}).get(_HEADER, "{}"))
+    header: Any = json.loads((metadata or {}).get(_HEADER, "{}"))
+    if not isinstance(header, dict):
+        raise TypeError(f"its header must be a JSON object; received a {type(header).__name__}")
     return header, header.pop(_DIGEST, None)
 
 

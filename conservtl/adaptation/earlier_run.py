@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -27,6 +28,8 @@ __all__ = [
     "saved_extensions",
     "saved_strategies",
 ]
+
+_VALUES = 10**8  # of an example
 
 
 def saved_strategies(run: Mapping[str, Any] | None) -> tuple[Strategy, ...]:
@@ -135,11 +138,20 @@ def _structure(model: nn.Module) -> tuple[list[str], list[type]]:
 
 
 def _example(described: Any) -> Any:
-    if isinstance(described, Mapping):
-        if set(described) == {"values"}:
-            return torch.tensor(described["values"])
-        return {name: _example(value) for name, value in described.items()}
-    return None if described is None else torch.zeros(described)
+    """Return an example of the described shape; None without one, or for one of more values than any example has.
+
+    Raises:
+        SourceError: it is no shape.
+    """
+    try:
+        if isinstance(described, Mapping):
+            if set(described) == {"values"}:
+                return torch.tensor(described["values"])
+            return {name: _example(value) for name, value in described.items()}
+        fits = described is None or math.prod(described) <= _VALUES
+        return torch.zeros(described) if described is not None and fits else None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SourceError(f"the model's header must describe an example of its inputs; received {error}.") from error
 
 
 def _extended(run: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from conservtl.errors import SourceError, hint
 from conservtl.layers import canonical
+from conservtl.source.kinds import has_values
 
 __all__ = ["KNOWN_KEYS", "amount", "some", "tensors_of", "weights_in"]
 
+_NAME = 1000
+_REPEATED = 2**24  # bytes that a tensor may have more than the file, as buffers of repeated values do
 KNOWN_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which checkpoints hold the trained weights, in the order in which they are preferred."""
 
@@ -34,7 +37,11 @@ def weights_in(entries: Mapping[str, Any], where: str, key: str | None = None) -
     if key is not None:
         entries = _entry(entries, key, where)
         notes.append(f"took the entry {key!r}")
+    passed = {id(entries)}
     while (name := _choice(entries, where)) is not None:
+        if id(entries[name]) in passed:
+            raise SourceError(f"{where}: its entry {name!r} holds itself; a state dict is needed.")
+        passed.add(id(entries[name]))
         others = sorted(str(other) for other in entries if other != name)
         weights = sorted(repr(path) for path in _paths({key: one for key, one in entries.items() if key != name}))
         left = f", ignored {', '.join(others[:6])}" if others else ""
@@ -48,7 +55,8 @@ def tensors_of(entries: Mapping[str, Any], where: str, notes: list[str]) -> dict
     """Return canonical name -> tensor; entries that are no tensors are added to the notes.
 
     Raises:
-        SourceError: there are no tensors, or layers are stored in a quantised module's packed form.
+        SourceError: there are no tensors, layers are stored in a quantised module's packed form, or a tensor claims far
+            more values than the file holds.
     """
     others = sorted(str(name) for name, value in entries.items() if not isinstance(value, Tensor))
     if packed := [name for name in others if name.endswith("_packed_params")]:
@@ -58,10 +66,25 @@ def tensors_of(entries: Mapping[str, Any], where: str, notes: list[str]) -> dict
         )
     if others:
         notes.append(f"ignored entries that are not tensors: {', '.join(others[:6])}")
+    for name, value in entries.items():
+        if isinstance(value, Tensor):
+            _check_size(str(name), value, where)
     tensors = {canonical(str(name)): value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
         raise SourceError(f"{where} holds no tensors (entries: {some(map(str, entries))}); a state dict is needed.")
     return tensors
+
+
+def _check_size(name: str, tensor: Tensor, where: str) -> None:
+    """Raise if a tensor's name is endless, or if it repeats few values (stride 0) to many."""
+    if len(name) > _NAME:
+        raise SourceError(f"{where}: names have at most {_NAME:,} characters; {name[:40]!r}... has {len(name):,}.")
+    size = tensor.numel() * tensor.element_size()
+    if size > _REPEATED and has_values(tensor) and size > tensor.untyped_storage().nbytes():
+        raise SourceError(
+            f"{where}: a tensor's values must be in the file; {name!r} claims {size:,} bytes and the file holds "
+            f"{tensor.untyped_storage().nbytes():,} for it. Save tensor.contiguous(), if the weights are to be trusted."
+        )
 
 
 def amount(names: Iterable[str], tensors: Mapping[str, Tensor]) -> str:

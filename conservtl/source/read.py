@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +260,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_tensors(path)
+        _check_unpacked(path)
         # Mapped, so that large weights are not in memory twice; only torch's newer format can be.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except SourceError:
@@ -272,6 +274,28 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping):
         raise SourceError(f"source {str(path)!r} holds a {type(loaded).__name__}; a state dict is needed.")
     return loaded
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise if reading a file of torch's would take far more memory than the file has bytes.
+
+    torch stores the parts of its archives without compression; of what its safe unpickler may call, ``bytearray(n)``
+    alone makes something large of nothing.
+    """
+    where = f"source {path.name}"
+    if not path.stat().st_size:
+        return
+    if not is_zipfile(path):
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            allocates = content.find(b"bytearray") >= 0
+    else:
+        with ZipFile(path) as archive:
+            if any(part.file_size > part.compress_size for part in archive.infolist()):
+                raise SourceError(f"{where}: an archive of weights must not be compressed. Save it with torch.save.")
+            parts = [name for name in archive.namelist() if name.endswith(".pkl")]
+            allocates = any(b"bytearray" in archive.read(name) for name in parts)
+    if allocates:
+        raise SourceError(f"{where}: it holds a bytearray, whose size has no bound. Save the state dict alone.")
 
 
 def _migrated(source: Source, tensors: dict[str, Tensor]) -> Source:

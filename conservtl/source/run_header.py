@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from conservtl import tensor_files
 from conservtl.errors import SourceError
@@ -20,7 +23,11 @@ def weights_file(path: Path) -> Path:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """Return what a run wrote beside the weights; None for a file that no run wrote or that cannot be read."""
+    """Return what a run wrote beside the weights; None for a file that no run wrote or that cannot be read.
+
+    Raises:
+        SourceError: the header is none that a run writes.
+    """
     path = weights_file(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return None
@@ -28,7 +35,39 @@ def read_header(path: Path) -> dict[str, Any] | None:
         header = tensor_files.read_header(path)
     except SourceError:
         return None
-    return None if header is None else _upgraded(header)
+    if header is None:
+        return None
+    try:
+        _HEADER.validate_python(header)
+        return _upgraded(header)
+    except (ValidationError, TypeError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("instance_statistics",)}
+        raise SourceError(
+            f"{str(path)!r}: its header must be as a run writes it; {'.'.join(map(str, first['loc']))} is not. The "
+            "file is damaged, or another program wrote it."
+        ) from error
+
+
+class _Extended(TypedDict, total=False):
+    strategies: list[dict[str, Any]]
+    extensions: list[dict[str, Any]]
+    example: Any
+    layers: list[str] | None
+    head: list[str] | None
+    modules: list[str]
+
+
+class _Header(TypedDict, total=False):
+    task: Required[str]
+    labels: Required[list[str]]
+    model: Required[dict[str, Any]]
+    preprocessing: Required[dict[str, Any]]
+    module: str
+    extended: _Extended
+    instance_statistics: dict[str, float]
+
+
+_HEADER = TypeAdapter(_Header)
 
 
 def _upgraded(header: dict[str, Any]) -> dict[str, Any]:
