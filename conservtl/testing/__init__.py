@@ -27,6 +27,20 @@ from conservtl.testing.choices import strategies
 from conservtl.testing.contract import check_strategy
 from conservtl.testing.fields import instances, specs
 from conservtl.testing.networks import models
+from conservtl.testing.situations import frozen_parts, layer_drops, masked_batches, several_outputs, tied_heads
 from conservtl.testing.weights import Weights, state_dicts
 
-__all__ = ["Weights", "check_strategy", "instances", "models", "specs", "state_dicts", "strategies"]
+__all__ = [
+    "Weights",
+    "check_strategy",
+    "frozen_parts",
+    "instances",
+    "layer_drops",
+    "masked_batches",
+    "models",
+    "several_outputs",
+    "specs",
+    "state_dicts",
+    "strategies",
+    "tied_heads",
+]

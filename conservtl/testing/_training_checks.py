@@ -17,7 +17,7 @@ from conservtl.testing._cases import RATE, Case, require
 from conservtl.testing.law_case import LawCase
 from conservtl.testing.steps import backward, doubled, held, measured, objective, outputs_of
 
-__all__ = ["check_skipped", "check_training", "law_case"]
+__all__ = ["check_skipped", "check_training", "law_case", "train"]
 
 
 def check_training(strategy: Strategy, case: Case) -> None:
@@ -27,11 +27,11 @@ def check_training(strategy: Strategy, case: Case) -> None:
     if not first.plan.trained or not measured(first, case.example):
         return
     copied = copy.deepcopy(first)
-    _train(strategy, first, case.example)
+    train(strategy, first, case.example)
     _check_finite(strategy, first)
     unchanged = all(torch.equal(start[name], tensor) for name, tensor in second.model.state_dict().items())
     require(unchanged, strategy, "training one model changed another.")
-    _train(strategy, copied, case.example)
+    train(strategy, copied, case.example)
     expected = named_parameters(copied.model)
     same = all(torch.equal(p, expected[name]) for name, p in named_parameters(first.model).items())
     require(same, strategy, "a deep copy of the adaptation trains differently.")
@@ -39,7 +39,7 @@ def check_training(strategy: Strategy, case: Case) -> None:
     require(same, strategy, "gives another plan after a model has been trained.")
 
 
-def _train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
+def train(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
     """Make two steps in each phase. Raise unless groups are complete and frozen tensors stay the same."""
     optimizer = adaptation.optimizer(torch.optim.SGD, lr=RATE, momentum=0.9)
     listed = [name for group in optimizer.param_groups for name in group["param_names"]]

@@ -12,6 +12,7 @@ from conservtl.source.read import SourceLike
 from conservtl.testing._cases import cases, require
 from conservtl.testing._extension_checks import check_extended_modules, check_extension
 from conservtl.testing._plan_checks import check_memory, check_place, check_pure
+from conservtl.testing._situation_checks import check_situations
 from conservtl.testing._spec_checks import check_spec
 from conservtl.testing._training_checks import check_skipped, check_training, law_case
 from conservtl.testing.laws import LAWS, check_law
@@ -29,7 +30,9 @@ def check_strategy(
     adapted by it trains: frozen tensors stay the same bit for bit, each trained parameter is in one group, no skipped
     step moves anything, and no model affects another. Each step keeps the laws of ``conservtl.testing.laws``: loss
     scales, accumulation, the batch size, the sign of the loss and missing gradients make no difference, training
-    resumes bit for bit, and a penalty's gradient is that of its value.
+    resumes bit for bit, and a penalty's gradient is that of its value. On small models with frozen parts, a tied head,
+    a layer that does not run in a step, several outputs and padding (``frozen_parts()`` and the other generators) it is
+    right or raises an ``InputError``.
 
     Args:
         strategy: the strategy.
@@ -74,3 +77,4 @@ def check_strategy(
                 check_law(law, step)
     if len(refusals) == len(tried):
         raise refusals[0]
+    check_situations(strategy)

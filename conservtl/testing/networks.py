@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-__all__ = ["CLASSES", "models"]
+__all__ = ["CLASSES", "TiedNetwork", "models"]
 
 CLASSES = 3
 """Every model gives (4, CLASSES) scores."""
@@ -27,7 +27,7 @@ class _Recurrent(nn.Module):
         return scores
 
 
-class _Tied(nn.Module):
+class TiedNetwork(nn.Module):
     """A word model whose output layer shares the embedding's weight."""
 
     def __init__(self, width: int) -> None:
@@ -39,6 +39,7 @@ class _Tied(nn.Module):
         self.out.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the scores of words (N, length)."""
         scores: Tensor = self.out(self.norm(self.mix(self.embed(x)).tanh()).mean(1))
         return scores
 
@@ -130,7 +131,7 @@ def _recurrent(draw: st.DrawFn) -> _Made:
 
 def _tied(draw: st.DrawFn) -> _Made:
     width = draw(st.integers(2, 4))
-    return lambda: _Tied(width), lambda: torch.randint(CLASSES, (_BATCH, 5))
+    return lambda: TiedNetwork(width), lambda: torch.randint(CLASSES, (_BATCH, 5))
 
 
 def _shared(draw: st.DrawFn) -> _Made:
