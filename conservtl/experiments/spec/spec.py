@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, create_model
 
 from conservtl.bounds import Place, check_names
 from conservtl.engine import Training
@@ -47,7 +47,7 @@ def _path_or_name(value: Any) -> Any:
 class SourceSection(FrozenModel):
     """The source model's origin."""
 
-    weights: Annotated[Path | str, BeforeValidator(_path_or_name)] | None = None
+    weights: Annotated[str | Path, AfterValidator(_path_or_name)] | None = None
     """Source weights: a file, a folder as save_pretrained writes it, or a name: torchvision:ResNet18_Weights.DEFAULT,
     timm:resnet18.a1_in1k, torchaudio:WAV2VEC2_BASE, hf:ORG/NAME@REVISION (safetensors), or a URL with #sha256=... The
     spec that a run writes names the very weights it took. null: a source model is trained on the source data, and

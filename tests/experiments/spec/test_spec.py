@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from conservtl import SpecError
-from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema
+from conservtl.experiments.spec.spec import SourceSection, dump_spec, load_spec, parse_spec, schema
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SPECS = sorted(path for name in ("speech", "vision") for path in (EXAMPLES / name).glob("*.yaml"))
@@ -101,3 +101,9 @@ def test_the_schema_describes_every_field_for_an_editor():
         if field not in ("kind", "task") and not {"description", "$ref"} & content.keys()
     ]
     assert not bare
+
+
+@pytest.mark.parametrize("weights", ["a/b.pt", "timm:resnet18.a1_in1k", "https://a.org/b.pt", None])
+def test_source_weights_survive_json(weights):
+    section = SourceSection(weights=weights)
+    assert SourceSection.model_validate_json(section.model_dump_json()) == section
