@@ -51,14 +51,19 @@ def behind(first: nn.Module, name: str, model: nn.Module) -> nn.Module:
         model: takes the result and all further arguments.
     """
     graph = fx.Graph()
-    arguments = []
+    arguments: list[fx.Node] = []
+    named: dict[str, Any] = {}
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = () if parameter.default is parameter.empty else (parameter.default,)
-        arguments.append(graph.create_node("placeholder", parameter.name, default, name=parameter.name))
+        node = graph.create_node("placeholder", parameter.name, default, name=parameter.name)
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            named[parameter.name] = node
+        else:
+            arguments.append(node)
     entered = graph.call_module(name, (arguments[0],))
-    graph.output(graph.call_module("model", (entered, *arguments[1:])))
+    graph.output(graph.call_module("model", (entered, *arguments[1:]), named))
     root = nn.Module()
     root.add_module(name, first)
     root.add_module("model", model)

@@ -130,6 +130,23 @@ def test_a_transform_that_cannot_be_merged_stands_in_front():
     assert [name for name, _ in plain.named_children()] == ["input_transform", "model"]
 
 
+def test_in_front_of_a_model_with_further_arguments():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor, scale: float = 2.0, *, shift: float = 0.0) -> torch.Tensor:
+            return self.head(scale * self.front(x).relu()) + shift
+
+    adaptation = ctl.adapt(Two(), Two(), [ctl.InputTransform(dim=-1)])
+    torch.nn.init.normal_(adaptation.model.input_transform.weight)
+    plain = adaptation.export()
+    assert_plain(plain)
+    for arguments in ({}, {"scale": 3.0}, {"scale": 3.0, "shift": 1.0}):
+        torch.testing.assert_close(plain(FRAMES, **arguments), adaptation.model(FRAMES, **arguments))
+
+
 def test_in_a_sequence_it_is_the_first_module():
     def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
