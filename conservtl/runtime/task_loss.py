@@ -51,9 +51,10 @@ def read_task_loss(loss: Tensor, logits: Any, batch: Any = None) -> TaskLoss:
     """
     if not isinstance(logits, Tensor) or loss.grad_fn is None:
         return TaskLoss(None, "the loss is not computed from the outputs")
-    nodes, linked = _between(loss.grad_fn, logits)
+    ends = _ends(logits)
+    nodes, linked = _between(loss.grad_fn, ends, logits)
     names = [_name(node) for node in nodes]
-    axis = _axis(nodes, names, logits) if linked else None
+    axis = _axis(nodes, names, ends, logits) if linked else None
     form, why = _form(set(names), loss)
     counted = _counted(nodes, names, logits, axis) if form == "softmax" else None
     if counted is None and form != "squared" and not _ALIGNED.intersection(names):  # labels have positions of their own
@@ -83,7 +84,27 @@ def _form(names: set[str], loss: Tensor) -> tuple[OutputForm | None, str]:
     return None, f"the loss ({_name(loss.grad_fn)}) says neither classes, nor binary labels, nor numbers"
 
 
-def _between(start: Node, logits: Tensor) -> tuple[list[Node], bool]:
+def _ends(logits: Tensor) -> set[Node]:
+    """Return the operations that computed the outputs: the last, and those before it that only pass them on.
+
+    A model that computes its loss itself returns other tensors than the loss is of, if it is wrapped: copies in single
+    precision (Accelerate), or the results of a node behind the outputs and the loss (DDP).
+    """
+    ends: set[Node] = set()
+    node, place = logits.grad_fn, logits.output_nr
+    while node is not None:
+        name = _name(node)
+        if name == "_DDPSink":  # behind the loss too, so no end
+            node, place = node.next_functions[place]
+            continue
+        ends.add(node)
+        if name not in ("ToCopy", "Clone"):
+            break
+        node, place = node.next_functions[0]
+    return ends
+
+
+def _between(start: Node, ends: set[Node], logits: Tensor) -> tuple[list[Node], bool]:
     """Return the operations between the loss and the outputs, the loss first, and whether they lead there.
 
     If they do not, as with outputs of another forward pass, these are the operations next to the loss.
@@ -91,11 +112,11 @@ def _between(start: Node, logits: Tensor) -> tuple[list[Node], bool]:
     order: list[Node] = []
     parents: dict[Node, list[Node]] = {start: []}
     queue = deque([start])
-    end: Node = None
+    found: set[Node] = set()
     while queue and len(order) < _NODES:
         node = queue.popleft()
-        if node is logits.grad_fn or getattr(node, "variable", None) is logits:
-            end = node
+        if node in ends or getattr(node, "variable", None) is logits:
+            found.add(node)
             continue
         order.append(node)
         for after, _ in node.next_functions:
@@ -105,10 +126,10 @@ def _between(start: Node, logits: Tensor) -> tuple[list[Node], bool]:
                 parents[after] = []
                 queue.append(after)
             parents[after].append(node)
-    if end is None:
+    if not found:
         return order[:_NEAR], False
     linked: set[Node] = set()
-    queue = deque(parents[end])
+    queue = deque(node for end in found for node in parents[end])
     while queue:
         node = queue.popleft()
         if node not in linked:
@@ -117,14 +138,14 @@ def _between(start: Node, logits: Tensor) -> tuple[list[Node], bool]:
     return [node for node in order if node in linked], True
 
 
-def _axis(nodes: Sequence[Node], names: Sequence[str], logits: Tensor) -> int | None:
+def _axis(nodes: Sequence[Node], names: Sequence[str], ends: set[Node], logits: Tensor) -> int | None:
     """Return the axis of the outputs that the softmax runs over; None: not known."""
     for node, name in zip(nodes, names, strict=True):
         if name in ("LogSoftmax", "Softmax"):
             shape = saved_by_node(node, "result").shape
             over = _signed(saved_by_node(node, "dim")) % len(shape)
             classes = shape[over]
-            axis = _followed(node, over, logits)
+            axis = _followed(node, over, ends, logits)
             if axis is not None:
                 return axis
             fitting = [place for place in range(1, logits.ndim) if logits.shape[place] == classes]
@@ -132,13 +153,13 @@ def _axis(nodes: Sequence[Node], names: Sequence[str], logits: Tensor) -> int | 
     return None
 
 
-def _followed(node: Node, axis: int, logits: Tensor) -> int | None:
+def _followed(node: Node, axis: int, ends: set[Node], logits: Tensor) -> int | None:
     """Return the axis in the outputs of an axis of an operation's input; None: not known."""
     while True:
         node = node.next_functions[0][0] if node.next_functions else None
         if node is None:
             return None
-        if node is logits.grad_fn or getattr(node, "variable", None) is logits:
+        if node in ends or getattr(node, "variable", None) is logits:
             return axis % logits.ndim
         name = _name(node)
         if name == "Transpose":

@@ -303,3 +303,46 @@ def test_labels_of_a_ctc_loss_say_nothing_of_the_frames():
     rows = x.flatten(0, 1)
     expected = mean(kl(row.tolist(), (row + torch.tensor(bias)).tolist()) for row in rows)
     assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+class Computes(nn.Module):
+    """A model that returns its loss beside its outputs, (N, positions, classes)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shifted = Shifted(3, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.shifted(x)
+        return {"logits": logits} if labels is None else {"loss": language_loss(labels)(logits), "logits": logits}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "single precision"])
+def test_outputs_that_a_wrapper_passes_on_are_those_of_the_loss(process_group, wrapper):
+    """DDP and Accelerate return other tensors than the loss was computed of; the loss still says what counts."""
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([[-100, 1, 2, -100], [0, -100, 1, 2]])
+    chosen = ctl.OutputConservation(weight=1.0, temperature=1.0)
+    adaptation = ctl.adapt(Computes(), Computes(), [chosen])
+    model = adaptation.model
+    with torch.no_grad():
+        model.shifted.bias.copy_(torch.tensor([0.5, -1.0, 0.3]))
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    outputs = model(x, labels)
+    if wrapper != "ddp":
+        outputs = {name: value.float() for name, value in outputs.items()}
+    loss = outputs["loss"] * 2  # as a Trainer of two processes does
+    found = adaptation.loss(loss, outputs, {"x": x, "labels": labels}) - loss
+    counted = [x[0, 0], x[0, 1], x[1, 1], x[1, 2]]
+    bias = torch.tensor([0.5, -1.0, 0.3])
+    expected = mean(kl(row.tolist(), (row + bias).tolist()) for row in counted)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
