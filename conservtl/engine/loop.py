@@ -34,6 +34,7 @@ from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
+from conservtl.engine.trackers import Tracker, tracking
 from conservtl.engine.training import Training
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
@@ -65,6 +66,7 @@ def fit(
     seed: int | None = None,
     progress: bool | ShowMetric = False,
     tell: Tell | None = None,
+    log: Tracker | Sequence[Tracker] | None = None,
     accelerator: Any = None,
 ) -> FitResult:
     """Train an adaptation by its plan.
@@ -106,7 +108,10 @@ def fit(
         progress: whether to show a bar with steps per second and the metrics; a function (metric, value) -> text
             shows it and writes the metrics.
         tell: called with each epoch's line of the history, for a log; an exception that it raises ends training.
-        accelerator: an ``accelerate.Accelerator`` to use instead of a new one.
+        log: experiment trackers of Accelerate that get each epoch's numbers at its step: ``"tensorboard"`` (files in
+            ``out``), ``"wandb"``, ``"mlflow"``, others by name, a ``GeneralTracker``, or several in a list.
+        accelerator: an ``accelerate.Accelerator`` to use instead of a new one; its own trackers (``log_with``) get the
+            numbers.
 
     Raises:
         SpecError: settings contradict each other, outputs, labels, loss and metrics do not fit each other, a metric to
@@ -138,9 +143,13 @@ def fit(
     phases = phase_of_epoch(adaptation.plan, settings.epochs)
     if seed is not None:
         seed_all(seed)
-    with open_session(adaptation, settings, accelerator, made) as session:
+    folder = Path(out) if out is not None else None
+    with (
+        open_session(adaptation, settings, accelerator, made) as session,
+        tracking(session, log, folder, accelerator) as track,
+    ):
         main = session.part[0] == 0
-        store = Checkpoints(Path(out) if out is not None else None, main)
+        store = Checkpoints(folder, main)
         batches = training_batches(session, train)
         saved = store.load() if resume else None
         if saved is not None:
@@ -165,7 +174,7 @@ def fit(
         begun -= learner.state.seconds
         show = progress if callable(progress) else show_plainly
         bar = Progress(steps, learner.state.step, shown=bool(progress) and main, show=show)
-        _run_epochs(learner, phases, sets, store, bar, begun, tell)
+        _run_epochs(learner, phases, sets, store, bar, begun, [each for each in (track, tell) if each is not None])
         if learner.state.selection.weights is not None:
             unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)
         elif session.average is not None:
@@ -182,7 +191,7 @@ def _run_epochs(
     store: Checkpoints,
     bar: Progress,
     begun: float,
-    tell: Tell | None,
+    tells: Sequence[Tell],
 ) -> None:
     """Train until the last epoch, or until the patience is exhausted.
 
@@ -213,7 +222,7 @@ def _run_epochs(
                 save(now=stop.asked or not continues(learner, phases), gathered=gathered)
                 if stop.asked:
                     stop.stop()
-                if tell is not None:
+                for tell in tells:
                     tell(state.history[-1])
     finally:
         learner.forget()

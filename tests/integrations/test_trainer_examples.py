@@ -207,3 +207,9 @@ def test_lines_that_a_diff_adds_are_lines_of_a_script():
     added = [line[1:].strip() for diff in diffs for line in diff.splitlines() if line.startswith("+")]
     assert len(added) > 10
     assert [line for line in added if line not in lines] == []
+
+
+def test_the_code_of_fit_runs():
+    code = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[-1]
+    assert "ctl.fit(" in code
+    exec(compile(code, "docs/trainers.md", "exec"), {})
