@@ -31,16 +31,19 @@ def check_structure(
         source: the source model.
         allow: globs of module names that may differ.
         names: name of a tensor of the source -> name under which it is matched with the model's, if names were
-            changed; modules of other tensors are not compared.
+            changed; modules of other tensors, which were left out or which the model's hooks turned into others, are
+            not compared.
 
     Raises:
         SourceError: a layer with parameters, or a norm, is missing or differs; the message names it.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
-    if names is not None and all(old == new for old, new in names.items()):
-        names = None
+    names = {} if names is None else names
+    renamed = any(old != new for old, new in names.items())
+    migrated = bool(names) and any(canonical(name) not in names for name, _ in unwrap(source).named_parameters())
     for raw, source_module in unwrap(source).named_modules():
-        name = _name_in_model(canonical(raw), source_module, names)
+        own = canonical(raw)
+        name = _name_in_model(own, source_module, names, renamed) if renamed or migrated else own
         if name is None:
             continue
         compared = bool(list(source_module.parameters(recurse=False))) or is_norm(source_module)
@@ -75,11 +78,11 @@ def check_extensions(plan: Plan, source: nn.Module) -> None:
             )
 
 
-def _name_in_model(name: str, module: nn.Module, names: Mapping[str, str] | None) -> str | None:
+def _name_in_model(name: str, module: nn.Module, names: Mapping[str, str], renamed: bool) -> str | None:
     """Return the name of a source module in the model; None if its tensors were left out or went to several modules."""
-    if names is None:
-        return name
     own = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    if not own and not renamed:
+        return name
     tensors = [canonical(f"{name}.{key}" if name else key) for key in own]
     owners = {_owner(names[tensor]) for tensor in tensors if tensor in names}
     return owners.pop() if len(owners) == 1 else None

@@ -185,6 +185,46 @@ def test_a_hook_that_writes_into_tensors_writes_into_copies(prefix):
     assert torch.equal(model["out"].weight, 2 * held["out.weight"])
 
 
+class Joined(nn.Module):
+    """Query, key and value in one layer; earlier versions had three, as its hook knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(12, 2)
+        self.register_load_state_dict_pre_hook(self.join)
+
+    @staticmethod
+    def join(module, state, prefix, *_):
+        if f"{prefix}q.weight" in state:
+            for key in ("weight", "bias"):
+                state[f"{prefix}qkv.{key}"] = torch.cat([state.pop(f"{prefix}{one}.{key}") for one in "qkv"])
+
+    def forward(self, x):
+        return self.out(self.qkv(x))
+
+
+class Apart(nn.Module):
+    """The earlier version of ``Joined``."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (*(nn.Linear(4, 4) for _ in range(3)), nn.Linear(12, 2))
+
+    def forward(self, x):
+        return self.out(torch.cat([self.q(x), self.k(x), self.v(x)], dim=1))
+
+
+def test_layers_that_a_hook_joins_are_no_difference_in_structure():
+    source, model, x = Apart(), Joined(), torch.randn(3, 4)
+    expected = loaded(model, source.state_dict())
+    adaptation = ctl.adapt(model, source, [ctl.L2SP(), ctl.OutputConservation(form="squared")])
+    assert same(model.state_dict(), expected)
+    assert adaptation.loss(torch.zeros(()), model(x), x).item() == pytest.approx(0.0, abs=1e-9)
+    source.add_module("norm", nn.InstanceNorm1d(4))
+    with pytest.raises(ctl.SourceError, match="the model has no layer 'norm'"):
+        ctl.adapt(Joined(), source)
+
+
 def test_tensors_without_values_pass():
     model = Renamed("hook")
     plain = random_weights(model, 1)
