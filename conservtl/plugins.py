@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from conservtl.errors import SpecError, hint
 
-__all__ = ["import_modules", "imported_modules", "load_entry_points"]
+__all__ = ["import_modules", "imported_modules", "is_imported", "load_entry_points"]
 
 _IMPORTED: dict[str, None] = {}
 
@@ -57,6 +58,13 @@ def _importable(path: Path) -> bool:
 def imported_modules() -> tuple[str, ...]:
     """Names given to ``import_modules`` so far: what a new process must import to know the same extensions."""
     return tuple(_IMPORTED)
+
+
+def is_imported(module: str) -> bool:
+    """Return whether a module, or a package that it is part of, was given to ``import_modules``."""
+    given = {Path(name).stem if os.sep in name else name for name in _IMPORTED}  # paths are stored whole
+    parts = module.split(".")
+    return any(".".join(parts[:count]) in given for count in range(1, len(parts) + 1))
 
 
 @cache

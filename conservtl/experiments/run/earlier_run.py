@@ -33,7 +33,7 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
             f"{where} were saved by a run of task {header['task']!r}, and the spec has {spec.task!r}. Give weights of "
             "the spec's task."
         )
-    differences = _differences(header["model"], spec.model.model_dump(mode="json"))
+    differences = _differences(*(_section(spec, fields) for fields in (header["model"], spec.model)))
     if different := [one for one in differences if "drop" not in one[0]]:  # dropout changes no trained model
         raise SourceError(_message(where, "model", different))
     labels, said = tuple(header["labels"]), spec.source.labels
@@ -58,6 +58,15 @@ def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: An
     if different := list(_differences(saved, preprocessing.model_dump(mode="json"))):
         where = f"source.weights {spec.source.shown!r}"
         raise SourceError(_message(where, "data", different))
+
+
+def _section(spec: Spec, model: Any) -> dict[str, Any]:
+    """Return a model section as this version writes it, without what changes no weight."""
+    try:
+        section = spec.problem.model_section.model_validate(model)
+    except ValidationError:
+        return dict(model)
+    return section.model_dump(mode="json", exclude={"head"})
 
 
 def _differences(saved: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -26,6 +26,7 @@ from conservtl.source.kinds import check_kinds
 from conservtl.source.positions import resample_positions
 from conservtl.source.read import Source, own_tensors, read_source
 from conservtl.source.renaming import best_fit
+from conservtl.tasks.own_network import NetworkSection
 
 __all__ = ["SourceModel", "obtain_source"]
 
@@ -166,4 +167,6 @@ def _key(setting: Setting, data: Data) -> str:
         "seed": spec.seed,
         "data": setting.task.fingerprint(spec.data, data, domains.preprocessing),
     }
+    if isinstance(spec.model, NetworkSection) and spec.model.own is not None:
+        parts["code"] = spec.model.digest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
-from conservtl.spec_model import FrozenModel
+from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.torchaudio_adapter import torchaudio_names, wrap
@@ -19,7 +19,7 @@ __all__ = ["ModelSpec", "build"]
 _BLOCKS = {"tc_resnet8": 1, "tc_resnet14": 2}
 
 
-class ModelSpec(FrozenModel):
+class ModelSpec(NetworkSection):
     """A network by name."""
 
     name: Annotated[str, Field(min_length=1)] = "tc_resnet8"
@@ -27,8 +27,6 @@ class ModelSpec(FrozenModel):
     `wav2vec2_base`, ...)."""
     args: Arguments = Field(default_factory=dict)
     """Arguments of the network: `width`, `dropout` and `norm` of a TC-ResNet, or those of torchaudio's function."""
-    head: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Globs of the parameters or modules that are the head. null: the model is asked, else the last weight used."""
 
 
 def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) -> nn.Module:
@@ -39,6 +37,8 @@ def build(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int) ->
             sequence of vectors.
         MissingExtraError: torchaudio is not installed.
     """
+    if (own := model.built(classes)) is not None:
+        return own
     if model.name in _BLOCKS:
         return _compact(model, preprocessing, classes)
     try:

@@ -24,7 +24,7 @@ def preprocessing_for(data: DataSpec, model: ModelSpec) -> VisionPreprocessing:
     """
     if data.images is not None:
         return VisionPreprocessing(images=data.images)
-    if isinstance(data, DigitsData) and model.name.startswith("cifar_resnet"):
+    if isinstance(data, DigitsData) and model.own is None and model.name.startswith("cifar_resnet"):
         return VisionPreprocessing(images=DIGITS_IMAGES)
     return VisionPreprocessing(images=published_settings(model))
 

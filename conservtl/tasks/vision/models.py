@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
 from conservtl.errors import SpecError, hint
 from conservtl.extras import require
-from conservtl.spec_model import FrozenModel
+from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.vision.cifar_resnet import CIFAR_DEPTHS, CifarResNet
 from conservtl.tasks.vision.image_settings import CIFAR_IMAGES, IMAGENET_IMAGES, ImageSettings
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
-from conservtl.written import Arguments
 
 __all__ = ["ModelSpec", "build", "published_settings"]
 
@@ -21,22 +20,17 @@ _WEIGHTS = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "progre
 _TIMM = "timm/"
 
 
-class ModelSpec(FrozenModel):
-    """A network by name, without weights; ``source.weights`` names those."""
+class ModelSpec(NetworkSection):
+    """A network by name or by a function of your own, without weights; ``source.weights`` names those."""
 
     name: str = Field(default="cifar_resnet20", min_length=1)
     """`cifar_resnet20`, `32`, `44` or `56`; a classifier of torchvision (`resnet18`); or one of timm (`timm/resnet18`,
     also without the prefix if torchvision has no such name)."""
 
-    args: Arguments = Field(default_factory=dict)
-    """Further arguments of the network's constructor."""
-    head: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Globs of the parameters or modules that are the head. null: the model is asked, else the last weight used."""
-
     @field_validator("args")
     @classmethod
-    def _no_weights(cls, args: dict[str, Any]) -> dict[str, Any]:
-        for name in sorted(args):
+    def _no_weights(cls, args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for name in sorted(args) if info.data.get("own") is None else ():
             if name in _WEIGHTS:
                 raise ValueError(
                     f"model.args must not set weights, which are never downloaded; received {name}. "
@@ -61,6 +55,8 @@ def build(model: ModelSpec, preprocessing: VisionPreprocessing, classes: int) ->
         SpecError: the name is unknown, or the arguments do not fit.
         MissingExtraError: torchvision or timm is needed and not installed.
     """
+    if (own := model.built(classes)) is not None:
+        return own
     library, name = _find(model.name)
     size = preprocessing.images.size
     try:
@@ -83,6 +79,8 @@ def published_settings(model: ModelSpec) -> ImageSettings:
         SpecError: the name is unknown.
         MissingExtraError: torchvision or timm is needed and not installed.
     """
+    if model.own is not None:
+        return IMAGENET_IMAGES
     library, name = _find(model.name)
     if library == "cifar":
         return CIFAR_IMAGES

@@ -218,3 +218,12 @@ def test_shares_of_instance_statistics_are_kept_or_refused(speech_fields, tmp_pa
         assert adaptation.plan.extensions[0].share == pytest.approx(0.2)
         with torch.no_grad():
             assert torch.equal(adaptation.model.eval()(inputs), outputs)
+
+
+def test_fields_that_the_run_did_not_know_yet_have_their_defaults(first, speech_fields):
+    """Saved before ``model.head`` could be named; naming it changes no weight."""
+    folder, _ = first
+    with_header(folder, model={"name": "tc_resnet8", "args": {}})
+    assert obtain_source(prepare(parse_spec(after(speech_fields, folder)))).run is not None
+    named = {**after(speech_fields, folder), "model": {"head": ["head"]}}
+    assert obtain_source(prepare(parse_spec(named))).run is not None

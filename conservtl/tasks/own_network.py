@@ -1,0 +1,92 @@
+"""A network that code of the user's own builds, named in a spec and run only if its package is imported by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
+from torch import nn
+
+from conservtl.errors import SpecError, hint
+from conservtl.plugins import is_imported
+from conservtl.spec_model import FrozenModel
+from conservtl.written import Arguments
+
+__all__ = ["NetworkSection"]
+
+
+class NetworkSection(FrozenModel):
+    """Base of a ``model`` section: a network by name, or by a function that builds it."""
+
+    own: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = Field(default=None, alias="import")
+    """A function of your own instead of ``name``, as ``package.module:build``. It is called with the number of outputs
+    and ``args`` by keyword, and returns a module. Nothing is imported unless ``--import package`` is on the command
+    line."""
+    args: Arguments = Field(default_factory=dict)
+    """Further arguments of the network's constructor."""
+    head: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Globs of the parameters or modules that are the head. null: the model is asked, else the last weight used."""
+
+    @field_validator("name", check_fields=False)
+    @classmethod
+    def _one_network(cls, name: str, info: ValidationInfo) -> str:
+        if info.data.get("own") is not None and name != cls.model_fields["name"].default:
+            raise ValueError(f"there is model.import already, and a model has one network; received {name}")
+        return name
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the network under the one name that it has."""
+        fields: dict[str, Any] = serialise(self)
+        rest = {key: value for key, value in fields.items() if key not in ("own", "import", "name")}
+        return ({"name": fields["name"]} if self.own is None else {"import": self.own}) | rest
+
+    def digest(self) -> str | None:
+        """Return a digest of the file of the function that ``import`` names, imported before; None if it names none."""
+        module = None if self.own is None else sys.modules.get(self.own.partition(":")[0])
+        file = getattr(module, "__file__", None)
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+    def built(self, outputs: int) -> nn.Module | None:
+        """Return the network that ``import`` names; None if it names none.
+
+        Args:
+            outputs: number of outputs.
+
+        Raises:
+            SpecError: its package was not imported by hand, or the function is missing, does not take the arguments or
+                returns no module.
+        """
+        if self.own is None:
+            return None
+        module, _, name = self.own.partition(":")
+        if not is_imported(module):
+            package = module.partition(".")[0]
+            raise SpecError(
+                f"model.import {self.own!r} names code, which no spec runs by itself. If you trust it, add --import "
+                f"{package} on the command line (in Python, conservtl.plugins.import_modules([{package!r}]))."
+            )
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            raise SpecError(f"model.import {self.own!r}: {module} cannot be imported: {error}.") from error
+        build = getattr(found, name, None)
+        if not callable(build):
+            known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            raise SpecError(f"model.import {self.own!r}: {module} has no function {name!r}.{hint(name, known)}")
+        try:
+            inspect.signature(build).bind(outputs, **self.args)
+        except TypeError as error:
+            raise SpecError(
+                f"model.import {self.own!r} must take the number of outputs and model.args by keyword "
+                f"({', '.join(self.args) or 'none'}): {error}."
+            ) from error
+        network = build(outputs, **self.args)
+        if not isinstance(network, nn.Module):
+            raise SpecError(f"model.import {self.own!r} must return a torch.nn.Module; it returns {network!r:.80}.")
+        return network
