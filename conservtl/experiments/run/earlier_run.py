@@ -33,7 +33,7 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
             f"{where} were saved by a run of task {header['task']!r}, and the spec has {spec.task!r}. Give weights of "
             "the spec's task."
         )
-    differences = _differences(*(_section(spec, fields) for fields in (header["model"], spec.model)))
+    differences = _differences(_section(spec, header["model"]), _section(spec, spec.model))
     if different := [one for one in differences if "drop" not in one[0]]:  # dropout changes no trained model
         raise SourceError(_message(where, "model", different))
     labels, said = tuple(header["labels"]), spec.source.labels
