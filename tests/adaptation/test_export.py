@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.compat import hook_tables, load_hook_tables
+from conservtl.methods import builtin_strategies
 
 
 class Images(nn.Module):
@@ -103,6 +104,11 @@ def assert_plain(model: nn.Module) -> None:
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(x)
+
+
+def test_no_strategy_is_missing_here():
+    here = {type(strategy).__name__ for strategies in STRATEGIES.values() for strategy in strategies}
+    assert here >= set(builtin_strategies())
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -311,6 +317,7 @@ def test_torchscript(name):
     torch.testing.assert_close(traced(IMAGES[:4]), outputs(plain, IMAGES[:4]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter
 @pytest.mark.parametrize("name", ["L2SP", "LHUC", "NormAdaptation(instance)", "all at once"])
 def test_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
