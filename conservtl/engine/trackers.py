@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from conservtl.engine.optimizer import class_name
 from conservtl.engine.session import Session
 from conservtl.errors import MissingExtraError, SpecError, did_you_mean
 
@@ -87,6 +88,7 @@ def _known(chosen: Sequence[Tracker], folder: Path | None) -> list[Tracker]:
 def _config(session: Session) -> dict[str, Any]:
     """Return the settings and strategies of a run as values that every tracker takes."""
     settings = {name: value for name, value in session.training.model_dump(mode="json").items() if value is not None}
+    settings["optimizer"] = class_name(session.made[0])
     settings["strategies"] = ", ".join(strategy.kind for strategy in session.adaptation.origin.strategies)
     return {
         name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in settings.items()

@@ -64,11 +64,12 @@ def expected(result):
 
 def test_each_epochs_numbers_at_its_step(plain, data):
     tracker, told = Kept(), []
-    result = fit(plain(ctl.L2SP(), ctl.Mixout()), data, log=tracker, tell=told.append)
+    result = fit(plain(ctl.L2SP(), ctl.Mixout()), data, log=tracker, tell=told.append, optimizer=torch.optim.NAdam)
     assert tracker.lines == expected(result)
     assert told == list(result.history)
     assert tracker.finished == 1
     assert tracker.config["strategies"] == "l2_sp, mixout"
+    assert tracker.config["optimizer"] == "torch.optim.nadam.NAdam"
     assert tracker.config["epochs"] == 2
     assert tracker.config["ema"] == 0.5
     assert all(isinstance(value, (bool, int, float, str)) for value in tracker.config.values())
