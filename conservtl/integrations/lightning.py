@@ -295,7 +295,17 @@ def _check_callbacks(trainer: Any) -> None:
 
 
 def _check_schedulers(trainer: Any, adaptation: Adaptation) -> None:
-    """Raise if a phase scales rates that a scheduler would set back."""
+    """Raise if a phase scales rates that a scheduler would set back, or averaging would make all rates equal."""
+    for callback in trainer.callbacks:
+        averages = isinstance(callback, _lightning.callbacks.StochasticWeightAveraging)
+        rates = getattr(callback, "_swa_lrs", None)  # no public name says it
+        groups = trainer.optimizers[0].param_groups
+        if averages and isinstance(rates, float) and len({group["initial_lr"] for group in groups}) > 1:
+            raise SpecError(
+                f"Conserve: the plan gives layers rates of their own, and StochasticWeightAveraging(swa_lrs={rates:g}) "
+                f"gives all the same. Pass a list with a rate for each of the {len(groups)} groups "
+                f"({', '.join(str(group['name']) for group in groups)})."
+            )
     if len({phase.scale for phase in adaptation.plan.phases}) == 1:
         return
     for config in trainer.lr_scheduler_configs:

@@ -116,6 +116,18 @@ def test_a_scheduler_that_would_undo_a_phase(adapted, refused):
     assert "adaptation.scheduler(StepLR, ...)" in message
 
 
+def test_averaging_that_would_make_all_rates_equal(adapted, refused, batches):
+    averaging = lightning.callbacks.StochasticWeightAveraging
+    adaptation = adapted(ctl.DiscriminativeLR(decay=0.5))
+    message = refused(Conserve(adaptation, optimizer=SGD), Module(adaptation.model), averaging(swa_lrs=0.05))
+    assert "a rate for each of the 3 groups (stem, body, head)" in message
+    rates = averaging(swa_lrs=[0.01, 0.02, 0.04], swa_epoch_start=1, annealing_epochs=1)
+    callbacks = [Conserve(adaptation, optimizer=SGD), rates]
+    trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", barebones=True, callbacks=callbacks)
+    trainer.fit(Module(adaptation.model), batches)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.01, 0.02, 0.04]
+
+
 def test_terms_on_two_passes(adapted, refused):
     """Known at the first step only."""
     adaptation = adapted(ctl.OutputConservation())
