@@ -56,7 +56,8 @@ def test_every_public_name_is_documented(name):
     value = getattr(conservtl, name)
     assert inspect.getdoc(value)
     if inspect.isclass(value):
-        for member, found in vars(value).items():
+        own = [base for base in value.__mro__ if base.__module__.startswith("conservtl.")]
+        for member, found in (entry for base in own for entry in vars(base).items()):
             if not member.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):
                 assert inspect.getdoc(found), f"{name}.{member}"
 

@@ -1,4 +1,4 @@
-"""A plain model at the end: without hooks, replaced methods or classes of this package."""
+"""Copies of the trained model: added parameters merged, or plain, without anything of this package."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from conservtl.adaptation._finishing import merged
 from conservtl.adaptation.bound_plan import BoundPlan
 from conservtl.compat import hook_tables, load_hook_tables
 from conservtl.layers import unwrap
+from conservtl.layers.copying import deep_copy
 from conservtl.layers.extended import extended_modules
 from conservtl.layers.plain import replace_module
 from conservtl.runtime.freezing import thaw
 
-__all__ = ["export"]
+__all__ = ["export", "merged"]
 
 _PACKAGE = __name__.partition(".")[0]
+
+
+def merged(bound: BoundPlan) -> nn.Module:
+    """Return a copy of the model in which each strategy has merged what it added, if that is exact."""
+    bound.endings.exported()
+    bound.restore_weights()
+    model = deep_copy(unwrap(bound.model))
+    for strategy in bound.origin.strategies:
+        strategy.merge(model)
+    return model
 
 
 @torch.no_grad()
