@@ -339,6 +339,15 @@ def test_the_hooks_before_loading_are_listed():
     assert seen == [1]
 
 
+def test_transformers_marks_what_it_loaded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=40)).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    new = [name for name, parameter in model.named_parameters() if not compat.filled_by_transformers(parameter)]
+    assert new == ["classifier.weight", "classifier.bias"]
+
+
 def test_each_name_has_a_test():
     tests = Path(__file__).read_text("utf-8")
     assert [name for name in compat.__all__ if not re.search(rf"\bcompat\.{name}\b", tests)] == []

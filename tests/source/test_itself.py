@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl import compat
 
 HEAD = ("classifier.weight", "classifier.bias")
 X = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
@@ -92,11 +91,6 @@ class TestHuggingFace:
         with pytest.raises(ctl.SourceError, match=message):
             ctl.adapt(model, ctl.itself(), [ctl.OutputConservation()])
         assert ctl.adapt(model, ctl.itself(), [ctl.FeatureConservation()], example=X).plan.fresh == HEAD
-
-    def test_compat(self, bert, saved):
-        model = bert.BertForSequenceClassification.from_pretrained(saved / "body")
-        filled = {name for name, parameter in model.named_parameters() if compat.filled_by_transformers(parameter)}
-        assert set(dict(model.named_parameters())) - filled == set(HEAD)
 
 
 class TestTimm:
