@@ -32,7 +32,7 @@ from conservtl.runtime.foreign_steps import ForeignSteps, recognise
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
-from conservtl.runtime.model_hooks import ForwardHook, StateDictHook
+from conservtl.runtime.model_hooks import ForwardHook, StateDictHook, remove_hooks
 from conservtl.runtime.param_groups import build_optimizer
 from conservtl.runtime.plan_scheduler import PlanScheduler
 from conservtl.runtime.step_hook import StepHook
@@ -92,14 +92,15 @@ class BoundPlan:
         self._norms_in_eval = origin.training is not None and origin.training.batch_norm == "eval"
         self.penalty_in_gradients = False
         self._revision = 0
-        self._handles: tuple[RemovableHandle, ...] = ()
+        self._handles: list[RemovableHandle] = []
         self._bind(plan)
         self._watch()
 
     def _watch(self) -> None:
-        """Notice steps of other optimizers, and an end of training that is left out."""
+        """Notice steps of other optimizers, and an end of training that is left out; take the hooks along."""
         self._foreign = ForeignSteps(self)
         weakref.finalize(self, self.endings.deleted)
+        weakref.finalize(self, remove_hooks, self._handles)
 
     def _bind(self, plan: Plan) -> None:
         """Build the runners of a plan's terms and updates, and begin its first phase."""
@@ -279,22 +280,19 @@ class BoundPlan:
 
     def register_hooks(self) -> None:
         """Register hooks on the model if an update acts before forward passes, or something ends training."""
-        for handle in self._handles:
-            handle.remove()
+        remove_hooks(self._handles)
         model = unwrap(self.model)
-        handles: list[RemovableHandle] = []
         if self.updates.listens:
-            handles.append(model.register_forward_pre_hook(ForwardHook(self)))
+            self._handles.append(model.register_forward_pre_hook(ForwardHook(self)))
             guard_hooks()
-            handles.append(model.register_state_dict_pre_hook(StateDictHook(self)))  # type: ignore[no-untyped-call]
+            self._handles.append(model.register_state_dict_pre_hook(StateDictHook(self)))  # type: ignore[no-untyped-call]
         if not self.endings.complete:
-            handles.append(model.register_forward_pre_hook(ExportHook(self.endings)))
-            handles.append(model.register_state_dict_post_hook(SaveHook(self.endings)))  # type: ignore[no-untyped-call]
-        self._handles = tuple(handles)
+            self._handles.append(model.register_forward_pre_hook(ExportHook(self.endings)))
+            self._handles.append(model.register_state_dict_post_hook(SaveHook(self.endings)))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore_weights()
-        return {**self.__dict__, "hook": None, "_handles": (), "_handed_in": None, "_optimized": None, "_foreign": None}
+        return {**self.__dict__, "hook": None, "_handles": [], "_handed_in": None, "_optimized": None, "_foreign": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -7,14 +7,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from conservtl.compat import outside_graphs
 
-__all__ = ["ForwardEnded", "ForwardHook", "Listener", "StateDictHook"]
+__all__ = ["ForwardEnded", "ForwardHook", "Listener", "StateDictHook", "remove_hooks"]
 
 
 class ForwardEnded(Exception):  # noqa: N818 - not an error
     """Raised in a hook that has what it needs, to skip the rest of a forward pass; whoever runs the pass catches it."""
+
+
+def remove_hooks(handles: list[RemovableHandle]) -> None:
+    """Remove hooks and empty the list of their handles."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 class Listener(Protocol):

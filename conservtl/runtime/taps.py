@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.term import numbered
 from conservtl.runtime.channels import Channels
+from conservtl.runtime.model_hooks import remove_hooks
 
 __all__ = ["Taken", "Taps", "all_tensors_of", "tensor_of"]
 
@@ -125,7 +127,7 @@ class Taken:
 
 
 class Taps:
-    """Records outputs of layers and inputs of modules in forward passes with gradients.
+    """Records outputs of layers and inputs of modules in forward passes with gradients, as long as the taps exist.
 
     Args:
         model: hooks are registered on it and its modules.
@@ -154,6 +156,8 @@ class Taps:
         self._handles += [
             modules[name].register_forward_pre_hook(tap.input, with_kwargs=True) for name, tap in self._inputs.items()
         ]
+
+        weakref.finalize(self, remove_hooks, self._handles)
 
     def take(self, passes: int = 1) -> Taken:
         """Return the records of the last forward passes, once. A layer that ran in none of them has no entry.
@@ -192,8 +196,7 @@ class Taps:
 
     def remove(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        remove_hooks(self._handles)
 
 
 def _since(first: int, records: list[tuple[int, list[Tensor]]]) -> list[Tensor]:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
-from pathlib import Path
 
+import hostile
 import pytest
 
 import conservtl as ctl
 from conservtl.experiments.spec.spec import load_spec
 
-
-def _load(name):
-    definition = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(definition)
-    sys.modules[name] = module
-    definition.loader.exec_module(module)
-    return module
-
-
-hostile = _load("hostile")
 SPEECH = "task: speech\ndata: {kind: espeak, target: cleo}\n"
 MULTIPLYING = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 8)}]\n" for i in range(8)

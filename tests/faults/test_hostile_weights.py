@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import time
 import warnings
-from pathlib import Path
 
+import hostile_weights as hostile
 import pytest
 
 import conservtl as ctl
 
-
-def _load(name):
-    definition = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(definition)
-    sys.modules[name] = module
-    definition.loader.exec_module(module)
-    return module
-
-
-hostile = _load("hostile_weights")
 READ = {
     "no dimension": "fresh",
     "no dimension, bias": "fresh",
