@@ -33,8 +33,8 @@ class ModelSpec(NetworkSection):
         for name in sorted(args) if info.data.get("own") is None else ():
             if name in _WEIGHTS:
                 raise ValueError(
-                    f"model.args must not set weights, which are never downloaded; received {name}. "
-                    f"Set source.weights to a file."
+                    f"model.args must not set weights, which source.weights names; received {name}. Set source.weights "
+                    f"to a file, or to a name such as torchvision:ResNet18_Weights.DEFAULT."
                 )
             if name in {"num_classes", "classes"}:
                 raise ValueError(
