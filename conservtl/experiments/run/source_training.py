@@ -125,6 +125,11 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
     tensors |= resampled
     network = f"model {setting.spec.model.model_dump(mode='json')}"
     for name, tensor in needed.items():
+        if name not in tensors and name in head and tensors:
+            raise SourceError(
+                f"{weights} has no head ({name!r}), so the source model gives no outputs to compare with. Give weights "
+                "with a head for the source's labels, or adapt in Python (ctl.adapt), where a head may be fresh."
+            )
         if name not in tensors and not name.endswith("num_batches_tracked"):
             raise SourceError(
                 f"{weights} has no tensor {name!r}, which {network} needs."

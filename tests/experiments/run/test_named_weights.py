@@ -91,3 +91,9 @@ def test_another_networks_weights_are_named_in_the_message(speech_fields, weight
     url = f"{weights.as_uri()}#sha256={hashlib.sha256(weights.read_bytes()).hexdigest()}"
     with pytest.raises(ctl.SourceError, match=rf"source\.weights 'file:///.*' has no tensor '{dropped}'"):
         run(named(speech_fields, url), tmp_path / "out")
+
+
+def test_a_body_alone_is_refused_by_its_head(speech_fields, weights, tmp_path):
+    torch.save({name: tensor for name, tensor in torch.load(weights).items() if "head" not in name}, weights)
+    with pytest.raises(ctl.SourceError, match=r"'weights\.pt' has no head \('head\.weight'\).*adapt in Python"):
+        run(named(speech_fields, str(weights)), tmp_path / "out")
