@@ -180,6 +180,11 @@ def adapt(
         raise
     report = transfer(model, parts, plan, values, read)
     known = {name: tensor for name, tensor in own.items() if name not in declared}
+    if hasattr(unwrap(model), "peft_config") and read.shared is None:
+        notes.append(
+            "the model has an adapter of PEFT, whose factors are parameters like others here: conservtl.integrations."
+            "peft.adapt takes the model without it as the source, and its L2SP acts on the merged weights"
+        )
     notes += [
         *unused_note(report.unused, read.tensors),
         *kept_note(report.kept, own),

@@ -353,6 +353,13 @@ def test_fit():
     assert result.after["weight_interpolation"] == {"t": 0.5}
 
 
+def test_the_plan_of_a_plain_adapt_names_this_one():
+    model = wrapped()
+    source = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
+    assert "conservtl.integrations.peft.adapt" in str(ctl.adapt(model, source, [ctl.L2SP()]).plan)
+    assert "conservtl.integrations.peft.adapt" not in str(adapt(wrapped(), [ctl.L2SP()]).plan)
+
+
 class TestRefusals:
     def test_torch_s_attention(self):
         attention = nn.Sequential(nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2))
