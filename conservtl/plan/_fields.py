@@ -1,0 +1,80 @@
+"""The fields of a plan, and its rows by name."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Self
+
+from pydantic import Field
+
+from conservtl.plan.after import Afters
+from conservtl.plan.extension import Extensions
+from conservtl.plan.measure import Measures
+from conservtl.plan.penalty import Penalties
+from conservtl.plan.row import Phase, Row
+from conservtl.plan.search import Searches
+from conservtl.plan.term import Terms
+from conservtl.plan.update import Updates
+from conservtl.spec_model import FrozenModel
+
+__all__ = ["PlanFields"]
+
+
+class PlanFields(FrozenModel):
+    """All decisions about a model."""
+
+    rows: tuple[Row, ...]
+    """One row a parameter."""
+    phases: tuple[Phase, ...] = Field(default_factory=lambda: (Phase(),))  # built when needed: imports stay quick
+    """Stretches of training, in order."""
+    extensions: Extensions = ()
+    """Modules that compute something else than in the source."""
+    terms: Terms = ()
+    """Parts added to the loss."""
+    updates: Updates = ()
+    """Changes of weights or gradients at each step."""
+    penalties: Penalties = ()
+    """Penalties on weights."""
+    measures: Measures = ()
+    """Measurements made before training."""
+    searches: Searches = ()
+    """Choices made before training by trying candidates."""
+    after: Afters = ()
+    """Changes of the weights once training is over, in order."""
+    facts: dict[str, str] = Field(default_factory=dict)
+    """Results found before training, for strategies to read."""
+    notes: tuple[str, ...] = ()
+    """Remarks on the source: names under which tensors were taken, tensors that were resampled or not used.
+    Those on the data begin with ``data: ``. They decide nothing: plans are equal whatever their notes."""
+    heads: tuple[str, ...] = ()
+    """Modules of the head, if it was named, asked of the model or found by running it."""
+    head_candidates: tuple[str, ...] = ()
+    """Modules that may be the head, if several remain possible: what needs the head is then refused."""
+    outputs: tuple[str, ...] = ()
+    """Modules that compute the model's outputs, if there are several and none is named as the scores."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names, input side first."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows))
+
+    @property
+    def own_layers(self) -> tuple[str, ...]:
+        """Names of the layers that the model had before a strategy added any, input side first."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows if not row.added))
+
+    def __getitem__(self, name: str) -> Row:
+        """Return the row of a parameter."""
+        return self._rows_by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the plan has a row for a parameter."""
+        return name in self._rows_by_name
+
+    @cached_property
+    def _rows_by_name(self) -> dict[str, Row]:
+        return {row.name: row for row in self.rows}
+
+    def _with(self, **changes: Any) -> Self:
+        """Return the plan with other fields, its invariants checked."""
+        return type(self)(**{**dict(self), **changes})

@@ -1,0 +1,137 @@
+"""Filling in a plan: each method returns the plan with one decision more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from conservtl.errors import PlanError
+from conservtl.plan._fields import PlanFields
+from conservtl.plan.after import After
+from conservtl.plan.extension import Extension
+from conservtl.plan.measure import Measure
+from conservtl.plan.penalty import Penalty
+from conservtl.plan.row import Phase, changed
+from conservtl.plan.rows import fill_column
+from conservtl.plan.search import Search
+from conservtl.plan.term import Term
+from conservtl.plan.update import Update
+
+__all__ = ["FillablePlan"]
+
+
+class FillablePlan(PlanFields):
+    """A plan that strategies fill in."""
+
+    def choose(self, by: str, column: str, values: dict[str, dict[str, Any]], *, explicit: bool = True) -> Self:
+        """Return the plan with one column filled in by a strategy.
+
+        An explicit choice (the strategy names the row) wins over one for everything, whichever comes first. Two
+        explicit choices for the same row and column are refused; two for everything must agree. Parameters that were
+        frozen when the model was handed in are trained by an explicit choice alone.
+
+        Args:
+            by: name of the strategy.
+            column: one of ``COLUMNS``.
+            values: parameter name -> fields of that column to set; its other fields return to their defaults.
+            explicit: whether the strategy names these rows, or means everything.
+
+        Raises:
+            PlanError: another strategy has chosen the column, and both are named; or a row cannot hold a value.
+        """
+        return self._with(rows=fill_column(self.rows, by, column, values, explicit=explicit))
+
+    def with_source_rows(self, numbers: Mapping[str, Sequence[int | None]]) -> Self:
+        """Return the plan in which parameters are copied row by row, before any strategy.
+
+        Args:
+            numbers: parameter name -> its ``source_rows``.
+
+        Raises:
+            PlanError: they do not fit the shapes of a parameter and its source.
+        """
+        changes = {name: {"origin": "source", "reason": None, "source_rows": rows} for name, rows in numbers.items()}
+        return self._with(
+            rows=tuple(changed(row, "labels", changes[row.name]) if row.name in changes else row for row in self.rows)
+        )
+
+    def with_phases(self, by: str, phases: Sequence[Phase]) -> Self:
+        """Return the plan with phases.
+
+        Raises:
+            PlanError: another strategy has set phases already.
+        """
+        if self.phases != (Phase(),):
+            raise PlanError(f"{by} sets phases, but another strategy has set {[p.name for p in self.phases]}.")
+        return self._with(phases=tuple(phases))
+
+    def with_extension(self, extension: Extension) -> Self:
+        """Return the plan with one more extension of its modules.
+
+        Raises:
+            PlanError: the plan has an extension of its name.
+        """
+        return self._with(extensions=(*self.extensions, extension))
+
+    def with_term(self, term: Term) -> Self:
+        """Return the plan with one more part of the loss.
+
+        Raises:
+            PlanError: the plan has a term of its name, or lacks a layer that it taps.
+        """
+        return self._with(terms=(*self.terms, term))
+
+    def with_update(self, update: Update) -> Self:
+        """Return the plan with one more update of the weights.
+
+        Raises:
+            PlanError: the plan has an update of its name, or lacks a parameter that it names.
+        """
+        return self._with(updates=(*self.updates, update))
+
+    def with_penalty(self, penalty: Penalty, *, replace: bool = False) -> Self:
+        """Return the plan with one more penalty on weights.
+
+        Args:
+            penalty: to add.
+            replace: whether it replaces the penalty of its name.
+
+        Raises:
+            PlanError: the plan has a penalty of its name, or one of its column on the same rows; or it lacks a
+                parameter that the penalty names or a measurement that the penalty reads.
+        """
+        if replace:
+            return self._with(penalties=tuple(penalty if one.name == penalty.name else one for one in self.penalties))
+        return self._with(penalties=(*self.penalties, penalty))
+
+    def with_measure(self, measure: Measure) -> Self:
+        """Return the plan with one more measurement before training.
+
+        Raises:
+            PlanError: the plan has a measurement of its name.
+        """
+        return self._with(measures=(*self.measures, measure))
+
+    def with_search(self, search: Search) -> Self:
+        """Return the plan with one more choice to make before training by trying candidates.
+
+        Raises:
+            PlanError: the plan has a search of its name.
+        """
+        return self._with(searches=(*self.searches, search))
+
+    def with_after(self, after: After) -> Self:
+        """Return the plan with one more change of the weights once training is over.
+
+        Raises:
+            PlanError: the plan has one of its name.
+        """
+        return self._with(after=(*self.after, after))
+
+    def with_facts(self, facts: Mapping[str, str]) -> Self:
+        """Return the plan with results found before training; a new fact replaces an old one of its name."""
+        return self._with(facts={**self.facts, **facts})
+
+    def with_notes(self, notes: Iterable[str]) -> Self:
+        """Return the plan with these remarks on the source instead of those it had."""
+        return self._with(notes=tuple(notes))
