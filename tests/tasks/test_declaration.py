@@ -13,9 +13,8 @@ from torch import nn
 import conservtl as ctl
 from conservtl.experiments.spec.spec import parse_spec, schema
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks import base
-from conservtl.tasks.base import DataSection, Task, task_classes
-from conservtl.tasks.registry import task_named, tasks
+from conservtl.tasks.base import TASK_CLASSES, DataSection, Task
+from conservtl.tasks.registry import task_classes, task_named, tasks
 
 
 class Model(FrozenModel):
@@ -65,10 +64,13 @@ def methods(*without):
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
+def forgotten():
     """The tasks defined in a test are unknown to others."""
     tasks()  # the built-in ones register at their first import, for good
-    monkeypatch.setattr(base, "_CLASSES", dict(base._CLASSES))
+    known = dict(TASK_CLASSES)
+    yield
+    TASK_CLASSES.clear()
+    TASK_CLASSES.update(known)
 
 
 @pytest.mark.parametrize("name", ["summary", "model_section", "data_section", "preprocessing"])
