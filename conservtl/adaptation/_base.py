@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from conservtl.adaptation.bound_plan import BoundPlan, Origin
+from conservtl.adaptation.bound_plan import BoundPlan
+from conservtl.adaptation.origin import Origin
 from conservtl.layers import Layer
 from conservtl.plan.plan import Plan
 from conservtl.source.transfer import TransferReport

@@ -5,65 +5,41 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from conservtl.adaptation.preset import TrainingSettings, optimizer_of, schedule_of
-from conservtl.compat import forget_graphs, guard_hooks
+from conservtl.adaptation._hooks import attach_hooks
+from conservtl.adaptation.origin import Origin
+from conservtl.adaptation.preset import optimizer_of, schedule_of
+from conservtl.compat import forget_graphs
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, named_parameters, unwrap
-from conservtl.methods import Strategy, apply_all
-from conservtl.plan.extension import Extension
+from conservtl.methods import apply_all
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 from conservtl.plan.search import Search
 from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
-from conservtl.runtime.endings import Endings, ExportHook, SaveHook
+from conservtl.runtime.endings import Endings
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.foreign_steps import ForeignSteps, recognise
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
-from conservtl.runtime.model_hooks import ForwardHook, StateDictHook, remove_hooks
+from conservtl.runtime.model_hooks import remove_hooks
 from conservtl.runtime.param_groups import build_optimizer
 from conservtl.runtime.plan_scheduler import PlanScheduler
 from conservtl.runtime.step_hook import StepHook
 from conservtl.runtime.term_runner import TermRunner
 from conservtl.runtime.update_runner import UpdateRunner
-from conservtl.source.shared import SharedModel
 
-__all__ = ["BoundPlan", "Origin"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Inputs from which a plan was drawn up.
-
-    Args:
-        drawn: the plan before any strategy.
-        strategies: in the order they were given.
-        source_model: the source model, kept only if a term or a measurement needs it.
-        heads: names of the head's modules if the target has labels of its own.
-        inherited: strategies of an earlier run whose additions are part of the source's model.
-        extensions: of the plan of an earlier run, kept unless a strategy decides about their kind.
-        training: settings that came with the strategies, as in a recipe.
-    """
-
-    drawn: Plan
-    strategies: tuple[Strategy, ...] = ()
-    source_model: nn.Module | SharedModel | None = None
-    heads: tuple[str, ...] = ()
-    inherited: tuple[Strategy, ...] = ()
-    extensions: tuple[Extension, ...] = ()
-    training: TrainingSettings | None = None
+__all__ = ["BoundPlan"]
 
 
 class BoundPlan:
@@ -281,14 +257,7 @@ class BoundPlan:
     def register_hooks(self) -> None:
         """Register hooks on the model if an update acts before forward passes, or something ends training."""
         remove_hooks(self._handles)
-        model = unwrap(self.model)
-        if self.updates.listens:
-            self._handles.append(model.register_forward_pre_hook(ForwardHook(self)))
-            guard_hooks()
-            self._handles.append(model.register_state_dict_pre_hook(StateDictHook(self)))  # type: ignore[no-untyped-call]
-        if not self.endings.complete:
-            self._handles.append(model.register_forward_pre_hook(ExportHook(self.endings)))
-            self._handles.append(model.register_state_dict_post_hook(SaveHook(self.endings)))  # type: ignore[no-untyped-call]
+        self._handles += attach_hooks(self)  # in place: the finalizer holds the list
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore_weights()

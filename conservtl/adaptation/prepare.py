@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.adaptation.bound_plan import Origin
 from conservtl.adaptation.earlier_run import (
     check_extensions_agree,
     inherited_strategies,
@@ -16,6 +15,7 @@ from conservtl.adaptation.earlier_run import (
     saved_example,
     saved_extensions,
 )
+from conservtl.adaptation.origin import Origin
 from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, matches, named_parameters, select, unwrap

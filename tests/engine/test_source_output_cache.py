@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
-from conservtl.adaptation.bound_plan import Origin
+from conservtl.adaptation.origin import Origin
 
 EPOCHS = 3
 RNG = np.random.default_rng(0)
