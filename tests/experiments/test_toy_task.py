@@ -32,7 +32,6 @@ def imported():
     before, path = dict(plugins._IMPORTED), list(sys.path)
     plugins.import_modules([str(FOLDER)])
     yield
-
     TASK_CLASSES.pop("pitch")
     plugins._IMPORTED.clear()
     plugins._IMPORTED.update(before)
