@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +117,7 @@ class Domains:
         augmentation: for adapting from a few examples, or None.
         source_augmentation: for training a source model, or None.
         notes: remarks on the data for the plan: what was left out.
+        skipped: names of the files that were left out because they cannot be used -> why.
     """
 
     labels: tuple[str, ...]
@@ -129,6 +131,7 @@ class Domains:
     augmentation: Augmentation | None = None
     source_augmentation: Augmentation | None = None
     notes: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def draw_shots(labels: Sequence[int], shots: Shots, seed: int) -> tuple[list[int], list[int]]:

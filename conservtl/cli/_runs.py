@@ -46,7 +46,7 @@ def run(
     from conservtl.experiments.run.processes import is_main_process
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
-    from conservtl.report.text.summary import rows_notes
+    from conservtl.report.text.summary import rows_notes, skipped_notes
 
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal
@@ -54,7 +54,7 @@ def run(
     if not is_main_process():
         return
     Console().print(run_table(report))
-    sys.stdout.write("\n".join([report["sentence"], *rows_notes(report)]) + "\n")
+    sys.stdout.write("\n".join([report["sentence"], *rows_notes(report), *skipped_notes(report)]) + "\n")
     if note := report.get("note"):
         sys.stderr.write(f"report.html was not written: {note}\n")
     page = out / "report.html" if "note" not in report else out / "report.json"
@@ -70,12 +70,20 @@ def predict(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Files read and predicted at a time: fewer need less memory.")
     ] = 32,
+    on_bad: Annotated[
+        str, typer.Option("--on-bad", help="error, or skip: leave files that cannot be used out, and list them.")
+    ] = "error",
 ) -> None:
     """Print the adapted model's answers: file, label and probability, separated by tabs."""
     from conservtl.experiments.run.bundle import load_adapted
+    from conservtl.tasks.bad_files import skipped_text
 
-    for prediction in load_adapted(folder).predictions(files, batch_size=batch_size):
+    skipped: dict[str, str] = {}
+    choice: Any = on_bad  # predictions() checks it
+    for prediction in load_adapted(folder).predictions(files, batch_size, on_bad=choice, skipped=skipped):
         sys.stdout.write(f"{prediction}\n")
+    if skipped:
+        sys.stderr.write(f"{skipped_text(skipped)}.\n")
 
 
 def schema(_imports: Imports = None) -> None:

@@ -16,6 +16,7 @@ from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
 from conservtl.functions import MetricValue, forward
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
+from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.headline import Headline
 
 __all__ = ["TASK_CLASSES", "DataSection", "Prediction", "Shift", "Task"]
@@ -52,7 +53,7 @@ class Prediction:
     probability: float | None = None
 
     def __str__(self) -> str:
-        parts = [str(self.file), self.label]
+        parts = [shown_name(self.file), shown_name(self.label)]
         return "\t".join(parts if self.probability is None else [*parts, f"{self.probability:.3f}"])
 
 

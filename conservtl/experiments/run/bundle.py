@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from conservtl.errors import DataError, SourceError, SpecError
 from conservtl.experiments.run.bundle_header import describe_example, extend_model, read_header
 from conservtl.experiments.run.setting import Setting
 from conservtl.functions import logits_of
+from conservtl.tasks.bad_files import OnBad, check_files
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.registry import task_named
 from conservtl.tensor_files import load_tensors, save_tensors
@@ -58,7 +59,14 @@ class Adapted:
         """Return (N, labels), each row summing to 1, for inputs as the model takes them; for tasks with classes."""
         return logits_of(self.outputs(inputs)).float().softmax(-1)
 
-    def predict(self, files: str | Path | Sequence[str | Path], batch_size: int = 32) -> list[Prediction]:
+    def predict(
+        self,
+        files: str | Path | Sequence[str | Path],
+        batch_size: int = 32,
+        *,
+        on_bad: OnBad = "error",
+        skipped: MutableMapping[str, str] | None = None,
+    ) -> list[Prediction]:
         """Return the answer for each file, or for one: its most probable label where the task has classes.
 
         ``predictions`` yields the same one by one.
@@ -66,34 +74,63 @@ class Adapted:
         Args:
             files: paths.
             batch_size: files that are read and predicted at a time, which bounds the memory.
+            on_bad: whether a file that cannot be used is an error or skipped.
+            skipped: gets the names of skipped files, and why.
 
         Raises:
             DataError: a file is missing or cannot be read; the message names it.
             SpecError: the batch size is below 1.
         """
-        return list(self.predictions(files, batch_size))
+        return list(self.predictions(files, batch_size, on_bad=on_bad, skipped=skipped))
 
-    def predictions(self, files: str | Path | Sequence[str | Path], batch_size: int = 32) -> Iterator[Prediction]:
+    def predictions(
+        self,
+        files: str | Path | Sequence[str | Path],
+        batch_size: int = 32,
+        *,
+        on_bad: OnBad = "error",
+        skipped: MutableMapping[str, str] | None = None,
+    ) -> Iterator[Prediction]:
         """Return an iterator over the answers of ``predict``; files are read when it gets there.
 
         Args:
             files: paths.
             batch_size: files that are read and predicted at a time, which bounds the memory.
+            on_bad: whether a file that cannot be used is an error or skipped.
+            skipped: gets the names of skipped files, and why.
 
         Raises:
             DataError: a file is missing or cannot be read; the message names it.
             SpecError: the batch size is below 1.
         """
         paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
-        if missing := [path for path in paths if not path.is_file()]:
-            raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
         if batch_size < 1:
             raise SpecError(f"predict: batch_size must be at least 1; received {batch_size}.")
+        if on_bad not in get_args(OnBad):
+            raise SpecError(f"predict: on_bad must be 'error' or 'skip'; received {on_bad!r}.")
+        missing = [path for path in paths if not path.is_file()]
+        if missing and on_bad == "error":
+            raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
+        bad: MutableMapping[str, str] = {} if skipped is None else skipped
+        bad.update((str(path), "is not a file") for path in missing)
+        paths = [path for path in paths if str(path) not in bad]
         parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
-        return (prediction for part in parts for prediction in self._predicted(part))
+        skips = bad if on_bad == "skip" else None
+        return (prediction for part in parts for prediction in self._predicted(part, skips))
 
-    def _predicted(self, files: Sequence[Path]) -> list[Prediction]:
-        outputs = map_tensors(self.outputs(self.preprocessing.read(files)), lambda tensor: tensor.cpu())
+    def _predicted(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> list[Prediction]:
+        try:
+            inputs = self.preprocessing.read(files)
+        except DataError:
+            if skipped is None:
+                raise
+            bad = check_files(files, lambda file: self.preprocessing.read([file]))
+            if not bad:  # not one file's fault
+                raise
+            skipped.update((str(file), reason) for file, reason in bad.items())
+            files = [file for file in files if file not in bad]
+            return self._predicted(files, skipped) if files else []
+        outputs = map_tensors(self.outputs(inputs), lambda tensor: tensor.cpu())
         return self.task.predictions(outputs, self.labels, files)
 
 

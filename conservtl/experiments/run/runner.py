@@ -36,6 +36,7 @@ from conservtl.locks import check_folder, lock_folder
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import rows_by_label
 from conservtl.report import sentence, write_html, write_json, write_tensorboard
+from conservtl.tasks.bad_files import skipped_report
 
 __all__ = ["plan_of", "run"]
 
@@ -161,6 +162,7 @@ def _report(
         "target": setting.target,
         "shots": spec.model_dump(mode="json")["data"]["shots"],
         "taken": setting.taken,
+        "skipped": skipped_report(domains.skipped),
         "metric": task.headline.as_json(),
         "example": task.example,
         "classes": task.has_classes,

@@ -30,6 +30,7 @@ from conservtl.plan.plan import Plan
 from conservtl.runtime.source_head import SourceHead
 from conservtl.shots import UpTo, taken_text
 from conservtl.source.read import SourceLike, read_source
+from conservtl.tasks.bad_files import skipped_text
 from conservtl.tasks.base import Shift, Task
 
 __all__ = ["Setting", "prepare"]
@@ -243,7 +244,7 @@ def prepare(spec: Spec) -> Setting:
     check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
     setting = Setting(spec, domains, example, domains.labels == domains.source_labels)
-    note = _shots_note(setting)
+    note = _shots_note(setting) + ((skipped_text(domains.skipped),) if domains.skipped else ())
     return replace(setting, domains=replace(domains, notes=(*domains.notes, *note))) if note else setting
 
 

@@ -12,7 +12,7 @@ from conservtl.report.figures.drift import drift_by_layer
 from conservtl.report.figures.weight_path import weight_path
 from conservtl.report.pages.rendering import as_yaml, render
 from conservtl.report.text.metrics import Verdict, number
-from conservtl.report.text.summary import costly, duration, sentence, verdict
+from conservtl.report.text.summary import costly, duration, sentence, skipped_rows, verdict
 from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
 
 __all__ = ["write_html"]
@@ -43,6 +43,8 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         pictures=[picture for picture in pictures if picture],
         plan=plan_table(report),
         agreement=agreement_rows(report),
+        skipped=skipped_rows(report),
+        skipped_count=int((report.get("skipped") or {}).get("count", 0)),
         spec=as_yaml(report.get("spec")),
         environment=_environment(report),
         seconds=_seconds(report),

@@ -8,6 +8,7 @@ from typing import Any
 from conservtl.plan.plan import Plan
 from conservtl.report.text.metrics import Verdict, headline, number, pair
 from conservtl.shots import taken_text
+from conservtl.tasks.bad_files import shown_name, skipped_text
 
 __all__ = [
     "costly",
@@ -16,6 +17,8 @@ __all__ = [
     "rows_notes",
     "sentence",
     "shots_text",
+    "skipped_notes",
+    "skipped_rows",
     "taken_of",
     "target_text",
     "verdict",
@@ -74,6 +77,19 @@ def target_text(report: Mapping[str, Any]) -> str:
 def rows_notes(result: Mapping[str, Any]) -> list[str]:
     """Return sentences on rows of a head that a run, or some runs of a study, copied by label."""
     return [f"Rows copied by label, {said}." for said in result.get("rows_by_label") or ()]
+
+
+def skipped_notes(report: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the files that a run skipped, if there are any."""
+    skipped = report.get("skipped") or {}
+    named = {str(entry["file"]): str(entry["reason"]) for entry in skipped.get("files") or ()}
+    return [f"{skipped_text(named, int(skipped['count']))}."] if named else []
+
+
+def skipped_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the files that a report lists as skipped: name and reason."""
+    entries = (report.get("skipped") or {}).get("files") or ()
+    return [(shown_name(entry["file"]), shown_name(entry["reason"])) for entry in entries]
 
 
 def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from conservtl.errors import DataError
 from conservtl.extras import require
+from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["digest", "loudest_stretch", "read_audio"]
 
+_MOST_VALUES = 2**28  # samples times channels: 1 GB as float32, 90 minutes of one channel at 48 kHz
+_MOST_RATE = 768_000  # Hz; beyond every recorder, and a second of it fits in memory
+_MOST_LEVEL = 2.0**31  # of floating-point samples, which may be scaled as integers; squares of it are finite
+_BLOCK = 2**22  # values that are read at a time
+_UNKNOWN_LENGTH = 2**62  # frames; libsndfile's number for a stream whose header gives none
+_CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 2**32))  # sizes that a program writes into a pipe
 _STEP = 2**-15  # one step of 16-bit samples
 _CANCELLED = 0.1  # of the channels' level: a sum of fewer than 100 channels of different sounds is above
 _FRAME = 0.010  # seconds
@@ -23,22 +33,50 @@ _NEARLY = 0.99  # of the largest energy
 def read_audio(file: Path) -> tuple[Tensor, int]:
     """Return a recording, mixed to mono: (samples,) float32 in [-1, 1], and its sample rate in Hz.
 
+    The file is read block by block: a header that lies about the length costs no memory.
+
     Raises:
-        DataError: the file cannot be read as audio, has no samples or samples that are not finite, is silent, or its
-            channels cancel when they are mixed.
+        DataError: the file cannot be read as audio, is cut short or too long, has no samples or samples that are not
+            finite or too large, is silent, or its channels cancel when they are mixed.
     """
     soundfile = require("soundfile", "speech")
+    fault, channels, rate = None, torch.empty(0, 1), 0
     try:
-        samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
-        raise DataError(
-            f"{file} cannot be read as audio: {str(error).rstrip(chr(46))}. Replace or remove it."
-        ) from error
-    channels = torch.from_numpy(samples)
+        with soundfile.SoundFile(str(file)) as opened:
+            rate = int(opened.samplerate)
+            if not 1 <= rate <= _MOST_RATE:
+                fault = f"must have a sample rate of 1 to {_MOST_RATE:,} Hz; it has {rate:,}"
+            else:
+                channels, fault = _samples(opened)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # of soundfile; TypeError for a .raw file
+        fault = f"cannot be read as audio: {_shown_error(error, file)}"
     wave = channels.mean(dim=1)
-    if fault := _fault(channels, wave):
-        raise DataError(f"{file} {fault}. Replace or remove it.")
-    return wave, int(rate)
+    if fault := fault or _fault(channels, wave):
+        raise DataError(f"{shown_name(file)} {fault}. Replace or remove it.")
+    return wave, rate
+
+
+def _shown_error(error: Exception, file: Path) -> str:
+    return str(error).replace(repr(str(file)), shown_name(file)).rstrip(".")
+
+
+def _samples(opened: Any) -> tuple[Tensor, str | None]:
+    """Return the samples of an open file, (frames, channels), or why they cannot be used."""
+    blocks, promised, count = [], opened.frames, 0
+    if cut := _CUT_SHORT.search(opened.extra_info):
+        size, held = map(int, cut.groups())
+        if held < size and not any(size in sizes for sizes in _STREAMED):
+            fault = f"is cut short: its header promises {size:,} bytes of samples, and it has {held:,}"
+            return torch.empty(0, 1), fault
+    size = max(1, _BLOCK // opened.channels)
+    while len(block := opened.read(size, dtype="float32", always_2d=True)):
+        blocks.append(torch.from_numpy(block))
+        count += len(block)
+        if count * opened.channels > _MOST_VALUES:
+            return torch.empty(0, 1), f"must have at most {_MOST_VALUES:,} samples in all channels; it has more"
+    if count < promised < _UNKNOWN_LENGTH and opened.format != "MPEG":  # whose length is an estimate
+        return torch.empty(0, 1), f"is cut short: its header promises {promised:,} samples, and it has {count:,}"
+    return torch.cat(blocks) if blocks else torch.empty(0, opened.channels), None
 
 
 def _fault(channels: Tensor, wave: Tensor) -> str | None:
@@ -46,6 +84,8 @@ def _fault(channels: Tensor, wave: Tensor) -> str | None:
         return "has no samples"
     if not bool(channels.isfinite().all()):
         return "has samples that are not finite"
+    if channels.abs().max() > _MOST_LEVEL:
+        return f"has samples beyond {_MOST_LEVEL:,.0f}, the largest of any format"
     centred, mixed = channels - channels.mean(dim=0), wave - wave.mean()
     if centred.abs().max() <= _STEP:
         return "is silent: no sample differs from the mean by more than one step of 16 bits"

@@ -16,7 +16,9 @@ from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
 from conservtl.data import Domains
 from conservtl.errors import SpecError
 from conservtl.shots import Shots
+from conservtl.tasks.bad_files import FileData, FolderFiles, check_files, explained, names_below, refuse
 from conservtl.tasks.classification import ClassData
+from conservtl.tasks.speech.audio import read_audio
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
@@ -62,7 +64,7 @@ class _SpeechData(ClassData):
         return Protocol(target, self.shots, self.validation, seed, speakers, limit, source)
 
 
-class FolderData(_SpeechData):
+class FolderData(_SpeechData, FolderFiles):
     """Recordings below a folder, labelled by their file names."""
 
     kind: Literal["folder"] = "folder"
@@ -103,7 +105,7 @@ class EspeakData(_SpeechData):
     """Recordings of each word by the target voice, shots and test part together."""
 
 
-class SpeechCommandsData(_SpeechData):
+class SpeechCommandsData(_SpeechData, FileData):
     """Speech Commands (Warden, 2018) in the folders that torchaudio unpacks; nothing is downloaded."""
 
     kind: Literal["speechcommands"] = "speechcommands"
@@ -146,20 +148,32 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
     """
     if isinstance(data, EspeakData):
         return _load_espeak(data, seed, source=source)
-    recordings, notes = _recordings(data)
+    recordings, notes, bad = _recordings(data)
+    if data.on_bad == "error":
+        refuse(bad)
+    else:
+        used = [r for r in recordings if r.speaker == data.target or _is_source(r, data, source=source)]
+        bad |= check_files((Path(r.name) for r in used), read_audio, "speech")
+        recordings = [r for r in recordings if Path(r.name) not in bad]
+    skipped = names_below(data.root, bad)
     preprocessing = SpeechPreprocessing(features=data.features)
     digests: dict[str, str] = {}
-    split = domains(
-        recordings,
-        data.protocol(data.target, seed, data.source_speakers, data.limit, source=source),
-        lambda chosen: preprocessing.read([Path(r.name) for r in chosen], digests),
-        preprocessing,
-        data.augment,
-        data.source_augment,
-    )
+    with explained(skipped):
+        split = domains(
+            recordings,
+            data.protocol(data.target, seed, data.source_speakers, data.limit, source=source),
+            lambda chosen: preprocessing.read([Path(r.name) for r in chosen], digests),
+            preprocessing,
+            data.augment,
+            data.source_augment,
+        )
     if isinstance(data, FolderData):  # a published set is as it is
         notes += find_copies(recordings, digests, data.target)
-    return replace(split, notes=notes)
+    return replace(split, notes=notes, skipped=skipped)
+
+
+def _is_source(recording: Recording, data: FolderData | SpeechCommandsData, *, source: bool) -> bool:
+    return source and (data.source_speakers is None or recording.speaker in data.source_speakers)
 
 
 def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, ...]:
@@ -173,10 +187,13 @@ def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, .
     return tuple(sorted({recording.speaker for recording in _recordings(data)[0]}))
 
 
-def _recordings(data: FolderData | SpeechCommandsData) -> tuple[list[Recording], tuple[str, ...]]:
+def _recordings(
+    data: FolderData | SpeechCommandsData,
+) -> tuple[list[Recording], tuple[str, ...], dict[Path, str]]:
     if isinstance(data, SpeechCommandsData):
-        return speech_commands_recordings(data.root, data.version, data.held_out, data.words), ()
-    return search(data.root, data.pattern, data.held_out_takes, data.words)
+        recordings = speech_commands_recordings(data.root, data.version, data.held_out, data.words)
+        return recordings, (), {}
+    return search(data.root, data.pattern, data.held_out_takes, data.words, follow_links=data.follow_links)
 
 
 def _check_voices(data: EspeakData) -> None:

@@ -25,7 +25,8 @@ _CLICK = 0.020  # seconds of a recording that its level disregards
 _TINY = 1e-10  # power of silence: -100 dB
 _FLAT = 1e-5  # standard deviation of silence, which becomes zeros
 _BATCH = 256  # recordings in one mel computation, which bounds the memory of the spectrogram
-_BLOCK = 2048  # recordings in memory as samples
+_BLOCK = 2048  # recordings in memory as samples, and
+_BLOCK_VALUES = 2**27  # their samples, which are fewer of high rates
 
 
 class Features(FrozenModel):
@@ -95,18 +96,26 @@ class SpeechPreprocessing(FrozenModel):
         """
         if not files:
             raise DataError("files must name at least one recording; received none. Check the pattern of the files.")
-        inputs = []
-        for at in range(0, len(files), _BLOCK):
-            block = [read_audio(Path(file)) for file in files[at : at + _BLOCK]]
+        inputs: list[Tensor] = []
+        block: list[tuple[Tensor, int]] = []
+        values = 0
+        for file in files:
+            wave, rate = read_audio(Path(file))
             if digests is not None:
-                names = map(str, files[at : at + _BLOCK])
-                digests.update((name, digest(*recording)) for name, recording in zip(names, block, strict=True))
-            inputs.append(self.transform(block))
-        return torch.cat(inputs)
+                digests[str(file)] = digest(wave, rate)
+            block.append((_stretch(wave, rate, self.features).clone(), rate))  # the rest of it leaves the memory
+            values += len(block[-1][0])
+            if len(block) == _BLOCK or values > _BLOCK_VALUES:
+                inputs.append(self._inputs(block))
+                block, values = [], 0
+        return torch.cat([*inputs, self._inputs(block)] if block else inputs)
 
     def transform(self, recordings: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Return inputs for recordings in memory, each (samples,) with its sample rate in Hz; at least one."""
-        waves = _to_rate(recordings, self.features)
+        return self._inputs([(_stretch(wave, rate, self.features), rate) for wave, rate in recordings])
+
+    def _inputs(self, stretches: Sequence[tuple[Tensor, int]]) -> Tensor:
+        waves = _to_rate(stretches, self.features)
         if self.features.kind == "waveform":
             return normalise(waves, self.features.normalise)
         return torch.cat([log_mel(part, self.features) for part in torch.split(waves, _BATCH)])
@@ -120,18 +129,19 @@ def fit_length(wave: Tensor, samples: int) -> Tensor:
     return torch.nn.functional.pad(wave, (-excess // 2, -excess - -excess // 2))
 
 
-def _to_rate(recordings: Sequence[tuple[Tensor, int]], features: Features) -> Tensor:
-    """Return all recordings at one rate and length, (N, samples), with one resampling for each rate."""
-    waves = torch.empty(len(recordings), features.samples)
-    for rate in sorted({rate for _, rate in recordings}):
-        chosen = [i for i, (_, other) in enumerate(recordings) if other == rate]
-        length = max(1, round(features.length * rate))
-        stacked = torch.stack([_stretch(recordings[i][0], rate, length, features) for i in chosen])
+def _to_rate(stretches: Sequence[tuple[Tensor, int]], features: Features) -> Tensor:
+    """Return stretches of one duration at one rate, (N, samples), with one resampling for each rate."""
+    waves = torch.empty(len(stretches), features.samples)
+    for rate in sorted({rate for _, rate in stretches}):
+        chosen = [i for i, (_, other) in enumerate(stretches) if other == rate]
+        stacked = torch.stack([stretches[i][0] for i in chosen])
         waves[chosen] = fit_length(resample(stacked, rate, features.sample_rate), features.samples)
     return waves
 
 
-def _stretch(wave: Tensor, rate: int, length: int, features: Features) -> Tensor:
+def _stretch(wave: Tensor, rate: int, features: Features) -> Tensor:
+    """Return the part of a recording that is used, at its own rate; padded where the recording is shorter."""
+    length = max(1, round(features.length * rate))
     if features.remove_mean:
         wave = wave - wave.mean(dim=-1, keepdim=True)
     if features.cut == "loudest" and wave.shape[-1] > length:

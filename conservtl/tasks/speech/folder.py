@@ -11,6 +11,8 @@ from unicodedata import normalize
 
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
+from conservtl.tasks.bad_files import refuse, shown_name
+from conservtl.tasks.file_listing import FolderWalk
 from conservtl.tasks.speech.recordings import Recording
 
 __all__ = [
@@ -70,8 +72,13 @@ def find_recordings(
     """Return every recording below ``root`` whose path matches, in the order of words, speakers and takes.
 
     As ``search``, without its remarks.
+
+    Raises:
+        DataError: as ``search``, or a file is bad.
     """
-    return search(root, pattern, held_out_takes, words)[0]
+    recordings, _, bad = search(root, pattern, held_out_takes, words)
+    refuse(bad)
+    return recordings
 
 
 def search(
@@ -79,7 +86,9 @@ def search(
     pattern: str,
     held_out_takes: Collection[int],
     words: Collection[str] | None = None,
-) -> tuple[list[Recording], tuple[str, ...]]:
+    *,
+    follow_links: bool = False,
+) -> tuple[list[Recording], tuple[str, ...], dict[Path, str]]:
     """Return every recording below ``root`` whose path matches, and remarks on audio files that do not.
 
     The pattern must match the end of the path relative to ``root`` (in NFC, with `/` between folders), from the start
@@ -91,9 +100,11 @@ def search(
         pattern: regular expression with the groups `label`, `speaker` and optionally `take`.
         held_out_takes: takes of the source's test part.
         words: labels to use; None for all.
+        follow_links: whether links may lead out of ``root``.
 
     Returns:
-        Recordings in the order of words, speakers and takes, with labels and speakers in NFC; remarks.
+        Recordings in the order of words, speakers and takes, with labels and speakers in NFC; remarks; files and
+        folders that are left out as bad -> why.
 
     Raises:
         SpecError: the pattern is invalid.
@@ -102,15 +113,18 @@ def search(
     check_pattern(pattern)
     if not root.is_dir():
         raise DataError(f"data.root must be a folder of recordings; {root} is not one. Correct the path.")
-    paths = {file: normalize("NFC", file.relative_to(root).as_posix()) for file in _audio_files(root)}
+    found, bad = _audio_files(root, follow_links=follow_links)
+    start = len(root.as_posix().rstrip("/")) + 1 if root.parts else 0
+    paths = {file: normalize("NFC", file.as_posix()[start:]) for file in found}
     files = sorted(paths, key=lambda file: (paths[file], str(file)))
     expression = re.compile(rf"(?:.*/)?(?:{normalize('NFC', pattern)})")
     matches = [(file, match) for file in files if (match := _match(expression, paths[file]))]
     if not matches:
+        also = f" ({len(bad)} bad files apart)" if bad else ""
         example = f"one of them is {paths[files[0]]!r}" if files else "there are no audio files"
         raise DataError(
             f"data.pattern: {pattern!r} matches none of the {len(files)} audio files under {root}; "
-            f"{example}. "
+            f"{example}{also}. "
             f"Write a pattern with the groups 'label', 'speaker' and optionally 'take'."
         )
     counts: Counter[tuple[str, str]] = Counter()
@@ -121,12 +135,20 @@ def search(
         counts[label, speaker] += 1
         recordings.append((take, Recording(str(file), label, speaker, held_out=take in held_out_takes)))
     ordered = sorted(recordings, key=lambda item: (item[1].label, item[1].speaker, item[0], paths[Path(item[1].name)]))
-    return _of_words([recording for _, recording in ordered], words), _unmatched(matches, files, paths)
+    return _of_words([recording for _, recording in ordered], words), _unmatched(matches, files, paths), bad
 
 
-def _audio_files(root: Path) -> list[Path]:
-    files = (file for file in root.rglob("*") if file.suffix.lower() in _AUDIO and file.is_file())
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+def _audio_files(root: Path, *, follow_links: bool) -> tuple[list[Path], dict[Path, str]]:
+    walk = FolderWalk(
+        root,
+        is_wanted=lambda name: not name.startswith(".") and Path(name).suffix.lower() in _AUDIO,
+        is_hidden=lambda name: name.startswith("."),
+        follow_links=follow_links,
+    )
+    files: list[Path] = []
+    walk.add_files(root, files)
+    walk.finish()
+    return files, walk.bad
 
 
 def _match(expression: re.Pattern[str], path: str) -> re.Match[str] | None:
@@ -146,7 +168,7 @@ def _unmatched(
     kinds = Counter(path.rpartition(".")[2].lower() for path in rest)
     counted = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
     text = f"{len(rest)} of {len(files)} audio files do not match data.pattern and are left out ({counted})"
-    return (f"{text}, such as {rest[0]}",)
+    return (f"{text}, such as {shown_name(rest[0])}",)
 
 
 def _take(file: Path, match: re.Match[str], default: int) -> int:
@@ -155,7 +177,8 @@ def _take(file: Path, match: re.Match[str], default: int) -> int:
         return default
     if not text.isdecimal():
         raise DataError(
-            f"data.pattern: the group 'take' must match a number; it matches {text!r} in {file}. Use \\d+ for it."
+            f"data.pattern: the group 'take' must match a number; it matches {text!r} in {shown_name(file)}. "
+            "Use \\d+ for it."
         )
     return int(text)
 

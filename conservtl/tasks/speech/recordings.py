@@ -15,6 +15,7 @@ from torch import Tensor
 from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 from conservtl.errors import DataError
 from conservtl.shots import Shots
+from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["Protocol", "Recording", "domains", "find_copies"]
 
@@ -150,8 +151,8 @@ def find_copies(recordings: Sequence[Recording], digests: Mapping[str, str], tar
         first, second = harmful[0][:2]
         more = f" ({len(harmful) - 1} more recordings are there several times)" if len(harmful) > 1 else ""
         raise DataError(
-            f"data: every recording must be there once, or a model is tested on what it is trained on; {second.name} "
-            f"has the same samples as {first.name}{more}. Remove the copies."
+            f"data: every recording must be there once, or a model is tested on what it is trained on; "
+            f"{shown_name(second.name)} has the same samples as {shown_name(first.name)}{more}. Remove the copies."
         )
     count = sum(len(group) - 1 for group in copies)
     return (f"{count} recordings of the source's training part are copies of others",) if count else ()

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from conservtl.bounds import NonNegativeInt, Place
 from conservtl.shots import Shots
+from conservtl.tasks.bad_files import FolderFiles
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
@@ -101,7 +102,7 @@ class _Photographs(_Split):
     corruption are the source."""
 
 
-class ImageFolderData(_Photographs):
+class ImageFolderData(_Photographs, FolderFiles):
     """Images in one folder for each class, below train/ and test/ (or val/), or without these parts."""
 
     kind: Literal["imagefolder"] = "imagefolder"

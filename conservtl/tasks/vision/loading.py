@@ -5,6 +5,7 @@ from __future__ import annotations
 from conservtl.data import Domains, carve, draw_shots
 from conservtl.errors import DataError
 from conservtl.shots import Shots
+from conservtl.tasks.bad_files import explained
 from conservtl.tasks.vision.datasets import DIGITS_IMAGES, DataSpec, DigitsData, ImageFolderData
 from conservtl.tasks.vision.digits import digits_parts
 from conservtl.tasks.vision.folders import folder_parts
@@ -50,8 +51,9 @@ def load(data: DataSpec, *, model: ModelSpec, seed: int, source: bool = True) ->
         MissingExtraError: torchvision, timm, Pillow or scikit-learn is needed and not installed.
     """
     preprocessing = preprocessing_for(data, model)
-    parts = _parts_of(data)
-    shots, test = _shots_and_test(parts, data.shots, seed)
+    parts = _parts_of(data, preprocessing)
+    with explained(parts.skipped):
+        shots, test = _shots_and_test(parts, data.shots, seed)
     train, validation = carve(shots.labels, data.validation, seed)
     source_parts = [parts.source_train, parts.source_test] if source else [None, None]
     source_train, source_test = (None if part is None else read(part, preprocessing) for part in source_parts)
@@ -67,13 +69,14 @@ def load(data: DataSpec, *, model: ModelSpec, seed: int, source: bool = True) ->
         preprocessing=preprocessing,
         augmentation=augmentation,
         source_augmentation=augmentation,
+        skipped=parts.skipped,
     )
 
 
-def _parts_of(data: DataSpec) -> Parts:
+def _parts_of(data: DataSpec, preprocessing: VisionPreprocessing) -> Parts:
     if isinstance(data, DigitsData):
         return digits_parts(data)
-    return folder_parts(data) if isinstance(data, ImageFolderData) else torchvision_parts(data)
+    return folder_parts(data, preprocessing) if isinstance(data, ImageFolderData) else torchvision_parts(data)
 
 
 def _shots_and_test(parts: Parts, shots: Shots, seed: int) -> tuple[ImagePart, ImagePart]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Parts:
         source_train: the source's training images, or None.
         source_test: the source's test images, or None.
         corruption: corruption of the pool and the test images, not of the source.
+        skipped: names of files that are left out because they cannot be used -> why.
     """
 
     pool: ImagePart
@@ -73,6 +74,7 @@ class Parts:
     source_train: ImagePart | None = None
     source_test: ImagePart | None = None
     corruption: Corruption | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 class LazyImages(Dataset[tuple[Tensor, Tensor]]):
@@ -151,7 +153,7 @@ def draw_from_pool(pool: ImagePart, shots: Shots, seed: int) -> ImagePart:
 
 def _inputs(part: ImagePart, preprocessing: VisionPreprocessing, corruption: Corruption | None) -> Tensor:
     size = preprocessing.images.size
-    pixels = [preprocessing.pixels(part.opener(i)) for i in part.ids]
+    pixels = [preprocessing.pixels(part.opener(i), name) for i, name in zip(part.ids, part.names, strict=True)]
     images = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
     if corruption is not None:
         images = corrupt(images, corruption, part.names)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from conservtl.errors import DataError
 from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.vision.colour_modes import as_rgb_or_grey, check_frames
 from conservtl.tasks.vision.image_settings import ImageSettings
 
@@ -27,14 +30,34 @@ def open_image(path: Path) -> Any:
     """
     pillow = require("PIL.Image", "vision")
     try:
-        with pillow.open(path) as image:
-            check_frames(image, str(path))
+        # Pillow's first limit on pixels is an error too, so that memory is bounded.
+        with (
+            warnings.catch_warnings(action="error", category=pillow.DecompressionBombWarning),
+            pillow.open(path, formats=_formats()) as image,
+        ):
+            check_frames(image, shown_name(path))
             image.load()  # which turns a TIFF by its orientation
-            return as_rgb_or_grey(image, str(path))
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+            return as_rgb_or_grey(image, shown_name(path))
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them
+        reason = str(error).replace(repr(str(path)), shown_name(path)) or type(error).__name__
         raise DataError(
-            f"{path} must be an image that Pillow can read; reading it raises: {error}. Replace or remove the file."
+            f"{shown_name(path)} must be an image that Pillow can read; reading it raises: {reason}. Replace or remove "
+            "the file."
         ) from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Return the formats that Pillow can read here without another program."""
+    pillow = require("PIL.Image", "vision")
+    pillow.init()
+    return [name for name in pillow.ID if name in pillow.OPEN and name not in _OUTSIDE_PROGRAMS]
+
+
+_OUTSIDE_PROGRAMS = {"EPS"}  # Ghostscript would run the file
+_MOST_PIXELS = 2**26  # of a resized image before the crop, which grows with the ratio of the sides
 
 
 class VisionPreprocessing(FrozenModel):
@@ -52,22 +75,45 @@ class VisionPreprocessing(FrozenModel):
         Raises:
             DataError: a file cannot be read; the message names it.
         """
-        pixels = [self.pixels(open_image(Path(file))) for file in files]
+        pixels = [self._pixels_of(Path(file)) for file in files]
         size = self.images.size
         return self.normalise(torch.stack(pixels) if pixels else torch.empty(0, 3, size, size))
 
-    def pixels(self, image: Any) -> Tensor:
+    def check(self, file: Path) -> None:
+        """Raise unless an image can be read and converted.
+
+        Raises:
+            DataError: it cannot; the message names it.
+        """
+        self._pixels_of(file)
+
+    def _pixels_of(self, file: Path) -> Tensor:
+        return self.pixels(open_image(file), shown_name(file))
+
+    def pixels(self, image: Any, subject: str = "an image") -> Tensor:
         """Return a Pillow image of any mode at the input's size, (3, size, size) float32, RGB in [0, 1].
 
         The steps and their rounding are torchvision's: resize the shorter side, crop the centre.
+
+        Args:
+            image: the image; not changed.
+            subject: what an error calls it.
+
+        Raises:
+            DataError: one side is so much longer than the other that the resized image would not fit in memory.
         """
         pillow = require("PIL.Image", "vision")
         method = pillow.Resampling[self.images.interpolation.upper()]
-        size, image = self.images.size, as_rgb_or_grey(image, "an image")
+        size, image = self.images.size, as_rgb_or_grey(image, subject)
         if self.images.crop == "squash":
             image = image if image.size == (size, size) else image.resize((size, size), method)
         else:
             target = _shorter_side(image.size, self.images.resize or size)
+            if target[0] * target[1] > _MOST_PIXELS:
+                raise DataError(
+                    f"{subject} must have at most {_MOST_PIXELS:,} pixels once its shorter side is {min(target):,}; "
+                    f"its sides are {image.width:,} and {image.height:,}. Crop it."
+                )
             image = image if image.size == target else image.resize(target, method)
             left, top = round((image.width - size) / 2), round((image.height - size) / 2)
             image = image.crop((left, top, left + size, top + size))

@@ -29,7 +29,8 @@ def one_more(humming, tmp_path):
         soundfile.write(root / f"00_cleo_{take}.wav", (0.3 * torch.randn(4000, generator=generator)).numpy(), 8000)
     return {
         "task": "speech",
-        "data": {"kind": "folder", "root": str(root), "target": "cleo", "shots": 3, "validation": 0.3},
+        "data": {"kind": "folder", "root": str(root), "target": "cleo", "shots": 3, "validation": 0.3}
+        | {"follow_links": True},
         "source": {"training": {"epochs": 12, "lr": 3e-3, "evaluate_every": 100}, "cache": str(tmp_path / "cache")},
         "strategies": [{"kind": "l2_sp", "on": "all", "alpha": 1.0}],
         "training": {"epochs": 8, "lr": 3e-3},

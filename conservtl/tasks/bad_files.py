@@ -1,0 +1,154 @@
+"""Files of a data set that cannot be used: refused, or skipped with a count and a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from conservtl.errors import DataError
+from conservtl.spec_model import FrozenModel
+from conservtl.tasks.file_listing import is_text
+
+__all__ = [
+    "FileData",
+    "FolderFiles",
+    "OnBad",
+    "check_files",
+    "explained",
+    "names_below",
+    "refuse",
+    "shown_name",
+    "skipped_report",
+    "skipped_text",
+]
+
+OnBad = Literal["error", "skip"]
+"""What a bad file does: ends the run before training, or is left out and listed."""
+
+_LISTED = 3  # files that a message names
+_REPORTED = 100  # files that a report lists
+_REASON = 300  # characters of a reason
+_REMEMBERED = 1_000_000  # files whose check is not repeated in this process
+_checked: dict[tuple[Any, ...], str | None] = {}
+
+
+class FileData(FrozenModel):
+    """Fields of a ``data`` section whose examples are files."""
+
+    on_bad: OnBad = "error"
+    """Files that cannot be used (damaged, empty, silent, a decompression bomb, a link out of the folder): `error`
+    refuses the run, `skip` reads every file before the split, leaves bad ones out, and lists them in plan and report.
+    """
+
+
+class FolderFiles(FileData):
+    """Fields of a ``data`` section whose examples are the files below a folder."""
+
+    follow_links: bool = False
+    """Whether links may lead out of the folder. Links in circles are bad files either way."""
+
+
+def refuse(bad: Mapping[Path, str]) -> None:
+    """Raise if a file is bad.
+
+    Raises:
+        DataError: names the first bad file in order, and counts the others.
+    """
+    if bad:
+        file = min(bad)
+        more = f"; {len(bad) - 1:,} others are bad too" if len(bad) > 1 else ""
+        raise DataError(
+            f"{shown_name(file)} {bad[file]}{more}. Replace or remove it, or leave bad files out with data.on_bad: "
+            "skip."
+        )
+
+
+def check_files(files: Iterable[Path], read: Callable[[Path], object], kind: str | None = None) -> dict[Path, str]:
+    """Read files one by one; return those that cannot be used, and why.
+
+    With a ``kind``, a file is read once in a process as long as its size and time stay the same.
+
+    Args:
+        files: what to read.
+        read: raises ``DataError`` for a bad file.
+        kind: everything that ``read`` depends on but the file; None: files are read each time.
+    """
+    bad = {}
+    for file in files:
+        key = (kind, str(file), *_state(file))
+        reason = _checked[key] if kind is not None and key in _checked else _reason(file, read)
+        if kind is not None and len(_checked) < _REMEMBERED:
+            _checked[key] = reason
+        if reason is not None:
+            bad[file] = reason
+    return bad
+
+
+def names_below(root: Path, bad: Mapping[Path, str]) -> dict[str, str]:
+    """Return bad files by their names below a folder, as text that UTF-8 can hold, in order."""
+    return {_name_below(root, file): bad[file] for file in sorted(bad)}
+
+
+def _name_below(root: Path, file: Path) -> str:
+    name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
+    return name if is_text(name) else ascii(name)
+
+
+def skipped_text(skipped: Mapping[str, str], count: int | None = None) -> str:
+    """Return how many files are skipped, and the first of them with why.
+
+    Args:
+        skipped: name -> why.
+        count: of all that are skipped; None: those in ``skipped``.
+    """
+    count = len(skipped) if count is None else count
+    names = sorted(skipped)[:_LISTED]
+    shown = "; ".join(f"{shown_name(name)} {shown_name(skipped[name])}" for name in names)
+    more = f"; and {count - len(names):,} more" if count > len(names) else ""
+    return f"{count:,} {'file is' if count == 1 else 'files are'} skipped: {shown}{more}"
+
+
+def skipped_report(skipped: Mapping[str, str]) -> dict[str, Any]:
+    """Return how many files are skipped, and the first of them with why, as JSON."""
+    files = [{"file": name, "reason": skipped[name]} for name in sorted(skipped)[:_REPORTED]]
+    return {"count": len(skipped), "files": files}
+
+
+@contextmanager
+def explained(skipped: Mapping[str, str]) -> Iterator[None]:
+    """Add to a ``DataError`` how many files are skipped: it may be about what they leave."""
+    try:
+        yield
+    except DataError as error:
+        if not skipped:
+            raise
+        raise DataError(f"{error} With data.on_bad: skip, {skipped_text(skipped)}.") from error
+
+
+def shown_name(name: object) -> str:
+    r"""Return a name for a message: as it is, or quoted with escapes if it holds what a terminal would act on.
+
+    >>> print(shown_name("a.wav"), shown_name("two\nlines.wav"))
+    a.wav 'two\nlines.wav'
+    """
+    text = str(name)
+    return text if text.isprintable() else ascii(text)
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _reason(file: Path, read: Callable[[Path], object]) -> str | None:
+    try:
+        read(file)
+    except DataError as error:
+        rule, _, _fix = str(error).rpartition(". ")
+        return (rule or str(error)).removeprefix(shown_name(file)).replace(shown_name(file), "it").strip()[:_REASON]
+    return None
