@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -25,13 +26,18 @@ class HeadLabels:
         labels: of the target and of the source: text, numbers, or whatever else can be compared and hashed.
 
     Raises:
-        SpecError: these are no two lists, one is empty, or a label stands twice in one.
+        SpecError: these are no two lists, one has no order or is empty, or a label stands twice in one.
     """
 
     def __init__(self, labels: Sequence[Sequence[Any]]) -> None:
         if isinstance(labels, (str, Mapping)) or len(labels) != 2 or any(isinstance(one, str) for one in labels):
             raise SpecError(f"labels must be two lists, (target, source); received {labels!r}. Give both.")
-        self.target, self.source = (tuple(one) for one in labels)
+        if unordered := [one for one in labels if isinstance(one, (Mapping, AbstractSet))]:
+            raise SpecError(
+                f"labels must be in the order of the outputs; received a {type(unordered[0]).__name__}. Give a list of "
+                "them, such as [id2label[i] for i in range(len(id2label))]."
+            )
+        self.target, self.source = (tuple(one.tolist() if hasattr(one, "tolist") else one) for one in labels)
         for name, found in (("target", self.target), ("source", self.source)):
             twice = [label for label, count in Counter(found).items() if count > 1]
             if twice or not found:

@@ -227,6 +227,7 @@ def test_maps_with_a_convolution_of_size_one_as_their_head():
         (("b", "a"), SOURCE, 2, r"2 of 2 (1 of the source's 3 not used)"),
         (("b", "x", "y"), SOURCE, 1, r"1 of 3 (2 of the source's 3 not used)"),
         ((7, 0, 2), (0, 1, 2), 2, r"2 of 3 (1 of the source's 3 not used)"),
+        (torch.tensor([7, 0, 2]), [0, 1, 2], 2, r"2 of 3 (1 of the source's 3 not used)"),
     ],
 )
 def test_other_orders_fewer_labels_and_some_in_common(target, source_labels, copied, text):
@@ -304,6 +305,8 @@ def test_a_copy_of_the_source_gets_new_values_in_its_new_row():
         ((TARGET,), r"two lists, \(target, source\)"),
         ("abcd", r"two lists, \(target, source\)"),
         (("abcd", SOURCE), r"two lists, \(target, source\)"),
+        ((dict(enumerate(TARGET)), SOURCE), r"in the order of the outputs; received a dict.*id2label"),
+        ((TARGET, set(SOURCE)), r"in the order of the outputs; received a set"),
     ],
 )
 def test_lists_that_are_not_of_the_outputs_are_refused(labels, message):
