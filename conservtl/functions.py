@@ -22,6 +22,7 @@ __all__ = [
     "Metrics",
     "accuracy",
     "class_loss",
+    "classes_of",
     "cross_entropy",
     "forward",
     "labels_of",
@@ -110,10 +111,19 @@ def class_loss(loss: Callable[[Tensor, Tensor], Tensor], outputs: Any, batch: An
     Raises:
         SpecError: the labels are no classes of the logits.
     """
+    return loss(*classes_of(outputs, batch, ignored))
+
+
+def classes_of(outputs: Any, batch: Any, ignored: int = IGNORED) -> tuple[Tensor, Tensor]:
+    """Return logits (N, classes, ...) and labels as a loss of classes takes them, those of padding ``ignored``.
+
+    Raises:
+        SpecError: the labels are no classes of the logits.
+    """
     logits = logits_of(outputs)
     labels = _class_labels(logits, labels_of(batch))
     if logits.ndim < 3 or labels.is_floating_point():
-        return loss(logits, labels)
+        return logits, labels
     last, second = labels.shape == logits.shape[:-1], labels.shape == logits.shape[:1] + logits.shape[2:]
     # If both fit, torch's layout, but for outputs of Hugging Face models.
     axis = logits.ndim - 1 if last and (not second or hasattr(outputs, "logits")) else 1
@@ -122,7 +132,7 @@ def class_loss(loss: Callable[[Tensor, Tensor], Tensor], outputs: Any, batch: An
         mask = padding.mask(logits.shape, axis, "the labels")
         if mask is not None:
             labels = labels.masked_fill(~mask & (labels != ignored).all(), ignored)
-    return loss(logits.movedim(axis, 1), labels)
+    return logits.movedim(axis, 1), labels
 
 
 def _class_labels(logits: Tensor, labels: Any) -> Tensor:

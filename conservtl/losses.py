@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SpecError
-from conservtl.functions import Loss, class_loss, labels_of, logits_of
+from conservtl.functions import IGNORED, Loss, class_loss, classes_of, cross_entropy, labels_of, logits_of
 
-__all__ = ["LabelLoss", "as_loss", "check_trained"]
+__all__ = ["LabelLoss", "as_loss", "check_trained", "counted"]
 
 _LABELS = {"target", "targets", "label", "labels", "y", "y_true", "true", "truth", "gt"}
 _CLASSES = {"CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss"}
@@ -32,7 +32,7 @@ def as_loss(loss: Any) -> Loss:
     argument is named ``target`` or ``labels``, gets the logits and labels. Every other function gets outputs and batch.
 
     Raises:
-        SpecError: it cannot be called, or is a class, or a module without values (on the meta device).
+        SpecError: it cannot be called, or is a class, a sum, or a module without values (on the meta device).
     """
     if isinstance(loss, LabelLoss):
         return loss
@@ -82,6 +82,21 @@ def _takes_labels(module: nn.Module) -> bool:
     return len(parameters) > 1 and parameters[1].lower() in _LABELS
 
 
+def counted(loss: Loss, outputs: Any, batch: Any) -> Tensor | None:
+    """Return the number of positions that a loss of classes is the mean over; None if it is another loss's mean.
+
+    A batch with few labels other than those ignored counts less in the loss of a set.
+    """
+    if loss is cross_entropy:
+        ignored = IGNORED
+    elif isinstance(loss, LabelLoss) and loss.of_classes and not loss.weighted:
+        ignored = loss.ignored
+    else:
+        return None
+    labels = classes_of(outputs, batch, ignored)[1]
+    return None if labels.is_floating_point() else (labels != ignored).sum()
+
+
 class LabelLoss:
     """A loss module or a loss of torch as a function of (outputs, batch); moves itself to the outputs' device.
 
@@ -105,6 +120,12 @@ class LabelLoss:
         self.of_elements = own and of_labels and name in _ELEMENTS
         keywords = getattr(loss, "keywords", {})
         self.ignored = int(keywords.get("ignore_index", getattr(inner, "ignore_index", -100)))
+        self.weighted = keywords.get("weight", getattr(inner, "weight", None)) is not None
+        if own and keywords.get("reduction", getattr(inner, "reduction", None)) == "sum":
+            raise SpecError(
+                f"loss: {name} must be the mean over a batch; received reduction='sum', whose scale changes with the "
+                "batch. Leave it out, and set the learning rate instead."
+            )
         self._device: torch.device | None = None
 
     def __call__(self, outputs: Any, batch: Any) -> Tensor:

@@ -15,7 +15,7 @@ from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError, TrainingDivergedError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics
 from conservtl.labels import labels_for_loss
-from conservtl.losses import as_loss
+from conservtl.losses import as_loss, counted
 from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["Functions", "Holdout", "check_metrics", "evaluate"]
@@ -106,7 +106,8 @@ def evaluate(
             loss = functions.loss(outputs, batch.content)
             metrics = functions.metrics(outputs, batch.content)
             check_metrics(metrics)
-            pool.add({"loss": loss, **metrics}, batch.size)
+            count = counted(functions.loss, outputs, batch.content)
+            pool.add({"loss": loss if count is None else (loss * count, count), **metrics}, batch.size)
             losses.append((torch.as_tensor(loss).detach(), replace(batch, content=None)))  # its memory is free again
     if not losses:
         raise DataError("a set to evaluate on has no examples. Leave it out, or give it some.")

@@ -102,7 +102,7 @@ def _check(session: Session, functions: Functions, data: Held | Streamed) -> Non
     def run(content: Any) -> None:
         with session.autocast():
             labels_for_loss(model, content, functions.forward, functions.loss)
-            _loss(functions.loss, _forward(functions, model, content), content, data)
+            _loss(functions.loss, _forward_of_set(functions, model, content), content, data)
 
     with torch.no_grad():
         if isinstance(data, Held):
@@ -150,6 +150,19 @@ def _forward(functions: Functions, model: nn.Module, content: Any) -> Any:
         ) from error
 
 
+def _forward_of_set(functions: Functions, model: nn.Module, content: Any) -> Any:
+    try:
+        return _forward(functions, model, content)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(content))
+        raise DataError(
+            f"its inputs must be such as the model takes; for tensors of shape {shapes} it raises: {error}. Prepare "
+            "them like those to train on."
+        ) from error
+
+
 def _loss(loss: Loss, outputs: Any, content: Any, data: Held | Streamed | None = None) -> Tensor:
     """Return the loss if outputs and labels fit each other, and it is one finite number."""
     if loss is cross_entropy or (isinstance(loss, LabelLoss) and loss.of_classes):
@@ -157,8 +170,16 @@ def _loss(loss: Loss, outputs: Any, content: Any, data: Held | Streamed | None =
         whole = data.content if isinstance(data, Held) else content
         _check_classes(logits_of(outputs), labels_of(whole), content, ignored)
     mode = _Broadcasting(outputs, content)
-    with mode if mode.possible else nullcontext():
-        value: Any = loss(outputs, content)
+    try:
+        with mode if mode.possible else nullcontext():
+            value: Any = loss(outputs, content)
+    except (AttributeError, TypeError) as error:
+        if isinstance(content, Tensor):
+            raise
+        raise SpecError(
+            f"loss must be a function of (outputs, batch); with a {type(content).__name__} as the batch it raises "
+            f"{type(error).__name__}: {error}. Take the labels out of it (batch[1], or batch['labels'])."
+        ) from error
     if not isinstance(value, Tensor):
         raise SpecError(
             f"loss must return a tensor with a gradient; received {type(value).__name__}. Return the tensor, without "

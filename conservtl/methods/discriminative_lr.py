@@ -77,13 +77,14 @@ class DiscriminativeLR(Strategy):
     decay_biases_and_norms: bool | None = None
     """Whether the optimizer's weight decay acts on biases and norms, and on what acts as they do: tables of position
     biases, scales of channels, tokens. None: it does not, unless another strategy
-    decides so."""
+    decides so. It needs no rule of rates beside it."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         given = [name for name in _RULES if getattr(self, name) is not None]
         by_origin = self.source is not None or (self.fresh is not None and not given)
-        if len(given) + by_origin != 1:
+        alone = self.decay_biases_and_norms is not None and self.lr is None and not given
+        if len(given) + by_origin != 1 and not (alone and not by_origin):
             message = f"give exactly one of {', '.join(_RULES)} or source/fresh; received {given or 'none'}"
             raise ValueError(message + (" and source" if self.source is not None else ""))
         if self.lowest is not None and self.lowest > self._full:

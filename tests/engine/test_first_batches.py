@@ -260,6 +260,27 @@ class TestLosses:
             refused(r"outputs \(4, 1\) and labels \(4,\) broadcast to 4 x 4 numbers", (X, Z), 1, loss=loss)
         assert fitted((X, Z), 1, loss=lambda outputs, batch: loss(outputs, (None, batch[1][:, None]))).isfinite().all()
 
+    @pytest.mark.parametrize(
+        ("loss", "message"),
+        [
+            (lambda outputs, labels: F.cross_entropy(outputs, labels), "with a tuple as the batch it raises TypeError"),
+            (lambda outputs, labels: (outputs - labels.float()).mean(), "AttributeError: 'tuple'.*batch\\[1\\]"),
+        ],
+    )
+    def test_functions_of_outputs_and_labels(self, loss, message):
+        refused(rf"the training data: loss must be a function of \(outputs, batch\); .*{message}", loss=loss)
+
+    @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="sum"), partial(F.cross_entropy, reduction="sum")])
+    def test_sums(self, loss):
+        """A set's loss is the mean over its examples, and a batch's gradient must not grow with the batch."""
+        refused(r"loss: \w+ must be the mean over a batch; received reduction='sum'", loss=loss)
+
+    def test_inputs_of_a_set_that_the_model_cannot_take(self):
+        message = (
+            r"the set 'target' of valid: its inputs must be such as the model takes; for tensors of shape \(12, 3\)"
+        )
+        refused(message, valid={"target": (X[:, :3], Y)}, error=ctl.DataError)
+
     def test_pairs_that_are_meant(self):
         def pairs(outputs, batch):
             same = batch[1][:, None] == batch[1]

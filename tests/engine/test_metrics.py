@@ -159,6 +159,20 @@ def test_sums_and_counts_are_pooled():
     assert rates == pytest.approx([11 / 30] * 3)
 
 
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_a_loss_of_classes_is_the_mean_over_all_positions_that_count(loss):
+    """Whatever the batches: the second of these has one label."""
+    generator = torch.Generator().manual_seed(0)
+    maps, labels = torch.randn(3, 4, 2, 5, generator=generator), torch.randint(4, (3, 2, 5), generator=generator)
+    labels[1] = labels[2] = -100
+    labels[2, 0, 0] = 3
+    functions = Functions(forward, loss, lambda *_: {})
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    expected = F.cross_entropy(maps, labels, label_smoothing=smoothing).item()
+    for size in (2, 3):
+        assert evaluate(nn.Identity(), (maps, labels), functions, CPU, size)["loss"] == pytest.approx(expected)
+
+
 class TestLossesThatAreNoNumbers:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("settings", [{"keep": "target"}, {"patience": 1}, {}])

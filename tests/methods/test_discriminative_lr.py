@@ -134,6 +134,13 @@ class TestWeightDecay:
         assert decay == {name: 0.2 if name.endswith("weight") else 0.0 for name in decay}
         assert len(decay) == 10
 
+    def test_without_a_rule_of_rates(self):
+        """As README has it: rates stay the optimizer's."""
+        strategy = ctl.DiscriminativeLR(decay_biases_and_norms=True)
+        assert rates(strategy) == [0.1] * 5
+        optimizer = adapted(strategy).optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.2)
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2}
+
     def test_two_that_agree(self):
         both = [
             ctl.DiscriminativeLR(decay=0.5, decay_biases_and_norms=False),
@@ -147,6 +154,7 @@ class TestWeightDecay:
     [
         {},
         {"lr": 1e-3},
+        {"lr": 1e-3, "decay_biases_and_norms": True},
         {"decay": 0.5, "lowest": 0.1},
         {"decay": 0.5, "source": 0.1},
         {"decay": 0.0},
