@@ -134,6 +134,7 @@ class BoundPlan:
         self._handed_in.check_copied(self.plan, self.model, self.anchors.parameters)
         self.check_measured()
         check_importance(self.plan, self.measured)
+        self._follow_modules()
         self.keep_frozen()  # a process group may have been initialised since
         scale = self.plan.phases[self.phase].scale
         optimizer, inner = build_optimizer(cls, self.plan, parameters, scale, options)
@@ -142,6 +143,13 @@ class BoundPlan:
         recognise(optimizer)
         self.hook = StepHook(optimizer, self, inner=inner, penalties=pull)
         return optimizer
+
+    def _follow_modules(self) -> None:
+        """Take modules that replaced others since adapt, with their parameters, for those of the plan."""
+        theirs = {row.name for row in self.plan.rows if row.as_found}
+        moved = self._handed_in.moved(self.model)
+        let_train(self.model, [name for name in moved if name in self._frozen and name not in theirs])
+        self.terms.follow(self.model)
 
     def make_scheduler(
         self, cls: Callable[..., Any] | None, args: tuple[Any, ...], options: dict[str, Any]
@@ -168,6 +176,7 @@ class BoundPlan:
             members: names and parameters in the optimizer.
         """
         check_members(members, self.parameters())
+        self.terms.check_taps(self.model)
         held = any(holds(rows, self._frozen) for rows in self._norms().values())
         does = [*(["statistics held"] if held else []), *(extension.by for extension in self.plan.extensions)]
         self._optimized.check_norms(self.model, does)

@@ -61,7 +61,8 @@ def adapt(
     as found``; a strategy trains it only if it names it or its layer (``LayerTransfer(layers=["encoder.0"],
     freeze=False)``, ``SurgicalFineTuning(block="encoder.0")``, a stage of ``GradualUnfreezing``, the new head of
     ``FeatureExtraction``). A norm whose parameters are all frozen keeps its running statistics. A parameter that is
-    frozen by hand later stays frozen too.
+    frozen by hand later stays frozen too, unless a phase has frozen it already at that moment: then torch sees no
+    change, and a later phase trains it. Freeze before ``adapt`` what no phase is to train.
 
     Args:
         model: built for the target task, on any device.

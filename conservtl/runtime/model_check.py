@@ -146,6 +146,20 @@ class ModelRecord:
                     f"now, with other values. {_REMEDY}"
                 )
 
+    def moved(self, model: nn.Module) -> list[str]:
+        """Return the parameters that another module holds now, as after ``convert_sync_batchnorm``.
+
+        Args:
+            model: wrapped or not.
+        """
+        return [
+            name
+            for name, (module, key) in parameter_owners(model).items()
+            if name in self._owners
+            and self._owners[name]() is not module
+            and self._parameters[name]() is own_parameters(module)[key]
+        ]
+
     def check_norms(self, model: nn.Module, by: Collection[str]) -> None:
         """Raise if a norm was replaced although something was done to it.
 

@@ -147,6 +147,7 @@ class Taps:
         self._taps = {layer: _Tap(layer, self._passes) for layer in layers}
         self._inputs = {name: _Tap(name, self._passes) for name in enters}
         self._channels = {layer: Channels(modules[name]) for layer, name in layers.items()}
+        self._tapped = {name: modules[name] for name in (*layers.values(), *enters)}
         start = _Start(self._passes, (*self._taps.values(), *self._inputs.values()))
         self._handles = [
             model.register_forward_pre_hook(start, prepend=True),
@@ -193,6 +194,11 @@ class Taps:
             numbered(entering),
             numbered({layer: [self._channels[layer].axis(one) for one in ran] for layer, ran in features.items()}),
         )
+
+    def replaced(self, model: nn.Module) -> list[str]:
+        """Return the tapped modules whose place in a model, wrapped or not, another module has taken."""
+        modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
+        return [name for name, module in self._tapped.items() if modules.get(name) is not module]
 
     def remove(self) -> None:
         """Remove the hooks."""

@@ -82,6 +82,24 @@ class TermRunner:
         if self._taps is not None:
             self._taps.remove()
 
+    def follow(self, model: nn.Module) -> None:
+        """Tap the modules that replaced tapped ones in a model, wrapped or not."""
+        if self._taps is not None and self._taps.replaced(model):
+            self.detach()
+            self.attach(model)
+
+    def check_taps(self, model: nn.Module) -> None:
+        """Raise if a tapped module was replaced: it would be taken for one that does not run.
+
+        Raises:
+            SpecError: a module is another.
+        """
+        if self._taps is not None and (replaced := self._taps.replaced(model)):
+            raise SpecError(
+                f"the module {replaced[0]!r}, whose features or inputs are compared, was replaced after "
+                "adaptation.optimizer(...). Make the optimizer after the model is complete, wrapped and sharded."
+            )
+
     def source_view(
         self, run: Callable[[nn.Module], Any], device: Any, batch: Any = None, outputs: Any = None
     ) -> View | None:

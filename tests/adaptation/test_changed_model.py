@@ -308,9 +308,60 @@ class TestConvertedNorms:
         with pytest.raises(ctl.SpecError, match=rf"a norm of the model was replaced .*\(.*{what}.*before adaptation"):
             optimizer.step()
 
+    def test_before_the_optimizer_a_later_phase_trains_them(self):
+        """They carry parameters that ask for no gradient because the first phase froze them, not by hand."""
+        adaptation = self.adapted(ctl.GradualUnfreezing(by="layer"))
+        adaptation.model[0].requires_grad_(False)
+        nn.SyncBatchNorm.convert_sync_batchnorm(adaptation.model)
+        adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        assert not adaptation.model[1].weight.requires_grad
+        adaptation.start_phase(len(adaptation.plan.phases) - 1)
+        assert adaptation.model[1].weight.requires_grad
+        assert adaptation.model[1].bias.requires_grad
+
     def test_after_it_they_are_fine_if_nothing_was_done_to_them(self):
         adaptation = self.adapted()
         optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
         nn.SyncBatchNorm.convert_sync_batchnorm(adaptation.model)
         adaptation.model.eval()(self.X).sum().backward()
         optimizer.step()
+
+
+class TestTappedModules:
+    """A layer that is put into another module around the same parameters still has features."""
+
+    @staticmethod
+    def adapted() -> ctl.Adaptation:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3))
+        taps = ctl.FeatureConservation(layers=["0"], alpha=1.0, attention=False)
+        adaptation = ctl.adapt(model, copy.deepcopy(model.state_dict()), [taps], layers=["0", "2"])
+        with torch.no_grad():
+            model[0][0].bias.add_(2)
+        return adaptation
+
+    @staticmethod
+    def replace(model: nn.Module) -> None:
+        linear = nn.Linear(4, 4)
+        linear.weight, linear.bias = model[0][0].weight, model[0][0].bias
+        model[0] = nn.Sequential(linear)
+
+    def test_before_the_optimizer_the_new_one_is_tapped(self):
+        values = []
+        for change in (lambda model: None, self.replace):
+            adaptation = self.adapted()
+            change(adaptation.model)
+            adaptation.optimizer(torch.optim.SGD, lr=0.1)
+            loss = adaptation.model(X).square().mean()
+            values.append((adaptation.loss(loss, adaptation.model(X), X) - loss).item())
+        assert values[0] > 1
+        assert values[1] == pytest.approx(values[0])
+
+    def test_after_it_another_is_refused(self):
+        adaptation = self.adapted()
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        self.replace(adaptation.model)
+        outputs = adaptation.model(X)
+        adaptation.loss(outputs.square().mean(), outputs, X).backward()
+        with pytest.raises(ctl.SpecError, match=r"the module '0.*whose features or inputs are compared, was replaced"):
+            optimizer.step()
