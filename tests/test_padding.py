@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
-from conservtl.padding import find_padding, padding_of_outputs
+from conservtl.padding import completed, find_padding, padding_of_outputs
 from conservtl.runtime.padding_watch import PaddingWatch
 
 LENGTHS = torch.tensor([3, 5])
@@ -128,6 +128,24 @@ def test_positions_that_follow_in_no_known_way_are_refused():
     with pytest.raises(ctl.SpecError, match=r"it: padding must be left out, .* \(2, 3, 7\) .* of 5 is not known"):
         found.mask((2, 3, 7), 2, "it")
     assert found.mask((2, 10, 7), 2, "it").sum(1).tolist() == [6, 10]
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (5, 7)])
+def test_positions_alike_for_all_examples_count_where_one_has_them(shape):
+    """Embeddings of positions have no axis of examples, or one of size 1."""
+    found = find_padding({"inputs": X, "lengths": torch.tensor([1, 3])})
+    assert found.mask(shape, len(shape) - 1, "it").flatten().tolist() == [True] * 3 + [False] * 2
+
+
+def test_a_decoders_padding_may_stand_in_labels_that_the_model_did_not_get():
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    arguments = {"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 4).long()}
+    arguments["decoder_input_ids"] = torch.ones(2, 3).long()
+    found = find_padding(arguments)
+    assert found.of_layer("decoder.layers.0") is None
+    found = completed(found, {**arguments, "labels": labels})
+    assert found.of_layer("decoder.layers.0").lengths.tolist() == [2, 1]
+    assert found.of_layer("encoder.layers.0").lengths.tolist() == [4, 4]
 
 
 class Frames(nn.Module):

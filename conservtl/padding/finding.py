@@ -22,7 +22,7 @@ from torch import Tensor
 from conservtl.errors import SpecError
 from conservtl.padding.positions import Padding
 
-__all__ = ["find_padding", "names_padding", "padding_of_outputs", "padding_of_rows"]
+__all__ = ["completed", "find_padding", "names_padding", "padding_of_outputs", "padding_of_rows"]
 
 _LENGTHS = re.compile(r"(^|_)(lengths?|lens?|num_frames)$")
 _NO_LENGTHS = re.compile(r"label|target|tgt|token|decoder|max|min")
@@ -52,6 +52,20 @@ def find_padding(arguments: Mapping[str, Any], names: Iterable[str] = ()) -> Pad
     if found is None and decoder is not None:  # nothing is known of the encoder: all its positions count
         found = Padding(torch.ones(len(decoder.lengths), device=decoder.lengths.device))
     return None if found is None else replace(found, decoder=decoder, has_decoder=True)
+
+
+def completed(padding: Padding | None, batch: Any) -> Padding | None:
+    """Return the padding of a forward pass, with what a dictionary of a batch says where its arguments do not.
+
+    A decoder's padding may stand in labels that the model did not get.
+    """
+    if not isinstance(batch, Mapping):
+        return padding
+    if padding is None:
+        return find_padding(batch)
+    if padding.has_decoder and padding.decoder is None:
+        return replace(padding, decoder=_of_decoder(batch))
+    return padding
 
 
 def padding_of_outputs(outputs: Any) -> Padding | None:

@@ -76,6 +76,9 @@ class Padding:
         kept = [size for axis, size in enumerate(shape) if axis != channel]
         if not axes and shape[0] == rows:
             return None
+        if shape[0] == 1 < rows:  # the same for all examples, as embeddings of positions
+            whole = self.mask((rows, *shape[1:]), channel, subject)
+            return None if whole is None else whole.any(0, keepdim=True)
         if self.refusal is not None:
             raise SpecError(f"{subject}: {self.refusal}")
         if shape[0] != rows:
@@ -129,6 +132,11 @@ class Padding:
         packed = not self._relative and shape[0] == int(self.lengths.sum())
         if packed:  # PackedSequence holds no padding
             return None
+        whole = self._same(shape[0] // rows) if shape[0] % rows == 0 and len(kept) == 1 else None
+        if whole is None and len(kept) == 1 and self.sizes is not None and shape[0] in self.sizes:
+            # Positions alone, the same for all examples, as embeddings of positions.
+            alike = self._same(shape[0])
+            return None if alike is None else alike.any(0)
         if shape[0] % rows == 0 and len(kept) == 1:
             for find in (self._same, self._resampled, self._proportional):
                 if (mask := find(shape[0] // rows)) is not None:

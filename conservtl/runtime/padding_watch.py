@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from conservtl.labels import argument_names
 from conservtl.layers import unwrap
-from conservtl.padding import Padding, Resampling, find_padding, names_padding
+from conservtl.padding import Padding, Resampling, completed, find_padding, names_padding
 
 __all__ = ["PaddingWatch"]
 
@@ -45,9 +45,7 @@ class PaddingWatch:
 
     def padding_of(self, batch: Any) -> Padding | None:
         """Return the padding of the last forward pass, or that which a dictionary of a batch says."""
-        if self._found is None and isinstance(batch, Mapping):
-            return find_padding(batch)
-        return self.padding
+        return completed(self.padding, batch)
 
     def __enter__(self) -> Self:
         self.close()

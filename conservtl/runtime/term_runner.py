@@ -14,7 +14,7 @@ from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.labels import give_labels, takes_labels
 from conservtl.layers.copying import deep_copy
-from conservtl.padding import find_padding, padding_of_outputs
+from conservtl.padding import completed, padding_of_outputs
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View, all_of
 from conservtl.runtime.common_labels import CommonLabels
@@ -118,9 +118,7 @@ class TermRunner:
         if self._lacks_labels(view, batch, outputs):
             give_labels(self.source_model.model)
             view = self.source_model.view(run)
-        if view.padding is None and isinstance(batch, Mapping):
-            return replace(view, padding=find_padding(batch))
-        return view
+        return replace(view, padding=completed(view.padding, batch))
 
     def _lacks_labels(self, view: View, batch: Any, outputs: Any) -> bool:
         """Return whether the source model gave outputs of another shape without labels that it can take."""
