@@ -266,6 +266,23 @@ class TestAttention:
         with pytest.raises(ctl.SpecError, match=r"'block2' has 4 channels, but 'attention' weighs \(1,\)"):
             term(adaptation)
 
+    def test_a_layer_that_sees_a_part_of_the_examples_is_refused(self):
+        """An expert: two of six examples reach it, so two rows cannot be told from examples."""
+
+        class Expert(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.expert, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+            def forward(self, x):
+                hidden = self.first(x)
+                chosen = torch.tensor([1, 4])
+                return self.head(hidden.index_add(0, chosen, self.expert(hidden[chosen])))
+
+        adaptation = ctl.adapt(Expert(), Expert(), [ctl.FeatureConservation(attention=True, layers=["expert"])])
+        with pytest.raises(ctl.SpecError, match=r"'expert' gives outputs of shape \(2, 6\) for 6 examples"):
+            adaptation.measure([(torch.randn(6, 4), Y)] * 2)
+
     def test_state_brings_it_back(self):
         ours, _ = moved(ctl.FeatureConservation(attention=True))
         theirs = ctl.adapt(net(), net(7), [ctl.FeatureConservation(attention=True)], example=X)

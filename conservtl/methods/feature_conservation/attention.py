@@ -78,6 +78,8 @@ class _Occluded:
         shape: list[tuple[int, int]] = []
 
         def look(output: Tensor) -> Tensor:
+            if len(output) != size:  # a part of the examples, as experts see it
+                raise self._no_example_a_row(output, size)
             shape.append((output.shape[self.channels.axis(output)], output.numel()))
             return output
 
@@ -99,10 +101,7 @@ class _Occluded:
 
         def occlude(output: Tensor) -> Tensor:
             if len(output) not in (size, copies * size):
-                raise SpecError(
-                    f"layer {self.layer!r} gives outputs of shape {tuple(output.shape)} for {size} examples, so no "
-                    "channel of an example can be told. Tap another layer, or set attention=False."
-                )
+                raise self._no_example_a_row(output, size)
             axis = self.channels.axis(output)
             mask = torch.ones(copies, output.shape[axis], dtype=output.dtype, device=output.device)
             mask[torch.arange(copies), zeroed.to(output.device)] = 0
@@ -116,6 +115,12 @@ class _Occluded:
         except Exception:  # noqa: BLE001 - a path around the layer may fail in any way: repeat the inputs of the whole model
             wide = map_tensors(batch, lambda tensor: _repeat(tensor, copies) if tensor.ndim else tensor)
             return self._split(self._run(wide, occlude), batch, size, copies)
+
+    def _no_example_a_row(self, output: Tensor, size: int) -> SpecError:
+        return SpecError(
+            f"layer {self.layer!r} gives outputs of shape {tuple(output.shape)} for {size} examples, so no channel of "
+            "an example can be told. Tap another layer, or set attention=False."
+        )
 
     def _split(self, outputs: Any, batch: Any, size: int, copies: int) -> Tensor:
         """Return the loss of each copy."""
