@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -37,14 +38,14 @@ def deep_copy(original: _Copied, memo: dict[int, Any] | None = None) -> _Copied:
     start = dict(memo)
     with _WithoutGraph():
         try:
-            return copy.deepcopy(original, memo)
+            return _with_leaves(original, copy.deepcopy(original, memo))
         except Exception:
             shared = {id(value): value for module in _modules(original) for value in _uncopyable(module, start)}
             if not shared:
                 raise
             memo.clear()
             memo.update(start | shared)
-            return copy.deepcopy(original, memo)
+            return _with_leaves(original, copy.deepcopy(original, memo))
 
 
 class _WithoutGraph(TorchFunctionMode):
@@ -57,6 +58,16 @@ class _WithoutGraph(TorchFunctionMode):
                 memo[id(tensor)] = tensor.detach().clone()
             return memo[id(tensor)]
         return func(*args, **(kwargs or {}))
+
+
+def _with_leaves(original: _Copied, copied: _Copied) -> _Copied:
+    """Make parameters of a copy's scripted modules leaves: TorchScript copies them with a graph."""
+    for old, new in zip(_modules(original), _modules(copied), strict=False):
+        if isinstance(new, torch.jit.ScriptModule):
+            for parameter, own in zip(old.parameters(), new.parameters(), strict=True):
+                if not own.is_leaf:
+                    own.detach_().requires_grad_(parameter.requires_grad)
+    return copied
 
 
 def _modules(original: Any, depth: int = _DEPTH) -> Iterator[nn.Module]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from conservtl.compat import BatchNormBase, NormBase, after_loading
+from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
 from conservtl.layers.names import own_parameters
 from conservtl.plan.row import Row
@@ -95,8 +97,8 @@ def freeze(model: nn.Module, frozen: Collection[str], keep: Collection[str] = ()
         parameter = own_parameters(module)[key]
         if name in frozen and name not in keep:
             if parameter.requires_grad:
-                parameter.requires_grad_(False)
                 _mark(module, key)
+                parameter.requires_grad_(False)
         elif key in _marked(module):
             freed |= not parameter.requires_grad
             parameter.requires_grad_(True)
@@ -146,6 +148,11 @@ def _marked(module: nn.Module) -> Collection[str]:
 
 
 def _mark(module: nn.Module, key: str) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise SpecError(
+            f"{key!r} of the scripted module {module.original_name} is to be frozen, for which a plan needs hooks that "
+            "it does not take. Freeze it before adapt, or script the model after training."
+        )
     if not any(isinstance(hook, _FrozenByPlan) for hook in after_loading(module).values()):
         module.register_load_state_dict_post_hook(_FrozenByPlan())  # type: ignore[no-untyped-call]
     for hook in after_loading(module).values():

@@ -136,6 +136,7 @@ class Taps:
 
     Raises:
         SelectorError: the model has no such module.
+        SpecError: a module takes no hooks.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], enters: Collection[str] = ()) -> None:
@@ -147,6 +148,12 @@ class Taps:
         self._taps = {layer: _Tap(layer, self._passes) for layer in layers}
         self._inputs = {name: _Tap(name, self._passes) for name in enters}
         self._channels = {layer: Channels(modules[name]) for layer, name in layers.items()}
+        for name in (*layers.values(), *enters):
+            if isinstance(modules[name], torch.jit.ScriptModule):
+                raise SpecError(
+                    f"the features or inputs of {name!r} are compared, and a scripted module takes no hooks. Compare "
+                    "other layers, or script the model after training."
+                )
         self._tapped = {name: modules[name] for name in (*layers.values(), *enters)}
         start = _Start(self._passes, (*self._taps.values(), *self._inputs.values()))
         self._handles = [

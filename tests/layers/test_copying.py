@@ -12,7 +12,10 @@ from torch import nn
 import conservtl as ctl
 from conservtl.layers.copying import deep_copy
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
 Y = torch.tensor([0, 1, 1, 0, 1])
@@ -69,6 +72,10 @@ def spectral():
     return nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
 
 
+def scripted():
+    return nn.Sequential(torch.jit.script(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+
 MODELS = [weight_norm, KeepsActivations, closure, bound_method, lazy, spectral]
 
 
@@ -88,7 +95,7 @@ def train(adaptation):
     return adaptation.model(X)  # leaves a graph on the modules
 
 
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("build", [*MODELS, scripted])
 def test_a_copy_computes_the_same_and_shares_no_weight(build):
     model = make(build, 0).eval()
     expected = model(X)
@@ -100,8 +107,13 @@ def test_a_copy_computes_the_same_and_shares_no_weight(build):
     assert torch.equal(model(X), expected)
 
 
-@pytest.mark.parametrize("strategy", [ctl.OutputConservation(weight=1.0), ctl.FeatureConservation()])
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize(
+    ("build", "strategy"),
+    [
+        *((build, one) for build in MODELS for one in (ctl.OutputConservation(weight=1.0), ctl.FeatureConservation())),
+        (scripted, ctl.OutputConservation(weight=1.0)),
+    ],
+)
 def test_models_that_have_run_are_adapted_trained_copied_and_merged(build, strategy):
     """With the source given as a model that has run, too; the source stays as it was."""
     model, source = make(build, 1), make(build, 2)
@@ -137,6 +149,19 @@ def test_a_copy_shares_a_lock_and_has_containers_of_its_own():
     assert hidden is copied.hidden  # one tensor, as in the original
     assert not hidden.requires_grad
     assert torch.equal(twice, model.hidden * 2)
+
+
+def test_a_scripted_module_has_no_amplitudes():
+    """Its computation is not known to be that of a linear map; the other layers have theirs."""
+    adaptation = ctl.adapt(make(scripted, 1), make(scripted, 2), [ctl.LHUC(on=["2"], freeze=False)])
+    assert [row.name for row in adaptation.plan.rows if row.added] == ["2.lhuc"]
+
+
+def test_freezing_and_features_of_a_scripted_module_are_refused():
+    with pytest.raises(ctl.SpecError, match="of the scripted module Linear is to be frozen"):
+        ctl.adapt(make(scripted, 1), make(scripted, 2), [ctl.LayerTransfer(layers=["0"])])
+    with pytest.raises(ctl.SpecError, match=r"'0' are compared, and a scripted module takes no hooks"):
+        ctl.adapt(make(scripted, 1), make(scripted, 2), [ctl.FeatureConservation(layers=["0"])])
 
 
 def test_an_error_that_no_attribute_explains_is_raised():

@@ -92,7 +92,8 @@ def is_recurrent(module: nn.Module) -> bool:
 
 def _dim(module: nn.Module, kinds: dict[type[nn.Module], int]) -> int | None:
     """Return the dimension of the channels; None for other kinds, and for classes with a forward of their own."""
-    return next((dim for kind, dim in kinds.items() if own_class(module).forward is kind.forward), None)
+    forward = getattr(own_class(module), "forward", None)  # a scripted module's class has none
+    return next((dim for kind, dim in kinds.items() if forward is kind.forward), None)
 
 
 def _by_use(modules: Mapping[str, nn.Module], used: Mapping[str, int]) -> dict[str, nn.Module]:
