@@ -157,4 +157,5 @@ def _embed(svg: str, alt: str) -> str:
     # Ids of groups ("axes_1") repeat in every drawing. Referenced ids are hashed with `svg.hashsalt`.
     svg = re.sub(r'(<\w+[^<>]*?)\sid="[\w.]+_\d+"', r"\1", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
-    return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{escape(alt)}" {view[0] if view else ""}>', svg, count=1)
+    start = f'<svg role="img" aria-label="{escape(alt)}" {view[0] if view else ""}>'
+    return re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1)  # as a function: names may hold backslashes
