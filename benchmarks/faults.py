@@ -1,0 +1,97 @@
+"""Faults tried and survived: kills at random moments, files from strangers, long runs.
+
+``python benchmarks/faults.py`` runs the scripts in ``tests/faults`` at full length, prints a table and writes
+``benchmarks/results/faults.{json,md}``. It counts; it measures no speed but how much a loop slows down over its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import conservtl as ctl
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
+
+import hostile
+import hostile_weights
+import kills
+import soak
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chains", type=int, default=16, help="runs that are killed five times each")
+    parser.add_argument("--comparisons", type=int, default=4, help="comparisons that are killed five times each")
+    parser.add_argument("--specs", type=int, default=10_000)
+    parser.add_argument("--files", type=int, default=5_000, help="of weights")
+    parser.add_argument("--steps", type=int, default=20_000, help="with each strategy")
+    parser.add_argument("--adaptations", type=int, default=1_000, help="of one model with each strategy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    seed = ["--seed", str(options.seed)]
+    found: dict[str, Any] = {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; python "
+        f"{platform.python_version()}, torch {torch.__version__}, conservtl {ctl.__version__}; "
+        f"{dt.datetime.now(dt.UTC):%F}",
+        "kills": kills.main(
+            [*seed, "--kills", "5", "--chains", str(options.chains), "--comparisons", str(options.comparisons)]
+        ),
+        "specs": hostile.main([*seed, "--specs", str(options.specs)]),
+        "weights": hostile_weights.main([*seed, "--files", str(options.files)]),
+        "soak": soak.main(["--steps", str(options.steps), "--adaptations", str(options.adaptations)]),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "faults.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = table(found, options)
+    (options.out / "faults.md").write_text(text)
+    print(text)
+
+
+def table(found: dict[str, Any], options: argparse.Namespace) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Faults tried and survived",
+        "",
+        f"{found['machine']}. Made by `python benchmarks/faults.py`, from the scripts in `tests/faults`.",
+        "",
+        "| fault | times tried | survived | what was lost |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    for kind, what in (("run", "a run, its source model in training included"), ("compare", "a comparison")):
+        counts = found["kills"][kind]
+        equal = f"{counts['equal']} of {counts['chains']} ends equal the undisturbed one bit for bit"
+        lines.append(
+            f"| SIGKILL at a random moment of {what} | {counts['kills']} | {equal} | steps since a checkpoint |"
+        )
+    for kind, what in (("specs", "a spec from a stranger"), ("weights", "a file of weights from a stranger")):
+        counts = found[kind]["counts"]
+        good = counts.get("read", 0) + counts.get("refused", 0)
+        ends = f"{good}: {counts.get('read', 0)} read, {counts.get('refused', 0)} refused in one message"
+        lines.append(f"| {what} | {sum(counts.values())} | {ends} | nothing was executed |")
+    told = (
+        f"{options.steps:,} steps of a small network with each strategy, then {options.adaptations:,} adaptations of "
+        "one model that are deleted. Growth is counted from the second tenth of the steps, and from the eleventh "
+        "adaptation."
+    )
+    head = "| strategy | memory, KiB | open files | last tenth's step time over the second's | objects | hooks |"
+    lines += ["", told, "", head, "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, row in found["soak"].items():
+        cells = [row["memory_kib"], row["files"], f"{row['slower']:.2f}", row["objects"], row["hooks"]]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
