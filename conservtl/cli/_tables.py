@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from conservtl.report.text.intervals import MeanInterval, difference_span, metric_span
 from conservtl.report.text.metrics import headline, pair
@@ -43,7 +44,7 @@ def comparison_tables(result: Mapping[str, Any]) -> Iterator[Table]:
             cells = [_interval(metric_span(row[key], metric)) for key in ("target", "source", "harmonic")]
             difference = difference_span(row["difference"], metric)
             cells.append("" if difference is None else f"{difference.signed()}\n{difference.signed_ends()}")
-            table.add_row(row["variant"], *cells, style="dim" if row["baseline"] else "")
+            table.add_row(Text(row["variant"]), *cells, style="dim" if row["baseline"] else "")
         yield table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 from html import escape
@@ -10,8 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from conservtl.cli._tables import comparison_tables
 from conservtl.report import write_compare, write_html, write_json, write_range_test, write_sweep, write_tune
+from conservtl.report.figures.canvas import shorten
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -166,6 +170,20 @@ def test_a_range_test_s_page_shows_names_as_text(tmp_path):
 def test_a_report_s_json_holds_names_as_they_are(tmp_path):
     write_json(a_report(), tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["drift"].keys() == set(EVIL)
+
+
+def test_names_in_pictures_stay_on_their_line():
+    assert shorten("two\nlines\u202e", 40) == r"'two\nlines\u202e'"
+    assert shorten("größe", 40) == "größe"
+
+
+def test_a_comparison_on_a_terminal_shows_brackets_as_text(studies):
+    """Rich takes [/b] for the end of a style that was never begun."""
+    out = io.StringIO()
+    result = studies.a_comparison(own={"a[/b] [red]c": (0.9, 0.9)}) | {"classes": True}
+    for table in comparison_tables(result):
+        Console(file=out, width=200).print(table)
+    assert "a[/b] [red]c" in out.getvalue()
 
 
 def test_an_answer_is_one_line_of_three_columns():

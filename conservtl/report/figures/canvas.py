@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from conservtl.extras import require
+from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "draw_png", "shorten"]
 
@@ -119,13 +120,13 @@ def shorten(name: str, length: int) -> str:
     """Shorten a name to at most ``length`` characters.
 
     Leading parts of a dotted name shrink to their first letter, except numbers, which distinguish layers; if that is
-    not enough, the middle is cut out.
+    not enough, the middle is cut out. Characters that turn or break a line become escapes.
 
     Example:
         >>> shorten("encoder.layers.11.attention.out_proj", 24)
         'e.l.11.a.out_proj'
     """
-    parts = name.split(".")
+    parts = (name := shown_name(name)).split(".")
     for place, part in enumerate(parts[:-1]):
         if len(".".join(parts)) <= length:
             break
