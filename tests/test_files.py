@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conservtl.files import atomic_path, write_bytes, write_text
+from conservtl.storage.files import atomic_path, write_bytes, write_text
 
 
 def names(folder):

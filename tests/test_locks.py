@@ -12,12 +12,12 @@ import pytest
 
 import conservtl as ctl
 from conservtl.errors import WriteError
-from conservtl.locks import lock_folder, wait_for_lock
+from conservtl.storage.locks import lock_folder, wait_for_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from conservtl.locks import lock_folder
+from conservtl.storage.locks import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import conservtl as ctl
-from conservtl.tensor_files import load_tensors, read_header, save_tensors
+from conservtl.storage.tensor_files import load_tensors, read_header, save_tensors
 
 SHARED = torch.arange(12.0)
 TENSORS = {

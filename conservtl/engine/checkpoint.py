@@ -23,8 +23,8 @@ from conservtl.engine.selection import Selection
 from conservtl.engine.session import Session
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
-from conservtl.files import atomic_path, write_text
 from conservtl.layers import unwrap
+from conservtl.storage.files import atomic_path, write_text
 
 __all__ = ["CHECKPOINTS", "Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 

@@ -25,7 +25,7 @@ from conservtl.source.references import reference_of
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 from conservtl.source.run_header import read_header, weights_file
 from conservtl.source.shared import SharedModel
-from conservtl.tensor_files import load_tensors
+from conservtl.storage.tensor_files import load_tensors
 
 __all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
 

@@ -8,8 +8,8 @@ from typing import Any, Required
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from conservtl import tensor_files
 from conservtl.errors import SourceError
+from conservtl.storage import tensor_files
 
 __all__ = ["WEIGHTS", "read_header", "weights_file"]
 

@@ -15,7 +15,7 @@ from torch import nn
 from conservtl.errors import SpecError, hint
 from conservtl.plugins import is_imported
 from conservtl.spec_model import FrozenModel
-from conservtl.written import Arguments
+from conservtl.spec_scalars import Arguments
 
 __all__ = ["NetworkSection"]
 

@@ -11,8 +11,8 @@ import torch
 
 import conservtl as ctl
 from conservtl.errors import WriteError
-from conservtl.files import write_text
-from conservtl.tensor_files import load_tensors, save_tensors
+from conservtl.storage.files import write_text
+from conservtl.storage.tensor_files import load_tensors, save_tensors
 
 
 @pytest.fixture

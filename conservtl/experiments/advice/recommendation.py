@@ -17,7 +17,7 @@ from conservtl.experiments.advice.thresholds import far, size
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec
-from conservtl.files import write_text
+from conservtl.storage.files import write_text
 
 __all__ = ["Recommendation", "recommend"]
 

@@ -17,10 +17,10 @@ from conservtl.errors import DataError, SourceError, SpecError
 from conservtl.experiments.run.bundle_header import describe_example, extend_model, read_header
 from conservtl.experiments.run.setting import Setting
 from conservtl.functions import logits_of
+from conservtl.storage.tensor_files import load_tensors, save_tensors
 from conservtl.tasks.bad_files import OnBad, check_files
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.registry import task_named
-from conservtl.tensor_files import load_tensors, save_tensors
 
 __all__ = ["Adapted", "load_adapted", "save_bundle", "save_measured"]
 

@@ -31,11 +31,11 @@ from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
-from conservtl.files import write_text
-from conservtl.locks import check_folder, lock_folder
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import rows_by_label
 from conservtl.report import sentence, write_html, write_json, write_tensorboard
+from conservtl.storage.files import write_text
+from conservtl.storage.locks import check_folder, lock_folder
 from conservtl.tasks.bad_files import skipped_report
 
 __all__ = ["plan_of", "run"]

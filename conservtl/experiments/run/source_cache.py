@@ -12,9 +12,9 @@ from torch import Tensor
 
 from conservtl.errors import SourceError
 from conservtl.experiments.run.processes import is_main_process
-from conservtl.files import remove_temporary
-from conservtl.locks import wait_for_lock
-from conservtl.tensor_files import load_tensors, save_tensors
+from conservtl.storage.files import remove_temporary
+from conservtl.storage.locks import wait_for_lock
+from conservtl.storage.tensor_files import load_tensors, save_tensors
 
 __all__ = ["CACHE_BYTES", "CacheEntry", "SourceCache"]
 

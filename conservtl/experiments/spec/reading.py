@@ -18,7 +18,7 @@ from yaml.constructor import ConstructorError
 from yaml.events import AliasEvent, Event
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
-from conservtl.written import Decimal, SwitchWord, Whole, written
+from conservtl.spec_scalars import Decimal, SwitchWord, Whole, written
 
 __all__ = ["as_written", "changeable", "read_yaml"]
 

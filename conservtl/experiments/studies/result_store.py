@@ -15,8 +15,8 @@ import torch
 
 from conservtl.experiments.spec.spec import with_fields
 from conservtl.experiments.studies.trial import Trial, run_trial
-from conservtl.locks import check_folder, lock_folder
 from conservtl.report import write_json
+from conservtl.storage.locks import check_folder, lock_folder
 
 __all__ = ["ResultStore", "estimate"]
 

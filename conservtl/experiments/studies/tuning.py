@@ -19,8 +19,8 @@ from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import estimate
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.extras import require
-from conservtl.files import write_text
 from conservtl.shots import may_validate
+from conservtl.storage.files import write_text
 
 __all__ = ["tune"]
 

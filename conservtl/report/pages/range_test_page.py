@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.errors import SpecError
-from conservtl.files import write_bytes
 from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, draw_png
 from conservtl.report.pages.rendering import render_study
+from conservtl.storage.files import write_bytes
 
 __all__ = ["check_picture", "range_test_sentence", "write_range_test"]
 

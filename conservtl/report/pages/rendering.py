@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from conservtl.extras import require
-from conservtl.files import write_text
 from conservtl.report.figures.canvas import Picture
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import Verdict
 from conservtl.report.text.report_json import plain
+from conservtl.storage.files import write_text
 
 __all__ = ["as_yaml", "render", "render_study"]
 

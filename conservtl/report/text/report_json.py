@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conservtl.files import write_text
+from conservtl.storage.files import write_text
 
 __all__ = ["plain", "write_json"]
 

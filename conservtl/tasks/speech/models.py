@@ -8,11 +8,11 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
+from conservtl.spec_scalars import Arguments
 from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.torchaudio_adapter import torchaudio_names, wrap
-from conservtl.written import Arguments
 
 __all__ = ["ModelSpec", "build"]
 

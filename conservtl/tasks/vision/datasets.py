@@ -9,12 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from conservtl.bounds import NonNegativeInt, Place
 from conservtl.shots import Shots
+from conservtl.spec_scalars import Arguments
 from conservtl.tasks.bad_files import FolderFiles
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.image_settings import ImageSettings
-from conservtl.written import Arguments
 
 __all__ = ["DIGITS_IMAGES", "DataSpec", "DigitsData", "ImageFolderData", "TorchvisionData"]
 

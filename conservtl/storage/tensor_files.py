@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conservtl.errors import SourceError
-from conservtl.files import atomic_path
+from conservtl.storage.files import atomic_path
 
 __all__ = ["load_tensors", "read_header", "save_tensors"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from conservtl.errors import SpecError, WriteError
-from conservtl.files import remove_temporary
+from conservtl.storage.files import remove_temporary
 
 __all__ = ["check_folder", "lock_folder", "wait_for_lock"]
 

@@ -1,0 +1,1 @@
+"""Files that are whole or absent, tensors with a checksum, and one writer a folder."""
