@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from conservtl.data.shots import Shots
 from conservtl.functions import MetricValue, accuracy, cross_entropy, labels_of, logits_of
-from conservtl.shots import Shots
 from conservtl.tasks.base import DataSection, Prediction, Task
 
 __all__ = ["ClassData", "Classification"]

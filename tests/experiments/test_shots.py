@@ -11,6 +11,7 @@ import pytest
 
 import conservtl as ctl
 from conservtl.data import draw_shots
+from conservtl.data.shots import UpTo, may_validate, number_of_shots
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, with_fields
@@ -19,7 +20,6 @@ from conservtl.experiments.studies.layer_sweep import sweep
 from conservtl.experiments.studies.tuning import tune
 from conservtl.experiments.studies.variants import early_stopping
 from conservtl.report import write_compare, write_sweep
-from conservtl.shots import UpTo, may_validate, number_of_shots
 
 LABELS = [0] * 8 + [1] * 2 + [2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from conservtl.data.shots import taken_text
 from conservtl.experiments.advice.evidence import Evidence
 from conservtl.experiments.advice.thresholds import (
     CONSERVATION,
@@ -18,7 +19,6 @@ from conservtl.experiments.advice.thresholds import (
     far,
     size,
 )
-from conservtl.shots import taken_text
 
 __all__ = ["Advice", "Reason", "advise"]
 

@@ -11,6 +11,7 @@ from torch import nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Domains, first_batch
+from conservtl.data.shots import UpTo, taken_text
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
 from conservtl.engine.selection import deciders
@@ -28,7 +29,6 @@ from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers, matches, named_parameters
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_head import SourceHead
-from conservtl.shots import UpTo, taken_text
 from conservtl.source.read import SourceLike, read_source
 from conservtl.tasks.bad_files import skipped_text
 from conservtl.tasks.base import Shift, Task

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from conservtl.bounds import Count, NonNegative, NonNegativeInt, Positive
-from conservtl.shots import Shots
+from conservtl.data.shots import Shots
 from conservtl.spec_model import FrozenModel
 
 __all__ = ["BASELINES", "CompareSection", "SweepSection", "TuneSection"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.data import Domains
+from conservtl.data.shots import may_validate
 from conservtl.errors import ConservtlError, InputError, SpecError
 from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.search_space import SearchRange, ranges_of
@@ -19,7 +20,6 @@ from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import estimate
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.extras import require
-from conservtl.shots import may_validate
 from conservtl.storage.files import write_text
 
 __all__ = ["tune"]

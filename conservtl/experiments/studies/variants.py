@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from conservtl.data.shots import may_validate
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
 from conservtl.experiments.studies.trial import How
-from conservtl.shots import may_validate
 
 __all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "variants_of"]
 

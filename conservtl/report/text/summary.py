@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from conservtl.data.shots import taken_text
 from conservtl.plan.plan import Plan
 from conservtl.report.text.metrics import Verdict, headline, number, pair
-from conservtl.shots import taken_text
 from conservtl.tasks.bad_files import shown_name, skipped_text
 
 __all__ = [

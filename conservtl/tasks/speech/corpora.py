@@ -14,8 +14,8 @@ from torch import Tensor
 
 from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
 from conservtl.data import Domains
+from conservtl.data.shots import Shots
 from conservtl.errors import SpecError
-from conservtl.shots import Shots
 from conservtl.tasks.bad_files import FileData, FolderFiles, check_files, explained, names_below, refuse
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.speech.audio import read_audio

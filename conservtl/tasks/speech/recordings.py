@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
+from conservtl.data.shots import Shots
 from conservtl.errors import DataError
-from conservtl.shots import Shots
 from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["Protocol", "Recording", "domains", "find_copies"]

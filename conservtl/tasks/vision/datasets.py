@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from conservtl.bounds import NonNegativeInt, Place
-from conservtl.shots import Shots
+from conservtl.data.shots import Shots
 from conservtl.spec_scalars import Arguments
 from conservtl.tasks.bad_files import FolderFiles
 from conservtl.tasks.classification import ClassData

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from conservtl.data import Domains, carve, draw_shots
+from conservtl.data.shots import Shots
 from conservtl.errors import DataError
-from conservtl.shots import Shots
 from conservtl.tasks.bad_files import explained
 from conservtl.tasks.vision.datasets import DIGITS_IMAGES, DataSpec, DigitsData, ImageFolderData
 from conservtl.tasks.vision.digits import digits_parts

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from conservtl.data import Data, Examples, carve
+from conservtl.data.shots import Shots, number_of_shots
 from conservtl.errors import DataError
-from conservtl.shots import Shots, number_of_shots
 from conservtl.tasks.vision.corruptions import Corruption, corrupt
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
 

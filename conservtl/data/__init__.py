@@ -1,0 +1,21 @@
+"""The data that a task loads: labelled examples of two domains, and how many to adapt with."""
+
+from conservtl.data.domains import Augmentation, Domains, Preprocessing
+from conservtl.data.draws import carve, draw_shots
+from conservtl.data.examples import Data, Examples, first_batch, join, length_of, spread
+from conservtl.data.renumbering import renumber
+
+__all__ = [
+    "Augmentation",
+    "Data",
+    "Domains",
+    "Examples",
+    "Preprocessing",
+    "carve",
+    "draw_shots",
+    "first_batch",
+    "join",
+    "length_of",
+    "renumber",
+    "spread",
+]

@@ -1,0 +1,52 @@
+"""Drawing the shots to adapt with, and a validation part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from conservtl.data.shots import Shots, number_of_shots
+from conservtl.errors import DataError
+
+__all__ = ["carve", "draw_shots"]
+
+
+def draw_shots(labels: Sequence[int], shots: Shots, seed: int) -> tuple[list[int], list[int]]:
+    """Draw ``shots`` examples a label by ``seed``; return their positions and those of all others, both in order.
+
+    A number is drawn of each label. ``all`` and ``UpTo`` leave one example of each label that has two.
+
+    Raises:
+        DataError: a label has fewer than ``shots`` examples, or none is left to test with.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen: set[int] = set()
+    for label in sorted(set(labels)):
+        places = [i for i, other in enumerate(labels) if other == label]
+        if isinstance(shots, int) and len(places) <= shots:
+            raise DataError(
+                f"data.shots: label {label} has {len(places)} examples; {shots} to adapt with leave none to "
+                f"test on. Ask for at most {len(places) - 1}, or {{up_to: {shots}}}."
+            )
+        count = number_of_shots(shots, len(places), spare=1)
+        chosen |= {places[i] for i in torch.randperm(len(places), generator=generator)[:count].tolist()}
+    rest = [i for i in range(len(labels)) if i not in chosen]
+    if not rest:
+        raise DataError("data.shots: every label has one example, so none is left to test on. Add examples.")
+    return sorted(chosen), rest
+
+
+def carve(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split the shots into positions to train on and to validate on, label by label.
+
+    At least one example a label stays in each part; with one example a label, or ``fraction`` 0,
+    there is no validation part (the second list is empty).
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    held: set[int] = set()
+    for label in sorted(set(labels)):
+        places = [i for i, other in enumerate(labels) if other == label]
+        count = min(len(places) - 1, max(1, round(fraction * len(places)))) if fraction > 0 else 0
+        held |= {places[i] for i in torch.randperm(len(places), generator=generator)[:count].tolist()}
+    return [i for i in range(len(labels)) if i not in held], sorted(held)
