@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,13 @@ from conservtl.tasks._declaration import check_declaration
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.headline import Headline
 
-__all__ = ["TASK_CLASSES", "DataSection", "Prediction", "Shift", "Task"]
+__all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes", "unfinished_task"]
 
 Shift = Literal["labels", "speaker", "input"]
 """How the target differs from the source: other labels; the same labels from another speaker; the same labels for
 inputs that look or sound different."""
 
-TASK_CLASSES: dict[str, type[Task]] = {}
-"""Every named task defined so far, abstract ones too; ``conservtl.tasks.registry`` reads it."""
+_CLASSES: dict[str, type[Task]] = {}
 
 
 class DataSection(FrozenModel):
@@ -95,7 +95,7 @@ class Task(ABC):
         if "name" not in cls.__dict__:
             return
         check_declaration(cls)
-        register(TASK_CLASSES, cls, cls.name)
+        register(_CLASSES, cls, cls.name)
 
     @abstractmethod
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
@@ -242,3 +242,29 @@ class Task(ABC):
         """
         section = data.model_dump(mode="json", exclude={"shots", "validation"})
         return [section, preprocessing.model_dump(mode="json"), len(train)]  # type: ignore[arg-type]
+
+
+def task_classes() -> dict[str, type[Task]]:
+    """Return the tasks defined so far, by name, those of user modules included."""
+    return {name: cls for name, cls in _CLASSES.items() if not inspect.isabstract(cls)}
+
+
+def unfinished_task(name: str, otherwise: str) -> str:
+    """Return what to do about an unknown task: finish the class that is imported, or import it.
+
+    Args:
+        name: the task's name in the spec.
+        otherwise: how to import it.
+    """
+    if (cls := _CLASSES.get(name)) is not None:
+        lacks = ", ".join(sorted(cls.__abstractmethods__))
+        return f" {name!r} is imported, but {cls.__module__}.{cls.__qualname__} does not implement {lacks}."
+    nameless = [cls for cls in _subclasses(Task) if not hasattr(cls, "name") and not inspect.isabstract(cls)]
+    listed = ", ".join(sorted({f"{cls.__module__}.{cls.__qualname__}" for cls in nameless}))
+    more = f" {listed} is imported, but has no name: declare it in the class, name = {name!r}." if listed else ""
+    return otherwise + more
+
+
+def _subclasses(cls: Any) -> list[type[Task]]:
+    """Return the subclasses of a class, and theirs."""
+    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]

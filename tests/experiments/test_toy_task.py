@@ -20,8 +20,8 @@ from conservtl.experiments.spec.spec import dump_spec, load_spec, schema, with_f
 from conservtl.experiments.studies.comparison import compare
 from conservtl.experiments.studies.targets import targets_of
 from conservtl.report import write_compare
-from conservtl.tasks.base import TASK_CLASSES, Task
-from conservtl.tasks.registry import task_classes, task_named
+from conservtl.tasks.base import Task, task_classes
+from conservtl.tasks.registry import task_named
 
 FOLDER = Path(__file__).parents[2] / "examples" / "extend" / "toy_task"
 
@@ -32,7 +32,9 @@ def imported():
     before, path = dict(plugins._IMPORTED), list(sys.path)
     plugins.import_modules([str(FOLDER)])
     yield
-    TASK_CLASSES.pop("pitch")
+    from conservtl.tasks import base
+
+    base._CLASSES.pop("pitch")
     plugins._IMPORTED.clear()
     plugins._IMPORTED.update(before)
     sys.path[:] = path

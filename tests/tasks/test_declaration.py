@@ -13,8 +13,9 @@ from torch import nn
 import conservtl as ctl
 from conservtl.experiments.spec.spec import parse_spec, schema
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks.base import TASK_CLASSES, DataSection, Task
-from conservtl.tasks.registry import task_classes, task_named, tasks
+from conservtl.tasks import base
+from conservtl.tasks.base import DataSection, Task, task_classes
+from conservtl.tasks.registry import task_named, tasks
 
 
 class Model(FrozenModel):
@@ -64,13 +65,10 @@ def methods(*without):
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
+def forgotten(monkeypatch):
     """The tasks defined in a test are unknown to others."""
     tasks()  # the built-in ones register at their first import, for good
-    known = dict(TASK_CLASSES)
-    yield
-    TASK_CLASSES.clear()
-    TASK_CLASSES.update(known)
+    monkeypatch.setattr(base, "_CLASSES", dict(base._CLASSES))
 
 
 @pytest.mark.parametrize("name", ["summary", "model_section", "data_section", "preprocessing"])

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from conservtl.errors import hint, wrong_tag
-from conservtl.tasks.registry import unfinished_task
+from conservtl.tasks.base import unfinished_task
 
 __all__ = ["explanations"]
 
