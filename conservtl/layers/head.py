@@ -39,7 +39,8 @@ def mark_head(
     outputs = _modules_of(record.outputs, infos) if record is not None and not record.main else []
     named = _named(head, infos) if head is not None else _asked(model, infos, record)
     found = named or _last(model, infos, layers, record)
-    heads, candidates = (found, []) if named or len(found) == 1 else ([], found)
+    known = named or (len(found) == 1 and not _says_none(model))
+    heads, candidates = (found, []) if known else ([], found)
 
     def marked(info: ParameterInfo) -> ParameterInfo:
         names = [owner(name) for name in (info.name, *info.aliases)]
@@ -95,6 +96,12 @@ def _answers(model: nn.Module) -> Iterator[nn.Module]:
     classifier = getattr(model, "classifier", None)
     if hasattr(model, "get_output_embeddings") and isinstance(classifier, nn.Module):
         yield classifier
+
+
+def _says_none(model: nn.Module) -> bool:
+    """Whether the model answers that it has no head, as timm's do with ``num_classes=0``."""
+    answers = list(_answers(model))
+    return bool(answers) and not any(True for module in answers for _ in module.parameters())
 
 
 def _last(

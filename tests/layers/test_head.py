@@ -313,6 +313,22 @@ def test_hugging_face_and_timm_are_asked():
     assert drawn(distilled).head_modules == ("head", "head_dist")
 
 
+def test_a_model_that_says_it_has_no_head_is_asked_to_name_one():
+    """As timm's with num_classes=0; its last weight is of the body, which a linear probe would begin anew."""
+
+    class Body(nn.Sequential):
+        def get_classifier(self):
+            return nn.Identity()
+
+    def body():
+        return Body(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+
+    with pytest.raises(ctl.SpecError, match=r"which module is the head; \['2'\] may be"):
+        ctl.adapt(body(), body(), [ctl.FeatureExtraction()])
+    assert ctl.adapt(body(), body(), [ctl.FeatureExtraction()], head=["2"]).plan.fresh == ("2.weight", "2.bias")
+    assert ctl.adapt(body(), body(), [ctl.L2SP()]).plan.fresh == ()
+
+
 class Boxes(nn.Module):
     """Boxes chosen by their scores, as a detector returns them: both weights lead to both outputs."""
 
