@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def build_optimizer(
         }
         for title, ((lr, _, layer), names) in zip(_titles(plan, groups.values()), groups.items(), strict=True)
     ]
-    optimizer: Any = cls([dict(spec) for spec in specs], **options)
+    optimizer: Any = _made(cls, specs, options)
     inner = inner_optimizer(optimizer, name)
     rates: dict[Tensor, tuple[str, float]] = {
         parameters[row]: (row, lr) for (lr, *_), names in groups.items() for row in names
@@ -90,11 +91,23 @@ def build_optimizer(
     check_moves(optimizer, plan, name)
     if inner is not optimizer:
         device = parameters[rows[0].name].device
-        check_steps(lambda tensor: cls([specs[0] | {"params": [("weight", tensor)]}], **options), name, device)
+        check_steps(lambda tensor: _made(cls, [specs[0] | {"params": [("weight", tensor)]}], options), name, device)
     for group, (_, bare, _) in zip(inner.param_groups, groups, strict=True):
         if bare and "weight_decay" in group:  # set afterwards, because its default may come from anywhere
             group["weight_decay"] = 0.0
     return optimizer, inner
+
+
+def _made(
+    cls: Callable[..., torch.optim.Optimizer], specs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return an optimizer of groups with named parameters; without names if its class takes tensors only."""
+    try:
+        return cls([dict(spec) for spec in specs], **options)
+    except Exception:
+        with suppress(Exception):  # if names are not the cause, the first error is the one to see
+            return cls([{**spec, "params": [one for _, one in spec["params"]]} for spec in specs], **options)
+        raise
 
 
 def _base_rate(cls: Callable[..., torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> float:
