@@ -6,26 +6,23 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
-from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.compat import metadata_of
-from conservtl.errors import SourceError, did_you_mean
+from conservtl.errors import SourceError
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.source.entries import amount, some, tensors_of, weights_in
-from conservtl.source.folder import read_folder
 from conservtl.source.kinds import check_model_kinds, has_values
 from conservtl.source.migration import Migration
 from conservtl.source.references import reference_of
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
-from conservtl.source.run_header import read_header, weights_file
+from conservtl.source.run_header import read_header
 from conservtl.source.shared import SharedModel
-from conservtl.storage.tensor_files import load_tensors
+from conservtl.source.weight_files import load_weights
 
 __all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
 
@@ -240,62 +237,11 @@ def _read(source: SourceLike, key: str | None) -> Source:
         return _source_in(source, "source state dict", key)
     if isinstance(source, (str, Path)):
         path = Path(source)
-        return replace(_source_in(_load(path), f"source {path.name}", key), run=read_header(path))
+        return replace(_source_in(load_weights(path), f"source {path.name}", key), run=read_header(path))
     raise SourceError(
         f"source must be a path, a state dict or a torch.nn.Module; received {type(source).__name__}. Names of "
         "published weights are texts, such as 'timm:resnet18.a1_in1k'."
     )
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    path = weights_file(path)
-    if path.is_dir():
-        return read_folder(path, _load)
-    if not path.is_file():
-        files = [file.name for file in path.parent.glob("*") if file.is_file()]
-        raise SourceError(
-            f"source {str(path)!r} is not a file.{did_you_mean(path.name, files, count=3)} "
-            "Give the path of the source weights."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_tensors(path)
-        _check_unpacked(path)
-        # Mapped, so that large weights are not in memory twice; only torch's newer format can be.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except SourceError:
-        raise
-    except Exception as error:
-        raise SourceError(
-            f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. The file is damaged, of another "
-            "kind, or holds objects whose code would have to be executed. Save the state dict alone, with "
-            "torch.save(model.state_dict(), path) or as safetensors."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise SourceError(f"source {str(path)!r} holds a {type(loaded).__name__}; a state dict is needed.")
-    return loaded
-
-
-def _check_unpacked(path: Path) -> None:
-    """Raise if reading a file of torch's would take far more memory than the file has bytes.
-
-    torch stores the parts of its archives without compression; of what its safe unpickler may call, ``bytearray(n)``
-    alone makes something large of nothing.
-    """
-    where = f"source {path.name}"
-    if not path.stat().st_size:
-        return
-    if not is_zipfile(path):
-        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            allocates = content.find(b"bytearray") >= 0
-    else:
-        with ZipFile(path) as archive:
-            if any(part.file_size > part.compress_size for part in archive.infolist()):
-                raise SourceError(f"{where}: an archive of weights must not be compressed. Save it with torch.save.")
-            parts = [name for name in archive.namelist() if name.endswith(".pkl")]
-            allocates = any(b"bytearray" in archive.read(name) for name in parts)
-    if allocates:
-        raise SourceError(f"{where}: it holds a bytearray, whose size has no bound. Save the state dict alone.")
 
 
 def _migrated(source: Source, tensors: dict[str, Tensor]) -> Source:
