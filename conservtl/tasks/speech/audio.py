@@ -102,12 +102,15 @@ def digest(wave: Tensor, rate: int) -> str:
 def loudest_stretch(wave: Tensor, rate: int, length: int) -> Tensor:
     """Return the ``length`` samples with the most energy, where no frame counts more than the fifth loudest.
 
+    The sound is in their middle, with zeros beyond the ends of the recording, as ``fit_length`` puts a shorter one.
+
     Args:
         wave: (samples,), more than ``length``, without an offset.
         rate: sample rate in Hz.
         length: of the stretch, in samples.
     """
     frame = max(1, min(round(_FRAME * rate), length))
+    wave = torch.nn.functional.pad(wave, (length, length))  # so that a sound at an end can be in the middle
     energy = wave[: len(wave) // frame * frame].view(-1, frame).square().sum(dim=1).double()
     energy = energy.minimum(energy.topk(min(_CLICK + 1, len(energy))).values[-1])
     total = torch.nn.functional.pad(energy.cumsum(0), (1, 0))
