@@ -13,7 +13,7 @@ __all__ = ["PhaseRates"]
 
 
 class PhaseRates:
-    """Scales rates for a phase, and warns once if a scheduler made before sets those of an earlier phase again.
+    """Scales rates for a phase; warns once if a scheduler makes rates equal, or sets those of an earlier phase again.
 
     Args:
         optimizer: its groups have ``initial_lr`` and ``phase_scale``.
@@ -21,6 +21,7 @@ class PhaseRates:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self._made = self._rates()  # until they change
         self._given: list[float] = []  # rates of a phase, until a scheduler changes them
         self._rises = False  # whether a return to the rates before is a rise
 
@@ -36,10 +37,23 @@ class PhaseRates:
             self._given, self._rises = self._rates(), max(factors) < 1
 
     def check(self) -> None:
-        """Warn if the first change of the rates since a phase began goes back, and no scheduler was made for it."""
+        """Warn if the first change of the rates since a phase began goes back, and no scheduler was made for it.
+
+        Warn if the first change makes rates that differed all equal: OneCycleLR and CyclicLR set one for all groups.
+        """
+        rates, made = self._rates(), self._made
+        if rates != made:
+            self._made = []
+        if len(set(made)) > 1 and len(set(rates)) == 1 and rates[0]:
+            warnings.warn(
+                f"a scheduler has made the rates of all groups equal ({rates[0]:g}), and the plan's differ: one with "
+                "an absolute bound, such as OneCycleLR(max_lr=...), replaces them. Make it with "
+                "adaptation.scheduler(...), which keeps their ratios.",
+                OmissionWarning,
+                stacklevel=2,
+            )
         if not self._given:
             return
-        rates = self._rates()
         if has_scheduler(self._optimizer):
             self._given = []
         elif rates != self._given:

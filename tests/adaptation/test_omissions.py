@@ -276,6 +276,43 @@ class TestSchedulerOverPhases:
                 train(adaptation, optimizer)
 
 
+class TestSchedulerThatMakesRatesEqual:
+    MAKES = (
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9, cycle_momentum=False),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, cycle_momentum=False),
+    )
+
+    @pytest.mark.parametrize("make", MAKES)
+    def test_it_is_said_once(self, make):
+        adaptation = adapted(ctl.DiscriminativeLR(decay=0.5))
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        scheduler = make(optimizer)
+
+        def three_steps():
+            for _ in range(3):
+                train(adaptation, optimizer)
+                scheduler.step()
+
+        with pytest.warns(ctl.OmissionWarning, match=r"rates of all groups equal .*adaptation\.scheduler") as caught:
+            three_steps()
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize("make", MAKES)
+    def test_equal_by_the_plan_or_at_the_end(self, make):
+        adaptation = adapted(ctl.L2SP())
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        scheduler = make(optimizer)
+        train(adaptation, optimizer)
+        scheduler.step()
+        train(adaptation, optimizer)
+        adaptation = adapted(ctl.DiscriminativeLR(decay=0.5))
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 2, eta_min=1e-3)
+        for _ in range(3):
+            train(adaptation, optimizer)
+            scheduler.step()
+
+
 class TestAnotherOptimizer:
     MESSAGE = (
         r"AdamW has trained the adapted model for 3 steps.*: L2SP did not act\. Make it with adaptation\.optimizer"
