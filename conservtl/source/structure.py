@@ -107,7 +107,10 @@ def _difference(module: nn.Module, source: nn.Module) -> str | None:
 
 
 def _norm_type(module: nn.Module) -> type | None:
-    """Return the type of norm, None for other modules; all batch norms compute the same function."""
-    if isinstance(module, BatchNormBase):
+    """Return the type of norm, None for other modules; all batch norms compute the same function.
+
+    Frozen ones too, which timm and torchvision make of batch norms (``timm.utils.freeze``): in eval mode.
+    """
+    if isinstance(module, BatchNormBase) or type(module).__name__.startswith("FrozenBatchNorm"):
         return BatchNormBase
     return type(module) if is_norm(module) else None

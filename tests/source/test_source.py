@@ -272,6 +272,17 @@ class TestStructure:
         with pytest.raises(ctl.SourceError, match=rf"layer '0': {message}.*allow=\['0'\]"):
             ctl.adapt(self.conv(**options), self.conv())
 
+    def test_a_frozen_batch_norm_computes_as_the_sources(self):
+        """With the source's values, in eval mode."""
+        misc = pytest.importorskip("torchvision").ops.misc
+        torch.manual_seed(0)
+        source = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+        source(torch.randn(4, 1, 3, 3) * 3 + 1)
+        model = nn.Sequential(nn.Conv2d(1, 2, 1), misc.FrozenBatchNorm2d(2))
+        ctl.adapt(model, source.eval())
+        x = torch.randn(2, 1, 3, 3)
+        torch.testing.assert_close(model(x), source(x))
+
     def test_a_norm_of_another_kind(self):
         model = self.conv()
         model[1] = nn.GroupNorm(2, 4)
