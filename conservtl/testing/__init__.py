@@ -1,4 +1,4 @@
-"""For your own tests: generators of models, weights, strategies and specs, and the contract of a strategy.
+"""For your own tests: generators of models, weights, strategies and specs; contract of a strategy, laws of a layer map.
 
 Needs hypothesis (``pip install 'conservtl[dev]'``). The generators draw from seeds, leave torch's random state
 unchanged, and shrink.
@@ -26,12 +26,14 @@ from conservtl.testing import _needs  # noqa: F401 - before anything imports hyp
 from conservtl.testing.choices import strategies
 from conservtl.testing.contract import check_strategy
 from conservtl.testing.fields import instances, specs
+from conservtl.testing.layer_map import check_layer_map
 from conservtl.testing.networks import models
 from conservtl.testing.situations import frozen_parts, layer_drops, masked_batches, several_outputs, tied_heads
 from conservtl.testing.weights import Weights, state_dicts
 
 __all__ = [
     "Weights",
+    "check_layer_map",
     "check_strategy",
     "frozen_parts",
     "instances",
