@@ -1,5 +1,6 @@
 """Right maps keep the laws; a map that breaks one is refused with the module's name."""
 
+import doctest
 import re
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import nn
 import conservtl as ctl
 from conservtl.layers import find_layers
 from conservtl.layers.first_use import first_use
-from conservtl.testing import check_layer_map, frozen_parts, models, tied_heads
+from conservtl.testing import check_layer_map, frozen_parts, layer_map, models, tied_heads
 from conservtl.testing.layer_map import violations
 
 X = torch.zeros(2, 3)
@@ -166,3 +167,9 @@ def test_models_of_transformers():
     )  # tied
     albert = transformers.AlbertConfig(embedding_size=4, intermediate_size=8, **small)
     check_layer_map(transformers.AlbertForSequenceClassification(albert), ids)  # shared layers
+
+
+def test_its_example_runs():
+    found = doctest.testmod(layer_map)
+    assert found.attempted
+    assert not found.failed
