@@ -135,6 +135,9 @@ def row_count(batch: Any) -> int:
 
 def _leaves(batch: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:
     """Yield the nodes that are leaves, also below containers that torch's pytree does not know."""
+    if type(batch) in (tuple, list) and all(map(is_leaf, batch)):  # most batches; torch's pytree takes long for them
+        yield from batch
+        return
     for node in tree_leaves(batch, is_leaf=is_leaf):
         if is_leaf(node):
             yield node
@@ -148,6 +151,8 @@ def _leaves(batch: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:
 
 def _map(batch: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to the nodes that are leaves, also below containers that torch's pytree does not know."""
+    if type(batch) in (tuple, list) and all(map(is_leaf, batch)):  # most batches; torch's pytree takes long for them
+        return type(batch)(map(function, batch))
 
     def visit(node: Any) -> Any:
         if is_leaf(node):

@@ -145,24 +145,27 @@ def _class_labels(logits: Tensor, labels: Any) -> Tensor:
         raise SpecError(
             f"labels must be a tensor of classes; received {type(labels).__name__}. Pass tensors or NumPy arrays."
         )
-    received = f"received outputs {tuple(logits.shape)} and {str(labels.dtype)[6:]} labels {tuple(labels.shape)}"
+
+    def received() -> str:
+        return f"received outputs {tuple(logits.shape)} and {str(labels.dtype)[6:]} labels {tuple(labels.shape)}"
+
     if logits.ndim < 2:
         raise SpecError(
-            f"outputs must be (N, classes) for a cross-entropy; {received}. For numbers pass loss=nn.MSELoss(), for "
+            f"outputs must be (N, classes) for a cross-entropy; {received()}. For numbers pass loss=nn.MSELoss(), for "
             "yes or no loss=nn.BCEWithLogitsLoss()."
         )
     if logits.ndim == 2 and logits.shape[1] == 1:
         raise SpecError(
             f"outputs must have two classes or more for a cross-entropy, which is 0 for one whatever the label; "
-            f"{received}. For numbers pass loss=nn.MSELoss(), for yes or no loss=nn.BCEWithLogitsLoss()."
+            f"{received()}. For numbers pass loss=nn.MSELoss(), for yes or no loss=nn.BCEWithLogitsLoss()."
         )
     if labels.is_complex():
-        raise SpecError(f"labels must be classes; {received}. Give whole numbers.")
+        raise SpecError(f"labels must be classes; {received()}. Give whole numbers.")
     if labels.shape == logits.shape and (labels.is_floating_point() or logits.ndim == 2):
         return labels.to(logits.dtype)
     if labels.is_floating_point():
         raise SpecError(
-            f"labels must be whole numbers, or probabilities of the outputs' shape, for a cross-entropy; {received}. "
+            f"labels must be whole numbers, or probabilities of the outputs' shape, for a cross-entropy; {received()}. "
             "For classes pass labels.long(), for numbers loss=nn.MSELoss()."
         )
     if logits.ndim == 2:
@@ -170,7 +173,7 @@ def _class_labels(logits: Tensor, labels: Any) -> Tensor:
             labels = labels.squeeze(1)
         if labels.shape != logits.shape[:1]:
             raise SpecError(
-                f"labels must be one class an example, (N,), or one-hot rows of the outputs' shape; {received}. For "
+                f"labels must be one class an example, (N,), or one-hot rows of the outputs' shape; {received()}. For "
                 "several labels an example pass loss=nn.BCEWithLogitsLoss()."
             )
     classes: Tensor = labels.long()

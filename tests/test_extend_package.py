@@ -1,6 +1,6 @@
 """A strategy in a package of its own: installed into a throw-away folder, a spec names its kind without --import."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -24,7 +24,9 @@ STRATEGY = "strategies=[{kind: slow_norms, factor: 0.25}]"
 def installed(tmp_path_factory):
     """The folder into which pip installs a copy of the package."""
     for needed in ("hatchling", "pip"):
-        if importlib.util.find_spec(needed) is None:
+        try:
+            importlib.metadata.version(needed)
+        except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{needed} is not installed, so the package cannot be")
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(PACKAGE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))

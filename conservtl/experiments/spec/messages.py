@@ -9,13 +9,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from conservtl.errors import hint, wrong_tag
+from conservtl.methods import Strategy
 from conservtl.tasks.base import unfinished_task
 
 __all__ = ["explanations"]
 
 
 _LINES = 20
-_LONGEST = 500  # characters of a name, a value or a rule
+_LONGEST, _RULE = 500, 4000  # characters of a name or a value; of a rule, which may list all kinds
 
 
 def explanations(errors: Sequence[Any], adapter: TypeAdapter[Any]) -> list[str]:
@@ -25,13 +26,14 @@ def explanations(errors: Sequence[Any], adapter: TypeAdapter[Any]) -> list[str]:
         errors: of a validation.
         adapter: the validator that found them; its schema holds the known fields.
     """
-    definitions = _definitions(adapter)
+    definitions = _definitions(adapter, tuple(Strategy.named.values()))
     lines = [f"  {_explain(error, definitions)}" for error in errors[:_LINES]]
     return [*lines, f"  ... and {len(errors) - _LINES:,} more"] if len(errors) > _LINES else lines
 
 
 @lru_cache(maxsize=2)
-def _definitions(adapter: TypeAdapter[Any]) -> dict[str, Any]:
+def _definitions(adapter: TypeAdapter[Any], _known: tuple[type[Strategy], ...]) -> dict[str, Any]:
+    """Return the definitions of an adapter's schema, made anew when a strategy is registered."""
     definitions: dict[str, Any] = adapter.json_schema().get("$defs", {})
     return definitions
 
@@ -51,7 +53,7 @@ def _explain(error: Any, definitions: dict[str, Any]) -> str:
             return f"{field}: {wrong_tag(error)}"
         fix = unfinished_task(str(error["ctx"]["tag"]), " A task of your own needs --import MODULE.")
         return f"{field}: {wrong_tag(error)}{fix}"
-    message = _cut(error["msg"]).replace("valid tuple", "list")
+    message = _cut(error["msg"], _RULE).replace("valid tuple", "list")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = f"must hold fields of its own, such as {field}.{(_fields_at(place, definitions) or ['kind'])[0]}"
     received = error.get("input")
@@ -59,9 +61,9 @@ def _explain(error: Any, definitions: dict[str, Any]) -> str:
     return f"{field}: {message}{short}"
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, longest: int = _LONGEST) -> str:
     """Return a text, without the end of a very long one."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _shown(value: Any) -> str:
