@@ -25,6 +25,9 @@ from conservtl.testing import models, specs, state_dicts, strategies
 from conservtl.testing.choices import whole_plan
 from conservtl.testing.weights import random_weights
 
+# Some of the strategies drawn act at the end of training, which these tests leave out.
+pytestmark = pytest.mark.filterwarnings("ignore::conservtl.errors.OmissionWarning")
+
 LABELS = torch.tensor([0, 1, 2, 0])
 SGD = torch.optim.SGD, {"momentum": 0.9}
 ADAMW = torch.optim.AdamW, {}
@@ -346,7 +349,6 @@ class TestPlan:
         assert [p.requires_grad for p in model.parameters()] == flags
 
 
-@pytest.mark.filterwarnings("ignore::conservtl.errors.OmissionWarning")  # some strategies act at the end of training
 class TestCopies:
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
     @some(12)

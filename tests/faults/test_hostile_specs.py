@@ -19,7 +19,7 @@ MULTIPLYING = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: []", r"spec: '\[\]' is none of speech, vision"),
+        ("task: []", r"spec: '\[\]' is none of speech, .*vision"),
         ("task: speech\ndata: {kind: [folder]}", r"data: .*is none of folder, espeak, speechcommands"),
         ("task: speech\ndata: {shots: 3}", r"data: 'kind' is missing\. Name the kind"),
         (SPEECH + "strategies: [{kind: {}}]", r"strategies\.0: '\{\}' is none of auto_rgn"),
