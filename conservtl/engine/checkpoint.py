@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from conservtl.storage.files import atomic_path, write_text
 __all__ = ["CHECKPOINTS", "Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 
 CHECKPOINTS = _LAST, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_DAMAGED = (RuntimeError, EOFError, OSError, UnpicklingError, zipfile.BadZipFile, NotImplementedError, ValueError)
 _OVERHEAD = 20  # least time between checkpoints, as a multiple of the time that the last one took to write
 
 
@@ -110,8 +108,8 @@ class Checkpoints:
         for path in paths:
             try:
                 loaded = _read(path)
-            except _DAMAGED as error:
-                errors.append(f"{path} cannot be read: {error}")
+            except SpecError as error:
+                errors.append(str(error))
                 continue
             if errors:
                 warnings.warn(f"resume: {errors[0]} Resuming from {path.name}, the one before.", stacklevel=2)
@@ -133,13 +131,20 @@ class Checkpoints:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint, if all its parts have their checksums."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()  # torch.load does not compare them
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"the checksum of its part {damaged!r} differs.")
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded
+    """Return the content of a checkpoint.
+
+    Raises:
+        SpecError: it cannot be read, or the checksum of a part differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
+        if damaged is None:
+            loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return loaded
+    except Exception as error:  # a damaged file raises what its bytes happen to lead to
+        raise SpecError(f"{path} cannot be read: {error}") from error
+    raise SpecError(f"{path} cannot be read: the checksum of its part {damaged!r} differs.")
 
 
 def gather_generators(session: Session, generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import conservtl as ctl
+from conservtl.engine.checkpoint import Checkpoints
 
 UNFREEZING = ctl.GradualUnfreezing(by="layer", scales=(1.0, 0.5))
 SETTINGS = {"epochs": 4, "batch_size": 16, "lr": 0.01}
@@ -240,6 +241,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert len(told) == (damage != "missing")
     assert all("checkpoint.pt cannot be read" in text and "checkpoint.previous.pt" in text for text in told)
     assert not (tmp_path / "checkpoint.previous.pt").exists()  # the run has ended
+
+
+def test_no_flipped_bit_of_an_archives_directory_escapes(tmp_path):
+    """Each file gives its content or a named error, whatever zipfile, zlib and torch raise for it."""
+    store, content = Checkpoints(tmp_path), {"weights": torch.arange(6.0), "step": 3}
+    store.save(lambda: content)
+    path = tmp_path / "checkpoint.pt"
+    good = path.read_bytes()
+    refused = 0
+    for bit in range(8 * good.index(b"PK\x01\x02"), 8 * len(good), 3):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        try:
+            loaded = store.load()
+        except ctl.SpecError:
+            refused += 1
+        else:
+            assert torch.equal(loaded["weights"], content["weights"])
+            assert loaded["step"] == 3
+    assert refused > 100
 
 
 def test_sigterm_ends_after_the_step_with_a_checkpoint(plain, data, same, tmp_path):
