@@ -139,8 +139,7 @@ def _absorb(module: Any, weight: Tensor) -> None:
 
 def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Transform the first tensor of a model's inputs: a pre-hook of the model."""
-    transform = getattr(model, NAME)
-    assert isinstance(transform, AffineTransform)
+    transform: AffineTransform = getattr(model, NAME)
     for place, value in enumerate(args):
         if isinstance(value, Tensor):
             return (*args[:place], transform(value), *args[place + 1 :]), kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from conservtl.report.figures.canvas import INK, SOURCE, TARGET, Picture, bare, draw
 from conservtl.report.figures.plane import PlanePoint, paint_plane
@@ -157,5 +157,5 @@ def _plane(
 
 
 def _mark(step: StrengthStep, name: str, colour: str, shape: str, *, strong: bool) -> PlanePoint:
-    assert step.source is not None  # the plane is drawn only if every step has one
-    return PlanePoint(name, step.source, step.target, colour, colour if name else INK, shape, strong=strong)
+    source = cast("MeanInterval", step.source)  # the plane is drawn only if every step has one
+    return PlanePoint(name, source, step.target, colour, colour if name else INK, shape, strong=strong)

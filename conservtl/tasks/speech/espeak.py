@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
+import subprocess  # for a worker in this package # nosec B404
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ def _in_new_process(utterances: Sequence[Utterance], library: str, data: Path) -
         "utterances": [[u.voice, u.word, u.rate, u.pitch, u.pitch_range] for u in utterances],
     }
     worker = Path(__file__).with_name("_espeak_worker.py")
-    done = subprocess.run(  # noqa: S603 - a file of this package, run by this interpreter
+    done = subprocess.run(  # nosec B603 # noqa: S603 - a file of this package, run by this interpreter
         [sys.executable, "-I", str(worker)],
         input=json.dumps(request).encode(),
         capture_output=True,
