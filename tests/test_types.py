@@ -117,3 +117,5 @@ def test_a_source_distribution_holds_the_markers_and_the_tests(tmp_path):
     with tarfile.open(found) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"conservtl/py.typed", "conservtl/__init__.pyi", "tests/test_types.py", "pyproject.toml"} <= names
+    read = {"ARCHITECTURE.md", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "docs/trainers.md", ".ci/run"}
+    assert read | {".github/workflows/ci.yml", "benchmarks/results/methods.md", "examples/speech/spec.yaml"} <= names
