@@ -14,7 +14,7 @@ import torch
 import conservtl as ctl
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.spec.spec import parse_spec
-from conservtl.tasks.speech.audio import read_audio
+from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.speech.corpora import FolderData, load
 from conservtl.tasks.speech.features import SpeechPreprocessing
 
@@ -105,8 +105,8 @@ def test_a_stream_without_a_length_is_read_to_its_end(tmp_path, size):
 
 
 def test_more_samples_than_fit_in_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("conservtl.tasks.speech.audio._MOST_VALUES", 10_000)
-    monkeypatch.setattr("conservtl.tasks.speech.audio._BLOCK", 1_000)
+    monkeypatch.setattr("conservtl.tasks.audio.reading._MOST_VALUES", 10_000)
+    monkeypatch.setattr("conservtl.tasks.audio.reading._BLOCK", 1_000)
     assert len(read_audio(write(tmp_path / "short.wav", hum(1.25)))[0]) == 10_000
     with pytest.raises(ctl.DataError, match=r"must have at most 10,000 samples in all channels; it has more"):
         read_audio(write(tmp_path / "long.wav", hum(1.3)))

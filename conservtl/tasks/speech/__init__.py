@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from conservtl.tasks.audio.espeak import SOURCE_VOICES, TARGET_VOICES
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.compact import TCResNet
 from conservtl.tasks.speech.corpora import DataSpec, EspeakData, FolderData, SpeechCommandsData, load, speakers
-from conservtl.tasks.speech.espeak import SOURCE_VOICES, TARGET_VOICES
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
 from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, SPEECH_COMMANDS
 from conservtl.tasks.speech.models import ModelSpec, build

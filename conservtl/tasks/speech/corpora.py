@@ -16,11 +16,11 @@ from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
 from conservtl.data import Domains
 from conservtl.data.shots import Shots
 from conservtl.errors import SpecError
+from conservtl.tasks.audio.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
+from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.bad_files import FileData, FolderFiles, check_files, explained, names_below, refuse
 from conservtl.tasks.classification import ClassData
-from conservtl.tasks.speech.audio import read_audio
 from conservtl.tasks.speech.augment import SpeechAugment
-from conservtl.tasks.speech.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
 from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS, search, speech_commands_recordings
 from conservtl.tasks.speech.recordings import Protocol, Recording, domains, find_copies

@@ -14,9 +14,9 @@ from torch import Tensor
 from conservtl.bounds import Fraction
 from conservtl.errors import DataError
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks.speech.audio import digest, loudest_stretch, read_audio
-from conservtl.tasks.speech.mel import mel_power
-from conservtl.tasks.speech.resampling import resample
+from conservtl.tasks.audio.mel import mel_power
+from conservtl.tasks.audio.reading import digest, loudest_stretch, read_audio
+from conservtl.tasks.audio.resampling import resample
 
 __all__ = ["Features", "SpeechPreprocessing", "fit_length", "log_mel", "normalise"]
 

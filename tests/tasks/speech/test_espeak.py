@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conservtl.errors import DataError, SpecError
+from conservtl.tasks.audio.espeak import speak, takes_of
 from conservtl.tasks.speech import SOURCE_VOICES, TARGET_VOICES, EspeakData, load
-from conservtl.tasks.speech.espeak import speak, takes_of
 
 pytest.importorskip("espeakng_loader", reason="espeakng_loader is not installed")
 

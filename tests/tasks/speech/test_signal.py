@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from conservtl.tasks.speech.mel import mel_filters, mel_power
-from conservtl.tasks.speech.resampling import resample
+from conservtl.tasks.audio.mel import mel_filters, mel_power
+from conservtl.tasks.audio.resampling import resample
 
 PAIRS = [(16000, 8000), (8000, 16000), (44100, 16000), (48000, 16000), (11025, 8000), (8000, 8001), (1000, 3)]
 
@@ -63,7 +63,7 @@ def test_a_tone_is_the_tone_at_the_other_rate(rate, to):
 
 MEMORY = """
 import resource, torch
-from conservtl.tasks.speech.resampling import resample
+from conservtl.tasks.audio.resampling import resample
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 resample(torch.zeros(1, 1000), 3, 2)
 before = peak()
