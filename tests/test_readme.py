@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,86 @@ def test_the_loop_in_the_readme_runs(capsys):
     out = capsys.readouterr().out
     assert "fresh" in out
     assert "× 0.8" in out
+
+
+@pytest.fixture(scope="module")
+def own_loop(tmp_path_factory):
+    """The first block of code: lines before and after the change, and what a user's script has before them."""
+    (diff,) = blocks(README, "diff")
+    before, after = (
+        "".join(line[1:] for line in diff.splitlines(keepends=True) if line[0] in signs) for signs in (" -", " +")
+    )
+    path = tmp_path_factory.mktemp("source") / "source.pt"
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 8), torch.randint(3, (4,))) for _ in range(5)]
+
+    def network(classes):
+        return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, classes))
+
+    torch.save(network(3).state_dict(), path)
+
+    def run(code):
+        torch.manual_seed(1)
+        given = {"torch": torch, "network": network, "batches": batches, "cross_entropy": cross_entropy}
+        exec(compile(code.replace("source.pt", str(path)), "README.md", "exec"), given)
+        return given
+
+    return diff, before, after, run, torch.load(path)
+
+
+def test_the_first_code_changes_three_lines_of_a_loop(own_loop):
+    diff, before, _, _, _ = own_loop
+    assert README.index("```diff") < README.index("```sh")
+    assert sum(line.startswith("+") for line in diff.splitlines()) == 3
+    assert "conservtl" not in before
+    assert "ctl" not in before
+
+
+def test_both_sides_of_that_change_run_and_the_second_has_rates_and_the_pull(own_loop):
+    """Against AdamW by hand: the pull 0.1 (w - w0) in the gradient of weights, no decay, 0.8 of the rate below."""
+    _, before, after, run, start = own_loop
+    plain = run(before)["model"].state_dict()
+    adapted = run(after)["model"].state_dict()
+    given = run("model = network(classes=3)")
+    model = given["model"]
+    model.load_state_dict(start)
+    groups = [
+        {"params": [model[0].weight], "lr": 8e-4, "weight_decay": 0.0},
+        {"params": [model[0].bias], "lr": 8e-4, "weight_decay": 0.0},
+        {"params": [model[2].weight], "lr": 1e-3, "weight_decay": 0.0},
+        {"params": [model[2].bias], "lr": 1e-3, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    for inputs, labels in given["batches"]:
+        cross_entropy(model(inputs), labels).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.grad.add_(parameter.detach() - start[name], alpha=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(adapted[name], tensor)
+        assert not torch.allclose(adapted[name], plain[name])
+
+
+def test_the_badges_are_true():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    badges = re.findall(r"!\[([^]]*)\]\(([^)]*)\)", README.splitlines()[2])
+    (workflow, url), (pythons, _), (licence, _) = badges
+    assert (ROOT / ".github" / "workflows" / f"{workflow}.yml").is_file()
+    assert url == f"../../actions/workflows/{workflow}.yml/badge.svg"
+    versions = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]
+    assert pythons == f"Python {versions[0]} to {versions[-1]}"
+    assert licence == project["license"]
+    for text, address in badges[1:]:
+        shown = re.search(r"badge/\w+-(.*)-blue$", address)[1].replace("--", "-").replace("_", " ")
+        assert text.removeprefix("Python ") == shown
+
+
+def test_the_readme_says_whether_a_release_can_be_installed():
+    """It promises no package on an index while the changelog says that there is none."""
+    released = "(unreleased)" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1]
+    assert ("Until the first release" in README) != released
 
 
 def test_the_code_in_the_docs_runs():
