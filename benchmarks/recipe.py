@@ -84,11 +84,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 1])
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--executor", default="processes", help="where runs are executed, as for conservtl compare")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "conservtl-recipe")
     options = parser.parse_args()
     section = {"shots": options.shots, "seeds": options.seeds, "variants": VARIANTS, "baselines": BASELINES}
     spec = load_spec(SPEC, [f"data.root={options.fsdd}", f"compare={section}"])
-    report = compare(spec, options.runs, processes=options.processes, say=lambda text: print(text, flush=True))
+    where = {"processes": options.processes, "executor": options.executor}
+    report = compare(spec, options.runs, **where, say=lambda text: print(text, flush=True))
     fields = ("variant", "target", "shots", "seed", "before", "after")
     lines = [json.dumps({name: run[name] for name in fields}) + "\n" for run in report["runs"]]
     (HERE / "results" / "recipe.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--executor", default="processes", help="where runs are executed, as for conservtl compare")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -203,7 +204,7 @@ def main() -> None:
     for case in selected:
         print(case.name, flush=True)
         planned = trials(case, options.seeds, folder)
-        runs = store.results(planned, options.processes)
+        runs = store.results(planned, options.processes, options.executor)
         dumped = [trial.spec.model_dump(mode="json")["strategies"] for trial in planned]
         described = [{**run, "strategies": kinds} for run, kinds in zip(runs, dumped, strict=True)]
         rows.append(judged(case, described))

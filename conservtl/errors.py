@@ -10,6 +10,7 @@ __all__ = [
     "ConservtlError",
     "DataError",
     "InputError",
+    "LostWorkerError",
     "MissingExtraError",
     "OmissionWarning",
     "PlanError",
@@ -62,6 +63,10 @@ class MissingExtraError(ConservtlError, ImportError):
 
 class TrainingDivergedError(ConservtlError, RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class LostWorkerError(ConservtlError, RuntimeError):
+    """A run of a study lost its worker again and again, or its executor is broken; finished runs are kept."""
 
 
 class OmissionWarning(ConservtlError, UserWarning):  # noqa: N818 - it is a warning

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DryRun", "Imports", "Out", "Overrides", "Processes", "SpecFile"]
+__all__ = ["DryRun", "Executor", "Imports", "Out", "Overrides", "Processes", "SpecFile"]
 
 
 def _import(modules: list[str] | None) -> list[str] | None:
@@ -34,4 +34,13 @@ Imports = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; runs with a result there are not repeated.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Number of runs at the same time.")]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="NAME",
+        help="Where runs are executed: processes, dask:ADDRESS, submitit:FOLDER?partition=NAME, or module:function of "
+        "a module given to --import, which returns a concurrent.futures executor.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print the number of runs and an estimate of their time.")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from conservtl.cli._options import DryRun, Imports, Out, Overrides, Processes, SpecFile
+from conservtl.cli._options import DryRun, Executor, Imports, Out, Overrides, Processes, SpecFile
 from conservtl.errors import MissingExtraError
 
 __all__ = ["compare", "sweep", "tune"]
@@ -21,6 +21,7 @@ def compare(
     overrides: Overrides = None,
     _imports: Imports = None,
     processes: Processes = 1,
+    executor: Executor = "processes",
     dry_run: DryRun = False,
 ) -> None:
     """Compare the spec's variants with baselines, over targets, seeds and shots."""
@@ -29,7 +30,8 @@ def compare(
     from conservtl.experiments.studies.comparison import compare as compare_all
     from conservtl.report import write_compare
 
-    result = compare_all(load_spec(spec, overrides or ()), out, processes=processes, dry_run=dry_run, say=_progress)
+    loaded = load_spec(spec, overrides or ())
+    result = compare_all(loaded, out, processes=processes, executor=executor, dry_run=dry_run, say=_progress)
     if dry_run:
         return _print_estimate(result)
     for table in comparison_tables(result):
@@ -44,6 +46,7 @@ def sweep(
     overrides: Overrides = None,
     _imports: Imports = None,
     processes: Processes = 1,
+    executor: Executor = "processes",
     dry_run: DryRun = False,
 ) -> None:
     """Measure how far layers transfer from either side, and which strength of conservation is best."""
@@ -51,7 +54,8 @@ def sweep(
     from conservtl.experiments.studies.layer_sweep import sweep as sweep_all
     from conservtl.report import write_sweep
 
-    result = sweep_all(load_spec(spec, overrides or ()), out, processes=processes, dry_run=dry_run, say=_progress)
+    loaded = load_spec(spec, overrides or ())
+    result = sweep_all(loaded, out, processes=processes, executor=executor, dry_run=dry_run, say=_progress)
     return _print_estimate(result) if dry_run else _write(result, out, "sweep", write_sweep)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ from typing import Any
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import CompareSection
 from conservtl.experiments.studies.bootstrap import bootstrap, interval
+from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
@@ -32,6 +34,7 @@ def compare(
     out: str | Path,
     *,
     processes: int = 1,
+    executor: str | Executor = PROCESSES,
     dry_run: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -40,7 +43,9 @@ def compare(
     Args:
         spec: the spec, with a ``compare`` section or without.
         out: folder; results are stored run by run in ``runs``, so that an interrupted comparison continues.
-        processes: number of processes.
+        processes: number of processes of this machine.
+        executor: ``processes``; ``dask:ADDRESS``, ``submitit:FOLDER?partition=NAME`` or ``module:function`` of a module
+            given to ``--import``; or any ``concurrent.futures`` executor. Workers need the study's file system.
         dry_run: only count the runs and estimate their time from a measured step.
         say: is called with lines of progress.
 
@@ -51,10 +56,11 @@ def compare(
         SpecError: variants that do not make a spec, or have a baseline's name.
         DataError: fewer examples than shots, an unknown target.
     """
+    check_executor(executor, processes)
     trials = plan_trials(spec)
     if dry_run:
         return estimate(trials, processes)
-    return summarise(spec, ResultStore(Path(out), say).results(trials, processes))
+    return summarise(spec, ResultStore(Path(out), say).results(trials, processes, executor))
 
 
 def plan_trials(spec: Spec) -> list[Trial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import SweepSection
 from conservtl.experiments.studies.bootstrap import interval
+from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
 from conservtl.experiments.studies.trial import How, Trial, said_by_label, taken_over
@@ -69,6 +71,7 @@ def sweep(
     out: str | Path,
     *,
     processes: int = 1,
+    executor: str | Executor = PROCESSES,
     dry_run: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def sweep(
     Args:
         spec: the spec, with a ``sweep`` section or without.
         out: folder; results are stored run by run in ``runs``, so that an interrupted sweep continues.
-        processes: number of processes.
+        processes: number of processes of this machine.
+        executor: ``processes``; ``dask:ADDRESS``, ``submitit:FOLDER?partition=NAME`` or ``module:function`` of a module
+            given to ``--import``; or any ``concurrent.futures`` executor. Workers need the study's file system.
         dry_run: only count the runs and estimate their time from a measured step.
         say: is called with lines of progress.
 
@@ -91,11 +96,12 @@ def sweep(
     Reference:
         Yosinski, Clune, Bengio and Lipson 2014, "How transferable are features in deep neural networks?", section 3.
     """
+    check_executor(executor, processes)
     layers = _layers(spec)
     trials = plan_trials(spec, len(layers))
     if dry_run:
         return estimate([trial for trial, _ in trials], processes)
-    runs = ResultStore(Path(out), say).results([trial for trial, _ in trials], processes)
+    runs = ResultStore(Path(out), say).results([trial for trial, _ in trials], processes, executor)
     by_point: dict[Point, list[Mapping[str, Any]]] = defaultdict(list)
     for (_, point), run in zip(trials, runs, strict=True):
         by_point[point].append(run)

@@ -1,19 +1,19 @@
-"""Results of many runs: stored one by one, shared out over processes, continued where they stopped."""
+"""Results of many runs: stored one by one, shared out over workers, continued where they stopped."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conservtl.experiments.spec.spec import with_fields
+from conservtl.experiments.studies.executors.dispatch import finish
+from conservtl.experiments.studies.executors.names import PROCESSES, check_executor, is_local, workers_of
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.report import write_json
 from conservtl.storage.locks import check_folder, lock_folder
@@ -34,20 +34,25 @@ class ResultStore:
         self.folder = folder / "runs"
         self.say = say or (lambda _: None)
 
-    def results(self, trials: Sequence[Trial], processes: int = 1) -> list[dict[str, Any]]:
+    def results(
+        self, trials: Sequence[Trial], processes: int = 1, executor: str | Executor = PROCESSES
+    ) -> list[dict[str, Any]]:
         """Return the result of each trial, in order; run those that have none yet.
 
         Args:
             trials: those that share data and a source model are run by one process, one after the other.
-            processes: number of processes.
+            processes: number of processes of this machine.
+            executor: the name of an executor, as ``--executor`` takes it, or one that the caller keeps.
 
         Raises:
-            SpecError: another process writes to the folder.
+            SpecError: another process writes to the folder, or there is no such executor.
+            LostWorkerError: a run lost its worker again and again; all others are finished.
         """
+        check_executor(executor, processes)
         with lock_folder(self.folder.parent):
-            return self._results(trials, processes)
+            return self._results(trials, processes, executor)
 
-    def _results(self, trials: Sequence[Trial], processes: int) -> list[dict[str, Any]]:
+    def _results(self, trials: Sequence[Trial], processes: int, executor: str | Executor) -> list[dict[str, Any]]:
         distinct = {trial.key: trial for trial in trials}
         missing = [trial for trial in distinct.values() if self._read(trial) is None]
         done = len(distinct) - len(missing)
@@ -55,53 +60,72 @@ class ResultStore:
         groups: dict[str, list[Trial]] = defaultdict(list)
         for trial in missing:
             groups[trial.place].append(trial)
-        for count in self._run(list(groups.values()), processes):
+        for count in self._run([_Group(group, self.folder) for group in groups.values()], processes, executor):
             done += count
             self.say(f"{done} of {len(distinct)} runs")
         return [{**(self._read(trial) or {}), "variant": trial.variant, "target": trial.target} for trial in trials]
 
-    def _run(self, groups: Sequence[list[Trial]], processes: int) -> Iterable[int]:
-        if processes == 1:
-            for group in groups:
-                for trial in group:
-                    yield _run_and_store([trial], self.folder)
+    def _run(self, groups: Sequence[_Group], processes: int, executor: str | Executor) -> Iterable[int]:
+        if not groups:
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
-            futures = [pool.submit(_run_and_store, group, self.folder) for group in groups]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _path(self, trial: Trial) -> Path:
-        return self.folder / f"{trial.key}.json"
+        if processes > 1 or not is_local(executor):
+            yield from finish(groups, workers_of(executor, processes), self.say)
+            return
+        for group in groups:
+            for trial in group.trials:
+                _run_and_store(trial, self.folder)
+                yield 1
 
     def _read(self, trial: Trial) -> dict[str, Any] | None:
-        """Return a stored result; None if there is none, or with a line of progress if it is damaged."""
-        path = self._path(trial)
+        """Return a stored result; None if there is none. One that is damaged is deleted, with a line of progress."""
+        path = _path(trial, self.folder)
         if not path.is_file():
             return None
         try:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             self.say(f"{path} is damaged and is made again")
+            path.unlink(missing_ok=True)
             return None
         return result
 
 
-def _run_and_store(trials: Sequence[Trial], folder: Path) -> int:
-    """Run trials, write each result atomically, return their number."""
-    for trial in trials:
-        write_json(run_trial(trial), folder / f"{trial.key}.json")
-    return len(trials)
+@dataclass(frozen=True)
+class _Group:
+    """Trials for one worker: they share data and a source model."""
+
+    trials: Sequence[Trial]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        first = self.trials[0]
+        return f"run {first.key} ({first.variant}, {first.target}, seed {first.spec.seed})"
+
+    def run(self) -> None:
+        for trial in self.trials:
+            _run_and_store(trial, self.folder)
+
+    def rest(self) -> list[_Group]:
+        """Return the trials without a result, each apart, so that one that ends its worker holds up no other."""
+        return [_Group([trial], self.folder) for trial in self.trials if not _path(trial, self.folder).exists()]
+
+    def __len__(self) -> int:
+        return len(self.trials)
 
 
-def _one_thread() -> None:
-    """Use one thread: the processes share the cores."""
-    torch.set_num_threads(1)
+def _path(trial: Trial, folder: Path) -> Path:
+    return folder / f"{trial.key}.json"
+
+
+def _run_and_store(trial: Trial, folder: Path) -> None:
+    """Run a trial and write its result atomically; one that a worker given up for lost has written meanwhile stays."""
+    path = _path(trial, folder)
+    if path.exists():
+        return
+    result = run_trial(trial)
+    if not path.exists():
+        write_json(result, path)
 
 
 def estimate(trials: Sequence[Trial], processes: int = 1) -> dict[str, Any]:
