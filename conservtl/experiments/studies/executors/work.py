@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
+import pickle  # nosec B403 - of work, sent from a study to its own workers
 import platform
 import threading
 import traceback
@@ -60,7 +60,7 @@ def carry_out(content: bytes, folder: str, versions: Mapping[str, str]) -> Excep
         with _ONE_AT_A_TIME:
             _check(folder, versions)
             with contextlib.chdir(folder):
-                work: Work = pickle.loads(content)  # noqa: S301 - from the process that started the study
+                work: Work = pickle.loads(content)  # noqa: S301  # nosec B301 - from the process that started the study
                 work.run()
     except Exception as error:  # noqa: BLE001 - raised again in the study's process
         return _portable(error)
@@ -101,7 +101,7 @@ def _portable(error: Exception) -> Exception:
     trace = "".join(traceback.format_exception(error))
     try:
         error.add_note(trace)
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - the line before made it
+        pickle.loads(pickle.dumps(error))  # noqa: S301  # nosec B301 - made on this line
     except Exception:  # noqa: BLE001 - a class of any library
         return RuntimeError(trace)
     return error
