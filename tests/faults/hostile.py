@@ -71,6 +71,10 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 def changed(content: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     """Return the content with one to three values replaced, removed, repeated or renamed."""
+
+    def value() -> Any:  # a copy: the next change may act in it
+        return copy.deepcopy(chance.choice(VALUES))
+
     content = copy.deepcopy(content)
     for _ in range(chance.randint(1, 3)):
         found = list(places(content))
@@ -88,9 +92,9 @@ def changed(content: dict[str, Any], chance: random.Random) -> dict[str, Any]:
         elif how == "repeat" and isinstance(section, list):
             section += [copy.deepcopy(section[last])] * chance.randint(1, 50)
         elif how == "add" and isinstance(section, dict):
-            section[chance.choice(["extra", "kind", "range", "import", "__class__", "x" * 500])] = chance.choice(VALUES)
+            section[chance.choice(["extra", "kind", "range", "import", "__class__", "x" * 500])] = value()
         else:
-            section[last] = chance.choice(VALUES)
+            section[last] = value()
     return content
 
 
