@@ -29,6 +29,7 @@ from conservtl.plan.row import Anneal, Phase, Row
 from conservtl.source.itself import itself
 from conservtl.source.transfer import TransferReport
 from conservtl.weights.interpolation import interpolate, interpolation_path
+from conservtl.weights.merge import Merged, merge
 from conservtl.weights.recompute_bn import recompute_statistics
 from conservtl.weights.soup import soup
 
@@ -55,6 +56,7 @@ __all__ = [
     "DataError",
     "InputError",
     "Layer",
+    "Merged",
     "MissingExtraError",
     "OmissionWarning",
     "Phase",
@@ -73,6 +75,7 @@ __all__ = [
     "interpolate",
     "interpolation_path",
     "itself",
+    "merge",
     "recompute_statistics",
     "soup",
 ]

@@ -58,6 +58,8 @@ from conservtl.tasks.base import Prediction as Prediction
 from conservtl.weights.interpolation import interpolate as interpolate
 from conservtl.weights.interpolation import interpolation_path as interpolation_path
 from conservtl.weights.interpolation import interpolation_path as path
+from conservtl.weights.merge import Merged as Merged
+from conservtl.weights.merge import merge as merge
 from conservtl.weights.recompute_bn import recompute_statistics as recompute_statistics
 from conservtl.weights.soup import soup as soup
 
@@ -85,6 +87,7 @@ __all__ = [
     "InputTransform",
     "Layer",
     "LayerTransfer",
+    "Merged",
     "MissingExtraError",
     "Mixout",
     "NormAdaptation",
@@ -118,6 +121,7 @@ __all__ = [
     "interpolation_path",
     "itself",
     "load_adapted",
+    "merge",
     "recipe",
     "recommend",
     "recompute_statistics",

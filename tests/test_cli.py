@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conservtl import cli
@@ -261,3 +262,17 @@ def test_many_runs_from_the_command_line(spec, tmp_path, monkeypatch, capsys):
     for name in ("compare", "sweep", "tune"):
         assert json.loads((tmp_path / name / f"{name}.json").read_text())["kind"] == name
         assert "<svg" in (tmp_path / name / "report.html").read_text()
+
+
+def test_merge_writes_a_file_or_says_one_line(tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for name, value in (("source", 0.0), ("one", 1.0), ("two", 3.0)):
+        save_file({"w": torch.full((2, 2), value)}, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("source", "one", "two")]
+    code, out, _ = call(monkeypatch, capsys, "merge", *files, "--t", "0.5", "--out", tmp_path / "out")
+    assert (code, out) == (0, f"{tmp_path / 'out'}: 1 tensors mixed\n")
+    assert load_file(tmp_path / "out/model.safetensors")["w"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    code, _, err = call(monkeypatch, capsys, "merge", *files, "--out", tmp_path / "more")
+    assert code == 2
+    assert err.startswith("conservtl: t must say how far interpolate goes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from conservtl.cli import _advice, _runs, _studies
+from conservtl.cli import _advice, _ending, _runs, _studies
 
 __all__ = ["app"]
 
@@ -22,4 +22,5 @@ app.command()(_studies.sweep)
 app.command()(_studies.tune)
 app.command()(_advice.recommend)
 app.command("lr-find")(_advice.lr_find)
+app.command()(_ending.merge)
 app.command()(_runs.schema)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conservtl.errors import SourceError
 
-__all__ = ["INDEX", "SINGLE", "read_folder", "shards"]
+__all__ = ["INDEX", "SINGLE", "files_by_tensor", "read_folder", "shards", "weights_in_folder"]
 
 SINGLE = "model.safetensors"
 """Name of the weights in one file."""
@@ -37,7 +37,7 @@ def read_folder(folder: Path, read: Callable[[Path], Mapping[str, Any]]) -> Mapp
         SourceError: the folder holds no weights, an adapter alone or several files without an index; a file of the
             index is missing or lacks a tensor.
     """
-    chosen = _chosen(folder)
+    chosen = weights_in_folder(folder)
     return _sharded(chosen, read) if chosen.suffix == ".json" else read(chosen)
 
 
@@ -47,10 +47,15 @@ def shards(index: Path) -> list[str]:
     Raises:
         SourceError: it is no index.
     """
-    return list(dict.fromkeys(_files(index).values()))
+    return list(dict.fromkeys(files_by_tensor(index).values()))
 
 
-def _chosen(folder: Path) -> Path:
+def weights_in_folder(folder: Path) -> Path:
+    """Return the file of weights in a folder, or the index of such files; chosen as by ``read_folder``.
+
+    Raises:
+        SourceError: the folder holds no weights, an adapter alone or several files without an index.
+    """
     for name in _PREFERRED:
         if (folder / name).is_file():
             return folder / name
@@ -72,7 +77,7 @@ def _chosen(folder: Path) -> Path:
 
 def _sharded(index: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Tensor]:
     """Return the tensors that an index lists, each from its file."""
-    files = _files(index)
+    files = files_by_tensor(index)
     tensors: dict[str, Tensor] = {}
     for file in shards(index):
         path = index.parent / file
@@ -89,8 +94,12 @@ def _sharded(index: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str
     return tensors
 
 
-def _files(index: Path) -> dict[str, str]:
-    """Return tensor -> file name, as an index lists them."""
+def files_by_tensor(index: Path) -> dict[str, str]:
+    """Return tensor -> file name, as an index lists them.
+
+    Raises:
+        SourceError: it is no index.
+    """
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {Path(file).name for file in files.values()} - set(files.values())

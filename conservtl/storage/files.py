@@ -11,9 +11,10 @@ from pathlib import Path
 
 from conservtl.errors import ConservtlError, WriteError
 
-__all__ = ["atomic_path", "remove_temporary", "write_bytes", "write_text"]
+__all__ = ["TEMPORARY", "atomic_path", "remove_temporary", "write_bytes", "write_text"]
 
-_TEMPORARY = ".conservtl-tmp"
+TEMPORARY = ".conservtl-tmp"
+"""End of the names of unfinished files and folders."""
 _FAILED_WRITES = ("No space left", "I/O error", "inline_container")  # the last is of torch.save
 
 
@@ -34,7 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     # The same folder, because a rename across file systems is not atomic. Opened here for the mode that the
     # process's umask gives: torch and safetensors may create theirs with another.
-    temporary = path.parent / f".{secrets.token_hex(8)}{_TEMPORARY}"
+    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -61,7 +62,7 @@ def remove_temporary(folder: Path, older: float = 0.0) -> None:
         folder: nobody else writes files to it that are younger than this.
         older: least age in seconds of the files to delete.
     """
-    for file in folder.glob(f".*{_TEMPORARY}"):
+    for file in folder.glob(f".*{TEMPORARY}"):
         with suppress(OSError):
             if time.time() - file.stat().st_mtime >= older:
                 file.unlink()

@@ -17,9 +17,21 @@ from torch import Tensor
 from conservtl.errors import SourceError
 from conservtl.storage.files import atomic_path
 
-__all__ = ["load_tensors", "read_header", "save_tensors"]
+__all__ = [
+    "DIGEST",
+    "HEADER",
+    "add_to_digest",
+    "check_digest",
+    "load_tensors",
+    "opened",
+    "read_header",
+    "save_tensors",
+]
 
-_HEADER, _DIGEST = "conservtl", "sha256"
+HEADER = "conservtl"
+"""Key of this package's content in the metadata of a file of safetensors."""
+DIGEST = "sha256"
+"""Key of the checksum in that content."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, header: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +51,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, header: Mappin
     }
     with atomic_path(path) as temporary:
         # One entry: safetensors writes several in an order of its own, and equal runs must give equal files.
-        save_file(copies, temporary, {_HEADER: json.dumps({**(header or {}), _DIGEST: _digest(copies)})})
+        save_file(copies, temporary, {HEADER: json.dumps({**(header or {}), DIGEST: _digest(copies)})})
 
 
 def read_header(path: str | Path) -> dict[str, Any] | None:
@@ -48,12 +60,17 @@ def read_header(path: str | Path) -> dict[str, Any] | None:
     Raises:
         SourceError: the file cannot be read.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         return _parted(file.metadata())[0] or None
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened(path: str | Path) -> Iterator[Any]:
+    """Open a file of safetensors, whose tensors are read when they are asked for.
+
+    Raises:
+        SourceError: it cannot be read, also later in the block.
+    """
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -66,10 +83,10 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 def _parted(metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], str | None]:
     """Return a file's header and its checksum."""
-    header: Any = json.loads((metadata or {}).get(_HEADER, "{}"))
+    header: Any = json.loads((metadata or {}).get(HEADER, "{}"))
     if not isinstance(header, dict):
         raise TypeError(f"its header must be a JSON object; received a {type(header).__name__}")
-    return header, header.pop(_DIGEST, None)
+    return header, header.pop(DIGEST, None)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -81,21 +98,47 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SourceError: it cannot be read, or its content has changed since it was written.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         expected = _parted(file.metadata())[1]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     if expected is not None and _digest(tensors) != expected:
-        raise SourceError(
-            f"{str(path)!r} must have the content it was written with; its checksum differs. The file is damaged: "
-            "make it again."
-        )
+        raise _damaged(path)
     return tensors
+
+
+def check_digest(path: str | Path) -> None:
+    """Compare a file with its checksum, if it has one, with one tensor in memory at a time.
+
+    Raises:
+        SourceError: it cannot be read, or its content has changed since it was written.
+    """
+    with opened(path) as file:
+        expected = _parted(file.metadata())[1]
+        if expected is None:
+            return
+        digest = hashlib.sha256()
+        for name in sorted(file.keys()):
+            add_to_digest(digest, name, file.get_tensor(name))
+    if digest.hexdigest() != expected:
+        raise _damaged(path)
+
+
+def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add name, type, shape and values of a tensor to a hash of ``hashlib``; tensors are added by sorted names."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        add_to_digest(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _damaged(path: str | Path) -> SourceError:
+    return SourceError(
+        f"{str(path)!r} must have the content it was written with; its checksum differs. The file is damaged: make it "
+        "again."
+    )

@@ -11,7 +11,7 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.source.read import SourceLike, read_source
 from conservtl.weights.interpolation import between, check_same_labels
 
-__all__ = ["soup"]
+__all__ = ["mean_of", "soup"]
 
 State = dict[str, Tensor]
 
@@ -73,10 +73,11 @@ def soup(models: Sequence[SourceLike], *, score: Callable[[State], float] | None
 
 def _mean(states: Sequence[State]) -> State:
     """Return the mean; equal values stay exactly equal."""
-    return {name: _mean_of([state[name] for state in states]) for name in states[0]}
+    return {name: mean_of([state[name] for state in states]) for name in states[0]}
 
 
-def _mean_of(tensors: Iterable[Tensor]) -> Tensor:
+def mean_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the mean of tensors in the type of the first; equal values stay exactly equal."""
     first, *others = tensors
     wide = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else first.dtype
     mean = first.to(wide, copy=True)

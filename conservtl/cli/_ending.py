@@ -1,0 +1,57 @@
+"""Commands on finished models: merge."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["merge"]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+
+
+def merge(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="File, folder or name of the source's weights.", show_default=False)
+    ],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Weights adapted from it.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="File *.safetensors, or folder with configuration too.", show_default=False)
+    ],
+    t: Annotated[
+        float | None, typer.Option("--t", help="How far to go from the source: 0 the source, 1 the models' mean.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="interpolate, soup, model_stock, task_arithmetic or ties.")
+    ] = "interpolate",
+    density: Annotated[float, typer.Option("--density", help="Share of the values that ties keeps.")] = 0.2,
+    batch_norm: Annotated[
+        str, typer.Option("--batch-norm", help="Running statistics: interpolate, adapted or source.")
+    ] = "interpolate",
+    fresh: Annotated[
+        list[str] | None,
+        typer.Option("--fresh", metavar="GLOB", help="Tensors that are the first model's. Repeatable."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Mix a source's weights with those of models adapted from it, without training."""
+    from conservtl.weights.merge import merge as merge_files
+
+    statistics: Any = batch_norm  # merge checks it
+    merged = merge_files(
+        source,
+        models,
+        out,
+        t=t,
+        method=method,
+        density=density,
+        batch_norm=statistics,
+        fresh=fresh or (),
+        overwrite=overwrite,
+    )
+    sys.stdout.write(f"{merged}\n")
