@@ -2,7 +2,7 @@
 
 from conservtl.data.domains import Augmentation, Domains, Preprocessing
 from conservtl.data.draws import carve, draw_shots
-from conservtl.data.examples import Data, Examples, first_batch, join, length_of, spread
+from conservtl.data.examples import Data, Examples, first_batch, join, length_of, spread, take
 from conservtl.data.renumbering import renumber
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "length_of",
     "renumber",
     "spread",
+    "take",
 ]

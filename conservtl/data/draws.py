@@ -12,10 +12,14 @@ from conservtl.errors import DataError
 __all__ = ["carve", "draw_shots"]
 
 
-def draw_shots(labels: Sequence[int], shots: Shots, seed: int) -> tuple[list[int], list[int]]:
+def draw_shots(labels: Sequence[int], shots: Shots, seed: int, spare: int = 1) -> tuple[list[int], list[int]]:
     """Draw ``shots`` examples a label by ``seed``; return their positions and those of all others, both in order.
 
-    A number is drawn of each label. ``all`` and ``UpTo`` leave one example of each label that has two.
+    Args:
+        labels: the label of each example.
+        shots: a number is drawn of each label; ``all`` and ``UpTo`` leave ``spare`` examples of each that has more.
+        seed: draws them.
+        spare: fewest examples of each label to leave for the test; 0 if the test has examples of its own.
 
     Raises:
         DataError: a label has fewer than ``shots`` examples, or none is left to test with.
@@ -24,15 +28,16 @@ def draw_shots(labels: Sequence[int], shots: Shots, seed: int) -> tuple[list[int
     chosen: set[int] = set()
     for label in sorted(set(labels)):
         places = [i for i, other in enumerate(labels) if other == label]
-        if isinstance(shots, int) and len(places) <= shots:
+        if isinstance(shots, int) and len(places) < shots + spare:
+            left = f"{shots} to adapt with leave none to test on" if spare else f"{shots} were asked for"
             raise DataError(
-                f"data.shots: label {label} has {len(places)} examples; {shots} to adapt with leave none to "
-                f"test on. Ask for at most {len(places) - 1}, or {{up_to: {shots}}}."
+                f"data.shots: label {label} has {len(places)} examples; {left}. Ask for at most "
+                f"{len(places) - spare}, or {{up_to: {shots}}}."
             )
-        count = number_of_shots(shots, len(places), spare=1)
+        count = number_of_shots(shots, len(places), spare)
         chosen |= {places[i] for i in torch.randperm(len(places), generator=generator)[:count].tolist()}
     rest = [i for i in range(len(labels)) if i not in chosen]
-    if not rest:
+    if spare and not rest:
         raise DataError("data.shots: every label has one example, so none is left to test on. Add examples.")
     return sorted(chosen), rest
 

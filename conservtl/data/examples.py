@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 from conservtl.batches import as_tensor
 from conservtl.errors import DataError
 
-__all__ = ["Data", "Examples", "first_batch", "join", "length_of", "spread"]
+__all__ = ["Data", "Examples", "first_batch", "join", "length_of", "spread", "take"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,15 @@ def spread(data: Data, most: int | None) -> Data:
     length = length_of(data)
     if most is None or length <= most:
         return data
-    places = [number * length // most for number in range(most)]
+    return take(data, [number * length // most for number in range(most)])
+
+
+def take(data: Data, places: Sequence[int]) -> Data:
+    """Return the examples at these positions, in this order."""
     if isinstance(data, Examples):
         return data.take(places)
     if isinstance(data, Mapping):
-        return {key: tensor[places] for key, tensor in data.items()}
+        return {key: tensor[list(places)] for key, tensor in data.items()}
     return Subset(data, places)
 
 
