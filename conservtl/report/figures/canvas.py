@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from conservtl.extras import require
+from conservtl.fragments import figure_html
 from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "draw_png", "shorten"]
@@ -70,6 +71,9 @@ class Picture:
     title: str
     caption: str
     svg: str
+
+    def _repr_html_(self) -> str:
+        return figure_html(self.title, self.caption, self.svg)
 
 
 def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> str:

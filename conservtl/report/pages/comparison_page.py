@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conservtl.report.figures.by_target import by_target
+from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
 from conservtl.report.pages.rendering import render_study
@@ -16,7 +17,7 @@ from conservtl.report.text.metrics import Metric, Verdict, headline
 from conservtl.report.text.summary import duration, rows_notes, shots_text, taken_of
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
-__all__ = ["write_compare"]
+__all__ = ["comparison_parts", "comparison_table", "write_compare"]
 
 _MISSING = Cell("–")
 
@@ -34,8 +35,7 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
     tables, verdicts = result["tables"], list(result["verdict"])
-    metric, classes = headline(result), bool(result.get("classes", True))
-    first = main_table(result)
+    metric, first = headline(result), main_table(result)
     others = [place for place in range(len(tables)) if place != first]
     render_study(
         path,
@@ -45,26 +45,27 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
         tone=_tone(tables[first], metric) if tables else "unknown",
         more=[verdicts[place] for place in others],
         notes=[f"Not measured: {text}." for text in result.get("left_out") or []] + rows_notes(result),
-        parts=[
-            part
-            for place in ((first,) if tables else ())
-            for part in (
-                frontier(tables[place], "frontier", metric, classes=classes),
-                _table(tables[place], metric, classes),
-                error_by_shots(tables, tables[place], metric, classes=classes),
-                by_target(tables[place], metric),
-            )
-        ]
-        + [
-            part
-            for place in others
-            for part in (
-                frontier(tables[place], f"frontier{place}", metric, classes=classes),
-                _table(tables[place], metric, classes),
-            )
-        ],
+        parts=comparison_parts(result),
         spec=result.get("spec"),
     )
+
+
+def comparison_parts(result: Mapping[str, Any]) -> list[Picture | HtmlTable | None]:
+    """Return pictures and tables of a comparison from the top down, those of the main number of shots first."""
+    tables, metric, classes = result["tables"], headline(result), bool(result.get("classes", True))
+    if not tables:
+        return []
+    first = main_table(result)
+    parts: list[Picture | HtmlTable | None] = [
+        frontier(tables[first], "frontier", metric, classes=classes),
+        comparison_table(tables[first], metric, classes=classes),
+        error_by_shots(tables, tables[first], metric, classes=classes),
+        by_target(tables[first], metric),
+    ]
+    for place in (place for place in range(len(tables)) if place != first):
+        parts.append(frontier(tables[place], f"frontier{place}", metric, classes=classes))
+        parts.append(comparison_table(tables[place], metric, classes=classes))
+    return parts
 
 
 def _tone(table: Mapping[str, Any], metric: Metric) -> Verdict:
@@ -80,8 +81,14 @@ def _against_baseline(row: VariantResult) -> Literal["", "better", "worse"]:
     return "worse" if gap is not None and gap.certain and gap.high < 0 else ""
 
 
-def _table(table: Mapping[str, Any], metric: Metric, classes: bool) -> HtmlTable:
-    """Return one row a variant, the best first, without the columns that no variant fills."""
+def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool) -> HtmlTable:
+    """Return one row a variant, the best first, without the columns that no variant fills.
+
+    Args:
+        table: methods at one number of shots.
+        metric: the headline metric.
+        classes: whether shots are counted a class.
+    """
     rows = sorted(variants(table, metric), key=lambda row: -row.rank)
     sourced = any(row.source is not None for row in rows)
     scored = any(row.constrained is not None for row in rows)

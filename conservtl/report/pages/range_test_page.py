@@ -12,7 +12,7 @@ from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, 
 from conservtl.report.pages.rendering import render_study
 from conservtl.storage.files import write_bytes
 
-__all__ = ["check_picture", "range_test_sentence", "write_range_test"]
+__all__ = ["check_picture", "range_test_picture", "range_test_sentence", "write_range_test"]
 
 _HEIGHT = 4.2
 _KINDS = (".html", ".png")
@@ -33,21 +33,26 @@ def write_range_test(result: Mapping[str, Any], path: Path) -> None:
     if path.suffix == ".png":
         write_bytes(draw_png(_HEIGHT, lambda figure: _paint(figure, result)), path)
         return
+    render_study(
+        path,
+        over="Range test",
+        title="Which learning rate",
+        sentence=range_test_sentence(result),
+        parts=[range_test_picture(result)],
+        notes=["The loss is that of the target alone. A lower rate keeps more of the source."],
+        spec=result.get("spec"),
+    )
+
+
+def range_test_picture(result: Mapping[str, Any]) -> Picture:
+    """Draw the loss against the learning rate, with the suggested rate."""
     alt = f"The loss against the learning rate; suggested is {result['suggestion']:.1e}."
     caption = (
         "Dots: the loss at each step, while the rate grows from step to step. Line: averaged over neighbouring "
         f"steps. {_ended(result)}"
     )
     svg = draw("range", alt, _HEIGHT, lambda figure: _paint(figure, result))
-    render_study(
-        path,
-        over="Range test",
-        title="Which learning rate",
-        sentence=range_test_sentence(result),
-        parts=[Picture("Loss against learning rate", caption, svg)],
-        notes=["The loss is that of the target alone. A lower rate keeps more of the source."],
-        spec=result.get("spec"),
-    )
+    return Picture("Loss against learning rate", caption, svg)
 
 
 def check_picture(path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.depths import FORMS, Points, by_depth, curve
 from conservtl.report.figures.strengths import (
     StrengthStep,
@@ -21,7 +22,7 @@ from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
 from conservtl.report.text.summary import rows_notes, shots_text, taken_of
 
-__all__ = ["free_layers", "sweep_sentences", "write_sweep"]
+__all__ = ["free_layers", "layers_table", "strengths_table", "sweep_parts", "sweep_sentences", "write_sweep"]
 
 _POINT = 1.0  # percentage points that a difference must have to count
 _RELATIVE = 0.01  # of the better value, if the metric is no share
@@ -51,15 +52,20 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
             *(["Not measured: what the source keeps, because it has no data."] if unmeasured else []),
             *rows_notes(result),
         ],
-        parts=[
-            by_depth(result, "target"),
-            _layers(result),
-            by_depth(result, "source"),
-            strength_curve(result),
-            _strengths(result),
-        ],
+        parts=sweep_parts(result),
         spec=result.get("spec"),
     )
+
+
+def sweep_parts(result: Mapping[str, Any]) -> list[Picture | HtmlTable | None]:
+    """Return pictures and tables of a sweep from the top down; None where there is nothing to show."""
+    return [
+        by_depth(result, "target"),
+        layers_table(result),
+        by_depth(result, "source"),
+        strength_curve(result),
+        strengths_table(result),
+    ]
 
 
 def _shots(result: Mapping[str, Any]) -> list[str]:
@@ -160,7 +166,8 @@ def _best_strength(result: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
-def _layers(result: Mapping[str, Any]) -> HtmlTable | None:
+def layers_table(result: Mapping[str, Any]) -> HtmlTable | None:
+    """Return the target's metric over the number of layers; None if no layers were swept."""
     metric = headline(result)
     columns = [
         (f"{FORMS[form]}, {side}", points)
@@ -177,7 +184,8 @@ def _layers(result: Mapping[str, Any]) -> HtmlTable | None:
     return HtmlTable(f"In numbers, {metric.with_unit(f'target {metric.name}')}", note, header, rows)
 
 
-def _strengths(result: Mapping[str, Any]) -> HtmlTable | None:
+def strengths_table(result: Mapping[str, Any]) -> HtmlTable | None:
+    """Return both domains' metric over the strengths; None if none was run."""
     metric = headline(result)
     steps = strengths_of(result)
     if not steps:

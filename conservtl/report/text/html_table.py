@@ -1,10 +1,12 @@
-"""A table of a page as plain text: cells, rows, columns."""
+"""A table of a page: cells, rows, columns; printed as text, and shown by notebooks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from conservtl.fragments import fragment, html_table, text_table
 
 __all__ = ["Cell", "HtmlTable", "TableRow"]
 
@@ -58,3 +60,13 @@ class HtmlTable:
     def number_columns(self) -> frozenset[int]:
         """Positions of the columns of numbers."""
         return frozenset(range(len(self.header))) - self.text_columns
+
+    def __str__(self) -> str:
+        rows = [[f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells] for row in self.rows]
+        table = text_table(self.header, rows, self.text_columns)
+        return "\n".join(part for part in (self.title, table, self.note) if part)
+
+    def _repr_html_(self) -> str:
+        rows = [[(cell.text, cell.note) for cell in row.cells] for row in self.rows]
+        marks = ["strong" if row.kind == "strong" else "quiet" if row.kind == "quiet" else "" for row in self.rows]
+        return fragment(html_table(self.header, rows, self.text_columns, marks), title=self.title, notes=[self.note])
