@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.data import spread
+from conservtl.data import Data, spread
 from conservtl.errors import DataError, SpecError
 from conservtl.experiments.advice.layer_features import LayerFeatures, features_of, statistics_shift
 from conservtl.experiments.advice.transferability import leep, log_me, proxy_a_distance
@@ -111,7 +111,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         )
     plan = setting.adaptation(source.with_notes()).plan
     layers = find_layers(source.model, setting.example, spec.layers)
-    target = features_of(source.model, domains.shots, layers)
+    target = _features(setting, source, domains.shots, layers)
     body = [name for name in target.layers if name != layers[-1].name] or list(target.layers)
     scores = {name: log_me(target.layers[name], target.labels) for name in body}
     best = max(scores.values())
@@ -120,7 +120,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
     shares = torch.tensor([count / len(target.labels) for count in counts.values()], dtype=torch.float64)
     left_out: list[str] = []
     distances = _distances(setting, source, target, layers, body, left_out)
-    statistics = statistics_shift(source.model, domains.shots)
+    statistics = statistics_shift(source.model, domains.shots, forward=setting.task.forward)
     if statistics is None:
         left_out.append("shift of the norms' statistics: no norm of the model keeps any")
     accuracy = None
@@ -164,8 +164,12 @@ def _distances(
             f"({ENOUGH_FOR_DISTANCE} are needed)"
         )
         return {}
-    theirs = features_of(source.model, spread(data, _MOST), layers)
+    theirs = _features(setting, source, spread(data, _MOST), layers)
     return {name: proxy_a_distance(theirs.layers[name], target.layers[name]) for name in body}
+
+
+def _features(setting: Setting, source: SourceModel, data: Data, layers: Any) -> LayerFeatures:
+    return features_of(source.model, data, layers, forward=setting.task.forward, labels=setting.task.labels)
 
 
 def _held_out_accuracy(features: Tensor, labels: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from conservtl.data import Data
 from conservtl.engine.batching import as_batches
 from conservtl.errors import SelectorError
-from conservtl.functions import forward, logits_of
+from conservtl.functions import Forward, labels_of, logits_of
+from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.runtime.channels import Channels, pooled
 from conservtl.runtime.freezing import tracks_statistics
@@ -46,6 +47,8 @@ def features_of(
     *,
     batch_size: int = 256,
     device: torch.device | None = None,
+    forward: Forward = plain_forward,
+    labels: Callable[[Any], Tensor | None] = labels_of,
 ) -> LayerFeatures:
     """Run a model over data once, in eval mode, and return its features; the model is left as found.
 
@@ -55,6 +58,8 @@ def features_of(
         layers: from ``find_layers`` for this model; the features of a layer are the outputs of its last module.
         batch_size: examples a forward pass.
         device: device of the passes; None: the model's.
+        forward: as for ``fit``.
+        labels: batch -> class of each example.
 
     Raises:
         SelectorError: the model has no such layer.
@@ -62,21 +67,24 @@ def features_of(
     """
     place = device or next(model.parameters()).device
     taken: dict[str, list[Tensor]] = {layer.name: [] for layer in layers if layer.modules}
-    outputs, labels = [], []
+    outputs: list[Tensor] = []
+    classes: list[Tensor] = []
     with _as_found(model), _pooling(model, layers) as caught:
         model.to(place).eval()
         for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
             caught.clear()
             outputs.append(logits_of(forward(model, batch.content)).float().cpu())
-            labels.append(batch.content[1].cpu())
+            classes.append(torch.as_tensor(labels(batch.content)).cpu())
             for name, rows in caught.items():
                 taken[name].append(rows)
     found = {name: torch.cat(parts) for name, parts in taken.items() if len(parts) == len(outputs)}
-    return LayerFeatures(found, torch.cat(outputs), torch.cat(labels))
+    return LayerFeatures(found, torch.cat(outputs), torch.cat(classes))
 
 
 @torch.no_grad()
-def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> float | None:
+def statistics_shift(
+    model: nn.Module, data: Data, *, batch_size: int = 256, forward: Forward = plain_forward
+) -> float | None:
     r"""Return the shift between data and the statistics that a model's norms keep of the source.
 
     .. math:: \operatorname{mean}_c \frac{\sqrt{(\mu_c - \mu^0_c)^2 + (\sigma_c - \sigma^0_c)^2}}{\sigma^0_c}
@@ -88,6 +96,7 @@ def statistics_shift(model: nn.Module, data: Data, *, batch_size: int = 256) -> 
         model: the source model; left as found.
         data: examples of the target.
         batch_size: examples a forward pass.
+        forward: as for ``fit``.
 
     Returns:
         0 for equal statistics; None if no norm keeps any.
