@@ -43,7 +43,21 @@ del builtin_strategies
 _LAZY = {
     **dict.fromkeys(["FitResult", "Holdout", "Training", "best_block", "fit"], "conservtl.engine"),
     **dict.fromkeys(
-        ["Adapted", "Prediction", "Recipe", "Recommendation", "load_adapted", "recipe", "recommend"],
+        [
+            "Adapted",
+            "Comparison",
+            "Prediction",
+            "RangeTest",
+            "Recipe",
+            "Recommendation",
+            "Sweep",
+            "compare",
+            "load_adapted",
+            "lr_find",
+            "recipe",
+            "recommend",
+            "sweep",
+        ],
         "conservtl.experiments",
     ),
 }

@@ -16,8 +16,14 @@ from conservtl.errors import SelectorError as SelectorError
 from conservtl.errors import SourceError as SourceError
 from conservtl.errors import SpecError as SpecError
 from conservtl.errors import TrainingDivergedError as TrainingDivergedError
+from conservtl.experiments.advice.lr_range_test import lr_find as lr_find
+from conservtl.experiments.advice.range_curve import RangeTest as RangeTest
 from conservtl.experiments.advice.recommendation import Recommendation as Recommendation
 from conservtl.experiments.advice.recommendation import recommend as recommend
+from conservtl.experiments.own.studies import compare as compare
+from conservtl.experiments.own.studies import sweep as sweep
+from conservtl.experiments.results import Comparison as Comparison
+from conservtl.experiments.results import Sweep as Sweep
 from conservtl.experiments.run.bundle import Adapted as Adapted
 from conservtl.experiments.run.bundle import load_adapted as load
 from conservtl.experiments.run.bundle import load_adapted as load_adapted
@@ -58,8 +64,6 @@ from conservtl.tasks.base import Prediction as Prediction
 from conservtl.weights.interpolation import interpolate as interpolate
 from conservtl.weights.interpolation import interpolation_path as interpolation_path
 from conservtl.weights.interpolation import interpolation_path as path
-from conservtl.weights.merge import Merged as Merged
-from conservtl.weights.merge import merge as merge
 from conservtl.weights.recompute_bn import recompute_statistics as recompute_statistics
 from conservtl.weights.soup import soup as soup
 
@@ -73,6 +77,7 @@ __all__ = [
     "Adapted",
     "Anneal",
     "AutoRGN",
+    "Comparison",
     "ConservtlError",
     "DataError",
     "DiscriminativeLR",
@@ -87,7 +92,6 @@ __all__ = [
     "InputTransform",
     "Layer",
     "LayerTransfer",
-    "Merged",
     "MissingExtraError",
     "Mixout",
     "NormAdaptation",
@@ -98,6 +102,7 @@ __all__ = [
     "PlanError",
     "Prediction",
     "Projection",
+    "RangeTest",
     "Recipe",
     "Recommendation",
     "Row",
@@ -109,21 +114,24 @@ __all__ = [
     "Stage",
     "Strategy",
     "SurgicalFineTuning",
+    "Sweep",
     "Training",
     "TrainingDivergedError",
     "TransferReport",
     "WeightInterpolation",
     "adapt",
     "best_block",
+    "compare",
     "find_layers",
     "fit",
     "interpolate",
     "interpolation_path",
     "itself",
     "load_adapted",
-    "merge",
+    "lr_find",
     "recipe",
     "recommend",
     "recompute_statistics",
     "soup",
+    "sweep",
 ]

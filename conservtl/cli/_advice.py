@@ -39,7 +39,7 @@ def lr_find(
     """Suggest a learning rate by a range test on a copy of the model."""
     from dataclasses import asdict
 
-    from conservtl.experiments.advice.lr_range_test import lr_find as find
+    from conservtl.experiments.advice.lr_range_test import lr_find_for as find
     from conservtl.experiments.spec.spec import load_spec
     from conservtl.report import check_picture, range_test_sentence, write_range_test
 

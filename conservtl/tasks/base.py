@@ -90,9 +90,9 @@ class Task(ABC):
     usual_lr: ClassVar[float] = 3e-4
     """A learning rate that fits the task's networks, for ``recommend``."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" not in cls.__dict__:
+        if "name" not in cls.__dict__ or not registered:
             return
         check_declaration(cls)
         register(_CLASSES, cls, cls.name)

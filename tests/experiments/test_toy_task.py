@@ -13,7 +13,7 @@ import torch
 
 import conservtl as ctl
 from conservtl import plugins
-from conservtl.experiments.advice.lr_range_test import lr_find
+from conservtl.experiments.advice.lr_range_test import lr_find_for
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import dump_spec, load_spec, schema, with_fields
@@ -151,7 +151,7 @@ def test_a_comparison_over_its_targets_in_processes(spec, tmp_path):
 
 
 def test_a_range_test_takes_its_loss(spec):
-    assert 1e-6 < lr_find(spec, steps=60).suggestion < 1
+    assert 1e-6 < lr_find_for(spec, steps=60).suggestion < 1
 
 
 def test_what_needs_classes_says_so(spec):

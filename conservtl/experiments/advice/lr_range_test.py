@@ -14,6 +14,7 @@ from conservtl.engine.batching import Contents, Held, Streamed, as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.mixing import with_mixing
+from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session, open_session
 from conservtl.errors import SpecError
@@ -27,12 +28,12 @@ from conservtl.functions import forward as plain_forward
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.plan import Plan
 
-__all__ = ["RangeTest", "lr_find", "range_test"]
+__all__ = ["RangeTest", "lr_find", "lr_find_for"]
 
 _LOOK = 10  # steps between two checks of the losses, which wait for the device
 
 
-def lr_find(spec: Spec, *, steps: int = 100) -> RangeTest:
+def lr_find_for(spec: Spec, *, steps: int = 100) -> RangeTest:
     """Run the range test of a spec's strategies on its shots.
 
     Args:
@@ -45,7 +46,7 @@ def lr_find(spec: Spec, *, steps: int = 100) -> RangeTest:
     """
     setting = prepare(spec)
     source = obtain_source(setting)
-    return range_test(
+    return lr_find(
         setting.adaptation(source.with_notes()),
         setting.domains.shots,
         setting.selecting(spec.training),
@@ -55,7 +56,7 @@ def lr_find(spec: Spec, *, steps: int = 100) -> RangeTest:
     )
 
 
-def range_test(
+def lr_find(
     adaptation: Adaptation,
     train: Any,
     training: Training | None = None,
@@ -66,6 +67,7 @@ def range_test(
     metrics: Metrics = accuracy,
     source: Any = None,
     augment: Augment | None = None,
+    optimizer: Any = None,
     seed: int = 0,
     lowest: float = 1e-6,
     highest: float = 1.0,
@@ -91,6 +93,7 @@ def range_test(
         metrics: as for ``fit``.
         source: source data, for the plan's measurements on it.
         augment: as for ``fit``.
+        optimizer: as for ``fit``.
         seed: seeds the order of batches and the model's own randomness.
         lowest: the first rate.
         highest: the last rate; lower if a decoupled pull would overshoot the source before it.
@@ -100,8 +103,17 @@ def range_test(
         SpecError: nothing is trained, rates that do not rise, a strategy that gives absolute rates, or a loss that is
             not finite from the first steps on.
 
+    Returns:
+        The curve and its ``suggestion``; a notebook shows the figure.
+
     Reference:
         Smith 2017, "Cyclical learning rates for training neural networks", section 3.3.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> adaptation = ctl.adapt(torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), [ctl.L2SP(alpha=0.1)])
+        >>> found = ctl.lr_find(adaptation, (torch.randn(32, 4), torch.arange(32) % 2))
+        >>> training = ctl.Training(lr=found.suggestion)
     """
     if not 0 < lowest < highest or steps < 10:
         raise SpecError(
@@ -111,10 +123,12 @@ def range_test(
     if not adaptation.plan.trained:
         raise SpecError("range test: the plan trains nothing, so there is no rate to find. Train a layer.")
     highest = _reach(adaptation.plan, highest)
-    settings = (training or Training()).model_copy(update={"lr": highest, "schedule": "constant", "warmup": 0.0})
+    given = training or adaptation.training or Training()
+    settings = given.model_copy(update={"lr": highest, "schedule": "constant", "warmup": 0.0})
+    made = choose_optimizer(settings, optimizer, recommended=training is None)
     trained = deep_copy(adaptation)
     functions = Functions(forward, loss, metrics)
-    with preserve_rng(), open_session(trained, settings) as session:
+    with preserve_rng(), open_session(trained, settings, made=made) as session:
         seed_all(seed)
         batches = as_batches(train, settings.batch_size, session.device, shuffle=True)
         _measure(session, functions, batches, source, valid)

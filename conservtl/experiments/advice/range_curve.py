@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from conservtl.errors import SpecError
+from conservtl.errors import MissingExtraError, SpecError
+from conservtl.fragments import fragment
+from conservtl.report import range_test_sentence, write_range_test
+from conservtl.report.figures.canvas import Picture
+from conservtl.report.pages.range_test_page import range_test_picture
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 
 __all__ = ["RangeTest", "diverges", "read_curve"]
 
@@ -41,6 +47,46 @@ class RangeTest:
     suggestion: float
     steepest: float
     diverged: bool
+
+    @property
+    def best(self) -> float:
+        """The suggested rate."""
+        return self.suggestion
+
+    def table(self) -> HtmlTable:
+        """Return the rates that were read off, and the smoothed loss at them."""
+        rows = []
+        for name, rate in (("suggested", self.suggestion), ("steepest", self.steepest), ("last", self.rates[-1])):
+            place = min(range(len(self.rates)), key=lambda at, rate=rate: abs(math.log(self.rates[at] / rate)))  # type: ignore[misc]
+            rows.append(TableRow([Cell(name), Cell(f"{rate:.1e}"), Cell(f"{self.smoothed[place]:.3g}")]))
+        note = "The loss diverged at the last rate." if self.diverged else "The loss did not diverge."
+        return HtmlTable("Range test", note, ["rate", "value", "loss near it"], rows)
+
+    def figure(self) -> Picture:
+        """Return the picture of the loss against the rate.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return range_test_picture(asdict(self))
+
+    def write(self, path: str | Path) -> None:
+        """Write a page (``.html``) or a picture (``.png``).
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+        write_range_test(asdict(self), Path(path))
+
+    def __str__(self) -> str:
+        return range_test_sentence(asdict(self))
+
+    def _repr_html_(self) -> str:
+        try:
+            picture = self.figure()._repr_html_()
+        except MissingExtraError:
+            picture = self.table()._repr_html_()
+        return fragment(picture, title=str(self))
 
 
 def diverges(losses: Sequence[float]) -> bool:

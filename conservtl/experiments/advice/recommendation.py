@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import yaml
+from torch import nn
 
+from conservtl.engine import Training
+from conservtl.engine.randomness import preserve_rng
+from conservtl.errors import SpecError
 from conservtl.experiments.advice.evidence import Evidence, gather
-from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find
+from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find_for
 from conservtl.experiments.advice.rules import Reason, advise
 from conservtl.experiments.advice.thresholds import far, size
+from conservtl.experiments.own.problem import ModelLike, OwnProblem, ProblemOptions, hold, settings_of
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
-from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec
+from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec, with_fields
+from conservtl.fragments import fragment
+from conservtl.methods import Strategy
+from conservtl.report.figures.canvas import Picture
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
+from conservtl.source.itself import Itself
+from conservtl.source.read import SourceLike
 from conservtl.storage.files import write_text
 
 __all__ = ["Recommendation", "recommend"]
@@ -43,6 +55,55 @@ class Recommendation:
     range_test: RangeTest | None
 
     @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The recommended strategies, for ``adapt``."""
+        return self.spec.strategies
+
+    @property
+    def training(self) -> Training:
+        """The recommended settings, for ``fit``."""
+        return self.spec.training
+
+    @property
+    def best(self) -> tuple[Strategy, ...]:
+        """The recommended strategies."""
+        return self.strategies
+
+    def table(self) -> HtmlTable:
+        """Return the choices with their reasons."""
+        rows = [TableRow([Cell(choice.what), Cell(choice.reason)]) for choice in self.choices]
+        notes = "; ".join(f"left out: {what}" for what in self.evidence.left_out)
+        return HtmlTable("Recommendation", notes, ["choice", "reason"], rows, frozenset({0, 1}))
+
+    def layers(self) -> HtmlTable:
+        """Return LogME and the proxy A-distance of each layer's features."""
+        found = self.evidence
+        rows = []
+        for name in found.layers:
+            away = Cell(f"{found.distances[name]:.2f}" if name in found.distances else "–")
+            note = "near the best" if name in found.best_layers else ""
+            rows.append(TableRow([Cell(name, note), Cell(f"{found.log_me[name]:.2f}"), away]))
+        note = f"LEEP {found.leep:.2f}, of {-found.entropy:.2f} to 0."
+        return HtmlTable("Features of the source model", note, ["layer", "LogME", "A-distance"], rows)
+
+    def figure(self) -> Picture:
+        """Return the picture of the range test.
+
+        Raises:
+            SpecError: there was no range test.
+            MissingExtraError: matplotlib is not installed.
+        """
+        if self.range_test is None:
+            raise SpecError("figure: there was no range test, so there is no figure. Print the recommendation.")
+        return self.range_test.figure()
+
+    def _repr_html_(self) -> str:
+        parts: list[HtmlTable | RangeTest] = [self.table(), self.layers()]
+        parts += [] if self.range_test is None else [self.range_test]
+        shown = "".join(part._repr_html_() for part in parts)
+        return fragment(shown, f'<pre style="color:inherit;background:transparent">{escape(_short(self.spec))}</pre>')
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """The numbers as JSON."""
         measured = asdict(self.evidence)
@@ -50,7 +111,16 @@ class Recommendation:
         return {**measured, "size": size(self.evidence), "far": distant, "far_by": by}
 
     def write(self, path: str | Path) -> None:
-        """Write the spec as YAML, the reasons above it as comments."""
+        """Write the spec as YAML, the reasons above it as comments.
+
+        Raises:
+            SpecError: the model is held in memory, which no spec names.
+        """
+        if self.spec.held is not None:
+            raise SpecError(
+                "write: a spec names model and data, and these are held in memory. Use the recommendation's strategies "
+                "and training."
+            )
         said = [f"# {choice.what}: {choice.reason}" for choice in self.choices]
         said += [f"# left out: {what}" for what in self.evidence.left_out]
         write_text("\n".join([*said, dump_spec(self.spec)]), path)
@@ -73,8 +143,17 @@ class Recommendation:
         return "\n".join(lines)
 
 
-def recommend(spec: Spec | Mapping[str, Any] | str | Path, *, range_test: bool = True) -> Recommendation:
-    """Recommend strategies and training settings for a spec's data and source model.
+def recommend(
+    spec: Spec | Mapping[str, Any] | str | Path | ModelLike,
+    source: SourceLike | Itself | None = None,
+    train: Any = None,
+    training: Training | None = None,
+    *,
+    range_test: bool = True,
+    seed: int = 0,
+    **options: Unpack[ProblemOptions],
+) -> Recommendation:
+    """Recommend strategies and training settings: for a spec, or for your own model, source and data.
 
     It measures the number of examples a class and a parameter; the proxy A-distance between source and target at each
     depth; LogME at each depth, and LEEP of the source model's outputs. Then the kind of shift decides which side is
@@ -83,8 +162,16 @@ def recommend(spec: Spec | Mapping[str, Any] | str | Path, *, range_test: bool =
 
     Args:
         spec: a spec, its fields, or its file. Data, model, source and the rest of ``training`` stay; strategies,
-            rate, schedule and norm policy are recommended.
+            rate, schedule and norm policy are recommended. Or a model, or a function that returns a new one, as for
+            ``compare``.
+        source: for a model: as for ``adapt``.
+        train: for a model: labelled target examples, as for ``compare``.
+        training: for a model: settings of ``fit`` that are not recommended.
         range_test: False keeps the spec's rate, within the usual bounds.
+        seed: for a model: seeds the range test.
+        options: for a model: as for ``compare``; ``source_data`` for the distance of the domains; ``shift``:
+            ``"speaker"`` if the same labels come from another speaker, else ``"input"``; ``usual_lr``, a rate that fits
+            the network.
 
     Raises:
         DataError: the data is missing, has one class only, or fewer examples than shots.
@@ -96,26 +183,62 @@ def recommend(spec: Spec | Mapping[str, Any] | str | Path, *, range_test: bool =
         >>> found = ctl.recommend("examples/vision/spec.yaml")  # doctest: +SKIP
         >>> found.write("recommended.yaml")  # doctest: +SKIP
     """
-    given = _read(spec)
+    if isinstance(spec, nn.Module) or (callable(spec) and not isinstance(spec, (Mapping, str, Path, Spec))):
+        with preserve_rng():
+            problem = _held(spec, source, train, training, options)
+            return _recommend(settings_of(problem, training, seed=seed, options=options), range_test=range_test)
+    if any(given is not None for given in (source, train, training)) or options:
+        raise SpecError(
+            "recommend: a spec names source, data and training itself; further arguments are for a model. Set the "
+            "spec's fields."
+        )
+    return _recommend(_read(spec), range_test=range_test)
+
+
+def _recommend(given: Spec, *, range_test: bool) -> Recommendation:
     bare = given.model_copy(update={"strategies": ()})
     setting = prepare(bare)
     evidence = gather(setting, obtain_source(setting))
     advice = advise(evidence)
-    fields = bare.model_dump(mode="json")
-    fields["strategies"] = list(advice.strategies)
-    fields["training"] |= advice.training
-    found = parse_spec(fields)
+    chosen = {f"training.{name}": value for name, value in advice.training.items()}
+    found = with_fields(bare, {"strategies": list(advice.strategies), **chosen})
     choices, seen = list(advice.choices), None
     if "feature_extraction" not in {one.kind for one in found.strategies}:
         rate = found.training.lr
         if range_test:
-            seen = lr_find(found)
+            seen = lr_find_for(found)
             rate = math.sqrt(found.problem.usual_lr * _bounded(seen.suggestion))
         lr = float(f"{_bounded(rate):.1e}")
         choices.append(Reason("rate", _rate(lr, found.problem.usual_lr, seen)))
         training = found.training.model_copy(update={"lr": lr})
         found = found.model_copy(update={"training": training})
     return Recommendation(found, tuple(choices), evidence, seen)
+
+
+def _held(model: ModelLike, source: Any, train: Any, training: Training | None, options: ProblemOptions) -> OwnProblem:
+    """Return a model with its source and data as a problem.
+
+    Raises:
+        SpecError: one of them is missing, there are several targets, or the source model gives no outputs.
+    """
+    if source is None or train is None:
+        raise SpecError(
+            f"recommend: a model needs a source and data; {'source' if source is None else 'train'} is missing. Call "
+            "recommend(model, source, train)."
+        )
+    problem = hold(model, source, train, None, training, options)
+    if len(problem.task.sets.train) > 1:
+        raise SpecError(
+            f"recommend: strategies are recommended for one target; received {', '.join(problem.task.sets.train)}. "
+            "Give the data of one."
+        )
+    if problem.headless:
+        raise SpecError(
+            "recommend: the source model's outputs are measured (LEEP), and it has no head: "
+            f"{next(iter(problem.headless))!r} is {next(iter(problem.headless.values()))}. Give a source model with "
+            "its own head."
+        )
+    return problem
 
 
 def _read(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:

@@ -97,8 +97,7 @@ class Setting:
     def adaptation(self, source: SourceLike) -> Adaptation:
         """Apply the spec's strategies to a model for the target, from this source."""
         model, spec = self.model(len(self.domains.labels), target=True), self.spec
-        globs = (spec.fresh,) if isinstance(spec.fresh, str) else spec.fresh
-        fresh = dict.fromkeys(globs, "declared fresh by the spec")
+        fresh = self.declared_fresh
         labels = (self.domains.labels, self.domains.source_labels)
         overlap = not self.shared and self.task.has_classes and bool({*labels[0]} & {*labels[1]})
         if not self.shared and not overlap:
@@ -108,9 +107,28 @@ class Setting:
             source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            options = {"example": self.example, "layers": spec.layers, "head": self.head_globs}
             chosen = labels if overlap else None
-            return adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **options)
+            return adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **self.adapt_options)
+
+    def scratch(self) -> Adaptation:
+        """Return an adaptation that takes nothing from the source: every parameter is fresh."""
+        model = self.random_model()
+        return adapt(model, model, fresh={"*": "from scratch"}, **self.adapt_options)
+
+    def random_model(self) -> nn.Module:
+        """Return a model for the target without pretrained values."""
+        return self.model(len(self.domains.labels), target=True)
+
+    @property
+    def declared_fresh(self) -> dict[str, str]:
+        """Globs of what does not start from the source although it fits -> the reason."""
+        globs = (self.spec.fresh,) if isinstance(self.spec.fresh, str) else self.spec.fresh
+        return dict.fromkeys(globs, "declared fresh by the spec")
+
+    @property
+    def adapt_options(self) -> dict[str, Any]:
+        """Arguments of ``adapt`` that say what layers and head are."""
+        return {"example": self.example, "layers": self.spec.layers, "head": self.head_globs}
 
     def fit(
         self, adaptation: Adaptation, train: Any, valid: Any = None, training: Training | None = None, **options: Any
@@ -216,6 +234,9 @@ def prepare(spec: Spec) -> Setting:
         DataError: it is missing, or contradicts the spec.
         SpecError: neither weights nor source data are given.
     """
+    if spec.held is not None:
+        found: Setting = spec.held.setting(spec)
+        return found
     source = spec.source.data is not None
     if not source and spec.source.weights is None:
         raise SpecError(

@@ -43,6 +43,7 @@ class SourceModel:
         origin: "given", "trained" or "cached".
         notes: remarks on the weights that were read.
         run: the header of the run that saved the weights, or None.
+        read: the source as it was read, if that is not the model alone.
     """
 
     model: nn.Module
@@ -50,9 +51,12 @@ class SourceModel:
     origin: str
     notes: tuple[str, ...] = ()
     run: Mapping[str, Any] | None = None
+    read: Source | None = None
 
     def with_notes(self) -> Source:
         """Return the model as a source whose notes reach the plan, with the header of the run that saved it."""
+        if self.read is not None:
+            return self.read
         return replace(read_source(self.model), notes=self.notes, run=self.run)
 
 
@@ -65,6 +69,9 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
         WriteError: the cache cannot be written to.
     """
     spec = setting.spec
+    if spec.held is not None:
+        held: SourceModel = spec.held.source()
+        return held
     if spec.source.weights is not None:
         return _given(setting, spec.source.weights)
     data = setting.domains.source_train

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import yaml
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, Field, PrivateAttr, TypeAdapter, ValidationError, create_model
 
 from conservtl.bounds import Place, check_names
 from conservtl.engine import Training
@@ -28,6 +28,7 @@ from conservtl.tasks.base import Task
 from conservtl.tasks.registry import task_named, tasks
 
 __all__ = [
+    "Held",
     "SourceSection",
     "Spec",
     "dump_spec",
@@ -87,6 +88,20 @@ class SourceSection(FrozenModel):
         return self.model_copy(update={"weights": str(reference.pinned())})
 
 
+class Held(Protocol):
+    """A problem held in memory: model, source and data are objects of a program, which no spec names."""
+
+    @property
+    def task(self) -> Task:
+        """The task that trains and judges its models."""
+
+    def setting(self, spec: Any) -> Any:
+        """Return the setting of a run of a spec."""
+
+    def source(self) -> Any:
+        """Return the source model."""
+
+
 class Spec(FrozenModel):
     """What ``conservtl run`` takes. Each task has a subclass with its own ``model`` and ``data`` sections."""
 
@@ -119,10 +134,23 @@ class Spec(FrozenModel):
     tune: TuneSection | None = None
     """Settings of ``conservtl tune``; a single run ignores them."""
 
+    _held: Held | None = PrivateAttr(default=None)
+
+    @property
+    def held(self) -> Held | None:
+        """The problem held in memory whose settings these are; None: the fields name everything."""
+        return self._held
+
+    def holding(self, held: Held) -> Self:
+        """Return the spec as the settings of a problem held in memory."""
+        copied = self.model_copy()
+        copied._held = held  # noqa: SLF001 - of the same class
+        return copied
+
     @property
     def problem(self) -> Task:
         """The task object of ``task``."""
-        return task_named(self.task)
+        return task_named(self.task) if self._held is None else self._held.task
 
     def __reduce__(self) -> Any:
         """Pickle the fields and the imported modules: the class is made anew in another process."""
@@ -180,8 +208,11 @@ def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
     Raises:
         SpecError: a field is wrong.
     """
-    adapter = _adapter()
-    fields = changeable(fill(content))
+    return _validated(_adapter(), fill(content), where)
+
+
+def _validated(adapter: TypeAdapter[Spec], content: Mapping[str, Any], where: str) -> Spec:
+    fields = changeable(content)
     while True:
         try:
             return adapter.validate_python(fields)
@@ -197,7 +228,10 @@ def with_fields(spec: Spec, fields: Mapping[str, Any]) -> Spec:
     Raises:
         SpecError: there is no such field, or a value is wrong.
     """
-    return parse_spec(with_values(spec.model_dump(mode="json"), fields))
+    content = with_values(spec.model_dump(mode="json"), fields)
+    if spec.held is None:
+        return parse_spec(content)
+    return _validated(TypeAdapter(type(spec)), content, "settings").holding(spec.held)
 
 
 def dump_spec(spec: Spec) -> str:

@@ -21,7 +21,7 @@ from conservtl.experiments.studies.trial import How, Trial, said_by_label, taken
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 
-__all__ = ["plan_trials", "sweep"]
+__all__ = ["plan_trials", "summarise", "sweep", "transferable_layers"]
 
 _STRENGTHS = ("alpha", "rho", "weight", "eta")
 _DECADES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -97,13 +97,30 @@ def sweep(
         Yosinski, Clune, Bengio and Lipson 2014, "How transferable are features in deep neural networks?", section 3.
     """
     check_executor(executor, processes)
-    layers = _layers(spec)
+    layers = transferable_layers(spec)
     trials = plan_trials(spec, len(layers))
     if dry_run:
         return estimate([trial for trial, _ in trials], processes)
     runs = ResultStore(Path(out), say).results([trial for trial, _ in trials], processes, executor)
+    return summarise(spec, layers, [point for _, point in trials], runs)
+
+
+def summarise(
+    spec: Spec, layers: Sequence[str], points: Sequence[Point], runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Summarise all runs as curves over layers and strengths, with 95 % intervals.
+
+    Args:
+        spec: the spec.
+        layers: those that can be transferred.
+        points: the point of a curve that each run belongs to.
+        runs: results of the trials.
+
+    Returns:
+        The content of ``sweep.json``.
+    """
     by_point: dict[Point, list[Mapping[str, Any]]] = defaultdict(list)
-    for (_, point), run in zip(trials, runs, strict=True):
+    for point, run in zip(points, runs, strict=True):
         by_point[point].append(run)
     return {
         "kind": "sweep",
@@ -124,7 +141,7 @@ def sweep(
         "taken": taken_over(runs),
         "classes": spec.problem.has_classes,
         "rows_by_label": said_by_label(runs),
-        "runs": runs,
+        "runs": [dict(run) for run in runs],
         "spec": spec.model_dump(mode="json"),
     }
 
@@ -172,8 +189,8 @@ def _transferring(spec: Spec, target: str, side: str, number: int, form: _Form) 
     return Trial(name, target, with_fields(spec, {"strategies": [strategy]}), how)
 
 
-def _layers(spec: Spec) -> tuple[str, ...]:
-    """Layers that can be transferred: all if the labels are shared, else all but the head."""
+def transferable_layers(spec: Spec) -> tuple[str, ...]:
+    """Return the layers that can be transferred: all if the labels are shared, else all but the head."""
     setting = prepare(on_target(spec, ((spec.sweep or SweepSection()).targets or targets_of(spec))[0]))
     model = setting.model(len(setting.domains.labels))
     layers = Plan.draw(find_layers(model, setting.example, spec.layers), {}, {}).layers
@@ -188,6 +205,7 @@ def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, 
         if field is not None:
             strength = fields[field]
             around = tuple(strength * decade for decade in _DECADES) if strength else _DECADES
+            around = _within_reach(around, spec, fields.get("mode"))
             values = section.strengths or (_RHOS if field == "rho" else around)
             return {key: value for key, value in fields.items() if value is not None}, field, values
     if section.strategy:
@@ -195,7 +213,19 @@ def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, 
             f"sweep.strategy: needs one of the fields {', '.join(_STRENGTHS)}; received {section.strategy}. Write the "
             "strength out."
         )
-    return {"kind": "l2_sp", "mode": "decoupled"}, "alpha", section.strengths or tuple(10 * d for d in _DECADES)
+    around = _within_reach(tuple(10 * decade for decade in _DECADES), spec, "decoupled")
+    return {"kind": "l2_sp", "mode": "decoupled"}, "alpha", section.strengths or around
+
+
+def _within_reach(strengths: tuple[float, ...], spec: Spec, mode: Any) -> tuple[float, ...]:
+    """Return the strengths at which a decoupled pull does not overshoot the source: rate times strength is 1 at most.
+
+    The highest of them stands in the place of all that are left out.
+    """
+    highest = 1 / spec.training.lr
+    if mode != "decoupled" or max(strengths) <= highest:
+        return strengths
+    return (*(strength for strength in strengths if strength < highest), highest)
 
 
 def _curves(by_point: Mapping[Point, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import fmean
 from typing import Any, Literal
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Domains, join, length_of
 from conservtl.engine import Training
 from conservtl.errors import SpecError
@@ -28,16 +27,18 @@ from conservtl.experiments.run.evaluation_sets import (
 )
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
-from conservtl.experiments.spec.spec import Spec, parse_spec
+from conservtl.experiments.spec.spec import Spec
 from conservtl.experiments.studies.judge import Judge
 from conservtl.plan.table import rows_by_label
 
-__all__ = ["How", "Trial", "run_trial", "said_by_label", "taken_over"]
+__all__ = ["How", "Trial", "forget_shared", "run_trial", "said_by_label", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
 
 _FORMAT = 3  # of a stored result
+_SHARED = {"task", "model", "source", "data", "seed", "layers", "fresh"}
+"""Fields that say what data and which source model a run has."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,11 @@ class Trial:
     @property
     def place(self) -> str:
         """The data and the source model, which trials share, as JSON: every field that does not adapt."""
-        shared = self.spec.model_dump(
-            mode="json", include={"task", "model", "source", "data", "seed", "layers", "fresh"}
-        )
-        return json.dumps(shared, sort_keys=True)
+        return json.dumps(self.spec.model_dump(mode="json", include=_SHARED), sort_keys=True)
 
     def domains(self) -> Domains:
         """Return its data, read once for all trials that share it."""
-        return _shared(self.place)[0].domains
+        return _shared(_Place.of(self.spec))[0].domains
 
 
 def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         score of both afterwards; ``seconds`` of adapting; ``rows_by_label``, how many rows of a layer are copied
         by label; number of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
     """
-    setting, source, before = _shared(trial.place)
+    setting, source, before = _shared(_Place.of(trial.spec))
     setting = replace(setting, spec=trial.spec)
     begun = time.perf_counter()
     adaptation = _adaptation(trial.how, setting, source)
@@ -141,15 +139,41 @@ def said_by_label(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(said for run in runs for said in run.get("rows_by_label", ())))
 
 
+def forget_shared() -> None:
+    """Forget data, source models and controls that were kept for further trials."""
+    _shared.cache_clear()
+    _control.cache_clear()
+
+
 def _on_valid(setting: Setting, line: Mapping[str, Any]) -> dict[str, float]:
     """Headline metrics of the sets to select on, from the last line of a history."""
     return {name: metrics[setting.task.headline.metric] for name, metrics in line["valid"].items()}
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The data and the source model of a spec, equal if their names are.
+
+    Args:
+        key: every field that does not adapt, as JSON.
+        spec: with these fields; the others have their defaults.
+    """
+
+    key: str
+    spec: Spec = field(compare=False)
+
+    @classmethod
+    def of(cls, spec: Spec) -> _Place:
+        """Return the place of a spec."""
+        bare = type(spec).model_fields.keys() - _SHARED
+        defaults = {name: type(spec).model_fields[name].get_default(call_default_factory=True) for name in bare}
+        return cls(Trial("", "", spec).place, spec.model_copy(update=defaults))
+
+
 @lru_cache(maxsize=2)
-def _shared(place: str) -> tuple[Setting, SourceModel, dict[str, float | None]]:
+def _shared(place: _Place) -> tuple[Setting, SourceModel, dict[str, float | None]]:
     """Data and source model, read once for all trials that share them."""
-    setting = prepare(parse_spec(json.loads(place)))
+    setting = prepare(place.spec)
     source = obtain_source(setting)
     return setting, source, _headlines(setting, source, None)
 
@@ -167,21 +191,15 @@ def _headlines(setting: Setting, source: SourceModel, adaptation: Adaptation | N
 
 def _adaptation(how: How, setting: Setting, source: SourceModel) -> Adaptation:
     if how == "control":
-        place = Trial("control", "", setting.spec).place
-        return setting.adaptation(_control(place, setting.spec.training.model_dump_json()))
-    return _scratch(setting) if how == "scratch" else setting.adaptation(source.with_notes())
-
-
-def _scratch(setting: Setting) -> Adaptation:
-    model = setting.model(len(setting.domains.labels), target=True)
-    return adapt(model, model, example=setting.example, layers=setting.spec.layers, fresh={"*": "from scratch"})
+        return setting.adaptation(_control(_Place.of(setting.spec), setting.spec.training.model_dump_json()))
+    return setting.scratch() if how == "scratch" else setting.adaptation(source.with_notes())
 
 
 @lru_cache(maxsize=2)
-def _control(place: str, training: str) -> nn.Module:
+def _control(place: _Place, training: str) -> nn.Module:
     """A network trained from scratch on the target's shots, once for all trials that start from it."""
     setting = _shared(place)[0]
-    adaptation = _scratch(setting)
+    adaptation = setting.scratch()
     setting.fit(adaptation, setting.domains.shots, training=Training.model_validate_json(training))
     return adaptation.model
 

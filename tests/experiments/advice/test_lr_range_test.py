@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.experiments.advice.lr_range_test import range_test
+from conservtl.experiments.advice.lr_range_test import lr_find
 
 
 def quadratic(strategies=()):
@@ -25,7 +25,7 @@ def data(n=48):
 
 
 def test_rates_rise_geometrically_and_the_suggestion_is_a_tenth_of_one_at_the_minimum():
-    found = range_test(quadratic(), data(), ctl.Training(optimizer="sgd"), highest=1e4)
+    found = lr_find(quadratic(), data(), ctl.Training(optimizer="sgd"), highest=1e4)
     ratios = [b / a for a, b in zip(found.rates, found.rates[1:], strict=False)]
     assert ratios == pytest.approx([1e10 ** (1 / 99)] * len(ratios))
     assert found.diverged
@@ -43,8 +43,8 @@ def test_a_network_with_larger_gradients_gets_a_lower_rate():
     settings = ctl.Training(optimizer="sgd")
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    plain = range_test(ctl.adapt(model, copy.deepcopy(model)), (inputs, labels), settings, highest=1e4)
-    large = range_test(ctl.adapt(model, copy.deepcopy(model)), (10 * inputs, labels), settings, highest=1e4)
+    plain = lr_find(ctl.adapt(model, copy.deepcopy(model)), (inputs, labels), settings, highest=1e4)
+    large = lr_find(ctl.adapt(model, copy.deepcopy(model)), (10 * inputs, labels), settings, highest=1e4)
     assert large.suggestion < plain.suggestion / 5
 
 
@@ -58,22 +58,22 @@ def test_nothing_is_changed():
     expected = torch.rand(3), random.random()
     torch.manual_seed(5)
     random.seed(5)
-    first = range_test(adaptation, data())
+    first = lr_find(adaptation, data())
     assert (torch.rand(3).tolist(), random.random()) == (expected[0].tolist(), expected[1])
     assert all(torch.equal(before[name], tensor) for name, tensor in adaptation.model.state_dict().items())
     assert [group["lr"] for group in optimizer.param_groups] == groups
     assert adaptation.model.training
     assert all(parameter.grad is None for parameter in adaptation.model.parameters())
-    assert first == range_test(adaptation, data())
+    assert first == lr_find(adaptation, data())
 
 
 def test_the_plans_pull_is_in_it_and_ends_it_where_it_would_overshoot():
-    found = range_test(quadratic([ctl.L2SP(mode="decoupled", alpha=50)]), data())
+    found = lr_find(quadratic([ctl.L2SP(mode="decoupled", alpha=50)]), data())
     assert found.rates[-1] <= 1 / 50 + 1e-12
 
 
 def test_what_must_be_measured_first_is():
-    found = range_test(quadratic([ctl.NormAdaptation(train="all", statistics="source"), ctl.FisherSP()]), data())
+    found = lr_find(quadratic([ctl.NormAdaptation(train="all", statistics="source"), ctl.FisherSP()]), data())
     assert len(found.rates) >= 10
 
 
@@ -88,10 +88,10 @@ def test_what_must_be_measured_first_is():
 )
 def test_bad_input_is_named(strategies, options, says):
     with pytest.raises(ctl.SpecError, match=says):
-        range_test(quadratic(strategies), data(), **options)
+        lr_find(quadratic(strategies), data(), **options)
 
 
 def test_data_that_is_not_finite_is_named():
     inputs, labels = data()
     with pytest.raises(ctl.SpecError, match="not finite"):
-        range_test(quadratic(), (torch.full_like(inputs, torch.nan), labels))
+        lr_find(quadratic(), (torch.full_like(inputs, torch.nan), labels))

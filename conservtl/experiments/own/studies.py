@@ -1,0 +1,252 @@
+"""Comparisons and sweeps of a model and data that a program holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+from torch import nn
+
+from conservtl.adaptation.preset import Preset
+from conservtl.engine import Training
+from conservtl.engine.randomness import preserve_rng
+from conservtl.errors import DataError, SpecError
+from conservtl.experiments.own.blank import blank
+from conservtl.experiments.own.problem import ModelLike, OwnProblem, ProblemOptions, hold, settings_of
+from conservtl.experiments.results import Comparison, Sweep
+from conservtl.experiments.spec.study_sections import BASELINES, Baseline, CompareSection, SweepSection
+from conservtl.experiments.studies import comparison, layer_sweep
+from conservtl.experiments.studies.trial import Trial, forget_shared, run_trial
+from conservtl.methods import Strategy, as_strategy
+from conservtl.source.itself import Itself
+from conservtl.source.read import SourceLike
+
+__all__ = ["compare", "sweep"]
+
+Variant = Sequence[Strategy | Mapping[str, Any]] | Preset
+
+
+def compare(
+    model: ModelLike,
+    source: SourceLike | Itself,
+    variants: Mapping[str, Variant],
+    train: Any,
+    held_out: Mapping[str, Any],
+    training: Training | None = None,
+    *,
+    seeds: int = 5,
+    seed: int = 0,
+    baselines: Sequence[Baseline] = BASELINES,
+    rates: tuple[float, float, float] = (1e-4, 3e-4, 1e-3),
+    probe_rate: float = 1e-2,
+    scratch_rate: float = 1e-3,
+    progress: bool = False,
+    **options: Unpack[ProblemOptions],
+) -> Comparison:
+    """Compare lists of strategies with baselines on your own model and data, over seeds and targets.
+
+    It is the study of ``conservtl compare``: the same baselines (the source as it is, training from scratch, a linear
+    probe, plain fine-tuning at three rates, interpolated with the source, and joint training if there are source
+    data), the same splits for all variants, and differences from the best baseline that are paired by target and seed,
+    with bootstrap intervals. Held-out sets are scored; nothing is selected on them. A seed draws the shots, the
+    validation part, fresh parameters and the order of batches. Model, source and random generators stay as they are.
+
+    Args:
+        model: a model, which is copied for each run; or a function that returns a new one with random values, so that
+            seeds differ in fresh parameters too.
+        source: as for ``adapt``.
+        variants: name -> strategies, or a recipe, whose training settings are then those of the variant.
+        train: labelled target examples: ``Examples``, a tuple (inputs, labels), a dictionary of tensors or a map-style
+            dataset; or target -> examples, such as one set for each speaker.
+        held_out: {"target": examples, "source": examples}; examples of the target by target, if there are several.
+            Without "source" the source's score is left out.
+        training: settings of ``fit`` for all variants; None: the defaults.
+        seeds: runs of each variant and target.
+        seed: the first seed.
+        baselines: those to run.
+        rates: low, middle and high rate of plain fine-tuning, which stops early on a part of ``train``.
+        probe_rate: rate of the linear probe.
+        scratch_rate: rate of training from scratch.
+        progress: whether to write the number of finished runs to stderr.
+        options: further arguments, as for ``adapt`` and ``fit``: ``valid``, ``source_data``, ``shots``, ``labels``,
+            ``fresh``, ``allow``, ``layers``, ``head``, ``example``, ``key``, ``prefix``, ``rename``, ``forward``,
+            ``loss``, ``metrics``, ``augment``, ``optimizer``. ``valid`` are examples to select on, or the part of
+            ``train`` to select on; ``source_data`` source examples to train with; ``shots`` the number of examples of
+            each class, drawn by the seed.
+
+    Returns:
+        Tables, figures and a verdict; ``best`` is the name of the best variant.
+
+    Raises:
+        InputError: one of its kinds, before the first run; the message says what to change.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> data = torch.randn(24, 4), torch.arange(24) % 2
+        >>> found = ctl.compare(
+        ...     lambda: torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), {"L2-SP": [ctl.L2SP(alpha=0.1)]}, data,
+        ...     {"target": data, "source": data}, ctl.Training(epochs=1), seeds=1,
+        ...     baselines=["source as it is", "fine-tuning, low rate"],
+        ... )
+        >>> found.best
+        'L2-SP'
+    """
+    section = CompareSection(
+        seeds=seeds,
+        variants=_variants(variants),
+        baselines=tuple(baselines),
+        rates=rates,
+        probe_rate=probe_rate,
+        scratch_rate=scratch_rate,
+    )
+    _check_held_out(held_out)
+    with preserve_rng():
+        problem = hold(model, source, train, held_out, training, options)
+        left_out = []
+        if "from scratch" in baselines and (reason := _no_scratch(problem)):
+            section = section.model_copy(update={"baselines": tuple(b for b in baselines if b != "from scratch")})
+            left_out.append(f"from scratch: {reason}")
+        spec = settings_of(problem, training, seed=seed, options=options).model_copy(update={"compare": section})
+        result = comparison.summarise(spec, _run(comparison.plan_trials(spec), progress=progress))
+    return Comparison(_shown(result | {"left_out": [*result["left_out"], *left_out]}))
+
+
+def sweep(
+    model: ModelLike,
+    source: SourceLike | Itself,
+    train: Any,
+    held_out: Mapping[str, Any],
+    training: Training | None = None,
+    *,
+    strategy: Strategy | Mapping[str, Any] | None = None,
+    strengths: Sequence[float] | None = None,
+    numbers: Sequence[int] | None = None,
+    sides: Sequence[str] = ("input", "output"),
+    controls: bool = True,
+    seeds: int = 3,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Unpack[ProblemOptions],
+) -> Sweep:
+    """Measure how many layers transfer, and which strength of conservation is best, on your own model and data.
+
+    It is the study of ``conservtl sweep``: n layers from either side start from the source, held or fine-tuned, and
+    the others at random values; then a conservation method over strengths, and the path between source and fine-tuned
+    weights.
+
+    Args:
+        model: a model, which is copied for each run; its layers then begin at random values by their
+            ``reset_parameters``. Or a function that returns a new one with random values.
+        source: as for ``adapt``.
+        train: as for ``compare``.
+        held_out: as for ``compare``.
+        training: settings of ``fit``; None: the defaults.
+        strategy: the method whose strength is swept; None: decoupled L2-SP.
+        strengths: its strengths; None: six decades around the strategy's.
+        numbers: numbers of layers transferred; None: from none to all but the head.
+        sides: sides to count the layers from.
+        controls: whether to train networks that transfer from themselves too.
+        seeds: runs of each point and target.
+        seed: the first seed.
+        progress: whether to write the number of finished runs to stderr.
+        options: further arguments, as for ``compare``.
+
+    Returns:
+        Tables, figures and sentences; ``best`` is the best strength.
+
+    Raises:
+        InputError: one of its kinds, before the first run; the message says what to change.
+
+    Reference:
+        Yosinski, Clune, Bengio and Lipson 2014, "How transferable are features in deep neural networks?", section 3.
+    """
+    section = SweepSection.model_validate(
+        {
+            "seeds": seeds,
+            "layers": None if numbers is None else tuple(numbers),
+            "sides": tuple(sides),
+            "controls": controls,
+            "strategy": None if strategy is None else _fields(strategy),
+            "strengths": None if strengths is None else tuple(strengths),
+        }
+    )
+    _check_held_out(held_out)
+    with preserve_rng():
+        problem = hold(model, source, train, held_out, training, options)
+        spec = settings_of(problem, training, seed=seed, options=options)
+        if problem.filled:
+            blank(problem.make())  # refused before the first run
+        own = spec.model.model_copy(update={"random": problem.filled})
+        spec = spec.model_copy(update={"model": own, "sweep": section})
+        layers = layer_sweep.transferable_layers(spec)
+        planned = layer_sweep.plan_trials(spec, len(layers))
+        runs = _run([trial for trial, _ in planned], progress=progress)
+        result = layer_sweep.summarise(spec, layers, [point for _, point in planned], runs)
+    return Sweep(_shown(result))
+
+
+def _run(trials: Sequence[Trial], *, progress: bool) -> list[dict[str, Any]]:
+    """Run all trials in this process, equal ones once."""
+    distinct = {trial.key: trial for trial in trials}
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for key, trial in distinct.items():
+            results[key] = run_trial(trial)
+            if progress:
+                sys.stderr.write(f"{len(results)} of {len(distinct)} runs\n")
+    finally:
+        forget_shared()
+    return [results[trial.key] | {"variant": trial.variant, "target": trial.target} for trial in trials]
+
+
+def _check_held_out(held_out: Any) -> None:
+    if not isinstance(held_out, Mapping) or held_out.get("target") is None:
+        raise DataError(
+            "held_out must have 'target', examples of the target that no run trains on; received "
+            f"{sorted(held_out) if isinstance(held_out, Mapping) else type(held_out).__name__}. Hold some out."
+        )
+
+
+def _variants(variants: Mapping[str, Variant]) -> dict[str, dict[str, Any]]:
+    """Return name -> fields of the settings that differ.
+
+    Raises:
+        SpecError: they are no strategies by name.
+    """
+    if not isinstance(variants, Mapping) or not variants:
+        raise SpecError(
+            "variants must be strategies by name, such as {'L2-SP': [ctl.L2SP(alpha=0.1)]}; received "
+            f"{'none' if isinstance(variants, Mapping) else type(variants).__name__}."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for name, given in variants.items():
+        if isinstance(given, (Strategy, str, nn.Module)):
+            raise SpecError(f"variants[{name!r}] must be a list of strategies; received {given!r:.80}. Write [...].")
+        strategies = given.strategies if isinstance(given, Preset) else given
+        found[str(name)] = {"strategies": [_fields(strategy) for strategy in strategies]}
+        if isinstance(given, Preset) and isinstance(given.training, Training):
+            chosen = given.training.model_dump(mode="json", exclude_unset=True)
+            found[str(name)] |= {f"training.{field}": value for field, value in chosen.items()}
+    return found
+
+
+def _fields(strategy: Strategy | Mapping[str, Any]) -> dict[str, Any]:
+    return as_strategy(strategy).model_dump(mode="json")
+
+
+def _no_scratch(problem: OwnProblem) -> str:
+    """Return why no model can be trained from scratch; empty if one can."""
+    if not problem.filled:
+        return ""
+    try:
+        blank(problem.make())
+    except SpecError as error:
+        return str(error)
+    return ""
+
+
+def _shown(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result whose settings are those that a reader knows."""
+    own = {"task", "model", "source", "fresh", "compare", "sweep", "tune"}
+    return result | {"spec": {name: value for name, value in result["spec"].items() if name not in own}}

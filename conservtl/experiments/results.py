@@ -1,0 +1,177 @@
+"""Results of studies: tables and figures of a report, printed as text and shown by notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conservtl.errors import MissingExtraError
+from conservtl.fragments import fragment
+from conservtl.report.figures.canvas import Picture
+from conservtl.report.figures.strengths import best_step, strengths_of
+from conservtl.report.pages.comparison_page import comparison_parts, comparison_table, write_compare
+from conservtl.report.pages.sweep_page import layers_table, strengths_table, sweep_parts, sweep_sentences, write_sweep
+from conservtl.report.text.html_table import HtmlTable
+from conservtl.report.text.metrics import headline
+from conservtl.report.text.summary import rows_notes
+from conservtl.report.text.variants import best_method, main_table, variants
+
+__all__ = ["Comparison", "Sweep"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of a comparison; printed, it shows the verdict and the table of each number of shots.
+
+    Args:
+        result: content of ``compare.json``: tables of all variants, and all runs.
+    """
+
+    result: Mapping[str, Any]
+
+    @property
+    def best(self) -> str:
+        """Name of the best of the compared variants, by target and source together if both are scored."""
+        rows = variants(self.result["tables"][main_table(self.result)], headline(self.result))
+        found = best_method(rows)
+        return "" if found is None else found.name
+
+    @property
+    def wins(self) -> bool:
+        """Whether the best variant beats the best baseline beyond chance."""
+        return any(row["wins"] and row["variant"] == self.best for row in self.rows)
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row for each variant and baseline: ``variant``, ``target``, ``source``, ``harmonic``, ``difference``."""
+        rows: Sequence[Mapping[str, Any]] = self.result["tables"][main_table(self.result)]["rows"]
+        return rows
+
+    @property
+    def runs(self) -> Sequence[Mapping[str, Any]]:
+        """Every run: ``variant``, ``target``, ``seed``, metrics ``before`` and ``after``."""
+        runs: Sequence[Mapping[str, Any]] = self.result["runs"]
+        return runs
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on the best variant against the best baseline."""
+        return " ".join(self.result["verdict"])
+
+    def table(self) -> HtmlTable:
+        """Return the means with their 95 % intervals, the best first."""
+        table = self.result["tables"][main_table(self.result)]
+        return comparison_table(table, headline(self.result), classes=bool(self.result["classes"]))
+
+    def figure(self) -> Picture:
+        """Return the picture of the target's gain against what the source keeps.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return self.figures()[0]
+
+    def figures(self) -> list[Picture]:
+        """Return all pictures of the report.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return [part for part in comparison_parts(self.result) if isinstance(part, Picture)]
+
+    def write(self, path: str | Path) -> None:
+        """Write the report as one self-contained page.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+        write_compare(self.result, Path(path))
+
+    def __str__(self) -> str:
+        return "\n".join([self.verdict, "", str(self.table()), *_left_out(self.result)])
+
+    def _repr_html_(self) -> str:
+        table = self.table()._repr_html_()
+        return fragment(table, *_drawn(self.figures), title=self.verdict, notes=_left_out(self.result))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Result of a sweep; printed, it shows its sentences and tables.
+
+    Args:
+        result: content of ``sweep.json``: curves over layers and strengths, and all runs.
+    """
+
+    result: Mapping[str, Any]
+
+    @property
+    def best(self) -> float | None:
+        """The best strength, by target and source together if both are scored; None: no strength was run."""
+        found = best_step(strengths_of(self.result))
+        return None if found is None else found.at
+
+    @property
+    def runs(self) -> Sequence[Mapping[str, Any]]:
+        """Every run: ``variant``, ``target``, ``seed``, metrics ``before`` and ``after``."""
+        runs: Sequence[Mapping[str, Any]] = self.result["runs"]
+        return runs
+
+    @property
+    def sentences(self) -> list[str]:
+        """Which side transfers better, how many layers can be held, which strength is best."""
+        return sweep_sentences(self.result)
+
+    def table(self) -> HtmlTable | None:
+        """Return the target's metric over the number of layers; None: no layers were swept."""
+        return layers_table(self.result)
+
+    def strengths(self) -> HtmlTable | None:
+        """Return both domains' metric over the strengths; None: no strength was run."""
+        return strengths_table(self.result)
+
+    def figure(self) -> Picture:
+        """Return the picture of the target over the number of layers, or else of the strengths.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return self.figures()[0]
+
+    def figures(self) -> list[Picture]:
+        """Return all pictures of the report.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return [part for part in sweep_parts(self.result) if isinstance(part, Picture)]
+
+    def write(self, path: str | Path) -> None:
+        """Write the report as one self-contained page.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+        write_sweep(self.result, Path(path))
+
+    def __str__(self) -> str:
+        tables = [str(table) for table in (self.table(), self.strengths()) if table is not None]
+        return "\n\n".join(["\n".join(self.sentences), *tables])
+
+    def _repr_html_(self) -> str:
+        tables = [table._repr_html_() for table in (self.table(), self.strengths()) if table is not None]
+        return fragment(*tables, *_drawn(self.figures), title=" ".join(self.sentences))
+
+
+def _left_out(result: Mapping[str, Any]) -> list[str]:
+    return [f"Left out: {text}." for text in result["left_out"]] + rows_notes(result)
+
+
+def _drawn(figures: Any) -> list[str]:
+    """Return pictures as HTML; none where matplotlib is not installed."""
+    try:
+        return [picture._repr_html_() for picture in figures()]
+    except MissingExtraError:
+        return []
