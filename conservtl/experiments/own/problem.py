@@ -215,13 +215,14 @@ def hold(
         ).plan
         if isinstance(source, nn.Module) and source is model:
             check_own(plan, replace(read, module=unwrap(source)), source)
-        lacking = {name for name in plan.possible_head if plan[name].source_shape is None or name in missing}
+        head = [row for row in plan.rows if row.name in plan.possible_head]
+        lacking = [row.name for row in head if row.source_shape is None or row.name in missing]
         headless = {name: missing.get(name, "not among the source's tensors") for name in lacking}
         outputs, metrics = _tried(bare, functions, batch)
         start = SourceModel(_source_model(bare, read, plan, fresh).eval(), 0, "given", read=read)
         theirs = None if headless else _outputs(start.model, functions, batch)
     classes = bool(accuracy(outputs, batch)) and labels_of(batch).ndim == 1
-    own_head = any(plan[name].fresh for name in plan.possible_head)
+    own_head = any(row.fresh for row in head)
     labels = _labels(options.get("labels"), outputs, theirs, classes=classes, own_head=own_head)
     if headless and tests["source"] is not None:
         raise SourceError(
