@@ -64,6 +64,8 @@ from conservtl.tasks.base import Prediction as Prediction
 from conservtl.weights.interpolation import interpolate as interpolate
 from conservtl.weights.interpolation import interpolation_path as interpolation_path
 from conservtl.weights.interpolation import interpolation_path as path
+from conservtl.weights.merge import Merged as Merged
+from conservtl.weights.merge import merge as merge
 from conservtl.weights.recompute_bn import recompute_statistics as recompute_statistics
 from conservtl.weights.soup import soup as soup
 
@@ -92,6 +94,7 @@ __all__ = [
     "InputTransform",
     "Layer",
     "LayerTransfer",
+    "Merged",
     "MissingExtraError",
     "Mixout",
     "NormAdaptation",
@@ -129,6 +132,7 @@ __all__ = [
     "itself",
     "load_adapted",
     "lr_find",
+    "merge",
     "recipe",
     "recommend",
     "recompute_statistics",
