@@ -64,6 +64,8 @@ def tune(
     out: Out = Path("runs/tune"),
     overrides: Overrides = None,
     _imports: Imports = None,
+    processes: Processes = 1,
+    executor: Executor = "processes",
     dry_run: DryRun = False,
 ) -> None:
     """Search the fields that have a range in the spec, as in alpha: {range: [1, 100], log: true}."""
@@ -72,7 +74,8 @@ def tune(
     from conservtl.experiments.studies.tuning import tune as tune_all
     from conservtl.report import write_tune
 
-    result = tune_all(read_content(spec, overrides or ()), out, dry_run=dry_run, say=_progress)
+    content = read_content(spec, overrides or ())
+    result = tune_all(content, out, processes=processes, executor=executor, dry_run=dry_run, say=_progress)
     if dry_run:
         return _print_estimate(result)
     for trial in result["trials"]:

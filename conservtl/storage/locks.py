@@ -16,7 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from conservtl.errors import SpecError, WriteError
 from conservtl.storage.files import remove_temporary
 
-__all__ = ["check_folder", "lock_folder", "wait_for_lock"]
+__all__ = ["check_folder", "is_locked", "lock_folder", "wait_for_lock"]
 
 _LOCK, _OWNER = ".lock", ".lock.json"
 
@@ -81,6 +81,19 @@ def wait_for_lock(path: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds a lock file; on a file system without locks, whether there is one."""
+    if not path.is_file():
+        return False
+    try:
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+    except (Timeout, NotImplementedError):
+        return True
+    lock.release()
+    return False
 
 
 def _acquired(path: Path, timeout: float, mode: int = 0o777) -> BaseFileLock | None:

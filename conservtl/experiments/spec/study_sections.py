@@ -78,12 +78,14 @@ class TuneSection(_Section):
     """Search over the fields that are marked with a range."""
 
     trials: Count = 30
-    """Trials of this process; several processes that share a storage add up."""
+    """Trials of the folder (``--out``): processes that work in it share them, a repeated command goes on until there
+    are so many, and folders that share a storage add up."""
     objective: Literal["target", "harmonic", "both"] = "harmonic"
     """The task's headline metric on validation parts. target: of the target; harmonic: of target and source together
     (the harmonic mean where higher is better, else the mean); both: of each (a Pareto front)."""
     storage: str | None = None
-    """URL of an Optuna storage that processes share; null: a SQLite file in the folder."""
+    """Where Optuna keeps the study that processes share: the URL of a database (``postgresql://user@host/name``), or
+    ``journal:FILE`` for a file on a file system that machines share; null: a SQLite file in the folder."""
     prune: bool = True
     """Whether to give up trials that fall behind the median (one objective only)."""
     seeds: Seeds = 1
