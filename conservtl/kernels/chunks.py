@@ -30,6 +30,7 @@ class Pulled:
         strength: alpha, or beta for a pull to zero.
         group: group of the optimizer, whose ``lr`` is the rate of a decoupled pull; None for a coupled one.
         importance: weight of each element, of the parameter's shape; None: 1.
+        every: number of steps from one pull to the next, whose strength it has.
     """
 
     parameter: Tensor
@@ -37,6 +38,7 @@ class Pulled:
     strength: float
     group: dict[str, Any] | None = None
     importance: Tensor | None = None
+    every: int = 1
 
 
 class Chunk:

@@ -16,23 +16,45 @@ from conservtl.compat import (
     foreach_mul,
     foreach_mul_,
 )
+from conservtl.kernels.backend import fused_on
 from conservtl.kernels.chunks import Chunk, Pulled, buffer_for, cut
+from conservtl.kernels.shares import kept
+from conservtl.plan.penalty import PenaltyKernel
 
 __all__ = ["Pull", "Pulled", "gather"]
 
 
-def gather(pulled: Iterable[Pulled]) -> list[Pull]:
+def gather(pulled: Iterable[Pulled]) -> list[PenaltyKernel]:
     """Return pulls for parameters, one for all that can be pulled together; valid until a tensor is moved or replaced.
 
     Args:
         pulled: parameters with their targets.
     """
     alike: dict[Any, list[Pulled]] = {}
+    at_once: dict[Any, list[Pulled]] = {}
     for item in pulled:
-        kind = (item.anchor is None, item.importance is None, item.parameter.device, item.parameter.dtype)
-        alike.setdefault((item.strength, id(item.group), *kind), []).append(item)
+        parameter = item.parameter
+        kind = (item.anchor is None, item.importance is None, parameter.device, parameter.dtype, item.every)
+        if fused_on(parameter.device) and _fits(item):
+            types = [None if one is None else one.dtype for one in (item.anchor, item.importance)]
+            at_once.setdefault((*types, *kind), []).append(item)
+        else:
+            alike.setdefault((item.strength, id(item.group), *kind), []).append(item)
     buffers: dict[Any, Tensor] = {}
-    return [Pull(items, buffers) for items in alike.values()]
+    return [*map(_fused, at_once.values()), *(Pull(items, buffers) for items in alike.values())]
+
+
+def _fits(item: Pulled) -> bool:
+    """Whether programs can pull a parameter together with others."""
+    from conservtl.kernels.fused.members import fits
+
+    return fits(item.parameter, item.anchor, item.importance)
+
+
+def _fused(items: Sequence[Pulled]) -> PenaltyKernel:
+    from conservtl.kernels.fused.pull import FusedPull
+
+    return FusedPull(items)
 
 
 class Pull:
@@ -48,7 +70,7 @@ class Pull:
     """
 
     def __init__(self, items: Sequence[Pulled], buffers: dict[Any, Tensor]) -> None:
-        self._strength, self._group = items[0].strength, items[0].group
+        self._strength, self._group, self._every = items[0].strength, items[0].group, items[0].every
         whole = Chunk(items, None, None)
         unbuffered = self._group is not None and items[0].importance is None and whole.ready
         self._parts = [whole] if unbuffered else list(cut(items, buffer_for(items[0], buffers)))
@@ -64,7 +86,7 @@ class Pull:
             factor: of the annealing, negative if the optimizer maximises.
             scale: factor that the gradients carry and a fused optimizer divides out; scalar tensor. None: 1.
         """
-        strength = factor * self._strength
+        strength = factor * self._every * self._strength
         if not strength:
             return
         carried = None if scale is None else _converted(scale.reshape(()), self._parts[0].weights[0])
@@ -91,17 +113,19 @@ class Pull:
         if self._group is None or not strength:
             return
         weight = self._parts[0].weights[0]
-        amount: Any = self._group["lr"] * strength
+        one_step: Any = self._group["lr"] * strength
         if skip is not None:
-            amount = amount * (1 - skip.to(weight.device).clamp(max=1))
-        if isinstance(amount, Tensor):
-            amount = _converted(amount.reshape(()), weight)
+            one_step = one_step * (1 - skip.to(weight.device).clamp(max=1))
+        if isinstance(one_step, Tensor):
+            one_step = _converted(one_step.reshape(()), weight)
+        amount = kept(one_step, self._every)
         for part in self._parts:
             if part.anchors is None:
                 foreach_mul_(part.weights, 1 - amount)
             elif part.importances is not None:
-                shares = foreach_mul(part.importances, amount)
+                shares = foreach_mul(part.importances, one_step)
                 foreach_clamp_max_(shares, 1)  # no element goes beyond the source
+                shares = tuple(kept(share, self._every) for share in shares) if self._every > 1 else shares
                 foreach_addcmul_(part.weights, part.differences(), shares, value=-1)
             else:
                 amounts = [amount] * len(part.weights) if isinstance(amount, Tensor) else amount

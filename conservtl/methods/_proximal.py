@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.compat import foreach_abs_, foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_reciprocal_
+from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
 from conservtl.methods._quadratic import with_decay
 from conservtl.methods._rows import Coverage, fresh_rows, source_parameters
@@ -63,7 +64,10 @@ class Proximal(Update):
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Move each element, or each row, by its threshold toward the source and no further."""
-        for run in runs(step.moving):
+        moves, rest = split(step.moving, rows=self.penalty == "group_lasso")
+        if moves is not None:
+            (moves.soften if self.penalty == "l1" else moves.shrink_rows)(self.alpha, step.skip)
+        for run in runs(rest):
             self._shrink(run, step.skip)
 
     def _shrink(self, moving: Sequence[Moving], skip: Tensor | None) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from conservtl.kernels.dtensor import real_parts
-from conservtl.kernels.pull import Pull, Pulled, gather
-from conservtl.plan.penalty import Penalty
+from conservtl.kernels.pull import Pulled, gather
+from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 from conservtl.plan.update import Moving
@@ -46,7 +46,7 @@ class Quadratic(Penalty):
             gradients.append(self._strength(item.row) * (difference if weights is None else difference * weights))
         return gradients
 
-    def kernels(self, moving: Sequence[Moving]) -> Sequence[Pull]:
+    def kernels(self, moving: Sequence[Moving]) -> Sequence[PenaltyKernel]:
         """Return pulls, which go through the weights in as few passes as possible."""
         return gather(
             Pulled(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conservtl.bounds import Count, Share
 from conservtl.compat import foreach_norm
+from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, norms, together
 from conservtl.kernels.dtensor import local
 from conservtl.methods._rows import source_parameters
@@ -94,17 +95,15 @@ class AutoRGNUpdate(Update):
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
         """Add this step's ratios to their sums, unless one is not finite."""
-        layers = _by_layer(step.moving)
-        if not layers:
+        if not step.moving:
             return
-        parameters = [item.parameter for items in layers.values() for item in items]
-        weights = [local(parameter) for parameter in parameters]
-        gradients = [
-            weight.new_zeros(()) if parameter.grad is None else local(parameter.grad)
-            for weight, parameter in zip(weights, parameters, strict=True)
-        ]
-        sizes = [len(items) for items in layers.values()]
-        g, w = _layer_norms(gradients, parameters, sizes), _layer_norms(weights, parameters, sizes)
+        moves, rest = split(step.moving)
+        if moves is not None and not rest:
+            labels = [item.group["layer"] for item in step.moving]
+            w, g = (one.sqrt() for one in moves.over(labels, moves.sums("weight, gradient")))
+            layers = list(dict.fromkeys(labels))
+        else:
+            layers, w, g = _norms(step.moving)
         if step.scale is not None:  # it may change between steps, and the mean would weigh them by it
             g = g / step.scale.to(g.device).reshape(())
         # A layer of zero weights has no ratio: a negative sum marks it.
@@ -142,6 +141,19 @@ class AutoRGNUpdate(Update):
         for group in _groups(step.moving):
             if group["layer"] in factors:
                 group[_FACTOR] = max(self.floor, factors[group["layer"]])
+
+
+def _norms(moving: Sequence[Moving]) -> tuple[list[str], Tensor, Tensor]:
+    """Return the layers, and the norms of the weights and of the gradients of each."""
+    layers = _by_layer(moving)
+    parameters = [item.parameter for items in layers.values() for item in items]
+    weights = [local(parameter) for parameter in parameters]
+    gradients = [
+        weight.new_zeros(()) if parameter.grad is None else local(parameter.grad)
+        for weight, parameter in zip(weights, parameters, strict=True)
+    ]
+    sizes = [len(items) for items in layers.values()]
+    return list(layers), _layer_norms(weights, parameters, sizes), _layer_norms(gradients, parameters, sizes)
 
 
 def _by_layer(moving: Sequence[Moving]) -> dict[str, list[Moving]]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from conservtl.bounds import NonNegativeInt, ProperShare
+from conservtl.compat import foreach_copy_
+from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import placed
+from conservtl.kernels.philox import identity, words
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
-from conservtl.plan.update import Step, Update
+from conservtl.plan.update import Moving, Step, Update
+
+if TYPE_CHECKING:
+    from conservtl.kernels.fused.mixing import Mixing
+    from conservtl.kernels.fused.moves import Moves
 
 __all__ = ["Mixout", "MixoutUpdate"]
 
@@ -85,8 +93,9 @@ class MixoutUpdate(Update):
     p: ProperShare
     """Share of the elements at their source values, rounded to 1/65,536."""
     seed: NonNegativeInt
-    """Seed of the masks. A mask depends on it and on the number of the step only: every process draws the same, and a
-    resumed run continues with the same masks."""
+    """Seed of the masks. A mask depends on it, on the number of the step and on the parameter: every process draws the
+    same, and a resumed run continues with the same masks. On a GPU each program draws its masks by a counter, again for
+    the gradients, and stores none; on a CPU that costs many times torch's generator, which draws other masks."""
 
     forward: ClassVar[bool] = True
 
@@ -99,8 +108,12 @@ class MixoutUpdate(Update):
         if not training:
             _restore(step, state)
             return
+        moves, rest = self._split(step, state)
+        if moves is not None and self.p:
+            for mixing in moves.mixing:
+                self._mix(mixing, step, state)
         generators: dict[torch.device, torch.Generator] = {}
-        for item in step.moving if self.p else ():
+        for item in rest if self.p else ():
             if item.anchor is None or _PLAIN + item.name in state:
                 continue
             weight, anchor = item.parameter, placed(item.anchor, item.parameter)
@@ -110,19 +123,52 @@ class MixoutUpdate(Update):
                     generators[weight.device].manual_seed(self.seed * 1_000_003 + step.number)
                 state[_MASK + item.name] = _draw_mask(weight, self._dropped, generators[weight.device])
             state[_PLAIN + item.name] = weight.clone()
-            weight.sub_(anchor).mul_(state[_MASK + item.name].to(weight.device)).mul_(self._scale).add_(anchor)
+            weight.sub_(anchor).mul_(self._mask(item, step, state)).mul_(self._scale).add_(anchor)
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
         """Restore the plain weights, and turn the gradients into theirs: multiply by M / (1 - p)."""
         _restore(step, state)
-        for item in step.moving:
-            mask = state.pop(_MASK + item.name, None)
+        moves, rest = self._split(step, state)
+        for mixing in [] if moves is None else moves.mixing:
+            mixed = [state.pop(_MASK + name, None) is not None for name in mixing.names]
+            if any(mixed):
+                mixing.scale_gradients(mixed, self.seed, step.number, self._dropped)
+        for item in rest:
             gradient = item.parameter.grad
-            if mask is not None and gradient is not None:
+            if _MASK + item.name in state and gradient is not None:
                 plain = gradient.clone() if item.new is not None else gradient
-                gradient.mul_(mask.to(gradient.device)).mul_(self._scale)
+                gradient.mul_(self._mask(item, step, state)).mul_(self._scale)
                 if item.new is not None:  # new rows were not mixed
                     gradient.copy_(torch.where(item.new, plain, gradient))
+            state.pop(_MASK + item.name, None)
+
+    def _split(self, step: Step, state: Mapping[str, Tensor]) -> tuple[Moves | None, Sequence[Moving]]:
+        """Return the parameters whose masks a program draws, and the rest."""
+        moves, rest = split(step.moving, new=False)
+        masks = (state.get(_MASK + item.name) for item in step.moving) if moves is not None else ()
+        drawn = next((mask for mask in masks if mask is not None and mask.dtype == torch.bool), None)
+        return (moves, rest) if drawn is None else (None, step.moving)  # by the CPU's generator, before resuming here
+
+    def _mix(self, mixing: Mixing, step: Step, state: dict[str, Tensor]) -> None:
+        """Mix weights unless they are mixed."""
+        if all(_PLAIN + name in state for name in mixing.names):
+            return
+        _restore(step, state)
+        plain = mixing.mix(self.seed, step.number, self._dropped)
+        state.update({_PLAIN + name: tensor for name, tensor in plain.items()})
+        state.update(dict.fromkeys((_MASK + name for name in mixing.names), torch.empty(0, dtype=torch.int16)))
+
+    def _mask(self, item: Moving, step: Step, state: Mapping[str, Tensor]) -> Tensor:
+        """Return the mask of a parameter in this step; drawn again if it was drawn by a program."""
+        mask, weight = state[_MASK + item.name], item.parameter
+        if mask.dtype == torch.bool:
+            return mask.to(weight.device)
+        levels = words(weight.numel(), self.seed, step.number, identity(item.name), weight.device) >> 16
+        found = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
+        order = sorted(range(weight.ndim), key=weight.stride, reverse=True)  # elements are counted as in memory
+        flat = found.permute(order).view(-1)
+        flat.copy_(levels >= self._dropped)
+        return found
 
     @property
     def _dropped(self) -> int:
@@ -144,7 +190,8 @@ def _draw_mask(weight: Tensor, dropped: int, generator: torch.Generator) -> Tens
 
 def _restore(step: Step, state: dict[str, Tensor]) -> None:
     """Restore plain weights if they are mixed."""
-    for item in step.moving:
-        plain = state.pop(_PLAIN + item.name, None)
-        if plain is not None:
-            item.parameter.copy_(plain)
+    if not state:
+        return
+    mixed = [item for item in step.moving if _PLAIN + item.name in state]
+    if mixed:
+        foreach_copy_([item.parameter for item in mixed], [state.pop(_PLAIN + item.name) for item in mixed])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conservtl.bounds import NonNegative
+from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs, together, totals
 from conservtl.kernels.dtensor import local, real_parts
 from conservtl.methods._rows import Coverage, source_parameters
@@ -92,7 +93,10 @@ class SelectiveDecayUpdate(Update):
         state.clear()
         if not step.moving:
             return
-        distances, products = zip(*(self._measure(run) for run in runs(step.moving)), strict=True)
+        moves, rest = split(step.moving)
+        found = [] if moves is None else [moves.sums("move, gradient")]
+        found = [(squares.sqrt(), products) for squares, products in found]
+        distances, products = zip(*found, *(self._measure(run) for run in runs(rest)), strict=True)
         state[_DISTANCES], state[_PRODUCTS] = _concatenate(distances), _concatenate(products)
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:
@@ -100,8 +104,12 @@ class SelectiveDecayUpdate(Update):
         if not step.moving:
             return
         before, products = state.pop(_DISTANCES), state.pop(_PRODUCTS)
-        first = 0
-        for run in runs(step.moving):
+        moves, rest = split(step.moving)
+        first = len(step.moving) - len(rest)
+        if moves is not None:
+            distances = moves.sums("move, start")[0].sqrt()
+            moves.lerp(self._shares(step.moving[0], distances, before[:first], products[:first]))
+        for run in runs(rest):
             part = slice(first, first + len(run))
             self._decay(run, before[part], products[part])
             first += len(run)
@@ -120,11 +128,15 @@ class SelectiveDecayUpdate(Update):
     def _decay(self, moving: Sequence[Moving], before: Tensor, products: Tensor) -> None:
         weights, anchors, moved = deviations(moving)
         distances = together(norms(moved, of=[item.parameter for item in moving]))
-        added = (distances - before.to(distances.device)).clamp(min=0) / distances.clamp(min=TINY)
-        products = products.to(distances.device) * (-1.0 if moving[0].group.get("maximize") else 1.0)
-        amounts = torch.where(products > 0, (self.strength * added).clamp(max=1), 0.0)  # NaN is not above zero
+        amounts = self._shares(moving[0], distances, before, products)
         placed = [amount.to(weight.device) for amount, weight in zip(amounts.unbind(), weights, strict=True)]
         move_toward(weights, anchors, placed)
+
+    def _shares(self, first: Moving, distances: Tensor, before: Tensor, products: Tensor) -> Tensor:
+        """Return the share of the way back of each parameter, given |v - w0|, |w - w0| and <g, w - w0>."""
+        added = (distances - before.to(distances.device)).clamp(min=0) / distances.clamp(min=TINY)
+        products = products.to(distances.device) * (-1.0 if first.group.get("maximize") else 1.0)
+        return torch.where(products > 0, (self.strength * added).clamp(max=1), 0.0)  # NaN is not above zero
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +17,7 @@ from conservtl.plan.row import Row
 if TYPE_CHECKING:
     from conservtl.plan.penalty import Penalty
 
-__all__ = ["Moving", "NamingFresh", "Step", "Update", "Updates"]
+__all__ = ["Moving", "NamingFresh", "Prepared", "Step", "Update", "Updates"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ class Moving:
     def name(self) -> str:
         """Canonical name of the parameter."""
         return self.row.name
+
+
+class Prepared(list[Moving]):
+    """Parameters of an update, the same for many steps, with what was prepared for them.
+
+    It is replaced when a parameter, its memory, the phase or the anchors change.
+    """
+
+    def __init__(self, moving: Iterable[Moving]) -> None:
+        super().__init__(moving)
+        self.kept: dict[Any, Any] = {}
 
 
 class NamingFresh:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.kernels.dtensor import local
 from conservtl.kernels.gradient import GradientKernel
 from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.row import Row
-from conservtl.plan.update import Moving, Update
+from conservtl.plan.update import Moving, Prepared, Update
 from conservtl.runtime.model_check import check_precision
 from conservtl.runtime.step_context import StepContext
 
@@ -59,7 +60,7 @@ class ParameterIndex:
             storage = {name: one.anchor for one in self._context.plan.penalties for name in one.names}
             moving = [self._moved(update, *one, storage.get(one[0].name)) for one in self._trained(update)]
             if "cpu" not in map(storage.get, update.names):  # else the copies would stay on the device
-                self._moving[update.name] = moving
+                self._moving[update.name] = moving = Prepared(moving)
         return moving
 
     def _refresh(self) -> None:
@@ -68,10 +69,14 @@ class ParameterIndex:
         parameters = list(chain.from_iterable(group["params"] for group in groups))
         objects = [*groups, *parameters]
         places = list(map(torch.Tensor.data_ptr, parameters))
+        if 0 in places:  # a shard hides its place
+            places = [
+                local(one).data_ptr() if place == 0 else place for one, place in zip(parameters, places, strict=True)
+            ]
         trained = list(map(attrgetter("requires_grad"), parameters))
         before, *facts = self._seen
         same = len(objects) == len(before) and all(map(is_, objects, before)) and facts == [places, trained]
-        if same and self._revision == self._context.revision and 0 not in places:  # 0: a shard, whose place is hidden
+        if same and self._revision == self._context.revision:
             return
         self._revision = self._context.revision
         self._seen = objects, places, trained

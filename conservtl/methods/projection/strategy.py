@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import Count, Fraction, NonNegative
 from conservtl.compat import foreach_clamp_min_, foreach_div, foreach_mul, foreach_sub
+from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, By, Norm, deviations, move_toward, norms, runs
 from conservtl.methods._rows import Coverage, source_parameters
 from conservtl.methods.base import Span, Strategy, TestFields
@@ -134,7 +135,16 @@ class ProjectionUpdate(Update):
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Project the weights; those inside their ball keep every bit."""
-        for run in runs(step.moving):
+        rows = self.each == "row"
+        mars = self.norm == "mars"
+        moves, rest = split(step.moving, rows=rows or mars, new=False, short=mars and not rows)
+        if moves is not None and rows:
+            moves.rows_into_balls(self.radius, absolute=mars, relative=self.relative)
+        elif moves is not None:
+            sizes, starts = moves.largest_rows() if mars else (one.sqrt() for one in moves.sums("move, start"))
+            radii = starts * self.radius if self.relative else torch.full_like(sizes, self.radius)
+            moves.lerp((1 - radii / sizes.clamp(min=TINY)).clamp(min=0))
+        for run in runs(rest):
             self._project(run)
 
     def _project(self, moving: Sequence[Moving]) -> None:

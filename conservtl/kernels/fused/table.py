@@ -1,0 +1,84 @@
+"""Tables on the device that a program reads: addresses and numbers of many tensors, and the blocks that cover them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Addresses", "Blocks", "Numbers", "uploaded"]
+
+
+class Blocks:
+    """Division of rows of numbers into blocks, one for each program.
+
+    Args:
+        sizes: number of elements (or rows) of each tensor.
+        block: elements of a block; or a block for each tensor.
+        device: of the tables.
+    """
+
+    def __init__(self, sizes: Sequence[int], block: int | Sequence[int], device: torch.device) -> None:
+        blocks = [block] * len(sizes) if isinstance(block, int) else list(block)
+        counts = [-(-size // most) for size, most in zip(sizes, blocks, strict=True)]
+        entries = [entry for entry, count in enumerate(counts) for _ in range(count)]
+        starts = [number * most for count, most in zip(counts, blocks, strict=True) for number in range(count)]
+        self.count = len(entries)
+        self.entries = uploaded(entries, torch.int32, device)
+        self.starts = uploaded(starts, torch.int64, device)
+        self.sizes = uploaded(sizes, torch.int64, device)
+        ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+        self.ends = uploaded(ends, torch.int32, device)
+
+
+class _Column:
+    """Numbers, one for each tensor, sent to the device again only if they have changed."""
+
+    dtype: torch.dtype
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._values: list[Any] | None = None
+        self._sent: Tensor | None = None
+
+    def of(self, values: list[Any]) -> Tensor:
+        """Return the numbers on the device."""
+        if self._sent is None or values != self._values:
+            self._values, self._sent = values, uploaded(values, self.dtype, self._device)
+        return self._sent
+
+
+class Numbers(_Column):
+    """Numbers in double precision."""
+
+    dtype = torch.float64
+
+
+class Addresses(_Column):
+    """Addresses of tensors."""
+
+    dtype = torch.int64
+
+    aligned = True
+    """Whether words of 16 bytes can be read at each of the addresses that were sent last."""
+
+    def to(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the tensors' addresses on the device."""
+        return self.at(list(map(_address, tensors)))
+
+    def at(self, addresses: list[int]) -> Tensor:
+        """Return addresses on the device; 0 means no tensor."""
+        if addresses != self._values:
+            self.aligned = not any(address % 16 for address in addresses)
+        return self.of(addresses)
+
+
+def uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers on a device, without a wait."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+_address: Callable[[Tensor], int] = torch.Tensor.data_ptr

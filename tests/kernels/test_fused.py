@@ -1,0 +1,107 @@
+"""Triton programs without a GPU: by Triton's interpreter in a process of its own, and compiled for one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conservtl.kernels.backend import fused_on
+from conservtl.kernels.philox import words
+from conservtl.kernels.shares import kept
+
+HERE = Path(__file__).parent
+triton = pytest.importorskip("triton")
+
+METHODS = "l2_sp or fisher or projection or selective or l1_sp or lasso or mixout or auto_rgn"
+
+
+def interpreted(*arguments):
+    """Run tests in a process in which programs act on CPU tensors: Triton reads its settings when imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CONSERVTL_TRITON": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
+    command += ["-W", "ignore::RuntimeWarning"]  # NumPy, which interprets them, warns of each overflow and NaN
+    how = {"capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[1], check=False, **how)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("file", ["fused_pulls.py", "fused_moves.py"])
+def test_programs_compute_what_their_formulas_say(file):
+    interpreted(HERE / "interpreted" / file)
+
+
+def test_the_contract_of_all_methods_holds_with_programs():
+    """A step in float64 by the formula, and the laws of scales that a fused optimizer carries and of resuming."""
+    laws = "what_the_formula_says or fused or resuming"
+    interpreted(HERE.parent / "test_conservation.py", "-k", f"({METHODS}) and ({laws})")
+
+
+def test_torch_acts_on_the_cpu():
+    """The programs are for a GPU: here they would be interpreted."""
+    assert not fused_on(torch.device("cpu"))
+
+
+def test_words_are_those_of_the_reference_implementation():
+    """Philox4x32-10 of Random123 with key and counter zero: words 0 to 3 of counter 0."""
+    found = words(2048, seed=0, step=0, tensor=0)[::512].tolist()
+    assert [f"{word:08x}" for word in found] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+def test_words_are_uniform_and_differ():
+    drawn = {key: words(4096, *key) for key in ((0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))}
+    for word in drawn.values():
+        assert abs(word.double().mean() / 2**31 - 1) < 0.05
+        assert len(word.unique()) > 4090
+    assert len({tuple(word.tolist()) for word in drawn.values()}) == 4
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 10])
+@pytest.mark.parametrize("share", [1e-9, 0.01, 0.5, 1.0])
+def test_the_share_of_many_steps(share, every):
+    """Small shares lose no digits, as 1 - (1 - s)^k would."""
+    from math import expm1, log1p
+
+    exact = -expm1(every * log1p(-share)) if share < 1 else 1.0
+    assert kept(share, every) == pytest.approx(exact, rel=1e-14)
+    assert float(kept(torch.tensor(share), every)) == pytest.approx(exact, rel=1e-6)
+
+
+TABLES = (
+    "sizes",
+    "weights",
+    "anchors",
+    "importances",
+    "gradients",
+    "plains",
+    "identities",
+    "lengths",
+    "bases",
+    "starts",
+)
+TYPES = {"entries": "*i32", "ends": "*i32", "amounts": "*fp64", **dict.fromkeys(TABLES, "*i64")}
+TYPES |= dict.fromkeys(("scale", "skip", "out", "values"), "*fp32")
+FLAGS = {"ANCHORED", "WEIGHED", "SCALED", "SKIPPED", "ALIGNED", "EVEN", "BALL", "RELATIVE", "LARGEST"}
+NUMBERS = {"BLOCK": 2048, "BLOCKS": 4, "EVERY": 10, "KIND": "move, gradient", "ROWS": 8, "COLUMNS": 128}
+
+
+@pytest.mark.parametrize("name", ["add_pull", "lerp", "mix", "row_norms", "shrink_rows", "soften", "sums", "unmix"])
+def test_programs_compile_for_a_gpu_and_read_words_of_16_bytes(name, tmp_path, monkeypatch):
+    """Compiling takes no GPU. Memory is the limit: loads of 4 bytes would double the instructions."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from conservtl.kernels.fused import programs
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    program = getattr(programs, name)
+    types = {"W": triton.language.float32, "A": triton.language.float32, "F": triton.language.float32}
+    constants = {"ACC": triton.language.float32, "ABSOLUTE": False, **dict.fromkeys(FLAGS, True), **types, **NUMBERS}
+    signature = {one: "constexpr" if one in constants else TYPES.get(one, "i32") for one in program.arg_names}
+    source = ASTSource(program, signature, {one: constants[one] for one in program.arg_names if one in constants})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert "ld.global.v4" in compiled.asm["ptx"]
