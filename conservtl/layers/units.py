@@ -6,11 +6,14 @@ The module tree is traversed from the root. A module is one unit if it is one of
   an adapter of PEFT belongs to the weight that it changes;
 - a block: a module whose class occurs at least twice (residual and transformer blocks);
 - a bracket: one of at least three `nn.Sequential(conv, relu, conv, relu)` in one list;
-- a neighbour of blocks in a list, or the only element of a list, even if its class occurs once.
+- a neighbour of blocks in a list, the only element of a list, or a module between two blocks of one module, even if its
+  class occurs once.
 
 A class that occurs twice is a stage or a tower, and is divided, if chains of blocks contain at least half of its leaves
-with weights. Any other class that occurs once is divided too, so that a wrapper or a backbone does not become one
-layer. A list of experts or attention heads is not a chain: they have no norm, and a block has one.
+with weights. The blocks of a chain have one name but for the number, unlike `window_attention` and `grid_attention`;
+parallel branches of plain weights are no chain. Any other class that occurs once is divided too, so that a wrapper or a
+backbone does not become one layer. A list of experts or attention heads is not a chain: they have no norm, and a block
+has one. Modules without a weight (scales, tables of positions, a norm with its activation) are extras.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _BRACKET_WEIGHTS = 3
 """Weights in a bracket at most: a longer chain of plain weights is a network (VGG)."""
+_NUMBER = re.compile(r"\d+")
+_POSITIONS = re.compile(r"posit|pos_?e(mb|nc)", re.IGNORECASE)
 _BRACKETS = 3
 """Brackets in a list at least: two are more often features and classifier."""
 
@@ -118,7 +123,8 @@ def _node(name: str, parent: str, module: nn.Module, first: dict[int, str], seen
         node.children = [child for child in nodes if child]
     if node.children:
         node.weights = sum(child.weights for child in node.children)
-        node.has_norm = any(child.has_norm for child in node.children)
+        frozen = any(is_norm(child) for child in module.children())  # a frozen batch norm has buffers alone
+        node.has_norm = frozen or any(child.has_norm for child in node.children)
     elif isinstance(module, nn.RNNBase):
         node.weights = module.num_layers
     else:
@@ -135,6 +141,8 @@ def is_adapted(module: nn.Module) -> bool:
 def _has_weight(leaf: nn.Module) -> bool:
     if is_norm(leaf):
         return False
+    if _POSITIONS.search(type(leaf).__name__) and not isinstance(leaf, nn.Linear | ConvBase | nn.Embedding):
+        return False  # a table of positions that is added
     # In other modules a leading 1 is the batch axis: a learned position or token is not a layer.
     is_map = isinstance(leaf, nn.Linear | ConvBase)
     return any(p.ndim >= 2 and (p.shape[0] > 1 or p.ndim == 2 or is_map) for p in leaf.parameters())
@@ -153,9 +161,9 @@ def _is_exact_list(node: Node) -> bool:
 def _is_chain(node: Node) -> bool:
     """Return whether a module is a list of blocks of one class, or of more plain weights than a block has."""
     blocks = Counter(
-        type(child.module)
+        (_parts(child), _NUMBER.sub("", child.name.rpartition(".")[2]))
         for child in node.children
-        if child.children and child.weights > 1 and child.has_norm and not _is_exact_list(child)
+        if child.children and child.weights > 1 and child.has_norm and (not _is_exact_list(child) or _is_pair(child))
     )
     most = max(blocks.values(), default=0)
     if not isinstance(node.module, _LISTS):
@@ -165,9 +173,41 @@ def _is_chain(node: Node) -> bool:
     return most > 1 or (type(node.module) is nn.Sequential and plain > _BRACKET_WEIGHTS)
 
 
+def _parts(node: Node) -> tuple[type, ...]:
+    """Return the class of a module, or the classes in a list."""
+    return tuple(type(child.module) for child in node.children) if _is_exact_list(node) else (type(node.module),)
+
+
+def _is_pair(node: Node) -> bool:
+    """Return whether a list holds two or more modules of several weights, each of another class."""
+    parts = _parts(node)
+    return 1 < len(parts) == len({*parts}) and all(one.weights > 1 and not _is_exact_list(one) for one in node.children)
+
+
 def _chained(node: Node) -> int:
     """Return the number of leaves with weights in chains of blocks."""
-    return node.weights if _is_chain(node) else sum(_chained(child) for child in node.children)
+    if _is_chain(node):
+        return node.weights
+    return sum(_chained(child) for child in node.children if not (_is_plain(child) and _is_parallel(node)))
+
+
+def _is_plain(node: Node) -> bool:
+    """Return whether a module is a list of weights, each with a norm and activation or without."""
+    return _is_exact_list(node) and all(child.weights == 1 for child in node.children)
+
+
+def _is_parallel(node: Node) -> bool:
+    """Return whether a module has branches side by side: they take the same channels, and no other's output."""
+    ends = [_ends(child) for child in node.children if child.weights]
+    takes = {end[0] for end in ends if end}
+    return len(ends) > 1 and None not in ends and len(takes) == 1 and takes.isdisjoint(end[1] for end in ends if end)
+
+
+def _ends(node: Node) -> tuple[int, int] | None:
+    """Return the channels that a module's first map takes and its last one gives."""
+    maps = [one.module for one in _walk(node) if isinstance(one.module, nn.Linear | ConvBase)]
+    weights = [module.weight.shape for module in maps if isinstance(module.weight, nn.Parameter)]
+    return (weights[0][1], weights[-1][0]) if weights else None
 
 
 def units(root: Node) -> list[Unit]:
@@ -181,7 +221,7 @@ def units(root: Node) -> list[Unit]:
     composites = [node for node in _walk(root) if node is not root and node.children and not _is_exact_list(node)]
     counts = Counter(type(node.module) for node in composites)
     repeated = {kind for kind, count in counts.items() if count > 1}
-    stages = {type(node.module) for node in composites if 2 * _chained(node) >= node.weights}
+    stages = {type(node.module) for node in composites if node.weights and 2 * _chained(node) >= node.weights}
     return list(_divide(root, repeated - stages))
 
 
@@ -192,8 +232,8 @@ def _divide(node: Node, blocks: set[type]) -> Iterator[Unit]:
     for child in node.children:
         if not child.children:
             yield from _leaf(child)
-        elif child.weights == 1:
-            yield _whole(child, "weight")
+        elif child.weights <= 1:
+            yield _whole(child, "weight" if child.weights else "extra")
         elif child in whole:
             yield _whole(child, "block")
         else:
@@ -210,7 +250,16 @@ def _blocks_of(node: Node, blocks: set[type]) -> set[Node]:
         alone = len(set(node.module.children())) == 1 and not isinstance(node.module, nn.ModuleDict)
         if node.name and (chosen or alone):
             chosen |= {child for child in node.children if not _is_exact_list(child) and not _chained(child)}
+    elif not isinstance(node.module, _LISTS):
+        places = [index for index, child in enumerate(node.children) if child in chosen and child.weights > 1]
+        between = node.children[places[0] : places[-1]] if places else []
+        chosen |= {child for child in between if not _is_exact_list(child) and not _holds_block(child, blocks)}
     return chosen
+
+
+def _holds_block(node: Node, blocks: set[type]) -> bool:
+    inner = (one for child in node.children for one in _walk(child))
+    return bool(_chained(node)) or any(one.weights > 1 and one.children and _is_block(one, blocks) for one in inner)
 
 
 def _is_block(node: Node, blocks: set[type]) -> bool:
