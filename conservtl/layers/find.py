@@ -92,11 +92,21 @@ def _describe(model: nn.Module) -> dict[str, ParameterInfo]:
 
 
 def _by_use(registered: list[Unit], used: dict[str, int]) -> list[Unit]:
-    """Return the units in order of first use; an unused unit follows the unit registered before it."""
-    uses = []
-    use = -1
-    for unit in registered:
-        use = min((used[name] for name in unit.tensors if name in used), default=use)
+    """Return the units in order of first use.
+
+    An unused unit follows the unit registered before it, or precedes the next used one if that is nearer in the module
+    tree: a token for masked frames precedes the first convolution of its encoder.
+    """
+    own = [min((used[name] for name in unit.tensors if name in used), default=None) for unit in registered]
+    uses: list[int] = []
+    for index, unit in enumerate(registered):
+        use = own[index]
+        if use is None:
+            before = uses[-1] if uses else -1
+            later = zip(own[index:], registered[index:], strict=True)
+            rank, other = next(((rank, other) for rank, other in later if rank is not None), (before, unit))
+            shared = _common(unit, registered[index - 1]) if index else 0
+            use = rank if other is not unit and _common(unit, other) > shared else before
         uses.append(use)
     return [registered[index] for index in sorted(range(len(registered)), key=uses.__getitem__)]
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from conservtl.batches import map_tensors, tensors_of
-from conservtl.compat import forward_hook_table
+from conservtl.compat import ConvBase, forward_hook_table
 from conservtl.errors import SpecError
 from conservtl.layers.copying import deep_copy
-from conservtl.layers.names import canonical
+from conservtl.layers.names import canonical, own_parameters
 
 __all__ = ["Trace", "calls", "first_use", "trace"]
 
@@ -68,11 +68,13 @@ def trace(model: nn.Module, example: Any) -> Trace:
     )
     error: Exception | None = None
     for on_meta, place in placements:
+        likeliest: Exception | None = None
         for call in calls(map_tensors(example, place)):
             try:
                 return _record(model, call, on_meta=on_meta)
             except Exception as caught:  # noqa: BLE001 -- a model may fail in any way; the next attempt decides
-                error = caught
+                likeliest = likeliest or caught
+        error = likeliest
     raise SpecError(
         f"example: the model must accept it; received {type(example).__name__}, and the model raises "
         f"{type(error).__name__}: {error}. Pass a tensor, a tuple of arguments or a dictionary of them"
@@ -114,11 +116,21 @@ def _record(model: nn.Module, call: Callable[[nn.Module], object], *, on_meta: b
             for named in (model.named_buffers(), model.named_parameters())
             for name, tensor in named
         }
-        weights = {canonical(name) for name, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1}
-        recorder = _CallRecorder(names, weights)
+        recorder = _CallRecorder(names, _weights(model))
         with recorder:
             result = call(clone)
         return Trace(recorder.order, recorder.last_weights(result), _names_scores(result))
+
+
+def _weights(model: nn.Module) -> set[str]:
+    """Return the names of the weights: parameters with two axes longer than 1, and those of maps to one output."""
+    maps = {id(own_parameters(m).get("weight")) for m in model.modules() if isinstance(m, nn.Linear | ConvBase)}
+    return {
+        canonical(name)
+        for name, p in model.named_parameters()
+        if sum(size > 1 for size in p.shape) > 1
+        or (p.ndim > 1 and (id(p) in maps or name.endswith("parametrizations.weight.original1")))
+    }
 
 
 def _names_scores(result: object) -> bool:
@@ -157,7 +169,8 @@ def _isolated(model: nn.Module) -> Iterator[None]:
 class _CallRecorder(TorchFunctionMode):
     """Recorder of the first torch call that computes a tensor from each named tensor.
 
-    A call that returns no tensor, such as a query of the shape, does not count.
+    A call that returns no tensor, such as a query of the shape, does not count, and neither does one that changes a
+    named tensor in place: some models rescale their weights at the start of a forward pass.
     """
 
     def __init__(self, names: dict[int, str], weights: Collection[str]) -> None:
@@ -167,7 +180,8 @@ class _CallRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if results := tensors_of(result):
+        results = tensors_of(result)
+        if any(id(tensor) not in self.names for tensor in results):
             inputs = tensors_of((args, kwargs))
             for tensor in inputs:
                 if name := self.names.get(id(tensor)):

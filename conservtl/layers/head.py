@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -99,8 +100,10 @@ def _answers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _says_none(model: nn.Module) -> bool:
-    """Whether the model answers that it has no head, as timm's do with ``num_classes=0``."""
+    """Whether the model has no head: timm's with ``num_classes=0`` say so, Hugging Face's encoders take no labels."""
     answers = list(_answers(model))
+    if hasattr(model, "get_output_embeddings") and getattr(model, "base_model", None) is model and not answers:
+        return not any("label" in name for name in inspect.signature(model.forward).parameters)
     return bool(answers) and not any(True for module in answers for _ in module.parameters())
 
 

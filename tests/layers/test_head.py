@@ -407,3 +407,11 @@ def test_deeplab_lists_both():
     with pytest.raises(ctl.SpecError, match=r"\['classifier.4', 'aux_classifier.4'\]"):
         _ = drawn(model).head
     assert drawn(model, head=["classifier.4"]).head == ("classifier.4.weight", "classifier.4.bias")
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 1)])
+def test_a_head_of_one_output_is_found_in_a_forward_pass(shape):
+    """Regression and binary scores: a weight of (1, n) is a weight."""
+    model = nn.Sequential(nn.Linear(4, shape[0]), nn.ReLU(), nn.Linear(*shape))
+    heads = {info.head for layer in find_layers(model, torch.zeros(2, 4)) for info in layer.parameters}
+    assert heads == {None, "2"}

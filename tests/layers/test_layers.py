@@ -720,3 +720,49 @@ class TestAdapters:
             "lora_A.default.weight",
             "lora_B.default.weight",
         ]
+
+
+class Rescaled(nn.Module):
+    """Divides the weights of its blocks in place before it embeds, as RWKV does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block, self.out = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, ids):
+        with torch.no_grad():
+            self.block.weight.div_(1)
+        return self.out(self.block(self.embed(ids)))
+
+
+def test_a_weight_changed_in_place_is_not_used_by_that():
+    assert names(Rescaled(), torch.zeros(1, 2, dtype=torch.long)) == ["embed", "block", "out"]
+
+
+def test_an_unused_token_stays_with_its_encoder():
+    """`weights` is used late; the token that training alone uses is of the encoder behind it."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.first, self.second = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights, self.encoder, self.head = nn.Parameter(torch.ones(4)), Encoder(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.encoder.second(self.encoder.first(x)) * self.weights)
+
+    held = {layer.name: [i.name for i in layer.parameters] for layer in find_layers(Summed(), torch.zeros(1, 4))}
+    assert held["encoder.first"] == ["encoder.token", "encoder.first.weight", "encoder.first.bias"]
+
+
+def test_the_message_is_that_of_the_likeliest_call():
+    class Two(nn.Linear):
+        def forward(self, x, lengths):
+            raise RuntimeError("lengths must be positive")
+
+    with pytest.raises(SpecError, match="lengths must be positive"):
+        find_layers(Two(2, 2), (torch.zeros(1, 2), torch.zeros(1)))
