@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from conservtl.experiments.advice.evidence import Evidence
+from conservtl.experiments.advice.evidence import ENOUGH_FOR_DISTANCE, Evidence
 from conservtl.experiments.advice.rules import advise
 from conservtl.experiments.advice.thresholds import (
     FAR_DISTANCE,
+    FAR_LEEP,
+    FAR_STATISTICS,
     LITTLE_A_CLASS,
     LITTLE_A_PARAMETER,
     MUCH_A_CLASS,
@@ -13,7 +15,7 @@ from conservtl.experiments.advice.thresholds import (
 )
 from conservtl.methods import as_strategy
 
-__all__ = ["advice_table"]
+__all__ = ["advice_table", "amount_table", "distance_table"]
 
 _SHIFTS = {
     "speaker": "the same words, another speaker",
@@ -38,6 +40,32 @@ def advice_table() -> str:
                 strategies = ", ".join(_shown(fields) for fields in advice.strategies)
                 lines.append(f"| {told} | {amount} | {'near' if near else 'far'} | {strategies} |")
     return "\n".join(lines)
+
+
+def amount_table() -> str:
+    """Return the limits of little and much data."""
+    return "\n".join(
+        [
+            "| data | examples of the smallest class | or examples for each parameter |",
+            "| --- | --- | --- |",
+            f"| little | up to {LITTLE_A_CLASS} | and up to 1 for {1 / LITTLE_A_PARAMETER:,.0f} |",
+            f"| medium | more than {LITTLE_A_CLASS} | more than 1 for {1 / LITTLE_A_PARAMETER:,.0f} |",
+            f"| much | {MUCH_A_CLASS} or more | 1 for {1 / MUCH_A_PARAMETER:,.0f}, or more |",
+        ]
+    )
+
+
+def distance_table() -> str:
+    """Return the limits between near and far domains, in the order in which they are asked."""
+    return "\n".join(
+        [
+            "| measure | far from | taken |",
+            "| --- | ---: | --- |",
+            f"| proxy A-distance, 0 to 2 | {FAR_DISTANCE} | with source data and {ENOUGH_FOR_DISTANCE} shots |",
+            f"| shift of the norms' statistics, in deviations | {FAR_STATISTICS} | else, if norms keep any |",
+            f"| share of the labels' entropy that the source leaves open | {FAR_LEEP:.0%} | else |",
+        ]
+    )
 
 
 def _shown(fields: dict[str, object]) -> str:

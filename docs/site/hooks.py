@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from advice_table import advice_table
+from advice_table import advice_table, amount_table, distance_table
 from formulas import with_mathml
 from links import with_links
 from method_pages import method_page
@@ -23,8 +23,13 @@ KINDS = {name: cls.model_fields["kind"].default for name, cls in STRATEGIES.item
 ELSEWHERE = {  # path in the repository -> path on the site
     "README.md": "index.md",
     **{name: name.lower() for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")},
-    **{f"benchmarks/results/{path.name}": f"results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.md")},
-    **{f"examples/{path.parent.name}/README.md": f"examples/{path.parent.name}.md" for path in ROOT.glob("examples/*/README.md")},
+    **{
+        f"benchmarks/results/{path.name}": f"results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.md")
+    },
+    **{
+        f"examples/{path.parent.name}/README.md": f"examples/{path.parent.name}.md"
+        for path in ROOT.glob("examples/*/README.md")
+    },
 }
 API = {
     "Functions": [name for name in ctl.__all__ if name.islower()],
@@ -56,6 +61,19 @@ API = {
 }
 
 
+def error_table() -> str:
+    """Return each exception with its bases and the first line of its docstring."""
+    classes = ((name, getattr(errors, name)) for name in errors.__all__ if name[0].isupper())
+    rows = [
+        f"| `{name}` | {', '.join(f'`{base.__name__}`' for base in cls.__bases__)} | {cls.__doc__.splitlines()[0]} |"
+        for name, cls in classes
+    ]
+    return "\n".join(["| class | is also | raised when |", "| --- | --- | --- |", *rows])
+
+
+TABLES = {"advice": advice_table, "amounts": amount_table, "distances": distance_table, "errors": error_table}
+
+
 def on_config(config: Any) -> Any:
     """Complete the navigation: a page for each method and each part of the API, no page that there is no result for."""
     made = {**_made(), **dict.fromkeys(ELSEWHERE.values(), "")}
@@ -67,7 +85,13 @@ def on_config(config: Any) -> Any:
         if title == "API":
             return {title: [{name: f"api/{name.lower()}.md"} for name in API]}
         if isinstance(inside, list):
-            return {title: [one for one in inside if (path := next(iter(one.values()))) in made or (ROOT / "docs" / path).is_file()]}
+            return {
+                title: [
+                    one
+                    for one in inside
+                    if (path := next(iter(one.values()))) in made or (ROOT / "docs" / path).is_file()
+                ]
+            }
         return entry
 
     config.nav = [complete(entry) for entry in config.nav]
@@ -92,8 +116,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         markdown = re.sub(r"^\[!\[ci\].*\n", "", markdown, flags=re.MULTILINE)  # badges are for the repository
     if path == "methods.md":
         markdown = re.sub(r"^\| (`\w+` \(`.*?) \|", lambda row: f"| {_linked(row[1])} |", markdown, flags=re.MULTILINE)
-    markdown = markdown.replace("<!-- table: errors -->", _error_table())
-    markdown = markdown.replace("<!-- table: advice -->", advice_table() if path == "choosing.md" else "")
+    markdown = re.sub(r"<!-- table: (\w+) -->", lambda name: TABLES[name[1]](), markdown)
     return with_links(markdown, place, path, pages, config.repo_url or "")
 
 
@@ -103,7 +126,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _linked(cell: str) -> str:
-    return re.sub(r"`(\w+)`", lambda word: f"[{word[0]}](methods/{KINDS[word[1]]}.md)" if word[1] in KINDS else word[0], cell)
+    return re.sub(
+        r"`(\w+)`", lambda word: f"[{word[0]}](methods/{KINDS[word[1]]}.md)" if word[1] in KINDS else word[0], cell
+    )
 
 
 def _made() -> dict[str, str]:
@@ -127,14 +152,3 @@ def _path(name: str, title: str) -> str:
     else:
         found = getattr(errors if title == "Errors" else ctl, name)
     return f"{found.__module__}.{found.__qualname__}"
-
-
-def _error_table() -> str:
-    rows = [
-        f"| `{name}` | {', '.join(f'`{base.__name__}`' for base in cls.__bases__)} | {(cls.__doc__ or '').splitlines()[0]} |"
-        for name, cls in vars(errors).items()
-        if name in errors.__all__ and isinstance(cls, type)
-    ]
-    return "\n".join(["| class | is also | raised when |", "| --- | --- | --- |", *rows])
-
-

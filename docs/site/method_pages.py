@@ -8,14 +8,15 @@ from html import escape
 from typing import Any
 
 from formulas import markdown_of
-from results import Table, number, tables
+from results import Table, number, settings, tables
 
 from conservtl.methods import Strategy
 
 __all__ = ["method_page", "sections"]
 
 _SECTION = re.compile(r"^(Cost|Measured|Raises|Reference|Example|Note):[ ]*", re.MULTILINE)
-_COST = {"conservation.md": 'In steps of <a href="../../results/conservation/">the benchmark</a>:'}
+
+_FREE = "Nothing is added to a step, and nothing is kept."
 
 
 def sections(docstring: str) -> dict[str, str]:
@@ -29,12 +30,16 @@ def method_page(cls: type[Strategy]) -> str:
     told = sections(markdown_of(inspect.getdoc(cls) or ""))
     parts = [f"# {cls.__name__}", told[""].strip(), _names(cls)]
     cost = _measured_cost(cls.__name__)
-    parts += ["## Cost", told.get("Cost", "No pass over the weights is added to a step."), *cost]
+    parts += ["## Cost", _sentence(told.get("Cost", _FREE)), *cost]
     parts += ["## Fields", _fields(cls), "## Measured", *_measured(cls.__name__)]
     if "Raises" in told:
         parts += ["## Raises", re.sub(r"^(\w+): ", r"- **\1**: ", told["Raises"], flags=re.MULTILINE)]
     parts += ["## Example", f"```pycon\n{told['Example']}\n```", "## Reference", told["Reference"]]
     return "\n\n".join(parts) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _names(cls: type[Strategy]) -> str:
@@ -60,37 +65,35 @@ def _fields(cls: type[Strategy]) -> str:
 
 
 def _measured_cost(name: str) -> list[str]:
-    found = [table.of(name) for table in tables("conservation.md") if "method" in table.columns[0] or "step" in table.columns[0]]
-    parts = [f"**{table.heading}**\n\n{table.markdown()}" for table in found if table.rows]
-    return ["Measured ([all of it](../results/conservation.md)):", *parts] if parts else []
+    """The benchmark's first network; it has one table of weights and one of whole steps."""
+    network = next(table.heading for table in tables("conservation.md") if table.columns[0] != "asked for")
+    found = [table.of(name).markdown() for table in tables("conservation.md") if table.heading == network]
+    parts = [text for text in found if text]
+    told = f"Measured, {network} ([other networks, and how](../results/conservation.md)):"
+    return [told, *parts] if parts else []
 
 
 def _measured(name: str) -> list[str]:
     """The gain over plain fine-tuning in three settings, with a picture of the target and the source apart."""
-    first, *settings = tables("methods.md")
-    gain = first.of(name)
+    gain = next(tables("methods.md")).of(name)
     if not gain.rows:
         return ["Not measured by itself in [the benchmark of all methods](../results/methods.md)."]
     told = (
         "Difference to the best plain learning rate in the harmonic mean of target and source accuracy, in points, "
         "with half of the 95 % interval ([how](../results/methods.md)):"
     )
-    pictures = [picture for table in settings if (picture := _plane(table, name))]
+    pictures = [_plane(table, name) for table in settings()]
     return [told, gain.markdown(), f'<div class="planes">{"".join(pictures)}</div>']
 
 
 def _plane(table: Table, name: str) -> str:
     """Return one setting as SVG: the target's accuracy upwards, the source's to the right, a mark for each method."""
-    if table.columns[1:3] != ("target", "source"):
-        return ""
     points = [
         (row[0], source, target)
         for row in table.rows
         if (target := number(row[1])) is not None and (source := number(row[2])) is not None
     ]
     mine = {row[0] for row in table.of(name).rows}
-    if not mine:
-        return ""
     lows = [min(point[axis] for point in points) for axis in (1, 2)]
     highs = [max(point[axis] for point in points) for axis in (1, 2)]
     spans = [max(high - low, 1.0) for low, high in zip(lows, highs, strict=True)]
@@ -103,9 +106,11 @@ def _plane(table: Table, name: str) -> str:
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}">{title}</circle>')
     text = (
         f'<text x="40" y="16" font-weight="bold">{escape(table.heading)}</text>'
-        f'<text x="230" y="226" text-anchor="end">source accuracy, %</text>'
-        f'<text x="40" y="226">{lows[0]:g}</text><text x="230" y="210" text-anchor="end">{highs[0]:g}</text>'
-        f'<text x="40" y="32">target accuracy up to {highs[1]:g} %, from {lows[1]:g}</text>'
+        f'<text x="135" y="226" text-anchor="middle">source accuracy, %</text>'
+        f'<text x="40" y="211">{lows[0]:g}</text><text x="230" y="211" text-anchor="end">{highs[0]:g}</text>'
+        f'<text x="30" y="44" text-anchor="end">{highs[1]:g}</text>'
+        f'<text x="30" y="194" text-anchor="end">{lows[1]:g}</text>'
+        f'<text x="0" y="32">target accuracy, %</text>'
     )
     frame = '<path d="M34 36V196H236" fill="none" stroke="#8A8A8A"/>'
     shown = f"{name} among all methods, {table.heading}"

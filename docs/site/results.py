@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RESULTS", "Table", "number", "tables"]
+__all__ = ["RESULTS", "Table", "number", "settings", "tables"]
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -45,6 +45,12 @@ def tables(name: str) -> Iterator[Table]:
             lines = []
         if line.startswith("#"):
             heading = line.lstrip("# ")
+
+
+def settings() -> list[Table]:
+    """Return the methods' accuracy on target and source, a table for each setting of the benchmark's first table."""
+    first, *others = tables("methods.md")
+    return [next(table for table in others if table.heading == heading) for heading in first.columns[1:]]
 
 
 def number(cell: str) -> float | None:
