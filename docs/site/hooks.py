@@ -94,7 +94,9 @@ def on_config(config: Any) -> Any:
             }
         return entry
 
-    config.nav = [complete(entry) for entry in config.nav]
+    listed = re.findall(r"[\w/-]+\.md", str(config.nav))
+    others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in listed)
+    config.nav = [*(complete(entry) for entry in config.nav), *others]
     return config
 
 
