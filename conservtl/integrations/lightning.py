@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -21,13 +23,25 @@ from conservtl.runtime.plan_scheduler import PlanScheduler
 
 __all__ = ["Conserve"]
 
-_lightning: Any = require("lightning.pytorch", "lightning")
-_Callback: Any = _lightning.Callback
+
+def _packages() -> list[Any]:
+    """Return Lightning under each of its names that is installed: classes of one are foreign to the other's Trainer."""
+    found = []
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        with suppress(ImportError):
+            found.append(importlib.import_module(name))
+    return found or [require("lightning.pytorch", "lightning")]
+
+
+_LIGHTNING = _packages()
+_Callback: Any = type("_Callback", tuple(package.Callback for package in _LIGHTNING), {})
+_FINETUNING = tuple(package.callbacks.BaseFinetuning for package in _LIGHTNING)
+_AVERAGING = tuple(package.callbacks.StochasticWeightAveraging for package in _LIGHTNING)
 _NORMS, _INTERVALS = ("train", "eval"), ("epoch", "step")
 
 
 class Conserve(_Callback):  # type: ignore[misc]
-    """Carry out an adaptation's plan in a ``lightning.Trainer``.
+    """Carry out an adaptation's plan in a ``lightning.Trainer``, or in that of ``pytorch_lightning``.
 
     The callback begins each phase at the start of its epoch, adds the pull before the Trainer clips, adds the plan's
     terms to the loss that ``training_step`` returns, keeps held norms in eval mode, restores plain weights (Mixout)
@@ -285,7 +299,7 @@ class Conserve(_Callback):  # type: ignore[misc]
 def _check_callbacks(trainer: Any) -> None:
     """Raise if another callback freezes and unfreezes layers, which the plan does."""
     for callback in trainer.callbacks:
-        if isinstance(callback, _lightning.callbacks.BaseFinetuning):
+        if isinstance(callback, _FINETUNING):
             epochs = getattr(callback, "unfreeze_backbone_at_epoch", 10)
             raise SpecError(
                 f"Conserve: the plan alone freezes and unfreezes layers, but {type(callback).__name__} does so too. "
@@ -297,7 +311,7 @@ def _check_callbacks(trainer: Any) -> None:
 def _check_schedulers(trainer: Any, adaptation: Adaptation) -> None:
     """Raise if a phase scales rates that a scheduler would set back, or averaging would make all rates equal."""
     for callback in trainer.callbacks:
-        averages = isinstance(callback, _lightning.callbacks.StochasticWeightAveraging)
+        averages = isinstance(callback, _AVERAGING)
         rates = getattr(callback, "_swa_lrs", None)  # no public name says it
         groups = trainer.optimizers[0].param_groups
         if averages and isinstance(rates, float) and len({group["initial_lr"] for group in groups}) > 1:

@@ -18,6 +18,7 @@ import conservtl as ctl
 )
 def test_the_extra_is_named(monkeypatch, module, library, extra):
     monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)  # Lightning's other name
     for name in [name for name in sys.modules if name.startswith(f"conservtl.integrations.{module}")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ctl.MissingExtraError, match=rf"{library} is needed here .*conservtl\[{extra}\]"):

@@ -426,3 +426,34 @@ def test_two_processes_make_the_steps_of_one(adapted, trainer, data, tmp_path):
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("10", "20", "21"))
     close(first, one)
     close(second, first, 0.0)
+
+
+def test_the_trainer_of_the_other_package_takes_the_callback():
+    """Reference: the same steps by lightning's Trainer."""
+    other = pytest.importorskip("pytorch_lightning")
+    inputs, labels = torch.randn(24, 4), torch.arange(24) % 2
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=8)
+    start, source = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def trained(package):
+        class OfPackage(package.LightningModule):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def training_step(self, batch, index):
+                return F.cross_entropy(self.model(batch[0]), batch[1])
+
+            def configure_optimizers(self):
+                return None
+
+        model = nn.Linear(4, 2)
+        model.load_state_dict(start.state_dict())
+        adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=0.3)])
+        callback = Conserve(adaptation, optimizer=SGD)
+        assert isinstance(callback, package.Callback)
+        trainer = package.Trainer(max_epochs=2, callbacks=[callback], accelerator="cpu", barebones=True)
+        trainer.fit(OfPackage(model), loader)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(trained(other), trained(lightning))
