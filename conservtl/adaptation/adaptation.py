@@ -9,6 +9,7 @@ from conservtl.adaptation import _state
 from conservtl.adaptation._finishing import FinishingMethods
 from conservtl.adaptation._loop import LoopMethods
 from conservtl.adaptation._measurements import MeasurementMethods
+from conservtl.fragments import fragment
 from conservtl.layers import unwrap
 from conservtl.layers.copying import deep_copy
 
@@ -52,6 +53,9 @@ class Adaptation(MeasurementMethods, LoopMethods, FinishingMethods):
         memo[id(self)] = copied
         copied.__dict__.update(self.__dict__, bound=deep_copy(self.bound, memo))  # a transfer's report never changes
         return copied
+
+    def _repr_html_(self) -> str:
+        return fragment(self.plan._repr_html_(), title=f"Adaptation of {type(unwrap(self.model)).__name__}")
 
     def __repr__(self) -> str:
         total = self.plan.totals()

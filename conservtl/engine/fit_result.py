@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from conservtl.fragments import fragment, html_table
+
 __all__ = ["FitResult"]
+
+_SHOWN = 12  # epochs in a notebook
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,39 @@ class FitResult:
     kept_outputs: bool
     after: dict[str, Any] = field(default_factory=dict)
     path: tuple[dict[str, Any], ...] = ()
+
+    def _repr_html_(self) -> str:
+        best = "" if self.best is None else f", best validation score {self.best:.4g}"
+        title = f"{self.steps} steps in {self.seconds:.1f} s on {self.device}, {self.precision}{best}"
+        sets = dict.fromkeys(
+            (name, metric)
+            for line in self.history
+            for name, values in line.items()
+            if isinstance(values, Mapping) and name != "valid"
+            for metric in values
+        )
+        header = ["epoch", "phase", "loss", *(f"{name} {metric}" for name, metric in sets)]
+        rows = [
+            [
+                str(line["epoch"]),
+                str(line["phase"]),
+                _shown(line.get("loss")),
+                *(_shown(line.get(name, {}).get(metric)) for name, metric in sets),
+            ]
+            for line in self._some_lines()
+        ]
+        left = len(self.history) - len(rows)
+        notes = [f"{left} epochs are left out here; history has all." if left else ""]
+        notes += [f"after  {name}: {facts}" for name, facts in self.after.items()]
+        return fragment(html_table(header, rows, {1}), title=title, notes=notes)
+
+    def _some_lines(self) -> list[dict[str, Any]]:
+        """Return at most so many lines as a reader takes in, evenly spread, the last one among them."""
+        count = len(self.history)
+        if count <= _SHOWN:
+            return list(self.history)
+        return [self.history[round(place * (count - 1) / (_SHOWN - 1))] for place in range(_SHOWN)]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "–"

@@ -63,7 +63,7 @@ class Comparison:
     def table(self) -> HtmlTable:
         """Return the means with their 95 % intervals, the best first."""
         table = self.result["tables"][main_table(self.result)]
-        return comparison_table(table, headline(self.result), classes=bool(self.result["classes"]))
+        return comparison_table(table, headline(self.result), classes=bool(self.result.get("classes", True)))
 
     def figure(self) -> Picture:
         """Return the picture of the target's gain against what the source keeps.
@@ -166,7 +166,7 @@ class Sweep:
 
 
 def _left_out(result: Mapping[str, Any]) -> list[str]:
-    return [f"Left out: {text}." for text in result["left_out"]] + rows_notes(result)
+    return [f"Left out: {text}." for text in result.get("left_out") or ()] + rows_notes(result)
 
 
 def _drawn(figures: Any) -> list[str]:

@@ -177,6 +177,11 @@ class Plan(PlanWithHead, FillablePlan):
 
         return as_text(self)
 
+    def _repr_html_(self) -> str:
+        from conservtl.plan.table import as_html
+
+        return as_html(self)
+
     def __rich__(self) -> Any:
         from conservtl.plan.table import as_rich
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from conservtl.fragments import fragment, html_table
+
 if TYPE_CHECKING:
     from conservtl.plan.plan import Plan
     from conservtl.plan.row import Row
 
-__all__ = ["HEADER", "as_rich", "as_text", "beside", "lines", "rows_by_label", "summary"]
+__all__ = ["HEADER", "as_html", "as_rich", "as_text", "beside", "lines", "rows_by_label", "summary"]
 
 HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 
@@ -98,6 +100,16 @@ def as_rich(plan: Plan) -> Any:
         style = "dim" if cells[3].startswith("frozen") else "yellow" if cells[2].startswith("fresh") else ""
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return Group(table, *(Text(line, style="italic") for line in summary(plan)))
+
+
+def as_html(plan: Plan) -> str:
+    """Return the table as notebooks show it; frozen layers are pale, fresh ones bold."""
+    cells = lines(plan)
+    marks = [
+        "quiet" if row[3].startswith("frozen") else "strong" if row[2].startswith("fresh") else "" for row in cells
+    ]
+    text = frozenset(range(len(HEADER))) - {1}
+    return fragment(html_table(HEADER, cells, text, marks), notes=summary(plan))
 
 
 def _origin(rows: Sequence[Row]) -> str:

@@ -7,11 +7,13 @@ from conservtl.report.pages.range_test_page import check_picture, range_test_sen
 from conservtl.report.pages.run_page import write_html
 from conservtl.report.pages.sweep_page import write_sweep
 from conservtl.report.pages.tuning_page import write_tune
+from conservtl.report.run_report import RunReport
 from conservtl.report.text.report_json import write_json
 from conservtl.report.text.summary import sentence
 from conservtl.report.text.tensorboard import write_tensorboard
 
 __all__ = [
+    "RunReport",
     "check_picture",
     "range_test_sentence",
     "sentence",

@@ -33,7 +33,7 @@ from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import rows_by_label
-from conservtl.report import sentence, write_html, write_json, write_tensorboard
+from conservtl.report import RunReport, sentence, write_html, write_json, write_tensorboard
 from conservtl.storage.files import write_text
 from conservtl.storage.locks import check_folder, lock_folder
 from conservtl.tasks.bad_files import skipped_report
@@ -66,7 +66,7 @@ def run(
     resume: bool = False,
     progress: bool = False,
     tensorboard: bool = False,
-) -> dict[str, Any]:
+) -> RunReport:
     """Adapt, measure, and write a folder with report, model and history.
 
     Args:
@@ -78,7 +78,8 @@ def run(
         tensorboard: write the history into ``tensorboard`` below the folder, too.
 
     Returns:
-        The content of ``report.json``. Of several processes, the first alone writes files.
+        The content of ``report.json``, a dictionary that a notebook shows. Of several processes, the first alone
+        writes files.
 
     Raises:
         SpecError: another process writes to ``out``.
@@ -118,10 +119,9 @@ def run(
         if main and tensorboard:
             write_tensorboard(result.history, folder / "tensorboard")
         after = score_on_tests(setting, source, adaptation.model)
-        report = _report(setting, source, adaptation, before, after) | {
-            "seconds": {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun},
-            "environment": _environment(result.device, result.precision),
-        }
+        report = RunReport(_report(setting, source, adaptation, before, after), result.history)
+        report["seconds"] = {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun}
+        report["environment"] = _environment(result.device, result.precision)
         report["kept_outputs"] = result.kept_outputs
         report["finished"] = result.after
         report["path"] = list(result.path)

@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conservtl.report.figures.classes import class_chart
-from conservtl.report.figures.curves import learning_curves
-from conservtl.report.figures.drift import drift_by_layer
-from conservtl.report.figures.weight_path import weight_path
 from conservtl.report.pages.rendering import as_yaml, render
+from conservtl.report.run_report import run_figures
 from conservtl.report.text.metrics import Verdict, number
 from conservtl.report.text.summary import costly, duration, sentence, skipped_rows, verdict
 from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
@@ -31,7 +28,6 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), class_chart(report)]
     render(
         "run.html.j2",
         path,
@@ -40,7 +36,7 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         sentence=str(report.get("sentence") or sentence(report)),
         tone=_tone(report),
         numbers=metric_rows(report),
-        pictures=[picture for picture in pictures if picture],
+        pictures=run_figures(report, history),
         plan=plan_table(report),
         agreement=agreement_rows(report),
         skipped=skipped_rows(report),
