@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chains", type=int, default=16, help="runs that are killed five times each")
-    parser.add_argument("--comparisons", type=int, default=4, help="comparisons that are killed five times each")
+    parser.add_argument("--comparisons", type=int, default=4, help="comparisons, sweeps and searches, killed so too")
     parser.add_argument("--specs", type=int, default=10_000)
     parser.add_argument("--files", type=int, default=5_000, help="of weights")
     parser.add_argument("--steps", type=int, default=20_000, help="with each strategy")
@@ -69,12 +69,19 @@ def table(found: dict[str, Any], options: argparse.Namespace) -> str:
         "| fault | times tried | survived | what was lost |",
         "| --- | ---: | ---: | --- |",
     ]
-    for kind, what in (("run", "a run, its source model in training included"), ("compare", "a comparison")):
+    killed = {
+        "run": "a run, its source model in training included",
+        "compare": "a comparison",
+        "sweep": "a sweep",
+        "tune": "a search",
+    }
+    for kind, what in killed.items():
         counts = found["kills"][kind]
         equal = f"{counts['equal']} of {counts['chains']} ends equal the undisturbed one bit for bit"
-        lines.append(
-            f"| SIGKILL at a random moment of {what} | {counts['kills']} | {equal} | steps since a checkpoint |"
-        )
+        lost = "steps since a checkpoint" if kind == "run" else "the run in progress"
+        if kind != "run":
+            equal += f"; of {counts['kept']} results that were finished {counts['changed']} changed"
+        lines.append(f"| SIGKILL at a random moment of {what} | {counts['kills']} | {equal} | {lost} |")
     for kind, what in (("specs", "a spec from a stranger"), ("weights", "a file of weights from a stranger")):
         counts = found[kind]["counts"]
         good = counts.get("read", 0) + counts.get("refused", 0)

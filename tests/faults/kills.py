@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and resumed, beside one that nobody touches.
+"""Runs and studies that are killed at random moments and resumed, beside one that nobody touches.
 
 Each run is a process forked from this one, in which everything is imported already. ``python tests/faults/kills.py
 --chains 2 --seed 0`` prints a line of JSON.
@@ -19,13 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna  # noqa: F401 - here, so that it is not imported by each process
 import torch
 from safetensors.torch import load_file
 
 from conservtl import plugins
 from conservtl.experiments.run.runner import run
-from conservtl.experiments.spec.spec import load_spec
+from conservtl.experiments.spec.spec import load_spec, read_content
 from conservtl.experiments.studies.comparison import compare
+from conservtl.experiments.studies.layer_sweep import sweep
+from conservtl.experiments.studies.study_storage import opened_storage
+from conservtl.experiments.studies.tuning import tune
 
 TASK = Path(__file__).parents[2] / "examples" / "extend" / "toy_task"
 QUICK = ("source.training.epochs=25", "training.epochs=50", "data.source_hums=256", "training.evaluate_every=1")
@@ -57,7 +61,14 @@ def end_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def chain(job: Callable[[bool], Any], seconds: float, kills: int, chance: random.Random, output: Path) -> int:
+def chain(
+    job: Callable[[bool], Any],
+    seconds: float,
+    kills: int,
+    chance: random.Random,
+    output: Path,
+    after: Callable[[], Any] = lambda: None,
+) -> int:
     """Kill a job at random moments, resume it each time, and let the last one end; return the kills that came in time.
 
     Args:
@@ -66,6 +77,7 @@ def chain(job: Callable[[bool], Any], seconds: float, kills: int, chance: random
         kills: number of kills.
         chance: the moments are drawn from it.
         output: file for the output of all of them.
+        after: is called after each of them.
     """
     hit = 0
     for number in range(kills):
@@ -76,8 +88,10 @@ def chain(job: Callable[[bool], Any], seconds: float, kills: int, chance: random
         hit += code == -signal.SIGKILL
         if code not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the process failed before it was killed: {output.read_text()[-2000:]}")
+        after()
     if code := end_of(start(lambda: job(True), output)):
         raise RuntimeError(f"resuming failed with {code}: {output.read_text()[-2000:]}")
+    after()
     return hit
 
 
@@ -112,39 +126,86 @@ def killed_runs(folder: Path, chains: int, kills: int, chance: random.Random) ->
     return counts
 
 
-def killed_comparisons(folder: Path, chains: int, kills: int, chance: random.Random) -> dict[str, int]:
-    """Kill comparisons: results that are finished stay, and the figures equal those of an undisturbed one."""
-    counts = {"kills": 0, "chains": 0, "equal": 0}
-    whole: dict[str, Any] = {}
+def compared(place: Path) -> Any:
+    """Run a comparison; return its figures."""
+    section = "compare={targets: [slow clock], seeds: 2, baselines: [source as it is]}"
+    spec = load_spec(TASK / "spec.yaml", [*COMPARED, section, f"source.cache={place}/cache"])
+    return _figures(compare(spec, place / "out"))
+
+
+def swept(place: Path) -> Any:
+    """Run a sweep; return its figures."""
+    section = (
+        "sweep={targets: [slow clock], seeds: 1, layers: [0, 1], sides: [input], controls: false, strengths: [1.0]}"
+    )
+    spec = load_spec(TASK / "spec.yaml", [*COMPARED, section, f"source.cache={place}/cache"])
+    return _figures(sweep(spec, place / "out"))
+
+
+def searched(place: Path) -> Any:
+    """Run a search; return its trials, without the rates that it has drawn."""
+    marks = [
+        "training.lr={range: [1.0e-5, 1.0e-3], log: true}",
+        "data.validation=0.4",
+        "tune={trials: 4, prune: false}",
+    ]
+    content = read_content(TASK / "spec.yaml", [*COMPARED, *marks, f"source.cache={place}/cache"])
+    return [{key: trial[key] for key in ("number", "state")} for trial in tune(content, place / "out")["trials"]]
+
+
+def _figures(result: dict[str, Any]) -> Any:
+    return [{key: value for key, value in one.items() if key != "seconds"} for one in result["runs"]]
+
+
+def stored(out: Path) -> dict[str, Any]:
+    """Return all results of a study that are finished, as they are stored."""
+    found: dict[str, Any] = {path.name: path.read_text() for path in (out / "runs").glob("*.json")}
+    if (out / "study.db").is_file():
+        with opened_storage(f"sqlite:///{out / 'study.db'}") as storage:
+            for study in storage.get_all_studies():
+                trials = storage.get_all_trials(study._study_id)
+                found |= {str(trial.number): repr(trial) for trial in trials if trial.state.is_finished()}
+    return found
+
+
+def killed_studies(
+    name: str, job: Callable[[Path], Any], folder: Path, chains: int, kills: int, chance: random.Random
+) -> dict[str, int]:
+    """Kill studies: results that are finished stay as they are, and the figures equal those of an undisturbed one."""
+    counts = {"kills": 0, "chains": 0, "equal": 0, "kept": 0, "changed": 0}
+    whole: Any = None
     for number in range(chains + 1):
-        place = folder / f"compare-{number}"
-        section = "compare={targets: [slow clock], seeds: 2, baselines: [source as it is]}"
-        spec = load_spec(TASK / "spec.yaml", [*COMPARED, section, f"source.cache={place}/cache"])
-
-        def job(_: bool, spec: Any = spec, place: Path = place) -> None:
-            result = compare(spec, place / "out")
-            figures = [{key: value for key, value in one.items() if key != "seconds"} for one in result["runs"]]
-            (place / "figures.json").write_text(json.dumps(figures))
-
+        place = folder / f"{name}-{number}"
         place.mkdir()
+        before: dict[str, Any] = {}
+
+        def do(_: bool, place: Path = place) -> None:
+            (place / "figures.json").write_text(json.dumps(job(place)))
+
+        def look(place: Path = place, before: dict[str, Any] = before) -> None:
+            after = stored(place / "out")
+            counts["kept"] += len(before)
+            counts["changed"] += sum(after.get(key) != value for key, value in before.items())
+            before.update(after)
+
         if number == 0:
             begun = time.perf_counter()
-            if end_of(start(lambda: job(False), place / "output")):
+            if end_of(start(lambda: do(False), place / "output")):
                 raise RuntimeError((place / "output").read_text()[-2000:])
             seconds = time.perf_counter() - begun
             whole = json.loads((place / "figures.json").read_text())
             continue
-        counts["kills"] += chain(job, seconds, kills, chance, place / "output")
+        counts["kills"] += chain(do, seconds, kills, chance, place / "output", look)
         counts["chains"] += 1
         counts["equal"] += json.loads((place / "figures.json").read_text()) == whole
     return counts
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Kill runs and comparisons; return what was counted."""
+    """Kill runs and studies; return what was counted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chains", type=int, default=2)
-    parser.add_argument("--comparisons", type=int, default=1)
+    parser.add_argument("--comparisons", type=int, default=1, help="and sweeps, and searches")
     parser.add_argument("--kills", type=int, default=3, help="in each chain")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -155,7 +216,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     try:
         return {
             "run": killed_runs(folder, options.chains, options.kills, chance),
-            "compare": killed_comparisons(folder, options.comparisons, options.kills, chance),
+            **{
+                name: killed_studies(name, job, folder, options.comparisons, options.kills, chance)
+                for name, job in (("compare", compared), ("sweep", swept), ("tune", searched))
+            },
         }
     finally:
         shutil.rmtree(folder)

@@ -254,6 +254,30 @@ def test_local_processes_are_apart():
         assert pool.submit(os.getpid).result(20) != os.getpid()
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_local_processes_end_with_the_study(tmp_path):
+    kills = pytest.importorskip("kills")  # of tests/faults
+
+    def study():
+        (tmp_path / "number").write_text(str(Processes(1).submit(os.getpid).result()))
+        time.sleep(60)
+
+    child = kills.start(study, tmp_path / "output")
+    until(lambda: (tmp_path / "number").exists() and (tmp_path / "number").read_text())
+    process = Path("/proc") / (tmp_path / "number").read_text()
+    assert process.is_dir()
+    os.kill(child, signal.SIGKILL)
+    assert kills.end_of(child) == -signal.SIGKILL
+    until(lambda: not process.is_dir() or ") Z " in (process / "stat").read_text())
+
+
+def until(happened, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.01)
+
+
 class TestNames:
     @pytest.mark.parametrize(
         ("name", "message"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -40,7 +41,7 @@ class Processes(Executor):
         pool = getattr(self._own, "pool", None)
         if pool is None:
             context = multiprocessing.get_context("spawn")
-            pool = self._own.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_one_thread)
+            pool = self._own.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start)
             self._pools.append(pool)
         try:
             return pool.submit(function, *arguments, **named).result()
@@ -49,6 +50,13 @@ class Processes(Executor):
             raise
 
 
-def _one_thread() -> None:
-    """Use one thread: the processes share the cores."""
+def _start() -> None:
+    """Use one thread, because the processes share the cores; end when the study's process is killed."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
