@@ -56,6 +56,7 @@ _LAZY = {
             "lr_find",
             "recipe",
             "recommend",
+            "save",
             "sweep",
         ],
         "conservtl.experiments",

@@ -22,9 +22,10 @@ from conservtl.experiments.advice.recommendation import Recommendation as Recomm
 from conservtl.experiments.advice.recommendation import recommend as recommend
 from conservtl.experiments.own.studies import compare as compare
 from conservtl.experiments.own.studies import sweep as sweep
+from conservtl.experiments.publishing.save import save as save
 from conservtl.experiments.results import Comparison as Comparison
 from conservtl.experiments.results import Sweep as Sweep
-from conservtl.experiments.run.bundle import Adapted as Adapted
+from conservtl.experiments.run.adapted import Adapted as Adapted
 from conservtl.experiments.run.bundle import load_adapted as load
 from conservtl.experiments.run.bundle import load_adapted as load_adapted
 from conservtl.experiments.spec.recipes import Recipe as Recipe
@@ -136,6 +137,7 @@ __all__ = [
     "recipe",
     "recommend",
     "recompute_statistics",
+    "save",
     "soup",
     "sweep",
 ]

@@ -114,7 +114,8 @@ def run_note(source: Source) -> tuple[str, ...]:
         return ()
     labels = ", ".join(map(str, source.run["labels"][:12])) + (", ..." if len(source.run["labels"]) > 12 else "")
     made = "; ".join(f"{name} {value}" for name, value in source.run["preprocessing"].items() if name != "kind")
-    return (f"saved by a run with the labels {labels} and the preprocessing {made}",)
+    parts = [f"the labels {labels}"] * bool(labels) + [f"the preprocessing {made}"] * bool(made)
+    return (f"saved by a run with {' and '.join(parts)}",) if parts else ()
 
 
 def _has_additions(model: nn.Module, strategy: Strategy, *, default: bool) -> bool:

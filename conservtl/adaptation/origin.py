@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from conservtl.adaptation.preset import TrainingSettings
+from conservtl.layers import unwrap
 from conservtl.methods import Strategy
 from conservtl.plan.extension import Extension
 from conservtl.plan.plan import Plan
+from conservtl.source.read import Source
 from conservtl.source.shared import SharedModel
 
-__all__ = ["Origin"]
+__all__ = ["Origin", "Structure", "named_source"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Arguments of ``adapt`` by which a model's layers are found again.
+
+    Args:
+        example: a batch as the model takes it, or None.
+        layers: globs, or None.
+        head: globs, or None.
+    """
+
+    example: Any = None
+    layers: Sequence[str] | None = None
+    head: Sequence[str] | None = None
+
+
+def named_source(source: Source) -> str:
+    """Return the name of a source; a model that was filled by Hugging Face's library tells where from."""
+    config = getattr(unwrap(source.module), "config", None) if source.module is not None else None
+    name = getattr(config, "_name_or_path", None) or source.where
+    return str(name).removeprefix("source ")
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,8 @@ class Origin:
         inherited: strategies of an earlier run whose additions are part of the source's model.
         extensions: of the plan of an earlier run, kept unless a strategy decides about their kind.
         training: settings that came with the strategies, as in a recipe.
+        structure: arguments by which the model's layers are found again.
+        source: name of the source.
     """
 
     drawn: Plan
@@ -36,3 +64,5 @@ class Origin:
     inherited: tuple[Strategy, ...] = ()
     extensions: tuple[Extension, ...] = ()
     training: TrainingSettings | None = None
+    structure: Structure = Structure()
+    source: str = ""

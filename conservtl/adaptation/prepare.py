@@ -15,7 +15,7 @@ from conservtl.adaptation.earlier_run import (
     saved_example,
     saved_extensions,
 )
-from conservtl.adaptation.origin import Origin
+from conservtl.adaptation.origin import Origin, Structure, named_source
 from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import Layer, canonical, find_layers, matches, named_parameters, select, unwrap
@@ -125,6 +125,7 @@ def adapt(
             )
         source, missing = own_values(model, source)
     read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
+    structure = Structure(example, None if layers is None else tuple(layers), head)
     if head_labels is not None:
         head_labels.check_run(read.run, read.where)
     inherited, saved = inherited_strategies(read, model), saved_extensions(read.run)
@@ -192,7 +193,7 @@ def adapt(
         *missed_note(read, known),
     ]
     plan = plan.with_notes((*read.notes, *run_note(read), *notes))
-    origin = Origin(drawn, chosen, source_model, heads, inherited, saved, training)
+    origin = Origin(drawn, chosen, source_model, heads, inherited, saved, training, structure, named_source(read))
     return Adaptation(model, plan, report, parts, origin)
 
 

@@ -6,7 +6,9 @@ from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find
 from conservtl.experiments.advice.recommendation import Recommendation, recommend
 from conservtl.experiments.own.studies import compare, sweep
 from conservtl.experiments.results import Comparison, Sweep
-from conservtl.experiments.run.bundle import Adapted, load_adapted
+from conservtl.experiments.publishing.save import save
+from conservtl.experiments.run.adapted import Adapted
+from conservtl.experiments.run.bundle import load_adapted
 from conservtl.experiments.spec.recipes import Recipe, recipe
 from conservtl.tasks.base import Prediction
 
@@ -23,5 +25,6 @@ __all__ = [
     "lr_find",
     "recipe",
     "recommend",
+    "save",
     "sweep",
 ]

@@ -11,7 +11,10 @@ from typing_extensions import TypedDict
 from conservtl.errors import SourceError
 from conservtl.storage import tensor_files
 
-__all__ = ["WEIGHTS", "read_header", "weights_file"]
+__all__ = ["OWN", "WEIGHTS", "read_header", "weights_file"]
+
+OWN = "python"
+"""Task in the header of a model that was saved from Python: its network is known to its user alone."""
 
 WEIGHTS = "model.safetensors"
 """Name of the saved model in a run's folder."""
@@ -63,6 +66,7 @@ class _Header(TypedDict, total=False):
     model: Required[dict[str, Any]]
     preprocessing: Required[dict[str, Any]]
     module: str
+    metadata: dict[str, Any]
     extended: _Extended
     instance_statistics: dict[str, float]
 

@@ -83,6 +83,8 @@ class Task(ABC):
     """The metric that runs are selected and compared by."""
     example: ClassVar[str] = "example"
     """What a person calls one example: recording, image."""
+    pipeline: ClassVar[str | None] = None
+    """The Hugging Face Hub's name of the task, for a model's card."""
     has_classes: ClassVar[bool] = False
     """Whether ``labels`` gives the class of each example: shots are counted a class, and ``recommend`` works."""
     shift: ClassVar[Shift] = "input"

@@ -2,136 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.batches import map_tensors
-from conservtl.data import Preprocessing
-from conservtl.errors import DataError, SourceError, SpecError
-from conservtl.experiments.run.bundle_header import describe_example, extend_model, read_header
+from conservtl.adaptation.origin import Structure
+from conservtl.errors import SourceError, SpecError
+from conservtl.experiments.run.adapted import Adapted
+from conservtl.experiments.run.bundle_header import extend_model, merged_model, read_header
+from conservtl.experiments.run.own_model import OWN, load_own
 from conservtl.experiments.run.setting import Setting
-from conservtl.functions import logits_of
 from conservtl.storage.tensor_files import load_tensors, save_tensors
-from conservtl.tasks.bad_files import OnBad, check_files
-from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.registry import task_named
 
 __all__ = ["Adapted", "load_adapted", "save_bundle", "save_measured"]
 
 _FILE = "model.safetensors"
 _MEASURED = "measured.safetensors"
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """An adapted model that predicts.
-
-    Args:
-        model: in eval mode.
-        labels: names of the model's outputs, in order.
-        preprocessing: makes inputs of files.
-        task: the task that it was adapted for.
-    """
-
-    model: nn.Module
-    labels: tuple[str, ...]
-    preprocessing: Preprocessing
-    task: Task
-
-    @torch.no_grad()
-    def outputs(self, inputs: Any) -> Any:
-        """Return the model's outputs.
-
-        Args:
-            inputs: as the model takes them: a tensor, or a dictionary of its arguments.
-        """
-        device = next(self.model.parameters()).device
-        placed = map_tensors(inputs, lambda tensor: tensor.to(device))
-        return self.task.forward(self.model, placed if isinstance(placed, Mapping) else (placed,))
-
-    def probabilities(self, inputs: Tensor) -> Tensor:
-        """Return (N, labels), each row summing to 1, for inputs as the model takes them; for tasks with classes."""
-        return logits_of(self.outputs(inputs)).float().softmax(-1)
-
-    def predict(
-        self,
-        files: str | Path | Sequence[str | Path],
-        batch_size: int = 32,
-        *,
-        on_bad: OnBad = "error",
-        skipped: MutableMapping[str, str] | None = None,
-    ) -> list[Prediction]:
-        """Return the answer for each file, or for one: its most probable label where the task has classes.
-
-        ``predictions`` yields the same one by one.
-
-        Args:
-            files: paths.
-            batch_size: files that are read and predicted at a time, which bounds the memory.
-            on_bad: whether a file that cannot be used is an error or skipped.
-            skipped: gets the names of skipped files, and why.
-
-        Raises:
-            DataError: a file is missing or cannot be read; the message names it.
-            SpecError: the batch size is below 1.
-        """
-        return list(self.predictions(files, batch_size, on_bad=on_bad, skipped=skipped))
-
-    def predictions(
-        self,
-        files: str | Path | Sequence[str | Path],
-        batch_size: int = 32,
-        *,
-        on_bad: OnBad = "error",
-        skipped: MutableMapping[str, str] | None = None,
-    ) -> Iterator[Prediction]:
-        """Return an iterator over the answers of ``predict``; files are read when it gets there.
-
-        Args:
-            files: paths.
-            batch_size: files that are read and predicted at a time, which bounds the memory.
-            on_bad: whether a file that cannot be used is an error or skipped.
-            skipped: gets the names of skipped files, and why.
-
-        Raises:
-            DataError: a file is missing or cannot be read; the message names it.
-            SpecError: the batch size is below 1.
-        """
-        paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
-        if batch_size < 1:
-            raise SpecError(f"predict: batch_size must be at least 1; received {batch_size}.")
-        if on_bad not in get_args(OnBad):
-            raise SpecError(f"predict: on_bad must be 'error' or 'skip'; received {on_bad!r}.")
-        missing = [path for path in paths if not path.is_file()]
-        if missing and on_bad == "error":
-            raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
-        bad: MutableMapping[str, str] = {} if skipped is None else skipped
-        bad.update((str(path), "is not a file") for path in missing)
-        paths = [path for path in paths if str(path) not in bad]
-        parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
-        skips = bad if on_bad == "skip" else None
-        return (prediction for part in parts for prediction in self._predicted(part, skips))
-
-    def _predicted(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> list[Prediction]:
-        try:
-            inputs = self.preprocessing.read(files)
-        except DataError:
-            if skipped is None:
-                raise
-            bad = check_files(files, lambda file: self.preprocessing.read([file]))
-            if not bad:  # not one file's fault
-                raise
-            skipped.update((str(file), reason) for file, reason in bad.items())
-            files = [file for file in files if file not in bad]
-            return self._predicted(files, skipped) if files else []
-        outputs = map_tensors(self.outputs(inputs), lambda tensor: tensor.cpu())
-        return self.task.predictions(outputs, self.labels, files)
 
 
 def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
@@ -141,7 +31,6 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
     and the plan's extensions.
     """
     spec, domains = setting.spec, setting.domains
-    model = adaptation.merged()
     header = {
         "task": spec.task,
         "module": type(setting.task).__module__,
@@ -149,17 +38,9 @@ def save_bundle(folder: Path, adaptation: Adaptation, setting: Setting) -> None:
         "labels": domains.labels,
         "preprocessing": domains.preprocessing.model_dump(mode="json"),
     }
-    left = [one for one in (*adaptation.origin.inherited, *adaptation.origin.strategies) if not one.merge(model)]
-    if left or adaptation.plan.extensions:
-        header["extended"] = {
-            "strategies": [one.model_dump(mode="json") for one in left],
-            "extensions": [one.model_dump(mode="json") for one in adaptation.plan.extensions],
-            "example": describe_example(setting.example),
-            "layers": spec.layers,
-            "head": getattr(spec.model, "head", None),
-            "modules": sorted({type(one).__module__ for one in (*left, *adaptation.plan.extensions)}),
-        }
-    save_tensors(model.state_dict(), folder / _FILE, header)
+    structure = Structure(setting.example, spec.layers, getattr(spec.model, "head", None))
+    model, extended = merged_model(adaptation, structure)
+    save_tensors(model.state_dict(), folder / _FILE, header | extended)
 
 
 def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -172,15 +53,17 @@ def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) ->
         save_tensors(tensors, folder / _MEASURED)
 
 
-def load_adapted(folder: str | Path) -> Adapted:
-    """Load the model that a run adapted, ready to predict.
+def load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> Adapted:
+    """Load the model that a run adapted or ``save`` wrote, ready to predict.
 
     Args:
-        folder: what ``conservtl run --out`` wrote, or its ``model.safetensors``.
+        folder: what ``conservtl run --out`` or ``save`` wrote, or its ``model.safetensors``.
+        model: for ``save``, which knows no network of yours: a model of the same structure with any weights, changed
+            in place; or a function that returns one. None: the network that the run's spec names.
 
     Raises:
-        SourceError: there is no such model, it is damaged, or no run wrote it.
-        SpecError: it is of a task that is not known here.
+        SourceError: there is no such model, it is damaged, nothing of conservtl wrote it, or it does not fit ``model``.
+        SpecError: it is of a task that is not known here; or ``model`` is missing, or given for a run's.
     """
     path = Path(folder)
     path = path / _FILE if path.is_dir() else path
@@ -189,10 +72,17 @@ def load_adapted(folder: str | Path) -> Adapted:
     header, tensors = read_header(path), load_tensors(path)
     if header is None:
         raise SourceError(f"{str(path)!r} was not written by a run: it carries no labels. Adapt with `conservtl run`.")
+    if header["task"] == OWN:
+        return load_own(path, model, header, tensors)
+    if model is not None:
+        raise SpecError(
+            f"model: {str(path)!r} was written by a run, which knows its network; received "
+            f"{type(model).__name__}. Leave model out."
+        )
     task = task_named(header["task"], header.get("module"))
     preprocessing: Any = task.preprocessing.model_validate(header["preprocessing"])
     section = task.model_section.model_validate(header["model"])
-    model = task.build(section, preprocessing, len(header["labels"]))
-    added = extend_model(model, header)
-    model.load_state_dict(added | tensors)
-    return Adapted(model.eval(), tuple(header["labels"]), preprocessing, task)
+    network = task.build(section, preprocessing, len(header["labels"]))
+    added = extend_model(network, header)
+    network.load_state_dict(added | tensors)
+    return Adapted(network.eval(), tuple(header["labels"]), preprocessing, task)

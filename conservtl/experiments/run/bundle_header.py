@@ -7,13 +7,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.earlier_run import describe_example, saved_example, saved_extensions, saved_strategies
+from conservtl.adaptation.origin import Structure
 from conservtl.layers import find_layers
 from conservtl.methods import extend_all
 from conservtl.runtime.extending import apply_extensions
 from conservtl.source.run_header import read_header
 
-__all__ = ["describe_example", "extend_model", "read_header"]
+__all__ = ["extend_model", "merged_model", "read_header"]
+
+
+def merged_model(adaptation: Adaptation, structure: Structure) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a copy of the model with additions merged where that is exact, and the header's part for the others.
+
+    An adapter of PEFT is merged and unloaded.
+
+    Args:
+        adaptation: trained.
+        structure: by which the model's layers are found again.
+    """
+    model: nn.Module = adaptation.merged()
+    unload: Any = getattr(model, "merge_and_unload", None)
+    if callable(unload):
+        model = unload()
+    left = [one for one in (*adaptation.origin.inherited, *adaptation.origin.strategies) if not one.merge(model)]
+    extensions = adaptation.plan.extensions
+    if not left and not extensions:
+        return model, {}
+    described = {
+        "strategies": [one.model_dump(mode="json") for one in left],
+        "extensions": [one.model_dump(mode="json") for one in extensions],
+        "example": None if structure.example is None else describe_example(structure.example),
+        "layers": structure.layers,
+        "head": structure.head,
+        "modules": sorted({type(one).__module__ for one in (*left, *extensions)}),
+    }
+    return model, {"extended": described}
 
 
 def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: bool = True) -> dict[str, Tensor]:

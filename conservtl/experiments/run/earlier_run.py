@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from conservtl.errors import SourceError
 from conservtl.experiments.run.source_labels import listed
 from conservtl.experiments.spec.spec import Spec
-from conservtl.source.run_header import read_header
+from conservtl.source.run_header import OWN, read_header
 
 __all__ = ["check_preprocessing", "earlier_run"]
 
@@ -26,6 +26,8 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
     """
     weights = spec.source.weights
     if not isinstance(weights, Path) or (header := read_header(weights)) is None:
+        return None
+    if header["task"] == OWN:  # weights alone: no section of a spec is in it
         return None
     where = f"source.weights {spec.source.shown!r}"
     if header["task"] != spec.task:

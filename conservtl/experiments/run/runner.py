@@ -16,6 +16,7 @@ from conservtl.data import length_of
 from conservtl.engine import Holdout
 from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
 from conservtl.errors import MissingExtraError, SpecError
+from conservtl.experiments.publishing.run_card import CARD, run_card
 from conservtl.experiments.run.bundle import save_bundle, save_measured
 from conservtl.experiments.run.evaluation_sets import (
     device_of,
@@ -43,6 +44,7 @@ __all__ = ["plan_of", "run"]
 _RESULTS = (
     "report.json",
     "report.html",
+    CARD,
     "model.safetensors",
     "measured.safetensors",
     "history.jsonl",
@@ -71,8 +73,8 @@ def run(
 
     Args:
         spec: the run's spec.
-        out: folder for ``report.json``, ``report.html``, ``model.safetensors``, ``spec.yaml`` and
-            ``history.jsonl``; a checkpoint while it runs. Files of an earlier run in it are replaced.
+        out: folder for ``report.json``, ``report.html``, ``model.safetensors``, ``README.md`` (the model's card),
+            ``spec.yaml`` and ``history.jsonl``; a checkpoint while it runs. Files of an earlier run in it are replaced.
         resume: continue from the checkpoint in ``out``; from the beginning if the run stopped before the first.
         progress: show bars.
         tensorboard: write the history into ``tensorboard`` below the folder, too.
@@ -134,6 +136,7 @@ def run(
         write_text(dump_spec(setting.spec), folder / "spec.yaml")
         save_bundle(folder, adaptation, setting)
         save_measured(folder, adaptation.measured)
+        write_text(run_card(setting, adaptation, report), folder / CARD)
         write_json(report, folder / "report.json")
         try:
             write_html(report, result.history, folder / "report.html")

@@ -22,6 +22,7 @@ class Speech(Classification):
 
     name: ClassVar[str] = "speech"
     summary: ClassVar[str] = "Word recognition under a change of speaker."
+    pipeline: ClassVar[str | None] = "audio-classification"
     model_section: ClassVar[Any] = ModelSpec
     data_section: ClassVar[Any] = DataSpec
     preprocessing: ClassVar[Any] = SpeechPreprocessing

@@ -25,6 +25,7 @@ class Vision(Classification):
 
     name: ClassVar[str] = "vision"
     summary: ClassVar[str] = "Image classification under a change of labels or of image quality."
+    pipeline: ClassVar[str | None] = "image-classification"
     model_section: ClassVar[Any] = ModelSpec
     data_section: ClassVar[Any] = DataSpec
     preprocessing: ClassVar[Any] = VisionPreprocessing

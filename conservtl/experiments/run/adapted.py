@@ -1,0 +1,126 @@
+"""An adapted model that predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.batches import map_tensors
+from conservtl.data import Preprocessing
+from conservtl.errors import DataError, SpecError
+from conservtl.functions import logits_of
+from conservtl.tasks.bad_files import OnBad, check_files
+from conservtl.tasks.base import Prediction, Task
+
+__all__ = ["Adapted"]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapted model that predicts.
+
+    Args:
+        model: in eval mode.
+        labels: names of the model's outputs, in order.
+        preprocessing: makes inputs of files.
+        task: the task that it was adapted for.
+    """
+
+    model: nn.Module
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    task: Task
+
+    @torch.no_grad()
+    def outputs(self, inputs: Any) -> Any:
+        """Return the model's outputs.
+
+        Args:
+            inputs: as the model takes them: a tensor, or a dictionary of its arguments.
+        """
+        device = next(self.model.parameters()).device
+        placed = map_tensors(inputs, lambda tensor: tensor.to(device))
+        return self.task.forward(self.model, placed if isinstance(placed, Mapping) else (placed,))
+
+    def probabilities(self, inputs: Tensor) -> Tensor:
+        """Return (N, labels), each row summing to 1, for inputs as the model takes them; for tasks with classes."""
+        return logits_of(self.outputs(inputs)).float().softmax(-1)
+
+    def predict(
+        self,
+        files: str | Path | Sequence[str | Path],
+        batch_size: int = 32,
+        *,
+        on_bad: OnBad = "error",
+        skipped: MutableMapping[str, str] | None = None,
+    ) -> list[Prediction]:
+        """Return the answer for each file, or for one: its most probable label where the task has classes.
+
+        ``predictions`` yields the same one by one.
+
+        Args:
+            files: paths.
+            batch_size: files that are read and predicted at a time, which bounds the memory.
+            on_bad: whether a file that cannot be used is an error or skipped.
+            skipped: gets the names of skipped files, and why.
+
+        Raises:
+            DataError: a file is missing or cannot be read; the message names it.
+            SpecError: the batch size is below 1.
+        """
+        return list(self.predictions(files, batch_size, on_bad=on_bad, skipped=skipped))
+
+    def predictions(
+        self,
+        files: str | Path | Sequence[str | Path],
+        batch_size: int = 32,
+        *,
+        on_bad: OnBad = "error",
+        skipped: MutableMapping[str, str] | None = None,
+    ) -> Iterator[Prediction]:
+        """Return an iterator over the answers of ``predict``; files are read when it gets there.
+
+        Args:
+            files: paths.
+            batch_size: files that are read and predicted at a time, which bounds the memory.
+            on_bad: whether a file that cannot be used is an error or skipped.
+            skipped: gets the names of skipped files, and why.
+
+        Raises:
+            DataError: a file is missing or cannot be read; the message names it.
+            SpecError: the batch size is below 1.
+        """
+        paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+        if batch_size < 1:
+            raise SpecError(f"predict: batch_size must be at least 1; received {batch_size}.")
+        if on_bad not in get_args(OnBad):
+            raise SpecError(f"predict: on_bad must be 'error' or 'skip'; received {on_bad!r}.")
+        missing = [path for path in paths if not path.is_file()]
+        if missing and on_bad == "error":
+            raise DataError(f"{str(missing[0])!r} is not a file. Give paths of files to predict.")
+        bad: MutableMapping[str, str] = {} if skipped is None else skipped
+        bad.update((str(path), "is not a file") for path in missing)
+        paths = [path for path in paths if str(path) not in bad]
+        parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
+        skips = bad if on_bad == "skip" else None
+        return (prediction for part in parts for prediction in self._predicted(part, skips))
+
+    def _predicted(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> list[Prediction]:
+        try:
+            inputs = self.preprocessing.read(files)
+        except DataError:
+            if skipped is None:
+                raise
+            bad = check_files(files, lambda file: self.preprocessing.read([file]))
+            if not bad:  # not one file's fault
+                raise
+            skipped.update((str(file), reason) for file, reason in bad.items())
+            files = [file for file in files if file not in bad]
+            return self._predicted(files, skipped) if files else []
+        outputs = map_tensors(self.outputs(inputs), lambda tensor: tensor.cpu())
+        return self.task.predictions(outputs, self.labels, files)
