@@ -36,14 +36,14 @@ class GradientKernel:
         for item, gradient in self._gradients():
             if scale is not None:
                 gradient.mul_(_on(scale, gradient))
-            local(dense_gradient(item.parameter)).add_(gradient, alpha=factor)
+            local(dense_gradient(item.parameter)).add_(gradient, alpha=factor * self._penalty.every)
 
     @torch.no_grad()
     def move_weights(self, factor: float, skip: Tensor | None) -> None:
         """Subtract rate × factor × the penalty's gradient from each parameter, nothing if the step is skipped."""
         for item, gradient in self._gradients():
             weight = local(item.parameter)
-            step = gradient.mul_(item.group["lr"] * factor)
+            step = gradient.mul_(item.group["lr"] * factor * self._penalty.every)
             weight.sub_(step if skip is None else torch.where(_on(skip, weight) == 0, step, 0))
 
     def _gradients(self) -> Iterator[tuple[Moving, Tensor]]:

@@ -55,10 +55,16 @@ class Quadratic(Penalty):
                 strength,
                 item.group if self.mode == "decoupled" else None,  # coupled, one kernel serves all rates
                 self._weights(item),
+                self.every,
             )
             for item in moving
             if (strength := self._strength(item.row))
         )
+
+    @property
+    def _rhythm(self) -> str:
+        """The number of steps from one pull to the next, for the plan's table."""
+        return "" if self.every == 1 else f", every {self.every} steps"
 
     def _strength(self, row: Row) -> float:
         return self.strength_on(row) or 0.0

@@ -98,6 +98,11 @@ class FisherSP(Strategy):
     clip: NonNegative | None = None
     """Largest F of any element, in the same units. None: no limit."""
 
+    every: Count = 1
+    """Steps from one pull to the next, which has the strength of all of them: a k-th of the time and traffic. Coupled,
+    the gradient is added k times at once. Decoupled, each weight goes 1 - (1 - s)^k of the way, with s the share of one
+    step. Plain L2 on fresh parameters acts in each step."""
+
     @model_validator(mode="after")
     def _range(self) -> Self:
         if self.clip is not None and self.clip < self.floor:
@@ -121,7 +126,7 @@ class FisherSP(Strategy):
         )
         plan = plan.with_measure(measure) if copied else plan
         plan = with_decay(plan, self.label, dict.fromkeys(fresh, self.beta), self.mode)
-        penalty = FisherPenalty(by=self.label, names=(), mode=self.mode, reads=(measure.name,))
+        penalty = FisherPenalty(by=self.label, names=(), mode=self.mode, reads=(measure.name,), every=self.every)
         return with_quadratic(plan, penalty, dict.fromkeys(copied, alpha))
 
 
@@ -234,4 +239,4 @@ class FisherPenalty(Quadratic):
 
     def describe(self) -> str:
         """One line for the plan's table."""
-        return f"pull of {len(self.names)} parameters to the source, weighed by {', '.join(self.reads)}"
+        return f"pull of {len(self.names)} parameters to the source, weighed by {', '.join(self.reads)}{self._rhythm}"

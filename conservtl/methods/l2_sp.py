@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from conservtl.bounds import NonNegative
+from conservtl.bounds import Count, NonNegative
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
 from conservtl.methods._rows import Coverage, covered_rows, fresh_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
@@ -61,7 +61,7 @@ class L2SP(Strategy):
 
     kind: Literal["l2_sp"] = "l2_sp"
     aliases: ClassVar[Aliases] = {"l2sp": {}}
-    test_fields: ClassVar[TestFields] = ({"depth": [None, (Span(0.1, 1), Span(0.1, 1))]},)
+    test_fields: ClassVar[TestFields] = ({"depth": [None, (Span(0.1, 1), Span(0.1, 1))], "every": range(1, 4)},)
     alpha: NonNegative | None = None
     """Strength on parameters from the source. None: 0.1 coupled, 10 decoupled."""
     beta: NonNegative = 0.01
@@ -80,6 +80,10 @@ class L2SP(Strategy):
     anchors: Literal["fp32", "bf16", "cpu"] = "fp32"
     """Storage of the source values for the pull. fp32: as the parameters. bf16: half the memory; the pull leads to the
     rounded values, up to 2^-9 of each away. cpu: sent to the device at each step."""
+    every: Count = 1
+    """Steps from one pull to the next, which has the strength of all of them: a k-th of the time and traffic. Coupled,
+    the gradient is added k times at once. Decoupled, each weight goes 1 - (1 - s)^k of the way, with s the share of one
+    step. Plain L2 on fresh parameters acts in each step, and so does ``penalty()`` in a loss of your own."""
     anneal: Anneal | None = None
     """Factor on alpha over the optimizer's steps. None: 1."""
 
@@ -95,7 +99,9 @@ class L2SP(Strategy):
         fresh = fresh_rows(plan, self.on)
         divisor = self._divisor(row.size - row.copied_size for row in fresh)
         plan = with_decay(plan, self.label, {row.name: self.beta / divisor for row in fresh}, self.mode)
-        penalty = L2Penalty(by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal)
+        penalty = L2Penalty(
+            by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal, every=self.every
+        )
         divisor = self._divisor(row.copied_size for row in copied)
         return with_quadratic(plan, penalty, {row.name: self._alpha_at(row) / divisor for row in copied})
 
@@ -118,4 +124,4 @@ class L2Penalty(Quadratic):
 
     def describe(self) -> str:
         """One line for the plan's table."""
-        return f"pull of {len(self.names)} parameters to the source"
+        return f"pull of {len(self.names)} parameters to the source{self._rhythm}"

@@ -11,6 +11,7 @@ import torch
 from pydantic import SerializeAsAny
 from torch import Tensor
 
+from conservtl.bounds import Count
 from conservtl.errors import SpecError
 from conservtl.plan.decision import Decision
 from conservtl.plan.row import Anneal, Row
@@ -75,6 +76,9 @@ class Penalty(Decision):
     """coupled: part of the gradient. decoupled: a step of its own, rate × gradient, before the gradient step."""
     anneal: Anneal | None = None
     """Factor on the penalty over the steps; None: 1."""
+    every: Count = 1
+    """Steps from one act to the next, which has the strength of all of them: times this if coupled; decoupled, a share
+    s of the way to the target becomes 1 - (1 - s)^every."""
     anchor: Literal["fp32", "bf16", "cpu"] = "fp32"
     """Storage of the starting values. fp32: on the device, as the parameters. bf16: in half the memory. cpu: sent to
     the device at each step."""

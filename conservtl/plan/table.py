@@ -147,13 +147,16 @@ def _rate(row: Row) -> str:
 
 
 def _strength(plan: Plan, row: Row, column: Literal["pull", "decay"]) -> str:
-    """Return the strength in a column, the measurements that weigh it, and its mode."""
+    """Return the strength in a column, the measurements that weigh it, its mode, and how often it acts."""
     value: float | None = getattr(row, column)
     if value is None:
         return ""
     penalty = next((one for one in plan.penalties_on(row.name) if one.column == column), None)
     cell = " × ".join((f"{value:.3g}", *(penalty.reads if penalty else ())))
-    return f"{cell} decoupled" if penalty and penalty.mode == "decoupled" else cell
+    if penalty is None:
+        return cell
+    how = " decoupled" * (penalty.mode == "decoupled")
+    return f"{cell}{how}" if penalty.every == 1 else f"{cell}{how}, every {penalty.every} steps"
 
 
 def _decay(plan: Plan, row: Row) -> str:

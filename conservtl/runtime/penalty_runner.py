@@ -38,7 +38,7 @@ class PenaltyRunner:
             maximize: whether the optimizer maximises.
         """
         for penalty in self._context.plan.penalties:
-            factor = _factor(penalty, self._context)
+            factor = self._factor_now(penalty)
             if penalty.mode == "coupled" and factor:
                 for kernel in self._index.kernels(penalty):
                     kernel.add_gradients(-factor if maximize else factor, scale)
@@ -50,11 +50,16 @@ class PenaltyRunner:
             skip: scalar tensor, non-zero if the step will be skipped; None: it will not.
         """
         for penalty in self._context.plan.penalties:
-            factor = _factor(penalty, self._context)
+            factor = self._factor_now(penalty)
             if penalty.mode == "decoupled" and factor:
                 self._context.anchors.follow()  # an earlier penalty may have moved them
                 for kernel in self._index.kernels(penalty):
                     kernel.move_weights(factor, skip)
+
+    def _factor_now(self, penalty: Penalty) -> float:
+        """Return the annealing's factor, or 0 if the penalty does not act in this step."""
+        due = (self._context.updates.number + 1) % penalty.every == 0
+        return _factor(penalty, self._context) if due else 0.0
 
 
 def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Tensor:

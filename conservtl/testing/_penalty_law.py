@@ -25,7 +25,8 @@ def penalty_gradient(case: LawCase) -> str | None:
     """A penalty's gradient and its kernels are those of its value, also for each of the parts it is a sum over."""
     adaptation = case.make()
     parameters = named_parameters(adaptation.model)
-    for penalty in adaptation.plan.penalties:
+    for acting in adaptation.plan.penalties:
+        penalty = acting.model_copy(update={"every": 1})  # the law is about one step
         rows = [adaptation.plan[name] for name in penalty.names if name not in adaptation.frozen]
         moving = [penalised(penalty, adaptation.bound, row, parameters[row.name], {"lr": _RATE}) for row in rows]
         if not moving:

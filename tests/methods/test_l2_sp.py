@@ -147,3 +147,80 @@ def test_annealed_alpha(anneal, expected):
             adaptation.load_state_dict(state)
             optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
     assert found == pytest.approx([0.2 * factor for factor in expected], abs=1e-4)
+
+
+EVERY = [ctl.L2SP(alpha=2.0, every=3), ctl.L2SP(alpha=2.0, every=3, mode="decoupled")]
+
+
+@pytest.mark.parametrize("strategy", EVERY, ids=["coupled", "decoupled"])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_every_third_step_pulls_as_much_as_three(strategy, clipped):
+    """In the third step and the sixth, whatever lies between: phases, a checkpoint, clipping. No gradient but the pull.
+
+    Coupled 1 - 3 × 0.1 × 2 of the distance is left, decoupled (1 - 0.1 × 2)^3, as three steps would leave.
+    """
+    model, source = nn.Linear(1, 1, bias=False), {"weight": torch.zeros(1, 1)}
+    made = [strategy, ctl.GradualUnfreezing(phases=({"train": ["*"], "epochs": 1}, {"train": ["*"]}))]
+    adaptation = ctl.adapt(model, source, made)
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    found = []
+    for step in range(7):
+        model.weight.grad = torch.zeros(1, 1)
+        if clipped:
+            adaptation.pull()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        optimizer.step()
+        found.append(model.weight.item())
+        if step == 1:
+            adaptation.start_phase(1)
+        if step == 3:
+            state = adaptation.state_dict()
+            adaptation = ctl.adapt(model, source, made)
+            with torch.no_grad():
+                model.weight.fill_(found[-1])
+            adaptation.load_state_dict(state)
+            optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    left = 0.4 if strategy.mode == "coupled" else 0.8**3
+    assert found == pytest.approx([1, 1, left, left, left, left**2, left**2], rel=1e-6)
+
+
+def test_fisher_pulls_every_third_step_too():
+    """Decoupled, each element by its own share, at most to the source."""
+    model = nn.Linear(1, 3, bias=False)
+    strategy = ctl.FisherSP(alpha=2.0, every=3, mode="decoupled", normalize="none")
+    adaptation = ctl.adapt(model, {"weight": torch.zeros(3, 1)}, [strategy])
+    adaptation.use_measured("fisher", {"weight": torch.tensor([[1.0], [0.5], [9.0]])})
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    for _ in range(3):
+        optimizer.step()
+    assert model.weight.flatten().tolist() == pytest.approx([0.8**3, 0.9**3, 0.0], abs=1e-6)
+
+
+def test_every_is_in_the_plan_and_validated():
+    """It is printed and saved; it must be a whole number of at least 1."""
+    plan = ctl.adapt(deep(), deep(), [ctl.L2SP(every=10)]).plan
+    assert "every 10 steps" in str(plan)
+    assert type(plan).model_validate_json(plan.model_dump_json()).penalties[0].every == 10
+    assert "every" not in str(ctl.adapt(deep(), deep(), [ctl.L2SP()]).plan)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValidationError, match="every"):
+            ctl.L2SP(every=wrong)
+
+
+def test_a_penalty_of_your_own_acts_every_third_step():
+    """By the generic kernel, which knows no quadratic form: three times its gradient."""
+    from conservtl.kernels.gradient import GradientKernel
+    from conservtl.methods.l2_sp import L2Penalty
+    from conservtl.plan.update import Moving
+
+    model = nn.Linear(1, 1, bias=False)
+    row = ctl.adapt(model, {"weight": torch.zeros(1, 1)}, [ctl.L2SP(alpha=2.0)]).plan["weight"]
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    moving = [Moving(row, model.weight, torch.zeros(1, 1), {"lr": 0.1})]
+    GradientKernel(L2Penalty(by="x", names=("weight",), every=3), moving).add_gradients(1.0, None)
+    assert model.weight.grad.item() == pytest.approx(6.0)
