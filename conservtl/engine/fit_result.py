@@ -69,11 +69,12 @@ class FitResult:
         return fragment(html_table(header, rows, {1}), title=title, notes=notes)
 
     def _some_lines(self) -> list[dict[str, Any]]:
-        """Return at most so many lines as a reader takes in, evenly spread, the last one among them."""
-        count = len(self.history)
-        if count <= _SHOWN:
-            return list(self.history)
-        return [self.history[round(place * (count - 1) / (_SHOWN - 1))] for place in range(_SHOWN)]
+        """Return the lines of evaluated epochs, or all if none was; evenly spread and the last among them, if many."""
+        evaluated = [line for line in self.history if any(isinstance(value, Mapping) for value in line.values())]
+        lines = evaluated or list(self.history)
+        if len(lines) <= _SHOWN:
+            return lines
+        return [lines[round(place * (len(lines) - 1) / (_SHOWN - 1))] for place in range(_SHOWN)]
 
 
 def _shown(value: Any) -> str:

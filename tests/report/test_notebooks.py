@@ -50,7 +50,7 @@ def test_a_result_of_fit_shows_its_epochs():
     result = ctl.fit(adapted(), data, {"target": data}, training, seed=0)
     html = checked(result._repr_html_())
     epochs = [int(epoch) for epoch in re.findall(r"<tr[^>]*><td[^>]*>(\d+)</td>", html)]
-    assert len(epochs) == 12
+    assert len(epochs) == 12  # all are evaluated, and many
     assert (epochs[0], epochs[-1]) == (1, 30)
     assert "18 epochs are left out here" in html
     assert f"{result.history[-1]['target']['accuracy']:.4g}" in html
