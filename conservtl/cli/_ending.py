@@ -1,4 +1,4 @@
-"""Commands on finished models: merge."""
+"""Commands on finished models, and the list of methods: merge, methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["merge"]
+from conservtl.cli._options import Imports
+
+__all__ = ["merge", "methods"]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 
@@ -55,3 +57,14 @@ def merge(
         overwrite=overwrite,
     )
     sys.stdout.write(f"{merged}\n")
+
+
+def methods(
+    glob: Annotated[str, typer.Argument(metavar="[GLOB]", help="Names of strategies, such as '*_sp'.")] = "*",
+    _imports: Imports = None,
+) -> None:
+    """Print each strategy with paper, cost, measured gain and when it hurts; one alone in full, with its fields."""
+    from conservtl.report.text.catalogue import catalogue, full_text, short_text
+
+    found = catalogue(glob)
+    sys.stdout.write((full_text(found[0]) if len(found) == 1 else short_text(found)) + "\n")

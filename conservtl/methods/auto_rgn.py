@@ -41,6 +41,8 @@ class AutoRGN(Strategy):
     Cost: the norms of gradients and weights in each step, one or more optimizer groups for each layer; the host waits
     for the device once in ``every`` steps.
 
+    Hurts: where the ratios follow single small batches, so layers may get rates that chance decides.
+
     Reference:
         Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts", section 4: there a ratio
         for each tensor, once an epoch.

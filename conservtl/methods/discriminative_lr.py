@@ -33,6 +33,11 @@ class DiscriminativeLR(Strategy):
     ``lr``, so every scheduler sees them. ``adaptation.scheduler(...)`` makes one that keeps their ratios: by itself, a
     scheduler with one absolute bound (OneCycleLR) makes them all equal.
 
+    Cost: none but one optimizer group for each rate.
+
+    Hurts: where the target differs at the input side, whose layers then train too slowly: ``decay`` above 1 turns
+    the order round.
+
     Reference:
         Howard and Ruder 2018, "Universal language model fine-tuning for text classification", 3.2.
 

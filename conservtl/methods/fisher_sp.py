@@ -51,6 +51,9 @@ class FisherSP(Strategy):
     Cost: once before training, a gradient for each example (and for each class if ``true``), of many examples at a time
     if ``torch.func`` can; then memory for F and one multiplication more than ``L2SP`` a step.
 
+    Hurts: where the Fisher is measured on few examples, or on a source that answers all of them with certainty: it
+    is then near 0 almost everywhere.
+
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",
         section 3 (L2-SP-Fisher). Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks",

@@ -35,6 +35,8 @@ class GroupLassoSP(Strategy):
 
     Cost: three passes over the weights a step and one over the source's.
 
+    Hurts: where every channel must move a little: channels return as a whole.
+
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",
         section 3. The step: Parikh and Boyd 2014, "Proximal algorithms", section 6.5.1.

@@ -36,6 +36,9 @@ class L1SP(Strategy):
 
     Cost: four passes over the weights a step and one over the source's.
 
+    Hurts: where all weights must move a little, or alpha is large for the rate: most weights then stay at the
+    source.
+
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",
         section 3. The step: Parikh and Boyd 2014, "Proximal algorithms", section 6.5.2.

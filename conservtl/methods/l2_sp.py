@@ -39,6 +39,9 @@ class L2SP(Strategy):
     Cost: one pass over the trained weights a step, and one copy of them on the device unless ``anchors`` says
     otherwise.
 
+    Hurts: where the target needs weights far from the source: a large alpha holds them back, and with ``decoupled``
+    a rate times alpha above 1 overshoots.
+
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning with convolutional networks",
         equation 3. Decoupled: as Loshchilov and Hutter 2019 for weight decay, toward the source instead of zero.

@@ -25,6 +25,11 @@ class LayerTransfer(Strategy):
     the words do not depend on the speaker. ``layers`` = n with ``freeze`` and ``rest="fresh"`` is AnB of the
     transferability experiments; without ``freeze`` it is AnB+.
 
+    Cost: less than plain fine-tuning where layers are frozen; nothing else is kept.
+
+    Hurts: where the frozen side is the one by which the domains differ, such as the input side under another
+    microphone or corruption.
+
     Raises:
         SourceError: a transferred layer is not in the source, or has another shape there.
         SpecError: the model has fewer layers, or a glob matches none.

@@ -24,6 +24,9 @@ class LPFT(Strategy):
     Cost: the epochs of the first phase. ``fit`` computes the frozen body once for each example if it holds the data
     and nothing augments it.
 
+    Hurts: where source and target have the same labels and the source's head fits already: the first phase then
+    costs epochs for nothing.
+
     Reference:
         Kumar, Raghunathan, Jones, Ma and Liang 2022, "Fine-tuning can distort pretrained features and underperform
         out-of-distribution", section 3.

@@ -51,6 +51,9 @@ class Mixout(Strategy):
     Cost: memory for a second copy of the weights and for the masks between forward pass and step; six passes over the
     weights a step, and drawing the masks. Sharded parameters are refused.
 
+    Hurts: where steps must be quick: masks are drawn for all weights; and on little data many steps see weights
+    that are not those evaluated.
+
     Reference:
         Lee, Cho and Kang 2020, "Mixout: effective regularization to finetune large-scale pretrained language models",
         equation 4.

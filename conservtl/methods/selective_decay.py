@@ -42,6 +42,8 @@ class SelectiveDecay(Strategy):
 
     Cost: three passes over the weights a step and two over the source's. No state is kept from step to step.
 
+    Hurts: where gradients are noisy: the condition is decided by one batch.
+
     Reference:
         Tian, Huang and Kira 2024, "Rethinking weight decay for robust fine-tuning of foundation models", section 3.
 

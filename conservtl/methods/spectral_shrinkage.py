@@ -34,6 +34,8 @@ class SpectralShrinkage(Strategy):
 
     Cost: the singular values of an N × features matrix a step, in float32; on a GPU the host waits for the device.
 
+    Hurts: where batches are smaller than the rank of useful features, which are then shrunk too.
+
     Reference:
         Chen, Wang, Fu, Long and Wang 2019, "Catastrophic forgetting meets negative transfer: Batch spectral shrinkage
         for safe transfer learning", section 4.

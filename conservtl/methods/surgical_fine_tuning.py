@@ -39,6 +39,9 @@ class SurgicalFineTuning(Strategy):
 
     Cost: less than plain fine-tuning; with ``best``, one trial for each candidate before.
 
+    Hurts: where the chosen block cannot express the change, as the first convolution alone cannot for most
+    corruptions.
+
     Raises:
         SpecError: the body has no such position.
         SelectorError: a glob matches no layer.

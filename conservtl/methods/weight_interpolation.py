@@ -35,6 +35,9 @@ class WeightInterpolation(Strategy):
     Cost: none while training. With ``t=None``, ``points`` evaluations of the validation part, and a copy of the
     weights meanwhile.
 
+    Hurts: where source and adapted weights are far apart, so that the line between them crosses a region of high
+    loss.
+
     Reference:
         Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3.
 

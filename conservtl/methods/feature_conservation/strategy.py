@@ -54,6 +54,8 @@ class FeatureConservation(Strategy):
     augments it; memory for the source model and a copy of the tapped features. Attention: before training, one forward
     pass behind each tapped layer for each of its channels, many channels to a pass.
 
+    Hurts: where the target's features must differ from the source's, or memory for the source model is short.
+
     Reference:
         Li et al. 2019, "DELTA: Deep learning transfer using feature map with attention for convolutional networks",
         sections 3.2 and 3.3; the factor C on W is that of the authors' code. Mukhoti et al. 2023, "Fine-tuning can

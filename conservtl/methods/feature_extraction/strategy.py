@@ -54,6 +54,8 @@ class FeatureExtraction(Strategy):
 
     Cost: one forward pass for each example; for svm, scikit-learn works on a copy in double precision.
 
+    Hurts: where the frozen features do not separate the target's labels.
+
     Reference:
         Donahue et al. 2014, "DeCAF"; Sharif Razavian et al. 2014, "CNN features off-the-shelf". Mensink et al. 2013,
         "Distance-based image classification: Generalizing to new classes at near-zero cost" (nearest class mean).

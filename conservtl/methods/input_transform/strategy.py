@@ -46,6 +46,8 @@ class InputTransform(Strategy):
 
     Cost: features squared numbers to train, and to store for each speaker; one product a step.
 
+    Hurts: where the change is not a linear one of the features, or the learning rate is that of weights.
+
     Reference:
         Neto et al. 1995, "Speaker-adaptation for hybrid HMM-ANN continuous speech recognition system" (linear input
         network). Gemello et al. 2007, "Linear hidden transformations for adaptation of hybrid ANN/HMM models". Seide,

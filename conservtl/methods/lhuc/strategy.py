@@ -48,6 +48,8 @@ class LHUC(Strategy):
 
     Cost: one number for each unit to train, and to store for each speaker; one product for each layer a step.
 
+    Hurts: where the target differs by more than the strength of units, or the learning rate is that of weights.
+
     Reference:
         Swietojanski and Renals 2014, "Learning hidden unit contributions for unsupervised speaker adaptation of neural
         network acoustic models", section 2. Swietojanski, Li and Renals 2016, "Learning hidden unit contributions for

@@ -47,6 +47,9 @@ class NormAdaptation(Strategy):
     Cost: before training, one forward pass over the adaptation data for each norm, up to that norm; afterwards none.
     For ``instance`` none before, and at each norm the mean and variance of its input, in training and after.
 
+    Hurts: where target batches are small or of few classes: their statistics are then those of a few examples; the
+    source's are lost.
+
     Reference:
         Li, Wang, Shi, Liu and Hou 2017, "Revisiting batch normalization for practical domain adaptation" (the target's
         own statistics). Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift

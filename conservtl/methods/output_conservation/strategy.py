@@ -50,6 +50,8 @@ class OutputConservation(Strategy):
     Cost: a forward pass of the source a step, or one for each example in all if ``fit`` holds the data and nothing
     augments it; memory for the source model.
 
+    Hurts: where the source is wrong on the target with confidence: its answers are what is conserved.
+
     Reference:
         Yu, Yao, Su, Li and Seide 2013, "KL-divergence regularized deep neural network adaptation for improved large
         vocabulary speech recognition", equations 4 to 6. Li and Hoiem 2016, "Learning without forgetting", equations

@@ -46,6 +46,8 @@ class Projection(Strategy):
     Cost: two passes over the weights a step and one over the source's; with a learned radius none while training, and
     sharded parameters are refused.
 
+    Hurts: where one radius must serve layers that need to move and layers that need not.
+
     Reference:
         Gouk, Hospedales and Pontil 2021, "Distance-based regularisation of deep networks for fine-tuning", section 4.
         Learned: Tian et al. 2023, "Trainable projected gradient method for robust fine-tuning", section 3, here once
