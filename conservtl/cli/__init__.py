@@ -1,4 +1,4 @@
-"""The command line: plan, run, predict, compare, sweep, tune, recommend, lr-find, merge, methods, schema."""
+"""The command line: plan, run, predict, compare, sweep, tune, recommend, lr-find, merge, methods, push, schema."""
 
 from __future__ import annotations
 

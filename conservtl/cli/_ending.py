@@ -1,4 +1,4 @@
-"""Commands on finished models, and the list of methods: merge, methods."""
+"""Commands on finished models, and the list of methods: merge, methods, push."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from conservtl.cli._options import Imports
 
-__all__ = ["merge", "methods"]
+__all__ = ["merge", "methods", "push"]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 
@@ -68,3 +68,15 @@ def methods(
 
     found = catalogue(glob)
     sys.stdout.write((full_text(found[0]) if len(found) == 1 else short_text(found)) + "\n")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="As a run or ctl.save wrote it.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the Hugging Face Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a new repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
+) -> None:
+    """Upload a model and its card to the Hugging Face Hub, privately unless --public."""
+    from conservtl.experiments.publishing.push import push as push_folder
+
+    sys.stdout.write(f"{push_folder(folder, repository, public=public, dry_run=dry_run)}\n")
