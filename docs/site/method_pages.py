@@ -31,7 +31,7 @@ def method_page(cls: type[Strategy]) -> str:
     parts = [f"# {cls.__name__}", told[""].strip(), _names(cls)]
     cost = _measured_cost(cls.__name__)
     parts += ["## Cost", _sentence(told.get("Cost", _FREE)), *cost]
-    parts += ["## When it hurts", _sentence(told["Hurts"])] if "Hurts" in told else []
+    parts += [f"It hurts {told['Hurts']}"] if "Hurts" in told else []
     parts += ["## Fields", _fields(cls), "## Measured", *_measured(cls.__name__)]
     if "Raises" in told:
         parts += ["## Raises", re.sub(r"^(\w+): ", r"- **\1**: ", told["Raises"], flags=re.MULTILINE)]
