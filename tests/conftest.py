@@ -16,6 +16,14 @@ WORDS = ("0", "1", "2")
 PITCH = {"anna": 1.0, "ben": 0.9, "cleo": 1.25}
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that is present: for tests of what holds on any."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def humming(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soundfile = pytest.importorskip("soundfile")
@@ -37,9 +45,12 @@ def speech_fields(humming: Path, tmp_path: Path) -> dict:
     return {
         "task": "speech",
         "data": {"kind": "folder", "root": str(humming), "target": "cleo", "shots": 2},
-        "source": {"training": {"epochs": 3, "lr": 3e-3, "evaluate_every": 100}, "cache": str(tmp_path / "cache")},
+        "source": {
+            "training": {"device": "cpu", "epochs": 3, "lr": 3e-3, "evaluate_every": 100},
+            "cache": str(tmp_path / "cache"),
+        },
         "strategies": [{"kind": "l2_sp", "mode": "decoupled"}],
-        "training": {"epochs": 3, "lr": 1e-3},
+        "training": {"device": "cpu", "epochs": 3, "lr": 1e-3},  # compared with what a CPU computes
     }
 
 

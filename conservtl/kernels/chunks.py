@@ -16,7 +16,7 @@ __all__ = ["Chunk", "Pulled", "buffer_for", "chunk", "cut", "dense_gradient"]
 
 _CHUNK = {"cpu": 1 << 18}
 """Device -> elements that share one buffer: the difference stays in the cache until it is added."""
-_CHUNK_ELSEWHERE = 1 << 22  # a kernel launch costs more than a call, and the cache is larger
+_CHUNK_ELSEWHERE = 1 << 26  # as many as there is memory to spare for: launches cost more than the cache saves
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def gather(pulled: Iterable[Pulled]) -> list[PenaltyKernel]:
         parameter = item.parameter
         kind = (item.anchor is None, item.importance is None, parameter.device, parameter.dtype, item.every)
         if fused_on(parameter.device) and _fits(item):
-            types = [None if one is None else one.dtype for one in (item.anchor, item.importance)]
+            types = [None if one is None else (one.dtype, one.device) for one in (item.anchor, item.importance)]
             at_once.setdefault((*types, *kind), []).append(item)
         else:
             alike.setdefault((item.strength, id(item.group), *kind), []).append(item)
@@ -47,8 +47,9 @@ def gather(pulled: Iterable[Pulled]) -> list[PenaltyKernel]:
 def _fits(item: Pulled) -> bool:
     """Whether programs can pull a parameter together with others."""
     from conservtl.kernels.fused.members import fits
+    from conservtl.kernels.fused.stream import streams
 
-    return fits(item.parameter, item.anchor, item.importance)
+    return streams(item) or fits(item.parameter, item.anchor, item.importance)
 
 
 def _fused(items: Sequence[Pulled]) -> PenaltyKernel:

@@ -30,7 +30,7 @@ def main() -> None:
 
     # The source model, trained on all other speakers. A file of weights would do as well.
     source = speech.build(speech.ModelSpec(), data.preprocessing, len(data.labels))
-    settings = ctl.Training(epochs=15, lr=3e-3, schedule="one_cycle", threads=1)
+    settings = ctl.Training(epochs=15, lr=3e-3, schedule="one_cycle", device="cpu", threads=1)  # a GPU would wait
     ctl.fit(ctl.adapt(source, ctl.itself(missing=[])), data.source_train, training=settings, progress=True)
     print(f"before: target {accuracy(source, data.target_test)}, source {accuracy(source, data.source_test)}")
 

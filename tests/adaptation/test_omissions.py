@@ -100,7 +100,7 @@ class TestFinish:
     def test_after_fit_it_is_done_and_each_fit_does_it(self):
         adaptation = adapted(HALF)
         for _ in range(2):
-            settings = ctl.Training(epochs=1, lr=0.1, device="cpu")
+            settings = ctl.Training(device="cpu", epochs=1, lr=0.1)
             result = ctl.fit(adaptation, (X, torch.zeros(8, dtype=torch.long)), training=settings)
             weight = adaptation.model.body.weight.detach().clone()
             assert adaptation.finish() == result.after
@@ -205,7 +205,7 @@ class TestLeftOut:
         failing = adapted(HALF)
         labels = torch.zeros(8, dtype=torch.long)
         with pytest.raises(ctl.TrainingDivergedError):
-            ctl.fit(failing, (X * float("nan"), labels), training=ctl.Training(epochs=1, device="cpu"))
+            ctl.fit(failing, (X * float("nan"), labels), training=ctl.Training(device="cpu", epochs=1))
         del failing
         gc.collect()
         assert caught() == []

@@ -10,7 +10,7 @@ import torch
 import conservtl as ctl
 from conservtl.plan.after import After
 
-SETTINGS = {"epochs": 2, "lr": 0.05, "batch_size": 16}
+SETTINGS = {"device": "cpu", "epochs": 2, "lr": 0.05, "batch_size": 16}
 TENTHS = [number / 10 for number in range(11)]
 
 
@@ -172,12 +172,14 @@ class TestKeepPath:
 
     def test_it_needs_a_validation_part(self, plain, data):
         with pytest.raises(ctl.SpecError, match=r"keep=path.*valid has no 'target'"):
-            ctl.fit(plain(), data, training=ctl.Training(keep="path"))
+            ctl.fit(plain(), data, training=ctl.Training(device="cpu", keep="path"))
 
     @pytest.mark.parametrize("t", [0.5, None])
     def test_it_does_not_go_with_a_strategy_that_interpolates(self, plain, data, t):
         with pytest.raises(ctl.SpecError, match="keep=path and WeightInterpolation both interpolate"):
-            ctl.fit(plain(ctl.WeightInterpolation(t=t)), data, {"target": data}, ctl.Training(keep="path"))
+            ctl.fit(
+                plain(ctl.WeightInterpolation(t=t)), data, {"target": data}, ctl.Training(device="cpu", keep="path")
+            )
 
 
 def test_sets_must_be_named(plain, data):

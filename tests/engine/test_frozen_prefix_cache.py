@@ -197,7 +197,9 @@ def train(model, frozen, keep, *, epochs=3, data=None, **options):
     if data is None:
         generator = torch.Generator().manual_seed(1)
         data = torch.randn(40, 6, generator=generator), torch.randint(0, 3, (40,), generator=generator)
-    training = ctl.Training(epochs=epochs, batch_size=16, **{"optimizer": "sgd", "lr": 0.05, **options.pop("set", {})})
+    training = ctl.Training(
+        device="cpu", epochs=epochs, batch_size=16, **{"optimizer": "sgd", "lr": 0.05, **options.pop("set", {})}
+    )
     result = ctl.fit(adaptation, data, training=training, keep_frozen_outputs=keep, seed=2, **options)
     return adaptation, result
 
@@ -337,7 +339,7 @@ def test_networks_for_images(name):
         layers = len(ctl.find_layers(copied)) // 2
         transfer = ctl.LayerTransfer(side="input", layers=layers)
         adaptation = ctl.adapt(copied, copy.deepcopy(model), [transfer])
-        training = ctl.Training(epochs=2, batch_size=3, optimizer="sgd", lr=1e-3)
+        training = ctl.Training(device="cpu", epochs=2, batch_size=3, optimizer="sgd", lr=1e-3)
         result = ctl.fit(adaptation, data, training=training, keep_frozen_outputs=keep, seed=2)
         results[keep] = adaptation
         assert result.kept_outputs == keep
@@ -438,7 +440,7 @@ def test_each_phase_keeps_its_own():
         torch.manual_seed(0)
         model = Norms()
         adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.GradualUnfreezing(by="layer", epochs=2)])
-        training = ctl.Training(epochs=6, batch_size=16, lr=0.05, optimizer="sgd")
+        training = ctl.Training(device="cpu", epochs=6, batch_size=16, lr=0.05, optimizer="sgd")
         result = ctl.fit(adaptation, data, training=training, seed=1, keep_frozen_outputs=keep)
         assert result.kept_outputs == keep
         results.append(adaptation.model)

@@ -77,7 +77,7 @@ def test_ctc_with_padding(precision):
         adaptation,
         loader,
         {"target": loader},
-        ctl.Training(epochs=30, lr=0.02, precision=precision, clip=1.0, keep="target", select="loss"),
+        ctl.Training(device="cpu", epochs=30, lr=0.02, precision=precision, clip=1.0, keep="target", select="loss"),
         forward=lambda model, batch: model(batch["frames"]),
         loss=ctc,
         metrics=exact,
@@ -93,7 +93,7 @@ def test_ctc_over_held_tensors():
     result = ctl.fit(
         adaptation,
         padded(utterances()),
-        training=ctl.Training(epochs=3, batch_size=8, lr=0.02),
+        training=ctl.Training(device="cpu", epochs=3, batch_size=8, lr=0.02),
         forward=lambda model, batch: model(batch["frames"]),
         loss=ctc,
         metrics=exact,
@@ -119,7 +119,7 @@ def test_ctc_conserves_the_outputs_of_what_was_said(keep):
         ctl.fit(
             adaptation,
             data,
-            training=ctl.Training(epochs=3, batch_size=8, lr=0.02),
+            training=ctl.Training(device="cpu", epochs=3, batch_size=8, lr=0.02),
             forward=lambda model, batch: model(batch["frames"], batch["lengths"]),
             loss=lambda outputs, batch: ctc(outputs[0], batch),
             metrics=lambda outputs, batch: exact(outputs[0], batch),
@@ -169,7 +169,7 @@ def test_dictionary_batches(kind, way):
     train = {"held": batch, "loader": [batch], "batch encoding": [UserDict(batch)]}[way]
     model = HuggingFaceStyle(kind)
     adaptation = ctl.adapt(model, HuggingFaceStyle(kind))
-    result = ctl.fit(adaptation, train, {"target": train}, ctl.Training(epochs=30, lr=0.1))
+    result = ctl.fit(adaptation, train, {"target": train}, ctl.Training(device="cpu", epochs=30, lr=0.1))
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert set(result.history[-1]["target"]) == {"loss", "accuracy"}
 
@@ -180,7 +180,7 @@ def test_named_tuples_stay_named():
     ctl.fit(
         adaptation,
         [Pair(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))],
-        training=ctl.Training(epochs=1),
+        training=ctl.Training(device="cpu", epochs=1),
         forward=lambda model, batch: model(batch.sound),
         loss=lambda outputs, batch: F.cross_entropy(outputs, batch.word),
     )
@@ -199,7 +199,7 @@ def test_a_metric_on_two_sets(plain, data):
         adaptation,
         data,
         {"target": data, "source": ctl.Holdout(source, forward=source_view)},
-        ctl.Training(epochs=2, keep="harmonic"),
+        ctl.Training(device="cpu", epochs=2, keep="harmonic"),
     )
     with torch.no_grad():
         adaptation.model.eval()
@@ -227,7 +227,7 @@ def test_metrics_are_means_over_examples(net):
 
 def test_an_empty_set_is_named(plain, data):
     with pytest.raises(ctl.DataError, match="a set to evaluate on has no examples"):
-        ctl.fit(plain(), data, {"target": []}, ctl.Training(epochs=1))
+        ctl.fit(plain(), data, {"target": []}, ctl.Training(device="cpu", epochs=1))
 
 
 def test_a_loss_is_a_scalar(plain, data):
@@ -235,7 +235,7 @@ def test_a_loss_is_a_scalar(plain, data):
         ctl.fit(
             plain(),
             data,
-            training=ctl.Training(batch_size=16),
+            training=ctl.Training(device="cpu", batch_size=16),
             loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1], reduction="none"),
         )
 

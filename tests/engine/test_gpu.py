@@ -28,6 +28,68 @@ def _trained(precision, alpha, **settings):
     return adaptation, ctl.fit(adaptation, data, training=training, seed=1)
 
 
+WEIGHTS = [
+    ctl.L2SP(on="all"),
+    ctl.L2SP(on="all", mode="decoupled"),
+    ctl.L2SP(anchors="bf16"),
+    ctl.L2SP(anchors="cpu"),
+    ctl.L2SP(anchors="cpu", mode="decoupled"),
+    ctl.L2SP(depth=(1, 0.1), every=2),
+    ctl.L2SP(mode="decoupled", every=2),
+    ctl.L2SP(anneal=ctl.Anneal(steps=10)),
+    ctl.L2SP(mode="decoupled", anneal=ctl.Anneal(steps=10)),
+]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *(one for one in WEIGHTS if one.anchors != "bf16"),
+        ctl.Projection(radius=0.01),
+        ctl.Projection(radius=0.01, norm="mars", on="all"),
+        ctl.Projection(radius=0.01, by="row"),
+        ctl.SelectiveDecay(),
+        ctl.L1SP(on="all"),
+        ctl.GroupLassoSP(on="all"),
+        ctl.AutoRGN(every=2),
+    ],
+    ids=str,
+)
+def test_programs_compute_what_a_cpu_computes(strategy):
+    """In double precision, channels last, in steps of AdamW at a rate for each layer."""
+    moved = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+        model = model.double().to(device, memory_format=torch.channels_last).eval()
+        chosen = [strategy, ctl.DiscriminativeLR(decay=0.5)]
+        adaptation = ctl.adapt(model, copy.deepcopy(model), chosen)
+        optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-2)
+        inputs = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+        for _ in range(4):
+            F.cross_entropy(model(inputs), torch.tensor([0, 1, 2, 3], device=device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append([parameter.detach().cpu() for parameter in model.parameters()])
+    for ours, theirs in zip(*moved, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_masks_are_the_same_after_resuming():
+    """They are drawn by a counter of seed, step and parameter."""
+    drawn = []
+    for _ in range(2):
+        model = nn.Linear(100, 50).cuda()
+        adaptation = ctl.adapt(model, {n: torch.zeros_like(p) for n, p in model.state_dict().items()}, [ctl.Mixout()])
+        adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        model(torch.zeros(1, 100, device="cuda"))
+        drawn.append(model.weight.detach().clone())
+    assert torch.equal(*drawn)
+    assert 0.2 < (drawn[0] != 0).double().mean() < 0.4
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_fp16_pulls_as_fp32_does(fused, clip):
@@ -101,9 +163,16 @@ def test_deterministic(plain, data, same):
         ctl.L1SP(),
         ctl.GroupLassoSP(),
         ctl.Mixout(),
+        *WEIGHTS,
+        ctl.OutputConservation(),
+        ctl.FeatureConservation(layers=1),
+        ctl.FeatureConservation(layers=1, metric="ldifs"),
+        ctl.LHUC(freeze=False),
+        ctl.InputTransform(freeze=False),
     ],
-    ids=lambda strategy: strategy.kind,
+    ids=str,
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_waits_for_nothing(strategy):
     """No update reads a number on the host; the rates from gradient norms do so where they decide, once in a while."""
     torch.manual_seed(0)
@@ -117,7 +186,8 @@ def test_a_step_waits_for_nothing(strategy):
         torch.cuda.set_sync_debug_mode("error" if number else "default")
         try:
             with torch.autocast("cuda", torch.float16):
-                loss = F.cross_entropy(model(inputs), labels)
+                outputs = model(inputs)
+                loss = adaptation.loss(F.cross_entropy(outputs, labels), outputs, inputs)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             optimizer.zero_grad()

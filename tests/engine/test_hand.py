@@ -43,7 +43,9 @@ def test_held_data(plain, data, hand, same, name, accumulate):
         3,
         accumulate,
     )
-    training = ctl.Training(epochs=3, batch_size=16, optimizer=name, lr=options["lr"], accumulate=accumulate)
+    training = ctl.Training(
+        device="cpu", epochs=3, batch_size=16, optimizer=name, lr=options["lr"], accumulate=accumulate
+    )
     result = ctl.fit(adaptation, data, training=training, seed=3)
     assert same(adaptation.model, model)
     assert result.steps == 3 * (4 if accumulate == 1 else 2)
@@ -59,7 +61,7 @@ def test_data_loader(plain, data, hand, same, accumulate, length):
     source = loader if length else _WithoutLength(loader)
     torch.manual_seed(3)
     hand(model, torch.optim.AdamW(by_hand(model), lr=0.01), lambda: loader, 3, accumulate)
-    ctl.fit(adaptation, source, training=ctl.Training(epochs=3, lr=0.01, accumulate=accumulate), seed=3)
+    ctl.fit(adaptation, source, training=ctl.Training(device="cpu", epochs=3, lr=0.01, accumulate=accumulate), seed=3)
     assert same(adaptation.model, model)
 
 
@@ -68,7 +70,7 @@ def test_clipping_with_a_pull(plain, data, same, mode):
     """Clipping includes the pull, like a penalty in the loss; a decoupled pull moves weights before the step."""
     adaptation = plain(ctl.L2SP(alpha=0.5, beta=0.1, mode=mode))
     other = copy.deepcopy(adaptation)
-    training = ctl.Training(epochs=3, batch_size=16, optimizer="sgd", lr=0.05, clip=0.3)
+    training = ctl.Training(device="cpu", epochs=3, batch_size=16, optimizer="sgd", lr=0.05, clip=0.3)
     ctl.fit(adaptation, data, training=training, seed=3)
 
     torch.manual_seed(3)
@@ -91,7 +93,9 @@ def test_the_pull_stays_exact_under_accumulation_and_schedules(plain, data, sche
     """With any schedule and accumulation the pull equals the penalty in the loss, once per step."""
     adaptation = plain(ctl.L2SP(alpha=0.5, beta=0.1), dropout=0.0)
     other = copy.deepcopy(adaptation)
-    training = ctl.Training(epochs=2, batch_size=16, optimizer="sgd", lr=0.05, accumulate=2, schedule=schedule)
+    training = ctl.Training(
+        device="cpu", epochs=2, batch_size=16, optimizer="sgd", lr=0.05, accumulate=2, schedule=schedule
+    )
     ctl.fit(adaptation, data, training=training, seed=3)
 
     torch.manual_seed(3)
@@ -135,7 +139,9 @@ def test_any_sizes(hand, same, length, batch, accumulate, name):
         2,
         accumulate,
     )
-    training = ctl.Training(epochs=2, batch_size=batch, optimizer=name, lr=options["lr"], accumulate=accumulate)
+    training = ctl.Training(
+        device="cpu", epochs=2, batch_size=batch, optimizer=name, lr=options["lr"], accumulate=accumulate
+    )
     ctl.fit(adaptation, (inputs, labels), training=training, seed=2)
     assert same(adaptation.model, model)
 
@@ -143,7 +149,7 @@ def test_any_sizes(hand, same, length, batch, accumulate, name):
 def test_evaluation_does_not_disturb_training(plain, data, same):
     """Evaluations while training do not change the weights."""
     alone, watched = plain(), plain()
-    training = ctl.Training(epochs=3, batch_size=16, lr=0.01)
+    training = ctl.Training(device="cpu", epochs=3, batch_size=16, lr=0.01)
     ctl.fit(alone, data, training=training, seed=3)
     loader = DataLoader(TensorDataset(*data), 16, shuffle=True)
     ctl.fit(watched, data, {"target": data}, training, watch={"source": loader}, seed=3)
@@ -154,7 +160,7 @@ def test_frozen_layers_stand_still(plain, data):
     """Frozen parameters and running statistics do not change, whatever the optimizer decays."""
     adaptation = plain(ctl.LayerTransfer(side="input", layers=1))
     before = copy.deepcopy(adaptation.model.stem.state_dict())
-    training = ctl.Training(epochs=2, batch_size=16, optimizer="adamw", lr=0.1, weight_decay=0.1)
+    training = ctl.Training(device="cpu", epochs=2, batch_size=16, optimizer="adamw", lr=0.1, weight_decay=0.1)
     ctl.fit(adaptation, data, training=training, augment=lambda batch, _: batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adaptation.model.stem.state_dict().items())
     drift = adaptation.drift()

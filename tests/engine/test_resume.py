@@ -15,7 +15,7 @@ import conservtl as ctl
 from conservtl.engine.checkpoint import Checkpoints
 
 UNFREEZING = ctl.GradualUnfreezing(by="layer", scales=(1.0, 0.5))
-SETTINGS = {"epochs": 4, "batch_size": 16, "lr": 0.01}
+SETTINGS = {"device": "cpu", "epochs": 4, "batch_size": 16, "lr": 0.01}
 
 
 def noise(batch, generator):

@@ -67,7 +67,7 @@ def test_ratios_between_groups_survive(plain, data, schedule):
         return model(batch[0])
 
     epochs = len(adaptation.plan.phases) + 1
-    training = ctl.Training(epochs=epochs, batch_size=16, lr=0.1, schedule=schedule)
+    training = ctl.Training(device="cpu", epochs=epochs, batch_size=16, lr=0.1, schedule=schedule)
     result = ctl.fit(adaptation, data, training=training, forward=forward, keep_frozen_outputs=False)
     rows = {row.scale for row in adaptation.plan.rows}
     assert len(rows) == 3
@@ -87,7 +87,7 @@ def test_phases_train_what_they_say(plain, data):
         moved.append(adaptation.drift())
         return {}
 
-    training = ctl.Training(epochs=3, batch_size=64, lr=0.1)
+    training = ctl.Training(device="cpu", epochs=3, batch_size=64, lr=0.1)
     ctl.fit(adaptation, data, training=training, metrics=look, watch={"target": data})
     names = list(moved[0])
     assert [[drift[name] > 0 for name in names] for drift in moved] == [
@@ -100,7 +100,7 @@ def test_phases_train_what_they_say(plain, data):
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_phases_need_their_epochs(plain, data, epochs):
     with pytest.raises(ctl.SpecError, match=rf"training\.epochs is {epochs}, but the plan's phases"):
-        ctl.fit(plain(ctl.GradualUnfreezing(by="layer")), data, training=ctl.Training(epochs=epochs))
+        ctl.fit(plain(ctl.GradualUnfreezing(by="layer")), data, training=ctl.Training(device="cpu", epochs=epochs))
 
 
 def test_a_schedule_needs_a_length(plain, data):
@@ -109,18 +109,18 @@ def test_a_schedule_needs_a_length(plain, data):
             yield data
 
     with pytest.raises(ctl.SpecError, match="which needs the number of steps, but the training data has no length"):
-        ctl.fit(plain(), Endless(), training=ctl.Training(schedule="cosine"))
+        ctl.fit(plain(), Endless(), training=ctl.Training(device="cpu", schedule="cosine"))
 
 
 def test_one_cycle_warms_up_by_itself(plain, data):
     with pytest.raises(ctl.SpecError, match="one_cycle warms up by itself"):
-        ctl.fit(plain(), data, training=ctl.Training(schedule="one_cycle", warmup=0.1))
+        ctl.fit(plain(), data, training=ctl.Training(device="cpu", schedule="one_cycle", warmup=0.1))
 
 
 def test_statistics_can_be_held(plain, data):
     """batch_norm="eval" trains the weights and keeps the source's statistics."""
     adaptation = plain()
     before = adaptation.model.stem[1].running_mean.clone()
-    ctl.fit(adaptation, data, training=ctl.Training(epochs=2, batch_size=16, batch_norm="eval", lr=0.1))
+    ctl.fit(adaptation, data, training=ctl.Training(device="cpu", epochs=2, batch_size=16, batch_norm="eval", lr=0.1))
     assert torch.equal(adaptation.model.stem[1].running_mean, before)
     assert all(moved > 0 for moved in adaptation.drift().values())

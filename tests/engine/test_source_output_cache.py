@@ -57,6 +57,6 @@ def test_is_run_once_for_each_example_unless_its_outputs_are_random(change, kept
     adaptation = ctl.adapt(model, source, [ctl.OutputConservation()])
     built[-1].seen = []
     data = torch.randn(40, 4), torch.randint(3, (40,))
-    ctl.fit(adaptation, data, training=ctl.Training(epochs=EPOCHS, batch_size=8, lr=1e-3), seed=1)
+    ctl.fit(adaptation, data, training=ctl.Training(device="cpu", epochs=EPOCHS, batch_size=8, lr=1e-3), seed=1)
     runs = sum(built[-1].seen) / 40
     assert runs <= 2 if kept else runs >= EPOCHS

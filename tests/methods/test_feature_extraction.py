@@ -119,7 +119,7 @@ class TestFitted:
     def test_fit_makes_no_step_and_shows_what_was_fitted(self):
         """The line of the history is of the fitted head, not of the random one before it."""
         adaptation = adapted(ctl.FeatureExtraction(classifier="ncm"))
-        result = ctl.fit(adaptation, DATA, {"target": DATA}, path={"target": DATA})
+        result = ctl.fit(adaptation, DATA, {"target": DATA}, ctl.Training(device="cpu"), path={"target": DATA})
         logits = adaptation.model.eval()(DATA[0])
         right = (logits.argmax(1) == DATA[1]).float().mean().item()
         assert (result.steps, result.path, len(result.history)) == (0, (), 1)
@@ -129,21 +129,27 @@ class TestFitted:
 
     def test_shuffled_and_streamed_data_give_the_same(self):
         held, streamed = (adapted(ctl.FeatureExtraction(classifier="logistic")) for _ in range(2))
-        ctl.fit(held, DATA, training=ctl.Training(batch_size=16))
-        ctl.fit(streamed, [(DATA[0][i : i + 7], DATA[1][i : i + 7]) for i in range(0, 50, 7)])
+        ctl.fit(held, DATA, training=ctl.Training(device="cpu", batch_size=16))
+        ctl.fit(
+            streamed,
+            [(DATA[0][i : i + 7], DATA[1][i : i + 7]) for i in range(0, 50, 7)],
+            training=ctl.Training(device="cpu"),
+        )
         torch.testing.assert_close(held.model.head.weight, streamed.model.head.weight, rtol=1e-2, atol=1e-3)
 
     def test_augmentation_does_not_reach_it(self):
         one, other = (adapted(ctl.FeatureExtraction(classifier="ncm")) for _ in range(2))
-        ctl.fit(one, DATA, seed=0)
-        ctl.fit(other, DATA, seed=0, augment=lambda batch, _: (batch[0] * 0, batch[1]))
+        ctl.fit(one, DATA, training=ctl.Training(device="cpu"), seed=0)
+        ctl.fit(
+            other, DATA, training=ctl.Training(device="cpu"), seed=0, augment=lambda batch, _: (batch[0] * 0, batch[1])
+        )
         assert torch.equal(one.model.head.weight, other.model.head.weight)
 
     def test_it_follows_what_was_trained(self):
         """With a norm left free the features move first, and the classifier is of the moved ones."""
         free = ctl.LayerTransfer(layers=1, side="input", freeze=False)
         adaptation = adapted(ctl.FeatureExtraction(classifier="ncm"), free)
-        result = ctl.fit(adaptation, DATA, training=ctl.Training(epochs=2, lr=1e-2), seed=0)
+        result = ctl.fit(adaptation, DATA, training=ctl.Training(device="cpu", epochs=2, lr=1e-2), seed=0)
         assert result.steps > 0
         model = adaptation.model.eval()
         features = model.body(model.stem(DATA[0])).mean(-1)
@@ -173,7 +179,7 @@ class TestLayers:
         adaptation = ctl.adapt(model, net(100), [ctl.FeatureExtraction(layers=("stem*",))], example=DATA[0][:2])
         assert adaptation.plan.trained == ("head.weight", "head.bias")
         before = model.head.weight.detach().clone()
-        history = ctl.fit(adaptation, DATA, training=ctl.Training(epochs=5, lr=1e-2), seed=0).history
+        history = ctl.fit(adaptation, DATA, training=ctl.Training(device="cpu", epochs=5, lr=1e-2), seed=0).history
         assert not torch.equal(model.head.weight, before)
         assert history[-1]["loss"] < history[0]["loss"]
         assert all(torch.equal(p, net(100).state_dict()[n]) for n, p in model.named_parameters() if "head" not in n)
@@ -220,7 +226,10 @@ def test_with_labels_of_its_own_the_source_keeps_its_head(tmp_path):
     spec = parse_spec(
         {
             "task": "vision",
-            "source": {"training": {"epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(tmp_path)},
+            "source": {
+                "training": {"device": "cpu", "epochs": 1, "lr": 3e-3, "evaluate_every": 9},
+                "cache": str(tmp_path),
+            },
             "data": {"kind": "digits", "shots": 2},
             "strategies": [{"kind": "feature_extraction", "classifier": "ncm", "layers": ["layer2.*", "linear"]}],
         }

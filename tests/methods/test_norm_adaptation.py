@@ -197,7 +197,14 @@ def test_one_value_a_channel_has_no_variance():
 def test_fit_measures_and_makes_no_step_where_nothing_is_trained(tmp_path):
     adaptation = ctl.adapt(network(), source(), [ctl.NormAdaptation(train="nothing", statistics="target")])
     before = {name: parameter.clone() for name, parameter in adaptation.model.named_parameters()}
-    result = ctl.fit(adaptation, (X, Y), valid={"target": (X, Y)}, watch={"source": (X, Y)}, out=tmp_path)
+    result = ctl.fit(
+        adaptation,
+        (X, Y),
+        training=ctl.Training(device="cpu"),
+        valid={"target": (X, Y)},
+        watch={"source": (X, Y)},
+        out=tmp_path,
+    )
     assert (result.steps, len(result.history)) == (0, 1)
     assert result.best == result.history[0]["target"]["accuracy"]
     assert result.history[0]["source"].keys() == {"loss", "accuracy"}
@@ -209,7 +216,7 @@ def test_fit_measures_and_makes_no_step_where_nothing_is_trained(tmp_path):
 
 def test_fit_trains_on_measured_statistics():
     adaptation = ctl.adapt(network(), source(), [ctl.NormAdaptation(statistics="target")])
-    ctl.fit(adaptation, (X, Y), training=ctl.Training(epochs=2, batch_size=7))
+    ctl.fit(adaptation, (X, Y), training=ctl.Training(device="cpu", epochs=2, batch_size=7))
     expected = layer_by_layer(source(), X, 0)
     assert torch.allclose(adaptation.model[1].running_mean, expected[1].running_mean, rtol=1e-5)
 

@@ -145,7 +145,7 @@ class TestLearned:
         x = torch.randn(64, 4)
         labels = model(x).argmax(-1)
         data, valid = (x[:32], (labels[:32] + 1) % 3), (x[32:], labels[32:])
-        training = ctl.Training(epochs=20, batch_size=16, lr=0.01)
+        training = ctl.Training(device="cpu", epochs=20, batch_size=16, lr=0.01)
         result = ctl.fit(adaptation, data, {"target": valid}, training, seed=0)
         radii = result.after["learned_projection"]["radii"]
         assert radii.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}

@@ -14,7 +14,7 @@ from conservtl.methods import as_strategy
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(24) % 3
-SETTINGS = ctl.Training(epochs=2, batch_size=8, lr=0.05)
+SETTINGS = ctl.Training(device="cpu", epochs=2, batch_size=8, lr=0.05)
 
 
 def network(classes=3, seed=0):
@@ -114,7 +114,7 @@ def test_without_a_t_the_best_on_the_validation_part_is_taken():
         return (adaptation.model[0].weight - goal).norm()
 
     valid = {"target": ctl.Holdout((X, Y), loss=loss, metrics=metric)}
-    settings = ctl.Training(epochs=2, batch_size=8, lr=0.05, select="loss")
+    settings = ctl.Training(device="cpu", epochs=2, batch_size=8, lr=0.05, select="loss")
     result = ctl.fit(adaptation, (X, Y), valid, settings, seed=0)
     facts = result.after["weight_interpolation"]
     assert facts["t"] == 0.75

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -40,24 +40,31 @@ _TYPES: dict[torch.dtype, Any] = {
 }
 
 
-def add_pull(members: Members, amounts: Tensor, scale: Tensor | None) -> None:
+def add_pull(
+    members: Members, amounts: Tensor, scale: Tensor | None, parts: Iterable[tuple[Blocks, Tensor]] | None = None
+) -> None:
     """Add amount × scale × importance × (w - w0) to the gradients; those missing are made.
 
     Args:
         members: the parameters.
         amounts: one for each, (parameters,), in double precision.
         scale: scalar tensor; None: 1.
+        parts: blocks with the addresses of their anchors, in turn; None: all blocks with the members' own.
     """
     gradients, aligned = members.gradients(made=True)
     carried = amounts if scale is None else _beside(scale, members)
-    _run(
-        programs.add_pull, members, members.blocks, *_tables(members), gradients, amounts, carried, *_types(members),
-        _TYPES[members.accumulate], members.anchors is not None, members.importances is not None, scale is not None,
-        aligned, BLOCK,
-    )  # fmt: skip
+    for blocks, anchors in [(members.blocks, members.anchor_table)] if parts is None else parts:
+        _run(
+            programs.add_pull, members, blocks, members.weight_table, anchors, members.importance_table, gradients,
+            amounts, carried, *_types(members), _TYPES[members.accumulate], members.anchored or parts is not None,
+            members.importances is not None, scale is not None, aligned, BLOCK,
+        )  # fmt: skip
 
 
-def lerp(members: Members, amounts: Tensor, skip: Tensor | None = None, every: int = 1) -> None:
+def lerp(
+    members: Members, amounts: Tensor, skip: Tensor | None = None, every: int = 1,
+    parts: Iterable[tuple[Blocks, Tensor]] | None = None,
+) -> None:  # fmt: skip
     """Move the weights by shares of the way to their anchors, or to zero.
 
     Args:
@@ -65,13 +72,15 @@ def lerp(members: Members, amounts: Tensor, skip: Tensor | None = None, every: i
         amounts: one for each, (parameters,); times the importances, at most 1.
         skip: scalar tensor, non-zero if nothing is to move.
         every: number of steps in one, if there are importances.
+        parts: as for ``add_pull``.
     """
     carried = amounts if skip is None else _beside(skip, members)
-    _run(
-        programs.lerp, members, members.blocks, *_tables(members), amounts, carried, *_types(members),
-        _TYPES[members.accumulate], members.anchors is not None, members.importances is not None, skip is not None,
-        every, members.aligned, BLOCK,
-    )  # fmt: skip
+    for blocks, anchors in [(members.blocks, members.anchor_table)] if parts is None else parts:
+        _run(
+            programs.lerp, members, blocks, members.weight_table, anchors, members.importance_table, amounts, carried,
+            *_types(members), _TYPES[members.accumulate], members.anchored or parts is not None,
+            members.importances is not None, skip is not None, every, members.aligned, BLOCK,
+        )  # fmt: skip
 
 
 def soften(members: Members, thresholds: Tensor, skip: Tensor | None) -> None:
@@ -202,10 +211,6 @@ def _run(program: Any, members: Members, blocks: Blocks, *arguments: Any) -> Non
 
 def _device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _tables(members: Members) -> tuple[Tensor, Tensor, Tensor]:
-    return members.weight_table, members.anchor_table, members.importance_table
 
 
 def _types(members: Members) -> Sequence[Any]:

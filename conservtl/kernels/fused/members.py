@@ -53,6 +53,11 @@ class Members:
         self._addresses = Addresses(self.device)
         self.amounts = Numbers(self.device)
 
+    @property
+    def anchored(self) -> bool:
+        """Whether the parameters have anchors."""
+        return self.anchors is not None
+
     @cached_property
     def blocks(self) -> Blocks:
         """A block of elements for each program."""

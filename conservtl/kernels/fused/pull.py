@@ -11,6 +11,7 @@ from torch import Tensor
 from conservtl.kernels.chunks import Pulled
 from conservtl.kernels.fused.launch import add_pull, lerp
 from conservtl.kernels.fused.members import Members
+from conservtl.kernels.fused.stream import AnchorStream, streams
 from conservtl.kernels.shares import kept
 
 __all__ = ["FusedPull"]
@@ -20,14 +21,16 @@ class FusedPull:
     """Parameters of one device and type that are pulled together, whatever their strengths and rates.
 
     Args:
-        items: at least one; all with an anchor, of one type, or none with one, and the same for importances.
+        items: at least one; all with an anchor, of one type and device, or none with one, and the same for importances.
     """
 
     def __init__(self, items: Sequence[Pulled]) -> None:
-        first = items[0]
-        anchors = None if first.anchor is None else [item.anchor for item in items]
+        first, parameters = items[0], [item.parameter for item in items]
+        anchors = None if first.anchor is None else [item.anchor for item in items if item.anchor is not None]
         importances = None if first.importance is None else [item.importance for item in items]
-        self._members = Members([item.parameter for item in items], anchors, importances)
+        streamed = anchors is not None and streams(first)
+        self._members = Members(parameters, None if streamed else anchors, importances)
+        self._stream = AnchorStream(self._members, anchors) if streamed and anchors else None
         self._strengths = [item.strength for item in items]
         self._every = first.every
         self._groups = [item.group for item in items]
@@ -37,14 +40,14 @@ class FusedPull:
         """Add factor × scale × strength × importance × (w - anchor) to each gradient, as ``Pull`` does."""
         if factor:
             amounts = [factor * self._every * strength for strength in self._strengths]
-            add_pull(self._members, self._members.amounts.of(amounts), scale)
+            add_pull(self._members, self._members.amounts.of(amounts), scale, self._stream)
 
     @torch.no_grad()
     def move_weights(self, factor: float = 1.0, skip: Tensor | None = None) -> None:
         """Move each weight by rate × factor × strength × (anchor - w), as ``Pull`` does."""
         if self._groups[0] is None or not factor:
             return
-        lerp(self._members, self._amounts(factor), skip, self._every)
+        lerp(self._members, self._amounts(factor), skip, self._every, self._stream)
 
     def _amounts(self, factor: float) -> Tensor:
         """Return the share of the way that each parameter goes, before importances."""

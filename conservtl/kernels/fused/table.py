@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,8 +31,14 @@ class Blocks:
         self.entries = uploaded(entries, torch.int32, device)
         self.starts = uploaded(starts, torch.int64, device)
         self.sizes = uploaded(sizes, torch.int64, device)
-        ends = torch.tensor([0, *counts]).cumsum(0).tolist()
-        self.ends = uploaded(ends, torch.int32, device)
+        self.ends = uploaded([0, *accumulate(counts)], torch.int32, device)
+
+    def part(self, of: slice) -> Blocks:
+        """Return some of the blocks."""
+        part = copy(self)
+        part.entries, part.starts = self.entries[of], self.starts[of]
+        part.count = len(part.entries)
+        return part
 
 
 class _Column:

@@ -19,10 +19,13 @@ def digits_fields(tmp_path):
     return {
         "task": "vision",
         "model": {"name": "cifar_resnet20"},
-        "source": {"training": {"epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(tmp_path / "cache")},
+        "source": {
+            "training": {"device": "cpu", "epochs": 1, "lr": 3e-3, "evaluate_every": 9},
+            "cache": str(tmp_path / "cache"),
+        },
         "data": {"kind": "digits", "shots": 2},
         "strategies": [{"kind": "l2_sp"}],
-        "training": {"epochs": 2},
+        "training": {"device": "cpu", "epochs": 2},
     }
 
 

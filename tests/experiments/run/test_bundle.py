@@ -25,7 +25,9 @@ TRANSFORM = {"kind": "input_transform"}
 
 def saved(fields, folder, strategies):
     """An adaptation as training leaves it, its inputs, and what its folder gives back."""
-    setting = prepare(parse_spec({**fields, "strategies": strategies, "training": {"epochs": 3, "lr": 0.1}}))
+    setting = prepare(
+        parse_spec({**fields, "strategies": strategies, "training": {"device": "cpu", "epochs": 3, "lr": 0.1}})
+    )
     adaptation = setting.adaptation(obtain_source(setting).model)
     ctl.fit(adaptation, setting.domains.shots, training=setting.spec.training)
     (folder / "spec.yaml").write_text("")

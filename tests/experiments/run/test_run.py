@@ -82,9 +82,9 @@ def test_other_data_or_training_is_another_cached_source(speech_fields):
 
 def test_the_test_part_selects_nothing(speech_fields, tmp_path):
     """Other test labels change the report, never the model."""
-    spec = parse_spec({**speech_fields, "training": {"epochs": 3, "lr": 1e-3, "keep": "last"}})
+    spec = parse_spec({**speech_fields, "training": {"device": "cpu", "epochs": 3, "lr": 1e-3, "keep": "last"}})
     run(spec, tmp_path / "a")
-    watched = parse_spec({**speech_fields, "training": {"epochs": 3, "lr": 1e-3, "evaluate_every": 3}})
+    watched = parse_spec({**speech_fields, "training": {"device": "cpu", "epochs": 3, "lr": 1e-3, "evaluate_every": 3}})
     run(watched, tmp_path / "b")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -118,7 +118,7 @@ def test_weights_taken_back_are_those_saved_measured_and_marked(done, speech_fie
 
 
 def test_the_best_of_the_path_is_chosen_on_shots_and_source_data(speech_fields, tmp_path):
-    fields = {**speech_fields, "training": {"epochs": 2, "lr": 1e-3, "keep": "path"}}
+    fields = {**speech_fields, "training": {"device": "cpu", "epochs": 2, "lr": 1e-3, "keep": "path"}}
     with pytest.raises(ctl.SpecError, match=r"data\.validation"):
         run(parse_spec(fields), tmp_path / "out")
     fields["data"] = {**fields["data"], "shots": 4, "validation": 0.5}
@@ -137,7 +137,7 @@ def test_large_test_parts_are_thinned_for_the_path():
 
 
 def test_keeping_the_best_needs_a_validation_part(speech_fields, tmp_path):
-    fields = {**speech_fields, "training": {"epochs": 2, "keep": "target"}}
+    fields = {**speech_fields, "training": {"device": "cpu", "epochs": 2, "keep": "target"}}
     with pytest.raises(ctl.SpecError, match=r"data\.validation"):
         run(parse_spec(fields), tmp_path / "out")
     fields["data"] = {**fields["data"], "shots": 4, "validation": 0.5}
@@ -153,10 +153,13 @@ def test_the_bar_writes_the_headline_metric_as_its_task_does(speech_fields):
 @pytest.mark.parametrize(
     ("fields", "subject", "them"),
     [
-        ({"training": {"epochs": 2, "keep": "target"}}, r"training\.keep=target chooses", "it"),
-        ({"training": {"epochs": 2, "patience": 1}}, r"training\.patience=1 chooses", "it"),
+        ({"training": {"device": "cpu", "epochs": 2, "keep": "target"}}, r"training\.keep=target chooses", "it"),
+        ({"training": {"device": "cpu", "epochs": 2, "patience": 1}}, r"training\.patience=1 chooses", "it"),
         (
-            {"training": {"epochs": 2, "keep": "path", "patience": 1}, "strategies": [{"kind": "lhuc"}]},
+            {
+                "training": {"device": "cpu", "epochs": 2, "keep": "path", "patience": 1},
+                "strategies": [{"kind": "lhuc"}],
+            },
             r"training\.keep=path and training\.patience=1 choose",
             "them",
         ),
@@ -225,12 +228,12 @@ def test_weights_under_other_names(done, speech_fields, tmp_path):
 DIGITS = {
     "task": "vision",
     "data": {"kind": "digits", "shots": 2},
-    "training": {"epochs": 1, "lr": 1e-3, "evaluate_every": 5},
+    "training": {"device": "cpu", "epochs": 1, "lr": 1e-3, "evaluate_every": 5},
 }
 
 
 def test_changed_labels_make_the_head_fresh_and_keep_the_sources_head_aside(tmp_path):
-    source = {"training": {"epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(tmp_path)}
+    source = {"training": {"device": "cpu", "epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(tmp_path)}
     spec = parse_spec({**DIGITS, "source": source, "strategies": [{"kind": "feature_extraction"}]})
     report = run(spec, tmp_path / "out")
     plan = ctl.Plan(**report["plan"])
@@ -293,7 +296,11 @@ def test_accuracy_by_class_counts_each_class_on_its_own():
 def test_a_new_run_does_not_leave_an_earlier_ones_results_beside_its_own(done, speech_fields):
     _, out, _ = done
     (out / "notes.txt").write_text("mine")
-    diverging = {**speech_fields, "strategies": [], "training": {"epochs": 9, "lr": 1e30, "optimizer": "sgd"}}
+    diverging = {
+        **speech_fields,
+        "strategies": [],
+        "training": {"device": "cpu", "epochs": 9, "lr": 1e30, "optimizer": "sgd"},
+    }
     with pytest.raises(ctl.TrainingDivergedError):
         run(parse_spec(diverging), out)
     assert not {"report.json", "report.html", "model.safetensors"} & {p.name for p in out.iterdir()}

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conservtl.kernels import backend
-from conservtl.kernels.fused import members
+from conservtl.kernels.fused import members, stream
+from conservtl.kernels.fused.pull import FusedPull
 from conservtl.kernels.pull import Pull, Pulled, gather
 
 HALF = torch.bfloat16
@@ -147,3 +148,29 @@ def test_parameters_with_gaps_in_memory_are_left_to_torch():
     assert members.fits(torch.ones(4, 6).T)
     assert not members.fits(torch.ones(4, 6).T, torch.ones(6, 4))
     assert members.fits(torch.ones(4, 2, 1, 1), torch.ones(4, 2, 1, 1).to(memory_format=torch.channels_last))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(SHAPES), st.booleans()), min_size=1, max_size=5), st.booleans())
+def test_anchors_that_are_sent_part_by_part(kinds, coupled):
+    """As those that lie beside the parameters: tensors that share a part, and tensors of several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_PART", 128)
+        patch.setattr(stream, "_RING", 2)
+        results = []
+        for streamed in (False, True):
+            patch.setattr("conservtl.kernels.fused.pull.streams", lambda _, streamed=streamed: streamed)
+            generator = torch.Generator().manual_seed(0)
+            items = []
+            for shape, last in kinds:
+                w, w0, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+                parameter = nn.Parameter(laid_out(w, "channels_last" if last else "plain"))
+                parameter.grad = laid_out(g, "channels_last" if last else "plain")
+                anchor = w0 if streamed else laid_out(w0, "channels_last" if last else "plain")
+                items.append(Pulled(parameter, anchor, 0.5 + len(items), {"lr": 0.1}))
+            kernel = FusedPull(items)
+            for _ in range(2):
+                kernel.add_gradients(0.5) if coupled else kernel.move_weights(0.5)
+            results.append([(item.parameter.detach(), item.parameter.grad) for item in items])
+    for one, other in zip(*results, strict=True):
+        assert all(map(torch.equal, one, other))
