@@ -1,0 +1,317 @@
+"""Everything that a GPU is for, in under eight minutes on one: tables with the card's name.
+
+``python benchmarks/gpu.py`` prints the tables and writes ``benchmarks/results/gpu.{json,md}``. ``--check`` runs every
+row on a tiny network, on the CPU if there is no GPU, and writes nothing; ``--only weights steps`` measures some parts.
+
+- weights: each method's work around an optimizer's step that does nothing, in multiples of one flat lerp over the same
+  bytes, beside what is wanted at most; ResNet-50 and a transformer of 300 M parameters. Also whether the host waits.
+- bus: anchors on the CPU, in multiples of one copy of the same bytes from pinned memory.
+- steps: methods on features, outputs and inputs in a step of ResNet-50, alternating with a plain step.
+- engine: the rows of ``engine.py``, if they fit into the time that is left.
+
+Methods, networks and clocks are those of ``conservation.py``. The time limit (``--minutes``) divides the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import conservation as base
+import torch
+from torch import nn
+
+import conservtl as ctl
+from conservtl.compat import foreach_lerp_
+from conservtl.kernels.backend import fused_on
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("weights", "bus", "steps", "engine")
+
+METHODS: dict[str, tuple[list[ctl.Strategy], float]] = {
+    "L2SP": (base.WEIGHTS[base.COUPLED], 2.0),
+    "L2SP, annealed": (base.WEIGHTS["L2SP, annealed"], 2.0),
+    "L2SP, alpha by depth": (base.WEIGHTS["L2SP, alpha by depth"], 2.0),
+    "L2SP, anchors in bf16": (base.WEIGHTS["L2SP, anchors in bf16"], 2.0),
+    "L2SP, every 10 steps": ([ctl.L2SP(alpha=0.01, on="all", every=10)], 2.0),
+    "FisherSP": (base.WEIGHTS["FisherSP"], 2.6),
+    "L2SP, decoupled": (base.WEIGHTS[base.DECOUPLED], 1.5),
+    "L2SP, decoupled, a rate for each layer": (base.WEIGHTS["L2SP, decoupled, a rate for each layer"], 1.5),
+    "L2SP, decoupled, anchors in bf16": (base.WEIGHTS["L2SP, decoupled, anchors in bf16"], 2.0),
+    "FisherSP, decoupled": (base.WEIGHTS["FisherSP, decoupled"], 2.6),
+    "L1SP": (base.WEIGHTS["L1SP"], 3.0),
+    "GroupLassoSP": (base.WEIGHTS["GroupLassoSP"], 3.0),
+    "Projection, by tensor": ([ctl.Projection(on="all")], 5.0),
+    "Projection, by row": ([ctl.Projection(on="all", by="row")], 5.0),
+    "Projection, by row, MARS": ([ctl.Projection(on="all", by="row", norm="mars")], 5.0),
+    "SelectiveDecay": (base.WEIGHTS["SelectiveDecay"], 5.0),
+    "Mixout": (base.WEIGHTS["Mixout"], 6.0),
+    "AutoRGN, between decisions": (base.WEIGHTS["AutoRGN, between decisions"], 2.0),
+}
+"""Method -> its strategies, and the multiple of the floor that is wanted at most."""
+STEPS = {
+    method: strategies for method, strategies in base.STEPS.items() if method not in {base.COUPLED, base.DECOUPLED}
+} | {"LHUC, all else frozen": [ctl.LHUC()]}
+HAND = ("by hand: foreach sub and add over all tensors", "by hand: foreach lerp over all tensors")
+
+
+class Tiny(nn.Module):
+    """A network with every kind of layer that the methods act on, for ``--check``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 3, 4)
+        self.norm = nn.BatchNorm2d(8)
+        self.body = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.ReLU())
+        self.head = nn.Linear(16, base.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        return self.head(self.body(self.norm(self.enter(x))))
+
+
+def on_weights(model: nn.Module, place: base.Place, seconds: float) -> dict[str, Any]:
+    """Measure methods one after the other, each alternating with the floor, so that one copy of the anchors is held."""
+    parameters = dict(model.named_parameters())
+    start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    weights = [parameter.detach() for parameter in parameters.values()]
+    anchors = [start[name] for name in parameters]
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    flat, other = torch.randn(2, sum(weight.numel() for weight in weights), device=place.device)
+    floor = lambda: flat.lerp_(other, 1e-5)  # noqa: E731 - one of a list of things to time
+    gradients = [parameter.grad for parameter in parameters.values()]
+    hand = {
+        HAND[0]: lambda: base.foreach_add_(gradients, base.foreach_sub(weights, anchors), alpha=0.01),
+        HAND[1]: lambda: foreach_lerp_(weights, anchors, 1e-5),
+    }
+    rows: dict[str, Any] = {}
+    for method in [*hand, *METHODS]:
+        wanted = None
+        if method in hand:
+            run: base.Run = torch.no_grad()(hand[method])
+        else:
+            strategies, wanted = METHODS[method]
+            adaptation = adapted(model, start, strategies)
+            run = base.around_step(adaptation, adaptation.optimizer(base.Still, lr=base.RATE))
+        begun = time.perf_counter()
+        for _ in range(3):
+            run()
+        place.wait()
+        warm = time.perf_counter() - begun
+        rounds = rounds_in(seconds / (len(hand) + len(METHODS)), lambda run=run: place.seconds(run))
+        found = base.interleaved({"floor": floor, "method": run}, place, rounds)
+        rows[method] = {
+            "ms": 1e3 * statistics.median(found["method"]),
+            "of the floor": base.summary(base.quotients(found["method"], found["floor"])),
+            "wanted": wanted,
+            "first calls, s": warm,
+            "waits": place.syncs(run),
+            "peak": place.peak(run),
+        }
+        del run
+        gc.collect()
+    floor_ms = 1e3 * statistics.median(found["floor"])
+    return {"parameters": sum(w.numel() for w in weights), "tensors": len(weights), "floor ms": floor_ms, "rows": rows}
+
+
+def adapted(model: nn.Module, start: dict[str, torch.Tensor], strategies: list[ctl.Strategy]) -> ctl.Adaptation:
+    """Return an adaptation that needs no measurement, with weights at some distance from the source."""
+    model.load_state_dict(start)
+    adaptation = ctl.adapt(model, start, strategies)
+    for one in adaptation.outstanding():
+        if one.kind == "fisher":
+            weighed = [name for penalty in adaptation.plan.penalties if penalty.reads for name in penalty.names]
+            adaptation.use_measured(one.name, {name: torch.rand(adaptation.plan[name].shape) for name in weighed})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+    return adaptation
+
+
+def over_the_bus(model: nn.Module, place: base.Place, seconds: float) -> dict[str, Any]:
+    """Measure anchors on the CPU, alternating with one copy of the same bytes."""
+    start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    host, held = torch.randn(size, pin_memory=place.cuda), torch.empty(size, device=place.device)
+    rows = {}
+    for mode in ("coupled", "decoupled"):
+        adaptation = adapted(model, start, [ctl.L2SP(alpha=0.01, on="all", mode=mode, anchors="cpu")])
+        run = base.around_step(adaptation, adaptation.optimizer(base.Still, lr=base.RATE))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        runs = {"copy": lambda: held.copy_(host, non_blocking=True), "method": run}
+        found = base.interleaved(runs, place, rounds_in(seconds / 2, lambda run=run: place.seconds(run)))
+        ratio = base.summary(base.quotients(found["method"], found["copy"]))
+        rows[mode] = {"ms": 1e3 * statistics.median(found["method"]), "of the copy": ratio, "waits": place.syncs(run)}
+    return {"copy ms": 1e3 * statistics.median(found["copy"]), "rows": rows}
+
+
+def in_steps(name: str, place: base.Place, seconds: float) -> dict[str, Any]:
+    """Measure methods in whole steps, each alternating with a plain step."""
+    rows: dict[str, Any] = {}
+    plain = base.training_step(name, [], place)
+    plain()
+    for method, strategies in STEPS.items():
+        gc.collect()
+        try:
+            run = base.training_step(name, strategies, place, cached=method.endswith("cached"))
+        except ctl.InputError as error:
+            rows[method] = {"refused": str(error)}
+            continue
+        run()
+        rounds = rounds_in(seconds / len(STEPS), lambda run=run: place.seconds(run))
+        found = base.interleaved({"plain": plain, "method": run}, place, rounds)
+        rows[method] = {
+            "plain ms": 1e3 * statistics.median(found["plain"]),
+            "of a plain step": base.summary(base.quotients(found["method"], found["plain"])),
+            "waits": place.syncs(run),
+            "memory": None if not place.cuda else (place.peak(run) or 0) - (place.peak(plain) or 0),
+        }
+        del run
+    return {"batch": place.batch, "size": place.size, "rows": rows}
+
+
+def rounds_in(seconds: float, once: Any) -> int:
+    """Return the number of rounds of two runs that fit into some seconds: at least 3, at most 60."""
+    return max(3, min(60, int(seconds / max(2 * once(), 1e-4))))
+
+
+def engine(seconds: float, *, check: bool) -> dict[str, Any]:
+    """Run ``engine.py`` in a process of its own, for as long as there is time."""
+    command = [sys.executable, str(Path(__file__).parent / "engine.py"), "--help"] if check else [
+        sys.executable, str(Path(__file__).parent / "engine.py"), "--out", str(RESULTS / "gpu")
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1), check=False)
+    except subprocess.TimeoutExpired:
+        return {"left out": f"engine.py took more than the {seconds:.0f} s that were left"}
+    return {"printed": done.stdout[-20_000:]} if done.returncode == 0 else {"left out": done.stderr[-500:]}
+
+
+def weight_lines(name: str, found: dict[str, Any]) -> list[str]:
+    size = f"{found['parameters'] / 1e6:.1f} million in {found['tensors']} tensors"
+    lines = [
+        f"## On weights: {name}, {size}, floor {found['floor ms']:.3f} ms",
+        "",
+        "| around a step | ms | of the floor | wanted at most | host waits | temporary, MiB |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for method, row in found["rows"].items():
+        wanted = "" if row["wanted"] is None else f"{row['wanted']:g}"
+        ratio = base.formatted(row["of the floor"])
+        peak = base.bytes_of(row["peak"])
+        lines.append(f"| {method} | {row['ms']:.3f} | {ratio} | {wanted} | {row['waits']} | {peak} |")
+    return [*lines, ""]
+
+
+def bus_lines(name: str, found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## Anchors on the CPU: {name}, one copy of them {found['copy ms']:.2f} ms",
+        "",
+        "| L2SP | ms | of the copy | wanted at most | host waits |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for mode, row in found["rows"].items():
+        lines.append(f"| {mode} | {row['ms']:.2f} | {base.formatted(row['of the copy'])} | 1.1 | {row['waits']} |")
+    return [*lines, ""]
+
+
+def step_lines(name: str, found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## In a step: {name}, batch of {found['batch']}, {found['size']} pixels",
+        "",
+        "| method | plain step, ms | of a plain step | host waits | memory more than plain, MiB |",
+        "| --- | ---: | ---: | --- | ---: |",
+    ]
+    for method, row in found["rows"].items():
+        if "refused" in row:
+            lines.append(f"| {method} | | refused: {row['refused'].split('.')[0]} | | |")
+            continue
+        ratio, memory = base.formatted(row["of a plain step"], 3), base.bytes_of(row["memory"])
+        lines.append(f"| {method} | {row['plain ms']:.2f} | {ratio} | {row['waits']} | {memory} |")
+    return [*lines, ""]
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Measure the parts, and return them with their tables."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = base.Place(device, torch.get_num_threads())
+    if options.check:
+        place.batch, place.size = 4, 32
+        place.x, place.y = place.x[:4, :, :32, :32], place.y[:4]
+        base.build = lambda *_: Tiny()
+    names = ["tiny"] if options.check else ["resnet50", "transformer_300m"]
+    ends = time.perf_counter() + 60 * options.minutes
+    shares = {"weights": 0.35, "bus": 0.05, "steps": 0.25}
+    report: dict[str, Any] = {"machine": base.machine(), "triton": fused_on(torch.device("cuda")), "parts": []}
+    lines: list[str] = []
+    for part in options.only:
+        if part == "engine":
+            found = engine(ends - time.perf_counter(), check=options.check)
+            report["parts"].append({"part": part, **found})
+            lines += ["## Engine", "", found.get("printed", "") if not options.check else "", found.get("left out", "")]
+            continue
+        seconds = 60 * options.minutes * shares[part]
+        for name in names if part == "weights" else names[:1]:
+            gc.collect()
+            if part == "steps":
+                found = in_steps(name, place, seconds)
+            else:
+                model = base.build(name, 224).to(place.device)
+                found = (on_weights if part == "weights" else over_the_bus)(model, place, seconds / len(names))
+            report["parts"].append({"part": part, "model": name, **found})
+            table = {"weights": weight_lines, "bus": bus_lines, "steps": step_lines}[part](name, found)
+            print("\n".join(table), flush=True)
+            lines += table
+    return report, lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--minutes", type=float, default=7.5, help="time to fill")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    random.seed(0)
+    if options.check:
+        options.minutes = min(options.minutes, 0.02)
+    elif not torch.cuda.is_available():
+        parser.error("there is no GPU here: run it with --check, or benchmarks/conservation.py for the CPU")
+    report, lines = measured(options)
+    if options.check:
+        return
+    place = report["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
+    how = (
+        "Medians with quartiles; ratios are formed within a round of both, between synchronisations, so that the time "
+        "of the host counts. Made by `python benchmarks/gpu.py`."
+    )
+    head = [
+        "# On a GPU",
+        "",
+        f"{place['gpu']}; {versions}; {place['date']}. Triton programs: {'yes' if report['triton'] else 'no'}.",
+        "",
+        how,
+        "",
+    ]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (options.out / "gpu.md").write_text("\n".join(head + lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
