@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +38,37 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=5_000, help="of weights")
     parser.add_argument("--steps", type=int, default=20_000, help="with each strategy")
     parser.add_argument("--adaptations", type=int, default=1_000, help="of one model with each strategy")
+    parser.add_argument("--only", action="append", choices=["kills", "specs", "weights", "soak"], help="a part; repeat")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     seed = ["--seed", str(options.seed)]
-    found: dict[str, Any] = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; python "
-        f"{platform.python_version()}, torch {torch.__version__}, conservtl {ctl.__version__}; "
-        f"{dt.datetime.now(dt.UTC):%F}",
-        "kills": kills.main(
-            [*seed, "--kills", "5", "--chains", str(options.chains), "--comparisons", str(options.comparisons)]
-        ),
-        "specs": hostile.main([*seed, "--specs", str(options.specs)]),
-        "weights": hostile_weights.main([*seed, "--files", str(options.files)]),
-        "soak": soak.main(["--steps", str(options.steps), "--adaptations", str(options.adaptations)]),
+    runs = ["--kills", "5", "--chains", str(options.chains), "--comparisons", str(options.comparisons)]
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "kills": lambda: kills.main([*seed, *runs]),
+        "specs": lambda: hostile.main([*seed, "--specs", str(options.specs)]),
+        "weights": lambda: hostile_weights.main([*seed, "--files", str(options.files)]),
+        "soak": lambda: soak.main(["--steps", str(options.steps), "--adaptations", str(options.adaptations)]),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "faults.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = table(found, options)
+    stored = options.out / "faults.json"
+    found: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+    for name in options.only or parts:
+        found[name] = parts[name]()
+        found["machine"] = (
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; python {platform.python_version()}, "
+            f"torch {torch.__version__}, conservtl {ctl.__version__}; {dt.datetime.now(dt.UTC):%F}"
+        )
+        stored.write_text(json.dumps(found, indent=1) + "\n")
+    if missing := [name for name in parts if name not in found]:
+        print(f"no table yet, for {', '.join(missing)} have not run")
+        return
+    text = table(found)
     (options.out / "faults.md").write_text(text)
     print(text)
 
 
-def table(found: dict[str, Any], options: argparse.Namespace) -> str:
+def table(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     lines = [
         "# Faults tried and survived",
@@ -87,14 +96,15 @@ def table(found: dict[str, Any], options: argparse.Namespace) -> str:
         good = counts.get("read", 0) + counts.get("refused", 0)
         ends = f"{good}: {counts.get('read', 0)} read, {counts.get('refused', 0)} refused in one message"
         lines.append(f"| {what} | {sum(counts.values())} | {ends} | nothing was executed |")
+    soaked = found["soak"]
     told = (
-        f"{options.steps:,} steps of a small network with each strategy, then {options.adaptations:,} adaptations of "
-        "one model that are deleted. Growth is counted from the second tenth of the steps, and from the eleventh "
+        f"{soaked['steps']:,} steps of a small network with each strategy, then {soaked['adaptations']:,} adaptations "
+        "of one model that are deleted. Growth is counted from the second tenth of the steps, and from the eleventh "
         "adaptation."
     )
     head = "| strategy | memory, KiB | open files | last tenth's step time over the second's | objects | hooks |"
     lines += ["", told, "", head, "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name, row in found["soak"].items():
+    for name, row in soaked["strategies"].items():
         cells = [row["memory_kib"], row["files"], f"{row['slower']:.2f}", row["objects"], row["hooks"]]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

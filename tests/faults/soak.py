@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name, strategy in STRATEGIES.items():
         found[name] = after_steps(strategy, options.steps) | after_adaptations(strategy, options.adaptations)
         print(json.dumps({name: found[name]}), flush=True)  # noqa: T201 - a script
-    return found
+    return {"steps": options.steps, "adaptations": options.adaptations, "strategies": found}
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.errors import SpecError
 from conservtl.experiments.publishing.card import Card, card_text
-from conservtl.experiments.publishing.licence import UNKNOWN, base_model, licence_of
+from conservtl.experiments.publishing.licence import UNKNOWN, base_model, front_matter, licence_of
 from conservtl.experiments.run.setting import Setting
 from conservtl.report import sentence
 
-__all__ = ["CARD", "run_card"]
+__all__ = ["CARD", "check_card", "run_card"]
 
 CARD = "README.md"
 """Name of a model's card."""
@@ -26,6 +28,18 @@ print(adapted.predict(["{example}"]))
 from safetensors.torch import load_file
 
 weights = load_file("model.safetensors")"""
+
+
+def check_card(folder: Path) -> None:
+    """Raise if a README.md stands in an output folder that is no card of a run.
+
+    Raises:
+        SpecError: one does.
+    """
+    card = folder / CARD
+    tags = front_matter(card).get("tags")
+    if card.exists() and not (isinstance(tags, list) and "conservtl" in tags):
+        raise SpecError(f"out: {str(card)!r} is no card that a run wrote, and a run replaces it. Give another folder.")
 
 
 def run_card(setting: Setting, adaptation: Adaptation, report: Mapping[str, Any]) -> str:

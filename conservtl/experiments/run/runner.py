@@ -16,7 +16,7 @@ from conservtl.data import length_of
 from conservtl.engine import Holdout
 from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
 from conservtl.errors import MissingExtraError, SpecError
-from conservtl.experiments.publishing.run_card import CARD, run_card
+from conservtl.experiments.publishing.run_card import CARD, check_card, run_card
 from conservtl.experiments.run.bundle import save_bundle, save_measured
 from conservtl.experiments.run.evaluation_sets import (
     device_of,
@@ -84,7 +84,7 @@ def run(
         writes files.
 
     Raises:
-        SpecError: another process writes to ``out``.
+        SpecError: another process writes to ``out``, or it holds a ``README.md`` that no run wrote.
         WriteError: the disk is full, or ``out`` cannot be written to.
     """
     begun = time.perf_counter()
@@ -92,6 +92,7 @@ def run(
         require("torch.utils.tensorboard", "tensorboard")  # before time is spent
     folder = Path(out)
     check_folder(folder)
+    check_card(folder)
     if resume and not folder.exists():
         raise SpecError(f"resume: there is no checkpoint, and no folder {str(folder)!r}. Run without resume to begin.")
     setting = prepare(spec)

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
+import conservtl as ctl
 from conservtl.experiments.publishing.licence import front_matter
+from conservtl.experiments.publishing.run_card import check_card
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.spec.spec import parse_spec
 from conservtl.storage.tensor_files import read_header
@@ -20,3 +24,12 @@ def test_a_run_writes_its_card(speech_fields, humming, tmp_path):
     for private in (str(humming), str(tmp_path)):
         assert private not in text
         assert private not in json.dumps(read_header(tmp_path / "out/model.safetensors"))
+
+
+def test_a_readme_that_no_run_wrote_is_kept(speech_fields, tmp_path):
+    (tmp_path / "README.md").write_text("# Notes of my own\n")
+    with pytest.raises(ctl.SpecError, match=r"README\.md' is no card that a run wrote.*another folder"):
+        run(parse_spec(speech_fields), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    (tmp_path / "README.md").write_text("---\ntags: [conservtl]\n---\n# An earlier run\n")
+    check_card(tmp_path)
