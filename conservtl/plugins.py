@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from conservtl.errors import SpecError, hint
 
-__all__ = ["import_modules", "imported_modules", "is_imported", "load_entry_points"]
+__all__ = ["import_modules", "imported_modules", "is_imported", "load_entry_points", "named_callable"]
 
 _IMPORTED: dict[str, None] = {}
 
@@ -65,6 +66,34 @@ def is_imported(module: str) -> bool:
     given = {Path(name).stem if os.sep in name else name for name in _IMPORTED}  # paths are stored whole
     parts = module.split(".")
     return any(".".join(parts[:count]) in given for count in range(1, len(parts) + 1))
+
+
+def named_callable(reference: str, field: str) -> Callable[..., Any]:
+    """Return a function or class that a spec names, of a package that the user imported by hand.
+
+    Args:
+        reference: ``package.module:name``.
+        field: the spec's field, for messages.
+
+    Raises:
+        SpecError: its package was not imported by hand, cannot be imported, or has no such function or class.
+    """
+    module, _, name = reference.partition(":")
+    if not is_imported(module):
+        package = module.partition(".")[0]
+        raise SpecError(
+            f"{field} {reference!r} names code, which no spec runs by itself. If you trust it, add --import {package} "
+            f"on the command line (in Python, conservtl.plugins.import_modules([{package!r}]))."
+        )
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise SpecError(f"{field} {reference!r}: {module} cannot be imported: {error}.") from error
+    value = getattr(found, name, None)
+    if not callable(value):
+        known = [key for key, each in vars(found).items() if callable(each) and not key.startswith("_")]
+        raise SpecError(f"{field} {reference!r}: {module} has no function {name!r}.{hint(name, known)}")
+    return value  # type: ignore[no-any-return]
 
 
 @cache

@@ -21,7 +21,7 @@ class TrainingSettings(Protocol):
     def batch_norm(self) -> str:
         """train, or eval: statistics of batch norms stay as they are."""
 
-    def make(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    def make(self) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
         """Return the optimizer class and its keyword arguments."""
 
     def factor(self, step: int, steps: int) -> float:

@@ -109,7 +109,8 @@ def fit(
             shows it and writes the metrics.
         tell: called with each epoch's line of the history, for a log; an exception that it raises ends training.
         log: experiment trackers of Accelerate that get each epoch's numbers at its step: ``"tensorboard"`` (files in
-            ``out``), ``"wandb"``, ``"mlflow"``, others by name, a ``GeneralTracker``, or several in a list.
+            ``out``), ``"wandb"``, ``"mlflow"``, others by name, a ``GeneralTracker``, or several in a list; None:
+            ``training.log``.
         accelerator: an ``accelerate.Accelerator`` to use instead of a new one; its own trackers (``log_with``) get the
             numbers.
 
@@ -146,7 +147,7 @@ def fit(
     folder = Path(out) if out is not None else None
     with (
         open_session(adaptation, settings, accelerator, made) as session,
-        tracking(session, log, folder, accelerator) as track,
+        tracking(session, (settings.log or None) if log is None else log, folder, accelerator) as track,
     ):
         main = session.part[0] == 0
         store = Checkpoints(folder, main)
@@ -263,7 +264,7 @@ def trial_of(
             adaptation,
             train,
             valid,
-            training,
+            training.model_copy(update={"log": ()}),
             forward=functions.forward,
             loss=functions.loss,
             metrics=functions.metrics,

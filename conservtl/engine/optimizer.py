@@ -12,7 +12,7 @@ import torch
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 
-__all__ = ["Made", "choose_optimizer", "class_name"]
+__all__ = ["Made", "choose_optimizer", "class_name", "made_of"]
 
 Made = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
 """An optimizer class, or a partial of one, and keyword arguments for it."""
@@ -42,6 +42,16 @@ def choose_optimizer(training: Training, given: Any, *, recommended: bool = Fals
         raise SpecError(
             f"optimizer={name} and training.optimizer={training.optimizer!r} both name the optimizer. Leave one out."
         )
+    return made_of(training, given)
+
+
+def made_of(training: Training, given: Any) -> Made:
+    """Return an optimizer class, or a partial of one, with the settings as its keyword arguments.
+
+    Raises:
+        SpecError: it cannot be called as the settings say.
+    """
+    name = class_name(given)
     options: dict[str, Any] = {"lr": training.lr}
     if training.weight_decay is not None:
         options["weight_decay"] = training.weight_decay

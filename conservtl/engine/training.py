@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from conservtl.engine.criterion import Criterion
+from conservtl.engine.named_optimizer import OptimizerName
 
 __all__ = ["Training"]
 
@@ -25,8 +27,9 @@ class Training(BaseModel):
     """Examples per step and process, for data that ``fit`` batches; a DataLoader has its own."""
     evaluate_batch_size: Annotated[int, Field(ge=1)] = 256
     """Examples per batch of an evaluation, for data that ``fit`` batches; no result depends on it but by rounding."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """sgd has a momentum of 0.9."""
+    optimizer: OptimizerName = "adamw"
+    """sgd has a momentum of 0.9. Or a class of a package that ``--import`` names: {import: package.module:Class,
+    args: {...}}."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """The optimizer's rate, which the plan's ratios multiply."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -76,6 +79,9 @@ class Training(BaseModel):
     be cut short. The path then ends at the last weights."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    log: tuple[str, ...] = ()
+    """Experiment trackers of Accelerate that get each epoch's numbers, by name: tensorboard, wandb, mlflow, ... They
+    need a folder to write to (``--out``, or ``out`` of ``fit``). Runs of a study are not logged."""
     deterministic: bool = False
     """Whether to refuse operations that are not deterministic on a GPU while training."""
 
@@ -90,8 +96,16 @@ class Training(BaseModel):
 
         return schedule_factor(self, step, steps)
 
-    def make(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """Return the optimizer class and its keyword arguments."""
+    def make(self) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+        """Return the optimizer class and its keyword arguments.
+
+        Raises:
+            SpecError: a class that is named was not imported by hand, or cannot be called as the settings say.
+        """
+        if not isinstance(self.optimizer, str):
+            from conservtl.engine.optimizer import made_of  # which reads these settings
+
+            return made_of(self, self.optimizer.load())
         options: dict[str, Any] = {"lr": self.lr}
         if self.weight_decay is not None:
             options["weight_decay"] = self.weight_decay

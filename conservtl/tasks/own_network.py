@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 from torch import nn
 
-from conservtl.errors import SpecError, hint
-from conservtl.plugins import is_imported
+from conservtl.errors import SpecError
+from conservtl.plugins import named_callable
 from conservtl.spec_model import FrozenModel
 from conservtl.spec_scalars import Arguments
 
@@ -64,21 +63,7 @@ class NetworkSection(FrozenModel):
         """
         if self.own is None:
             return None
-        module, _, name = self.own.partition(":")
-        if not is_imported(module):
-            package = module.partition(".")[0]
-            raise SpecError(
-                f"model.import {self.own!r} names code, which no spec runs by itself. If you trust it, add --import "
-                f"{package} on the command line (in Python, conservtl.plugins.import_modules([{package!r}]))."
-            )
-        try:
-            found = importlib.import_module(module)
-        except ImportError as error:
-            raise SpecError(f"model.import {self.own!r}: {module} cannot be imported: {error}.") from error
-        build = getattr(found, name, None)
-        if not callable(build):
-            known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            raise SpecError(f"model.import {self.own!r}: {module} has no function {name!r}.{hint(name, known)}")
+        build = named_callable(self.own, "model.import")
         try:
             inspect.signature(build).bind(outputs, **self.args)
         except TypeError as error:

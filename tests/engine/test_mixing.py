@@ -182,3 +182,21 @@ def test_data_that_cannot_be_mixed_is_refused_before_training(data, options, exp
 def test_a_share_needs_a_positive_parameter(name, value):
     with pytest.raises(ValidationError):
         ctl.Training(**{name: value})
+
+
+def test_timms_mixup_is_an_augmentation(tmp_path):
+    """Two runs of a seed are equal, though timm draws from NumPy's global generator."""
+    mixup = pytest.importorskip("timm.data").Mixup(mixup_alpha=0.4, label_smoothing=0.1, num_classes=3)
+    images, labels = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+
+    def trained(augment):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.L2SP()])
+        training = ctl.Training(epochs=2, batch_size=8, device="cpu")
+        ctl.fit(adaptation, (images, labels), training=training, augment=augment, seed=0)
+        return model[1].weight.detach()
+
+    mixed = trained(lambda batch, generator: mixup(*(part.clone() for part in batch)))
+    assert torch.equal(mixed, trained(lambda batch, generator: mixup(*(part.clone() for part in batch))))
+    assert not torch.equal(mixed, trained(None))

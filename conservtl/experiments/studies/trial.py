@@ -200,7 +200,7 @@ def _control(place: _Place, training: str) -> nn.Module:
     """A network trained from scratch on the target's shots, once for all trials that start from it."""
     setting = _shared(place)[0]
     adaptation = setting.scratch()
-    setting.fit(adaptation, setting.domains.shots, training=Training.model_validate_json(training))
+    setting.fit(adaptation, setting.domains.shots, training=_unlogged(Training.model_validate_json(training)))
     return adaptation.model
 
 
@@ -217,9 +217,14 @@ def _training_data(how: How, setting: Setting) -> Data:
     return join([source, *[shots] * max(1, length_of(source) // length_of(shots))])
 
 
+def _unlogged(training: Training) -> Training:
+    """Return settings without trackers, which follow one run in one folder."""
+    return training.model_copy(update={"log": ()})
+
+
 def _training(setting: Setting) -> Training:
-    """The spec's training; without a validation part nothing is evaluated before the last epoch."""
-    training = setting.spec.training
+    """The spec's training, not logged; without a validation part nothing is evaluated before the last epoch."""
+    training = _unlogged(setting.spec.training)
     if setting.domains.validation is not None:
         return training
     return training.model_copy(update={"evaluate_every": training.epochs})
