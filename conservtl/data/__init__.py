@@ -4,6 +4,7 @@ from conservtl.data.domains import Augmentation, Domains, Preprocessing
 from conservtl.data.draws import carve, draw_shots
 from conservtl.data.examples import Data, Examples, first_batch, join, length_of, spread, take
 from conservtl.data.renumbering import renumber
+from conservtl.data.sequences import Sequences
 
 __all__ = [
     "Augmentation",
@@ -11,6 +12,7 @@ __all__ = [
     "Domains",
     "Examples",
     "Preprocessing",
+    "Sequences",
     "carve",
     "draw_shots",
     "first_batch",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from conservtl.batches import as_tensor
+from conservtl.data.sequences import Sequences, joined
 from conservtl.errors import DataError
 
 __all__ = ["Data", "Examples", "first_batch", "join", "length_of", "spread", "take"]
@@ -54,9 +55,9 @@ class Examples:
         return Examples(self.inputs[at], self.labels[at], tuple(self.names[i] for i in index))
 
 
-Data = Examples | Mapping[str, Tensor] | Dataset[Any]
-"""Examples, or a dictionary of tensors with one row an example (padded sequences and their lengths, say), where they
-fit into memory; else a map-style dataset of (input, label) or of such dictionaries."""
+Data = Examples | Sequences | Mapping[str, Tensor] | Dataset[Any]
+"""Examples; sequences of different lengths; a dictionary of tensors with one row an example, where they fit into
+memory; else a map-style dataset of (input, label) or of such dictionaries."""
 
 
 def length_of(data: Data) -> int:
@@ -76,7 +77,7 @@ def spread(data: Data, most: int | None) -> Data:
 
 def take(data: Data, places: Sequence[int]) -> Data:
     """Return the examples at these positions, in this order."""
-    if isinstance(data, Examples):
+    if isinstance(data, (Examples, Sequences)):
         return data.take(places)
     if isinstance(data, Mapping):
         return {key: tensor[list(places)] for key, tensor in data.items()}
@@ -89,6 +90,8 @@ def first_batch(data: Data, size: int) -> Any:
         return data.inputs[:size], data.labels[:size]
     if isinstance(data, Mapping):
         return {key: tensor[:size] for key, tensor in data.items()}
+    if isinstance(data, Sequences):
+        return data.batch(range(min(size, len(data))))
     return default_collate([data[place] for place in range(min(size, length_of(data)))])
 
 
@@ -98,7 +101,13 @@ def join(parts: Sequence[Data]) -> Data:
     if len(examples) == len(parts):
         inputs, labels = (torch.cat([getattr(part, name) for part in examples]) for name in ("inputs", "labels"))
         return Examples(inputs, labels, tuple(name for part in examples for name in part.names))
-    datasets = [_Rows(part) if isinstance(part, (Examples, Mapping)) else part for part in parts]
+    sequences = [part for part in parts if isinstance(part, Sequences)]
+    if len(sequences) == len(parts):
+        return joined(sequences)
+    if sequences:
+        kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
+        raise DataError(f"data: sequences of different lengths join their like alone; received {kinds}. Convert them.")
+    datasets: list[Any] = [_Rows(part) if isinstance(part, (Examples, Mapping)) else part for part in parts]
     return ConcatDataset(datasets)
 
 

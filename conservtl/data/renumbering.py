@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from conservtl.data.examples import Data, Examples
+from conservtl.data.sequences import Sequences
 from conservtl.errors import DataError
 
 __all__ = ["renumber"]
@@ -30,6 +31,8 @@ def renumber(data: Data, numbers: Sequence[int]) -> Data:
     """
     if isinstance(data, Examples):
         return replace(data, labels=_renumbered(data.labels, numbers))
+    if isinstance(data, Sequences):
+        return replace(data, labels=tuple(_renumbered(one, numbers) for one in data.labels))
     if isinstance(data, Mapping):
         return {**data, "labels": _renumbered(data.get("labels"), numbers)}
     return _Renumbered(data, tuple(numbers))

@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from conservtl.batches import as_tensor, to_device
 from conservtl.batches import batch_size as size_of
-from conservtl.data import Examples
+from conservtl.data import Examples, Sequences
+from conservtl.engine.buckets import BucketedBatches
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError
 
 __all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches", "examples_of"]
 
+_MOST_SECONDS = 600.0  # of a batch of sequences without a bound of its own
 _SHARE = 0.5  # largest share of the device's free memory for held data
 
 
@@ -192,18 +194,25 @@ class _Order:
 
 
 def as_batches(
-    data: Any, batch_size: int, device: torch.device, *, shuffle: bool, part: tuple[int, int] = (0, 1)
+    data: Any,
+    batch_size: int,
+    device: torch.device,
+    *,
+    shuffle: bool,
+    part: tuple[int, int] = (0, 1),
+    seconds: float | None = None,
 ) -> Held | Streamed:
     """Return the batches of data of any supported kind.
 
     Args:
-        data: ``Examples``; a tuple or dictionary of tensors or NumPy arrays (float64 arrays become torch's
-            default type); a ``TensorDataset``; another dataset of examples (loaded by a DataLoader); a DataLoader or
-            another iterable of batches; or the result of this function.
+        data: ``Examples``; ``Sequences`` (batched by length); a tuple or dictionary of tensors or NumPy arrays
+            (float64 arrays become torch's default type); a ``TensorDataset``; another dataset of examples (loaded by a
+            DataLoader); a DataLoader or another iterable of batches; or the result of this function.
         batch_size: examples per batch, for data that is not batched yet.
         device: device of the batches.
         shuffle: whether to shuffle data that is not batched yet.
         part: (rank, number of processes); a DataLoader or an iterable must select its part itself.
+        seconds: duration of a batch of ``Sequences`` at most, its padding included; None: a bound on memory alone.
 
     Raises:
         DataError: the data is of another kind, or empty.
@@ -212,6 +221,11 @@ def as_batches(
         return data
     if isinstance(data, Examples):
         data = (data.inputs, data.labels)
+    if isinstance(data, Sequences):
+        if not data:
+            raise DataError("data: the sequences hold no examples.")
+        bound = _MOST_SECONDS if seconds is None else seconds
+        return Streamed(BucketedBatches(data, batch_size, bound, shuffle=shuffle, part=part), device)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, (tuple, list)) and data and any(isinstance(one, (Tensor, np.ndarray)) for one in data):

@@ -86,7 +86,15 @@ def training_batches(session: Session, train: Any) -> Held | Streamed:
     if isinstance(train, DataLoader) and session.part[1] > 1:
         # Batches are moved one at a time when they are used.
         train = session.accelerator.prepare_data_loader(train, device_placement=False)
-    return as_batches(train, session.training.batch_size, session.device, shuffle=True, part=session.part)
+    settings = session.training
+    return as_batches(
+        train,
+        settings.batch_size,
+        session.device,
+        shuffle=True,
+        part=session.part,
+        seconds=settings.batch_seconds,
+    )
 
 
 def place_sets(

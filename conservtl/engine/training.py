@@ -25,6 +25,9 @@ class Training(BaseModel):
     """Passes over the training data, all phases together."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Examples per step and process, for data that ``fit`` batches; a DataLoader has its own."""
+    batch_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Duration of a batch in seconds at most, its padding included, for data of different lengths, which is batched by
+    length; a longer example is a batch alone. None: batch_size alone bounds a batch."""
     evaluate_batch_size: Annotated[int, Field(ge=1)] = 256
     """Examples per batch of an evaluation, for data that ``fit`` batches; no result depends on it but by rounding."""
     optimizer: OptimizerName = "adamw"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
-from conservtl.functions import MetricValue, forward
+from conservtl.functions import MetricValue, forward, logits_of
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
 from conservtl.tasks.bad_files import shown_name
@@ -61,7 +61,7 @@ class Task(ABC):
     """A kind of problem: sections of a spec, data, model, loss, metrics and answers.
 
     A subclass with a ``name`` is known to specs as ``task: NAME`` as soon as its module is imported: by
-    ``--import``, or as an entry point of group ``conservtl.tasks``. It has no state.
+    ``--import``, or as an entry point of group ``conservtl.tasks``. It has no state but what ``within`` gives it.
 
     A batch is what the task's data yields: (inputs, labels), or a dictionary of tensors. Everything else in
     conservtl treats batches and outputs as opaque, so inputs of any length, sequences as outputs and a loss of its
@@ -87,6 +87,9 @@ class Task(ABC):
     """The Hugging Face Hub's name of the task, for a model's card."""
     has_classes: ClassVar[bool] = False
     """Whether ``labels`` gives the class of each example: shots are counted a class, and ``recommend`` works."""
+    labels_are_outputs: ClassVar[bool] = False
+    """Whether each of ``Domains.labels`` names one output of the head, such as a class or a token: rows of labels that
+    the source has too are copied. Tasks with classes need not say so."""
     shift: ClassVar[Shift] = "input"
     """How the target differs where source and target share their labels."""
     usual_lr: ClassVar[float] = 3e-4
@@ -156,6 +159,30 @@ class Task(ABC):
             labels: names of the model's outputs.
             files: what was read.
         """
+
+    @property
+    def by_label(self) -> bool:
+        """Whether a head's rows are copied by label."""
+        return self.has_classes or self.labels_are_outputs
+
+    def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
+        """Return the outputs of some labels, in this order; the default takes (N, classes, ...).
+
+        Args:
+            outputs: of the model.
+            places: positions in its list of labels.
+        """
+        logits = logits_of(outputs)
+        return logits.index_select(1, torch.tensor(list(places), device=logits.device))
+
+    def within(self, labels: tuple[str, ...], preprocessing: Any) -> Task:  # noqa: ARG002
+        """Return the task as its metrics and answers need it, with the names of outputs and what made the inputs.
+
+        Args:
+            labels: names of the model's outputs.
+            preprocessing: of the domains, or saved with a model.
+        """
+        return self
 
     def inputs(self, batch: Any) -> Any:
         """Return what the model is called with: the first of a tuple, or a dictionary without its labels."""

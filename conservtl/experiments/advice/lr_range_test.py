@@ -130,7 +130,7 @@ def lr_find(
     functions = Functions(forward, loss, metrics)
     with preserve_rng(), open_session(trained, settings, made=made) as session:
         seed_all(seed)
-        batches = as_batches(train, settings.batch_size, session.device, shuffle=True)
+        batches = as_batches(train, settings.batch_size, session.device, shuffle=True, seconds=settings.batch_seconds)
         _measure(session, functions, batches, source, valid)
         session.begin()
         session.start_phase(len(trained.plan.phases) - 1)

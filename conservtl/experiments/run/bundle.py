@@ -85,4 +85,5 @@ def load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] 
     network = task.build(section, preprocessing, len(header["labels"]))
     added = extend_model(network, header)
     network.load_state_dict(added | tensors)
-    return Adapted(network.eval(), tuple(header["labels"]), preprocessing, task)
+    labels = tuple(header["labels"])
+    return Adapted(network.eval(), labels, preprocessing, task.within(labels, preprocessing))

@@ -159,7 +159,7 @@ def _report(
     known = [place for place, row in enumerate(rows or ()) if row is not None]  # at the start as the source's outputs
     agreed = None
     if setting.shared or len(known) > 1:
-        start, end = (one["target"] if setting.shared else one["target"].of(known) for one in (before, after))
+        start, end = (one["target"] if setting.shared else one["target"].of(task, known) for one in (before, after))
         sides = {when: agreement(task, scores, start) for when, scores in (("before", start), ("after", end))}
         agreed = sides if all(sides.values()) else None
     return {

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
 from conservtl.data import Data
 from conservtl.engine import Functions, Holdout, evaluate
-from conservtl.functions import MetricPool, logits_of
+from conservtl.functions import MetricPool
 from conservtl.runtime.source_head import SourceHead
 from conservtl.tasks.base import Task
 
@@ -34,9 +33,9 @@ class Scores:
     outputs: tuple[Any, ...]
     labels: tuple[Any, ...]
 
-    def of(self, places: Sequence[int]) -> Scores:
-        """Return the scores with these outputs alone, of (N, classes, ...)."""
-        chosen = tuple(logits_of(out)[:, list(places)] for out in self.outputs)
+    def of(self, task: Task, places: Sequence[int]) -> Scores:
+        """Return the scores with the outputs of these labels alone."""
+        chosen = tuple(task.outputs_at(out, places) for out in self.outputs)
         return Scores(self.metrics, chosen, self.labels)
 
 
@@ -71,11 +70,10 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
 
 
 def in_order(task: Task, data: Data, order: Sequence[int]) -> Holdout:
-    """Return a set on which a model's outputs, (N, classes, ...), stand in another order."""
+    """Return a set on which the outputs of a model's labels stand in another order."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
-        logits = logits_of(task.forward(model, batch))
-        return logits.index_select(1, torch.tensor(order, device=logits.device))
+        return task.outputs_at(task.forward(model, batch), order)
 
     return Holdout(data, forward=forward)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class Setting:
     example: Any
     shared: bool
 
-    @property
+    @cached_property
     def task(self) -> Task:
-        """The spec's task."""
-        return self.spec.problem
+        """The spec's task, with the names of the outputs."""
+        return self.spec.problem.within(self.domains.labels, self.domains.preprocessing)
 
     @property
     def target(self) -> str:
@@ -99,7 +100,7 @@ class Setting:
         model, spec = self.model(len(self.domains.labels), target=True), self.spec
         fresh = self.declared_fresh
         labels = (self.domains.labels, self.domains.source_labels)
-        overlap = not self.shared and self.task.has_classes and bool({*labels[0]} & {*labels[1]})
+        overlap = not self.shared and self.task.by_label and bool({*labels[0]} & {*labels[1]})
         if not self.shared and not overlap:
             fresh |= dict.fromkeys(self.head(model), "its labels differ from the source's")
         if self.domains.notes:  # the plan shows them
@@ -221,7 +222,7 @@ class Setting:
         if self.shared:
             return data
         labels, own = self.domains.labels, self.domains.source_labels
-        if self.task.has_classes and set(own) <= set(labels):
+        if self.task.by_label and set(own) <= set(labels):
             order = [labels.index(label) for label in own] + [n for n, label in enumerate(labels) if label not in own]
             return in_order(self.task, data, order)
         return on_source_head(self.task, data, SourceHead(source, self._drawn(source).head_module))

@@ -1,0 +1,67 @@
+"""Texts from the outputs of a CTC model, and what its frames need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conservtl.errors import DataError
+from conservtl.functions import logits_of
+from conservtl.padding import padding_of_outputs
+
+__all__ = ["check_frames", "frames_needed", "frames_of", "greedy", "tokens_of"]
+
+
+def frames_of(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Return logits (N, frames, tokens) and the frames of each utterance, (N,), on the logits' device."""
+    logits, padding = logits_of(outputs), padding_of_outputs(outputs)
+    if padding is None:
+        return logits, torch.full((len(logits),), logits.shape[1], device=logits.device)
+    return logits, padding.lengths.to(logits.device)
+
+
+def greedy(outputs: Any) -> list[list[int]]:
+    """Return the tokens of the best path: repeats merged, then blanks dropped."""
+    logits, lengths = frames_of(outputs)
+    best = logits.argmax(-1).cpu()
+    paths = (torch.unique_consecutive(row[:length]) for row, length in zip(best, lengths.tolist(), strict=True))
+    return [path[path > 0].tolist() for path in paths]
+
+
+def frames_needed(labels: Tensor) -> Tensor:
+    """Return the frames that CTC needs for each text, (N,): one a token, and a blank between equal neighbours.
+
+    Args:
+        labels: (N, tokens), negative where padded.
+
+    >>> frames_needed(torch.tensor([[1, 1, 2], [3, -100, -100]])).tolist()
+    [4, 1]
+    """
+    repeats = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)
+    return (labels >= 0).sum(1) + repeats.sum(1)
+
+
+def check_frames(lengths: Tensor, labels: Tensor, names: Sequence[str]) -> None:
+    """Raise if a text needs more frames than its utterance has, for then its loss is infinite.
+
+    Raises:
+        DataError: names the first such utterance.
+    """
+    needed = frames_needed(labels)
+    short = (lengths.to(needed.device) < needed).nonzero().flatten().tolist()
+    if short:
+        first = short[0]
+        name = names[first] if first < len(names) else f"utterance {first} of the batch"
+        raise DataError(
+            f"{name}: a text of CTC must not need more frames than its recording has; it needs {int(needed[first])} "
+            f"(with a blank between equal neighbours), and the model gives {int(lengths[first])}. Correct the text, "
+            "leave the utterance out, or take a model with less subsampling or features with a shorter hop."
+        )
+
+
+def tokens_of(labels: Tensor) -> list[list[int]]:
+    """Return the tokens of padded labels, (N, tokens)."""
+    return [row[row >= 0].tolist() for row in labels.cpu()]

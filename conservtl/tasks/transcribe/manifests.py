@@ -1,0 +1,245 @@
+"""Lists of utterances in files: NeMo's JSON lines, CSV and TSV, Kaldi, LibriSpeech, Common Voice, audiofolder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conservtl.errors import DataError
+from conservtl.tasks.bad_files import shown_name
+from conservtl.tasks.transcribe.utterances import Part
+
+__all__ = ["LAYOUTS", "Line", "lines_of"]
+
+_PARTS: dict[str, Part] = {
+    "train": "train",
+    "training": "train",
+    "validated": "train",
+    "dev": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "val": "dev",
+    "test": "test",
+    "testing": "test",
+}
+_PATHS = ("path", "audio_filepath", "file_name", "audio", "file", "wav")
+_TEXTS = ("text", "sentence", "transcript", "transcription", "normalized_text")
+_SPEAKERS = ("speaker", "speaker_id", "client_id", "spk_id")
+_SHOWN = 8  # names in a message
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a list, as it is written.
+
+    Args:
+        where: file and line, for messages.
+        path: of the recording, relative to ``base`` unless absolute.
+        base: folder of the list.
+        text: of the utterance; None: missing.
+        speaker: None: missing.
+        offset: in seconds, as written.
+        duration: in seconds, as written; None: to the end of the recording.
+        part: the official part.
+        name: of the utterance, if the list names it.
+    """
+
+    where: str
+    path: str | None
+    base: Path
+    text: str | None
+    speaker: str | None
+    offset: Any = 0.0
+    duration: Any = None
+    part: Part | None = None
+    name: str | None = None
+
+
+def lines_of(layout: str, root: Path, files: Sequence[str]) -> list[Line]:
+    """Return the lines of all lists below a folder, in order.
+
+    Args:
+        layout: one of ``LAYOUTS``.
+        root: the folder.
+        files: lists of ``manifest``, relative to the folder; empty: all in it.
+
+    Raises:
+        DataError: the folder, a list or one of its columns is missing.
+    """
+    if not root.is_dir():
+        raise DataError(f"data.root must be a folder; {shown_name(root)} is not one. Correct the path.")
+    found = list(LAYOUTS[layout](root, files))
+    if not found:
+        raise DataError(f"data.root {shown_name(root)} holds no utterance in the layout {layout!r}. Correct data.kind.")
+    return found
+
+
+def _manifests(root: Path, files: Sequence[str]) -> Iterator[Line]:
+    if not files:
+        wanted = (".json", ".jsonl", ".csv", ".tsv")
+        files = sorted(file.name for file in root.iterdir() if file.suffix.lower() in wanted)
+    if not files:
+        raise DataError(
+            f"data.files must name a manifest; {shown_name(root)} has no .json, .jsonl, .csv or .tsv. Name it."
+        )
+    for name in files:
+        file = root / name
+        if not file.is_file():
+            raise DataError(f"data.files: there is no file {shown_name(file)}. Correct the name.")
+        yield from (_json_lines if file.suffix.lower() in (".json", ".jsonl") else _table)(file, root)
+
+
+def _json_lines(file: Path, root: Path) -> Iterator[Line]:
+    for number, text in enumerate(_lines(file), 1):
+        if not text.strip():
+            continue
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{shown_name(file)}, line {number} must be a JSON object: {error}. Correct it.") from error
+        if not isinstance(content, dict):
+            raise DataError(
+                f"{shown_name(file)}, line {number} must be a JSON object; received {text[:40]!r}. Correct it."
+            )
+        yield _line(file, number, content, root)
+
+
+def _table(file: Path, root: Path) -> Iterator[Line]:
+    tabs = file.suffix.lower() == ".tsv"
+    rows = csv.DictReader(
+        _lines(file), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    )
+    columns = rows.fieldnames or ()
+    for names, what in ((_PATHS, "path"), (_TEXTS, "text")):
+        if not set(names) & set(columns):
+            raise DataError(
+                f"{shown_name(file)} must have a column for the {what} ({', '.join(names)}); it has "
+                f"{', '.join(list(columns)[:_SHOWN]) or 'none'}. Rename one."
+            )
+    for row in rows:
+        yield _line(file, rows.line_num, row, root)
+
+
+def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part: Part | None = None) -> Line:
+    def of(names: Sequence[str]) -> Any:
+        return next((content[name] for name in names if content.get(name) not in (None, "")), None)
+
+    said = str(content.get("split") or content.get("part") or "").lower()
+    named = next((_PARTS[piece] for piece in file.stem.lower().replace("-", "_").split("_") if piece in _PARTS), None)
+    path, text, speaker = of(_PATHS), of(_TEXTS), of(_SPEAKERS)
+    base = root if file.parent == root or (root / str(path)).exists() else file.parent
+    return Line(
+        where=f"{file.name}, line {number}",
+        path=None if path is None else str(path),
+        base=base,
+        text=None if text is None else str(text),
+        speaker=None if speaker is None else str(speaker),
+        offset=content.get("offset") or 0.0,
+        duration=content.get("duration") if content.get("duration") not in (None, "") else None,
+        part=part or _PARTS.get(said) or named,
+    )
+
+
+def _kaldi(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
+    """Read ``wav.scp``, ``text`` and ``utt2spk``, with ``segments`` if there are; in the folder or its parts."""
+    folders = [root] if (root / "wav.scp").is_file() else sorted(file.parent for file in root.glob("*/wav.scp"))
+    for folder in folders:
+        waves, texts, speakers = (_pairs(folder / name) for name in ("wav.scp", "text", "utt2spk"))
+        segments = _pairs(folder / "segments") if (folder / "segments").is_file() else {}
+        part = _PARTS.get(folder.name.lower().partition("_")[0]) if folder != root else None
+        for name in dict.fromkeys([*texts, *(segments or waves)]):
+            recording, offset, duration = name, 0.0, None
+            if name in segments:
+                recording, *times = segments[name].split()
+                try:
+                    offset, end = (float(time) for time in times)
+                except ValueError as error:
+                    raise DataError(
+                        f"{shown_name(folder / 'segments')}: {name!r} must have a recording, a start and an end; "
+                        f"received {segments[name]!r}. Correct it."
+                    ) from error
+                duration = end - offset
+            path = waves.get(recording)
+            if path is not None and path.rstrip().endswith("|"):
+                raise DataError(
+                    f"{shown_name(folder / 'wav.scp')}: {recording!r} must be a file; a command is never run. Write "
+                    "its output to a file, and name that."
+                )
+            yield Line(
+                f"{folder.name}, {name}", path, root, texts.get(name) or None, speakers.get(name), offset, duration,
+                part, name,
+            )  # fmt: skip
+
+
+def _pairs(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        raise DataError(
+            f"data.root: the layout 'kaldi' needs wav.scp, text and utt2spk; {shown_name(file)} is missing."
+        )
+    pairs = [line.split(maxsplit=1) for line in _lines(file) if line.strip()]
+    return {pair[0]: pair[1].strip() if len(pair) > 1 else "" for pair in pairs}
+
+
+def _librispeech(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
+    """Read SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt; a subset is train-*, dev-* or test-*."""
+    for file in sorted(root.rglob("*.trans.txt")):
+        subset = next((each for each in reversed(file.relative_to(root).parts) if each.partition("-")[0] in _PARTS), "")
+        if not subset and root.name.partition("-")[0] in _PARTS:
+            subset = root.name
+        for line in _lines(file):
+            name, _, text = line.strip().partition(" ")
+            if name:
+                path = str((file.parent / f"{name}.flac").relative_to(root))
+                part = _PARTS.get(subset.partition("-")[0])
+                yield Line(
+                    f"{file.name}, {name}", path, root, text or None, name.partition("-")[0], part=part, name=name
+                )
+
+
+def _common_voice(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
+    """Read train.tsv, dev.tsv and test.tsv, or validated.tsv alone, and recordings in clips/."""
+    lists = [name for name in ("train", "dev", "test") if (root / f"{name}.tsv").is_file()] or ["validated"]
+    for name in lists:
+        file = root / f"{name}.tsv"
+        if not file.is_file():
+            raise DataError(
+                f"data.root must hold train.tsv, dev.tsv and test.tsv of Common Voice, or validated.tsv; "
+                f"{shown_name(root)} has none. Correct the path: it is the folder of one language."
+            )
+        for line in _table(file, root):
+            path = None if line.path is None else f"clips/{line.path}"
+            part = _PARTS[name] if name != "validated" else None
+            yield Line(line.where, path, root, line.text, line.speaker, part=part)
+
+
+def _audiofolder(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
+    """Read metadata.csv (or .jsonl) in the folder or in its parts train/, validation/ and test/."""
+    for file in sorted({*root.rglob("metadata.csv"), *root.rglob("metadata.jsonl")}):
+        part = next((_PARTS[each.lower()] for each in file.relative_to(root).parts if each.lower() in _PARTS), None)
+        for line in (_table if file.suffix == ".csv" else _json_lines)(file, file.parent):
+            yield Line(line.where, line.path, file.parent, line.text, line.speaker, line.offset, line.duration, part)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown_name(file)} must be text in UTF-8; {error.reason} at byte {error.start}. Convert it."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{shown_name(file)} cannot be read: {error.strerror}.") from error
+
+
+LAYOUTS: dict[str, Callable[[Path, Sequence[str]], Iterator[Line]]] = {
+    "manifest": _manifests,
+    "kaldi": _kaldi,
+    "librispeech": _librispeech,
+    "common_voice": _common_voice,
+    "audiofolder": _audiofolder,
+}
+"""Readers of lists by the kind of data."""

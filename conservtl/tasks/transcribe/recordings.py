@@ -1,0 +1,110 @@
+"""Inputs of utterances, read when they are needed: from files, or spoken by synthetic voices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from conservtl.errors import DataError
+from conservtl.tasks.audio import espeak
+from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.bad_files import shown_name
+from conservtl.tasks.transcribe.features import Features
+from conservtl.tasks.transcribe.utterances import Utterance
+
+__all__ = ["FileInputs", "SpokenInputs", "read_utterance"]
+
+_KEPT = 2**31  # bytes of inputs that are kept in memory; others are read each time
+
+
+def read_utterance(one: Utterance) -> tuple[Tensor, int]:
+    """Return the samples of an utterance in a file, (samples,), and the sample rate in Hz.
+
+    Raises:
+        DataError: the file cannot be read, or ends before the utterance does.
+    """
+    if one.file is None:
+        raise DataError(f"{shown_name(one.name)} has no recording.")
+    wave, rate = _last_file(one.file)
+    if one.offset == 0 and one.seconds >= len(wave) / rate - 0.01:
+        return wave, rate
+    start, end = round(one.offset * rate), round((one.offset + one.seconds) * rate)
+    if end > len(wave) + 0.05 * rate:
+        raise DataError(
+            f"{shown_name(one.name)} must lie within its recording of {len(wave) / rate:.2f} s; received offset "
+            f"{one.offset:g} and duration {one.seconds:g}. Correct the manifest."
+        )
+    return wave[start:end], rate
+
+
+@lru_cache(maxsize=1)
+def _last_file(file: Path) -> tuple[Tensor, int]:
+    """Read a file; the last one is kept, because its utterances follow each other."""
+    return read_audio(file)
+
+
+class _Inputs(Sequence[Tensor]):
+    """Inputs that are made when they are indexed, and kept while they fit into memory."""
+
+    def __init__(self, utterances: Sequence[Utterance], features: Features) -> None:
+        self._utterances, self._features = list(utterances), features
+        self._made: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._utterances)
+
+    def __getitem__(self, place: Any) -> Any:
+        if (found := self._made.get(place)) is not None:
+            return found
+        made = self._features(*self._wave(int(place)))
+        if self._bytes < _KEPT:
+            self._made[place] = made
+            self._bytes += made.nbytes
+        return made
+
+    def _wave(self, place: int) -> tuple[Tensor, int]:
+        raise NotImplementedError
+
+
+class FileInputs(_Inputs):
+    """Inputs of utterances in files.
+
+    Args:
+        utterances: with their files.
+        features: how a recording becomes an input.
+    """
+
+    def _wave(self, place: int) -> tuple[Tensor, int]:
+        return read_utterance(self._utterances[place])
+
+
+class SpokenInputs(_Inputs):
+    """Inputs of utterances by espeak-ng voices, synthesised together at the first access.
+
+    Args:
+        utterances: their speakers are voices.
+        features: how a recording becomes an input.
+        spoken: name of each utterance -> what the voice says, and how.
+        speak: synthesises utterances.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        features: Features,
+        spoken: Mapping[str, espeak.Utterance],
+        speak: Callable[[Sequence[espeak.Utterance]], list[tuple[Tensor, int]]] = espeak.speak,
+    ) -> None:
+        super().__init__(utterances, features)
+        self._spoken, self._speak = spoken, speak
+
+    def __getitem__(self, place: Any) -> Any:
+        if not self._made:
+            waves = self._speak([self._spoken[one.name] for one in self._utterances])
+            self._made = {number: self._features(*wave) for number, wave in enumerate(waves)}
+        return self._made[place]

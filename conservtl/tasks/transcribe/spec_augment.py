@@ -1,0 +1,82 @@
+"""SpecAugment for utterances of different lengths: masks of time and mel bands, and a change of speed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from conservtl.bounds import Share
+from conservtl.spec_model import FrozenModel
+
+__all__ = ["SpecAugment"]
+
+
+class SpecAugment(FrozenModel):
+    """Masks spans of frames and of mel bands of each utterance. Padding counts in no share.
+
+    Reference:
+        Park et al., "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition",
+        Interspeech 2019.
+    """
+
+    time_masks: Annotated[int, Field(ge=0, le=20)] = 2
+    """Number of spans of frames (or samples) that are masked."""
+    time_mask: Share = 0.08
+    """Longest span, as a share of the utterance."""
+    frequency_masks: Annotated[int, Field(ge=0, le=20)] = 2
+    """Number of spans of mel bands that are masked. Log-mel inputs only."""
+    frequency_mask: Share = 0.2
+    """Widest span, as a share of the bands."""
+    speed: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Largest change of speed: 0.1 draws a factor between 0.9 and 1.1 for each batch. Log-mel inputs only; the pitch
+    stays."""
+    noise: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Largest standard deviation of the added noise, in units of the input."""
+
+    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Return an augmented copy of inputs without padding, (N, frames, bands) or (N, samples)."""
+        lengths = torch.full((len(inputs),), inputs.shape[1])
+        return self.of_batch({"inputs": inputs, "lengths": lengths}, generator)["inputs"]  # type: ignore[no-any-return]
+
+    def of_batch(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Return an augmented copy of a padded batch; draws come from ``generator`` alone."""
+        inputs, lengths = batch["inputs"], batch["lengths"].to(batch["inputs"].device)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=generator.device).to(inputs.device)
+
+        n = len(inputs)
+        if self.speed and inputs.ndim == 3:
+            factor = 1 + self.speed * (2 * float(uniform(1)) - 1)
+            frames = max(1, round(inputs.shape[1] / factor))
+            lengths = (lengths.double() * frames / inputs.shape[1]).floor().long().clamp(1, frames)
+            inputs = torch.nn.functional.interpolate(inputs.transpose(1, 2), frames, mode="linear").transpose(1, 2)
+        at = torch.arange(inputs.shape[1], device=inputs.device)
+        valid = at < lengths.unsqueeze(1)
+        if self.noise:
+            drawn = torch.randn(inputs.shape, generator=generator, device=generator.device).to(inputs)
+            inputs = inputs + self.noise * uniform(n, *[1] * (inputs.ndim - 1)) * drawn
+        counts = lengths.unsqueeze(1).float()
+        hidden = _spans(uniform, n, self.time_masks, self.time_mask * counts, counts, at)
+        if inputs.ndim == 3:
+            bands = torch.arange(inputs.shape[2], device=inputs.device)
+            width = torch.full_like(counts, inputs.shape[2])
+            masked = _spans(uniform, n, self.frequency_masks, self.frequency_mask * width, width, bands)
+            inputs = inputs.masked_fill(masked.unsqueeze(1), 0.0)
+        dropped = hidden | ~valid
+        inputs = inputs.masked_fill(dropped.unsqueeze(-1) if inputs.ndim == 3 else dropped, 0.0)
+        return {**batch, "inputs": inputs, "lengths": lengths}
+
+
+def _spans(uniform: Any, n: int, count: int, widest: Tensor, size: Tensor, at: Tensor) -> Tensor:
+    """Return (N, positions): true in ``count`` random spans up to (N, 1) ``widest`` of (N, 1) positions."""
+    if count == 0:
+        return torch.zeros(n, len(at), dtype=torch.bool, device=at.device)
+    width = uniform(n, count) * widest
+    start = uniform(n, count) * (size - width)
+    inside = (at >= start.unsqueeze(-1)) & (at < (start + width).unsqueeze(-1))
+    spans: Tensor = inside.any(1)
+    return spans

@@ -1,0 +1,144 @@
+"""The task of transcribing utterances under a change of speaker, accent, room or vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from conservtl.data import Augmentation, Data, Domains, Preprocessing
+from conservtl.functions import MetricValue
+from conservtl.tasks.base import Prediction, Task
+from conservtl.tasks.fingerprint import digest_of_files
+from conservtl.tasks.headline import Headline
+from conservtl.tasks.transcribe.corpora import CorpusData, DataSpec, load, speakers
+from conservtl.tasks.transcribe.decoding import check_frames, frames_of, greedy, tokens_of
+from conservtl.tasks.transcribe.features import TranscribePreprocessing
+from conservtl.tasks.transcribe.models import ModelSpec, build
+from conservtl.tasks.transcribe.spec_augment import SpecAugment
+from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
+
+__all__ = ["Transcribe"]
+
+
+class Transcribe(Task):
+    """Utterances of several speakers as texts, by CTC; judged by the word error rate."""
+
+    name: ClassVar[str] = "transcribe"
+    summary: ClassVar[str] = "Speech recognition under a change of speaker, accent, room or vocabulary."
+    model_section: ClassVar[Any] = ModelSpec
+    data_section: ClassVar[Any] = DataSpec
+    preprocessing: ClassVar[Any] = TranscribePreprocessing
+    headline: ClassVar[Headline] = Headline("wer", better="lower", text="word error rate")
+    example: ClassVar[str] = "utterance"
+    labels_are_outputs: ClassVar[bool] = True
+    shift: ClassVar[Any] = "speaker"
+    usual_lr: ClassVar[float] = 5e-4
+
+    def __init__(self, labels: tuple[str, ...] = (), preprocessing: TranscribePreprocessing | None = None) -> None:
+        self._labels, self._tokens = labels, (preprocessing or TranscribePreprocessing()).tokens
+
+    def within(self, labels: tuple[str, ...], preprocessing: Any) -> Transcribe:
+        """Return the task with a vocabulary, so that it can write texts."""
+        return Transcribe(labels, preprocessing)
+
+    def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:  # noqa: ARG002
+        """Read the utterances of both domains."""
+        return load(data, seed=seed, source=source)
+
+    def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
+        """Return a network with an output for each token."""
+        return build(model, preprocessing, outputs)
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Return (logits (N, frames, tokens), frames of each utterance (N,))."""
+        return model(batch["inputs"], batch["lengths"])
+
+    def inputs(self, batch: Any) -> Any:
+        """Return the model's arguments."""
+        return {"inputs": batch["inputs"], "lengths": batch["lengths"]}
+
+    def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
+        """Return the logits of some tokens, with the frames of each utterance."""
+        logits, lengths = frames_of(outputs)
+        return logits[..., list(places)], lengths
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the CTC loss a token, the mean over the utterances.
+
+        Raises:
+            DataError: a text needs more frames than its utterance has.
+        """
+        logits, lengths = frames_of(outputs)
+        labels = batch["labels"]
+        check_frames(lengths, labels, batch.get("names", ()))
+        counts = (labels >= 0).sum(1)
+        scores = logits.float().log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(scores, labels.clamp_min(0), lengths.long(), counts, zero_infinity=False)
+
+    def metrics(self, outputs: Any, batch: Any) -> Mapping[str, MetricValue]:
+        """Return wrong words and characters with all of them: word and character error rates."""
+        said, heard = self.texts(tokens_of(batch["labels"])), self.texts(greedy(outputs))
+        words, characters = word_errors(said, heard), character_errors(said, heard)
+        return {"wer": (words.wrong, words.count), "cer": (characters.wrong, characters.count)}
+
+    def texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of tokens."""
+        return [self._tokens.decode(each, self._labels) for each in tokens]
+
+    def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:  # noqa: ARG002
+        """Return the transcript of each file, with the mean posterior of its best path where that is no blank."""
+        logits, lengths = frames_of(outputs)
+        best, answers = logits.float().softmax(-1).max(-1)
+        valid = torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
+        spoken = valid & (answers > 0)
+        means = torch.where(spoken, best, 0).sum(1) / spoken.sum(1).clamp_min(1)
+        texts = self.texts(greedy(outputs))
+        return [Prediction(*one) for one in zip(files, texts, means.tolist(), strict=True)]
+
+    def agreement(self, outputs: Any, source: Any) -> dict[str, MetricValue]:
+        """Return the share of frames with the source model's answer, and KL(source || adapted) a frame in nats."""
+        logits, lengths = frames_of(outputs)
+        reference = frames_of(source)[0]
+        valid = torch.arange(logits.shape[1]) < lengths.unsqueeze(1)
+        adapted, source = logits[valid].log_softmax(-1), reference[valid].log_softmax(-1)
+        kl = F.kl_div(adapted, source, reduction="sum", log_target=True)
+        same = (adapted.argmax(-1) == source.argmax(-1)).sum()
+        count = int(valid.sum())
+        return {"agreement": (int(same), count), "kl": (max(0.0, float(kl)), count)}
+
+    def targets(self, data: Any) -> tuple[str, ...]:
+        """Return every speaker found, or the embedded voices."""
+        return speakers(data)
+
+    def on_target(self, data: Any, target: str) -> dict[str, Any]:  # noqa: ARG002
+        """Return the field that names the target speaker."""
+        return {"data.target": target}
+
+    def target_name(self, data: Any, domains: Domains) -> str:  # noqa: ARG002
+        """Return the target speaker."""
+        return str(data.target)
+
+    def adopt(self, data: Any, preprocessing: Mapping[str, Any]) -> Any:
+        """Return the data with the vocabulary of the run that saved the source's weights, where none is given."""
+        saved = (preprocessing.get("tokens") or {}).get("alphabet")
+        if saved is None or data.tokens.kind != "characters" or data.tokens.alphabet is not None:
+            return data
+        return data.model_copy(update={"tokens": data.tokens.model_copy(update={"alphabet": saved})})
+
+    def augmented(self, augmentation: Augmentation | None) -> Callable[[Any, torch.Generator], Any] | None:
+        """Return the augmentation of a padded batch; None: no augmentation."""
+        if augmentation is None:
+            return None
+        augment: SpecAugment = augmentation  # type: ignore[assignment]
+        return augment.of_batch
+
+    def fingerprint(self, data: Any, train: Data, preprocessing: Preprocessing) -> Any:
+        """Return names and texts of the source's utterances, and sizes and times of their files."""
+        names, labels = getattr(train, "names", ()), [one.tolist() for one in getattr(train, "labels", ())]
+        files = [data.root / name.partition("@")[0] for name in names] if isinstance(data, CorpusData) else []
+        return [data.kind, list(names), labels, digest_of_files(files), preprocessing.model_dump(mode="json")]

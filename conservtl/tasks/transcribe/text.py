@@ -1,0 +1,81 @@
+"""Texts as a recognizer learns and is judged by: explicit rules, saved with the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+from unicodedata import category, normalize
+
+from conservtl.spec_model import FrozenModel
+
+__all__ = ["Normalisation"]
+
+_APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\uff07`\u00b4", "'"))
+_ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_SCALES = ((10**9, "billion"), (10**6, "million"), (1000, "thousand"))
+_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+")
+_MOST_DIGITS = 12  # longer numbers are read digit by digit
+
+
+class Normalisation(FrozenModel):
+    r"""Rules for texts, applied to references before training and scoring. The result is in NFC, with single spaces.
+
+    Example:
+        >>> Normalisation()("\u201cIt\u2019s 42!\u201d  she said.")
+        "it's forty two she said"
+    """
+
+    case: Literal["lower", "upper", "keep"] = "lower"
+    """Case of all letters."""
+    punctuation: Literal["remove", "keep"] = "remove"
+    """Whether to replace punctuation and symbols by spaces; apostrophes within words are letters."""
+    numbers: Literal["words", "digits", "keep"] = "words"
+    """`words`: English words for whole numbers; `digits`: digits with spaces between them; `keep`: as written."""
+    apostrophes: Literal["keep", "remove"] = "keep"
+    """Apostrophes within words, typographic ones as `'`."""
+
+    def __call__(self, text: str) -> str:
+        """Return the text by these rules."""
+        text = normalize("NFC", text).translate(_APOSTROPHES)
+        if self.numbers != "keep":
+            text = _NUMBER.sub(lambda match: f" {self._number(match[0].replace(',', ''))} ", text)
+        if self.apostrophes == "remove":
+            text = text.replace("'", "")
+        if self.punctuation == "remove":
+            text = "".join(" " if _is_punctuation(letter) else letter for letter in text)
+            text = re.sub(r"(?<!\w)'+|'+(?!\w)", " ", text)  # quotation marks
+        if self.case != "keep":
+            text = text.lower() if self.case == "lower" else text.upper()
+        return normalize("NFC", " ".join(text.split()))
+
+    def _number(self, digits: str) -> str:
+        if self.numbers == "digits":
+            return " ".join(digits)
+        if len(digits) > _MOST_DIGITS or (len(digits) > 1 and digits[0] == "0"):
+            return " ".join(_ONES[int(digit)] for digit in digits)
+        return _in_words(int(digits))
+
+
+def _in_words(number: int) -> str:
+    """Return a whole number below 10^12 in English words.
+
+    >>> _in_words(1_205), _in_words(0)
+    ('one thousand two hundred five', 'zero')
+    """
+    for scale, name in _SCALES:
+        if number >= scale:
+            rest = number % scale
+            return f"{_in_words(number // scale)} {name}" + (f" {_in_words(rest)}" if rest else "")
+    if number >= 100:
+        return f"{_ONES[number // 100]} hundred" + (f" {_in_words(number % 100)}" if number % 100 else "")
+    if number < len(_ONES):
+        return _ONES[number]
+    return _TENS[number // 10 - 2] + (f" {_ONES[number % 10]}" if number % 10 else "")
+
+
+def _is_punctuation(letter: str) -> bool:
+    return letter != "'" and category(letter)[0] in "PS"

@@ -1,0 +1,138 @@
+"""Tokens of a text: characters, or the pieces of a sentencepiece model."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from conservtl.errors import DataError, SpecError
+from conservtl.extras import require
+from conservtl.spec_model import FrozenModel
+
+__all__ = ["BLANK", "Characters", "SentencePiece", "Tokenizer", "vocabulary_of"]
+
+BLANK = "<blank>"
+"""Name of output 0, CTC's blank."""
+
+_SPACE = "|"
+"""Name of the space among characters, as torchaudio and transformers write it."""
+_PIECE_SPACE = "\u2581"
+
+
+class Characters(FrozenModel):
+    """Each character is a token; the space is `|`."""
+
+    kind: Literal["characters"] = "characters"
+    """Characters."""
+    alphabet: str | None = None
+    """Characters in the order of the outputs after the blank, the space among them; null: those of all texts that are
+    read, sorted."""
+
+    def vocabulary(self, texts: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of the outputs, the blank first.
+
+        Raises:
+            SpecError: a character stands twice in ``alphabet``.
+        """
+        letters = (
+            sorted({letter for text in texts for letter in text} | {" "}) if self.alphabet is None else self.alphabet
+        )
+        if twice := sorted({letter for letter in letters if list(letters).count(letter) > 1}):
+            raise SpecError(f"data.tokens.alphabet must hold each character once; received {twice} twice. Remove one.")
+        if "|" in letters:
+            raise SpecError("data.tokens.alphabet must not hold '|', the name of the space. Write the space itself.")
+        return (BLANK, *(_SPACE if letter == " " else letter for letter in letters))
+
+    def encode(self, text: str, vocabulary: Sequence[str]) -> list[int]:
+        """Return the tokens of a text.
+
+        Raises:
+            DataError: a character is none of the vocabulary.
+        """
+        numbers = _numbers(tuple(vocabulary))
+        if unknown := sorted({letter for letter in text if (_SPACE if letter == " " else letter) not in numbers}):
+            raise DataError(
+                f"has characters outside the vocabulary, {' '.join(map(ascii, unknown))}, in {text[:60]!r}. Change "
+                "data.text, or add them to data.tokens.alphabet."
+            )
+        return [numbers[_SPACE if letter == " " else letter] for letter in text]
+
+    def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
+        """Return the text of tokens without blanks."""
+        return " ".join("".join(vocabulary[token] for token in tokens).replace(_SPACE, " ").split())
+
+
+class SentencePiece(FrozenModel):
+    """Pieces of a sentencepiece model. The model is saved with the adapted network."""
+
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    """Pieces of words."""
+    model: str = Field(min_length=1)
+    """A `.model` file; in a saved run `base64:` and its bytes."""
+
+    def embedded(self) -> SentencePiece:
+        """Return the tokenizer with its model's bytes in the place of the file.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        if self.model.startswith("base64:"):
+            return self
+        try:
+            content = Path(self.model).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"data.tokens.model {self.model!r} cannot be read: {error.strerror}. Correct it."
+            ) from error
+        return SentencePiece(model="base64:" + base64.b64encode(content).decode())
+
+    def vocabulary(self, texts: Iterable[str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the names of the outputs, the blank first."""
+        processor = _processor(self.embedded().model)
+        return (BLANK, *(processor.id_to_piece(number) for number in range(processor.get_piece_size())))
+
+    def encode(self, text: str, vocabulary: Sequence[str]) -> list[int]:
+        """Return the tokens of a text.
+
+        Raises:
+            DataError: a part of it is unknown to the model.
+        """
+        processor, numbers = _processor(self.embedded().model), _numbers(tuple(vocabulary))
+        pieces = processor.encode(text, out_type=str)
+        if unknown := [piece for piece in pieces if numbers.get(piece, 1) == 1 + processor.unk_id()] or [
+            piece for piece in pieces if piece not in numbers
+        ]:
+            raise DataError(
+                f"has parts outside the vocabulary, {' '.join(map(ascii, unknown[:5]))}, in {text[:60]!r}. Change "
+                "data.text, or take another data.tokens.model."
+            )
+        return [numbers[piece] for piece in pieces]
+
+    def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
+        """Return the text of tokens without blanks."""
+        return " ".join("".join(vocabulary[token] for token in tokens).replace(_PIECE_SPACE, " ").split())
+
+
+Tokenizer = Annotated[Characters | SentencePiece, Field(discriminator="kind")]
+"""How a text becomes tokens."""
+
+
+def vocabulary_of(tokens: Any, texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of a tokenizer's outputs, the blank first, for these texts."""
+    return tokens.vocabulary(texts)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=8)
+def _numbers(vocabulary: tuple[str, ...]) -> dict[str, int]:
+    return {token: number for number, token in enumerate(vocabulary)}
+
+
+@lru_cache(maxsize=4)
+def _processor(model: str) -> Any:
+    library = require("sentencepiece", "transcribe")
+    return library.SentencePieceProcessor(model_proto=base64.b64decode(model.removeprefix("base64:")))

@@ -1,0 +1,93 @@
+"""The compact Conformer: padding changes nothing, lengths are those of the frames, CTC's needs are checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import conservtl as ctl
+from conservtl.tasks.transcribe import ModelSpec, SpecAugment, Transcribe, TranscribePreprocessing, build
+from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
+from conservtl.tasks.transcribe.decoding import frames_needed, greedy
+
+SMALL = ConformerArgs(width=16, blocks=2, heads=2, kernel=5)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_an_utterance_alone_gives_what_it_gives_in_a_padded_batch(factor):
+    torch.manual_seed(0)
+    model = ConformerCTC(20, 6, SMALL.model_copy(update={"subsampling": factor})).eval()
+    inputs, lengths = torch.randn(3, 61, 20), torch.tensor([61, 30, 7])
+    with torch.no_grad():
+        outputs, frames = model(inputs, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone, count = model(inputs[row : row + 1, :length], torch.tensor([length]))
+            assert count.item() == frames[row].item() == alone.shape[1] == -(-length // factor)
+            torch.testing.assert_close(outputs[row, : count.item()], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_default_has_about_a_million_parameters_and_the_largest_usual_one_is_below_five():
+    count = sum(one.numel() for one in build(ModelSpec(), TranscribePreprocessing(), 29).parameters())
+    assert 0.9e6 < count < 1.2e6
+    large = ModelSpec(args={"width": 192, "blocks": 8, "heads": 4})
+    assert sum(one.numel() for one in build(large, TranscribePreprocessing(), 29).parameters()) < 5e6
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"width": 20, "heads": 4}, "width must be a multiple of twice heads; received 20 and 4"),
+        ({"kernel": 4}, "kernel must be odd; received 4"),
+        ({"blcks": 4}, r"model\.args\.blcks.*conformer takes width, blocks"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(args, message):
+    with pytest.raises(ctl.SpecError, match=message):
+        build(ModelSpec(args=args), TranscribePreprocessing(), 5)
+
+
+def test_the_loss_is_that_of_torch_and_finite_under_bf16():
+    """torch's mean: of each utterance's loss over its tokens."""
+    task = Transcribe()
+    torch.manual_seed(0)
+    logits, lengths = torch.randn(2, 9, 4), torch.tensor([9, 5])
+    labels = torch.tensor([[1, 2, 2], [3, -100, -100]])
+    each = [
+        torch.nn.functional.ctc_loss(
+            logits[row, :frames].log_softmax(-1).unsqueeze(1), labels[row, :n].unsqueeze(0), [frames], [n]
+        )
+        for row, frames, n in ((0, 9, 3), (1, 5, 1))
+    ]
+    batch = {"labels": labels, "names": ["a", "b"]}
+    torch.testing.assert_close(task.loss((logits, lengths), batch), torch.stack(each).mean())
+    assert task.loss((logits.bfloat16(), lengths), batch).isfinite()
+
+
+def test_a_text_that_needs_more_frames_than_there_are_is_named():
+    """Equal neighbours need a blank between them: 1 2 2 needs four frames."""
+    labels = torch.tensor([[1, 2, 3], [1, 2, 2]])
+    assert frames_needed(labels).tolist() == [3, 4]
+    outputs = torch.randn(2, 3, 4), torch.tensor([3, 3])
+    with pytest.raises(ctl.DataError, match=r"b\.wav: .*it needs 4 .* the model gives 3"):
+        Transcribe().loss(outputs, {"labels": labels, "names": ["a.wav", "b.wav"]})
+
+
+def test_greedy_decoding_by_hand():
+    """Best path 1 1 0 1 2 | 0 2 2 and padding: 1 1 2 and 2."""
+    paths = torch.tensor([[1, 1, 0, 1, 2], [0, 2, 2, 1, 1]])
+    outputs = torch.nn.functional.one_hot(paths, 3).float(), torch.tensor([5, 3])
+    assert greedy(outputs) == [[1, 1, 2], [2]]
+
+
+def test_augmentation_keeps_padding_zero_and_draws_from_its_generator_alone():
+    augment = SpecAugment(time_masks=3, time_mask=0.3, noise=0.5, speed=0.1)
+    batch = {"inputs": torch.ones(3, 40, 8), "lengths": torch.tensor([40, 20, 10]), "labels": torch.ones(3, 2)}
+    state = torch.random.get_rng_state()
+    first, second = (augment.of_batch(batch, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first["inputs"], second["inputs"])
+    assert first["labels"] is batch["labels"]
+    for row, length in zip(first["inputs"], first["lengths"], strict=True):
+        assert not row[int(length) :].any()
+    assert int(first["lengths"][0]) == first["inputs"].shape[1] != 40
+    assert (first["inputs"][0] == 0).any()

@@ -1,0 +1,161 @@
+"""A recognizer through a whole run: planned, trained, reported, loaded, predicted with and adapted again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import conservtl as ctl
+from conservtl.experiments.run.runner import plan_of, run
+from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
+from conservtl.experiments.studies.comparison import compare
+
+soundfile = pytest.importorskip("soundfile")
+jiwer = pytest.importorskip("jiwer")
+
+RATE = 2000
+EXAMPLES = Path(__file__).parents[3] / "examples" / "speech"
+
+
+def tones(text, pitch, seed):
+    """A tone for each letter."""
+    generator = torch.Generator().manual_seed(seed)
+    time = torch.arange(RATE // 10) / RATE
+    parts = [torch.sin(2 * torch.pi * pitch * (100 + 100 * " abc".index(letter)) * time) for letter in text]
+    wave = torch.cat(parts)
+    return wave + 0.1 * torch.randn(len(wave), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Three speakers of a language of three letters; one speaks higher."""
+    root = tmp_path_factory.mktemp("corpus")
+    lines = []
+    for speaker, pitch in (("ann", 1.0), ("bob", 1.05), ("cid", 1.3)):
+        for number in range(10):
+            text = ["ab ca", "c b", "abc", "ba ab c", "cab", "a c b", "bc", "aba", "ca bc", "b a"][number]
+            name = f"{speaker}{number}.wav"
+            soundfile.write(root / name, tones(text, pitch, number).numpy() / 4, RATE)
+            lines.append({"audio_filepath": name, "text": text, "speaker": speaker})
+    (root / "all.json").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def spec(root, tmp_path_factory):
+    return parse_spec(
+        {
+            "task": "transcribe",
+            "model": {"args": {"width": 16, "blocks": 1, "heads": 2, "subsampling": 2, "dropout": 0}},
+            "data": {
+                "kind": "manifest",
+                "root": str(root),
+                "target": "cid",
+                "shots": 4,
+                "held_out": 0.3,
+                "features": {"sample_rate": RATE, "n_mels": 12, "hop": 0.02},
+            },
+            "source": {
+                "training": {"epochs": 12, "batch_size": 6, "lr": 0.02, "evaluate_every": 12, "threads": 1},
+                "cache": str(tmp_path_factory.mktemp("cache")),
+            },
+            "strategies": [{"kind": "l2_sp", "alpha": 0.01}, {"kind": "output_conservation", "rho": 0.1}],
+            "training": {"epochs": 10, "batch_size": 4, "lr": 0.005, "evaluate_every": 5, "threads": 1},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def done(spec, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return run(spec, out), out
+
+
+def test_a_run_reports_the_word_error_rate_as_lower_is_better(done):
+    report, out = done
+    assert report["metric"] == {"key": "wer", "name": "word error rate", "better": "lower", "share": True}
+    assert set(report["after"]["target"]) == {"loss", "wer", "cer"}
+    assert report["after"]["target"]["loss"] < report["before"]["target"]["loss"]
+    assert 0 <= report["agreement"]["after"]["agreement"] <= 1
+    assert report["agreement"]["before"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "word error rate" in report["sentence"]
+    assert "word error rate" in (out / "report.html").read_text()
+
+
+def test_the_error_rate_is_that_of_the_files_transcripts_pooled_over_words(done, spec, root):
+    """jiwer on all transcripts at once: errors and words summed, no mean of utterances."""
+    report, out = done
+    test = prepare(spec).domains.target_test
+    adapted = ctl.load_adapted(out)
+    said = {
+        line["audio_filepath"]: line["text"] for line in map(json.loads, (root / "all.json").read_text().splitlines())
+    }
+    found = adapted.predict([root / name for name in test.names], batch_size=2)
+    references, heard = [said[name] for name in test.names], [one.label for one in found]
+    assert report["after"]["target"]["wer"] == pytest.approx(jiwer.wer(references, heard))
+    assert report["after"]["target"]["cer"] == pytest.approx(jiwer.cer(references, heard))
+    assert all(0 <= one.probability <= 1 for one in found)
+
+
+def test_its_plan_lists_the_blocks_and_the_head(spec):
+    layers = plan_of(spec).layers
+    assert layers[0].startswith("subsampling")
+    assert layers[-1] == "head"
+
+
+def test_a_saved_run_is_a_source_with_its_vocabulary(done, spec, tmp_path):
+    _, out = done
+    again = with_fields(spec, {"source.weights": str(out / "model.safetensors"), "data.target": "bob"})
+    setting = prepare(again)
+    assert setting.shared
+    report = run(with_fields(again, {"training.epochs": 1, "training.evaluate_every": 1}), tmp_path / "again")
+    assert report["transfer"]["fresh"] == {}
+
+
+def test_a_growing_vocabulary_keeps_the_rows_of_known_tokens(done, spec):
+    """The new letter and the new order are the target's; rows of known letters are the source's."""
+    from conservtl.experiments.run.source_training import obtain_source
+
+    source = obtain_source(prepare(spec))
+    fields = {
+        "source.weights": None,
+        "source.labels": None,
+        "data.tokens": {"kind": "characters", "alphabet": "cd ba"},
+    }
+    setting = prepare(with_fields(spec, fields))
+    old, new = ("<blank>", "|", "a", "b", "c"), ("<blank>", "c", "d", "|", "b", "a")
+    assert setting.domains.labels == new
+    adaptation = ctl.adapt(
+        setting.model(len(new), target=True), source.model, [], labels=(new, old), example=setting.example
+    )
+    head, before = adaptation.model.head.weight, source.model.head.weight
+    for row, token in enumerate(new):
+        if token in old:
+            assert torch.equal(head[row], before[old.index(token)])
+
+
+def test_a_comparison_ranks_by_the_lowest_error(spec, tmp_path):
+    section = {"seeds": 1, "targets": ["cid"], "baselines": ["source as it is", "fine-tuning, low rate"]}
+    result = compare(with_fields(spec, {"compare": section, "training.epochs": 2}), tmp_path)
+    (table,) = result["tables"]
+    assert result["metric"]["better"] == "lower"
+    means = {row["variant"]: row["harmonic"]["mean"] for row in table["rows"] if row["baseline"]}
+    assert means[table["best_baseline"]] == min(means.values())
+
+
+def test_a_validation_part_selects_by_the_word_error_rate(spec, tmp_path):
+    fields = {"data.validation": 0.5, "training.keep": "target", "training.evaluate_every": 2}
+    run(with_fields(spec, fields), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "wer" in line.get("valid", {}).get("target", {})] == [2, 4, 6, 8, 10]
+
+
+def test_the_example_needs_no_data():
+    pytest.importorskip("espeakng_loader")
+    spec = load_spec(EXAMPLES / "transcribe.yaml")
+    assert len(spec.data.voices) >= 12
+    assert plan_of(spec).layers[-1] == "head"
