@@ -13,6 +13,7 @@ from conservtl.spec_model import FrozenModel
 
 __all__ = [
     "ACCURACY",
+    "KNOWN_DIRECTIONS",
     "LOSS",
     "Criterion",
     "check_metric",
@@ -22,7 +23,7 @@ __all__ = [
     "score",
 ]
 
-_DIRECTIONS = {"accuracy": "higher", "loss": "lower", "wer": "lower", "cer": "lower"}
+KNOWN_DIRECTIONS = {"accuracy": "higher", "loss": "lower", "wer": "lower", "cer": "lower"}
 
 Evaluation = Mapping[str, Mapping[str, float]]
 
@@ -41,12 +42,12 @@ class Criterion(FrozenModel):
         fields = {"metric": value} if isinstance(value, str) else value
         if not isinstance(fields, Mapping) or not isinstance(metric := fields.get("metric"), str):
             return fields
-        known = _DIRECTIONS.get(metric)
+        known = KNOWN_DIRECTIONS.get(metric)
         direction = fields.get("direction", known)
         if direction is None:
             raise ValueError(
-                f"the direction of {metric!r} is not known; known are {', '.join(_DIRECTIONS)}."
-                f"{did_you_mean(metric, _DIRECTIONS)} For another metric write "
+                f"the direction of {metric!r} is not known; known are {', '.join(KNOWN_DIRECTIONS)}."
+                f"{did_you_mean(metric, KNOWN_DIRECTIONS)} For another metric write "
                 f"select: {{metric: {metric}, direction: higher}}, or lower"
             )
         if known not in (None, direction):

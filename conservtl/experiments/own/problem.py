@@ -14,7 +14,7 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.batches import map_tensors, to_device
 from conservtl.data import Data, first_batch, length_of
 from conservtl.engine import Training
-from conservtl.engine.criterion import Criterion, check_metric
+from conservtl.engine.criterion import KNOWN_DIRECTIONS, Criterion, check_metric
 from conservtl.engine.evaluation import Functions, check_metrics
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SourceError, SpecError, did_you_mean
@@ -388,10 +388,11 @@ def _headline(training: Training | None, metrics: Mapping[str, Any]) -> Headline
     chosen = None if training is None else training.select
     if chosen is None:
         name = "accuracy" if "accuracy" in metrics else "loss" if not metrics else next(iter(metrics))
-        if len(metrics) > 1 and name != "accuracy":
+        if name not in KNOWN_DIRECTIONS or (len(metrics) > 1 and name != "accuracy"):
             raise SpecError(
-                f"training.select: the metrics are {', '.join(metrics)}, and it must be known which one runs are "
-                f"judged by. Write Training(select={{'metric': {name!r}, 'direction': 'higher'}}), or 'lower'."
+                f"training.select: of the metrics, {', '.join(metrics)}, it must be known which one runs are judged "
+                "by, and which values are better. Write "
+                f"Training(select={{'metric': {name!r}, 'direction': 'higher'}}), or 'lower'."
             )
         chosen = Criterion.model_validate(name)
     check_metric(chosen, [*metrics, "loss"], "target")

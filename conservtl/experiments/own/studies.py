@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
+from pydantic import ValidationError
 from torch import nn
 
 from conservtl.adaptation.preset import Preset
@@ -24,6 +25,7 @@ from conservtl.source.read import SourceLike
 
 __all__ = ["compare", "sweep"]
 
+_Section = TypeVar("_Section", CompareSection, SweepSection)
 Variant = Sequence[Strategy | Mapping[str, Any]] | Preset
 
 
@@ -92,13 +94,16 @@ def compare(
         >>> found.best
         'L2-SP'
     """
-    section = CompareSection(
-        seeds=seeds,
-        variants=_variants(variants),
-        baselines=tuple(baselines),
-        rates=rates,
-        probe_rate=probe_rate,
-        scratch_rate=scratch_rate,
+    section = _section(
+        CompareSection,
+        {
+            "seeds": seeds,
+            "variants": _variants(variants),
+            "baselines": tuple(baselines),
+            "rates": rates,
+            "probe_rate": probe_rate,
+            "scratch_rate": scratch_rate,
+        },
     )
     _check_held_out(held_out)
     with preserve_rng():
@@ -161,7 +166,8 @@ def sweep(
     Reference:
         Yosinski, Clune, Bengio and Lipson 2014, "How transferable are features in deep neural networks?", section 3.
     """
-    section = SweepSection.model_validate(
+    section = _section(
+        SweepSection,
         {
             "seeds": seeds,
             "layers": None if numbers is None else tuple(numbers),
@@ -169,7 +175,7 @@ def sweep(
             "controls": controls,
             "strategy": None if strategy is None else _fields(strategy),
             "strengths": None if strengths is None else tuple(strengths),
-        }
+        },
     )
     _check_held_out(held_out)
     with preserve_rng():
@@ -184,6 +190,20 @@ def sweep(
         runs = _run([trial for trial, _ in planned], progress=progress)
         result = layer_sweep.summarise(spec, layers, [point for _, point in planned], runs)
     return Sweep(_shown(result))
+
+
+def _section(cls: type[_Section], fields: Mapping[str, Any]) -> _Section:
+    """Return the settings of a study.
+
+    Raises:
+        SpecError: a value is wrong; the message names the argument.
+    """
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "numbers" if first["loc"][0] == "layers" else str(first["loc"][0])
+        raise SpecError(f"{name}: {first['msg']}; received {first['input']!r}. Give another value.") from error
 
 
 def _run(trials: Sequence[Trial], *, progress: bool) -> list[dict[str, Any]]:

@@ -208,13 +208,17 @@ def test_an_optimizer_class_reaches_every_run(source, held_out, network, example
         ({"alfa": 1}, ctl.SpecError, "'alfa' is none of the options"),
         ({"model": 3}, ctl.SpecError, "or a function that returns one; received int"),
         ({"model": lambda: 3}, ctl.SpecError, r"model\(\) must return a torch.nn.Module; it returns int"),
+        ({"seeds": 0}, ctl.SpecError, "seeds: Input should be greater than or equal to 1; received 0"),
+        ({"baselines": ["none"]}, ctl.SpecError, "baselines: Input should be 'source as it is'"),
+        ({"metrics": lambda outputs, batch: {"mcc": 0.1}}, ctl.SpecError, "of the metrics, mcc, it must be known"),
+        ({"metrics": lambda outputs, batch: {"f1": 0.5, "mcc": 0.1}}, ctl.SpecError, "of the metrics, f1, mcc, it"),
         ({"fresh": "head"}, ctl.SpecError, r"Write fresh=\['head'\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_run(source, held_out, quick, change, error, message, network, examples):
     arguments = {"model": network, "source": source, "variants": {"a": []}, "train": examples(), "held_out": held_out}
     with pytest.raises(error, match=message):
-        ctl.compare(**(arguments | change), training=quick, seeds=1)
+        ctl.compare(**({"seeds": 1} | arguments | change), training=quick)
 
 
 def test_a_function_that_returns_the_same_model_is_refused(source, held_out, quick, network, examples):
