@@ -365,3 +365,50 @@ def test_a_contradiction_leaves_the_model_as_it_was():
         ctl.adapt(model, random_weights(model, 1), [ctl.LHUC(), ctl.NormAdaptation(statistics="source")])
     assert list(model.state_dict()) == list(network().state_dict())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+NORMED = [
+    (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), (3, 2, 6, 6)),
+    (nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), (3, 2, 6, 6)),
+    (nn.Linear(5, 4), nn.LayerNorm(4), (3, 5)),
+    (nn.Linear(5, 4), nn.RMSNorm(4), (3, 5)),
+    (nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, affine=False), (3, 2, 6)),
+]
+
+
+@pytest.mark.parametrize(("weight", "norm", "shape"), NORMED, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("training", [False, True])
+def test_folded_into_a_norm_it_is_the_scaled_output(weight, norm, shape, training):
+    """Values, gradients of amplitudes, weights and inputs; no activation is kept for the amplitudes."""
+    model = nn.Sequential(nn.Sequential(copy.deepcopy(weight), copy.deepcopy(norm)), nn.Flatten(), nn.LazyLinear(2))
+    model.eval()(torch.zeros(shape))
+    ctl.adapt(model, copy.deepcopy(model), [ctl.LHUC(freeze=False)])
+    model.train(training)
+    inner, amplitudes = model[0][1], model[0][1].lhuc
+    with torch.no_grad():
+        amplitudes.copy_(torch.tensor([-1.0, 0.5, 0.0, 2.0]))
+    x = torch.randn(shape, requires_grad=True)
+    bare = copy.deepcopy(model)
+    plain = copy.deepcopy(norm).train(training)
+    factor = amplitudes.detach().clone().requires_grad_()
+    dims = [1, -1] + [1] * (len(shape) - 2)
+    expected = bare[2](bare[1](plain(bare[0][0](x)) * (2 * torch.sigmoid(factor)).view(dims)))
+    wanted = torch.autograd.grad(expected.square().sum(), [x, factor, *plain.parameters()])
+    found = model(x)
+    torch.testing.assert_close(found, expected)
+    slopes = torch.autograd.grad(
+        found.square().sum(), [x, amplitudes, *(inner.get_parameter(n) for n, _ in plain.named_parameters())]
+    )
+    for one, other in zip(slopes, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert "weight" not in vars(inner)
+    assert "bias" not in vars(inner)
+
+
+def test_after_an_error_the_weights_are_the_modules_own():
+    """A batch of a wrong size must not leave scaled weights behind."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), nn.Linear(3, 2))
+    ctl.adapt(model, copy.deepcopy(model), [ctl.LHUC(on=("0.1",))])
+    with pytest.raises(RuntimeError, match="shape"):
+        model[0][1](torch.zeros(2, 5))
+    assert model[0][1].weight is model[0][1].get_parameter("weight")

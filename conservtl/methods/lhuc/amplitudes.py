@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from conservtl.compat import forward_hooks, remove_forward_hooks
+from conservtl.compat import forward_hooks, remove_forward_hooks, remove_forward_pre_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.names import holder_counts, own_parameters
@@ -44,7 +44,8 @@ def add_amplitudes(model: nn.Module, names: Sequence[str]) -> list[str]:
         like = next(module.parameters(recurse=False), first)
         zeros = torch.zeros(unit_count(module) or 0, device=like.device, dtype=like.dtype)
         module.register_parameter(PARAMETER, nn.Parameter(zeros))
-        module.register_forward_hook(_scale, prepend=True)
+        module.register_forward_pre_hook(_fold)
+        module.register_forward_hook(_scale, prepend=True, always_call=True)
     return [f"{name}.{PARAMETER}" if name else PARAMETER for name in names]
 
 
@@ -121,8 +122,34 @@ def _amplitude(parameter: Tensor) -> Tensor:
     return 2 * torch.sigmoid(parameter)
 
 
+def _fold(module: nn.Module, _: Any) -> None:
+    """Put scaled weights in place of a module's for this pass: no activation is copied, and none is kept for it.
+
+    Norms always, and on a GPU linear maps and convolutions that are trained, since their weights' gradients are
+    computed anyway. A forward pre-hook, at module level as ``_scale``.
+    """
+    own: dict[str, Any] = module._parameters  # noqa: SLF001 - parametrised weights are not among them
+    weight = own.get("weight")
+    if weight is None or is_recurrent(module) or torch.compiler.is_compiling():
+        return
+    if weight.ndim > 1 and not (weight.is_cuda and weight.requires_grad and torch.is_grad_enabled()):
+        return
+    factor = _amplitude(own[PARAMETER])
+    for name in ("weight", "bias"):
+        if own.get(name) is not None:
+            value = own[name]
+            vars(module)[name] = value * factor.to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+
+
 def _scale(module: nn.Module, _: Any, output: Any) -> Any:
-    """Scale a module's output: a forward hook, at module level so that copies and pickles of the model keep it."""
+    """Scale a module's output, unless its weights were scaled: a forward hook.
+
+    It stands at module level so that copies and pickles of the model keep it. After an error there is no output.
+    """
+    own = module._parameters  # noqa: SLF001
+    folded = [vars(module).pop(name, None) for name in ("weight", "bias") if name in own]
+    if output is None or any(value is not None for value in folded):
+        return None
     factor = _amplitude(getattr(module, PARAMETER))
     if isinstance(output, tuple):  # of a recurrent layer: the outputs of all steps are scaled, its state is not
         outputs, *state = output
@@ -140,4 +167,5 @@ def _scaled_modules(model: nn.Module) -> list[nn.Module]:
 
 def _remove(module: nn.Module) -> None:
     remove_forward_hooks(module, lambda hook: hook is _scale)
+    remove_forward_pre_hooks(module, lambda hook: hook is _fold)
     delattr(module, PARAMETER)
