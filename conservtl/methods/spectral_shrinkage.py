@@ -32,7 +32,9 @@ class SpectralShrinkage(Strategy):
 
     Measured: docs/methods.md.
 
-    Cost: the singular values of an N × features matrix a step, in float32; on a GPU the host waits for the device.
+    Cost: a step, the Gram matrix of N × features, and its eigenvalues, as many as there are examples or features; both
+    in double precision. On a GPU the host waits for the device once a step, since torch checks that the decomposition
+    converged.
 
     Hurts: where batches are smaller than the rank of useful features, which are then shrunk too.
 
@@ -103,16 +105,19 @@ class SpectralShrinkageTerm(Term):
 def smallest_squares(features: Tensor, k: int) -> Tensor:
     """Return the sum of the k smallest squared singular values, or of all if there are fewer.
 
-    In float32 or wider, whatever the autocast. NaN if a feature is not finite, which the decomposition would refuse.
+    They are eigenvalues of the Gram matrix of the shorter side, F F^T or F^T F, in double precision: exact to 2^-52 of
+    the largest square, where single precision would lose the smallest ones. NaN if a feature is not finite, which the
+    decomposition would refuse.
 
     Args:
         features: (N, ...), one example a row.
         k: number of singular values.
     """
-    rows = features.flatten(1)
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
+    rows = features.flatten(1).double()
     finite = rows.isfinite().all()
+    rows = torch.where(finite, rows, torch.zeros_like(rows))
     with torch.autocast(rows.device.type, enabled=False):
-        values = torch.linalg.svdvals(torch.where(finite, rows, torch.zeros_like(rows)))  # in descending order
-    return torch.where(finite, values[-k:].square().sum(), torch.nan)
+        gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+        squares = torch.linalg.eigvalsh(gram)[:k].clamp(min=0)  # in ascending order
+    least = squares.sum().to(features.dtype if features.dtype == torch.float64 else torch.float32)
+    return torch.where(finite, least, torch.nan)

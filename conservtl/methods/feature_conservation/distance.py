@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError
@@ -95,6 +96,8 @@ def delta(
         mask: shape of the features without the channel axis, false for padding. None: no padding.
     """
     adapted, target = _unpadded(features, source, axis, mask)
+    if weights is None and mask is None:  # keeps the two and nothing else for the backward pass
+        return F.mse_loss(adapted, target) * features.shape[axis] / 2
     squares = (adapted - target).square().movedim(axis, -1)
     if weights is not None:
         squares = squares * weights.to(squares)
