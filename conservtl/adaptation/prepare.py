@@ -161,7 +161,9 @@ def adapt(
         check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
         _check_source_rows(plan)
-        check_heads(plan, missing)
+        rebuilt = read.shared is None and read.as_model_has(resampled).module is None
+        headless = _headless(plan) if rebuilt else {}
+        check_heads(plan, missing | headless)
         if not claimed:
             check_own(plan, read, model)
         check_coverage(plan, read, own, declared, allow)
@@ -174,7 +176,8 @@ def adapt(
         # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
         constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
         wanted_names = [name for name in named_parameters(bare) if name not in constant]
-        names = [name for name in wanted_names if not (own_labels and name in plan.possible_head)]
+        names = [name for name in wanted_names if name not in headless]
+        names = [name for name in names if not (own_labels and name in plan.possible_head)]
         compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
         source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
     except BaseException:
@@ -242,6 +245,12 @@ def _has_own_labels(plan: Plan, drawn: Plan, declared: Mapping[str, str]) -> boo
         or (row.source_rows is None and drawn[row.name].source_rows is not None)
         for row in rows
     )
+
+
+def _headless(plan: Plan) -> dict[str, str]:
+    """Return parameter -> reason for a head that the source lacks, as an encoder that was saved alone does."""
+    rows = [plan[name] for name in plan.possible_head]
+    return {row.name: "not among the source's tensors" for row in rows if row.source_shape is None and not row.added}
 
 
 def _check_merged(source: Source, added: Iterable[str]) -> None:

@@ -95,12 +95,12 @@ def check_heads(plan: Plan, missing: Mapping[str, str]) -> None:
 
     Args:
         plan: with the decisions of the strategies.
-        missing: parameter -> reason.
+        missing: parameter that the source has no value for -> reason.
 
     Raises:
         SourceError: the message names strategy and head.
     """
-    head = next((name for name in plan.possible_head if name in missing), None)
+    head = next((row.name for row in plan.rows if row.name in plan.possible_head and row.name in missing), None)
     term = next((term for term in plan.terms if term.source and type(term).heads), None)
     if head is not None and term is not None:
         raise SourceError(

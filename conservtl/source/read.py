@@ -18,6 +18,7 @@ from conservtl.layers import Layer, canonical, unwrap
 from conservtl.source.entries import amount, some, tensors_of, weights_in
 from conservtl.source.kinds import check_model_kinds, has_values
 from conservtl.source.migration import Migration
+from conservtl.source.placement import Placement, find_placement
 from conservtl.source.references import reference_of
 from conservtl.source.renaming import best_fit, check_unique, known_prefixes, names_after
 from conservtl.source.run_header import read_header
@@ -68,9 +69,7 @@ class Source:
         notes = [*self.notes]
         versions = self.versions
         if prefix:
-            left = [name for name in self.tensors if name not in names]
-            without = f", left out {len(left)} tensors without it, {amount(left, self.tensors)}" if left else ""
-            notes.append(f"removed the prefix {prefix!r}{without}")
+            notes.append(f"removed the prefix {prefix!r}{self._without(names)}")
             versions = self._versions(prefix.removesuffix(".") + ".")
         for expression, replacement in (rename or {}).items():
             notes.append(f"renamed {expression!r} to {replacement!r}")
@@ -80,13 +79,17 @@ class Source:
         return self._under(names, tuple(notes), versions)
 
     def matched(self, model: nn.Module | Mapping[str, Tensor]) -> Source:
-        """Return the source under the model's names: without the prefix that hides most of them, as its hooks migrate.
+        """Return the source under the model's names, as its hooks for loading migrate them.
+
+        Wrappers' prefixes (``module.``, ``model.``) are removed. If most names are still none of the model's, the one
+        prefix is removed, or put before them, under which nearly all fit with equal shapes: an encoder that was saved
+        alone fits a submodule, a full model's encoder fits a bare one.
 
         Args:
             model: the model, or its tensors by name; those have no hooks.
 
         Raises:
-            SourceError: no name matches, with or without a prefix, or two names become one.
+            SourceError: no name matches, names fit under two prefixes as well, or two names become one.
         """
         own = own_tensors(model)
         migration = Migration(unwrap(model)) if isinstance(model, nn.Module) else None
@@ -98,6 +101,11 @@ class Source:
             if (count := len(migrated.keys() & own.keys())) > matches:
                 best, matches, tensors = prefix, count, migrated
                 notes = migration.notes if migration else ()
+        fitting = sum(name in own and own[name].shape == tensor.shape for name, tensor in tensors.items())
+        if 2 * fitting < min(len(self.tensors), len(own)):
+            placement = find_placement(self.tensors, own, _numbers(model), self.where)
+            if placement is not None:
+                return self._placed(placement, own, migration)
         if matches <= 0:
             fit = best_fit(self.tensors, own)
             raise SourceError(
@@ -116,6 +124,25 @@ class Source:
         names = {name: name.removeprefix(best) for name in self.tensors}
         check_unique(names, self.where)
         return _migrated(self._under(names, (*self.notes, *notes), self._versions(best)), tensors)
+
+    def _placed(self, placement: Placement, own: Mapping[str, Tensor], migration: Migration | None) -> Source:
+        """Return the source with its names under a prefix, as the model's hooks migrate."""
+        plain = [name for name, tensor in self.tensors.items() if name in own and own[name].shape == tensor.shape]
+        names = placement.names(self.tensors, plain)
+        versions = self._versions(placement.strip)
+        versions = {f"{placement.put}{name}".removesuffix("."): fields for name, fields in versions.items()}
+        stripped = [f"stripped the prefix {placement.strip!r}{self._without(names)}"] if placement.strip else []
+        put = [f"put the names under {placement.put!r}"] if placement.put else []
+        placed = self._under(names, (*self.notes, *stripped, *put), versions)
+        if migration is None:
+            return placed
+        tensors = migration.run(placed.tensors, versions)
+        return _migrated(replace(placed, notes=(*placed.notes, *migration.notes)), tensors)
+
+    def _without(self, names: Collection[str]) -> str:
+        """Return a remark on the tensors that are not among these names; empty if all are."""
+        left = [name for name in self.tensors if name not in names]
+        return f", left out {len(left)} tensors without it, {amount(left, self.tensors)}" if left else ""
 
     def _under(self, names: Mapping[str, str], notes: tuple[str, ...], versions: Mapping[str, Any]) -> Source:
         """Return the source with other names: old name -> new name."""
@@ -217,6 +244,12 @@ def own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return canonical name -> tensor of a model's state dict."""
     state = unwrap(model).state_dict() if isinstance(model, nn.Module) else model
     return {canonical(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _numbers(model: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
+    """Return canonical name -> number of a model's tensor, the same for all names of a tied one."""
+    state = unwrap(model).state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    return {canonical(name): id(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _read(source: SourceLike, key: str | None) -> Source:

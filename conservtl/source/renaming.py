@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conservtl.errors import SourceError, SpecError, did_you_mean
 
-__all__ = ["Fit", "best_fit", "check_unique", "known_prefixes", "missed", "names_after"]
+__all__ = ["Fit", "Shapes", "best_fit", "check_unique", "cuts", "known_prefixes", "missed", "names_after"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Key = TypeVar("_Key")
@@ -196,7 +196,7 @@ def _fit(prefix: str | None, rename: dict[str, str], current: Mapping[str, str],
 def _stripped(theirs: Shapes, own: Shapes) -> Iterator[tuple[str, int]]:
     """Yield prefixes without which a name is one of the model's, with the values found so."""
     for name, shape in theirs.items():
-        for head, tail in _cuts(name):
+        for head, tail in cuts(name):
             if own.get(tail) == shape:
                 yield head, math.prod(shape)
 
@@ -205,17 +205,17 @@ def _renamings(current: Mapping[str, str], theirs: Shapes, own: Shapes) -> Itera
     """Yield renamings worth trying: leading components added or replaced, and words that only one side has."""
     now = {new: theirs[name] for name, new in current.items()}
     added = (
-        (head, math.prod(shape)) for name, shape in own.items() for head, tail in _cuts(name) if now.get(tail) == shape
+        (head, math.prod(shape)) for name, shape in own.items() for head, tail in cuts(name) if now.get(tail) == shape
     )
     yield from (("^", head) for head in _common(added))
     ends: dict[str, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
     for name, shape in own.items():
-        for head, tail in _cuts(name, _DEEP):
+        for head, tail in cuts(name, _DEEP):
             ends[tail].append((head, shape))
     replaced = (
         ((head, other), math.prod(shape))
         for name, shape in now.items()
-        for head, tail in _cuts(name, _DEEP)
+        for head, tail in cuts(name, _DEEP)
         for other, own_shape in ends[tail]
         if head != other and own_shape == shape
     )
@@ -251,7 +251,7 @@ def _common(votes: Iterable[tuple[_Key, int]]) -> list[_Key]:
     return [key for key, _ in count.most_common(3)]
 
 
-def _cuts(name: str, most: int | None = None) -> Iterator[tuple[str, str]]:
+def cuts(name: str, most: int | None = None) -> Iterator[tuple[str, str]]:
     """Yield a name cut at each of its dots, or at the first few."""
     parts = name.split(".")
     for place in range(1, len(parts) if most is None else min(len(parts), most + 1)):

@@ -58,7 +58,8 @@ def test_a_sentence_encoder_in_a_classifier():
     folder = package.get_model_path()
     config = transformers.BertConfig(**json.loads((folder / "config.json").read_text()), num_labels=3)
     model = transformers.BertForSequenceClassification(config)
-    adaptation = ctl.adapt(model, folder, [ctl.L2SP()], rename={"^": "bert."})
+    adaptation = ctl.adapt(model, folder, [ctl.L2SP()])
+    assert "put the names under 'bert.'" in str(adaptation.plan)
     assert adaptation.plan.fresh == ("classifier.weight", "classifier.bias")
     encoder = transformers.BertModel(config)
     own = {name: value for name, value in load_file(folder / "model.safetensors").items() if "position_ids" not in name}
