@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ BLOCK = 2048
 """Elements that a program handles at once. It is a multiple of 16, so that a block begins where a word does."""
 SPAN = 8
 """Blocks over which a program sums."""
+_gradient_of = attrgetter("grad")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -82,16 +84,17 @@ class Members:
             made: whether missing gradients become zeros; else their address is 0.
             which: whether a gradient is wanted; if not its address is 0. None: all are.
         """
-        found = [owner.grad for owner in self.owners]
+        found = list(map(_gradient_of, self.owners))
         try:
             quick = self._plain and list(map(torch.Tensor.stride, found)) == self._strides
+            addresses = list(map(torch.Tensor.data_ptr, found)) if quick else []
         except (TypeError, RuntimeError):  # one is missing, or sparse
             quick = False
         if not quick:
             found = [self._laid_out(at, made=made) for at in range(len(self.owners))]
             if self._plain and None not in found:
                 self._strides = list(map(torch.Tensor.stride, found))
-        addresses = [0 if one is None else one.data_ptr() for one in found]
+            addresses = [0 if one is None else one.data_ptr() for one in found]
         if which is not None:
             addresses = [address if wanted else 0 for address, wanted in zip(addresses, which, strict=True)]
         table = self._addresses.at(addresses)
