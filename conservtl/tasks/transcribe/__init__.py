@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
-from conservtl.tasks.transcribe.corpora import CorpusData, DataSpec, GrammarData, load, speakers
+from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build
+from conservtl.tasks.transcribe.sections import CorpusData, DataSpec, GrammarData, StringsData
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.task import Transcribe
 from conservtl.tasks.transcribe.text import Normalisation
@@ -20,6 +21,7 @@ __all__ = [
     "ModelSpec",
     "Normalisation",
     "SpecAugment",
+    "StringsData",
     "Transcribe",
     "TranscribePreprocessing",
     "build",

@@ -1,121 +1,30 @@
-"""Specs of utterances, and loading of the two domains."""
+"""Utterances in files, and loading of the two domains of any data section."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 from unicodedata import normalize
 
-from annotated_types import MinLen
-from pydantic import AfterValidator, Field
-
-from conservtl.bounds import Count, Place, Positive, ProperShare
 from conservtl.data import Domains
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError
 from conservtl.extras import require
 from conservtl.tasks.audio import espeak
-from conservtl.tasks.bad_files import FolderFiles, check_files, explained, refuse, shown_name
-from conservtl.tasks.base import DataSection
-from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
-from conservtl.tasks.transcribe.grammar import sentences
+from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.bad_files import check_files, explained, refuse, shown_name
+from conservtl.tasks.speech.folder import search
+from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_strings
 from conservtl.tasks.transcribe.manifests import Line, lines_of
-from conservtl.tasks.transcribe.recordings import FileInputs, SpokenInputs
-from conservtl.tasks.transcribe.spec_augment import SpecAugment
-from conservtl.tasks.transcribe.text import Normalisation
-from conservtl.tasks.transcribe.tokens import Characters, Tokenizer
-from conservtl.tasks.transcribe.utterances import Split, Utterance, sequences, split_utterances
+from conservtl.tasks.transcribe.recordings import FileInputs
+from conservtl.tasks.transcribe.sections import AnyData, CorpusData, GrammarData, StringsData
+from conservtl.tasks.transcribe.utterances import Utterance, split_utterances
 
-__all__ = ["CorpusData", "DataSpec", "GrammarData", "load", "speakers"]
-
-_SLOWER = 3  # quarters of the rate of single words: CTC needs a frame for each letter
-ENGLISH = " 'abcdefghijklmnopqrstuvwxyz"
-"""The alphabet of English text in lower case."""
-
-Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
-"""A speaker; composed and decomposed letters are the same."""
+__all__ = ["load", "speakers"]
 
 
-class _UtteranceData(DataSection):
-    """Fields of all kinds of utterances."""
-
-    shots: Count = 10
-    """Utterances of the target speaker to adapt with."""
-    validation: ProperShare = 0.0
-    """Share of the shots for validation instead of training."""
-    features: Features = Features()
-    """Conversion of a recording to an input of the network."""
-    text: Normalisation = Normalisation()
-    """Rules for texts, applied before training and scoring."""
-    tokens: Tokenizer = Characters()
-    """How a text becomes tokens."""
-    augment: SpecAugment | None = SpecAugment()
-    """Augmentation of the shots during adaptation; null for none."""
-    source_augment: SpecAugment | None = SpecAugment()
-    """Augmentation of the source's utterances while a source model is trained; null for none."""
-
-    def preprocessing(self, labels: Sequence[str]) -> TranscribePreprocessing:
-        """Return the conversion of files, with the vocabulary in it."""
-        tokens: Any = self.tokens
-        if isinstance(tokens, Characters):
-            tokens = Characters(alphabet="".join(" " if label == "|" else label for label in labels[1:]))
-        else:
-            tokens = tokens.embedded()
-        return TranscribePreprocessing(features=self.features, text=self.text, tokens=tokens)
-
-
-class GrammarData(_UtteranceData):
-    """Sentences of a small grammar, spoken by espeak-ng: numbers, dates, times and commands. No files, no network."""
-
-    kind: Literal["grammar"] = "grammar"
-    """Synthetic voices."""
-    target: Text = "de+f4"
-    """The voice to which the model is adapted."""
-    voices: Annotated[tuple[Text, ...], MinLen(1)] = espeak.SOURCE_VOICES
-    """The voices of the source model."""
-    sentences: Count = 40
-    """Sentences of each source voice to train on."""
-    held_out: Count = 5
-    """Further sentences of each source voice to test on."""
-    target_sentences: Count = 60
-    """Sentences of the target voice; those that are no shots are tested on."""
-    tokens: Tokenizer = Characters(alphabet=ENGLISH)
-    """How a text becomes tokens."""
-    features: Features = Features(sample_rate=11_025, hop=0.010)
-    """Conversion of a recording to an input of the network. A rate of which espeak-ng's 22,050 Hz is a multiple is
-    quick to make."""
-
-
-class CorpusData(_UtteranceData, FolderFiles):
-    """Utterances in files, in one of the usual layouts."""
-
-    kind: Literal["manifest", "kaldi", "librispeech", "common_voice", "audiofolder"] = "manifest"
-    """`manifest`: JSON lines as NeMo writes them (`audio_filepath`, `text`, `speaker`, `duration`, `offset`), CSV or
-    TSV (`path`, `text`, `speaker`). `kaldi`: `wav.scp`, `text`, `utt2spk`. `librispeech`; `common_voice`: the folder
-    of one language. `audiofolder`: `metadata.csv` beside the recordings, as in Hugging Face's datasets."""
-    root: Place
-    """The folder."""
-    files: tuple[str, ...] = ()
-    """Manifests below the folder; empty: all in it. Names with train, dev or test in them are those parts."""
-    target: Text
-    """The speaker to whom the model is adapted."""
-    source_speakers: Annotated[tuple[Text, ...], MinLen(1)] | None = None
-    """The speakers of the source model; null for all but the target."""
-    held_out_speakers: tuple[Text, ...] = ()
-    """Source speakers to test on only."""
-    held_out: ProperShare = 0.1
-    """Share of the source's utterances that forms its test part, where the data has no official one."""
-    longest: Positive = 30.0
-    """Longest utterance in seconds; longer ones are bad."""
-
-
-DataSpec = Annotated[GrammarData | CorpusData, Field(discriminator="kind")]
-"""Spec of utterances, selected by ``kind``."""
-
-
-def load(data: GrammarData | CorpusData, *, seed: int, source: bool = True) -> Domains:
+def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
     """Read the utterances of a spec and split them into the two domains; recordings are decoded when needed.
 
     Args:
@@ -128,7 +37,9 @@ def load(data: GrammarData | CorpusData, *, seed: int, source: bool = True) -> D
         MissingExtraError: an optional dependency is missing.
     """
     if isinstance(data, GrammarData):
-        return _load_grammar(data, seed, source=source)
+        return load_grammar(data, seed, source=source)
+    if isinstance(data, StringsData):
+        return load_strings(data, seed, source=source)
     utterances, bad = _utterances(data)
     wanted = [one for one in utterances if one.speaker == data.target or (source and _is_source(one, data))]
     labels = data.tokens.vocabulary(one.text for one in wanted)
@@ -137,7 +48,7 @@ def load(data: GrammarData | CorpusData, *, seed: int, source: bool = True) -> D
         refuse(bad)
     else:
         files = dict.fromkeys(one.file for one in wanted if one.file is not None)
-        damaged = check_files(files, _readable, "transcribe")
+        damaged = check_files(files, read_audio, "transcribe")
         bad |= {Path(one.name): damaged[one.file] for one in wanted if one.file in damaged}
     used = [one for one in wanted if Path(one.name) not in bad]
     skipped = {str(name): reason for name, reason in sorted(bad.items())}
@@ -158,12 +69,12 @@ def load(data: GrammarData | CorpusData, *, seed: int, source: bool = True) -> D
                 f"{data.target!r}. Add utterances of other speakers, or start from existing weights with source.data: "
                 "null."
             )
-    return _domains(
+    return domains_of(
         data, split, labels, lambda chosen: FileInputs(chosen, data.features), source=source, skipped=skipped
     )
 
 
-def speakers(data: GrammarData | CorpusData) -> tuple[str, ...]:
+def speakers(data: AnyData) -> tuple[str, ...]:
     """Return the possible targets: every speaker, or the target voices of espeak-ng.
 
     Raises:
@@ -171,45 +82,14 @@ def speakers(data: GrammarData | CorpusData) -> tuple[str, ...]:
     """
     if isinstance(data, GrammarData):
         return espeak.TARGET_VOICES
+    if isinstance(data, StringsData):
+        found = search(data.root, data.pattern, data.held_out_takes, follow_links=data.follow_links)[0]
+        return tuple(sorted({one.speaker for one in found}))
     return tuple(sorted({one.speaker for one in _utterances(data)[0]}))
-
-
-def _domains(
-    data: GrammarData | CorpusData,
-    split: Split,
-    labels: tuple[str, ...],
-    inputs: Any,
-    *,
-    source: bool,
-    skipped: Mapping[str, str] | None = None,
-) -> Domains:
-    def part(chosen: Sequence[Utterance]) -> Any:
-        encoded = sequences(chosen, inputs, lambda text: data.tokens.encode(text, labels))
-        return encoded if len(encoded) else None
-
-    return Domains(
-        labels=labels,
-        source_labels=labels,
-        shots=part(split.shots),
-        validation=part(split.validation),
-        target_test=part(split.target_test),
-        source_train=part(split.source_train) if source else None,
-        source_test=part(split.source_test) if source else None,
-        preprocessing=data.preprocessing(labels),
-        augmentation=data.augment,
-        source_augmentation=data.source_augment,
-        skipped=skipped or {},
-    )
 
 
 def _is_source(one: Utterance, data: CorpusData) -> bool:
     return data.source_speakers is None or one.speaker in {*data.source_speakers, *data.held_out_speakers}
-
-
-def _readable(file: Path) -> object:
-    from conservtl.tasks.audio.reading import read_audio
-
-    return read_audio(file)
 
 
 def _unencodable(utterances: Sequence[Utterance], tokens: Any, labels: tuple[str, ...]) -> dict[Path, str]:
@@ -305,33 +185,3 @@ def _length(file: Path) -> float:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError("cannot be read as audio") from error
     return float(info.frames / info.samplerate)
-
-
-def _load_grammar(data: GrammarData, seed: int, *, source: bool) -> Domains:
-    if data.target in data.voices:
-        raise SpecError(
-            f"data.voices must not contain data.target; received {data.target!r} in both. Remove it from data.voices."
-        )
-    spoken: dict[str, espeak.Utterance] = {}
-    own = _spoken_by(data.target, data.target_sentences, data.text, spoken)
-    train, test = [], []
-    for voice in data.voices if source else ():
-        said = _spoken_by(voice, data.sentences + data.held_out, data.text, spoken)
-        train += said[: data.sentences]
-        test += said[data.sentences :]
-    split = split_utterances(own, data.target, shots=data.shots, validation=data.validation, seed=seed)
-    split = Split(split.shots, split.validation, split.target_test, train, test)
-    labels = data.tokens.vocabulary(one.text for one in (*own, *train, *test))
-    return _domains(data, split, labels, lambda chosen: SpokenInputs(chosen, data.features, spoken), source=source)
-
-
-def _spoken_by(voice: str, count: int, text: Normalisation, spoken: dict[str, espeak.Utterance]) -> list[Utterance]:
-    """Return utterances of a voice; durations are estimates, because nothing is synthesised yet."""
-    utterances = []
-    for take, sentence in enumerate(sentences(voice, count)):
-        (said,) = espeak.takes_of(voice, [sentence], 1)
-        said = replace(said, rate=said.rate * _SLOWER // 4)
-        name = f"{voice}/{take} {sentence}"
-        spoken[name] = said
-        utterances.append(Utterance(name, text(sentence), voice, 0.3 + 10.0 * len(sentence) / said.rate))
-    return utterances

@@ -16,7 +16,7 @@ from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.features import Features
 from conservtl.tasks.transcribe.utterances import Utterance
 
-__all__ = ["FileInputs", "SpokenInputs", "read_utterance"]
+__all__ = ["FileInputs", "Inputs", "SpokenInputs", "read_utterance"]
 
 _KEPT = 2**31  # bytes of inputs that are kept in memory; others are read each time
 
@@ -47,31 +47,32 @@ def _last_file(file: Path) -> tuple[Tensor, int]:
     return read_audio(file)
 
 
-class _Inputs(Sequence[Tensor]):
+class Inputs(Sequence[Tensor]):
     """Inputs that are made when they are indexed, and kept while they fit into memory."""
 
     def __init__(self, utterances: Sequence[Utterance], features: Features) -> None:
-        self._utterances, self._features = list(utterances), features
+        self.utterances, self.features = list(utterances), features
         self._made: dict[int, Tensor] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._utterances)
+        return len(self.utterances)
 
     def __getitem__(self, place: Any) -> Any:
         if (found := self._made.get(place)) is not None:
             return found
-        made = self._features(*self._wave(int(place)))
+        made = self.features(*self.wave(int(place)))
         if self._bytes < _KEPT:
             self._made[place] = made
             self._bytes += made.nbytes
         return made
 
-    def _wave(self, place: int) -> tuple[Tensor, int]:
+    def wave(self, place: int) -> tuple[Tensor, int]:
+        """Return the samples of an utterance and their rate in Hz."""
         raise NotImplementedError
 
 
-class FileInputs(_Inputs):
+class FileInputs(Inputs):
     """Inputs of utterances in files.
 
     Args:
@@ -79,11 +80,12 @@ class FileInputs(_Inputs):
         features: how a recording becomes an input.
     """
 
-    def _wave(self, place: int) -> tuple[Tensor, int]:
-        return read_utterance(self._utterances[place])
+    def wave(self, place: int) -> tuple[Tensor, int]:
+        """Return the samples of an utterance and their rate in Hz."""
+        return read_utterance(self.utterances[place])
 
 
-class SpokenInputs(_Inputs):
+class SpokenInputs(Inputs):
     """Inputs of utterances by espeak-ng voices, synthesised together at the first access.
 
     Args:
@@ -105,6 +107,6 @@ class SpokenInputs(_Inputs):
 
     def __getitem__(self, place: Any) -> Any:
         if not self._made:
-            waves = self._speak([self._spoken[one.name] for one in self._utterances])
-            self._made = {number: self._features(*wave) for number, wave in enumerate(waves)}
+            waves = self._speak([self._spoken[one.name] for one in self.utterances])
+            self._made = {number: self.features(*wave) for number, wave in enumerate(waves)}
         return self._made[place]

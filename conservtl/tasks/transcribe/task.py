@@ -15,10 +15,11 @@ from conservtl.functions import MetricValue
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
-from conservtl.tasks.transcribe.corpora import CorpusData, DataSpec, load, speakers
+from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.decoding import check_frames, frames_of, greedy, tokens_of
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build
+from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
 

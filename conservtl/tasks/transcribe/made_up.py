@@ -1,0 +1,150 @@
+"""Utterances that are made: sentences by synthetic voices, and strings of recorded words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from conservtl.data import Domains
+from conservtl.errors import DataError, SpecError
+from conservtl.tasks.audio import espeak
+from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.bad_files import check_files, explained, names_below, refuse
+from conservtl.tasks.speech.folder import search
+from conservtl.tasks.transcribe.grammar import sentences
+from conservtl.tasks.transcribe.recordings import SpokenInputs
+from conservtl.tasks.transcribe.sections import AnyData, GrammarData, StringsData
+from conservtl.tasks.transcribe.strings import StringInputs, Strung, strings_of
+from conservtl.tasks.transcribe.text import Normalisation
+from conservtl.tasks.transcribe.utterances import Split, Utterance, sequences, split_utterances
+
+__all__ = ["domains_of", "load_grammar", "load_strings"]
+
+_SLOWER = 3  # quarters of the rate of single words: CTC needs a frame for each letter
+
+
+def load_grammar(data: GrammarData, seed: int, *, source: bool) -> Domains:
+    """Return sentences of a small grammar by synthetic voices; nothing is synthesised yet.
+
+    Raises:
+        SpecError: the target is a source voice.
+        DataError: there are too few sentences for the shots.
+    """
+    if data.target in data.voices:
+        raise SpecError(
+            f"data.voices must not contain data.target; received {data.target!r} in both. Remove it from data.voices."
+        )
+    spoken: dict[str, espeak.Utterance] = {}
+    own = _spoken_by(data.target, data.target_sentences, data.text, spoken)
+    train, test = [], []
+    for voice in data.voices if source else ():
+        said = _spoken_by(voice, data.sentences + data.held_out, data.text, spoken)
+        train += said[: data.sentences]
+        test += said[data.sentences :]
+    split = split_utterances(own, data.target, shots=data.shots, validation=data.validation, seed=seed)
+    split = Split(split.shots, split.validation, split.target_test, train, test)
+    labels = data.tokens.vocabulary(one.text for one in (*own, *train, *test))
+    return domains_of(data, split, labels, lambda chosen: SpokenInputs(chosen, data.features, spoken), source=source)
+
+
+def load_strings(data: StringsData, seed: int, *, source: bool) -> Domains:
+    """Return strings of recorded words; those to test on are made of held-out takes.
+
+    Raises:
+        DataError: a speaker or recordings are missing.
+    """
+    recordings, notes, bad = search(data.root, data.pattern, data.held_out_takes, follow_links=data.follow_links)
+    names = sorted({one.speaker for one in recordings})
+    if data.target not in names:
+        raise DataError(
+            f"data.target must be a speaker of the recordings; received {data.target!r}. Choose one of: "
+            f"{', '.join(map(repr, names))}."
+        )
+    others = tuple(name for name in names if name != data.target)
+    wanted = others if data.source_speakers is None else data.source_speakers
+    if unknown := [name for name in wanted if name not in others]:
+        raise DataError(
+            f"data.source_speakers must be speakers of the recordings other than data.target; received {unknown[0]!r}. "
+            f"Choose from: {', '.join(map(repr, others))}."
+        )
+    if data.on_bad == "error":
+        refuse(bad)
+    else:
+        used = [one for one in recordings if one.speaker in {data.target, *wanted}]
+        bad |= check_files((Path(one.name) for one in used), read_audio, "speech")
+        recordings = [one for one in recordings if Path(one.name) not in bad]
+    strung: dict[Utterance, Strung] = {}
+
+    def drawn(speaker: str, part: str, count: int) -> list[Utterance]:
+        of_part = [one for one in recordings if one.speaker == speaker and one.held_out == (part == "test")]
+        options: Any = {"words": data.words, "gap": data.gap, "text": data.text}
+        made = strings_of(of_part, f"{speaker} {part}", count, **options)
+        strung.update(made)
+        return list(made)
+
+    skipped = names_below(data.root, bad)
+    with explained(skipped):
+        shots = drawn(data.target, f"shots {seed}", data.shots)
+        kept = min(max(round(data.validation * len(shots)), 1), len(shots) - 1) if data.validation else 0
+        train = [one for name in wanted for one in drawn(name, "train", data.strings)] if source else []
+        test = [one for name in wanted for one in drawn(name, "test", data.held_out)] if source else []
+        own = drawn(data.target, "test", data.target_strings)
+    labels = data.tokens.vocabulary(data.text(one.label) for one in recordings)
+    split = Split(shots[kept:], shots[:kept], own, train, test)
+    made = domains_of(data, split, labels, lambda some: StringInputs(some, data.features, strung), source=source)
+    return replace(made, notes=notes, skipped=skipped)
+
+
+def domains_of(
+    data: AnyData,
+    split: Split,
+    labels: tuple[str, ...],
+    inputs: Callable[[Sequence[Utterance]], Sequence[Tensor]],
+    *,
+    source: bool,
+    skipped: Mapping[str, str] | None = None,
+) -> Domains:
+    """Return the two domains of utterances that are split.
+
+    Args:
+        data: the spec.
+        split: the utterances by their use.
+        labels: the vocabulary.
+        inputs: utterances -> their inputs.
+        source: whether to give the source's parts.
+        skipped: names of what is left out -> why.
+    """
+
+    def part(chosen: Sequence[Utterance]) -> Any:
+        encoded = sequences(chosen, inputs, lambda text: data.tokens.encode(text, labels))
+        return encoded if len(encoded) else None
+
+    return Domains(
+        labels=labels,
+        source_labels=labels,
+        shots=part(split.shots),
+        validation=part(split.validation),
+        target_test=part(split.target_test),
+        source_train=part(split.source_train) if source else None,
+        source_test=part(split.source_test) if source else None,
+        preprocessing=data.preprocessing(labels),
+        augmentation=data.augment,
+        source_augmentation=data.source_augment,
+        skipped=skipped or {},
+    )
+
+
+def _spoken_by(voice: str, count: int, text: Normalisation, spoken: dict[str, espeak.Utterance]) -> list[Utterance]:
+    """Return utterances of a voice; durations are estimates, because nothing is synthesised yet."""
+    utterances = []
+    for take, sentence in enumerate(sentences(voice, count)):
+        (said,) = espeak.takes_of(voice, [sentence], 1)
+        said = replace(said, rate=said.rate * _SLOWER // 4)
+        name = f"{voice}/{take} {sentence}"
+        spoken[name] = said
+        utterances.append(Utterance(name, text(sentence), voice, 0.3 + 10.0 * len(sentence) / said.rate))
+    return utterances
