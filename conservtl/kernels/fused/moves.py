@@ -38,7 +38,7 @@ class Moves:
         self._parameters = [item.parameter for item in moving]
         self._labels: tuple[list[str], Tensor] | None = None
         self._sharded = any(map(sharded, self._parameters))
-        self.groups = [_Group([moving[at] for at in places]) for places in self._places]
+        self.groups = [_Group(moving, places) for places in self._places]
 
     def sums(self, terms: launch.Terms) -> tuple[Tensor, Tensor]:
         """Return two sums over each whole parameter, (parameters,) each, on the device of the first."""
@@ -70,8 +70,8 @@ class Moves:
 
     def lerp(self, shares: Tensor) -> None:
         """Move each parameter by its share of the way to the anchor; (parameters,)."""
-        for group, places in zip(self.groups, self._places, strict=True):
-            own = shares if len(self.groups) == 1 else shares.to(group.members.device)[places]
+        for group in self.groups:
+            own = shares if len(self.groups) == 1 else shares.to(group.members.device).index_select(0, group.places)
             launch.lerp(group.members, own)
 
     def soften(self, strength: float, skip: Tensor | None) -> None:
@@ -99,20 +99,23 @@ class Moves:
         """Return sums of all groups in the order of the parameters."""
         device = found[0].device
         everything = torch.cat([one.to(device, found[0].dtype) for one in found], 1)
-        return everything[:, self._order]
+        return everything.index_select(1, self._order)
 
     @cached_property
-    def _order(self) -> list[int]:
+    def _order(self) -> Tensor:
         places = [at for group in self._places for at in group]
-        return sorted(range(len(places)), key=places.__getitem__)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return uploaded(order, torch.int64, self.groups[0].members.device)
 
 
 class _Group:
     """Parameters of one device and type."""
 
-    def __init__(self, moving: Sequence[Moving]) -> None:
+    def __init__(self, everything: Sequence[Moving], places: Sequence[int]) -> None:
+        moving = [everything[at] for at in places]
         anchors = None if moving[0].anchor is None else [item.anchor for item in moving]
         self.members = Members([item.parameter for item in moving], anchors)
+        self.places = uploaded(places, torch.int64, self.members.device)
         self.names = [item.name for item in moving]
         self._groups = [item.group for item in moving]
 

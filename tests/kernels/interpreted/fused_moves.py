@@ -194,3 +194,17 @@ def test_a_step_that_began_on_the_other_backend_goes_on():
             MIXOUT.gradients(Step(second(moving), 5), state)
         for item, factor, slope in zip(moving, mixed, slopes, strict=True):
             torch.testing.assert_close(item.parameter.grad, factor * slope)
+
+
+@pytest.mark.parametrize("number", [0, 4, 8])
+def test_types_that_differ_keep_their_order(number):
+    """Sums and shares of a parameter stay its own when each type has a launch of its own."""
+    kinds = [((3, 4), torch.float32), ((5,), torch.float64), ((2, 2), torch.float32), ((4, 70), torch.float64)]
+
+    def made():
+        return [moved([shape], dtype, seed)[0] for seed, (shape, dtype) in enumerate(kinds)]
+
+    found, _ = act(UPDATES[number], Prepared(made()))
+    for one, item in zip(found, made(), strict=True):
+        (alone,), _ = act(UPDATES[number], [item])
+        torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-6)
