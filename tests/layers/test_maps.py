@@ -11,8 +11,12 @@ from conservtl.layers import find_layers
 from conservtl.layers.first_use import first_use
 
 
+def architectures():
+    return [pytest.param(n, marks=pytest.mark.slow if n in maps.LARGE else ()) for n in maps.ARCHITECTURES]
+
+
 @pytest.mark.filterwarnings("ignore")  # of the libraries, about deprecated arguments
-@pytest.mark.parametrize("name", maps.ARCHITECTURES)
+@pytest.mark.parametrize("name", architectures())
 def test_map(name):
     pytest.importorskip(name.partition(".")[0])
     model, example = maps.build(name)
@@ -29,3 +33,10 @@ def test_map(name):
 
 def test_every_expected_file_has_its_architecture():
     assert {path.name for path in maps.file("").parent.glob("*.txt")} == {maps.file(n).name for n in maps.ARCHITECTURES}
+
+
+def test_the_quick_ones_hold_every_family():
+    assert maps.ARCHITECTURES.keys() >= maps.LARGE
+    quick = [name.lower() for name in maps.ARCHITECTURES if name not in maps.LARGE]
+    assert len(quick) >= 60
+    assert not [family for family in maps.FAMILIES if not any(family in name for name in quick)]
