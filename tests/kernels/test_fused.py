@@ -36,8 +36,8 @@ def test_programs_compute_what_their_formulas_say(file):
 
 
 def test_the_contract_of_all_methods_holds_with_programs():
-    """A step in float64 by the formula, and the laws of scales that a fused optimizer carries and of resuming."""
-    laws = "what_the_formula_says or fused or resuming"
+    """A step in float64 by the formula, and the law of resuming."""
+    laws = "what_the_formula_says or (resuming and laws_of_a_step)"
     interpreted(HERE.parent / "test_conservation.py", "-k", f"({METHODS}) and ({laws})")
 
 
