@@ -9,6 +9,7 @@ from conservtl.engine.trials import best_block as best_block
 from conservtl.errors import ConservtlError as ConservtlError
 from conservtl.errors import DataError as DataError
 from conservtl.errors import InputError as InputError
+from conservtl.errors import MemoryLimitError as MemoryLimitError
 from conservtl.errors import MissingExtraError as MissingExtraError
 from conservtl.errors import OmissionWarning as OmissionWarning
 from conservtl.errors import PlanError as PlanError
@@ -95,6 +96,7 @@ __all__ = [
     "InputTransform",
     "Layer",
     "LayerTransfer",
+    "MemoryLimitError",
     "Merged",
     "MissingExtraError",
     "Mixout",

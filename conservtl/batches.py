@@ -22,6 +22,7 @@ __all__ = [
     "map_tensors",
     "replace_tensors",
     "row_count",
+    "take_rows",
     "tensors_of",
     "to_device",
 ]
@@ -131,6 +132,13 @@ def row_count(batch: Any) -> int:
         f"batches: to be measured example by example, every tensor must have one row for each example; received "
         f"lengths {lengths}. Give batches of one example."
     )
+
+
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return the rows at these positions, in the tensor's layout: ``index_select`` alone drops channels last."""
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return tensor.index_select(0, index)
 
 
 def _leaves(batch: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:

@@ -65,6 +65,7 @@ __all__ = [
     "reset_method",
     "saved_by_node",
     "scaler_state",
+    "tf32_settings",
     "tree_leaves",
     "tree_map",
     "with_metadata",
@@ -143,6 +144,31 @@ def hooks_are_guarded() -> bool:
     """Return whether ``guard_hooks`` has nothing left to do, or no compiler is loaded."""
     config = sys.modules.get("torch._dynamo.config")
     return config is None or not config.skip_nnmodule_hook_guards
+
+
+def tf32_settings() -> list[tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """Return how to read and set whether matrix products, and convolutions, may round to TF32; True and False set both.
+
+    torch has two ways, and the older one cannot be read once the newer has been used.
+    """
+
+    def pair(backend: Any, name: str, words: tuple[Any, Any] | None = None) -> Any:
+        def put(value: Any) -> None:
+            setattr(backend, name, words[value] if words is not None and isinstance(value, bool) else value)
+
+        return (lambda: getattr(backend, name)), put
+
+    older = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    try:
+        for backend, name in older:
+            getattr(backend, name)
+    except RuntimeError:
+        words = ("ieee", "tf32")
+        return [
+            pair(torch.backends.cuda.matmul, "fp32_precision", words),
+            pair(torch.backends.cudnn.conv, "fp32_precision", words),  # type: ignore[attr-defined]
+        ]
+    return [pair(backend, name) for backend, name in older]
 
 
 def without_graphs() -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "InputError",
     "LostWorkerError",
+    "MemoryLimitError",
     "MissingExtraError",
     "OmissionWarning",
     "PlanError",
@@ -63,6 +64,10 @@ class MissingExtraError(ConservtlError, ImportError):
 
 class TrainingDivergedError(ConservtlError, RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class MemoryLimitError(ConservtlError, RuntimeError):
+    """A training step does not fit into memory; the message names the batch size that would."""
 
 
 class LostWorkerError(ConservtlError, RuntimeError):

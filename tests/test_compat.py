@@ -423,3 +423,14 @@ def test_without_graphs():
     assert not made
     compiled(torch.ones(1, 2))
     assert made
+
+
+def test_tf32_is_read_and_set_in_either_way():
+    before = [get() for get, _ in compat.tf32_settings()]
+    for _, put in compat.tf32_settings():
+        put(True)
+    assert [get() for get, _ in compat.tf32_settings()] == [True, True]
+    assert torch.backends.cuda.matmul.allow_tf32
+    for (_, put), value in zip(compat.tf32_settings(), before, strict=True):
+        put(value)
+    assert [get() for get, _ in compat.tf32_settings()] == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from conservtl.batches import as_tensor, to_device
+from conservtl.batches import as_tensor, take_rows, to_device
 from conservtl.batches import batch_size as size_of
 from conservtl.data import Examples, Sequences
 from conservtl.engine.buckets import BucketedBatches
@@ -85,6 +86,8 @@ class Held:
     """
 
     generators: tuple[torch.Generator, ...] = ()
+    sized = True
+    """Whether the batches have the size of the settings."""
 
     def __init__(
         self,
@@ -108,6 +111,12 @@ class Held:
         self._tensors = [tensor.to(device) for tensor in tensors] if fits else tensors
         self._place = device if fits else torch.device("cpu")
 
+    def resized(self, batch_size: int) -> Held:
+        """Return the same data in batches of another size."""
+        other = copy.copy(self)
+        vars(other)["_cuts"] = _cuts(self.length, batch_size, self.part[1])
+        return other
+
     @property
     def content(self) -> Any:
         """All examples, where they are held."""
@@ -130,7 +139,7 @@ class Held:
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""
-        rows = [tensor.index_select(0, index.to(tensor.device)).to(self.device) for tensor in self._tensors]
+        rows = [take_rows(tensor, index.to(tensor.device)).to(self.device) for tensor in self._tensors]
         return tuple(rows) if self._names is None else dict(zip(self._names, rows, strict=True))
 
     def _batch(self, index: Tensor) -> Batch:
@@ -138,11 +147,18 @@ class Held:
 
 
 class Streamed:
-    """Batches from a DataLoader or another iterable that can be iterated repeatedly."""
+    """Batches from a DataLoader or another iterable that can be iterated repeatedly.
 
-    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+    Args:
+        loader: yields the batches.
+        device: device of the batches.
+        sized: whether the batches have the size of the settings.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device, *, sized: bool = False) -> None:
         self.loader = loader
         self.device = device
+        self.sized = sized
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
@@ -245,6 +261,7 @@ def as_batches(
             )
         return Held(content, batch_size, device, shuffle, part)
     pinned = device.type == "cuda"
+    sized = isinstance(data, Dataset)
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, pin_memory=pinned)
     elif isinstance(data, Dataset):
@@ -256,7 +273,7 @@ def as_batches(
             "data must be Examples, tensors, a dataset or an iterable of batches that can be iterated repeatedly "
             f"(a DataLoader, a list); received {type(data).__name__}."
         )
-    return Streamed(data, device)
+    return Streamed(data, device, sized=sized)
 
 
 def _no_tensors(parts: Iterable[tuple[Any, Any]]) -> dict[Any, str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from conservtl.engine.layout import follow_layout
 from conservtl.engine.optimizer import class_name
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.selection import Selection
@@ -28,6 +29,7 @@ from conservtl.storage.files import atomic_path, write_text
 __all__ = ["CHECKPOINTS", "Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 
 CHECKPOINTS = _LAST, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+_FREE = frozenset({"channels_last", "compile", "fused", "tf32"})  # change no result but by rounding
 _OVERHEAD = 20  # least time between checkpoints, as a multiple of the time that the last one took to write
 
 
@@ -214,7 +216,7 @@ def restore(
     """
     settings = session.training.model_dump(mode="json")
     previous = Training().model_dump(mode="json") | saved["settings"]  # an older version may not have had all of them
-    if differing := [key for key, value in settings.items() if previous[key] != value]:
+    if differing := [key for key, value in settings.items() if previous[key] != value and key not in _FREE]:
         key = differing[0]
         raise SpecError(
             f"resume: the checkpoint was made with training.{key}={previous[key]!r}, but now it is {settings[key]!r}. "
@@ -228,6 +230,7 @@ def restore(
     unwrap(session.adaptation.model).load_state_dict(saved["model"])
     session.adaptation.load_state_dict(saved["adaptation"])
     session.raw.load_state_dict(saved["optimizer"])  # after the adaptation, which scales rates as it begins a phase
+    follow_layout(session.raw)
     if saved["scaler"] is not None and session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(saved["scaler"])
     if session.average is not None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
 from conservtl.engine.batching import Batch, Held, Streamed, Waiting
 from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses, check_weights
@@ -28,6 +29,7 @@ from conservtl.layers import named_parameters
 __all__ = ["Augment", "Learner"]
 
 Augment = Callable[[Any, torch.Generator], Any]
+_Cache = TypeVar("_Cache")
 
 
 class Learner:
@@ -63,9 +65,9 @@ class Learner:
         self._prefix: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None
         if caches and augment is None and isinstance(batches, Held):
-            self._source = cache_source_outputs(
-                session.adaptation.bound.terms.needs_source, partial(session.source_view, functions), batches
-            )
+            needs = session.adaptation.bound.terms.needs_source
+            view = partial(session.source_view, functions)
+            self._source = _if_it_fits(lambda: cache_source_outputs(needs, view, batches))
         penalties = session.adaptation.plan.penalties
         own = (one.names for one in penalties if not type(one).__module__.startswith("conservtl."))
         self._own_penalties = frozenset(chain.from_iterable(own))
@@ -92,13 +94,13 @@ class Learner:
         self._phase = phase
         self.session.start_phase(phase)
         if self._caches and isinstance(self.batches, Held):
-            adaptation = self.session.adaptation
-            self._prefix = cache_frozen_prefix(
-                self.session.model,
-                partial(self.functions.forward, self.session.model),
-                adaptation.layers,
-                adaptation.frozen,
-                self.batches,
+            adaptation, model, batches = self.session.adaptation, self.session.eager, self.batches
+            run = partial(self.functions.forward, model)
+            compiled = bool(self.session.execution.compile)
+            self._prefix = _if_it_fits(
+                lambda: cache_frozen_prefix(
+                    model, run, adaptation.layers, adaptation.frozen, batches, compiled=compiled
+                )
             )
             self.ever_cached |= self._prefix is not None
 
@@ -164,12 +166,20 @@ class Learner:
     def _backward(self, batch: Batch, number: int, size: int) -> None:
         """Add the gradients of the ``number``-th batch of a group of ``size``."""
         first = self.state.step == 0 and number == 1
-        loss = self._loss(batch, checked(self.functions, self.batches) if first else self.functions)
-        self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
-        if first:
-            self.losses.look()
-            check_gradient(loss, self.session.adaptation.model)
-        self.session.backward(loss if size == 1 else loss / size)
+        failed = None
+        try:
+            loss = self._loss(batch, checked(self.functions, self.batches) if first else self.functions)
+            self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
+            if first:
+                self.losses.look()
+                check_gradient(loss, self.session.adaptation.model)
+            self.session.backward(loss if size == 1 else loss / size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = str(error).partition("\n")[0].rstrip(".")
+        if failed is not None:  # outside the handler, which keeps the step's tensors
+            raise out_of_memory(self.session, self.functions, batch.content, failed)
 
     def _loss(self, batch: Batch, functions: Functions) -> Tensor:
         content = batch.content
@@ -178,6 +188,16 @@ class Learner:
         source = self._source.of(batch) if self._source is not None else None
         with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
             return self.session.loss(functions, content, source)
+
+
+def _if_it_fits(make: Callable[[], _Cache | None]) -> _Cache | None:
+    """Return a cache; None if memory runs out while it is made, since training needs less."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _groups(batches: Iterator[Waiting], size: int) -> Iterator[list[Waiting]]:

@@ -57,7 +57,7 @@ def evaluate_sets(session: Session, functions: Functions, state: State, sets: Se
     """Return the metrics of all sets for a line of the history, and update the selection by the validation sets."""
     valid, watch = (
         {
-            name: evaluate(session.model, data, functions, session.device, selects=name if selects else None)
+            name: evaluate(session.eager, data, functions, session.device, selects=name if selects else None)
             for name, data in each.items()
         }
         for each, selects in ((sets.valid, True), (sets.watch, False))

@@ -31,6 +31,7 @@ class FitResult:
             chose, and the metrics of the validation sets at every point.
         path: for each point between the starting point (t = 0) and the trained weights (t = 1): t, the metrics of the
             sets of ``path``, and whether it was kept.
+        execution: how the run computed, in words: device, channels-last, fused, compiled, tf32, precision, batches.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -42,10 +43,12 @@ class FitResult:
     kept_outputs: bool
     after: dict[str, Any] = field(default_factory=dict)
     path: tuple[dict[str, Any], ...] = ()
+    execution: str = ""
 
     def _repr_html_(self) -> str:
         best = "" if self.best is None else f", best validation score {self.best:.4g}"
-        title = f"{self.steps} steps in {self.seconds:.1f} s on {self.device}, {self.precision}{best}"
+        how = self.execution or f"{self.device}, {self.precision}"
+        title = f"{self.steps} steps in {self.seconds:.1f} s on {how}{best}"
         sets = dict.fromkeys(
             (name, metric)
             for line in self.history

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.batches import tensors_of
-from conservtl.compat import forward_hooks
+from conservtl.batches import take_rows, tensors_of
+from conservtl.compat import forget_graphs, forward_hooks, outside_graphs
 from conservtl.engine.batching import Held
 from conservtl.engine.draws import Draws
 from conservtl.engine.randomness import preserve_rng, torch_states
@@ -40,10 +40,14 @@ class FrozenPrefixCache:
         boundary: the module whose outputs are cached.
         skipped: modules that run before it -> (shape without the batch axis, type) of their outputs.
         outputs: (N, ...), the boundary's output for each example.
+        compiled: whether the model is compiled for training; these modules are then left out of its graphs.
     """
 
-    def __init__(self, boundary: nn.Module, skipped: Mapping[nn.Module, Kind], outputs: Tensor) -> None:
+    def __init__(
+        self, boundary: nn.Module, skipped: Mapping[nn.Module, Kind], outputs: Tensor, *, compiled: bool = False
+    ) -> None:
         self.outputs = outputs
+        self._compiled = compiled
         self.index: Tensor | None = None
         self.light = False  # whether placeholders have no storage; else they are NaN, which spreads to their uses
         self._originals = {module: module.__dict__.get("forward") for module in (boundary, *skipped)}
@@ -66,6 +70,8 @@ class FrozenPrefixCache:
             del module.forward
             if original is not None:
                 module.forward = original
+        if self._compiled:
+            forget_graphs()
 
     def _replace(self, module: nn.Module, replacement: Callable[[Tensor], Tensor]) -> None:
         original = module.forward
@@ -73,10 +79,10 @@ class FrozenPrefixCache:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs) if self.index is None else replacement(self.index)
 
-        module.forward = forward
+        module.forward = outside_graphs(forward) if self._compiled else forward
 
     def _cached(self, index: Tensor) -> Tensor:
-        return self.outputs.index_select(0, index.to(self.outputs.device))
+        return take_rows(self.outputs, index.to(self.outputs.device))
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
         device = torch.device("meta") if self.light else self.outputs.device
@@ -85,7 +91,13 @@ class FrozenPrefixCache:
 
 
 def cache_frozen_prefix(
-    model: nn.Module, run: Run, layers: Sequence[Layer], frozen: frozenset[str], batches: Held
+    model: nn.Module,
+    run: Run,
+    layers: Sequence[Layer],
+    frozen: frozenset[str],
+    batches: Held,
+    *,
+    compiled: bool = False,
 ) -> FrozenPrefixCache | None:
     """Return a cache of the frozen input side over all examples, if caching changes no output.
 
@@ -101,6 +113,7 @@ def cache_frozen_prefix(
         layers: the model's layers, input side first.
         frozen: parameters that the current phase does not train.
         batches: the training data, without augmentation.
+        compiled: whether the model is compiled for training.
 
     Returns:
         The cache, or None if nothing can be cached.
@@ -126,7 +139,7 @@ def cache_frozen_prefix(
         outputs = _features(model, run, boundary, batches, draws)
         if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [computed]):
             return None
-        cache = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs)
+        cache = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs, compiled=compiled)
 
         def agrees() -> bool:
             _set_generators(batches.device, start)
@@ -140,8 +153,10 @@ def cache_frozen_prefix(
         if not agrees():
             cache.remove()
             return None
-        cache.light = True
-        cache.light = agrees()
+        cache.light = not compiled  # a graph between the modules would be compiled for tensors without storage
+        cache.light = cache.light and agrees()
+        if compiled:
+            forget_graphs()  # graphs made before call the modules themselves
         return cache
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.batch_size import find_batch_size
 from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.checkpoint import Checkpoints, State, gather_generators, restore, snapshot
 from conservtl.engine.criterion import ACCURACY, check_metric
@@ -23,10 +24,12 @@ from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import (
     Sets,
     check_arguments,
+    check_compiler,
     learn_labels,
     make_measurements,
     place_sets,
     training_batches,
+    with_sizes,
 )
 from conservtl.engine.progress import Progress, ShowMetric, show_plainly
 from conservtl.engine.randomness import seed_all
@@ -151,13 +154,16 @@ def fit(
     ):
         main = session.part[0] == 0
         store = Checkpoints(folder, main)
-        batches = training_batches(session, train)
         saved = store.load() if resume else None
+        if saved is not None:
+            session.training = with_sizes(settings, saved["settings"])
+        batches = training_batches(session, train)
         if saved is not None:
             adaptation.load_state_dict(saved["adaptation"])  # with its measurements and choices
         sets = place_sets(session, valid, watch, path)
         learn_labels(session, functions, batches)
         check_first_batches(session, functions, batches, {"valid": sets.valid, "watch": sets.watch, "path": sets.path})
+        check_compiler(session, functions, batches)
         measured = train if session.part[1] > 1 else batches
         make_measurements(session, functions, measured, source)
         if adaptation.plan.searches:
@@ -166,8 +172,10 @@ def fit(
             make_measurements(session, functions, measured, source)  # those that the choice needs
         if not adaptation.plan.trained:
             return _untrained(session, functions, batches, sets, store, begun)
+        if saved is None:
+            batches = find_batch_size(session, functions, train, batches)
         session.begin()
-        steps = total_steps(settings, batches.count())
+        steps = total_steps(session.training, batches.count())
         mixed = with_mixing(session, functions, batches, augment)
         learner = Learner(session, functions, batches, steps, mixed, keep_frozen_outputs)
         if saved is not None:
@@ -182,7 +190,7 @@ def fit(
             session.average.apply()
         ended = finish(session, functions, batches, sets.valid, sets.path)
         store.end()
-        return _result(session, learner.state, ended, begun, kept_outputs=learner.ever_cached)
+        return _result(session, batches, learner.state, ended, begun, kept_outputs=learner.ever_cached)
 
 
 def _run_epochs(
@@ -246,7 +254,7 @@ def _untrained(
     line |= {"seconds": time.perf_counter() - begun, **evaluate_sets(session, functions, state, sets)}
     state.history.append(line)
     store.write_history(state.history)
-    return _result(session, state, ended, begun, kept_outputs=False)
+    return _result(session, batches, state, ended, begun, kept_outputs=False)
 
 
 def trial_of(
@@ -280,7 +288,9 @@ def trial_of(
     return trial
 
 
-def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_outputs: bool) -> FitResult:
+def _result(
+    session: Session, batches: Held | Streamed, state: State, ended: Ended, begun: float, *, kept_outputs: bool
+) -> FitResult:
     """Return the result of a run that began at ``begun``."""
     return FitResult(
         after=ended.after,
@@ -292,4 +302,5 @@ def _result(session: Session, state: State, ended: Ended, begun: float, *, kept_
         precision=session.precision,
         device=str(session.device),
         kept_outputs=kept_outputs,
+        execution=str(session.execution.with_batches(session.training, made_here=batches.sized)),
     )

@@ -55,7 +55,7 @@ def made_of(training: Training, given: Any) -> Made:
     options: dict[str, Any] = {"lr": training.lr}
     if training.weight_decay is not None:
         options["weight_decay"] = training.weight_decay
-    if training.fused:
+    if training.fused is True:
         options["fused"] = True
     known = inspect.signature(given.func if isinstance(given, functools.partial) else given).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
@@ -14,12 +15,21 @@ from conservtl.engine.batching import Contents, Held, Streamed, as_batches
 from conservtl.engine.evaluation import Functions, Holdout
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
+from conservtl.engine.tracing import check_traceable
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.labels import labels_for_loss, takes_labels
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 
-__all__ = ["Sets", "check_arguments", "learn_labels", "make_measurements", "place_sets", "training_batches"]
+__all__ = [
+    "Sets",
+    "check_arguments",
+    "check_compiler",
+    "learn_labels",
+    "make_measurements",
+    "place_sets",
+    "training_batches",
+]
 
 _MEASURED = 64  # examples a batch in measurements, which compute gradients
 _DECIDE = ("target", "source")
@@ -81,6 +91,13 @@ def _check_names(kind: str, given: Mapping[Any, Any]) -> None:
         raise SpecError("valid: weights are selected on the set 'target'; received 'source' alone. Add 'target'.")
 
 
+def with_sizes(training: Training, saved: Mapping[str, Any]) -> Training:
+    """Return the settings of a resumed run: a batch size that is found is the one that was found when it began."""
+    if training.batch_size != "auto" or saved.get("global_batch_size") != training.global_batch_size:
+        return training
+    return training.model_copy(update={name: saved[name] for name in ("batch_size", "accumulate")})
+
+
 def training_batches(session: Session, train: Any) -> Held | Streamed:
     """Return the batches of the training data, of this process's part if there are many."""
     if isinstance(train, DataLoader) and session.part[1] > 1:
@@ -89,7 +106,7 @@ def training_batches(session: Session, train: Any) -> Held | Streamed:
     settings = session.training
     return as_batches(
         train,
-        settings.batch_size,
+        settings.known_batch_size,
         session.device,
         shuffle=True,
         part=session.part,
@@ -134,6 +151,27 @@ def learn_labels(session: Session, functions: Functions, batches: Held | Streame
             if adaptation.bound.terms.needs_source:
                 outputs = functions.forward(model, batch.content)
                 adaptation.bound.source_view(batch.content, functions.forward, outputs)
+
+
+def check_compiler(session: Session, functions: Functions, batches: Held | Streamed) -> None:
+    """Raise unless the model can be compiled, if the settings ask for that; everything is restored.
+
+    Raises:
+        SpecError: a module of it cannot be traced; the message names it.
+    """
+    mode = session.execution.compile
+    if not mode:
+        return
+    model = session.adaptation.model
+    with preserve_buffers(model), preserve_rng(batches.generators):
+        if (batch := next(batches.epoch(), None)) is None:
+            return
+
+        def run(model: nn.Module) -> Any:
+            with session.autocast():
+                return functions.forward(model, batch.content)
+
+        check_traceable(model, run, mode)
 
 
 def make_measurements(session: Session, functions: Functions, target: Any, source: Any) -> None:

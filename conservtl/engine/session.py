@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.execution import decide, in_tf32
+from conservtl.engine.layout import channels_last
 from conservtl.engine.optimizer import Made
 from conservtl.engine.threads import cpu_threads
+from conservtl.engine.tracing import GRAPHS, compiled
 from conservtl.engine.training import Training
 from conservtl.engine.weight_average import WeightAverage
 from conservtl.errors import SpecError
@@ -39,6 +42,9 @@ class Session:
     """
 
     model: nn.Module
+    """Trained: prepared by Accelerate, and compiled if the settings say so."""
+    eager: nn.Module
+    """The same, not compiled, for evaluations."""
     raw: torch.optim.Optimizer
     average: WeightAverage | None = None
 
@@ -49,8 +55,11 @@ class Session:
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.part: tuple[int, int] = (accelerator.process_index, accelerator.num_processes)
+        self.execution = decide(training, adaptation.model, self.device, self.precision, self.made)
+        if self.execution.fused:
+            self.made = self.made[0], {**self.made[1], "fused": True}
         adaptation.model.to(self.device)
-        self.model = adaptation.model
+        self.model = self.eager = adaptation.model
         # Accelerate's step searches the file system for an optional package each time, a tenth of a millisecond.
         self._direct = str(accelerator.distributed_type.value) in _TORCH
         self._factor: float | None = None
@@ -59,7 +68,8 @@ class Session:
         """Make the optimizer and prepare it with the model, once the plan's measurements and searches are done."""
         cls, options = self.made
         self.raw = self.adaptation.optimizer(cls, **options)
-        self.model, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
+        self.eager, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
+        self.model = compiled(self.eager, self.execution.compile)
         self.adaptation.keep_frozen()
         if self.training.ema is not None:
             trained = frozenset(self.adaptation.plan.trained)
@@ -119,6 +129,8 @@ class Session:
             content: the batch.
             source: the source model's view of it, if it has been computed before.
         """
+        if self.device.type == "cuda" and self.execution.compile in GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         outputs = functions.forward(self.model, content)
         loss = functions.loss(outputs, content)
         if source is None and self.adaptation.bound.terms.needs_source:
@@ -186,8 +198,11 @@ def open_session(
         adaptation.bound.norms_left_to_loop(),
     ):
         session = Session(adaptation, training, ready, made)
+        runner = adaptation.bound.terms.source_model
+        models = [adaptation.model] if runner is None else [adaptation.model, runner.model]
         try:
-            yield session
+            with channels_last(models, active=session.execution.channels_last), in_tf32(session.execution.tf32):
+                yield session
         finally:
             adaptation.model.zero_grad()
 

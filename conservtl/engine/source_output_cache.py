@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.batches import tensors_of
+from conservtl.batches import take_rows, tensors_of
 from conservtl.engine.batching import Batch, Held
 from conservtl.engine.draws import Draws
 from conservtl.engine.randomness import preserve_rng, torch_states
@@ -56,7 +56,7 @@ class SourceOutputCache:
             raise RuntimeError("a batch of held data has an index")
 
         def rows(cached: Tensor) -> Tensor:
-            return cached.index_select(0, index.to(cached.device)).to(self._device)
+            return take_rows(cached, index.to(cached.device)).to(self._device)
 
         padding = None if self._padding is None else self._padding.take(index.to(self._padding.lengths.device))
         features = {layer: rows(cached) for layer, cached in self._features.items()}
@@ -139,7 +139,9 @@ def _allocate(like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str
     """Return an empty tensor of one row per example: on the device of ``like``, or in a mapped file."""
     shape = (length, *like.shape[1:])
     if folder is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
     path = Path(folder.name) / f"{number}.bin"
     count = length * like[0].numel()
     return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).view(shape)

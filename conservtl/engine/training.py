@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from conservtl.engine.criterion import Criterion
 from conservtl.engine.named_optimizer import OptimizerName
@@ -23,8 +23,12 @@ class Training(BaseModel):
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training data, all phases together."""
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    """Examples per step and process, for data that ``fit`` batches; a DataLoader has its own."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Examples per batch and process, for data that ``fit`` batches; a DataLoader has its own. auto: the largest power
+    of two whose step fits into memory, on a CPU at most 64; the result says which."""
+    global_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Examples per optimizer step, for a ``batch_size`` of auto: the largest divisor of it that fits is the size of the
+    batches, and ``accumulate`` follows. None: one batch, or as many as ``accumulate`` says."""
     batch_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Duration of a batch in seconds at most, its padding included, for data of different lengths, which is batched by
     length; a longer example is a batch alone. None: batch_size alone bounds a batch."""
@@ -37,8 +41,18 @@ class Training(BaseModel):
     """The optimizer's rate, which the plan's ratios multiply."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """The optimizer's weight decay; None: its default, and 0 on parameters whose decay the plan decides."""
-    fused: bool = False
-    """One kernel for all weights of a step: faster, and equal to the plain step up to rounding."""
+    fused: bool | Literal["auto"] = "auto"
+    """One kernel for all weights of a step: faster, and equal to the plain step up to rounding. auto: on CUDA, where
+    torch has one for the optimizer."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Layout (N, H, W, C) of weights and activations, in which 2-D convolutions are faster on tensor cores; the weights
+    have their own layout again afterwards. auto: on CUDA, for models with 2-D convolutions."""
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    """Whether to train a model that torch.compile compiled, or the mode in which to compile it. It pays in long runs:
+    compiling takes its time at the beginning and in each phase. Evaluations run the model as it is."""
+    tf32: bool | Literal["auto"] = "auto"
+    """Whether products and convolutions in fp32 round their inputs to TF32 on CUDA; torch's settings are restored
+    afterwards. auto: under bf16 and fp16, and as torch is set in fp32."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     """One factor on all groups, over all steps."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -88,6 +102,34 @@ class Training(BaseModel):
     deterministic: bool = False
     """Whether to refuse operations that are not deterministic on a GPU while training."""
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.global_batch_size is None:
+            return self
+        if self.batch_size != "auto":
+            raise ValueError(
+                f"global_batch_size is for a batch_size of auto; received batch_size={self.batch_size}. Set "
+                "batch_size to auto, or leave global_batch_size out and set accumulate"
+            )
+        if self.accumulate > 1:
+            raise ValueError(
+                f"global_batch_size decides how many batches make a step; received accumulate={self.accumulate} too. "
+                "Leave one of them out"
+            )
+        return self
+
+    @property
+    def known_batch_size(self) -> int:
+        """Examples per batch; the usual number for a size that is not found yet."""
+        return 64 if self.batch_size == "auto" else self.batch_size
+
+    @property
+    def step_size(self) -> int:
+        """Examples per optimizer step and process; for a batch size that is not found yet, the usual one."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        return self.known_batch_size * self.accumulate
+
     def factor(self, step: int, steps: int) -> float:
         """Return the factor on all rates at a step.
 
@@ -114,6 +156,6 @@ class Training(BaseModel):
             options["weight_decay"] = self.weight_decay
         if self.optimizer == "sgd":
             options["momentum"] = 0.9
-        if self.fused:
+        if self.fused is True:
             options["fused"] = True
         return _CLASSES[self.optimizer], options

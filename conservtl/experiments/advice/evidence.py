@@ -136,7 +136,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
         layers=tuple(body),
         head=layers[-1].name,
         epochs=spec.training.epochs,
-        steps=math.ceil(len(target.labels) / (spec.training.batch_size * spec.training.accumulate)),
+        steps=math.ceil(len(target.labels) / spec.training.step_size),
         distance=distances.get(body[-1]),
         distances=distances,
         statistics=statistics,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training, best_block
+from conservtl.engine.batch_size import find_batch_size
 from conservtl.engine.batching import Contents, Held, Streamed, as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
@@ -130,8 +131,11 @@ def lr_find(
     functions = Functions(forward, loss, metrics)
     with preserve_rng(), open_session(trained, settings, made=made) as session:
         seed_all(seed)
-        batches = as_batches(train, settings.batch_size, session.device, shuffle=True, seconds=settings.batch_seconds)
+        batches = as_batches(
+            train, settings.known_batch_size, session.device, shuffle=True, seconds=settings.batch_seconds
+        )
         _measure(session, functions, batches, source, valid)
+        batches = find_batch_size(session, functions, train, batches)
         session.begin()
         session.start_phase(len(trained.plan.phases) - 1)
         rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]

@@ -124,7 +124,7 @@ def run(
         after = score_on_tests(setting, source, adaptation.model)
         report = RunReport(_report(setting, source, adaptation, before, after), result.history)
         report["seconds"] = {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun}
-        report["environment"] = _environment(result.device, result.precision)
+        report["environment"] = _environment(result.device, result.precision) | {"execution": result.execution}
         report["kept_outputs"] = result.kept_outputs
         report["finished"] = result.after
         report["path"] = list(result.path)

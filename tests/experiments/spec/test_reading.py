@@ -88,7 +88,7 @@ class TestWords:
         assert spec.compare.targets == ("007", "no")
         assert list(spec.compare.variants) == ["on", "3"]
         changed = [with_fields(spec, fields) for fields in spec.compare.variants.values()]
-        assert [(one.data.target, one.training.fused) for one in changed] == [("1e5", False), ("4", False)]
+        assert [(one.data.target, one.training.fused) for one in changed] == [("1e5", "auto"), ("4", False)]
 
     def test_a_resolved_spec_reads_back_the_same(self, load, tmp_path):
         spec = load(f"words: [{', '.join(WORDS)}]", target="target: 0017")

@@ -1,0 +1,193 @@
+"""Batch sizes that fit into memory: found before training, or named when a step has run out of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from conservtl.batches import batch_size as size_of
+from conservtl.batches import map_tensors
+from conservtl.engine.batching import Held, Streamed, as_batches
+from conservtl.engine.evaluation import Functions
+from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.session import Session
+from conservtl.errors import MemoryLimitError, SpecError
+from conservtl.runtime.preserve import preserve_buffers, preserve_modes
+
+__all__ = ["find_batch_size", "is_out_of_memory", "largest", "out_of_memory"]
+
+_ON_CPU = 64  # largest size that is tried on a CPU, which swaps long before it runs out of memory
+_SPARE = 0.1  # share of a GPU's memory that must stay free: later batches may be longer, and memory in pieces
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def find_batch_size(session: Session, functions: Functions, train: Any, batches: Held | Streamed) -> Held | Streamed:
+    """Find the batch size if the settings leave it open; set it in the session's settings with ``accumulate``.
+
+    A step is made of forward pass, loss with the plan's terms and backward pass, beside memory as large as the
+    optimizer's state, in the phase that trains most. Weights, buffers and random generators stay.
+
+    Args:
+        session: before ``begin``.
+        functions: forward and loss.
+        train: the training data, as handed to ``fit``.
+        batches: the same in batches of any size.
+
+    Returns:
+        The batches, of the size that was found.
+
+    Raises:
+        SpecError: the data has batches of its own, or many processes train.
+        MemoryLimitError: a step does not fit even with the smallest size.
+    """
+    training = session.training
+    if training.batch_size != "auto":
+        return batches
+    if not batches.sized:
+        raise SpecError(
+            "training.batch_size is auto, but the data comes in batches of its own. Pass tensors or a dataset, or name "
+            "a number."
+        )
+    if session.part[1] > 1:
+        raise SpecError(
+            f"training.batch_size is auto, which one process finds; there are {session.part[1]}. Find it with one, and "
+            "name the number."
+        )
+    length = batches.length if isinstance(batches, Held) else _length(train)
+    candidates = _candidates(length, training.global_batch_size, cuda=session.device.type == "cuda")
+    adaptation, phase = session.adaptation, session.adaptation.phase
+    frozen = [adaptation.plan.frozen_in(number) for number in range(len(adaptation.plan.phases))]
+    adaptation.start_phase(min(range(len(frozen)), key=lambda number: len(frozen[number])))
+
+    def fits(size: int) -> bool:
+        return _fits(session, functions, lambda: _content(session, train, batches, size), reserve=True)
+
+    try:
+        size = largest(candidates, fits)
+        if size is None and candidates[0] > 1 and fits(1):
+            size = 1
+    finally:
+        adaptation.start_phase(phase)
+    if size is None:
+        raise MemoryLimitError(
+            f"training.batch_size is auto, but a step runs out of memory on {session.device} with one "
+            "example already. Freeze more layers, or use a smaller model."
+        )
+    accumulate = training.accumulate if training.global_batch_size is None else training.global_batch_size // size
+    session.training = training.model_copy(update={"batch_size": size, "accumulate": accumulate})
+    if isinstance(batches, Held):
+        return batches.resized(size)
+    return as_batches(train, size, session.device, shuffle=True, part=session.part)
+
+
+def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Return the largest size that fits, by doubling and then bisection; None if none does.
+
+    Args:
+        candidates: sizes, ascending.
+        fits: size -> whether it fits; if one does, smaller ones do.
+    """
+    good, bad = -1, len(candidates)
+    while bad == len(candidates) and good < bad - 1:
+        wanted = 2 * candidates[good] if good >= 0 else 0
+        place = next((i for i in range(good + 1, bad) if candidates[i] >= wanted), bad - 1)
+        good, bad = (place, bad) if fits(candidates[place]) else (good, place)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(candidates[middle]) else (good, middle)
+    return None if good < 0 else candidates[good]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def out_of_memory(session: Session, functions: Functions, content: Any, first: str) -> MemoryLimitError:
+    """Return the error for a batch that did not fit: it names the batch size and ``accumulate`` that would.
+
+    Args:
+        session: after ``begin``, without the failed step's tensors.
+        functions: forward and loss.
+        content: the batch; parts of it are tried.
+        first: the first line of torch's message.
+    """
+    size, accumulate = size_of(content), session.training.accumulate
+    divisors = [number for number in range(1, size) if size % number == 0]
+
+    def part(number: int) -> Any:
+        return map_tensors(content, lambda one: one[:number] if one.ndim and len(one) == size else one)
+
+    fitting = largest(divisors, lambda number: _fits(session, functions, lambda: part(number), reserve=False))
+    begun = f"a step with training.batch_size={size} and accumulate={accumulate} ran out of memory on {session.device}"
+    if fitting is None:
+        return MemoryLimitError(f"{begun} ({first}), and no part of the batch fits. Freeze more layers, or use a "
+                                "smaller model.")  # fmt: skip
+    return MemoryLimitError(
+        f"{begun} ({first}). batch_size={fitting} with accumulate={accumulate * size // fitting} fits and makes the "
+        "same steps; batch_size: auto finds it for data that fit batches."
+    )
+
+
+def _candidates(length: int | None, together: int | None, *, cuda: bool) -> list[int]:
+    """Return the sizes to try: powers of two, or divisors of the examples per step."""
+    most = min(length or _ON_CPU, 2**20 if cuda else _ON_CPU)
+    if together is not None:
+        sizes = [number for number in range(1, min(most, together) + 1) if together % number == 0]
+    else:
+        sizes = [2**power for power in range(21) if 2**power <= most]
+    return sizes[1:] or sizes  # one example, on which batch norm cannot train, is the last resort
+
+
+def _length(train: Any) -> int | None:
+    return len(train) if isinstance(train, Dataset) and hasattr(train, "__len__") else None
+
+
+def _content(session: Session, train: Any, batches: Held | Streamed, size: int) -> Any:
+    if isinstance(batches, Held):
+        return batches.take(torch.arange(size) % batches.length)
+    loaded = as_batches(train, size, session.device, shuffle=False)
+    return next(loaded.epoch()).content
+
+
+def _fits(session: Session, functions: Functions, make: Callable[[], Any], *, reserve: bool) -> bool:
+    """Return whether forward and backward pass of a batch fit into memory; everything is restored."""
+    model, cuda = session.adaptation.model, session.device.type == "cuda"
+    failed = False
+    with preserve_modes(model), preserve_buffers(model), preserve_rng():
+        session.train()
+        try:
+            _try(session, functions, make, reserve=reserve)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        model.zero_grad()
+    gc.collect()  # tensors of the failed step hang on frames
+    if cuda:
+        torch.cuda.empty_cache()
+    return not failed
+
+
+def _try(session: Session, functions: Functions, make: Callable[[], Any], *, reserve: bool) -> None:
+    """Make a step but for the optimizer's, whose state is stood in for."""
+    if session.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(session.device)
+    trained = [one for one in session.adaptation.model.parameters() if one.requires_grad]
+    state = [torch.empty_like(one) for one in trained for _ in range(2)] if reserve else []
+    with session.autocast():
+        loss = session.loss(functions, make())
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    if reserve and session.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(session.device)
+        others = total - free - torch.cuda.memory_reserved(session.device)
+        if others + torch.cuda.max_memory_allocated(session.device) > (1 - _SPARE) * total:
+            raise torch.OutOfMemoryError("too little memory would be left")
+    del state

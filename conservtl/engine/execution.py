@@ -1,0 +1,163 @@
+"""Decisions on how a run computes: layout of images, fused optimizer, compiler, TF32. They are made once, here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from conservtl.compat import tf32_settings
+from conservtl.engine.optimizer import Made, class_name
+from conservtl.engine.training import Training
+from conservtl.errors import SpecError
+
+__all__ = ["Execution", "decide", "in_tf32"]
+
+_IMAGES = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run computes.
+
+    Args:
+        device: of the model and the batches.
+        precision: fp32, bf16 or fp16.
+        channels_last: whether weights and activations of 2-D convolutions are in the layout (N, H, W, C).
+        fused: whether one kernel makes the optimizer's step.
+        compile: whether the model is compiled in training, or the mode in which it is.
+        tf32: whether matrix products and convolutions in fp32 round their inputs to TF32; None: as torch is set.
+        batch_size: examples per batch and process; None: the data came in batches.
+        accumulate: batches per step.
+    """
+
+    device: str
+    precision: str
+    channels_last: bool = False
+    fused: bool = False
+    compile: bool | str = False
+    tf32: bool | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+
+    def __str__(self) -> str:
+        """Return the decisions in words: device, layout, fused, compiled, precision and batches."""
+        mode = "" if isinstance(self.compile, bool) else f" ({self.compile})"
+        batches = "" if self.batch_size is None else f"batches of {self.batch_size}"
+        spread = f"{self.accumulate} batches a step" if self.accumulate > 1 else ""
+        parts = (
+            self.device,
+            "channels-last" if self.channels_last else "",
+            "fused" if self.fused else "",
+            f"compiled{mode}" if self.compile else "",
+            "tf32" if self.tf32 else "",
+            self.precision,
+            batches,
+            spread,
+        )
+        return ", ".join(part for part in parts if part)
+
+    def with_batches(self, training: Training, *, made_here: bool) -> Execution:
+        """Return the decisions with the sizes of batches, once these are known."""
+        size = training.batch_size if made_here and isinstance(training.batch_size, int) else None
+        return replace(self, batch_size=size, accumulate=training.accumulate)
+
+
+def decide(training: Training, model: nn.Module, device: torch.device, precision: str, made: Made) -> Execution:
+    """Return how a run computes.
+
+    ``auto`` is off on a CPU, where results stay those of a loop written by hand, bit for bit. On CUDA it is on where
+    torch supports it: the layout for models with 2-D convolutions, the fused step for optimizers that have one, TF32
+    under bf16 and fp16, whose rounding is coarser.
+
+    Args:
+        training: the settings.
+        model: the model that is trained.
+        device: its device.
+        precision: fp32, bf16 or fp16.
+        made: the optimizer's class and arguments.
+
+    Raises:
+        SpecError: model, optimizer or device do not support a setting.
+    """
+    cuda = device.type == "cuda"
+    return Execution(
+        device=str(device),
+        precision=precision,
+        channels_last=_channels_last(training, model, cuda=cuda),
+        fused=_fused(training, made, device),
+        compile=training.compile,
+        tf32=_tf32(training, precision, cuda=cuda),
+    )
+
+
+def _channels_last(training: Training, model: nn.Module, *, cuda: bool) -> bool:
+    wanted = training.channels_last
+    if wanted is False or (wanted == "auto" and not cuda):
+        return False
+    found = any(isinstance(module, _IMAGES) for module in model.modules())
+    if wanted is True and not found:
+        raise SpecError(
+            f"training.channels_last is true, which is a layout for 2-D convolutions; {type(model).__name__} has none. "
+            "Set it to auto or false."
+        )
+    return found
+
+
+def _fused(training: Training, made: Made, device: torch.device) -> bool:
+    if training.fused is False or (training.fused == "auto" and device.type != "cuda"):
+        return False
+    cls, options = made
+    reason = _no_fused(cls, options, device)
+    if reason is not None and training.fused is True:
+        raise SpecError(
+            f"training.fused is true, but {class_name(cls)} makes no fused step on {device.type}: {reason}. Set it to "
+            "auto or false, or use AdamW."
+        )
+    return reason is None
+
+
+def _no_fused(cls: Any, options: dict[str, Any], device: torch.device) -> str | None:
+    """Return why an optimizer has no fused step on a device; None if it has one, which trying alone shows."""
+    given = getattr(cls, "keywords", {})
+    if "fused" in given or given.get("foreach"):
+        return "its arguments say how it steps"
+    if "fused" not in inspect.signature(cls.func if isinstance(cls, functools.partial) else cls).parameters:
+        return "it takes no argument fused"
+    try:
+        cls([nn.Parameter(torch.zeros(1, device=device))], **{**options, "fused": True})
+    except Exception as error:  # noqa: BLE001 - a class may raise anything
+        return f"{error}".splitlines()[0].rstrip(".") if f"{error}" else type(error).__name__
+    return None
+
+
+def _tf32(training: Training, precision: str, *, cuda: bool) -> bool | None:
+    if training.tf32 == "auto":
+        return True if cuda and precision != "fp32" else None
+    if training.tf32 and not cuda:
+        raise SpecError("training.tf32 is true, which is a precision of CUDA devices; this run is on a CPU. Set it to "
+                        "auto.")  # fmt: skip
+    return training.tf32 if cuda else None
+
+
+@contextmanager
+def in_tf32(active: bool | None) -> Iterator[None]:
+    """Let products and convolutions in fp32 use TF32 inside the block, or not; None: as torch is set."""
+    if active is None:
+        yield
+        return
+    settings = tf32_settings()
+    before = [get() for get, _ in settings]
+    try:
+        for _, put in settings:
+            put(active)
+        yield
+    finally:
+        for (_, put), value in zip(settings, before, strict=True):
+            put(value)
