@@ -128,6 +128,8 @@ def _no_fused(cls: Any, options: dict[str, Any], device: torch.device) -> str | 
     given = getattr(cls, "keywords", {})
     if "fused" in given or given.get("foreach"):
         return "its arguments say how it steps"
+    if given.get("dampening"):
+        return "torch's fused step with dampening takes no parameters that are trained later than others"
     if "fused" not in inspect.signature(cls.func if isinstance(cls, functools.partial) else cls).parameters:
         return "it takes no argument fused"
     try:

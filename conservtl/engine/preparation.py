@@ -171,7 +171,8 @@ def check_compiler(session: Session, functions: Functions, batches: Held | Strea
             with session.autocast():
                 return functions.forward(model, batch.content)
 
-        check_traceable(model, run, mode)
+        extended = any(strategy.extends for strategy in session.adaptation.bound.origin.strategies)
+        check_traceable(model, run, mode, whole=not (extended or session.adaptation.plan.extensions))
 
 
 def make_measurements(session: Session, functions: Functions, target: Any, source: Any) -> None:

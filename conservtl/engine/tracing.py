@@ -36,7 +36,7 @@ def compiled(model: nn.Module, mode: bool | str) -> nn.Module:
     return made
 
 
-def check_traceable(model: nn.Module, run: Run, mode: bool | str) -> None:
+def check_traceable(model: nn.Module, run: Run, mode: bool | str, *, whole: bool = True) -> None:
     """Raise unless the compiler traces a model's forward pass as one graph.
 
     It is tried in eval mode without gradients, in which layers are not left out at random. Weights and gradients stay.
@@ -45,12 +45,13 @@ def check_traceable(model: nn.Module, run: Run, mode: bool | str) -> None:
         model: the model, not compiled.
         run: model -> outputs for a batch, under the run's autocast.
         mode: ``training.compile``, for the message.
+        whole: False lets several graphs be enough, between which a strategy's extensions run.
 
     Raises:
         SpecError: it does not; the message names the innermost module that stops it.
     """
     with eval_mode(model), torch.no_grad():
-        reason = _reason(model, lambda: run(model))
+        reason = _reason(model, lambda: run(model), whole=whole)
         if reason is None:
             return
         name, module, inner = _culprit(model, run) or ("", model, reason)
@@ -86,12 +87,12 @@ def _culprit(model: nn.Module, run: Run) -> tuple[str, nn.Module, str] | None:
     return None
 
 
-def _reason(module: nn.Module, call: Callable[[], Any]) -> str | None:
+def _reason(module: nn.Module, call: Callable[[], Any], *, whole: bool = True) -> str | None:
     """Return why a module's forward cannot be traced in a call; None if it can."""
     own = module.__dict__.get("forward")
     forget_graphs()  # the compiler gives up on code that it has compiled for many modules
     try:
-        module.forward = torch.compile(module.forward, backend="eager", fullgraph=True)
+        module.forward = torch.compile(module.forward, backend="eager", fullgraph=whole)
         call()
     except Exception as error:  # noqa: BLE001 - the compiler has many classes of errors, none of them public
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

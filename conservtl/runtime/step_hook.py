@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from conservtl.compat import scaler_state
 from conservtl.errors import SpecError
+from conservtl.runtime.fused_momentum import begin_momentum
 from conservtl.runtime.model_check import check_conversion
 from conservtl.runtime.parameter_index import ParameterIndex
 from conservtl.runtime.penalty_runner import PenaltyRunner
@@ -137,6 +138,7 @@ class StepHook:
         )  # before the decoupled penalties: it may set their rate
         if self._penalties is not None:
             self._penalties.move_weights(skip)
+        begin_momentum(self._inner)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

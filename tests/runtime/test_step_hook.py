@@ -299,3 +299,23 @@ def test_anchors_on_the_cpu_are_not_kept_for_updates():
     update = ctl.Mixout(p=0.5).apply(adaptation.plan).updates[0]
     assert index.moving(update)
     assert index._moving == {}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_fused_sgd_takes_parameters_that_are_trained_later(nesterov):
+    """torch's own fused step takes a group in which all have a momentum, or none: the second phase would stop there."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    models = [copy.deepcopy(model) for _ in range(2)]
+    inputs = torch.randn(8, 4)
+    for one, fused in zip(models, (False, True), strict=True):
+        adaptation = ctl.adapt(one, copy.deepcopy(model), [ctl.LPFT(epochs=1)])
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=nesterov, fused=fused)
+        for phase in (0, 0, 1, 1, 1):
+            if phase != adaptation.phase:
+                adaptation.start_phase(phase)
+            one(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)

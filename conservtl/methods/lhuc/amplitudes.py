@@ -146,9 +146,12 @@ def _scale(module: nn.Module, _: Any, output: Any) -> Any:
 
     It stands at module level so that copies and pickles of the model keep it. After an error there is no output.
     """
-    own = module._parameters  # noqa: SLF001
-    folded = [vars(module).pop(name, None) for name in ("weight", "bias") if name in own]
-    if output is None or any(value is not None for value in folded):
+    if not torch.compiler.is_compiling():  # a pass that is traced folds nothing
+        own = module._parameters  # noqa: SLF001
+        folded = [vars(module).pop(name, None) for name in ("weight", "bias") if name in own]
+        if any(value is not None for value in folded):
+            return None
+    if output is None:
         return None
     factor = _amplitude(getattr(module, PARAMETER))
     if isinstance(output, tuple):  # of a recurrent layer: the outputs of all steps are scaled, its state is not
