@@ -220,6 +220,24 @@ class Task(ABC):
         """
         return None
 
+    def record(self, outputs: Any, batch: Any) -> Any:  # noqa: ARG002
+        """Return what ``details`` needs of a batch and its outputs."""
+        return None
+
+    def details(self, before: Mapping[str, Any], after: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return what a report says beside the metrics, as JSON; empty: nothing.
+
+        Args:
+            before: "target", "source" -> scores of the source model, with the ``records`` of all batches.
+            after: the same of the adapted model.
+            data: the test parts.
+
+        Returns:
+            ``tables``: {title, note, header, rows, text_columns} each; ``examples``: {name, lines: [[what, text], ...],
+            audio: a data URI or empty} each.
+        """
+        return {}
+
     def targets(self, data: Any) -> tuple[str, ...]:  # noqa: ARG002
         """Return every target that a study can repeat its runs over: speakers, corruptions, ..."""
         return ("the target",)

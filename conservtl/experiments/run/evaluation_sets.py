@@ -58,7 +58,8 @@ def score_on_tests(setting: Setting, source: SourceModel, model: nn.Module) -> d
     """Score an adapted model on both test parts, the source's as ``Setting.source_set`` says."""
     size = setting.spec.training.evaluate_batch_size
     sets = sets_to_watch(setting, source)
-    return {name: score_model(setting.task, model, data, size) for name, data in sets.items()}
+    tasks = {"source": setting.source_task}
+    return {name: score_model(tasks.get(name, setting.task), model, data, size) for name, data in sets.items()}
 
 
 def score_before(setting: Setting, source: SourceModel, start: nn.Module) -> dict[str, Scores]:
@@ -73,7 +74,7 @@ def score_before(setting: Setting, source: SourceModel, start: nn.Module) -> dic
     model = source.model if setting.shared else start
     scores = {"target": score_model(setting.task, model, domains.target_test, size)}
     if domains.source_test is not None:
-        scores["source"] = score_model(setting.task, source.model, domains.source_test, size)
+        scores["source"] = score_model(setting.source_task, source.model, domains.source_test, size)
     return scores
 
 

@@ -180,6 +180,7 @@ def _report(
             else None
             for name in names
         },
+        "details": task.details(before, after, {"target": domains.target_test, "source": domains.source_test}),
         "drift": adaptation.drift(),
         "plan": adaptation.plan.model_dump(mode="json"),
         "transfer": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -27,16 +27,18 @@ class Scores:
         metrics: loss and the task's metrics over the set.
         outputs: of each batch, on the CPU.
         labels: classes of each batch, on the CPU; None each where the task has no classes.
+        records: what the task records of each batch for a report.
     """
 
     metrics: dict[str, float]
     outputs: tuple[Any, ...]
     labels: tuple[Any, ...]
+    records: tuple[Any, ...] = ()
 
     def of(self, task: Task, places: Sequence[int]) -> Scores:
         """Return the scores with the outputs of these labels alone."""
         chosen = tuple(task.outputs_at(out, places) for out in self.outputs)
-        return Scores(self.metrics, chosen, self.labels)
+        return Scores(self.metrics, chosen, self.labels, self.records)
 
 
 def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: int = 256) -> Scores:
@@ -50,15 +52,20 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: 
     """
     outputs: list[Any] = []
     labels: list[Any] = []
+    records: list[Any] = []
+    judge = data.metrics if isinstance(data, Holdout) and data.metrics is not None else task.metrics
+    if isinstance(data, Holdout):
+        data = replace(data, metrics=None)
 
     def metrics(out: Any, batch: Any) -> Mapping[str, Any]:
         outputs.append(map_tensors(out, _on_cpu))
         labels.append(map_tensors(task.labels(batch), _on_cpu))
-        return task.metrics(out, batch)
+        records.append(task.record(out, batch))
+        return judge(out, batch)
 
     functions = Functions(task.forward, task.loss, metrics)
     pooled = evaluate(model, data, functions, next(model.parameters()).device, batch_size)
-    return Scores(pooled, tuple(outputs), tuple(labels))
+    return Scores(pooled, tuple(outputs), tuple(labels), tuple(records))
 
 
 def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] | None:
@@ -70,12 +77,12 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
 
 
 def in_order(task: Task, data: Data, order: Sequence[int]) -> Holdout:
-    """Return a set on which the outputs of a model's labels stand in another order."""
+    """Return a set on which the outputs of a model's labels stand in another order, that of the task."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
         return task.outputs_at(task.forward(model, batch), order)
 
-    return Holdout(data, forward=forward)
+    return Holdout(data, forward=forward, metrics=task.metrics)
 
 
 def on_source_head(task: Task, data: Data, head: SourceHead) -> Holdout:
@@ -85,7 +92,7 @@ def on_source_head(task: Task, data: Data, head: SourceHead) -> Holdout:
         with head.replacing(model) as replaced:
             return task.forward(replaced, batch)
 
-    return Holdout(data, forward=forward)
+    return Holdout(data, forward=forward, metrics=task.metrics)
 
 
 def _on_cpu(tensor: Any) -> Any:

@@ -60,6 +60,11 @@ class Setting:
         """The spec's task, with the names of the outputs."""
         return self.spec.problem.within(self.domains.labels, self.domains.preprocessing)
 
+    @cached_property
+    def source_task(self) -> Task:
+        """The spec's task, with the names of the source model's outputs."""
+        return self.spec.problem.within(self.domains.source_labels, self.domains.preprocessing)
+
     @property
     def target(self) -> str:
         """The target's name in a report."""
@@ -224,8 +229,8 @@ class Setting:
         labels, own = self.domains.labels, self.domains.source_labels
         if self.task.by_label and set(own) <= set(labels):
             order = [labels.index(label) for label in own] + [n for n, label in enumerate(labels) if label not in own]
-            return in_order(self.task, data, order)
-        return on_source_head(self.task, data, SourceHead(source, self._drawn(source).head_module))
+            return in_order(self.source_task, data, order)
+        return on_source_head(self.source_task, data, SourceHead(source, self._drawn(source).head_module))
 
 
 def prepare(spec: Spec) -> Setting:

@@ -8,6 +8,7 @@ from typing import Any
 
 from conservtl.report.pages.rendering import as_yaml, render
 from conservtl.report.run_report import run_figures
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.metrics import Verdict, number
 from conservtl.report.text.summary import costly, duration, sentence, skipped_rows, verdict
 from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
@@ -39,6 +40,8 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         pictures=run_figures(report, history),
         plan=plan_table(report),
         agreement=agreement_rows(report),
+        details=_details(report),
+        examples=(report.get("details") or {}).get("examples") or [],
         skipped=skipped_rows(report),
         skipped_count=int((report.get("skipped") or {}).get("count", 0)),
         spec=as_yaml(report.get("spec")),
@@ -50,6 +53,22 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
 def _tone(report: Mapping[str, Any]) -> Verdict:
     """Return the colour of the sentence; a gain that cost the source more counts as worse."""
     return "worse" if costly(report) else verdict(report)
+
+
+def _details(report: Mapping[str, Any]) -> list[HtmlTable]:
+    """Return the tables that the task adds."""
+    tables = (report.get("details") or {}).get("tables") or []
+    return [
+        HtmlTable(
+            one["title"],
+            one["note"],
+            one["header"],
+            [TableRow([Cell(str(text)) for text in row]) for row in one["rows"]],
+            frozenset(one["text_columns"]),
+        )
+        for one in tables
+        if one["rows"]
+    ]
 
 
 def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
 from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.decoding import check_frames, frames_of, greedy, tokens_of
+from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
@@ -111,6 +112,24 @@ class Transcribe(Task):
         same = (adapted.argmax(-1) == source.argmax(-1)).sum()
         count = int(valid.sum())
         return {"agreement": (int(same), count), "kl": (max(0.0, float(kl)), count)}
+
+    def record(self, outputs: Any, batch: Any) -> Any:
+        """Return name, reference and hypothesis of each utterance."""
+        texts = self.texts(tokens_of(batch["labels"])), self.texts(greedy(outputs))
+        return list(zip(batch["names"], *texts, strict=True))
+
+    def details(self, before: Mapping[str, Any], after: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return errors by kind, speaker and word, and the worst utterances of the target."""
+        found = {}
+        for domain, scores in after.items():
+            people = dict(zip(data[domain].names, data[domain].groups, strict=True))
+            earlier, later = ([one for batch in each.records for one in batch] for each in (before[domain], scores))
+            found[domain] = [
+                Transcript(name, people[name], said, old, new)
+                for (name, said, old), (_, _, new) in zip(earlier, later, strict=True)
+            ]
+        examples = worst_utterances(found["target"], data["target"])
+        return {"tables": error_tables(found), "examples": examples}
 
     def targets(self, data: Any) -> tuple[str, ...]:
         """Return every speaker found, or the embedded voices."""

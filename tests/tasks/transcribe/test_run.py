@@ -35,7 +35,7 @@ def root(tmp_path_factory):
     """Three speakers of a language of three letters; one speaks higher."""
     root = tmp_path_factory.mktemp("corpus")
     lines = []
-    for speaker, pitch in (("ann", 1.0), ("bob", 1.05), ("cid", 1.3)):
+    for speaker, pitch in (("ann", 1.0), ("bob", 1.05), ("cid", 1.8)):
         for number in range(10):
             text = ["ab ca", "c b", "abc", "ba ab c", "cab", "a c b", "bc", "aba", "ca bc", "b a"][number]
             name = f"{speaker}{number}.wav"
@@ -64,7 +64,7 @@ def spec(root, tmp_path_factory):
                 "cache": str(tmp_path_factory.mktemp("cache")),
             },
             "strategies": [{"kind": "l2_sp", "alpha": 0.01}, {"kind": "output_conservation", "rho": 0.1}],
-            "training": {"epochs": 10, "batch_size": 4, "lr": 0.005, "evaluate_every": 5, "threads": 1},
+            "training": {"epochs": 10, "batch_size": 4, "lr": 0.002, "evaluate_every": 5, "threads": 1},
         }
     )
 
@@ -99,6 +99,19 @@ def test_the_error_rate_is_that_of_the_files_transcripts_pooled_over_words(done,
     assert report["after"]["target"]["wer"] == pytest.approx(jiwer.wer(references, heard))
     assert report["after"]["target"]["cer"] == pytest.approx(jiwer.cer(references, heard))
     assert all(0 <= one.probability <= 1 for one in found)
+
+
+def test_the_page_shows_errors_by_kind_and_players_for_the_worst_utterances(done, spec):
+    report, out = done
+    kinds, people, _ = report["details"]["tables"]
+    assert [row[0] for row in kinds["rows"]] == ["target, before", "target, after", "source, before", "source, after"]
+    assert float(kinds["rows"][1][5]) == pytest.approx(100 * report["after"]["target"]["wer"], abs=0.06)
+    assert {row[0] for row in people["rows"]} == {"target: cid", "source: ann", "source: bob"}
+    worst = report["details"]["examples"]
+    assert 0 < len(worst) <= 10
+    page = (out / "report.html").read_text()
+    assert page.count("<audio") == len(worst)
+    assert "Word errors by kind" in page
 
 
 def test_its_plan_lists_the_blocks_and_the_head(spec):

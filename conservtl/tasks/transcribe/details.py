@@ -1,0 +1,167 @@
+"""What a report says of transcripts: errors by kind and speaker, words that changed most, the worst utterances."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from conservtl.errors import DataError, MissingExtraError
+from conservtl.extras import require
+from conservtl.tasks.transcribe.word_errors import Errors, changed_words, word_errors
+
+__all__ = ["Transcript", "error_tables", "interval", "worst_utterances"]
+
+_WORST = 10  # utterances
+_WORDS = 12  # changed words
+_BYTES = 200_000  # of an embedded recording; longer ones are named only
+_RESAMPLED = 2000  # draws of the bootstrap
+_MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """An utterance as it was said and heard.
+
+    Args:
+        name: of the utterance.
+        speaker: its speaker.
+        said: the reference.
+        before: what the source model heard.
+        after: what the adapted model hears.
+    """
+
+    name: str
+    speaker: str
+    said: str
+    before: str
+    after: str
+
+
+def error_tables(transcripts: Mapping[str, Sequence[Transcript]]) -> list[dict[str, Any]]:
+    """Return tables of errors by kind, by speaker, and of the words that changed most.
+
+    Args:
+        transcripts: "target", "source" -> utterances.
+    """
+    kinds, people, words = [], [], []
+    for domain, each in transcripts.items():
+        sides = {when: _errors(each, when) for when in ("before", "after")}
+        for when, errors in sides.items():
+            low, high = interval(_by_speaker(each, when).values())
+            spread = f"{100 * low:.1f} to {100 * high:.1f}" if low is not None and high is not None else _MISSING
+            counts = (errors.count, errors.substitutions, errors.deletions, errors.insertions)
+            kinds.append([f"{domain}, {when}", *map(_whole, counts), _share(errors), spread])
+        before, after = (_by_speaker(each, when) for when in ("before", "after"))
+        people += [
+            [f"{domain}: {name}", _whole(errors.count), _share(errors), _share(after[name])]
+            for name, errors in before.items()
+        ]
+        words += _word_rows(domain, each)
+    spread_note = "The interval is of 95 %, by a bootstrap over speakers, where there are two or more."
+    return [
+        {
+            "title": "Word errors by kind",
+            "note": spread_note,
+            "header": ["", "words", "substituted", "deleted", "inserted", "error rate, %", "interval, %"],
+            "rows": kinds,
+            "text_columns": [0],
+        },
+        {
+            "title": "Word error rate of each speaker",
+            "note": "",
+            "header": ["", "words", "before, %", "after, %"],
+            "rows": people,
+            "text_columns": [0],
+        },
+        {
+            "title": "Words whose errors changed most",
+            "note": "How often a word became another, before and after; – stands for no word.",
+            "header": ["", "said", "heard", "before", "after"],
+            "rows": words,
+            "text_columns": [0, 1, 2],
+        },
+    ]
+
+
+def worst_utterances(transcripts: Sequence[Transcript], data: Any) -> list[dict[str, Any]]:
+    """Return the utterances with the most word errors after adaptation, with a recording each if it is short.
+
+    Args:
+        transcripts: of the target's test part.
+        data: the test part; its inputs may give ``wave(place)``.
+    """
+    ranked = sorted(transcripts, key=lambda one: -word_errors([one.said], [one.after]).wrong)[:_WORST]
+    places = {name: place for place, name in enumerate(data.names)}
+    return [
+        {
+            "name": one.name,
+            "lines": [["said", one.said], ["before", one.before], ["after", one.after]],
+            "audio": _embedded(data.inputs, places[one.name]),
+        }
+        for one in ranked
+        if word_errors([one.said], [one.after]).wrong
+    ]
+
+
+def interval(groups: Any, seed: int = 0) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of a pooled error rate, by a bootstrap over groups; None with fewer than two.
+
+    Args:
+        groups: errors of each group.
+        seed: of the draws.
+    """
+    wrong, count = zip(*((one.wrong, one.count) for one in groups), strict=True) if groups else ((), ())
+    if len(wrong) < 2:
+        return None, None
+    drawn = torch.randint(len(wrong), (_RESAMPLED, len(wrong)), generator=torch.Generator().manual_seed(seed))
+    rates = torch.tensor(wrong)[drawn].sum(1) / torch.tensor(count)[drawn].sum(1).clamp_min(1)
+    low, high = rates.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _errors(transcripts: Sequence[Transcript], when: str) -> Errors:
+    return word_errors([one.said for one in transcripts], [getattr(one, when) for one in transcripts])
+
+
+def _by_speaker(transcripts: Sequence[Transcript], when: str) -> dict[str, Errors]:
+    speakers = sorted({one.speaker for one in transcripts})
+    return {name: _errors([one for one in transcripts if one.speaker == name], when) for name in speakers}
+
+
+def _word_rows(domain: str, transcripts: Sequence[Transcript]) -> list[list[str]]:
+    said = [one.said for one in transcripts]
+    before, after = (changed_words(said, [getattr(one, when) for one in transcripts]) for when in ("before", "after"))
+    changed: Counter[tuple[str, str]] = Counter()
+    for pair in {*before, *after}:
+        changed[pair] = abs(after[pair] - before[pair])
+    ranked = sorted(changed, key=lambda pair: (-changed[pair], pair))[:_WORDS]
+    return [
+        [domain, *(word or _MISSING for word in pair), _whole(before[pair]), _whole(after[pair])] for pair in ranked
+    ]
+
+
+def _embedded(inputs: Any, place: int) -> str:
+    """Return a recording as a data URI; empty where there is none, or it is too long to embed."""
+    try:
+        wave, rate = inputs.wave(place)
+        content = io.BytesIO()
+        loudest = wave.abs().max().clamp_min(1e-9)
+        require("soundfile", "speech").write(content, (wave / loudest * 0.9).numpy(), rate, format="WAV")
+    except (AttributeError, DataError, MissingExtraError):
+        return ""
+    data = content.getvalue()
+    return "" if len(data) > _BYTES else "data:audio/wav;base64," + base64.b64encode(data).decode()
+
+
+def _share(errors: Errors) -> str:
+    return f"{100 * errors.rate:.1f}" if errors.count else _MISSING
+
+
+def _whole(number: int) -> str:
+    return f"{number:,}"
