@@ -46,7 +46,7 @@ def run(
     from conservtl.experiments.run.processes import is_main_process
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
-    from conservtl.report.text.summary import rows_notes, skipped_notes
+    from conservtl.report.text.summary import left_out_notes, rows_notes, skipped_notes
 
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal
@@ -54,7 +54,9 @@ def run(
     if not is_main_process():
         return
     Console().print(run_table(report))
-    sys.stdout.write("\n".join([report["sentence"], *rows_notes(report), *skipped_notes(report)]) + "\n")
+    sys.stdout.write(
+        "\n".join([report["sentence"], *left_out_notes(report), *rows_notes(report), *skipped_notes(report)]) + "\n"
+    )
     if note := report.get("note"):
         sys.stderr.write(f"report.html was not written: {note}\n")
     page = out / "report.html" if "note" not in report else out / "report.json"

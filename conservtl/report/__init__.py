@@ -9,12 +9,14 @@ from conservtl.report.pages.sweep_page import write_sweep
 from conservtl.report.pages.tuning_page import write_tune
 from conservtl.report.run_report import RunReport
 from conservtl.report.text.report_json import write_json
-from conservtl.report.text.summary import sentence
+from conservtl.report.text.summary import NO_SOURCE_HEAD, left_out_notes, sentence
 from conservtl.report.text.tensorboard import write_tensorboard
 
 __all__ = [
+    "NO_SOURCE_HEAD",
     "RunReport",
     "check_picture",
+    "left_out_notes",
     "range_test_sentence",
     "sentence",
     "write_compare",

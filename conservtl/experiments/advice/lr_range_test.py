@@ -21,8 +21,7 @@ from conservtl.engine.session import Session, open_session
 from conservtl.errors import SpecError
 from conservtl.experiments.advice.range_curve import RangeTest, diverges, read_curve
 from conservtl.experiments.run.evaluation_sets import sets_to_select_on
-from conservtl.experiments.run.setting import prepare
-from conservtl.experiments.run.source_training import obtain_source
+from conservtl.experiments.run.source_training import prepare_source
 from conservtl.experiments.spec.spec import Spec
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
@@ -45,8 +44,7 @@ def lr_find_for(spec: Spec, *, steps: int = 100) -> RangeTest:
         DataError: the data is missing or contradicts the spec.
         SpecError: nothing is trained, or the loss is not finite at any rate.
     """
-    setting = prepare(spec)
-    source = obtain_source(setting)
+    setting, source = prepare_source(spec)
     return lr_find(
         setting.adaptation(source.with_notes()),
         setting.domains.shots,

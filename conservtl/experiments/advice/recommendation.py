@@ -20,8 +20,7 @@ from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find_for
 from conservtl.experiments.advice.rules import Reason, advise
 from conservtl.experiments.advice.thresholds import far, size
 from conservtl.experiments.own.problem import ModelLike, OwnProblem, ProblemOptions, hold, settings_of
-from conservtl.experiments.run.setting import prepare
-from conservtl.experiments.run.source_training import obtain_source
+from conservtl.experiments.run.source_training import prepare_source
 from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec, with_fields
 from conservtl.fragments import fragment
 from conservtl.methods import Strategy
@@ -197,8 +196,13 @@ def recommend(
 
 def _recommend(given: Spec, *, range_test: bool) -> Recommendation:
     bare = given.model_copy(update={"strategies": ()})
-    setting = prepare(bare)
-    evidence = gather(setting, obtain_source(setting))
+    setting, source = prepare_source(bare)
+    if source.headless:
+        raise SpecError(
+            "recommend: the source model's outputs are measured (LEEP), and source.weights have no head. Give weights "
+            "with a head."
+        )
+    evidence = gather(setting, source)
     advice = advise(evidence)
     chosen = {f"training.{name}": value for name, value in advice.training.items()}
     found = with_fields(bare, {"strategies": list(advice.strategies), **chosen})

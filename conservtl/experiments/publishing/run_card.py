@@ -11,7 +11,7 @@ from conservtl.errors import SpecError
 from conservtl.experiments.publishing.card import Card, card_text
 from conservtl.experiments.publishing.licence import UNKNOWN, base_model, front_matter, licence_of
 from conservtl.experiments.run.setting import Setting
-from conservtl.report import sentence
+from conservtl.report import left_out_notes, sentence
 
 __all__ = ["CARD", "check_card", "run_card"]
 
@@ -66,6 +66,6 @@ def run_card(setting: Setting, adaptation: Adaptation, report: Mapping[str, Any]
             library="conservtl",
             loading=_LOADING.format(example=setting.task.example),
             report=report,
-            notes=[sentence(report)],
+            notes=[sentence(report), *left_out_notes(report)],
         )
     )

@@ -44,7 +44,7 @@ def sets_to_select_on(setting: Setting, source: SourceModel, *, both: bool) -> d
     if domains.validation is None:
         return None
     sets: dict[str, Any] = {"target": domains.validation}
-    if both and domains.source_train is not None:
+    if both and domains.source_train is not None and not setting.headless:
         sets["source"] = setting.source_set(domains.source_train, source.model)
     return sets
 

@@ -29,12 +29,12 @@ from conservtl.experiments.run.evaluation_sets import (
 from conservtl.experiments.run.processes import is_main_process
 from conservtl.experiments.run.scoring import Scores, agreement
 from conservtl.experiments.run.setting import Setting, prepare
-from conservtl.experiments.run.source_training import SourceModel, obtain_source
+from conservtl.experiments.run.source_training import SourceModel, prepare_source
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import rows_by_label
-from conservtl.report import RunReport, sentence, write_html, write_json, write_tensorboard
+from conservtl.report import NO_SOURCE_HEAD, RunReport, sentence, write_html, write_json, write_tensorboard
 from conservtl.storage.files import write_text
 from conservtl.storage.locks import check_folder, lock_folder
 from conservtl.tasks.bad_files import skipped_report
@@ -55,9 +55,10 @@ _PATH_EXAMPLES = 2000  # test examples of a domain that are evaluated at each po
 
 def plan_of(spec: Spec) -> Plan:
     """Return the plan of a spec; reads the data and the shapes of the source, trains nothing."""
-    setting = prepare(spec)
     if spec.source.weights is not None:
-        return setting.adaptation(obtain_source(setting).with_notes()).plan
+        setting, source = prepare_source(spec)
+        return setting.adaptation(source.with_notes()).plan
+    setting = prepare(spec)
     return setting.adaptation(setting.model(len(setting.domains.source_labels))).plan
 
 
@@ -95,8 +96,7 @@ def run(
     check_card(folder)
     if resume and not folder.exists():
         raise SpecError(f"resume: there is no checkpoint, and no folder {str(folder)!r}. Run without resume to begin.")
-    setting = prepare(spec)
-    source = obtain_source(setting, progress=progress)
+    setting, source = prepare_source(spec, progress=progress)
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
@@ -173,6 +173,7 @@ def _report(
         "before": {name: before[name].metrics if name in before else None for name in names},
         "after": {name: after[name].metrics if name in after else None for name in names},
         "agreement": agreed,
+        "left_out": [NO_SOURCE_HEAD] if setting.headless else [],
         "rows_by_label": list(rows_by_label(adaptation.plan).values()),
         "per_class": {
             name: task.per_class(before[name].outputs, after[name].outputs, after[name].labels, names[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from conservtl.data.shots import UpTo, taken_text
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
 from conservtl.engine.selection import deciders
-from conservtl.errors import SpecError
+from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.scoring import in_order, on_source_head
 from conservtl.experiments.run.source_labels import (
@@ -48,12 +48,14 @@ class Setting:
         domains: source and target.
         example: a small batch of inputs; finds the order of layers.
         shared: whether source and target have the same labels in the same order. One head then serves both.
+        headless: whether the source's weights have no head, so that the source has no labels of its own.
     """
 
     spec: Spec
     domains: Domains
     example: Any
     shared: bool
+    headless: bool = field(default=False, kw_only=True)
 
     @cached_property
     def task(self) -> Task:
@@ -86,6 +88,16 @@ class Setting:
         """How the target differs from the source."""
         return self.task.shift if self.shared else "labels"
 
+    def without_source_head(self) -> Setting:
+        """Return the setting of a source without a head: it answers nothing, and no test part of it is scored.
+
+        Source data with the target's labels stay, to train on.
+        """
+        domains = self.domains
+        train = domains.source_train if domains.source_labels == domains.labels else None
+        bare = replace(domains, source_labels=(), source_train=train, source_test=None)
+        return replace(self, domains=bare, shared=False, headless=True)
+
     def model(self, outputs: int, *, target: bool = False) -> nn.Module:
         """Return a model initialised by the spec's seed.
 
@@ -107,14 +119,18 @@ class Setting:
         labels = (self.domains.labels, self.domains.source_labels)
         overlap = not self.shared and self.task.by_label and bool({*labels[0]} & {*labels[1]})
         if not self.shared and not overlap:
-            fresh |= dict.fromkeys(self.head(model), "its labels differ from the source's")
+            reason = "the source has no head" if self.headless else "its labels differ from the source's"
+            fresh |= dict.fromkeys(self.head(model), reason)
         if self.domains.notes:  # the plan shows them
             read = read_source(source)
             source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             chosen = labels if overlap else None
-            return adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **self.adapt_options)
+            adaptation = adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **self.adapt_options)
+        if self.headless:
+            self._check_headless(adaptation.plan)
+        return adaptation
 
     def scratch(self) -> Adaptation:
         """Return an adaptation that takes nothing from the source: every parameter is fresh."""
@@ -163,6 +179,21 @@ class Setting:
         headline = self.task.headline
         return f"{headline.label} {headline.show(value)}" if metric == headline.metric else show_plainly(metric, value)
 
+    def _check_headless(self, plan: Plan) -> None:
+        """Raise if a measurement or a choice needs answers of a source that has no head."""
+        keep = self.spec.training.keep
+        if keep == "harmonic" or (keep == "path" and self.spec.source.data is not None):
+            fix = "Set source.data to null" if keep == "path" else "Set training.keep to target"
+            raise SourceError(
+                f"training.keep={keep} chooses by the source's score, and source.weights have no head, so the source "
+                f"has no labels of its own. {fix}, or give weights with a head."
+            )
+        if measured := [measure.by for measure in plan.measures if measure.data == "source"]:
+            raise SourceError(
+                f"{measured[0]} is measured on source data through the source's head, and source.weights have none. "
+                f"Measure on the target's data, leave {measured[0]} out, or give weights with a head."
+            )
+
     def _check_validation(self, training: Training, plan: Plan) -> None:
         """Raise if a validation score decides something and the part asked for is empty, too few shots to split."""
         data = self.spec.data
@@ -189,7 +220,7 @@ class Setting:
             "loss": self.task.loss,
             "metrics": self.task.metrics,
             "augment": self.task.augmented(self.domains.augmentation),
-            "source": self.domains.source_train,
+            "source": None if self.headless else self.domains.source_train,
             "seed": self.spec.seed,
         }
 

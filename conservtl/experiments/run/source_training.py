@@ -17,9 +17,10 @@ from conservtl.data import Data
 from conservtl.engine.checkpoint import Checkpoints
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.bundle_header import extend_model
-from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_cache import SourceCache
 from conservtl.experiments.run.source_labels import listed
+from conservtl.experiments.spec.spec import Spec
 from conservtl.source.coverage import unused_note
 from conservtl.source.itself import itself
 from conservtl.source.kinds import check_kinds
@@ -28,7 +29,7 @@ from conservtl.source.read import Source, own_tensors, read_source
 from conservtl.source.renaming import best_fit
 from conservtl.tasks.own_network import NetworkSection
 
-__all__ = ["SourceModel", "obtain_source"]
+__all__ = ["SourceModel", "obtain_source", "prepare_source"]
 
 _FORMAT = 2  # of the cache's keys
 
@@ -44,6 +45,7 @@ class SourceModel:
         notes: remarks on the weights that were read.
         run: the header of the run that saved the weights, or None.
         read: the source as it was read, if that is not the model alone.
+        headless: whether the weights have no head; that of the model is then random, and not among those of ``read``.
     """
 
     model: nn.Module
@@ -52,12 +54,24 @@ class SourceModel:
     notes: tuple[str, ...] = ()
     run: Mapping[str, Any] | None = None
     read: Source | None = None
+    headless: bool = False
 
     def with_notes(self) -> Source:
         """Return the model as a source whose notes reach the plan, with the header of the run that saved it."""
         if self.read is not None:
             return self.read
         return replace(read_source(self.model), notes=self.notes, run=self.run)
+
+
+def prepare_source(spec: Spec, *, progress: bool = False) -> tuple[Setting, SourceModel]:
+    """Read the data and the source model that a spec names.
+
+    Raises:
+        InputError: one of its kinds; see ``prepare`` and ``obtain_source``.
+    """
+    setting = prepare(spec)
+    source = obtain_source(setting, progress=progress)
+    return (setting.without_source_head() if source.headless else setting), source
 
 
 def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
@@ -128,19 +142,21 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
         identities = extend_model(model, matched.run)
         needed = own_tensors(model)
         tensors = identities | {name: matched.tensors[name] for name in needed if name in matched.tensors}
-    resampled, notes = resample_positions(model, tensors, needed)
+    resampled, moved = resample_positions(model, tensors, needed)
     tensors |= resampled
+    headless = bool(tensors) and not any(name in tensors for name in head)
+    if headless and section.labels is not None:
+        raise SourceError(
+            f"source.labels must name the outputs of {weights}, which has no head ({head[0]!r}), and so no outputs. "
+            "Leave source.labels out, or give weights with a head."
+        )
     network = f"model {setting.spec.model.model_dump(mode='json')}"
     for name, tensor in needed.items():
-        if name not in tensors and name in head and tensors:
-            raise SourceError(
-                f"{weights} has no head ({name!r}), so the source model gives no outputs to compare with. Give weights "
-                "with a head for the source's labels, or adapt in Python (ctl.adapt), where a head may be fresh."
-            )
-        if name not in tensors and not name.endswith("num_batches_tracked"):
+        if name not in tensors and not name.endswith("num_batches_tracked") and not (headless and name in head):
+            part = f" If it is part of the head, name the whole head in model.head, with {head[0]!r}." * headless
             raise SourceError(
                 f"{weights} has no tensor {name!r}, which {network} needs."
-                f"{_fitting(matched, needed)} Choose the model that the weights were trained with."
+                f"{_fitting(matched, needed)} Choose the model that the weights were trained with.{part}"
             )
         if name in tensors and tensors[name].shape != tensor.shape:
             raise SourceError(
@@ -152,7 +168,12 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
             if name in tensors:
                 tensor.copy_(tensors[name])
     unused = unused_note([name for name in matched.tensors if name not in needed], matched.tensors, section.shown)
-    return SourceModel(model.eval(), outputs, "given", (*matched.notes, *notes, *unused), matched.run)
+    notes = (*matched.notes, *moved, *unused)
+    if not headless:
+        return SourceModel(model.eval(), outputs, "given", notes, matched.run)
+    notes = (*notes, "it has no head, so no labels of its own: its outputs are neither scored nor compared with")
+    read = replace(read_source(model), tensors=tensors, module=None, notes=notes, run=matched.run)
+    return SourceModel(model.eval(), outputs, "given", notes, matched.run, read, headless=True)
 
 
 def _fitting(matched: Source, needed: Mapping[str, Tensor]) -> str:

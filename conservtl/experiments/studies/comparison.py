@@ -20,7 +20,7 @@ from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
 from conservtl.experiments.studies.trial import Trial, said_by_label, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, variants_of
-from conservtl.report.text.summary import shots_text, taken_of
+from conservtl.report.text.summary import NO_LABELS, shots_text, taken_of
 
 __all__ = ["compare", "plan_trials", "summarise"]
 
@@ -96,9 +96,9 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
     tables.sort(key=lambda table: table["shots"] if table["taken"] is None else table["taken"]["mean"])
     left_out = []
     if any(run["after"]["source"] is None for run in runs):
-        left_out.append(
-            f"source kept, {judge.combination} and constrained score: the source has no data to measure them on"
-        )
+        headless = any(run.get("headless") for run in runs)
+        reason = NO_LABELS if headless else "the source has no data to measure them on"
+        left_out.append(f"source kept, {judge.combination} and constrained score: {reason}")
     return {
         "kind": "compare",
         "metric": judge.headline.as_json(),

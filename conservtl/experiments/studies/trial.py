@@ -25,8 +25,8 @@ from conservtl.experiments.run.evaluation_sets import (
     sets_to_select_on,
     sets_to_watch,
 )
-from conservtl.experiments.run.setting import Setting, prepare
-from conservtl.experiments.run.source_training import SourceModel, obtain_source
+from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.source_training import SourceModel, prepare_source
 from conservtl.experiments.spec.spec import Spec
 from conservtl.experiments.studies.judge import Judge
 from conservtl.plan.table import rows_by_label
@@ -78,6 +78,10 @@ class Trial:
         """Return its data, read once for all trials that share it."""
         return _shared(_Place.of(self.spec))[0].domains
 
+    def headless(self) -> bool:
+        """Return whether its source has no head, and so no score."""
+        return _shared(_Place.of(self.spec))[0].headless
+
 
 def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) -> dict[str, Any]:
     """Run the trial and return its metrics.
@@ -90,8 +94,9 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
     Returns:
         ``variant``, ``target``, ``shots``, ``seed``; ``taken``, the number of examples of each class; ``before`` and
         ``after``, the headline metric of "target" and "source" (None without a source test part); ``harmonic``, the
-        score of both afterwards; ``seconds`` of adapting; ``rows_by_label``, how many rows of a layer are copied
-        by label; number of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
+        score of both afterwards; ``headless``, whether the source has no head; ``seconds`` of adapting;
+        ``rows_by_label``, how many rows of a layer are copied by label; number of ``trained`` parameters; ``steps``;
+        ``path`` as ``FitResult`` has it.
     """
     setting, source, before = _shared(_Place.of(trial.spec))
     setting = replace(setting, spec=trial.spec)
@@ -120,6 +125,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "after": after,
         "harmonic": Judge(setting.task.headline).score(after) if both else None,
         "seconds": seconds,
+        "headless": setting.headless,
         "rows_by_label": list(rows_by_label(adaptation.plan).values()),
         "trained": adaptation.plan.totals()["trained"] if trial.how != "source" else 0,
         "steps": result.steps if result else 0,
@@ -173,8 +179,7 @@ class _Place:
 @lru_cache(maxsize=2)
 def _shared(place: _Place) -> tuple[Setting, SourceModel, dict[str, float | None]]:
     """Data and source model, read once for all trials that share them."""
-    setting = prepare(place.spec)
-    source = obtain_source(setting)
+    setting, source = prepare_source(place.spec)
     return setting, source, _headlines(setting, source, None)
 
 
@@ -210,6 +215,8 @@ def _training_data(how: How, setting: Setting) -> Data:
     if how != "joint":
         return shots
     labels, own = setting.domains.labels, setting.domains.source_labels
+    if source is not None and setting.headless:  # numbered by the target's labels
+        own = labels
     if source is not None and set(own) <= set(labels) and not setting.shared:
         source = setting.task.renumbered(source, [labels.index(label) for label in own])
     elif source is None or not setting.shared:

@@ -75,10 +75,16 @@ def tune(
             "tune.storage: workers of an executor need a storage that all machines reach; it is null, a SQLite file in "
             "the folder. Give journal:FILE on the shared file system, or the URL of a database."
         )
-    _check_domains(Trial("tune", "the spec's", first).domains(), section)
+    trial = Trial("tune", "the spec's", first)
+    if section.objective != "target" and trial.headless():
+        raise SpecError(
+            f"tune.objective={section.objective} needs the source's score, and source.weights have no head, so the "
+            "source has no labels of its own. Set tune.objective to target."
+        )
+    _check_domains(trial.domains(), section)
     runs = section.trials * section.seeds
     if dry_run:
-        return {**estimate([Trial("tune", "the spec's", first)], 1), "runs": runs}
+        return {**estimate([trial], 1), "runs": runs}
     say = say or (lambda _: None)
     check_folder(search.folder)
     search.folder.mkdir(parents=True, exist_ok=True)

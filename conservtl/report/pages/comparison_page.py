@@ -14,7 +14,7 @@ from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import Metric, Verdict, headline
-from conservtl.report.text.summary import duration, rows_notes, shots_text, taken_of
+from conservtl.report.text.summary import duration, left_out_notes, rows_notes, shots_text, taken_of
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
 __all__ = ["comparison_parts", "comparison_table", "write_compare"]
@@ -44,7 +44,7 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
         sentence=verdicts[first] if tables else "There are no runs to compare.",
         tone=_tone(tables[first], metric) if tables else "unknown",
         more=[verdicts[place] for place in others],
-        notes=[f"Not measured: {text}." for text in result.get("left_out") or []] + rows_notes(result),
+        notes=left_out_notes(result) + rows_notes(result),
         parts=comparison_parts(result),
         spec=result.get("spec"),
     )

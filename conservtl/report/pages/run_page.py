@@ -10,7 +10,7 @@ from conservtl.report.pages.rendering import as_yaml, render
 from conservtl.report.run_report import run_figures
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.metrics import Verdict, number
-from conservtl.report.text.summary import costly, duration, sentence, skipped_rows, verdict
+from conservtl.report.text.summary import costly, duration, left_out_notes, sentence, skipped_rows, verdict
 from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
 
 __all__ = ["write_html"]
@@ -42,6 +42,7 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         agreement=agreement_rows(report),
         details=_details(report),
         examples=(report.get("details") or {}).get("examples") or [],
+        left_out=left_out_notes(report),
         skipped=skipped_rows(report),
         skipped_count=int((report.get("skipped") or {}).get("count", 0)),
         spec=as_yaml(report.get("spec")),

@@ -11,8 +11,11 @@ from conservtl.report.text.metrics import Verdict, headline, number, pair
 from conservtl.tasks.bad_files import shown_name, skipped_text
 
 __all__ = [
+    "NO_LABELS",
+    "NO_SOURCE_HEAD",
     "costly",
     "duration",
+    "left_out_notes",
     "read_plan",
     "rows_notes",
     "sentence",
@@ -23,6 +26,16 @@ __all__ = [
     "target_text",
     "verdict",
 ]
+
+
+NO_LABELS = "the source's weights have no head, so the source has no labels of its own"
+"""Why nothing is known about a source's answers."""
+
+NO_SOURCE_HEAD = (
+    f"source metrics, and agreement and KL divergence with the source model, because {NO_LABELS}; the drift of each "
+    "layer says how far its weights moved from the source's"
+)
+"""Metrics that a run leaves out if its source has no head, and why."""
 
 
 def sentence(report: Mapping[str, Any]) -> str:
@@ -72,6 +85,11 @@ def target_text(report: Mapping[str, Any]) -> str:
     example = str(report.get("example") or "example")
     taken = (report.get("taken") or {}).values()
     return f"{target} from {shots_text(shots, example, classes=bool(report.get('classes')), taken=taken)}"
+
+
+def left_out_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on each thing that a run or a study could not measure."""
+    return [f"Not measured: {text}." for text in result.get("left_out") or ()]
 
 
 def rows_notes(result: Mapping[str, Any]) -> list[str]:
@@ -159,6 +177,8 @@ def _target(report: Mapping[str, Any]) -> str:
 def _source(report: Mapping[str, Any]) -> str:
     metric = headline(report)
     source = pair(report, "source", metric.key)
+    if source.after is None and NO_SOURCE_HEAD in (report.get("left_out") or ()):
+        return _drift(report)
     if source.after is None:
         return _agreement(report)
     if source.before is None:
@@ -179,6 +199,17 @@ def _agreement(report: Mapping[str, Any]) -> str:
     shares = f"{100 * share:.1f} %" if start is None else f"{100 * start:.1f} % → {100 * share:.1f} %"
     divergence = "" if kl is None else f" (KL {kl:.2f})"
     return f"without source data, agreement with the source model {shares}{divergence}"
+
+
+def _drift(report: Mapping[str, Any]) -> str:
+    """Return how far the layers from the source moved, in the place of scores of a source without labels."""
+    values = ((name, number(value)) for name, value in (report.get("drift") or {}).items())
+    drift = {name: value for name, value in values if value is not None}
+    said = "the source has no labels of its own to measure"
+    if not drift:
+        return said
+    far = max(drift, key=lambda name: drift[name])
+    return f"{said}, and its weights moved by at most {100 * drift[far]:.2g} % of their norm (layer {far})"
 
 
 def _cost(report: Mapping[str, Any]) -> str:
