@@ -15,6 +15,7 @@ from conservtl.engine.batching import Held, Streamed, as_batches
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
+from conservtl.engine.workers import number_of_workers
 from conservtl.errors import MemoryLimitError, SpecError
 from conservtl.runtime.preserve import preserve_buffers, preserve_modes
 
@@ -81,7 +82,8 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
     session.training = training.model_copy(update={"batch_size": size, "accumulate": accumulate})
     if isinstance(batches, Held):
         return batches.resized(size)
-    return as_batches(train, size, session.device, shuffle=True, part=session.part)
+    workers = number_of_workers(training.num_workers, session.device)
+    return as_batches(train, size, session.device, shuffle=True, part=session.part, workers=workers)
 
 
 def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:

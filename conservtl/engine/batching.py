@@ -17,13 +17,15 @@ from conservtl.batches import as_tensor, take_rows, to_device
 from conservtl.batches import batch_size as size_of
 from conservtl.data import Examples, Sequences
 from conservtl.engine.buckets import BucketedBatches
+from conservtl.engine.holding import Holding
+from conservtl.engine.prefetch import ahead
 from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.workers import WorkerLoader
 from conservtl.errors import DataError
 
 __all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches", "examples_of"]
 
 _MOST_SECONDS = 600.0  # of a batch of sequences without a bound of its own
-_SHARE = 0.5  # largest share of the device's free memory for held data
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Held:
         device: device of the batches, and of the data if it fits.
         shuffle: whether to draw a new order each epoch.
         part: (rank, number of processes).
+        holding: decides where the data is held; None: on the device if it fits.
 
     Raises:
         DataError: the tensors differ in length, or are empty.
@@ -96,6 +99,7 @@ class Held:
         device: torch.device,
         shuffle: bool,
         part: tuple[int, int] = (0, 1),
+        holding: Holding | None = None,
     ) -> None:
         tensors = list(content.values()) if isinstance(content, dict) else list(content)
         lengths = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
@@ -106,10 +110,9 @@ class Held:
         self.shuffle = shuffle
         self.part = part
         self._cuts = _cuts(self.length, batch_size, part[1])
-        fits = _fits(sum(tensor.nbytes for tensor in tensors), device)
+        self._place = (holding or Holding()).place(sum(tensor.nbytes for tensor in tensors), device)
         self._names = tuple(content) if isinstance(content, dict) else None
-        self._tensors = [tensor.to(device) for tensor in tensors] if fits else tensors
-        self._place = device if fits else torch.device("cpu")
+        self._tensors = [tensor.to(self._place) for tensor in tensors]
 
     def resized(self, batch_size: int) -> Held:
         """Return the same data in batches of another size."""
@@ -135,15 +138,27 @@ class Held:
         order = _order(self.length, self.shuffle, self.part, self.device).to(self._place)
         rank, world = self.part
         parts = (index[rank::world] if world > 1 else index for index in torch.split(order, self._cuts)[skip:])
-        return (partial(self._batch, rows) for rows in parts)
+        if self._place.type == self.device.type:
+            return (partial(self._batch, rows) for rows in parts)
+        return ahead(((rows, self._rows(rows, pinned=True)) for rows in parts), self._moved, self.device)
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""
-        rows = [take_rows(tensor, index.to(tensor.device)).to(self.device) for tensor in self._tensors]
+        return to_device(self._rows(index), self.device)
+
+    def _rows(self, index: Tensor, *, pinned: bool = False) -> Any:
+        """Return the examples at these positions where they are held, in pinned memory if they are to be copied."""
+        rows = [take_rows(tensor, index.to(tensor.device)) for tensor in self._tensors]
+        if pinned and torch.cuda.is_available():
+            rows = [row.pin_memory() for row in rows]
         return tuple(rows) if self._names is None else dict(zip(self._names, rows, strict=True))
 
     def _batch(self, index: Tensor) -> Batch:
         return Batch(self.take(index), len(index), index)
+
+    def _moved(self, batch: tuple[Tensor, Any]) -> Batch:
+        index, rows = batch
+        return Batch(to_device(rows, self.device), len(index), index)
 
 
 class Streamed:
@@ -186,7 +201,7 @@ class Streamed:
         iterator = iter(self.loader)
         for _ in range(skip):
             next(iterator, None)
-        return (partial(self._batch, content) for content in iterator)
+        return ahead(iterator, self._batch, self.device)
 
     def _batch(self, content: Any) -> Batch:
         moved = to_device(content, self.device)
@@ -217,6 +232,8 @@ def as_batches(
     shuffle: bool,
     part: tuple[int, int] = (0, 1),
     seconds: float | None = None,
+    holding: Holding | None = None,
+    workers: int | None = None,
 ) -> Held | Streamed:
     """Return the batches of data of any supported kind.
 
@@ -229,6 +246,8 @@ def as_batches(
         shuffle: whether to shuffle data that is not batched yet.
         part: (rank, number of processes); a DataLoader or an iterable must select its part itself.
         seconds: duration of a batch of ``Sequences`` at most, its padding included; None: a bound on memory alone.
+        holding: decides where tensors are held; None: on the device if they fit.
+        workers: processes that load the examples of a dataset; None: loaded as in a loop written by hand.
 
     Raises:
         DataError: the data is of another kind, or empty.
@@ -251,7 +270,7 @@ def as_batches(
                 f"data: a {type(data).__name__} must hold tensors or arrays with one row per example; received "
                 f"{kinds}. For a list of batches, put each batch into a tuple of its own."
             )
-        return Held(tensors, batch_size, device, shuffle, part)
+        return Held(tensors, batch_size, device, shuffle, part, holding)
     if isinstance(data, Mapping):
         content = {key: as_tensor(value) for key, value in data.items()}
         if (kinds := _no_tensors(content.items())) or not data:
@@ -259,7 +278,7 @@ def as_batches(
                 f"data: a dictionary must hold tensors or arrays with one row per example; received {kinds}. Convert "
                 "or leave out the others."
             )
-        return Held(content, batch_size, device, shuffle, part)
+        return Held(content, batch_size, device, shuffle, part, holding)
     pinned = device.type == "cuda"
     sized = isinstance(data, Dataset)
     if isinstance(data, IterableDataset):
@@ -267,7 +286,11 @@ def as_batches(
     elif isinstance(data, Dataset):
         if not len(data):  # type: ignore[arg-type]
             raise DataError("data: the dataset has no examples.")
-        data = DataLoader(data, batch_sampler=_Order(len(data), batch_size, shuffle, part), pin_memory=pinned)  # type: ignore[arg-type]
+        order = _Order(len(data), batch_size, shuffle, part)  # type: ignore[arg-type]
+        if workers is None:
+            data = DataLoader(data, batch_sampler=order, pin_memory=pinned)
+        else:
+            data = WorkerLoader(data, order, workers, pinned=pinned)
     if isinstance(data, (Iterator, str, bytes)) or not isinstance(data, Iterable):
         raise DataError(
             "data must be Examples, tensors, a dataset or an iterable of batches that can be iterated repeatedly "
@@ -300,7 +323,3 @@ def _order(length: int, shuffle: bool, part: tuple[int, int], device: torch.devi
     order = order.to(device)
     torch.distributed.broadcast(order, 0)
     return order[torch.arange(-(-length // world) * world, device=device) % length]
-
-
-def _fits(size: int, device: torch.device) -> bool:
-    return device.type != "cuda" or size < _SHARE * torch.cuda.mem_get_info(device)[0]

@@ -29,7 +29,8 @@ from conservtl.storage.files import atomic_path, write_text
 __all__ = ["CHECKPOINTS", "Checkpoints", "State", "gather_generators", "restore", "snapshot"]
 
 CHECKPOINTS = _LAST, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_FREE = frozenset({"channels_last", "compile", "fused", "tf32"})  # change no result but by rounding
+# They change no result but by rounding.
+_FREE = frozenset({"channels_last", "compile", "fused", "hold", "hold_memory", "tf32"})
 _OVERHEAD = 20  # least time between checkpoints, as a multiple of the time that the last one took to write
 
 

@@ -17,6 +17,7 @@ from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
 from conservtl.engine.tracing import check_traceable
 from conservtl.engine.training import Training
+from conservtl.engine.workers import number_of_workers
 from conservtl.errors import SpecError
 from conservtl.labels import labels_for_loss, takes_labels
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
@@ -111,6 +112,8 @@ def training_batches(session: Session, train: Any) -> Held | Streamed:
         shuffle=True,
         part=session.part,
         seconds=settings.batch_seconds,
+        holding=session.holding,
+        workers=number_of_workers(settings.num_workers, session.device),
     )
 
 
@@ -126,7 +129,9 @@ def place_sets(
     def placed(sets: Mapping[str, Any] | None) -> dict[str, Holdout]:
         holdouts = {name: data if isinstance(data, Holdout) else Holdout(data) for name, data in (sets or {}).items()}
         return {
-            name: replace(holdout, data=as_batches(holdout.data, size, session.device, shuffle=False))
+            name: replace(
+                holdout, data=as_batches(holdout.data, size, session.device, shuffle=False, holding=session.holding)
+            )
             for name, holdout in holdouts.items()
         }
 

@@ -14,6 +14,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.execution import decide, in_tf32
+from conservtl.engine.holding import Holding
 from conservtl.engine.layout import channels_last
 from conservtl.engine.optimizer import Made
 from conservtl.engine.threads import cpu_threads
@@ -63,6 +64,7 @@ class Session:
         # Accelerate's step searches the file system for an optional package each time, a tenth of a millisecond.
         self._direct = str(accelerator.distributed_type.value) in _TORCH
         self._factor: float | None = None
+        self.holding = Holding(training.hold, training.hold_memory)
 
     def begin(self) -> None:
         """Make the optimizer and prepare it with the model, once the plan's measurements and searches are done."""

@@ -1,0 +1,98 @@
+"""Examples of a dataset, loaded by processes of their own: the same batches whatever their number."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from conservtl.engine.randomness import preserve_rng, seed_all
+
+__all__ = ["WorkerLoader", "number_of_workers"]
+
+_MOST = 8  # workers that are started unless the settings say otherwise
+
+
+def number_of_workers(setting: int | str, device: torch.device) -> int | None:
+    """Return the number of processes to load with; None: the examples are loaded as in a loop written by hand.
+
+    Args:
+        setting: ``training.num_workers``.
+        device: device of the batches.
+    """
+    if isinstance(setting, int):
+        return setting
+    # Where processes are started anew, a dataset must be picklable, which nobody asked for.
+    if device.type != "cuda" or multiprocessing.get_start_method() != "fork":
+        return None
+    return min(_MOST, os.cpu_count() or 1)
+
+
+class WorkerLoader:
+    """Batches of a dataset's examples in an order that is drawn by another.
+
+    Random numbers that an example draws come from a seed of the epoch and its position, so neither batches nor the
+    generators of training depend on the number of processes.
+
+    Args:
+        dataset: of examples by position.
+        order: yields the positions of each batch.
+        workers: number of processes; 0: this one loads.
+        pinned: whether batches are put into pinned memory.
+    """
+
+    def __init__(self, dataset: Dataset[Any], order: Any, workers: int, *, pinned: bool) -> None:
+        self._order = order
+        self._seed = 0
+        self._loader: DataLoader[Any] = DataLoader(
+            _Seeded(dataset),
+            batch_sampler=_Tagged(self),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # the loader's own draws: with workers that stay they happen once
+        )
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._seed = int(torch.empty((), dtype=torch.int64).random_())  # as a DataLoader without workers would
+        return iter(self._loader)
+
+    def tagged(self) -> Iterator[list[tuple[int, int]]]:
+        """Return the positions of each batch with the epoch's seed."""
+        seed = self._seed
+        return ([(seed, position) for position in batch] for batch in self._order)
+
+
+class _Tagged:
+    """Batch sampler of positions with the seed of their epoch."""
+
+    def __init__(self, owner: WorkerLoader) -> None:
+        self._owner = owner
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._owner.tagged()
+
+
+class _Seeded(Dataset[Any]):
+    """Dataset whose examples draw from a seed of their own."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, tagged: tuple[int, int]) -> Any:
+        seed, position = tagged
+        with nullcontext() if get_worker_info() is not None else preserve_rng():
+            seed_all((seed + position * 0x9E3779B97F4A7C15) % 2**62)
+            many = getattr(self._dataset, "__getitems__", None)
+            return self._dataset[position] if many is None else many([position])[0]

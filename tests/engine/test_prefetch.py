@@ -1,0 +1,71 @@
+"""The next batch's copy begins before it is asked for, and never more than one is ahead."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from conservtl.engine.prefetch import Ahead, ahead
+
+
+class Side:
+    """A stream that notes what is copied and joined."""
+
+    def __init__(self):
+        self.events = []
+
+    def run(self, copy):
+        result = copy()
+        self.events.append(f"copy {result}")
+        return result, result
+
+    def join(self, result, mark):
+        assert result == mark
+        self.events.append(f"use {result}")
+
+
+def test_one_batch_is_copied_ahead():
+    side = Side()
+    batches = Ahead(iter(range(3)), lambda content: content, side)
+    first, second, third = islice(batches, 3)
+    assert side.events == ["copy 0"]
+    assert [first(), second(), third()] == [0, 1, 2]
+    assert side.events == ["copy 0", "use 0", "copy 1", "use 1", "copy 2", "use 2"]
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_a_batch_is_copied_as_soon_as_it_is_loaded():
+    side = Side()
+    batches = Ahead(iter("ab"), str.upper, side)
+    next(batches)()
+    following = next(batches)
+    assert side.events == ["copy A", "use A", "copy B"]
+    assert following() == "B"
+
+
+def test_one_that_is_passed_over_is_kept_for_later():
+    side = Side()
+    first, second = Ahead(iter("ab"), str.upper, side)
+    assert second() == "B"
+    assert first() == "A"
+
+
+def test_a_cpu_moves_each_when_it_is_asked_for():
+    moved = []
+    batches = list(ahead(iter(range(2)), moved.append, torch.device("cpu")))
+    assert not moved
+    for batch in batches:
+        batch()
+    assert moved == [0, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_values_are_those_of_the_host():
+    device = torch.device("cuda")
+    host = [torch.full((1 << 20,), float(number)).pin_memory() for number in range(8)]
+    for number, batch in enumerate(ahead(iter(host), lambda one: one.to(device, non_blocking=True), device)):
+        assert float((batch() * 2).sum()) == number * 2 * (1 << 20)
