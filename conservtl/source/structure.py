@@ -113,4 +113,6 @@ def _norm_type(module: nn.Module) -> type | None:
     """
     if isinstance(module, BatchNormBase) or type(module).__name__.startswith("FrozenBatchNorm"):
         return BatchNormBase
+    if isinstance(module, nn.GroupNorm):  # a subclass may leave out padding
+        return nn.GroupNorm
     return type(module) if is_norm(module) else None

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from torch import nn
 
-from conservtl.errors import SpecError, did_you_mean
+from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
 from conservtl.spec_scalars import Arguments
 from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
-from conservtl.tasks.transcribe.features import TranscribePreprocessing
+from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
+from conservtl.tasks.transcribe.waveform_models import (
+    TRANSFORMERS,
+    build_torchaudio,
+    build_transformers,
+    bundle_labels,
+    bundle_of,
+    torchaudio_names,
+)
 
-__all__ = ["ModelSpec", "build"]
+__all__ = ["ModelSpec", "build", "with_alphabet_of"]
 
 _NAMES = ("conformer",)
 
@@ -22,9 +30,12 @@ class ModelSpec(NetworkSection):
     """A recognizer by name. A network of your own takes (inputs, lengths) and returns (logits, lengths)."""
 
     name: Annotated[str, Field(min_length=1)] = "conformer"
-    """`conformer`: a compact Conformer for CTC."""
+    """`conformer`: a compact Conformer for CTC. On samples: a bundle of torchaudio (`WAV2VEC2_ASR_BASE_960H`), a
+    function of `torchaudio.models` (`wav2vec2_base`, `hubert_base`, `wavlm_base`, `wav2vec2_model`), or a type of
+    transformers' AutoModelForCTC (`transformers/wav2vec2`, `transformers/hubert`, `transformers/wavlm`)."""
     args: Arguments = Field(default_factory=dict)
-    """Arguments of the network, such as `width`, `blocks` and `subsampling` of the Conformer."""
+    """Arguments of the network: `width`, `blocks` and `subsampling` of the Conformer, those of torchaudio's function,
+    or fields of transformers' configuration."""
 
 
 def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int) -> nn.Module:
@@ -35,16 +46,13 @@ def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int)
     """
     if (own := model.built(tokens)) is not None:
         return own
-    if model.name not in _NAMES:
-        raise SpecError(
-            f"model.name must be a recognizer ({', '.join(_NAMES)}); received {model.name!r}."
-            f"{did_you_mean(model.name, _NAMES)}"
-        )
     features = preprocessing.features
-    if features.kind != "logmel":
-        raise SpecError(
-            f"data.features.kind must be 'logmel' for {model.name}; received {features.kind!r}. Set it to 'logmel'."
-        )
+    if model.name.startswith(TRANSFORMERS):
+        _check_features(model.name, features, "waveform")
+        return build_transformers(model.name, model.args, tokens)
+    if model.name not in _NAMES:
+        return _of_torchaudio(model, features, tokens)
+    _check_features(model.name, features, "logmel")
     try:
         args = ConformerArgs.model_validate(model.args)
     except ValidationError as error:
@@ -55,3 +63,57 @@ def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int)
             f"{', '.join(ConformerArgs.model_fields)}."
         ) from error
     return ConformerCTC(features.n_mels, tokens, args)
+
+
+def with_alphabet_of(data: Any, model: ModelSpec) -> Any:
+    """Return a ``data`` section with the characters of the bundle that the model names, in the order of its outputs.
+
+    Raises:
+        SpecError: the section has others.
+    """
+    labels = bundle_labels(model.name) if model.own is None and data.tokens.kind == "characters" else ""
+    if not labels or data.tokens.alphabet == labels:
+        return data
+    if data.tokens.alphabet is not None:
+        raise SpecError(
+            f"data.tokens.alphabet must hold the characters of {model.name} in the order of its outputs, {labels!r}; "
+            f"received {data.tokens.alphabet!r}. Leave it out; for other characters name the architecture, such as "
+            "wav2vec2_base, and list the weights' characters in source.labels."
+        )
+    return data.model_copy(update={"tokens": data.tokens.model_copy(update={"alphabet": labels})})
+
+
+def _of_torchaudio(model: ModelSpec, features: Features, tokens: int) -> nn.Module:
+    """Build a network of torchaudio, the bundles' with the inputs that their weights expect."""
+    try:
+        known = torchaudio_names()
+    except MissingExtraError:
+        if not did_you_mean(model.name, _NAMES):
+            raise
+        known = []
+    if model.name not in known:
+        raise SpecError(
+            f"model.name must be a recognizer: {', '.join(_NAMES)}, a name in torchaudio.models or a bundle of "
+            f"torchaudio, or transformers/TYPE; received {model.name!r}.{hint(model.name, [*_NAMES, *known], count=5)}"
+        )
+    _check_features(model.name, features, "waveform")
+    if (bundle := bundle_of(model.name)) is not None:
+        if features.sample_rate != bundle.sample_rate:
+            raise SpecError(
+                f"data.features.sample_rate must be {bundle.sample_rate:g}, at which {model.name} was trained; "
+                f"received {features.sample_rate}. Set it to {bundle.sample_rate:g}; recordings are resampled."
+            )
+        needed = "mean_variance" if "LV60K" in model.name or model.name.startswith("HUBERT") else "none"
+        if features.normalise != needed:
+            raise SpecError(
+                f"data.features.normalise must be {needed!r}, as {model.name} was trained; received "
+                f"{features.normalise!r}. Set it to {needed!r}."
+            )
+    return build_torchaudio(model.name, model.args, tokens)
+
+
+def _check_features(name: str, features: Features, kind: str) -> None:
+    if features.kind != kind:
+        raise SpecError(
+            f"data.features.kind must be {kind!r} for {name}; received {features.kind!r}. Set it to {kind!r}."
+        )

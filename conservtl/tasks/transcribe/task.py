@@ -19,7 +19,7 @@ from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.decoding import check_frames, frames_of, greedy, tokens_of
 from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
-from conservtl.tasks.transcribe.models import ModelSpec, build
+from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
@@ -48,9 +48,9 @@ class Transcribe(Task):
         """Return the task with a vocabulary, so that it can write texts."""
         return Transcribe(labels, preprocessing)
 
-    def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:  # noqa: ARG002
-        """Read the utterances of both domains."""
-        return load(data, seed=seed, source=source)
+    def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
+        """Read the utterances of both domains; a bundle of torchaudio brings its characters."""
+        return load(with_alphabet_of(data, model), seed=seed, source=source)
 
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
         """Return a network with an output for each token."""

@@ -1,0 +1,157 @@
+"""Recognizers on samples: torchaudio's wav2vec 2.0, HuBERT and WavLM, and those of transformers' AutoModelForCTC."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.errors import SpecError, hint
+from conservtl.extras import require
+from conservtl.tasks.transcribe.masked_norm import mask_norms
+
+__all__ = [
+    "TorchaudioCTC",
+    "TransformersCTC",
+    "build_torchaudio",
+    "build_transformers",
+    "bundle_labels",
+    "bundle_of",
+    "torchaudio_names",
+]
+
+TRANSFORMERS = "transformers/"
+_FAMILIES = ("wav2vec2_", "hubert_", "wavlm_")
+_BUNDLES = {"HUBERT_ASR_LARGE": "hubert_large", "HUBERT_ASR_XLARGE": "hubert_xlarge"}
+
+
+class TorchaudioCTC(nn.Module):
+    """A wav2vec 2.0, HuBERT or WavLM of torchaudio with a head.
+
+    Args:
+        network: takes samples and lengths, and returns logits and lengths.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        mask_norms(self)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, frames, tokens) logits and the frames of each utterance, (N,), for (N, samples) and (N,)."""
+        return self.network(inputs, lengths)  # type: ignore[no-any-return]
+
+
+class TransformersCTC(nn.Module):
+    """A CTC model of transformers that takes samples with their lengths, and returns logits with theirs.
+
+    Args:
+        network: of ``AutoModelForCTC``, with convolutions on samples.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        mask_norms(self)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, frames, tokens) logits and the frames of each utterance, (N,), for (N, samples) and (N,)."""
+        valid = torch.arange(inputs.shape[1], device=inputs.device) < lengths.to(inputs.device).unsqueeze(1)
+        logits = self.network(inputs, attention_mask=valid.long()).logits
+        return logits, self.frames(lengths)
+
+    def frames(self, lengths: Tensor) -> Tensor:
+        """Return the frames that the convolutions make of these numbers of samples."""
+        config = self.network.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            lengths = (lengths - kernel) // stride + 1
+        if getattr(config, "add_adapter", False):
+            for _ in range(config.num_adapter_layers):
+                lengths = (lengths - 1) // config.adapter_stride + 1
+        return lengths
+
+
+def torchaudio_names() -> list[str]:
+    """Return the functions of ``torchaudio.models`` that build a recognizer on samples, and the bundles."""
+    models = require("torchaudio.models", "torchaudio")
+    functions = [name for name in models.__all__ if name.startswith(_FAMILIES) and "pretrain" not in name]
+    pipelines = require("torchaudio.pipelines", "torchaudio")
+    return functions + [name for name in pipelines.__all__ if "_ASR_" in name]
+
+
+def bundle_of(name: str) -> Any | None:
+    """Return torchaudio's bundle of this name; None if it is none."""
+    return getattr(require("torchaudio.pipelines", "torchaudio"), name) if "_ASR_" in name else None
+
+
+def bundle_labels(name: str) -> str:
+    """Return the characters of a bundle's outputs after the blank."""
+    bundle = bundle_of(name)
+    return "".join(" " if label == "|" else label for label in bundle.get_labels()[1:]) if bundle else ""
+
+
+def build_torchaudio(name: str, args: dict[str, Any], tokens: int) -> TorchaudioCTC:
+    """Return a recognizer of torchaudio, by its function's or bundle's name, with random weights.
+
+    Layers are not dropped at random unless ``args`` say so.
+
+    Raises:
+        SpecError: the arguments do not fit.
+    """
+    make: Callable[..., nn.Module] = getattr(require("torchaudio.models", "torchaudio"), _function_of(name))
+    takes = inspect.signature(make).parameters
+    try:
+        network = make(**{"encoder_layer_drop": 0.0, **args, "aux_num_out": tokens})
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise SpecError(
+            f"model.args: torchaudio's {name} cannot be built with {args}: {error}. It takes: {', '.join(takes)}."
+        ) from error
+    return TorchaudioCTC(network)
+
+
+def build_transformers(name: str, args: dict[str, Any], tokens: int) -> TransformersCTC:
+    """Return a recognizer of transformers, by its type, with random weights.
+
+    Neither layers nor spans are dropped at random within the network unless ``args`` say so: augmentation is the
+    spec's.
+
+    Raises:
+        SpecError: there is no such type, it does not take samples, or the arguments do not fit.
+    """
+    library = require("transformers", "transformers")
+    kind = name.removeprefix(TRANSFORMERS)
+    known = sorted(_transformers_types(library))
+    if kind not in known:
+        raise SpecError(
+            f"model.name must be transformers/TYPE with a type of AutoModelForCTC that takes samples "
+            f"({', '.join(known)}); received {name!r}.{hint(kind, known, count=3)}"
+        )
+    chosen = {"layerdrop": 0.0, "apply_spec_augment": False, **args, "vocab_size": tokens, "pad_token_id": 0}
+    settings = library.AutoConfig.for_model(kind)
+    if unknown := [field for field in args if not hasattr(settings, field)]:
+        fields = sorted(settings.to_dict())
+        raise SpecError(
+            f"model.args: a configuration of {kind} has no field {unknown[0]!r}.{hint(unknown[0], fields, count=3)}"
+        )
+    try:
+        network = library.AutoModelForCTC.from_config(library.AutoConfig.for_model(kind, **chosen))
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise SpecError(f"model.args: {name} cannot be built with {args}: {error}. Change model.args.") from error
+    return TransformersCTC(network)
+
+
+def _function_of(name: str) -> str:
+    """Return the function that builds a bundle's network; a function's name is its own."""
+    if "_ASR_" not in name:
+        return name
+    size = "wav2vec2_large_lv60k" if "LV60K" in name else "wav2vec2_large" if "LARGE" in name else "wav2vec2_base"
+    return _BUNDLES.get(name, size)
+
+
+def _transformers_types(library: Any) -> list[str]:
+    """Return the types of AutoModelForCTC whose first layers are convolutions on samples."""
+    names = require("transformers.models.auto.modeling_auto", "transformers").MODEL_FOR_CTC_MAPPING_NAMES
+    return [kind for kind in names if hasattr(library.AutoConfig.for_model(kind), "conv_kernel")]
