@@ -20,6 +20,7 @@ import platform
 import random
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -240,6 +241,52 @@ def steps_a_second(variant: Variant, model: nn.Module, epochs: int) -> tuple[flo
     return 1 / statistics.median(steps), len(steps) / sum(steps)
 
 
+class Turns:
+    """Two loops in threads of their own that make their steps in turn; a clock runs during one's own steps only."""
+
+    def __init__(self) -> None:
+        self.turn, self.running = 0, {0, 1}
+        self.change = threading.Condition()
+        self.steps: tuple[list[float], list[float]] = ([], [])
+        self._begun = [0.0, 0.0]
+
+    def hand_over(self, number: int) -> None:
+        """End a step of a loop, and wait for the other's; called before each forward pass in training."""
+        if self._begun[number]:
+            self.steps[number].append(time.perf_counter() - self._begun[number])
+        with self.change:
+            if 1 - number in self.running:
+                self.turn = 1 - number
+                self.change.notify_all()
+                self.change.wait_for(lambda: self.turn == number or 1 - number not in self.running)
+        self._begun[number] = time.perf_counter()
+
+    def run(self, number: int, variant: Variant, model: nn.Module, epochs: int) -> None:
+        """Run a loop to its end."""
+        model.register_forward_pre_hook(lambda module, _: self.hand_over(number) if module.training else None)
+        try:
+            variant(model, epochs)
+        finally:
+            with self.change:
+                self.running.discard(number)
+                self.change.notify_all()
+
+
+def in_turn(name: str, base: str, make: Callable[[], nn.Module], epochs: int) -> dict[str, float]:
+    """Return the ratio of two variants' rates, step by step in one process: other load acts on both alike."""
+    turns = Turns()
+    threads = [
+        threading.Thread(target=turns.run, args=(number, VARIANTS[variant][0], make(), epochs))
+        for number, variant in enumerate((name, base))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pairs = list(zip(*(steps[-(epochs - 1) * (RECORDINGS // BATCH) :] for steps in turns.steps), strict=False))
+    return summary([theirs / ours for ours, theirs in pairs])
+
+
 def measure(make: Callable[[], nn.Module], epochs: int, rounds: int) -> tuple[Found, list[str]]:
     missing = [name for name, (_, needs) in VARIANTS.items() if needs and not importlib.util.find_spec(needs)]
     names = [name for name in VARIANTS if name not in missing]
@@ -339,6 +386,12 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
         ),
         "",
     ]
+    lines += [
+        "| steps made in turn in one process | compared with | step by step | goal |",
+        "| --- | --- | ---: | ---: |",
+        *(f"| {row['of']} | {row['base']} | {formatted(row['step'])} | {row['goal']} |" for row in part["in turn"]),
+        "",
+    ]
     count = part["operations"]
     saving = (
         f"With {part['frozen']} layers frozen on the input side, caching their outputs makes a step "
@@ -387,6 +440,11 @@ def main() -> None:
             },
             "missing": missing,
             "ratios": [{"of": a, "base": b, "goal": goal} | ratios(found, a, b) for a, b, goal in RATIOS if a in found],
+            "in turn": [
+                {"of": a, "base": b, "goal": goal, "step": in_turn(a, b, make, options.epochs)}
+                for a, b, goal in RATIOS
+                if goal
+            ],
             "operations": operations(make),
             "frozen": f"{half(make())} of {len(ctl.find_layers(make()))}",
         }
