@@ -12,7 +12,7 @@ from conservtl.errors import DataError
 from conservtl.functions import logits_of
 from conservtl.padding import padding_of_outputs
 
-__all__ = ["check_frames", "frames_needed", "frames_of", "greedy", "tokens_of"]
+__all__ = ["check_frames", "confidence", "frames_needed", "frames_of", "greedy", "tokens_of"]
 
 
 def frames_of(outputs: Any) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,15 @@ def greedy(outputs: Any) -> list[list[int]]:
     best = logits.argmax(-1).cpu()
     paths = (torch.unique_consecutive(row[:length]) for row, length in zip(best, lengths.tolist(), strict=True))
     return [path[path > 0].tolist() for path in paths]
+
+
+def confidence(outputs: Any) -> Tensor:
+    """Return the mean posterior of each best path over its frames that are no blank, (N,); 0 where all are blank."""
+    logits, lengths = frames_of(outputs)
+    best, answers = logits.float().softmax(-1).max(-1)
+    valid = torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
+    spoken = valid & (answers > 0)
+    return torch.where(spoken, best, 0).sum(1) / spoken.sum(1).clamp_min(1)
 
 
 def frames_needed(labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
 from conservtl.tasks.transcribe.corpora import load, speakers
-from conservtl.tasks.transcribe.decoding import check_frames, frames_of, greedy, tokens_of
+from conservtl.tasks.transcribe.decoding import check_frames, confidence, frames_of, greedy, tokens_of
 from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
@@ -94,13 +94,8 @@ class Transcribe(Task):
 
     def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:  # noqa: ARG002
         """Return the transcript of each file, with the mean posterior of its best path where that is no blank."""
-        logits, lengths = frames_of(outputs)
-        best, answers = logits.float().softmax(-1).max(-1)
-        valid = torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
-        spoken = valid & (answers > 0)
-        means = torch.where(spoken, best, 0).sum(1) / spoken.sum(1).clamp_min(1)
         texts = self.texts(greedy(outputs))
-        return [Prediction(*one) for one in zip(files, texts, means.tolist(), strict=True)]
+        return [Prediction(*one) for one in zip(files, texts, confidence(outputs).tolist(), strict=True)]
 
     def agreement(self, outputs: Any, source: Any) -> dict[str, MetricValue]:
         """Return the share of frames with the source model's answer, and KL(source || adapted) a frame in nats."""
