@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from conservtl.adaptation.prepare import adapt
@@ -152,11 +154,12 @@ def settings_of(
         options: ``shots``, ``valid``, ``layers`` and ``head`` among them count.
     """
     valid, layers, head = options.get("valid"), options.get("layers"), options.get("head")
+    shots = options.get("shots")
     return OwnSpec(
         model=OwnModel(number=problem.number, head=None if head is None else tuple(head)),
         data=OwnData(
             target=next(iter(problem.task.sets.train)),
-            shots=options.get("shots") or "all",
+            shots="all" if shots is None else shots,
             validation=float(valid) if isinstance(valid, (int, float)) else 0.0,
         ),
         source=SourceSection(data=None if problem.task.sets.source_train is None else "auto"),
@@ -191,6 +194,7 @@ def hold(
     if unknown := sorted(options.keys() - ProblemOptions.__annotations__.keys()):
         names = ProblemOptions.__annotations__
         raise SpecError(f"{unknown[0]!r} is none of the options {', '.join(names)}.{did_you_mean(unknown[0], names)}")
+    _check_forms(training, options)
     sets, tests = _sets(train, held_out, options)
     functions = Functions(
         options.get("forward", plain_forward), options.get("loss", cross_entropy), options.get("metrics", accuracy)
@@ -257,6 +261,28 @@ def hold(
     return problem
 
 
+def _check_forms(training: Any, options: ProblemOptions) -> None:
+    """Raise unless settings, functions and number of shots have the types that they must have."""
+    if training is not None and not isinstance(training, Training):
+        raise SpecError(
+            f"training must be a ctl.Training; received {type(training).__name__}. Write ctl.Training(epochs=...)."
+        )
+    for name in ("forward", "loss", "metrics", "augment"):
+        value = options.get(name)
+        if not callable(value) and (value is not None or (name != "augment" and name in options)):
+            raise SpecError(
+                f"{name} must be a function, as for fit; received {value!r:.60}. Pass one, or leave it out."
+            )
+    shots = options.get("shots")
+    try:
+        OwnData(shots="all" if shots is None else shots)
+    except ValidationError as error:
+        raise SpecError(
+            f"shots must be a number of examples of each class, 1 at least, or 'all', or {{'up_to': a number}}; "
+            f"received {shots!r:.60}. Give one, or leave it out to adapt with all of train."
+        ) from error
+
+
 def _sets(
     train: Any, held_out: Mapping[str, Any] | None, options: ProblemOptions
 ) -> tuple[dict[str, Data], dict[str, Any]]:
@@ -301,6 +327,15 @@ def _maker(model: ModelLike) -> Callable[[], nn.Module]:
     last: list[nn.Module] = []
 
     def make() -> nn.Module:
+        try:
+            inspect.signature(model).bind()
+        except TypeError as error:
+            raise SpecError(
+                f"model must be a function without arguments, which is called for each run; calling it: {error}. Pass "
+                "lambda: network(...)."
+            ) from error
+        except ValueError:  # a builtin without a signature
+            pass
         made = model()
         if not isinstance(made, nn.Module):
             raise SpecError(f"model() must return a torch.nn.Module; it returns {type(made).__name__}.")

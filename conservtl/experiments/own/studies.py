@@ -186,7 +186,7 @@ def sweep(
         own = spec.model.model_copy(update={"random": problem.filled})
         spec = spec.model_copy(update={"model": own, "sweep": section})
         layers = layer_sweep.transferable_layers(spec)
-        planned = layer_sweep.plan_trials(spec, len(layers))
+        planned = layer_sweep.plan_trials(spec, layers)
         runs = _run([trial for trial, _ in planned], progress=progress)
         result = layer_sweep.summarise(spec, layers, [point for _, point in planned], runs)
     return Sweep(_shown(result))

@@ -46,6 +46,22 @@ _FORMS = (
 
 
 @dataclass(frozen=True)
+class TransferableLayers:
+    """Layers that can be transferred, in order, and whether the head is one of them."""
+
+    names: tuple[str, ...]
+    head: bool
+
+    def from_side(self, side: str, number: int) -> int | tuple[str, ...]:
+        """Return ``number`` layers from a side as ``LayerTransfer`` takes them.
+
+        It counts from the model's last layer, so layers below a head that stays behind are given by their names.
+        """
+        below = side == "output" and not self.head and number > 0
+        return self.names[-number:] if below else number
+
+
+@dataclass(frozen=True)
 class LayerPoint:
     """A point of a curve over layers: so many layers from a side, transferred in one form."""
 
@@ -98,7 +114,7 @@ def sweep(
     """
     check_executor(executor, processes)
     layers = transferable_layers(spec)
-    trials = plan_trials(spec, len(layers))
+    trials = plan_trials(spec, layers)
     if dry_run:
         return estimate([trial for trial, _ in trials], processes)
     runs = ResultStore(Path(out), say).results([trial for trial, _ in trials], processes, executor)
@@ -106,7 +122,7 @@ def sweep(
 
 
 def summarise(
-    spec: Spec, layers: Sequence[str], points: Sequence[Point], runs: Sequence[Mapping[str, Any]]
+    spec: Spec, layers: TransferableLayers, points: Sequence[Point], runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Summarise all runs as curves over layers and strengths, with 95 % intervals.
 
@@ -125,7 +141,7 @@ def summarise(
     return {
         "kind": "sweep",
         "metric": spec.problem.headline.as_json(),
-        "layers": list(layers),
+        "layers": list(layers.names),
         "curves": _curves(by_point),
         "strengths": [
             {"method": point.method, "strength": point.strength, **_figures(found)}
@@ -146,20 +162,21 @@ def summarise(
     }
 
 
-def plan_trials(spec: Spec, layers: int) -> list[tuple[Trial, Point]]:
+def plan_trials(spec: Spec, layers: TransferableLayers) -> list[tuple[Trial, Point]]:
     """Return every run with the point of a curve that it belongs to, those that share data and source model together.
 
     Args:
         spec: the spec.
-        layers: number of layers that can be transferred.
+        layers: those that can be transferred.
 
     Raises:
         SpecError: the section asks for more layers than there are, or for a strategy without a strength.
     """
     section = spec.sweep or SweepSection()
-    numbers = section.layers if section.layers is not None else tuple(range(layers))
-    if beyond := [n for n in numbers if n > layers]:
-        raise SpecError(f"sweep.layers: {beyond[0]} is more than the model has ({layers}). Ask for fewer.")
+    count = len(layers.names)
+    numbers = section.layers if section.layers is not None else tuple(range(count))
+    if beyond := [n for n in numbers if n > count]:
+        raise SpecError(f"sweep.layers: {beyond[0]} is more than the model has ({count}). Ask for fewer.")
     method, field, strengths = _strengths(spec, section)
     forms = [form for form in _FORMS if section.controls or not form.control]
     trials: list[tuple[Trial, Point]] = []
@@ -168,7 +185,10 @@ def plan_trials(spec: Spec, layers: int) -> list[tuple[Trial, Point]]:
             plain = with_fields(on_target(spec, target), {"seed": seed, "strategies": []})
             for side in section.sides:
                 trials += [
-                    (_transferring(plain, target, side, n, form), LayerPoint(side, form.name, n))
+                    (
+                        _transferring(plain, target, side, layers.from_side(side, n), form),
+                        LayerPoint(side, form.name, n),
+                    )
                     for n in numbers
                     for form in forms
                 ]
@@ -180,21 +200,22 @@ def plan_trials(spec: Spec, layers: int) -> list[tuple[Trial, Point]]:
     return trials
 
 
-def _transferring(spec: Spec, target: str, side: str, number: int, form: _Form) -> Trial:
+def _transferring(spec: Spec, target: str, side: str, layers: int | tuple[str, ...], form: _Form) -> Trial:
+    number = layers if isinstance(layers, int) else len(layers)
     name = f"{form.name} from the {side} side, {number} layers"
     if number == 0:
         return Trial(name, target, spec, "scratch")
-    strategy = {"kind": "layer_transfer", "side": side, "layers": number, "rest": "fresh", "freeze": form.freeze}
+    strategy = {"kind": "layer_transfer", "side": side, "layers": layers, "rest": "fresh", "freeze": form.freeze}
     how: How = "control" if form.control else "adapt"
     return Trial(name, target, with_fields(spec, {"strategies": [strategy]}), how)
 
 
-def transferable_layers(spec: Spec) -> tuple[str, ...]:
+def transferable_layers(spec: Spec) -> TransferableLayers:
     """Return the layers that can be transferred: all if the labels are shared, else all but the head."""
     setting = prepare(on_target(spec, ((spec.sweep or SweepSection()).targets or targets_of(spec))[0]))
     model = setting.model(len(setting.domains.labels))
     layers = Plan.draw(find_layers(model, setting.example, spec.layers), {}, {}).layers
-    return layers if setting.shared else layers[:-1]
+    return TransferableLayers(layers if setting.shared else layers[:-1], head=setting.shared)
 
 
 def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, tuple[float, ...]]:

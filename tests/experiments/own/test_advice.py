@@ -25,6 +25,19 @@ def test_a_sweep_transfers_layers_to_random_ones(source, held_out, quick, exampl
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
 
 
+def test_a_sweep_counts_from_the_output_side_below_a_head_that_is_new(held_out, quick, network, examples):
+    """Reference by hand: of the layers 0, 2, 4 the head 4 is new; two from the output side are 0 and 2, one is 2."""
+    found = ctl.sweep(
+        network, network(5), examples(24), {"target": held_out["target"]}, quick, seeds=1, controls=False, strengths=[1]
+    )
+    layers = {run["variant"]: run["trained"] for run in found.runs if run["variant"].startswith("AnB from the output")}
+    total = 8 * 12 + 12 + 12 * 12 + 12 + 12 * 3 + 3
+    assert layers == {
+        "AnB from the output side, 0 layers": total,
+        "AnB from the output side, 1 layers": total - (12 * 12 + 12),
+    }
+
+
 def test_strengths_stop_where_a_decoupled_pull_overshoots(source, held_out, network, examples):
     """Reference by hand: rate times strength is 1 at most, so the largest at a rate of 0.01 is 100."""
     training = ctl.Training(epochs=1, lr=0.01, device="cpu")

@@ -206,6 +206,12 @@ def test_an_optimizer_class_reaches_every_run(source, held_out, network, example
         ({"train": (torch.zeros(6, 8), torch.full((6,), 5))}, ctl.DataError, "received 5"),
         ({"valid": 1.5}, ctl.DataError, r"a part of train in \[0, 1\); received 1.5"),
         ({"alfa": 1}, ctl.SpecError, "'alfa' is none of the options"),
+        ({"shots": 0}, ctl.SpecError, "shots must be a number of examples of each class, 1 at least.*received 0"),
+        ({"shots": -1}, ctl.SpecError, "shots must be a number of examples.*received -1"),
+        ({"metrics": 3}, ctl.SpecError, "metrics must be a function, as for fit; received 3"),
+        ({"augment": "flip"}, ctl.SpecError, "augment must be a function, as for fit; received 'flip'"),
+        ({"training": {"epochs": 1}}, ctl.SpecError, "training must be a ctl.Training; received dict"),
+        ({"model": lambda classes: classes}, ctl.SpecError, "a function without arguments.*'classes'"),
         ({"model": 3}, ctl.SpecError, "or a function that returns one; received int"),
         ({"model": lambda: 3}, ctl.SpecError, r"model\(\) must return a torch.nn.Module; it returns int"),
         ({"seeds": 0}, ctl.SpecError, "seeds: Input should be greater than or equal to 1; received 0"),
@@ -218,7 +224,7 @@ def test_an_optimizer_class_reaches_every_run(source, held_out, network, example
 def test_what_does_not_fit_is_refused_before_a_run(source, held_out, quick, change, error, message, network, examples):
     arguments = {"model": network, "source": source, "variants": {"a": []}, "train": examples(), "held_out": held_out}
     with pytest.raises(error, match=message):
-        ctl.compare(**({"seeds": 1} | arguments | change), training=quick)
+        ctl.compare(**({"seeds": 1, "training": quick} | arguments | change))
 
 
 def test_a_function_that_returns_the_same_model_is_refused(source, held_out, quick, network, examples):
