@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def save(
         raise SpecError(f"save needs an adaptation, as adapt returns it; received {type(adaptation).__name__}.")
     target = Path(folder)
     check_replaceable(target, _FILES, overwrite=overwrite)
+    _check_base(base_model)
     report = _report(metrics)
     names = _labels(labels, adaptation)
     model, extended = _merged(adaptation)
@@ -123,6 +125,15 @@ def save(
             write_text(config(), place / "config.json")
         write_text(text, place / CARD)
     return target
+
+
+def _check_base(base: str | None) -> None:
+    """Raise unless the base model has a name that the Hub's metadata can hold."""
+    if base is not None and (not isinstance(base, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
+        raise SpecError(
+            f"base_model must be a repository on the Hub, ORG/NAME; received {base!r:.60}. Leave it out if there is "
+            "none."
+        )
 
 
 def _merged(adaptation: Adaptation) -> tuple[nn.Module, dict[str, Any]]:

@@ -95,7 +95,7 @@ class Adapted:
             DataError: a file is missing or cannot be read; the message names it.
             SpecError: the batch size is below 1.
         """
-        paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+        paths = _paths(files)
         if batch_size < 1:
             raise SpecError(f"predict: batch_size must be at least 1; received {batch_size}.")
         if on_bad not in get_args(OnBad):
@@ -124,3 +124,14 @@ class Adapted:
             return self._predicted(files, skipped) if files else []
         outputs = map_tensors(self.outputs(inputs), lambda tensor: tensor.cpu())
         return self.task.predictions(outputs, self.labels, files)
+
+
+def _paths(files: Any) -> list[Path]:
+    given = [files] if isinstance(files, (str, Path)) else files
+    if isinstance(given, Sequence) and all(isinstance(file, (str, Path)) for file in given):
+        return [Path(file) for file in given]
+    kind = type(files).__name__
+    raise SpecError(
+        f"predict: files must be paths, or one path; received {kind}. For inputs as the model takes them call "
+        "outputs(inputs) or probabilities(inputs)."
+    )

@@ -81,9 +81,9 @@ def load_own(
     try:
         network.load_state_dict(added | dict(tensors))
     except RuntimeError as error:
+        said = " ".join(str(error).split())[:400].rstrip(".")
         raise SourceError(
-            f"{str(path)!r} does not fit the model: {' '.join(str(error).split())[:400]}. Build it as it was when it "
-            "was saved."
+            f"{str(path)!r} does not fit the model: {said}. Build it as it was when it was saved."
         ) from error
     preprocessing = Declared(header["preprocessing"])
     return Adapted(network.eval(), tuple(header["labels"]), preprocessing, _OwnTask())

@@ -128,6 +128,21 @@ def test_what_load_adapted_needs(tmp_path):
         ctl.load_adapted(folder, network(3))
     with pytest.raises(ctl.SpecError, match="call outputs"):
         ctl.load_adapted(folder, network).predict(folder / "README.md")
+    with pytest.raises(ctl.SpecError, match=r"files must be paths, or one path; received Tensor.*call\s+outputs"):
+        ctl.load_adapted(folder, network).predict(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"base_model": "bad name"}, "base_model must be a repository on the Hub, ORG/NAME; received 'bad name'"),
+        ({"base_model": "a/b/c"}, "received 'a/b/c'"),
+    ],
+)
+def test_a_card_names_a_base_model_as_the_hub_does(stated, message, tmp_path):
+    with pytest.raises(ctl.SpecError, match=message):
+        ctl.save(ctl.adapt(network(), network()), tmp_path / "out", **stated)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
