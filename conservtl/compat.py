@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
@@ -125,7 +126,9 @@ def forget_graphs() -> None:
     compiler when something is compiled first; no public name says whether it did.
     """
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+        with warnings.catch_warnings():  # on a GPU it imports torch's compiler, parts of which torch calls deprecated
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.compiler.reset()
 
 
 def guard_hooks() -> None:

@@ -132,5 +132,6 @@ def wrong_tag(error: Mapping[str, Any], also: Sequence[str] = ()) -> str:
         also: further valid names.
     """
     tag = str(error["ctx"]["tag"])
+    tag = tag if len(tag) <= 200 else f"{tag[:200]}…"
     known = [*(word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")), *also]
     return f"{tag!r} is none of {', '.join(known)}.{did_you_mean(tag, known)}"

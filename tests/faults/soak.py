@@ -81,6 +81,7 @@ def after_steps(strategy: ctl.Strategy, steps: int) -> dict[str, Any]:
     """Train; return the growth of memory in KiB and of open files, and the last tenth's step time over the first's."""
     model = network()
     adaptation = ctl.adapt(model, network(), [strategy], example=INPUTS)
+    adaptation.measure([(INPUTS, LABELS)])
     optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-4)
     tenth, times = max(1, steps // 10), []
     for step in range(steps):

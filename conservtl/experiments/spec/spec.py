@@ -144,7 +144,7 @@ class Spec(FrozenModel):
     def holding(self, held: Held) -> Self:
         """Return the spec as the settings of a problem held in memory."""
         copied = self.model_copy()
-        copied._held = held  # noqa: SLF001 - of the same class
+        copied.__pydantic_private__ = {"_held": held}
         return copied
 
     @property

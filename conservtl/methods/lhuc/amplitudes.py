@@ -122,13 +122,18 @@ def _amplitude(parameter: Tensor) -> Tensor:
     return 2 * torch.sigmoid(parameter)
 
 
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's own parameters; a parametrised weight is none."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
 def _fold(module: nn.Module, _: Any) -> None:
     """Put scaled weights in place of a module's for this pass: no activation is copied, and none is kept for it.
 
     Norms always, and on a GPU linear maps and convolutions that are trained, since their weights' gradients are
     computed anyway. A forward pre-hook, at module level as ``_scale``.
     """
-    own: dict[str, Any] = module._parameters  # noqa: SLF001 - parametrised weights are not among them
+    own = _own(module)
     weight = own.get("weight")
     if weight is None or is_recurrent(module) or torch.compiler.is_compiling():
         return
@@ -147,7 +152,7 @@ def _scale(module: nn.Module, _: Any, output: Any) -> Any:
     It stands at module level so that copies and pickles of the model keep it. After an error there is no output.
     """
     if not torch.compiler.is_compiling():  # a pass that is traced folds nothing
-        own = module._parameters  # noqa: SLF001
+        own = _own(module)
         folded = [vars(module).pop(name, None) for name in ("weight", "bias") if name in own]
         if any(value is not None for value in folded):
             return None
