@@ -119,6 +119,15 @@ def lr_find(
             f"range test: the rates must rise from above 0, in 10 steps at least; received {lowest:g} to {highest:g} "
             f"in {steps}. Choose others."
         )
+    if not isinstance(adaptation, Adaptation):
+        raise SpecError(
+            f"range test: adaptation must be what adapt returns; received {type(adaptation).__name__}. Call "
+            "lr_find(ctl.adapt(model, source), train)."
+        )
+    if training is not None and not isinstance(training, Training):
+        raise SpecError(
+            f"training must be a ctl.Training; received {type(training).__name__}. Write ctl.Training(epochs=...)."
+        )
     if not adaptation.plan.trained:
         raise SpecError("range test: the plan trains nothing, so there is no rate to find. Train a layer.")
     highest = _reach(adaptation.plan, highest)

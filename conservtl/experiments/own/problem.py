@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import torch
 from pydantic import ValidationError
@@ -273,6 +274,10 @@ def _check_forms(training: Any, options: ProblemOptions) -> None:
             raise SpecError(
                 f"{name} must be a function, as for fit; received {value!r:.60}. Pass one, or leave it out."
             )
+    if (shift := options.get("shift", "input")) not in get_args(Shift):
+        raise SpecError(f"shift must be one of {', '.join(get_args(Shift))}; received {shift!r:.60}. Give one of them.")
+    if (rate := options.get("usual_lr")) is not None and not 0 < rate < math.inf:
+        raise SpecError(f"usual_lr must be a finite rate above 0; received {rate!r}. Give one, or leave it out.")
     shots = options.get("shots")
     try:
         OwnData(shots="all" if shots is None else shots)

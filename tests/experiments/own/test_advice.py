@@ -82,6 +82,26 @@ def test_a_recommendation_needs_source_and_data(source, network, examples):
         ctl.recommend(network, source, {"a": examples(), "b": examples()})
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"shift": "noise"}, "shift must be one of .*input.*received 'noise'"),
+        ({"usual_lr": -1}, "usual_lr must be a finite rate above 0; received -1"),
+        ({"training": {"epochs": 1}}, "training must be a ctl.Training; received dict"),
+    ],
+)
+def test_a_recommendation_refuses_wrong_options(option, message, source, network, examples):
+    with pytest.raises(ctl.SpecError, match=message):
+        ctl.recommend(network, source, examples(24), **option)
+
+
+def test_lr_find_refuses_other_models_and_settings(source, network, examples):
+    with pytest.raises(ctl.SpecError, match="adaptation must be what adapt returns; received Sequential"):
+        ctl.lr_find(network(), examples(24))
+    with pytest.raises(ctl.SpecError, match=r"training must be a ctl.Training; received dict"):
+        ctl.lr_find(ctl.adapt(network(), source), examples(24), {"epochs": 1})
+
+
 def test_lr_find_takes_the_optimizer_and_training_of_fit(source, network, examples):
     adaptation = ctl.adapt(network(), source, [ctl.L2SP(alpha=0.1)])
     before = copy.deepcopy(adaptation.model.state_dict())
