@@ -32,6 +32,7 @@ __all__ = [
     "accumulates",
     "after_loading",
     "bundle_url",
+    "default_store",
     "filled_by_transformers",
     "foreach_abs_",
     "foreach_add_",
@@ -59,6 +60,7 @@ __all__ = [
     "load_hook_tables",
     "metadata_of",
     "outside_graphs",
+    "plain_again",
     "prepared_objects",
     "register_first",
     "remove_forward_hooks",
@@ -106,6 +108,34 @@ def bundle_url(bundle: Any) -> str | None:
     if not isinstance(path, str):
         return None
     return path if path.startswith("https:") else f"https://download.pytorch.org/torchaudio/models/{path}"
+
+
+def default_store() -> Any:
+    """Return the store that processes found each other by: no public name gives the one of the default group."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def plain_again(module: nn.Module) -> None:
+    """Undo ``fully_shard`` on one module whose parameters are whole again: torch has no inverse of it.
+
+    The hooks, the state and the class that it gave to the module go.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed.fsdp import FSDPModule
+
+    remove_forward_hooks(module, _of_fsdp)
+    remove_forward_pre_hooks(module, _of_fsdp)
+    for table in (
+        module._state_dict_pre_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    ):
+        for key in [key for key, hook in table.items() if _of_fsdp(hook)]:
+            del table[key]
+    if isinstance(module, FSDPModule):
+        module.__class__ = type(module).__mro__[FSDPModule._orig_cls_mro_index]
+    for name in (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        module.__dict__.pop(name, None)
 
 
 def filled_by_transformers(parameter: nn.Parameter) -> bool:

@@ -15,6 +15,7 @@ __all__ = [
     "MissingExtraError",
     "OmissionWarning",
     "PlanError",
+    "ProcessLostError",
     "SelectorError",
     "SourceError",
     "SpecError",
@@ -32,6 +33,9 @@ _LISTED = 12  # known words that a message lists
 
 class ConservtlError(Exception):
     """Base of every error that conservtl raises on purpose."""
+
+    own: bool = False
+    """Whether it is of this process of a distributed run alone, which then says so itself."""
 
 
 class InputError(ConservtlError, ValueError):
@@ -72,6 +76,25 @@ class MemoryLimitError(ConservtlError, RuntimeError):
 
 class LostWorkerError(ConservtlError, RuntimeError):
     """A run of a study lost its worker again and again, or its executor is broken; finished runs are kept."""
+
+
+class ProcessLostError(ConservtlError, RuntimeError):
+    """Another process of a distributed run has stopped; those that are left stop too.
+
+    Args:
+        lost: ranks of the processes that do not answer.
+        world: number of processes.
+        first: the lowest rank that is left, which tells of it.
+    """
+
+    def __init__(self, lost: Sequence[int], world: int, *, first: int = 0) -> None:
+        self.lost, self.world, self.first = tuple(lost), world, first
+        names = ", ".join(map(str, lost))
+        which = f"rank{'s' if len(lost) > 1 else ''} {names} of {world}" if lost else f"the connection of {world} ranks"
+        super().__init__(
+            f"{which} stopped, so the others stop too. Its own message, if it gave one, is above. Start again with "
+            "resume, with as many processes or another number."
+        )
 
 
 class OmissionWarning(ConservtlError, UserWarning):  # noqa: N818 - it is a warning

@@ -63,6 +63,10 @@ class MetricPool:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + count
 
+    def totals(self) -> dict[str, tuple[float, float]]:
+        """Return (sum, count) of each metric, for another pool to add."""
+        return {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
+
     def result(self) -> dict[str, float]:
         """Return the metrics of all batches together; NaN for a count of 0."""
         counts = {name: float(count) for name, count in self._counts.items()}

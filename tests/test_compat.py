@@ -434,3 +434,36 @@ def test_tf32_is_read_and_set_in_either_way():
     for (_, put), value in zip(compat.tf32_settings(), before, strict=True):
         put(value)
     assert [get() for get, _ in compat.tf32_settings()] == before
+
+
+def test_a_sharded_module_is_plain_again(tmp_path):
+    """No hook, class or state of FSDP2 is left once its parameters are whole."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    inputs = torch.ones(1, 2)
+    expected = model(inputs)
+    before = {name: {key: repr(value) for key, value in vars(one).items()} for name, one in model.named_modules()}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compat.default_store().set("key", "value")
+        assert compat.default_store().get("key") == b"value"
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model(inputs).sum().backward()
+        model.state_dict()
+        model.load_state_dict(model.state_dict())
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(parameter.detach().full_tensor()))
+        for module in model.modules():
+            compat.plain_again(module)
+    finally:
+        dist.destroy_process_group()
+    assert [type(module) for module in model.modules()] == [nn.Sequential, nn.Linear, nn.Linear]
+    after = {name: {key: repr(value) for key, value in vars(one).items()} for name, one in model.named_modules()}
+    assert after == before
+    torch.testing.assert_close(copy.deepcopy(model)(inputs), expected)

@@ -21,7 +21,7 @@ def state_dict(bound: BoundPlan) -> dict[str, Any]:
     """Return the plan, anchors, phase, measurements, the updates' state and the endings done."""
     bound.restore_weights()
     return {
-        **bound.anchors.state_dict(),
+        **bound.anchors.state_dict(bound.model),
         "phase": bound.phase,
         "plan": bound.plan.model_dump(mode="json"),
         "measured": {name: dict(tensors) for name, tensors in bound.measured.items()},
@@ -59,7 +59,7 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
             "adaptation made from the same source."
         )
     bound.plan = now
-    bound.anchors.load_state_dict(state)
+    bound.anchors.load_state_dict(state, bound.model)
     bound.measured = {name: dict(tensors) for name, tensors in state["measured"].items()}
     bound.updates.load_state_dict(state["updates"])
     bound.start_phase(phase)

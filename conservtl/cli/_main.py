@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from conservtl.cli._app import app
-from conservtl.errors import ConservtlError, InputError, Terminated
+from conservtl.errors import ConservtlError, InputError, ProcessLostError, Terminated
 
 __all__ = ["main"]
 
 _INTERRUPTED = "interrupted. To continue, repeat the command with the same --out (run: with --resume)."
 
 
+_RANK, _WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+
+
 def main() -> None:
-    """Run the command line; exit codes: 0 done, 2 bad input, 1 other errors, 130 interrupted, 143 terminated."""
+    """Run the command line; exit codes: 0 done, 2 bad input, 1 other errors, 130 interrupted, 143 terminated.
+
+    Of the processes that a launcher started, the first alone prints, but for errors of another's own.
+    """
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "run")
+    if _WORLD > 1 and command != "run":
+        sys.exit(_fail(f"many processes share the command run; received {command!r}. Start it without a launcher.", 2))
+    if _RANK > 0:
+        warnings.simplefilter("ignore")  # the first process gives the same
     sys.exit(_exit_code(app))
 
 
@@ -26,10 +39,10 @@ def _exit_code(command: Callable[..., Any]) -> int:
     try:
         code = int(command(standalone_mode=False) or 0)
         return _fail(_INTERRUPTED, 130) if code == 130 else code  # some versions of typer return 130 for Ctrl-C
-    except InputError as error:
-        return _fail(str(error), 2)
+    except ProcessLostError as error:
+        return _fail(str(error), 1, by=error.first)
     except ConservtlError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 2 if isinstance(error, InputError) else 1, by=_RANK if error.own else 0)
     except Terminated:
         return _fail(_INTERRUPTED, 143)
     except (KeyboardInterrupt, typer.Abort):
@@ -42,6 +55,9 @@ def _exit_code(command: Callable[..., Any]) -> int:
         return int(getattr(error, "exit_code", 2))
 
 
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"conservtl: {message}\n")
+def _fail(message: str, code: int, *, by: int = 0) -> int:
+    """Print a message, if this process is the one to say it, and return the exit code."""
+    if by == _RANK:
+        which = f"rank {_RANK}: " if _RANK else ""
+        sys.stderr.write(f"conservtl: {which}{message}\n")
     return code

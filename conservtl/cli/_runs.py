@@ -43,7 +43,7 @@ def run(
 ) -> None:
     """Adapt the source model to the target domain and report gains and losses."""
     from conservtl.cli._tables import run_table
-    from conservtl.experiments.run.processes import is_main_process
+    from conservtl.engine.processes import is_main_process
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
     from conservtl.report.text.summary import left_out_notes, rows_notes, skipped_notes

@@ -53,10 +53,10 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
             "training.batch_size is auto, but the data comes in batches of its own. Pass tensors or a dataset, or name "
             "a number."
         )
-    if session.part[1] > 1:
+    if session.processes.many:
         raise SpecError(
-            f"training.batch_size is auto, which one process finds; there are {session.part[1]}. Find it with one, and "
-            "name the number."
+            f"training.batch_size is auto, which one process finds; there are {session.processes.world}. Find it with "
+            "one, and name the number."
         )
     length = batches.length if isinstance(batches, Held) else _length(train)
     candidates = _candidates(length, training.global_batch_size, cuda=session.device.type == "cuda")
@@ -83,7 +83,7 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
     if isinstance(batches, Held):
         return batches.resized(size)
     workers = number_of_workers(training.num_workers, session.device)
-    return as_batches(train, size, session.device, shuffle=True, part=session.part, workers=workers)
+    return as_batches(train, size, session.device, shuffle=True, workers=workers)
 
 
 def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:

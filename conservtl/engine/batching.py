@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from conservtl.data import Examples, Sequences
 from conservtl.engine.buckets import BucketedBatches
 from conservtl.engine.holding import Holding
 from conservtl.engine.prefetch import ahead
+from conservtl.engine.processes import ALONE, Processes
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.workers import WorkerLoader
 from conservtl.errors import DataError
 
-__all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches", "examples_of"]
+__all__ = ["Batch", "Contents", "Cut", "Held", "Streamed", "Waiting", "as_batches", "examples_of", "undivided"]
 
 _MOST_SECONDS = 600.0  # of a batch of sequences without a bound of its own
 
@@ -34,13 +35,27 @@ class Batch:
 
     Args:
         content: the batch as ``forward`` and ``loss`` take it, such as a tuple or a dictionary of tensors.
-        size: number of examples.
+        size: number of examples that count; 0 for a stand-in, where a batch has fewer examples than processes.
         index: (size,), positions of the examples in held data; None for streamed data.
+        together: number of examples of all processes' parts, for their mean; None: the part is not known.
+        processes: number of processes that share the batch.
     """
 
     content: Any
     size: int
     index: Tensor | None = None
+    together: int | None = None
+    processes: int = 1
+
+    @property
+    def share(self) -> float:
+        """Factor on the mean over this part, so that the mean over processes is that over all examples."""
+        return 1.0 if self.together is None else self.size * self.processes / self.together
+
+    @property
+    def weight(self) -> float:
+        """Number of examples that a loss with this factor stands for, in sums over processes."""
+        return self.size if self.together is None else self.together / self.processes
 
 
 Waiting = Callable[[], Batch]
@@ -67,38 +82,36 @@ class Contents:
     def __iter__(self) -> Iterator[Any]:
         with preserve_rng():
             batches = self._batches.epoch()
-        return (batch.content for batch in batches)
+        return (batch.content for batch in batches if batch.size)
 
 
 class Held:
     """Tensors on the device, batched by index.
 
-    Each epoch is shuffled with one ``torch.randperm`` from the global generator, like a loop written by hand. A last
-    batch of one example is joined to the batch before: batch norm cannot train on one example.
+    Each epoch is shuffled with one ``torch.randperm`` from the global generator, like a loop written by hand; with many
+    processes from a generator that serves nothing else, so that the order does not depend on their number. A last batch
+    of one example is joined to the batch before: batch norm cannot train on one example.
 
     Args:
         content: tensors of the same length N, in a tuple or a dictionary.
-        batch_size: examples per batch and process.
+        batch_size: examples per batch, or batches with parts for each of many processes.
         device: device of the batches, and of the data if it fits.
-        shuffle: whether to draw a new order each epoch.
-        part: (rank, number of processes).
+        shuffle: whether to draw a new order each epoch, if ``batch_size`` is a number.
         holding: decides where the data is held; None: on the device if it fits.
 
     Raises:
         DataError: the tensors differ in length, or are empty.
     """
 
-    generators: tuple[torch.Generator, ...] = ()
     sized = True
     """Whether the batches have the size of the settings."""
 
     def __init__(
         self,
         content: tuple[Tensor, ...] | dict[str, Tensor],
-        batch_size: int,
+        batch_size: int | Cut,
         device: torch.device,
-        shuffle: bool,
-        part: tuple[int, int] = (0, 1),
+        shuffle: bool = False,
         holding: Holding | None = None,
     ) -> None:
         tensors = list(content.values()) if isinstance(content, dict) else list(content)
@@ -107,9 +120,8 @@ class Held:
             raise DataError(f"data: tensors must have one common length above 0; received lengths {lengths}.")
         self.length = lengths[0]
         self.device = device
-        self.shuffle = shuffle
-        self.part = part
-        self._cuts = _cuts(self.length, batch_size, part[1])
+        self.cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
+        self._cuts = self.cut.sizes(self.length)
         self._place = (holding or Holding()).place(sum(tensor.nbytes for tensor in tensors), device)
         self._names = tuple(content) if isinstance(content, dict) else None
         self._tensors = [tensor.to(self._place) for tensor in tensors]
@@ -117,8 +129,19 @@ class Held:
     def resized(self, batch_size: int) -> Held:
         """Return the same data in batches of another size."""
         other = copy.copy(self)
-        vars(other)["_cuts"] = _cuts(self.length, batch_size, self.part[1])
+        other.cut = replace(self.cut, size=batch_size * self.processes.world)
+        vars(other)["_cuts"] = other.cut.sizes(self.length)
         return other
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """The generator that orders are drawn from, if it is not the global one."""
+        return self.cut.generators
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that share each batch."""
+        return self.cut.processes
 
     @property
     def content(self) -> Any:
@@ -135,12 +158,11 @@ class Held:
 
     def waiting(self, skip: int = 0) -> Iterator[Waiting]:
         """Return the same batches as functions that put them on the device."""
-        order = _order(self.length, self.shuffle, self.part, self.device).to(self._place)
-        rank, world = self.part
-        parts = (index[rank::world] if world > 1 else index for index in torch.split(order, self._cuts)[skip:])
+        parts = torch.split(self.cut.order(self.length).to(self._place), self._cuts)[skip:]
         if self._place.type == self.device.type:
-            return (partial(self._batch, rows) for rows in parts)
-        return ahead(((rows, self._rows(rows, pinned=True)) for rows in parts), self._moved, self.device)
+            return (partial(self._batch, index) for index in parts)
+        read = ((index, self._rows(self.cut.part(index)[0], pinned=True)) for index in parts)
+        return ahead(read, self._moved, self.device)
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""
@@ -154,11 +176,18 @@ class Held:
         return tuple(rows) if self._names is None else dict(zip(self._names, rows, strict=True))
 
     def _batch(self, index: Tensor) -> Batch:
-        return Batch(self.take(index), len(index), index)
+        return self._parted(index, self.take(self.cut.part(index)[0]))
 
     def _moved(self, batch: tuple[Tensor, Any]) -> Batch:
-        index, rows = batch
-        return Batch(to_device(rows, self.device), len(index), index)
+        index, content = batch
+        return self._parted(index, to_device(content, self.device))
+
+    def _parted(self, index: Tensor, content: Any) -> Batch:
+        """Return this process's part of a batch, given the positions of all parts."""
+        rows, size = self.cut.part(index)
+        if not self.processes.many:
+            return Batch(content, size, rows)
+        return Batch(content, size, rows, len(index), self.processes.world)
 
 
 class Streamed:
@@ -167,21 +196,37 @@ class Streamed:
     Args:
         loader: yields the batches.
         device: device of the batches.
+        order: its batch sampler, if it was made here; knows which part of each batch is this process's.
         sized: whether the batches have the size of the settings.
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device, *, sized: bool = False) -> None:
+    def __init__(
+        self, loader: Iterable[Any], device: torch.device, order: _Order | None = None, *, sized: bool = False
+    ) -> None:
         self.loader = loader
         self.device = device
-        self.sized = sized
+        self._order = order
+        self.sized = sized or order is not None
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
         """Random generators of the loader, to be saved in checkpoints."""
+        if self._order is not None:
+            return self._order.cut.generators
         batches = getattr(self.loader, "batch_sampler", None)
         owners = (self.loader, getattr(self.loader, "sampler", None), batches, getattr(batches, "sampler", None))
         generators = (getattr(owner, "generator", None) for owner in owners)
         return tuple({id(one): one for one in generators if isinstance(one, torch.Generator)}.values())
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that share each batch; this one alone for batches that were not made here."""
+        return ALONE if self.cut is None else self.cut.processes
+
+    @property
+    def cut(self) -> Cut | None:
+        """Batches and parts; None for batches that were not made here."""
+        return None if self._order is None else self._order.cut
 
     def count(self) -> int | None:
         """Return the number of batches per epoch, None for an iterable without a length."""
@@ -201,36 +246,83 @@ class Streamed:
         iterator = iter(self.loader)
         for _ in range(skip):
             next(iterator, None)
-        return ahead(iterator, self._batch, self.device)
+        return ahead(enumerate(iterator, skip), self._batch, self.device)
 
-    def _batch(self, content: Any) -> Batch:
+    def _batch(self, numbered: tuple[int, Any]) -> Batch:
+        number, content = numbered
         moved = to_device(content, self.device)
-        return Batch(moved, size_of(moved))
+        if self._order is None or not self._order.cut.processes.many:
+            return Batch(moved, size_of(moved))
+        cut, together = self._order.cut, self._order.sizes[number]
+        return Batch(moved, cut.part(torch.arange(together))[1], None, together, cut.processes.world)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Batches of a set of examples, and the part of each that is this process's.
+
+    Args:
+        size: examples per batch of all processes together.
+        shuffle: whether to draw a new order each epoch.
+        processes: that share each batch.
+        generator: gives the orders; None: torch's global generator.
+        least: examples that a last batch must have, or it is joined to the batch before.
+    """
+
+    size: int
+    shuffle: bool
+    processes: Processes = ALONE
+    generator: torch.Generator | None = None
+    least: int = 2
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """The generator of its own, if there is one."""
+        return () if self.generator is None else (self.generator,)
+
+    def sizes(self, length: int) -> list[int]:
+        """Return the examples per batch."""
+        sizes = [self.size] * (length // self.size) + ([length % self.size] if length % self.size else [])
+        if len(sizes) > 1 and sizes[-1] < min(self.least, self.size):
+            sizes[-2:] = [sizes[-2] + sizes[-1]]
+        return sizes
+
+    def order(self, length: int) -> Tensor:
+        """Return the positions in the order of an epoch, the same in all processes."""
+        return torch.randperm(length, generator=self.generator) if self.shuffle else torch.arange(length)
+
+    def part(self, index: Tensor) -> tuple[Tensor, int]:
+        """Return this process's part of a batch, and its size.
+
+        A batch with fewer examples than processes has none for some of them: these get its first as a stand-in that
+        does not count, because all processes must run the model.
+        """
+        rank, world = self.processes.rank, self.processes.world
+        rows = index[rank::world]
+        return (rows, len(rows)) if len(rows) else (index[:1], 0)
 
 
 class _Order:
     """Batch sampler with the same batches, order and parts as ``Held``."""
 
-    def __init__(self, length: int, batch_size: int, shuffle: bool, part: tuple[int, int]) -> None:
-        self.length, self.shuffle, self.part = length, shuffle, part
-        self._cuts = _cuts(length, batch_size, part[1])
+    def __init__(self, length: int, cut: Cut) -> None:
+        self.length, self.cut = length, cut
+        self.sizes = cut.sizes(length)
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rank, world = self.part
-        for index in torch.split(_order(self.length, self.shuffle, self.part, torch.device("cpu")), self._cuts):
-            yield index[rank::world].tolist()
+        for index in torch.split(self.cut.order(self.length), self.sizes):
+            yield (self.cut.part(index)[0] if self.cut.processes.many else index).tolist()
 
 
 def as_batches(
     data: Any,
-    batch_size: int,
+    batch_size: int | Cut,
     device: torch.device,
     *,
     shuffle: bool,
-    part: tuple[int, int] = (0, 1),
     seconds: float | None = None,
     holding: Holding | None = None,
     workers: int | None = None,
@@ -241,10 +333,11 @@ def as_batches(
         data: ``Examples``; ``Sequences`` (batched by length); a tuple or dictionary of tensors or NumPy arrays
             (float64 arrays become torch's default type); a ``TensorDataset``; another dataset of examples (loaded by a
             DataLoader); a DataLoader or another iterable of batches; or the result of this function.
-        batch_size: examples per batch, for data that is not batched yet.
+        batch_size: examples per batch, or batches with parts for each of many processes, for data that is not batched
+            yet. A DataLoader or an iterable must select its part itself. Of batches of ``Sequences`` each process gets
+            whole ones to train on, and all to evaluate.
         device: device of the batches.
         shuffle: whether to shuffle data that is not batched yet.
-        part: (rank, number of processes); a DataLoader or an iterable must select its part itself.
         seconds: duration of a batch of ``Sequences`` at most, its padding included; None: a bound on memory alone.
         holding: decides where tensors are held; None: on the device if they fit.
         workers: processes that load the examples of a dataset; None: loaded as in a loop written by hand.
@@ -252,6 +345,7 @@ def as_batches(
     Raises:
         DataError: the data is of another kind, or empty.
     """
+    cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
     if isinstance(data, (Held, Streamed)):
         return data
     if isinstance(data, Examples):
@@ -260,7 +354,9 @@ def as_batches(
         if not data:
             raise DataError("data: the sequences hold no examples.")
         bound = _MOST_SECONDS if seconds is None else seconds
-        return Streamed(BucketedBatches(data, batch_size, bound, shuffle=shuffle, part=part), device)
+        part = (cut.processes.rank, cut.processes.world) if cut.shuffle else (0, 1)
+        most = max(1, cut.size // cut.processes.world)
+        return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part), device)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, (tuple, list)) and data and any(isinstance(one, (Tensor, np.ndarray)) for one in data):
@@ -270,7 +366,7 @@ def as_batches(
                 f"data: a {type(data).__name__} must hold tensors or arrays with one row per example; received "
                 f"{kinds}. For a list of batches, put each batch into a tuple of its own."
             )
-        return Held(tensors, batch_size, device, shuffle, part, holding)
+        return Held(tensors, cut, device, holding=holding)
     if isinstance(data, Mapping):
         content = {key: as_tensor(value) for key, value in data.items()}
         if (kinds := _no_tensors(content.items())) or not data:
@@ -278,19 +374,21 @@ def as_batches(
                 f"data: a dictionary must hold tensors or arrays with one row per example; received {kinds}. Convert "
                 "or leave out the others."
             )
-        return Held(content, batch_size, device, shuffle, part, holding)
+        return Held(content, cut, device, holding=holding)
     pinned = device.type == "cuda"
     sized = isinstance(data, Dataset)
     if isinstance(data, IterableDataset):
-        data = DataLoader(data, batch_size=batch_size, pin_memory=pinned)
+        data = DataLoader(data, batch_size=-(-cut.size // cut.processes.world), pin_memory=pinned)
     elif isinstance(data, Dataset):
         if not len(data):  # type: ignore[arg-type]
             raise DataError("data: the dataset has no examples.")
-        order = _Order(len(data), batch_size, shuffle, part)  # type: ignore[arg-type]
+        order = _Order(len(data), cut)  # type: ignore[arg-type]
+        loader: Any
         if workers is None:
-            data = DataLoader(data, batch_sampler=order, pin_memory=pinned)
+            loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, generator=cut.generator)
         else:
-            data = WorkerLoader(data, order, workers, pinned=pinned)
+            loader = WorkerLoader(data, order, workers, pinned=pinned, generator=cut.generator)
+        return Streamed(loader, device, order)
     if isinstance(data, (Iterator, str, bytes)) or not isinstance(data, Iterable):
         raise DataError(
             "data must be Examples, tensors, a dataset or an iterable of batches that can be iterated repeatedly "
@@ -299,27 +397,19 @@ def as_batches(
     return Streamed(data, device, sized=sized)
 
 
+def undivided(batches: Held | Streamed) -> Held | Streamed:
+    """Return the batches of all processes' parts."""
+    if not batches.processes.many:
+        return batches
+    if isinstance(batches, Held):
+        held = copy.copy(batches)
+        held.cut = replace(batches.cut, processes=ALONE)
+        return held
+    loader: Any = batches.loader
+    order = loader.batch_sampler
+    return as_batches(loader.dataset, replace(order.cut, processes=ALONE), batches.device, shuffle=False)
+
+
 def _no_tensors(parts: Iterable[tuple[Any, Any]]) -> dict[Any, str]:
     """Return the types of those parts that are no tensors."""
     return {key: type(value).__name__ for key, value in parts if not isinstance(value, Tensor)}
-
-
-def _cuts(length: int, batch_size: int, world: int) -> list[int]:
-    """Return the examples per batch of all processes together; each process gets batches of the same sizes."""
-    total = -(-length // world) * world
-    size = batch_size * world
-    cuts = [size] * (total // size) + ([total % size] if total % size else [])
-    if len(cuts) > 1 and cuts[-1] == world < size:
-        cuts[-2:] = [cuts[-2] + cuts[-1]]
-    return cuts
-
-
-def _order(length: int, shuffle: bool, part: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the positions in the order of an epoch, the same for all processes; some twice if they do not divide."""
-    order = torch.randperm(length) if shuffle else torch.arange(length)
-    world = part[1]
-    if world == 1:
-        return order
-    order = order.to(device)
-    torch.distributed.broadcast(order, 0)
-    return order[torch.arange(-(-length // world) * world, device=device) % length]

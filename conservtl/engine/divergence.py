@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,13 @@ class Losses:
         """Add the mean loss of a batch.
 
         Args:
-            loss: scalar.
+            loss: scalar, with the batch's share in it.
             batch: its size and index are kept.
             number: position of the batch in its epoch, from 1.
             step: the step that the batch is a part of, from 1.
         """
         # Without its content, whose memory is free again.
-        self._waiting.append((loss.detach(), Batch(None, batch.size, batch.index), number, step))
+        self._waiting.append((loss.detach(), replace(batch, content=None), number, step))
         if len(self._waiting) >= self._every:
             self.look()
 
@@ -59,8 +60,8 @@ class Losses:
                     f"the loss is {value} at batch {number} of epoch {self.state.epoch + 1} (step {step}"
                     f"{examples_of(batch, ', examples {}')}). {_ADVICE}, or inspect that batch."
                 )
-            self.state.total += value * batch.size
-            self.state.seen += batch.size
+            self.state.total += value * batch.weight
+            self.state.seen += batch.weight
 
 
 @torch.no_grad()

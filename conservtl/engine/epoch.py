@@ -59,9 +59,9 @@ class Learner:
         self.augmenting: torch.Generator | None = None
         if augment is not None:
             self.augmenting = torch.Generator(session.device)
-            self.augmenting.manual_seed(int(torch.randint(2**62, ())) + session.part[0])
+            self.augmenting.manual_seed(int(torch.randint(2**62, ())) + session.processes.rank)
             self.generators.append(self.augmenting)
-        self._caches = caches and augment is None and session.part[1] == 1
+        self._caches = caches and augment is None and not session.processes.many
         self._prefix: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None
         if caches and augment is None and isinstance(batches, Held):
@@ -73,6 +73,7 @@ class Learner:
         self._own_penalties = frozenset(chain.from_iterable(own))
         self._phase: int | None = None
         self.ever_cached = False
+        self.settled: dict[str, Any] = {}  # the generators after the last step, if there are other processes
         self.go_on_from(State())
 
     def go_on_from(self, state: State) -> None:
@@ -113,6 +114,7 @@ class Learner:
         """
         state, settings, session = self.state, self.settings, self.session
         session.train()
+        self._settle()
         for group in _groups(self._batches_left(), settings.accumulate):
             session.rate(schedule_factor(settings, state.step, self.steps))
             size = len(group)
@@ -129,6 +131,7 @@ class Learner:
             state.step += 1
             if state.step == 1 and self._own_penalties:  # their gradient at w = w0, the only step that begins there
                 self.check()
+            self._settle()
             yield
         if not state.batch:
             raise DataError(
@@ -144,6 +147,11 @@ class Learner:
         """
         self.losses.look()
         check_weights(named_parameters(self.session.adaptation.model), self.state.step, self._own_penalties)
+
+    def _settle(self) -> None:
+        """Note the generators' states between two steps: a step that a lost process breaks off is made again."""
+        if self.session.processes.many:
+            self.settled = generator_states(self.generators)
 
     def forget(self) -> None:
         """Remove the cache of the frozen input side."""
@@ -187,7 +195,7 @@ class Learner:
             content = self.augment(content, self.augmenting)
         source = self._source.of(batch) if self._source is not None else None
         with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
-            return self.session.loss(functions, content, source)
+            return self.session.loss(functions, content, source, None if batch.together is None else batch.share)
 
 
 def _if_it_fits(make: Callable[[], _Cache | None]) -> _Cache | None:

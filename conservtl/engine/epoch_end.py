@@ -48,6 +48,7 @@ def close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
     }
     state.total, state.seen = 0.0, 0
     if state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs:
+        session.average_statistics()
         with session.averaged():
             line |= evaluate_sets(session, learner.functions, state, sets)
     state.history.append(line)

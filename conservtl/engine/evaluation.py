@@ -98,22 +98,32 @@ def evaluate(
     data = data.data if isinstance(data, Holdout) else data
     pool = MetricPool()
     losses: list[tuple[Tensor, Batch]] = []
+    batches = as_batches(data, batch_size, device, shuffle=False)
     with eval_mode(model), preserve_rng():  # a DataLoader draws a seed even when it does not shuffle
-        for batch in as_batches(data, batch_size, device, shuffle=False).epoch():
+        for batch in batches.epoch():
             if not losses:
                 labels_for_loss(model, batch.content, functions.forward, functions.loss)
             outputs = functions.forward(model, batch.content)
+            if not batch.size:  # other processes have a batch, and may wait for this one's parameters
+                continue
             loss = functions.loss(outputs, batch.content)
             metrics = functions.metrics(outputs, batch.content)
             check_metrics(metrics)
             count = counted(functions.loss, outputs, batch.content)
             pool.add({"loss": loss if count is None else (loss * count, count), **metrics}, batch.size)
             losses.append((torch.as_tensor(loss).detach(), replace(batch, content=None)))  # its memory is free again
-    if not losses:
+    fault = None if selects is None else _not_finite(losses, selects)
+    if batches.processes.many:
+        parts = batches.processes.gathered((pool.totals(), fault))
+        pool = MetricPool()
+        for totals, _ in parts:
+            pool.add(totals, 0)
+        fault = next((one for _, one in parts if one is not None), None)
+    if not (result := pool.result()):
         raise DataError("a set to evaluate on has no examples. Leave it out, or give it some.")
-    if selects is not None:
-        _check_finite(losses, selects)
-    return pool.result()
+    if fault is not None:
+        raise TrainingDivergedError(fault)
+    return result
 
 
 def check_metrics(metrics: Any) -> None:
@@ -148,12 +158,13 @@ def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
-def _check_finite(losses: Sequence[tuple[Tensor, Batch]], name: str) -> None:
-    """Raise unless the loss of each batch is finite: a score would silently keep the weights of an earlier epoch."""
+def _not_finite(losses: Sequence[tuple[Tensor, Batch]], name: str) -> str | None:
+    """Return a message if the loss of a batch is not finite: a score would silently keep earlier weights."""
     for number, (loss, batch) in enumerate(losses, 1):
         if not math.isfinite(value := float(loss)):
-            raise TrainingDivergedError(
+            return (
                 f"the loss on the validation set {name!r} is {value} at its batch {number} of {len(losses)}"
                 f"{examples_of(batch, ' (examples {})')}. Inspect that batch, or "
                 "lower training.lr or set training.clip if earlier evaluations were finite."
             )
+    return None

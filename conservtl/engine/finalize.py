@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batching import Contents, Held, Streamed
+from conservtl.engine.batching import Contents, Held, Streamed, undivided
 from conservtl.engine.criterion import ACCURACY, Criterion, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.randomness import preserve_rng
@@ -98,10 +98,11 @@ def finish(
         Contents(batches),
         forward=functions.forward,
         score=(lambda: score(measure(valid), keep, select)) if target is not None else None,
-        valid=Contents(target.data) if target is not None else None,
+        valid=Contents(undivided(target.data)) if target is not None else None,
         objective=_objective(target, functions),
         margin=margin,
     )
+    session.average_statistics()  # those that were computed anew are of each process's part
     kept = next((facts["t"] for facts in after.values() if "t" in facts), None if after else 1.0)
     if shown and kept is not None and kept < 1:
         points[kept] = measure(shown)  # the model as it is now, with its statistics
@@ -120,7 +121,9 @@ def _margin(session: Session, target: Holdout, functions: Functions, select: Cri
             if not accuracy((target.forward or functions.forward)(model, content), content):
                 return 0.0
     with preserve_rng():
-        return 0.5 / (data.length if isinstance(data, Held) else sum(batch.size for batch in data.epoch()))
+        if isinstance(data, Held):
+            return 0.5 / data.length
+        return 0.5 / sum(data.processes.gathered(sum(batch.size for batch in data.epoch())))
 
 
 def _objective(data: Holdout | None, functions: Functions) -> Callable[[nn.Module, Any], Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from conservtl.engine.processes import Processes
 from conservtl.errors import Terminated
 
 __all__ = ["Interruption", "interruptible"]
@@ -16,12 +17,40 @@ __all__ = ["Interruption", "interruptible"]
 class Interruption:
     """The signal received first: SIGINT (Ctrl-C), SIGTERM, or none."""
 
-    received: int | None = None
+    def __init__(self, *, shared: bool = False) -> None:
+        self.received: int | None = None
+        self._pending: int | None = None  # received by this process of many, the others of which do not know of it yet
+        self._shared = shared
 
     @property
     def asked(self) -> bool:
         """Whether to stop."""
         return self.received is not None
+
+    def agree(self, processes: Processes, *, late: bool = False) -> bool:
+        """Take over a signal that another process received: all of them stop after the same step.
+
+        Args:
+            processes: all call this together.
+            late: whether this process finds that a checkpoint is due.
+
+        Returns:
+            Whether one of them does.
+        """
+        if processes.many:
+            received, due = processes.largest(self.received or self._pending or 0, int(late))
+            self.received, late = received or None, bool(due)
+        return late
+
+    def record(self, number: int) -> bool:
+        """Take a signal; return whether it is the first."""
+        if self.received is not None or self._pending is not None:
+            return False
+        if self._shared:  # it counts once all processes know of it
+            self._pending = number
+        else:
+            self.received = number
+        return True
 
     def stop(self) -> None:
         """Raise the exception of the signal received.
@@ -34,22 +63,22 @@ class Interruption:
 
 
 @contextmanager
-def interruptible(active: bool) -> Iterator[Interruption]:
+def interruptible(active: bool, *, shared: bool = False) -> Iterator[Interruption]:
     """Record a first signal inside the block; a second one acts at once, as it did before the block.
 
     Args:
         active: whether to do so; any thread but the main one leaves signals as they are.
+        shared: whether there are other processes, which must ``agree`` before a signal counts.
     """
-    interruption = Interruption()
+    interruption = Interruption(shared=shared)
     if not active or threading.current_thread() is not threading.main_thread():
         yield interruption
         return
 
     def record(number: int, _: Any) -> None:
-        if interruption.asked:
+        if not interruption.record(number):
             signal.signal(number, before[number])
             signal.raise_signal(number)
-        interruption.received = number
 
     # None: a handler that was not installed from Python.
     before: dict[int, Any] = {

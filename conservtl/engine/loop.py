@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batch_size import find_batch_size
 from conservtl.engine.batching import Held, Streamed
@@ -27,12 +29,14 @@ from conservtl.engine.preparation import (
     check_compiler,
     learn_labels,
     make_measurements,
+    part_generators,
     place_sets,
     training_batches,
     with_sizes,
 )
+from conservtl.engine.processes import lost_processes
 from conservtl.engine.progress import Progress, ShowMetric, show_plainly
-from conservtl.engine.randomness import seed_all
+from conservtl.engine.randomness import generator_states, seed_all
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
 from conservtl.engine.selection import check_selection
@@ -41,10 +45,13 @@ from conservtl.engine.trackers import Tracker, tracking
 from conservtl.engine.training import Training
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
+from conservtl.kernels.dtensor import local
 from conservtl.layers import unwrap
 from conservtl.losses import check_trained
 
 __all__ = ["fit", "trial_of"]
+
+_PERIOD = 600.0  # seconds after which many processes write a checkpoint within an epoch: a lost shard cannot be saved
 
 Tell = Callable[[Mapping[str, Any]], None]
 
@@ -152,19 +159,19 @@ def fit(
         open_session(adaptation, settings, accelerator, made) as session,
         tracking(session, (settings.log or None) if log is None else log, folder, accelerator) as track,
     ):
-        main = session.part[0] == 0
+        main = session.processes.main
         store = Checkpoints(folder, main)
         saved = store.load() if resume else None
         if saved is not None:
             session.training = with_sizes(settings, saved["settings"])
-        batches = training_batches(session, train)
+        batches = training_batches(session, train, None if saved is None else saved.get("batch"))
         if saved is not None:
             adaptation.load_state_dict(saved["adaptation"])  # with its measurements and choices
         sets = place_sets(session, valid, watch, path)
         learn_labels(session, functions, batches)
         check_first_batches(session, functions, batches, {"valid": sets.valid, "watch": sets.watch, "path": sets.path})
         check_compiler(session, functions, batches)
-        measured = train if session.part[1] > 1 else batches
+        measured = train if session.processes.many else batches
         make_measurements(session, functions, measured, source)
         if adaptation.plan.searches:
             trial = trial_of(batches, sets.valid, functions, augment, accelerator, optimizer)
@@ -178,6 +185,7 @@ def fit(
         steps = total_steps(session.training, batches.count())
         mixed = with_mixing(session, functions, batches, augment)
         learner = Learner(session, functions, batches, steps, mixed, keep_frozen_outputs)
+        part_generators(session, batches)
         if saved is not None:
             learner.go_on_from(restore(session, saved, learner.generators, learner.augmenting))
         begun -= learner.state.seconds
@@ -185,9 +193,10 @@ def fit(
         bar = Progress(steps, learner.state.step, shown=bool(progress) and main, show=show)
         _run_epochs(learner, phases, sets, store, bar, begun, [each for each in (track, tell) if each is not None])
         if learner.state.selection.weights is not None:
-            unwrap(adaptation.model).load_state_dict(learner.state.selection.weights)
+            _load(session, learner.state.selection.weights)
         elif session.average is not None:
             session.average.apply()
+        session.end()
         ended = finish(session, functions, batches, sets.valid, sets.path)
         store.end()
         return _result(session, batches, learner.state, ended, begun, kept_outputs=learner.ever_cached)
@@ -208,33 +217,83 @@ def _run_epochs(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         Terminated: after SIGTERM, likewise.
     """
-    state = learner.state
+    session, state, processes = learner.session, learner.state, learner.session.processes
+    cut = learner.batches.cut
 
-    def save(*, now: bool, gathered: Sequence[Mapping[str, Any]] = ()) -> None:
+    def save(generators: Mapping[str, Any], gathered: Sequence[Mapping[str, Any]], *, now: bool) -> None:
         state.seconds = time.perf_counter() - begun
-        store.save(lambda: snapshot(learner.session, state, learner.generators, gathered), now=now)
+        store.save(lambda: snapshot(session, state, generators, gathered, cut), now=now)
 
+    def save_together(*, now: bool) -> None:
+        """Write a checkpoint of all processes, if they agree that it is due."""
+        if not processes.many:
+            return save(generator_states(learner.generators), (), now=now)
+        if store.folder is None or not (now or processes.first(store.due)):
+            return None
+        session.average_statistics()
+        gathered = gather_generators(session, learner.generators)
+        own = state.total, state.seen
+        state.total, state.seen = session.summed(*own)
+        if processes.main:
+            save(gathered[0], gathered, now=True)
+        elif session.sharded:
+            snapshot(session, state, gathered[processes.rank], (), cut)
+        state.total, state.seen = own
+        return processes.wait()  # a process that leaves earlier would seem lost
+
+    def save_alone() -> None:
+        """Write what this process has: the weights and generators after the last step that all have made."""
+        if store.folder is not None and not session.sharded and state.step:
+            save(learner.settled, (), now=True)
+
+    periodic = time.perf_counter() + _PERIOD
     try:
-        with bar, interruptible(store.folder is not None) as stop:
-            while continues(learner, phases):
-                learner.begin(phases[state.epoch])
-                for _ in learner.epoch():
-                    bar.advance()
+        with bar, interruptible(store.folder is not None, shared=processes.many) as stop:
+            try:
+                while continues(learner, phases):
+                    learner.begin(phases[state.epoch])
+                    for _ in learner.epoch():
+                        bar.advance()
+                        late = processes.many and time.perf_counter() >= periodic
+                        if store.folder is not None:
+                            late = stop.agree(processes, late=late)
+                        if stop.asked:
+                            learner.check()
+                            save_together(now=True)
+                            stop.stop()
+                        if late:
+                            learner.check()
+                            save_together(now=True)
+                            periodic = time.perf_counter() + _PERIOD
+                    close_epoch(learner, sets, time.perf_counter() - begun)
+                    bar.show(state.history[-1])
+                    store.write_history(state.history)
+                    if store.folder is not None:
+                        stop.agree(processes)
+                    save_together(now=stop.asked or not continues(learner, phases))
                     if stop.asked:
-                        learner.check()
-                        save(now=True)
                         stop.stop()
-                close_epoch(learner, sets, time.perf_counter() - begun)
-                bar.show(state.history[-1])
-                store.write_history(state.history)
-                gathered = gather_generators(learner.session, learner.generators) if store.folder is not None else ()
-                save(now=stop.asked or not continues(learner, phases), gathered=gathered)
-                if stop.asked:
-                    stop.stop()
-                for tell in tells:
-                    tell(state.history[-1])
+                    for tell in tells:
+                        tell(state.history[-1])
+            except RuntimeError as error:
+                lost = lost_processes(processes, error)
+                if lost is None:
+                    raise
+                if processes.rank == lost.first:
+                    save_alone()
+                raise lost from error
     finally:
         learner.forget()
+
+
+def _load(session: Session, weights: Mapping[str, Tensor]) -> None:
+    """Load the selected weights, of which each process has its parts."""
+    model = unwrap(session.adaptation.model)
+    if not session.sharded:
+        model.load_state_dict(weights)
+        return
+    for name, tensor in model.state_dict().items():
+        local(tensor).copy_(weights[name])
 
 
 def _untrained(

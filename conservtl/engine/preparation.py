@@ -11,15 +11,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.batching import Contents, Cut, Held, Streamed, as_batches
 from conservtl.engine.evaluation import Functions, Holdout
-from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
 from conservtl.engine.tracing import check_traceable
 from conservtl.engine.training import Training
 from conservtl.engine.workers import number_of_workers
 from conservtl.errors import SpecError
 from conservtl.labels import labels_for_loss, takes_labels
+from conservtl.runtime.freezing import keeps_batch_statistics
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_compiler",
     "learn_labels",
     "make_measurements",
+    "part_generators",
     "place_sets",
     "training_batches",
 ]
@@ -99,22 +101,50 @@ def with_sizes(training: Training, saved: Mapping[str, Any]) -> Training:
     return training.model_copy(update={name: saved[name] for name in ("batch_size", "accumulate")})
 
 
-def training_batches(session: Session, train: Any) -> Held | Streamed:
-    """Return the batches of the training data, of this process's part if there are many."""
-    if isinstance(train, DataLoader) and session.part[1] > 1:
-        # Batches are moved one at a time when they are used.
-        train = session.accelerator.prepare_data_loader(train, device_placement=False)
-    settings = session.training
+def training_batches(session: Session, train: Any, together: int | None = None) -> Held | Streamed:
+    """Return the batches of the training data, of this process's part if there are many.
+
+    Args:
+        session: knows the processes.
+        train: as for ``fit``.
+        together: examples per step of all processes together, as a run that is resumed began; None: by the settings.
+    """
+    processes, settings = session.processes, session.training
+    size = settings.known_batch_size
+    cut: int | Cut = size
+    if processes.many or size != (together or size):
+        if isinstance(train, DataLoader):
+            # Batches are moved one at a time when they are used.
+            train = session.accelerator.prepare_data_loader(train, device_placement=False)
+        norms = any(keeps_batch_statistics(module) for module in session.adaptation.model.modules())
+        cut = Cut(
+            together or size * processes.world,
+            shuffle=True,
+            processes=processes,
+            generator=torch.Generator() if processes.many else None,
+            least=2 * processes.world if norms else 2,
+        )
     return as_batches(
         train,
-        settings.known_batch_size,
+        cut,
         session.device,
         shuffle=True,
-        part=session.part,
         seconds=settings.batch_seconds,
         holding=session.holding,
         workers=number_of_workers(settings.num_workers, session.device),
     )
+
+
+def part_generators(session: Session, batches: Held | Streamed) -> None:
+    """Let the order of the data be drawn as in one process, and everything else differently in each process."""
+    processes = session.processes
+    if not processes.many:
+        return
+    order = processes.first(torch.get_rng_state())
+    if batches.processes.many:
+        batches.generators[0].set_state(order)
+    if processes.rank > 0:
+        seed_all((torch.initial_seed() + processes.rank) % 2**62)
 
 
 def place_sets(
@@ -124,13 +154,14 @@ def place_sets(
     path: Mapping[str, Any] | None,
 ) -> Sets:
     """Return the sets of ``fit`` as batches, on the device if they fit."""
-    size = session.training.evaluate_batch_size
+    processes = session.processes
+    cut = Cut(session.training.evaluate_batch_size * processes.world, shuffle=False, processes=processes)
 
     def placed(sets: Mapping[str, Any] | None) -> dict[str, Holdout]:
         holdouts = {name: data if isinstance(data, Holdout) else Holdout(data) for name, data in (sets or {}).items()}
         return {
             name: replace(
-                holdout, data=as_batches(holdout.data, size, session.device, shuffle=False, holding=session.holding)
+                holdout, data=as_batches(holdout.data, cut, session.device, shuffle=False, holding=session.holding)
             )
             for name, holdout in holdouts.items()
         }

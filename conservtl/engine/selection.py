@@ -13,6 +13,7 @@ from conservtl.engine.evaluation import Holdout
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.functions import Metrics, accuracy
+from conservtl.kernels.dtensor import part_of
 from conservtl.layers import unwrap
 from conservtl.plan.plan import Plan
 
@@ -26,7 +27,8 @@ class Selection:
     Args:
         best: its score; None before the first evaluation with a score.
         loss: its loss, which decides between equal scores: few examples have few different accuracies.
-        weights: the model's state dict then, on the CPU; None unless the settings keep the best weights.
+        weights: the model's state dict then, on the CPU, of sharded tensors this process's parts; None unless the
+            settings keep the best weights.
         stale: evaluations since the score was last beaten.
     """
 
@@ -69,7 +71,7 @@ class Selection:
         self.best, self.loss = value, loss
         if training.keep in ("target", "harmonic"):
             tensors = unwrap(model).state_dict()
-            self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self.weights = {name: part_of(tensor) for name, tensor in tensors.items()}
 
 
 def decides(training: Training, plan: Plan) -> bool:

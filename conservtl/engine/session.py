@@ -12,16 +12,21 @@ from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
+from conservtl.engine.distribution import check_divisible, plain_environment, shards
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.execution import decide, in_tf32
 from conservtl.engine.holding import Holding
 from conservtl.engine.layout import channels_last
 from conservtl.engine.optimizer import Made
+from conservtl.engine.processes import ALONE, current, names_lost
+from conservtl.engine.sharding import shard, unshard
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.tracing import GRAPHS, compiled
 from conservtl.engine.training import Training
 from conservtl.engine.weight_average import WeightAverage
 from conservtl.errors import SpecError
+from conservtl.layers import unwrap
+from conservtl.losses import counted
 from conservtl.plan.term import View
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.preserve import preserve_modes
@@ -55,7 +60,9 @@ class Session:
         self.training = training
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
-        self.part: tuple[int, int] = (accelerator.process_index, accelerator.num_processes)
+        self.processes = current() if accelerator.num_processes > 1 else ALONE
+        self.sharded = False
+        self._shards = shards(training, accelerator)
         self.execution = decide(training, adaptation.model, self.device, self.precision, self.made)
         if self.execution.fused:
             self.made = self.made[0], {**self.made[1], "fused": True}
@@ -69,13 +76,36 @@ class Session:
     def begin(self) -> None:
         """Make the optimizer and prepare it with the model, once the plan's measurements and searches are done."""
         cls, options = self.made
+        if self.processes.many:
+            check_divisible(self.adaptation.plan)
+        if self._shards:
+            shard(self.adaptation, self.device)
+            self.sharded = True
         self.raw = self.adaptation.optimizer(cls, **options)
-        self.eager, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
-        self.model = compiled(self.eager, self.execution.compile)
+        if self.sharded:  # Accelerate would replace the parameters of the optimizer
+            self.model = self.eager = self.accelerator.prepare_model(
+                self.adaptation.model, device_placement=False, evaluation_mode=True
+            )
+        else:
+            self.eager, self._prepared = self.accelerator.prepare(self.adaptation.model, self.raw)
+            self.model = compiled(self.eager, self.execution.compile)
         self.adaptation.keep_frozen()
         if self.training.ema is not None:
             trained = frozenset(self.adaptation.plan.trained)
             self.average = WeightAverage(self.adaptation.model, trained, self.training.ema)
+
+    def end(self) -> None:
+        """Make sharded parameters whole again and statistics equal in all processes, once the last step is made."""
+        if self.sharded:
+            unshard(self.adaptation)
+            self.model = self.eager = self.adaptation.model
+            self.sharded, self.average = False, None
+        self.average_statistics()
+
+    def average_statistics(self) -> None:
+        """Average the buffers over all processes: running statistics are then those of all their batches."""
+        if self.processes.many:
+            self.processes.average([one for one in unwrap(self.model).buffers() if one.is_floating_point()])
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the averaged weights, if the settings ask for an average."""
@@ -106,30 +136,40 @@ class Session:
         self._factor = None  # the rates have changed: the next factor is applied even if it is the same
         self.train()
 
-    def no_sync(self) -> AbstractContextManager[Any]:
-        """Return a context for a backward that no step follows: processes do not exchange gradients."""
-        return self.accelerator.no_sync(self.model) if self.part[1] > 1 else nullcontext()
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Hold a backward that no step follows: processes do not exchange gradients."""
+        if self.sharded:
+            model: Any = unwrap(self.model)
+            model.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                model.set_requires_gradient_sync(True)
+        else:
+            with self.accelerator.no_sync(self.model) if self.processes.many else nullcontext():
+                yield
 
     def summed(self, *values: float) -> tuple[float, ...]:
         """Return numbers summed over all processes."""
-        if self.part[1] == 1:
-            return values
-        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(numbers)
-        return tuple(numbers.tolist())
+        return tuple(map(sum, zip(*self.processes.gathered(values), strict=True)))
 
     def source_view(self, functions: Functions, content: Any) -> View | None:
         """Return the source model's view of the inputs that the adapted model gets, under the same autocast."""
         with self.autocast():
             return self.adaptation.source_view(content, functions.forward)
 
-    def loss(self, functions: Functions, content: Any, source: View | None = None) -> Tensor:
+    def loss(
+        self, functions: Functions, content: Any, source: View | None = None, share: float | None = None
+    ) -> Tensor:
         """Return the loss of a batch with the plan's terms.
 
         Args:
             functions: forward and loss.
             content: the batch.
             source: the source model's view of it, if it has been computed before.
+            share: factor that makes the mean over processes that over all examples of their batches; None: the loss
+                as it is. A loss that is a mean over positions is weighed by these instead.
         """
         if self.device.type == "cuda" and self.execution.compile in GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -137,7 +177,25 @@ class Session:
         loss = functions.loss(outputs, content)
         if source is None and self.adaptation.bound.terms.needs_source:
             source = self.source_view(functions, content)
-        return self.adaptation.loss(loss, outputs, source=source, batch=content)
+        if share is None or not self.processes.many:
+            return self.adaptation.loss(loss, outputs, source=source, batch=content)
+        factor, terms = self._factors(counted(functions.loss, outputs, content), share)
+        return factor * self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
+
+    def _factors(self, count: Tensor | None, share: float) -> tuple[float | Tensor, float | Tensor]:
+        """Return the factor on a batch's loss, and that on its terms beside it.
+
+        Args:
+            count: positions that the loss is the mean over; None: it is the mean over examples.
+            share: the factor by examples; 0 for a stand-in, which does not count.
+        """
+        if count is None:
+            return share, 1.0
+        mine = count.double() * bool(share)
+        together = mine.clone()
+        torch.distributed.all_reduce(together)
+        factor = (mine * self.processes.world / together.clamp(min=1)).float()
+        return factor, torch.where(factor > 0, share / factor, 0.0)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled in fp16."""
@@ -203,7 +261,11 @@ def open_session(
         runner = adaptation.bound.terms.source_model
         models = [adaptation.model] if runner is None else [adaptation.model, runner.model]
         try:
-            with channels_last(models, active=session.execution.channels_last), in_tf32(session.execution.tf32):
+            with (
+                channels_last(models, active=session.execution.channels_last),
+                in_tf32(session.execution.tf32),
+                names_lost(session.processes),
+            ):
                 yield session
         finally:
             adaptation.model.zero_grad()
@@ -213,6 +275,7 @@ def open_session(
 def _own_accelerator(training: Training) -> Iterator[Any]:
     """Yield a new Accelerator, and restore the state that Accelerate shares between all of a process."""
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     shared = accelerate_states(process=not distributed)
@@ -220,8 +283,14 @@ def _own_accelerator(training: Training) -> Iterator[Any]:
     precision, cpu = _precision(training)
     for state in shared:
         state.clear()
+    # Layers may be left out at random; statistics are averaged where they are read.
+    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     try:
-        yield Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+        with plain_environment():
+            made = Accelerator(
+                mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, kwargs_handlers=[wrapping]
+            )
+        yield made
     finally:
         for state, before in zip(shared, saved, strict=True):
             state.clear()

@@ -70,6 +70,10 @@ class Training(BaseModel):
     """auto: bf16 on a GPU that supports it, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
+    distributed: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How the processes of torchrun or accelerate launch share the model. ddp: each has all of it. fsdp2: parameters,
+    gradients, the optimizer's state and starting values are sharded. auto: ddp, or fsdp2 if accelerate is configured
+    for FSDP."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """CPU threads that torch may use; None: as many as it has. One is best for a network so small that threads mostly
     wait for each other, above all on a busy machine. auto: one, unless all are a tenth faster in the first twelve

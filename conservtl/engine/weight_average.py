@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from conservtl.kernels.dtensor import from_part, local, place_like
 from conservtl.layers import named_parameters, unwrap
 
 __all__ = ["WeightAverage"]
@@ -30,37 +31,36 @@ class WeightAverage:
         parameters = {name: each for name, each in named_parameters(model).items() if name in trained}
         buffers = {name: each for name, each in unwrap(model).named_buffers() if each.is_floating_point()}
         self._live: dict[str, Tensor] = {**parameters, **buffers}
-        self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        self._average = {name: local(tensor.detach()).clone() for name, tensor in self._live.items()}
         self._lerp: Any = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after a step."""
-        self._lerp(list(self._average.values()), [tensor.detach() for tensor in self._live.values()], None)
+        self._lerp(list(self._average.values()), [local(tensor.detach()) for tensor in self._live.values()], None)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Put the average into the model."""
         for name, tensor in self._live.items():
-            tensor.copy_(self._average[name])
+            local(tensor.detach()).copy_(self._average[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the average into the model for a block."""
-        weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        weights = {name: local(tensor.detach()).clone() for name, tensor in self._live.items()}
         self.apply()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self._live.items():
-                    tensor.copy_(weights[name])
+            for name, tensor in self._live.items():
+                local(tensor.detach()).copy_(weights[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average by name."""
-        return dict(self._average)
+        """Return the average by name, sharded like the parameters."""
+        return {name: from_part(tensor, self._live[name], tensor.dtype) for name, tensor in self._average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore an average that ``state_dict`` returned."""
         for name, tensor in self._average.items():
-            tensor.copy_(state[name])
+            tensor.copy_(local(place_like(state[name], self._live[name], tensor.dtype)))

@@ -44,10 +44,19 @@ class WorkerLoader:
         order: yields the positions of each batch.
         workers: number of processes; 0: this one loads.
         pinned: whether batches are put into pinned memory.
+        generator: gives the seeds of epochs; None: torch's global one.
     """
 
-    def __init__(self, dataset: Dataset[Any], order: Any, workers: int, *, pinned: bool) -> None:
-        self._order = order
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        order: Any,
+        workers: int,
+        *,
+        pinned: bool,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._order, self._generator = order, generator
         self._seed = 0
         self._loader: DataLoader[Any] = DataLoader(
             _Seeded(dataset),
@@ -62,7 +71,9 @@ class WorkerLoader:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Any]:
-        self._seed = int(torch.empty((), dtype=torch.int64).random_())  # as a DataLoader without workers would
+        self._seed = int(
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+        )  # as a DataLoader without workers would
         return iter(self._loader)
 
     def tagged(self) -> Iterator[list[tuple[int, int]]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_rows", "local", "over_parts", "place_like", "real_parts", "sharded", "whole"]
+__all__ = ["by_rows", "from_part", "local", "over_parts", "part_of", "place_like", "real_parts", "sharded", "whole"]
 
 
 def sharded(tensor: Any) -> bool:
@@ -80,3 +80,33 @@ def place_like(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU of this process's part of a tensor; of the whole if it is not sharded."""
+    part: Tensor = local(tensor.detach()).to("cpu", copy=True)
+    return part
+
+
+def from_part(part: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the tensor of which every process has such a part, placed like a parameter. Nothing is sent.
+
+    Args:
+        part: cut like the parameter, as ``part_of`` returns it; the whole tensor if the parameter is not sharded.
+        parameter: gives device and sharding.
+        dtype: type of the result; None: the parameter's.
+    """
+    if not sharded(parameter):
+        return place_like(part, parameter, dtype)
+    from torch.distributed.tensor import DTensor
+
+    moved = part.to(parameter.device, parameter.dtype if dtype is None or parameter.is_complex() else dtype)
+    cut: Tensor = DTensor.from_local(
+        moved,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return cut

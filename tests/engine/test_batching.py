@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import conservtl as ctl
 from conservtl.data import Examples
-from conservtl.engine.batching import Batch, Held, Streamed, as_batches
+from conservtl.engine.batching import Batch, Cut, Held, Streamed, as_batches
 from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses
+from conservtl.engine.processes import Processes
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,7 @@ def test_every_example_comes_once(form, shuffle):
 
 @given(length=st.integers(1, 40), size=st.integers(1, 10), world=st.integers(1, 3))
 def test_batches_of_held_data(length, size, world):
-    """A last batch of one example joins the batch before; processes get equal parts."""
+    """A last batch of one example joins the batch before; the parts of processes are those of one process's batches."""
     batches = Held((torch.arange(length),), size, CPU, shuffle=False)
     sizes = [b.size for b in batches.epoch()]
     assert sum(sizes) == length
@@ -80,11 +81,20 @@ def test_batches_of_held_data(length, size, world):
     if length > 1 and size > 1:
         assert min(sizes) > 1
     assert max(sizes) <= size + 1
-    from conservtl.engine.batching import _cuts
-
-    cuts = _cuts(length, size, world)
-    assert all(cut % world == 0 for cut in cuts)
-    assert length <= sum(cuts) < length + world
+    for generator in (None, torch.Generator().manual_seed(1)):
+        parts = []
+        for rank in range(world):
+            cut = Cut(size, generator is not None, Processes(rank, world), generator and generator.manual_seed(1))
+            parts.append(list(Held((torch.arange(length),), cut, CPU).epoch()))
+        for number, together in enumerate(zip(*parts, strict=True)):
+            assert all(len(batch.content[0]) > 0 for batch in together)
+            found = [batch.content[0][: batch.size] for batch in together]
+            assert sum(map(len, found)) == sizes[number]  # no example twice, none left out
+            assert sum(batch.share for batch in together) / world == pytest.approx(1)
+            assert sum(batch.weight for batch in together) == pytest.approx(sizes[number])
+            if generator is None:
+                rows = torch.cat(found).sort().values
+                assert rows.tolist() == list(range(sum(sizes[:number]), sum(sizes[: number + 1])))
 
 
 @pytest.mark.parametrize("form", ["tuple", "dataset"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.data import length_of
 from conservtl.engine import Holdout
 from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
+from conservtl.engine.processes import Processes, connected
 from conservtl.errors import MissingExtraError, SpecError
 from conservtl.experiments.publishing.run_card import CARD, check_card, run_card
 from conservtl.experiments.run.bundle import save_bundle, save_measured
@@ -26,7 +27,6 @@ from conservtl.experiments.run.evaluation_sets import (
     sets_to_select_on,
     sets_to_watch,
 )
-from conservtl.experiments.run.processes import is_main_process
 from conservtl.experiments.run.scoring import Scores, agreement
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, prepare_source
@@ -88,10 +88,16 @@ def run(
         SpecError: another process writes to ``out``, or it holds a ``README.md`` that no run wrote.
         WriteError: the disk is full, or ``out`` cannot be written to.
     """
+    with connected(device_of(spec.training.device)) as processes:
+        return _run(spec, Path(out), processes, resume=resume, progress=progress, tensorboard=tensorboard)
+
+
+def _run(
+    spec: Spec, folder: Path, processes: Processes, *, resume: bool, progress: bool, tensorboard: bool
+) -> RunReport:
     begun = time.perf_counter()
     if tensorboard:
         require("torch.utils.tensorboard", "tensorboard")  # before time is spent
-    folder = Path(out)
     check_folder(folder)
     check_card(folder)
     if resume and not folder.exists():
@@ -100,10 +106,11 @@ def run(
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
-    main = is_main_process()
-    with lock_folder(folder) if main else nullcontext():
-        resume = resume and Checkpoints(folder).exist()
-        if main and not resume:  # an interrupted run must not look finished; whether it may resume, fit decides first
+    with ExitStack() as stack:
+        processes.in_first(lambda: stack.enter_context(lock_folder(folder)))
+        resume = processes.first(resume and Checkpoints(folder).exist())
+        if processes.main and not resume:
+            # An interrupted run must not look finished; whether it may resume, fit decides first.
             for name in _RESULTS:
                 (folder / name).unlink(missing_ok=True)
             write_text(dump_spec(setting.spec), folder / "spec.yaml")
@@ -119,9 +126,11 @@ def run(
             resume=resume,
             progress=progress,
         )
-        if main and tensorboard:
+        if processes.main and tensorboard:
             write_tensorboard(result.history, folder / "tensorboard")
         after = score_on_tests(setting, source, adaptation.model)
+        if not processes.main:
+            return processes.first(RunReport({}, result.history))
         report = RunReport(_report(setting, source, adaptation, before, after), result.history)
         report["seconds"] = {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun}
         report["environment"] = _environment(result.device, result.precision) | {"execution": result.execution}
@@ -132,8 +141,6 @@ def run(
             name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
         }
         report["sentence"] = sentence(report)
-        if not main:
-            return report
         write_text(dump_spec(setting.spec), folder / "spec.yaml")
         save_bundle(folder, adaptation, setting)
         save_measured(folder, adaptation.measured)
@@ -143,7 +150,7 @@ def run(
             write_html(report, result.history, folder / "report.html")
         except MissingExtraError as error:
             report["note"] = str(error)
-        return report
+        return processes.first(report)
 
 
 def _report(

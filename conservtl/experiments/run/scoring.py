@@ -12,6 +12,8 @@ from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
 from conservtl.data import Data
 from conservtl.engine import Functions, Holdout, evaluate
+from conservtl.engine.batching import Cut, as_batches
+from conservtl.engine.processes import current
 from conservtl.functions import MetricPool
 from conservtl.runtime.source_head import SourceHead
 from conservtl.tasks.base import Task
@@ -44,6 +46,8 @@ class Scores:
 def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: int = 256) -> Scores:
     """Evaluate a model where it is; its modes and all random generators are left as found.
 
+    Of several processes each evaluates a part, and the first gets all outputs, labels and records.
+
     Args:
         task: gives loss, metrics and labels.
         model: the model.
@@ -63,9 +67,15 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: 
         records.append(task.record(out, batch))
         return judge(out, batch)
 
-    functions = Functions(task.forward, task.loss, metrics)
-    pooled = evaluate(model, data, functions, next(model.parameters()).device, batch_size)
-    return Scores(pooled, tuple(outputs), tuple(labels), tuple(records))
+    functions, processes = Functions(task.forward, task.loss, metrics), current()
+    device = next(model.parameters()).device
+    cut = Cut(batch_size * processes.world, shuffle=False, processes=processes)
+    examples = data if isinstance(data, Holdout) else Holdout(data)
+    shared = replace(examples, data=as_batches(examples.data, cut, device, shuffle=False))
+    pooled = evaluate(model, shared, functions, device)
+    divided = shared.data.processes  # batches that were not made here are evaluated whole by each process
+    parts = divided.gathered_at_first((outputs, labels, records))
+    return Scores(pooled, *(tuple(one for part in parts for one in part[place]) for place in range(3)))
 
 
 def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from conservtl.engine.processes import is_main_process
 from conservtl.errors import SourceError
-from conservtl.experiments.run.processes import is_main_process
 from conservtl.storage.files import remove_temporary
 from conservtl.storage.locks import wait_for_lock
 from conservtl.storage.tensor_files import load_tensors, save_tensors

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data
 from conservtl.engine.checkpoint import Checkpoints
+from conservtl.engine.processes import current
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.experiments.run.setting import Setting, prepare
@@ -96,9 +97,10 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
     outputs = len(setting.domains.source_labels)
     model = setting.model(outputs)
     with SourceCache(spec.source.cache).entry(f"{spec.task}-{_key(setting, data)}") as entry:
-        cached = entry.load()
-        if cached is not None:
-            model.load_state_dict(cached)
+        processes = current()
+        cached = entry.load() if processes.main else None  # the others wait for the lock that the first holds
+        if processes.first(cached is not None):
+            model.load_state_dict(cached or entry.load() or {})
             return SourceModel(model.eval(), outputs, "cached")
         setting.fit(
             adapt(model, itself(missing=[]), example=setting.example, layers=spec.layers),
@@ -107,7 +109,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
             augment=setting.task.augmented(setting.domains.source_augmentation),
             progress=progress,
             out=entry.unfinished,
-            resume=Checkpoints(entry.unfinished).exist(),
+            resume=processes.first(Checkpoints(entry.unfinished).exist()),
         )
         model = model.cpu().eval()
         entry.store(model.state_dict())
@@ -200,6 +202,8 @@ def _key(setting: Setting, data: Data) -> str:
         "seed": spec.seed,
         "data": setting.task.fingerprint(spec.data, data, domains.preprocessing),
     }
+    if (world := current().world) > 1:  # the batch of all processes together is so many times larger
+        parts["processes"] = world
     if isinstance(spec.model, NetworkSection) and spec.model.own is not None:
         parts["code"] = spec.model.digest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,83 @@
+"""The way in which many processes share a model: replicas (DDP) or shards (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from conservtl.engine.processes import is_launched
+from conservtl.engine.training import Training
+from conservtl.errors import SpecError
+from conservtl.plan.plan import Plan
+
+__all__ = ["check_divisible", "plain_environment", "shards"]
+
+_FSDP = "ACCELERATE_USE_FSDP"
+_OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+
+
+def shards(training: Training, accelerator: Any) -> bool:
+    """Return whether parameters are to be sharded over the processes.
+
+    Args:
+        training: its ``distributed``; auto: what ``accelerate launch`` was configured for, or else replicas.
+        accelerator: as it was made.
+
+    Raises:
+        SpecError: the settings ask for processes, and there are none; or for what these do not support.
+    """
+    asked, kind = training.distributed, str(accelerator.distributed_type.value)
+    if asked == "auto":
+        return kind.startswith("MULTI_") and accelerator.num_processes > 1 and _set(_FSDP)
+    if not is_launched():
+        raise SpecError(
+            f"training.distributed is {asked}, which takes processes that a launcher starts; there is this one. Start "
+            "it with torchrun --nproc-per-node N -m conservtl run SPEC, or set it to auto."
+        )
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise SpecError(f"training.distributed is {asked}, but the accelerator is of type {kind}. Set it to auto.")
+    if asked == "fsdp2" and accelerator.scaler is not None:
+        raise SpecError("training.precision is fp16, which fsdp2 does not support. Set it to bf16 or fp32, or use ddp.")
+    if asked == "fsdp2" and training.compile:
+        raise SpecError("training.compile is set, which fsdp2 does not support. Leave it out, or use ddp.")
+    return asked == "fsdp2"
+
+
+def check_divisible(plan: Plan) -> None:
+    """Raise unless all terms of a plan may be computed on each process's part of a batch.
+
+    Raises:
+        SpecError: a term is no mean over the examples of a batch.
+    """
+    for term in plan.terms:
+        if not type(term).mean_over_batch:
+            raise SpecError(
+                f"{term.by} acts on all examples of a batch together, and each process has only its part of them. "
+                f"Train with one process, or leave {term.by} out."
+            )
+
+
+@contextmanager
+def plain_environment() -> Iterator[None]:
+    """Hide in the block what ``accelerate launch`` says about FSDP: an Accelerator would take it over.
+
+    Raises:
+        SpecError: it says DeepSpeed or Megatron-LM.
+    """
+    if other := [name for variable, name in _OTHERS.items() if _set(variable)]:
+        raise SpecError(
+            f"accelerate launch is configured for {other[0]}, which fit does not support. Choose DDP (multi-GPU or "
+            "multi-CPU) or FSDP in accelerate config."
+        )
+    hidden = os.environ.pop(_FSDP, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ[_FSDP] = hidden
+
+
+def _set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
