@@ -92,6 +92,8 @@ class Task(ABC):
     the source has too are copied. Tasks with classes need not say so."""
     shift: ClassVar[Shift] = "input"
     """How the target differs where source and target share their labels."""
+    takes: ClassVar[str] = ""
+    """What a model must do, for a message about one that cannot be called: take ... and return .... Empty: not said."""
     usual_lr: ClassVar[float] = 3e-4
     """A learning rate that fits the task's networks, for ``recommend``."""
 
@@ -164,6 +166,23 @@ class Task(ABC):
     def by_label(self) -> bool:
         """Whether a head's rows are copied by label."""
         return self.has_classes or self.labels_are_outputs
+
+    def fault(self, outputs: Any, labels: int) -> str | None:
+        """Return what is wrong with a model's outputs, as "must ...; it ...", or None.
+
+        The default takes (N, classes, ...) where the task has classes.
+
+        Args:
+            outputs: of the model on a few examples.
+            labels: how many labels there are.
+        """
+        logits = logits_of(outputs) if self.has_classes else None
+        if logits is None or logits.ndim <= 1 or logits.shape[1] == labels:
+            return None
+        return (
+            f"must have an output for each of {labels} labels; it has {logits.shape[1]}. Leave the number of outputs "
+            "out of the section model, or correct the data's labels."
+        )
 
     def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
         """Return the outputs of some labels, in this order; the default takes (N, classes, ...).

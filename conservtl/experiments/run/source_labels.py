@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from conservtl.batches import map_tensors
 from conservtl.data import Data, Domains, Examples, length_of
 from conservtl.errors import DataError, SpecError
-from conservtl.functions import logits_of
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
@@ -86,22 +85,25 @@ def check_shots(task: Task, domains: Domains) -> None:
 
 
 def check_outputs(task: Task, model: nn.Module, example: Any, labels: int) -> None:
-    """Raise unless a model has as many outputs as there are labels; runs it once on the example.
+    """Raise unless a model's outputs are what the task takes, one for each label; runs it once on the example.
 
     Raises:
-        SpecError: it has another number.
+        SpecError: they are not, or the model of a task that says so does not take its inputs.
     """
-    if not task.has_classes:
+    if not (task.has_classes or task.takes):
         return
     device = next(model.parameters()).device
     inputs = map_tensors(example, lambda tensor: tensor.to(device))
+    name = type(model).__name__
     with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), preserve_buffers(model):
-        outputs = logits_of(task.forward(model, inputs if isinstance(inputs, Mapping) else (inputs,)))
-    if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.shape[1] != labels:
-        raise SpecError(
-            f"model: {type(model).__name__} must have an output for each of {labels} labels; it has "
-            f"{outputs.shape[1]}. Leave the number of outputs out of the section model, or correct the data's labels."
-        )
+        try:
+            outputs = task.forward(model, inputs if isinstance(inputs, Mapping) else (inputs,))
+        except TypeError as error:
+            if not task.takes:
+                raise
+            raise SpecError(f"model: {name} must {task.takes}; it raises: {error}. Choose another model.") from error
+    if (fault := task.fault(outputs, labels)) is not None:
+        raise SpecError(f"model: {name} {fault}")
 
 
 def listed(labels: Sequence[str]) -> str:

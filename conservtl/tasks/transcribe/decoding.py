@@ -12,7 +12,7 @@ from conservtl.errors import DataError
 from conservtl.functions import logits_of
 from conservtl.padding import padding_of_outputs
 
-__all__ = ["check_frames", "confidence", "frames_needed", "frames_of", "greedy", "tokens_of"]
+__all__ = ["check_frames", "confidence", "fault_of", "frames_needed", "frames_of", "greedy", "tokens_of"]
 
 
 def frames_of(outputs: Any) -> tuple[Tensor, Tensor]:
@@ -38,6 +38,24 @@ def confidence(outputs: Any) -> Tensor:
     valid = torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
     spoken = valid & (answers > 0)
     return torch.where(spoken, best, 0).sum(1) / spoken.sum(1).clamp_min(1)
+
+
+def fault_of(outputs: Any, tokens: int) -> str | None:
+    """Return why outputs are not (logits, lengths) of a CTC model with this many tokens, or None."""
+    logits, padding = logits_of(outputs), padding_of_outputs(outputs)
+    fix = "Return (logits, lengths), with logits of (N, frames, tokens) and the frames of each utterance, (N,)."
+    if logits.ndim != 3:
+        return f"must return logits of (N, frames, tokens); it returns {tuple(logits.shape)}. {fix}"
+    if padding is None or padding.lengths.shape != logits.shape[:1]:
+        return f"must return the frames of each of {len(logits)} utterances beside its logits; it does not. {fix}"
+    if padding.lengths.is_floating_point():
+        return f"must return lengths in frames; it returns {padding.lengths.tolist()}. {fix}"
+    if logits.shape[2] != tokens:
+        return (
+            f"must have an output for each of {tokens} tokens, the blank among them; it has {logits.shape[2]}. Leave "
+            "the number of outputs out of the section model, or correct data.tokens."
+        )
+    return None
 
 
 def frames_needed(labels: Tensor) -> Tensor:

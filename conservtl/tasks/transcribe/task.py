@@ -16,7 +16,7 @@ from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
 from conservtl.tasks.transcribe.corpora import load, speakers
-from conservtl.tasks.transcribe.decoding import check_frames, confidence, frames_of, greedy, tokens_of
+from conservtl.tasks.transcribe.decoding import check_frames, confidence, fault_of, frames_of, greedy, tokens_of
 from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
@@ -38,6 +38,7 @@ class Transcribe(Task):
     headline: ClassVar[Headline] = Headline("wer", better="lower", text="word error rate")
     example: ClassVar[str] = "utterance"
     labels_are_outputs: ClassVar[bool] = True
+    takes: ClassVar[str] = "take (inputs, lengths) and return (logits, lengths)"
     shift: ClassVar[Any] = "speaker"
     usual_lr: ClassVar[float] = 5e-4
 
@@ -63,6 +64,10 @@ class Transcribe(Task):
     def inputs(self, batch: Any) -> Any:
         """Return the model's arguments."""
         return {"inputs": batch["inputs"], "lengths": batch["lengths"]}
+
+    def fault(self, outputs: Any, labels: int) -> str | None:
+        """Return why a model is no recognizer by CTC with an output for each token; None if it is one."""
+        return fault_of(outputs, labels)
 
     def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
         """Return the logits of some tokens, with the frames of each utterance."""
