@@ -49,7 +49,7 @@ def test_signatures_and_help_show_fields_before_first_use():
     lines = classes.splitlines()
     assert len(lines) > 20
     assert [line for line in lines if not line.endswith("[]")] == []
-    assert "L2SP 9 []" in lines
+    assert "L2SP 10 []" in lines
     assert "Training(*, epochs: " in page
     assert "= 10, batch_size: " in page
     assert "lr: " in page

@@ -101,9 +101,12 @@ class Source:
             if (count := len(migrated.keys() & own.keys())) > matches:
                 best, matches, tensors = prefix, count, migrated
                 notes = migration.notes if migration else ()
-        fitting = sum(name in own and own[name].shape == tensor.shape for name, tensor in tensors.items())
+        fitting = sum(  # a nested tensor has no shape; it is refused later
+            name in own and (tensor.is_nested or own[name].shape == tensor.shape) for name, tensor in tensors.items()
+        )
         if 2 * fitting < min(len(self.tensors), len(own)):
-            placement = find_placement(self.tensors, own, _numbers(model), self.where)
+            shaped = {name: tensor for name, tensor in self.tensors.items() if not tensor.is_nested}
+            placement = find_placement(shaped, own, _numbers(model), self.where)
             if placement is not None:
                 return self._placed(placement, own, migration)
         if matches <= 0:

@@ -88,12 +88,13 @@ def test_no_test_recording_is_looked_at(speech_fields, monkeypatch):
     plain = ctl.recommend(speech_fields, range_test=False)
 
     def spoiled(spec):
-        setting = prepare(spec)
+        setting, source = whole(spec)
         domains = setting.domains
         broken = replace(domains.target_test, inputs=torch.full_like(domains.target_test.inputs, torch.nan))
-        return replace(setting, domains=replace(domains, target_test=broken, source_test=None))
+        return replace(setting, domains=replace(domains, target_test=broken, source_test=None)), source
 
-    monkeypatch.setattr(module, "prepare", spoiled)
+    whole = module.prepare_source
+    monkeypatch.setattr(module, "prepare_source", spoiled)
     assert ctl.recommend(speech_fields, range_test=False).numbers == plain.numbers
 
 
@@ -104,10 +105,11 @@ def test_one_class_is_refused_before_anything_is_measured(speech_fields, monkeyp
     module = sys.modules["conservtl.experiments.advice.recommendation"]
 
     def single(spec):
-        setting = prepare(spec)
-        return replace(setting, domains=replace(setting.domains, labels=("0",)))
+        setting, source = whole(spec)
+        return replace(setting, domains=replace(setting.domains, labels=("0",))), source
 
-    monkeypatch.setattr(module, "prepare", single)
+    whole = module.prepare_source
+    monkeypatch.setattr(module, "prepare_source", single)
     with pytest.raises(ctl.DataError, match="one class"):
         ctl.recommend(speech_fields)
 

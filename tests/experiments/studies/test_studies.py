@@ -333,15 +333,15 @@ class TestTune:
         marked["training"] = {"epochs": 2, "lr": {"choices": [1e-3]}}
         marked["tune"] = {"trials": 1}
         clean = tune(marked, tmp_path / "clean")
-        whole = module.prepare
+        whole = module.prepare_source
 
         def spoiled(spec):
-            setting = whole(spec)
+            setting, source = whole(spec)
             setting.domains.target_test.labels.zero_()
             setting.domains.source_test.labels.zero_()
-            return setting
+            return setting, source
 
-        monkeypatch.setattr(module, "prepare", spoiled)
+        monkeypatch.setattr(module, "prepare_source", spoiled)
         module._shared.cache_clear()
         found = tune(marked, tmp_path / "spoiled")
         module._shared.cache_clear()
