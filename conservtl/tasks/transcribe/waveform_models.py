@@ -129,7 +129,8 @@ def build_transformers(name: str, args: dict[str, Any], tokens: int) -> Transfor
             f"model.name must be transformers/TYPE with a type of AutoModelForCTC that takes samples "
             f"({', '.join(known)}); received {name!r}.{hint(kind, known, count=3)}"
         )
-    chosen = {"layerdrop": 0.0, "apply_spec_augment": False, **args, "vocab_size": tokens, "pad_token_id": 0}
+    blank = 0
+    chosen = {"layerdrop": 0.0, "apply_spec_augment": False, **args, "vocab_size": tokens, "pad_token_id": blank}
     settings = library.AutoConfig.for_model(kind)
     if unknown := [field for field in args if not hasattr(settings, field)]:
         fields = sorted(settings.to_dict())
