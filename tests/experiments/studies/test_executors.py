@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import conservtl as ctl
 from conservtl import plugins
@@ -34,12 +35,15 @@ TASK = ROOT / "examples" / "extend" / "toy_task"
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """The spec of a comparison with eight quick runs over four source models; its task is imported by path."""
-    before, path = dict(plugins._IMPORTED), list(sys.path)
+    before, path, threads = dict(plugins._IMPORTED), list(sys.path), torch.get_num_threads()
+    torch.set_num_threads(1)  # here and in the workers: sums split over threads round otherwise
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plugins.import_modules([str(TASK)])
     quick = ["source.training.epochs=3", "training.epochs=6", "data.source_hums=64", f"source.cache={tmp_path}/cache"]
     section = "compare={targets: [slow clock], seeds: 4, baselines: [source as it is]}"
     monkeypatch.chdir(ROOT)
     yield load_spec(TASK / "spec.yaml", [*quick, section])
+    torch.set_num_threads(threads)
     from conservtl.tasks import base
 
     base._CLASSES.pop("pitch")
