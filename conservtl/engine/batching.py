@@ -17,6 +17,7 @@ from conservtl.batches import as_tensor, take_rows, to_device
 from conservtl.batches import batch_size as size_of
 from conservtl.data import Examples, Sequences
 from conservtl.engine.buckets import BucketedBatches
+from conservtl.engine.cuts import Cut, Order
 from conservtl.engine.holding import Holding
 from conservtl.engine.prefetch import ahead
 from conservtl.engine.processes import ALONE, Processes
@@ -24,7 +25,7 @@ from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.workers import WorkerLoader
 from conservtl.errors import DataError
 
-__all__ = ["Batch", "Contents", "Cut", "Held", "Streamed", "Waiting", "as_batches", "examples_of", "undivided"]
+__all__ = ["Batch", "Contents", "Held", "Streamed", "Waiting", "as_batches", "examples_of", "undivided"]
 
 _MOST_SECONDS = 600.0  # of a batch of sequences without a bound of its own
 
@@ -201,7 +202,7 @@ class Streamed:
     """
 
     def __init__(
-        self, loader: Iterable[Any], device: torch.device, order: _Order | None = None, *, sized: bool = False
+        self, loader: Iterable[Any], device: torch.device, order: Order | None = None, *, sized: bool = False
     ) -> None:
         self.loader = loader
         self.device = device
@@ -255,66 +256,6 @@ class Streamed:
             return Batch(moved, size_of(moved))
         cut, together = self._order.cut, self._order.sizes[number]
         return Batch(moved, cut.part(torch.arange(together))[1], None, together, cut.processes.world)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Batches of a set of examples, and the part of each that is this process's.
-
-    Args:
-        size: examples per batch of all processes together.
-        shuffle: whether to draw a new order each epoch.
-        processes: that share each batch.
-        generator: gives the orders; None: torch's global generator.
-        least: examples that a last batch must have, or it is joined to the batch before.
-    """
-
-    size: int
-    shuffle: bool
-    processes: Processes = ALONE
-    generator: torch.Generator | None = None
-    least: int = 2
-
-    @property
-    def generators(self) -> tuple[torch.Generator, ...]:
-        """The generator of its own, if there is one."""
-        return () if self.generator is None else (self.generator,)
-
-    def sizes(self, length: int) -> list[int]:
-        """Return the examples per batch."""
-        sizes = [self.size] * (length // self.size) + ([length % self.size] if length % self.size else [])
-        if len(sizes) > 1 and sizes[-1] < min(self.least, self.size):
-            sizes[-2:] = [sizes[-2] + sizes[-1]]
-        return sizes
-
-    def order(self, length: int) -> Tensor:
-        """Return the positions in the order of an epoch, the same in all processes."""
-        return torch.randperm(length, generator=self.generator) if self.shuffle else torch.arange(length)
-
-    def part(self, index: Tensor) -> tuple[Tensor, int]:
-        """Return this process's part of a batch, and its size.
-
-        A batch with fewer examples than processes has none for some of them: these get its first as a stand-in that
-        does not count, because all processes must run the model.
-        """
-        rank, world = self.processes.rank, self.processes.world
-        rows = index[rank::world]
-        return (rows, len(rows)) if len(rows) else (index[:1], 0)
-
-
-class _Order:
-    """Batch sampler with the same batches, order and parts as ``Held``."""
-
-    def __init__(self, length: int, cut: Cut) -> None:
-        self.length, self.cut = length, cut
-        self.sizes = cut.sizes(length)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for index in torch.split(self.cut.order(self.length), self.sizes):
-            yield (self.cut.part(index)[0] if self.cut.processes.many else index).tolist()
 
 
 def as_batches(
@@ -382,7 +323,7 @@ def as_batches(
     elif isinstance(data, Dataset):
         if not len(data):  # type: ignore[arg-type]
             raise DataError("data: the dataset has no examples.")
-        order = _Order(len(data), cut)  # type: ignore[arg-type]
+        order = Order(len(data), cut)  # type: ignore[arg-type]
         loader: Any
         if workers is None:
             loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, generator=cut.generator)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from conservtl.engine.batching import Cut
+from conservtl.engine.cuts import Cut
 from conservtl.engine.layout import follow_layout
 from conservtl.engine.optimizer import class_name
 from conservtl.engine.randomness import generator_states, restore_generators, seed_all

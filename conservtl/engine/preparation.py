@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.batching import Contents, Cut, Held, Streamed, as_batches
+from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.cuts import Cut
 from conservtl.engine.evaluation import Functions, Holdout
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import conservtl as ctl
 from conservtl.data import Examples
-from conservtl.engine.batching import Batch, Cut, Held, Streamed, as_batches
+from conservtl.engine.batching import Batch, Held, Streamed, as_batches
 from conservtl.engine.checkpoint import State
+from conservtl.engine.cuts import Cut
 from conservtl.engine.divergence import Losses
 from conservtl.engine.processes import Processes
 

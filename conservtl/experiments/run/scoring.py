@@ -12,7 +12,8 @@ from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
 from conservtl.data import Data
 from conservtl.engine import Functions, Holdout, evaluate
-from conservtl.engine.batching import Cut, as_batches
+from conservtl.engine.batching import as_batches
+from conservtl.engine.cuts import Cut
 from conservtl.engine.processes import current
 from conservtl.functions import MetricPool
 from conservtl.runtime.source_head import SourceHead
