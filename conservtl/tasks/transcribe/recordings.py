@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -67,9 +68,9 @@ class Inputs(Sequence[Tensor]):
             self._bytes += made.nbytes
         return made
 
+    @abstractmethod
     def wave(self, place: int) -> tuple[Tensor, int]:
         """Return the samples of an utterance and their rate in Hz."""
-        raise NotImplementedError
 
 
 class FileInputs(Inputs):
@@ -104,9 +105,18 @@ class SpokenInputs(Inputs):
     ) -> None:
         super().__init__(utterances, features)
         self._spoken, self._speak = spoken, speak
+        self._waves: list[tuple[Tensor, int]] = []
 
     def __getitem__(self, place: Any) -> Any:
         if not self._made:
-            waves = self._speak([self._spoken[one.name] for one in self.utterances])
-            self._made = {number: self.features(*wave) for number, wave in enumerate(waves)}
+            self._made = {number: self.features(*wave) for number, wave in enumerate(self._said())}
         return self._made[place]
+
+    def wave(self, place: int) -> tuple[Tensor, int]:
+        """Return the samples of an utterance and their rate in Hz; at the first call all are synthesised again."""
+        if not self._waves:  # together: what espeak-ng says depends on what it has said before
+            self._waves = self._said()
+        return self._waves[place]
+
+    def _said(self) -> list[tuple[Tensor, int]]:
+        return self._speak([self._spoken[one.name] for one in self.utterances])

@@ -127,3 +127,14 @@ def test_a_voice_is_synthesised_when_an_input_is_needed_and_not_before():
         domains.source_train.batch([0])
     with pytest.raises(ctl.SpecError, match=r"data\.voices must not contain data\.target"):
         load(GrammarData(voices=("de+f4",)), seed=0)
+
+
+def test_a_spoken_utterance_can_be_played():
+    """Its recording is the one that the input was made of, though it is synthesised again."""
+    pytest.importorskip("espeakng_loader")
+    domains = load(GrammarData(voices=("en-us", "en-gb"), sentences=1, held_out=1, target_sentences=3, shots=1), seed=0)
+    inputs = domains.target_test.inputs
+    made = inputs[1]
+    wave, rate = inputs.wave(1)
+    assert wave.shape[0] > rate / 2
+    assert torch.equal(inputs.features(wave, rate), made)
