@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,56 @@ __all__ = ["Comparison", "Sweep"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Study(ABC):
+    """What the results of all studies have."""
+
+    result: Mapping[str, Any]
+
+    @property
+    def runs(self) -> Sequence[Mapping[str, Any]]:
+        """Every run: ``variant``, ``target``, ``seed``, metrics ``before`` and ``after``."""
+        runs: Sequence[Mapping[str, Any]] = self.result["runs"]
+        return runs
+
+    def figure(self) -> Picture:
+        """Return the first picture of the report: the one that answers the study's question.
+
+        Of a comparison, the target's gain against what the source keeps. Of a sweep, the target over the number of
+        layers, or else over the strengths.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return self.figures()[0]
+
+    def figures(self) -> list[Picture]:
+        """Return all pictures of the report.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return [part for part in self._parts() if isinstance(part, Picture)]
+
+    @abstractmethod
+    def _parts(self) -> Iterable[Any]:
+        """Return the parts of the report."""
+
+    @abstractmethod
+    def write(self, path: str | Path) -> None:
+        """Write the report as one self-contained page.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+
+
+@dataclass(frozen=True)
+class Comparison(_Study):
     """Result of a comparison; printed, it shows the verdict and the table of each number of shots.
 
     Args:
         result: content of ``compare.json``: tables of all variants, and all runs.
     """
-
-    result: Mapping[str, Any]
 
     @property
     def best(self) -> str:
@@ -50,12 +93,6 @@ class Comparison:
         return rows
 
     @property
-    def runs(self) -> Sequence[Mapping[str, Any]]:
-        """Every run: ``variant``, ``target``, ``seed``, metrics ``before`` and ``after``."""
-        runs: Sequence[Mapping[str, Any]] = self.result["runs"]
-        return runs
-
-    @property
     def verdict(self) -> str:
         """One sentence on the best variant against the best baseline."""
         return " ".join(self.result["verdict"])
@@ -65,28 +102,10 @@ class Comparison:
         table = self.result["tables"][main_table(self.result)]
         return comparison_table(table, headline(self.result), classes=bool(self.result.get("classes", True)))
 
-    def figure(self) -> Picture:
-        """Return the picture of the target's gain against what the source keeps.
+    def _parts(self) -> Iterable[Any]:
+        return comparison_parts(self.result)
 
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
-        return self.figures()[0]
-
-    def figures(self) -> list[Picture]:
-        """Return all pictures of the report.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
-        return [part for part in comparison_parts(self.result) if isinstance(part, Picture)]
-
-    def write(self, path: str | Path) -> None:
-        """Write the report as one self-contained page.
-
-        Raises:
-            MissingExtraError: matplotlib or jinja2 is not installed.
-        """
+    def write(self, path: str | Path) -> None:  # noqa: D102 - as of all studies
         write_compare(self.result, Path(path))
 
     def __str__(self) -> str:
@@ -98,26 +117,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(_Study):
     """Result of a sweep; printed, it shows its sentences and tables.
 
     Args:
         result: content of ``sweep.json``: curves over layers and strengths, and all runs.
     """
 
-    result: Mapping[str, Any]
-
     @property
     def best(self) -> float | None:
         """The best strength, by target and source together if both are scored; None: no strength was run."""
         found = best_step(strengths_of(self.result))
         return None if found is None else found.at
-
-    @property
-    def runs(self) -> Sequence[Mapping[str, Any]]:
-        """Every run: ``variant``, ``target``, ``seed``, metrics ``before`` and ``after``."""
-        runs: Sequence[Mapping[str, Any]] = self.result["runs"]
-        return runs
 
     @property
     def sentences(self) -> list[str]:
@@ -132,28 +143,10 @@ class Sweep:
         """Return both domains' metric over the strengths; None: no strength was run."""
         return strengths_table(self.result)
 
-    def figure(self) -> Picture:
-        """Return the picture of the target over the number of layers, or else of the strengths.
+    def _parts(self) -> Iterable[Any]:
+        return sweep_parts(self.result)
 
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
-        return self.figures()[0]
-
-    def figures(self) -> list[Picture]:
-        """Return all pictures of the report.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
-        return [part for part in sweep_parts(self.result) if isinstance(part, Picture)]
-
-    def write(self, path: str | Path) -> None:
-        """Write the report as one self-contained page.
-
-        Raises:
-            MissingExtraError: matplotlib or jinja2 is not installed.
-        """
+    def write(self, path: str | Path) -> None:  # noqa: D102 - as of all studies
         write_sweep(self.result, Path(path))
 
     def __str__(self) -> str:
