@@ -133,9 +133,11 @@ class Setting:
         return adaptation
 
     def scratch(self) -> Adaptation:
-        """Return an adaptation that takes nothing from the source: every parameter is fresh."""
+        """Return an adaptation that takes nothing from the source: every parameter is fresh, drawn by the seed."""
         model = self.random_model()
-        return adapt(model, model, fresh={"*": "from scratch"}, **self.adapt_options)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.spec.seed)
+            return adapt(model, model, fresh={"*": "from scratch"}, **self.adapt_options)
 
     def random_model(self) -> nn.Module:
         """Return a model for the target without pretrained values."""

@@ -353,6 +353,18 @@ class TestTune:
             tune(marked, tmp_path)
 
 
+def test_training_from_scratch_starts_from_the_seed(speech_fields):
+    """Whatever was drawn before in this process: a study goes on in another one, after other runs."""
+
+    def start(seed):
+        setting = prepare(parse_spec({**speech_fields, "seed": seed}))
+        return setting.scratch().model.state_dict()
+
+    first, _, again, other = start(0), torch.rand(3), start(0), start(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ctl.SpecError, match="is a file"):
