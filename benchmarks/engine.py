@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import conservtl as ctl
-from conservtl.engine.batching import Held
 from conservtl.engine.frozen_prefix_cache import cache_frozen_prefix
+from conservtl.engine.held import Held
 from conservtl.layers.copying import deep_copy
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.models import ModelSpec, build

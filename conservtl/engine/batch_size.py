@@ -11,10 +11,12 @@ from torch.utils.data import Dataset
 
 from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
-from conservtl.engine.batching import Held, Streamed, as_batches
+from conservtl.engine.batching import as_batches
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
+from conservtl.engine.streamed import Streamed
 from conservtl.engine.workers import number_of_workers
 from conservtl.errors import MemoryLimitError, SpecError
 from conservtl.runtime.preserve import preserve_buffers, preserve_modes

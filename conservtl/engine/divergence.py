@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batching import Batch, examples_of
+from conservtl.engine.batch import Batch, examples_of
 from conservtl.engine.checkpoint import State
 from conservtl.errors import TrainingDivergedError
 

@@ -11,17 +11,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from conservtl.engine.batch import Batch, Waiting
 from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
-from conservtl.engine.batching import Batch, Held, Streamed, Waiting
 from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses, check_weights
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import check_gradient, checked
 from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
 from conservtl.engine.source_output_cache import SourceOutputCache, cache_source_outputs
+from conservtl.engine.streamed import Streamed
 from conservtl.engine.threads import ThreadTimer
 from conservtl.errors import DataError
 from conservtl.layers import named_parameters

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batching import Batch, as_batches, examples_of
+from conservtl.engine.batch import Batch, examples_of
+from conservtl.engine.batching import as_batches
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError, TrainingDivergedError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics

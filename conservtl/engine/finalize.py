@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batching import Contents, Held, Streamed, undivided
+from conservtl.engine.batching import Contents, undivided
 from conservtl.engine.criterion import ACCURACY, Criterion, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
+from conservtl.engine.streamed import Streamed
 from conservtl.functions import accuracy
 from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode

@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from conservtl.batches import map_tensors, tensors_of
 from conservtl.compat import without_graphs
-from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.evaluation import Functions, Holdout
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
+from conservtl.engine.streamed import Streamed
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import IGNORED, Loss, cross_entropy, labels_of, logits_of
 from conservtl.functions import forward as plain_forward

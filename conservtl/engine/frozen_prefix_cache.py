@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from conservtl.batches import take_rows, tensors_of
 from conservtl.compat import forget_graphs, forward_hooks, outside_graphs
-from conservtl.engine.batching import Held
 from conservtl.engine.draws import Draws
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng, torch_states
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.runtime.model_hooks import ForwardEnded

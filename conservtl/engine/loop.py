@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batch_size import find_batch_size
-from conservtl.engine.batching import Held, Streamed
-from conservtl.engine.checkpoint import Checkpoints, State, gather_generators, restore, snapshot
+from conservtl.engine.checkpoint import Checkpoints, State, restore
 from conservtl.engine.criterion import ACCURACY, check_metric
 from conservtl.engine.epoch import Augment, Learner
-from conservtl.engine.epoch_end import close_epoch, continues, evaluate_sets
+from conservtl.engine.epoch_end import evaluate_sets
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.first_batches import check_first_batches
 from conservtl.engine.fit_result import FitResult
-from conservtl.engine.interruption import interruptible
+from conservtl.engine.held import Held
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import (
@@ -34,26 +31,21 @@ from conservtl.engine.preparation import (
     training_batches,
     with_sizes,
 )
-from conservtl.engine.processes import lost_processes
 from conservtl.engine.progress import Progress, ShowMetric, show_plainly
-from conservtl.engine.randomness import generator_states, seed_all
+from conservtl.engine.randomness import seed_all
+from conservtl.engine.running import Tell, load_selected, run_epochs
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session, open_session
+from conservtl.engine.streamed import Streamed
 from conservtl.engine.trackers import Tracker, tracking
 from conservtl.engine.training import Training
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
-from conservtl.kernels.dtensor import local
-from conservtl.layers import unwrap
 from conservtl.losses import check_trained
 
 __all__ = ["fit", "trial_of"]
-
-_PERIOD = 600.0  # seconds after which many processes write a checkpoint within an epoch: a lost shard cannot be saved
-
-Tell = Callable[[Mapping[str, Any]], None]
 
 
 def fit(
@@ -191,109 +183,15 @@ def fit(
         begun -= learner.state.seconds
         show = progress if callable(progress) else show_plainly
         bar = Progress(steps, learner.state.step, shown=bool(progress) and main, show=show)
-        _run_epochs(learner, phases, sets, store, bar, begun, [each for each in (track, tell) if each is not None])
+        run_epochs(learner, phases, sets, store, bar, begun, [each for each in (track, tell) if each is not None])
         if learner.state.selection.weights is not None:
-            _load(session, learner.state.selection.weights)
+            load_selected(session, learner.state.selection.weights)
         elif session.average is not None:
             session.average.apply()
         session.end()
         ended = finish(session, functions, batches, sets.valid, sets.path)
         store.end()
         return _result(session, batches, learner.state, ended, begun, kept_outputs=learner.ever_cached)
-
-
-def _run_epochs(
-    learner: Learner,
-    phases: Sequence[int],
-    sets: Sets,
-    store: Checkpoints,
-    bar: Progress,
-    begun: float,
-    tells: Sequence[Tell],
-) -> None:
-    """Train until the last epoch, or until the patience is exhausted.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
-        Terminated: after SIGTERM, likewise.
-    """
-    session, state, processes = learner.session, learner.state, learner.session.processes
-    cut = learner.batches.cut
-
-    def save(generators: Mapping[str, Any], gathered: Sequence[Mapping[str, Any]], *, now: bool) -> None:
-        state.seconds = time.perf_counter() - begun
-        store.save(lambda: snapshot(session, state, generators, gathered, cut), now=now)
-
-    def save_together(*, now: bool) -> None:
-        """Write a checkpoint of all processes, if they agree that it is due."""
-        if not processes.many:
-            return save(generator_states(learner.generators), (), now=now)
-        if store.folder is None or not (now or processes.first(store.due)):
-            return None
-        session.average_statistics()
-        gathered = gather_generators(session, learner.generators)
-        own = state.total, state.seen
-        state.total, state.seen = session.summed(*own)
-        if processes.main:
-            save(gathered[0], gathered, now=True)
-        elif session.sharded:
-            snapshot(session, state, gathered[processes.rank], (), cut)
-        state.total, state.seen = own
-        return processes.wait()  # a process that leaves earlier would seem lost
-
-    def save_alone() -> None:
-        """Write what this process has: the weights and generators after the last step that all have made."""
-        if store.folder is not None and not session.sharded and state.step:
-            save(learner.settled, (), now=True)
-
-    periodic = time.perf_counter() + _PERIOD
-    try:
-        with bar, interruptible(store.folder is not None, shared=processes.many) as stop:
-            try:
-                while continues(learner, phases):
-                    learner.begin(phases[state.epoch])
-                    for _ in learner.epoch():
-                        bar.advance()
-                        late = processes.many and time.perf_counter() >= periodic
-                        if store.folder is not None:
-                            late = stop.agree(processes, late=late)
-                        if stop.asked:
-                            learner.check()
-                            save_together(now=True)
-                            stop.stop()
-                        if late:
-                            learner.check()
-                            save_together(now=True)
-                            periodic = time.perf_counter() + _PERIOD
-                    close_epoch(learner, sets, time.perf_counter() - begun)
-                    bar.show(state.history[-1])
-                    store.write_history(state.history)
-                    if store.folder is not None:
-                        stop.agree(processes)
-                    save_together(now=stop.asked or not continues(learner, phases))
-                    if stop.asked:
-                        stop.stop()
-                    for tell in tells:
-                        tell(state.history[-1])
-            except RuntimeError as error:
-                lost = lost_processes(processes, error)
-                if lost is None:
-                    raise
-                if processes.rank == lost.first:
-                    save_alone()
-                raise lost from error
-    finally:
-        learner.forget()
-
-
-def _load(session: Session, weights: Mapping[str, Tensor]) -> None:
-    """Load the selected weights, of which each process has its parts."""
-    model = unwrap(session.adaptation.model)
-    if not session.sharded:
-        model.load_state_dict(weights)
-        return
-    for name, tensor in model.state_dict().items():
-        local(tensor).copy_(weights[name])
 
 
 def _untrained(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
+from conservtl.engine.streamed import Streamed
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.extras import require

@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.batching import Contents, as_batches
 from conservtl.engine.cuts import Cut
 from conservtl.engine.evaluation import Functions, Holdout
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
+from conservtl.engine.streamed import Streamed
 from conservtl.engine.tracing import check_traceable
 from conservtl.engine.training import Training
 from conservtl.engine.workers import number_of_workers

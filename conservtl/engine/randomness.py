@@ -1,7 +1,8 @@
-"""Random generators: seed, save and restore all of them together."""
+"""Random generators, seeded, saved and restored together; deterministic operations."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generator_states", "preserve_rng", "restore_generators", "seed_all", "torch_states"]
+__all__ = ["determinism", "generator_states", "preserve_rng", "restore_generators", "seed_all", "torch_states"]
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def seed_all(seed: int) -> None:
@@ -60,3 +63,23 @@ def preserve_rng(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
 def torch_states(device: torch.device) -> list[torch.Tensor]:
     """Return the states of the random generators that a forward pass may draw from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@contextmanager
+def determinism(active: bool) -> Iterator[None]:
+    """Refuse operations that are not deterministic inside the block, if ``active``."""
+    if not active:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
+    os.environ.setdefault(_CUBLAS, ":4096:8")  # without it torch refuses every matrix product on a GPU
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            del os.environ[_CUBLAS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.compat import ACCELERATE_ATTRIBUTES, accelerate_states, prepared_objects
-from conservtl.engine.distribution import check_divisible, plain_environment, shards
+from conservtl.compat import ACCELERATE_ATTRIBUTES, prepared_objects
+from conservtl.engine.accelerators import checked_accelerator, own_accelerator
+from conservtl.engine.distribution import check_divisible, shards
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.execution import decide, in_tf32
 from conservtl.engine.holding import Holding
 from conservtl.engine.layout import channels_last
 from conservtl.engine.optimizer import Made
 from conservtl.engine.processes import ALONE, current, names_lost
+from conservtl.engine.randomness import determinism
 from conservtl.engine.sharding import shard, unshard
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.tracing import GRAPHS, compiled
 from conservtl.engine.training import Training
 from conservtl.engine.weight_average import WeightAverage
-from conservtl.errors import SpecError
 from conservtl.layers import unwrap
 from conservtl.losses import counted
 from conservtl.plan.term import View
@@ -33,7 +33,6 @@ from conservtl.runtime.preserve import preserve_modes
 
 __all__ = ["Session", "open_session"]
 
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _TORCH = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # types for which gradients and steps are plain torch
 
 
@@ -248,10 +247,10 @@ def open_session(
     Raises:
         SpecError: this machine or this accelerator does not support the settings.
     """
-    machine = _own_accelerator(training) if accelerator is None else nullcontext(_checked(accelerator))
+    machine = own_accelerator(training) if accelerator is None else nullcontext(checked_accelerator(accelerator))
     with (
         machine as ready,
-        _determinism(training.deterministic),
+        determinism(training.deterministic),
         cpu_threads(None if training.threads == "auto" else training.threads),
         _preserve(adaptation, ready),
         adaptation.bound.endings.in_good_hands(),
@@ -269,74 +268,6 @@ def open_session(
                 yield session
         finally:
             adaptation.model.zero_grad()
-
-
-@contextmanager
-def _own_accelerator(training: Training) -> Iterator[Any]:
-    """Yield a new Accelerator, and restore the state that Accelerate shares between all of a process."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    shared = accelerate_states(process=not distributed)
-    saved = [dict(state) for state in shared]
-    precision, cpu = _precision(training)
-    for state in shared:
-        state.clear()
-    # Layers may be left out at random; statistics are averaged where they are read.
-    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-    try:
-        with plain_environment():
-            made = Accelerator(
-                mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, kwargs_handlers=[wrapping]
-            )
-        yield made
-    finally:
-        for state, before in zip(shared, saved, strict=True):
-            state.clear()
-            state.update(before)
-
-
-def _precision(training: Training) -> tuple[str, bool]:
-    """Return the precision, and whether to stay on the CPU."""
-    cpu = training.device == "cpu" or not torch.cuda.is_available()
-    if training.device == "cuda" and cpu:
-        raise SpecError("training.device is cuda, but torch finds no GPU here. Set it to auto or cpu.")
-    if training.precision == "fp16" and cpu:
-        raise SpecError("training.precision is fp16, which needs a GPU. Set it to bf16 or fp32 on a CPU.")
-    if training.precision == "auto":
-        return ("bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"), cpu
-    return training.precision, cpu
-
-
-def _checked(accelerator: Any) -> Any:
-    """Return the accelerator unless it accumulates gradients itself."""
-    if (steps := accelerator.gradient_accumulation_steps) != 1:
-        raise SpecError(
-            f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates itself. Leave it at 1 and "
-            "set training.accumulate."
-        )
-    return accelerator
-
-
-@contextmanager
-def _determinism(active: bool) -> Iterator[None]:
-    """Refuse operations that are not deterministic inside the block, if ``active``."""
-    if not active:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
-    os.environ.setdefault(_CUBLAS, ":4096:8")  # without it torch refuses every matrix product on a GPU
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-        if workspace is None:
-            del os.environ[_CUBLAS]
 
 
 @contextmanager

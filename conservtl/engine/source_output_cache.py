@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from conservtl.batches import take_rows, tensors_of
-from conservtl.engine.batching import Batch, Held
+from conservtl.engine.batch import Batch
 from conservtl.engine.draws import Draws
+from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng, torch_states
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of

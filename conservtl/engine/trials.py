@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.batching import Held, Streamed
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.held import Held
 from conservtl.engine.loop import trial_of
 from conservtl.engine.search import run_searches
+from conservtl.engine.streamed import Streamed
 from conservtl.engine.training import Training
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward

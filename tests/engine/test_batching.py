@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import conservtl as ctl
 from conservtl.data import Examples
-from conservtl.engine.batching import Batch, Held, Streamed, as_batches
+from conservtl.engine.batch import Batch
+from conservtl.engine.batching import as_batches
 from conservtl.engine.checkpoint import State
 from conservtl.engine.cuts import Cut
 from conservtl.engine.divergence import Losses
+from conservtl.engine.held import Held
 from conservtl.engine.processes import Processes
+from conservtl.engine.streamed import Streamed
 
 CPU = torch.device("cpu")
 

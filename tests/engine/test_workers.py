@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import Dataset
 
 import conservtl as ctl
-from conservtl.engine.batching import Held, as_batches
+from conservtl.engine.batching import as_batches
+from conservtl.engine.held import Held
 from conservtl.engine.holding import Holding
 from conservtl.engine.workers import number_of_workers
 

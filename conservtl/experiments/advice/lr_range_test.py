@@ -11,13 +11,15 @@ from torch import Tensor
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training, best_block
 from conservtl.engine.batch_size import find_batch_size
-from conservtl.engine.batching import Contents, Held, Streamed, as_batches
+from conservtl.engine.batching import Contents, as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.held import Held
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session, open_session
+from conservtl.engine.streamed import Streamed
 from conservtl.errors import SpecError
 from conservtl.experiments.advice.range_curve import RangeTest, diverges, read_curve
 from conservtl.experiments.run.evaluation_sets import sets_to_select_on

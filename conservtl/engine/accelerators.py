@@ -1,0 +1,64 @@
+"""The Accelerator of a run: made from the settings, or the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from conservtl.compat import accelerate_states
+from conservtl.engine.distribution import plain_environment
+from conservtl.engine.training import Training
+from conservtl.errors import SpecError
+
+__all__ = ["checked_accelerator", "own_accelerator"]
+
+
+@contextmanager
+def own_accelerator(training: Training) -> Iterator[Any]:
+    """Yield a new Accelerator, and restore the state that Accelerate shares between all of a process."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    shared = accelerate_states(process=not distributed)
+    saved = [dict(state) for state in shared]
+    precision, cpu = _precision(training)
+    for state in shared:
+        state.clear()
+    # Layers may be left out at random; statistics are averaged where they are read.
+    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    try:
+        with plain_environment():
+            made = Accelerator(
+                mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, kwargs_handlers=[wrapping]
+            )
+        yield made
+    finally:
+        for state, before in zip(shared, saved, strict=True):
+            state.clear()
+            state.update(before)
+
+
+def _precision(training: Training) -> tuple[str, bool]:
+    """Return the precision, and whether to stay on the CPU."""
+    cpu = training.device == "cpu" or not torch.cuda.is_available()
+    if training.device == "cuda" and cpu:
+        raise SpecError("training.device is cuda, but torch finds no GPU here. Set it to auto or cpu.")
+    if training.precision == "fp16" and cpu:
+        raise SpecError("training.precision is fp16, which needs a GPU. Set it to bf16 or fp32 on a CPU.")
+    if training.precision == "auto":
+        return ("bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"), cpu
+    return training.precision, cpu
+
+
+def checked_accelerator(accelerator: Any) -> Any:
+    """Return the accelerator unless it accumulates gradients itself."""
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise SpecError(
+            f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates itself. Leave it at 1 and "
+            "set training.accumulate."
+        )
+    return accelerator

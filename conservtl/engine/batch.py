@@ -1,0 +1,51 @@
+"""One batch of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Batch", "Waiting", "examples_of"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device.
+
+    Args:
+        content: the batch as ``forward`` and ``loss`` take it, such as a tuple or a dictionary of tensors.
+        size: number of examples that count; 0 for a stand-in, where a batch has fewer examples than processes.
+        index: (size,), positions of the examples in held data; None for streamed data.
+        together: number of examples of all processes' parts, for their mean; None: the part is not known.
+        processes: number of processes that share the batch.
+    """
+
+    content: Any
+    size: int
+    index: Tensor | None = None
+    together: int | None = None
+    processes: int = 1
+
+    @property
+    def share(self) -> float:
+        """Factor on the mean over this part, so that the mean over processes is that over all examples."""
+        return 1.0 if self.together is None else self.size * self.processes / self.together
+
+    @property
+    def weight(self) -> float:
+        """Number of examples that a loss with this factor stands for, in sums over processes."""
+        return self.size if self.together is None else self.together / self.processes
+
+
+Waiting = Callable[[], Batch]
+
+
+def examples_of(batch: Batch, form: str) -> str:
+    """Return the positions of a batch's examples in this form, for a message; empty for streamed data."""
+    if batch.index is None:
+        return ""
+    first = ", ".join(str(position) for position in batch.index[:8].tolist())
+    return form.format(f"{first}{', …' if batch.size > 8 else ''}")

@@ -1,0 +1,84 @@
+"""Batches that a loader yields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+
+from conservtl.batches import batch_size as size_of
+from conservtl.batches import to_device
+from conservtl.engine.batch import Batch, Waiting
+from conservtl.engine.cuts import Cut, Order
+from conservtl.engine.prefetch import ahead
+from conservtl.engine.processes import ALONE, Processes
+
+__all__ = ["Streamed"]
+
+
+class Streamed:
+    """Batches from a DataLoader or another iterable that can be iterated repeatedly.
+
+    Args:
+        loader: yields the batches.
+        device: device of the batches.
+        order: its batch sampler, if it was made here; knows which part of each batch is this process's.
+        sized: whether the batches have the size of the settings.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], device: torch.device, order: Order | None = None, *, sized: bool = False
+    ) -> None:
+        self.loader = loader
+        self.device = device
+        self._order = order
+        self.sized = sized or order is not None
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """Random generators of the loader, to be saved in checkpoints."""
+        if self._order is not None:
+            return self._order.cut.generators
+        batches = getattr(self.loader, "batch_sampler", None)
+        owners = (self.loader, getattr(self.loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        generators = (getattr(owner, "generator", None) for owner in owners)
+        return tuple({id(one): one for one in generators if isinstance(one, torch.Generator)}.values())
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that share each batch; this one alone for batches that were not made here."""
+        return ALONE if self.cut is None else self.cut.processes
+
+    @property
+    def cut(self) -> Cut | None:
+        """Batches and parts; None for batches that were not made here."""
+        return None if self._order is None else self._order.cut
+
+    def count(self) -> int | None:
+        """Return the number of batches per epoch, None for an iterable without a length."""
+        if not isinstance(self.loader, Sized):
+            return None
+        try:
+            return len(self.loader)
+        except TypeError:  # a DataLoader over an iterable dataset has __len__ but no length
+            return None
+
+    def epoch(self, skip: int = 0) -> Iterator[Batch]:
+        """Return the batches of an epoch but the first ``skip``, which are loaded and dropped."""
+        return (make() for make in self.waiting(skip))
+
+    def waiting(self, skip: int = 0) -> Iterator[Waiting]:
+        """Return the same batches as functions that put them on the device."""
+        iterator = iter(self.loader)
+        for _ in range(skip):
+            next(iterator, None)
+        return ahead(enumerate(iterator, skip), self._batch, self.device)
+
+    def _batch(self, numbered: tuple[int, Any]) -> Batch:
+        number, content = numbered
+        moved = to_device(content, self.device)
+        if self._order is None or not self._order.cut.processes.many:
+            return Batch(moved, size_of(moved))
+        cut, together = self._order.cut, self._order.sizes[number]
+        return Batch(moved, cut.part(torch.arange(together))[1], None, together, cut.processes.world)
