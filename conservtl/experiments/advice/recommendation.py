@@ -19,7 +19,8 @@ from conservtl.experiments.advice.evidence import Evidence, gather
 from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find_for
 from conservtl.experiments.advice.rules import Reason, advise
 from conservtl.experiments.advice.thresholds import far, size
-from conservtl.experiments.own.problem import ModelLike, OwnProblem, ProblemOptions, hold, settings_of
+from conservtl.experiments.own.options import ModelLike, ProblemOptions
+from conservtl.experiments.own.problem import OwnProblem, hold, settings_of
 from conservtl.experiments.run.source_training import prepare_source
 from conservtl.experiments.spec.spec import Spec, dump_spec, load_spec, parse_spec, with_fields
 from conservtl.fragments import fragment

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from conservtl.batches import as_tensor, map_tensors, row_count, tensors_of
 from conservtl.data import Data, Examples, length_of
 from conservtl.errors import DataError
+from conservtl.experiments.own.options import ProblemOptions
 from conservtl.experiments.run.source_labels import classes_of
 
-__all__ = ["as_data", "as_held_out", "class_numbers", "targets_in"]
+__all__ = ["as_data", "as_held_out", "class_numbers", "sets_of", "targets_in"]
 
 
 def as_data(value: Any, name: str) -> Data:
@@ -90,6 +91,39 @@ def class_numbers(data: Data, *, classes: bool) -> list[int]:
         rows = (data[place] for place in range(length_of(data)))  # type: ignore[index]
         found = torch.tensor([int(row["labels"] if isinstance(row, Mapping) else row[1]) for row in rows])
     return [int(each) for each in found]
+
+
+def sets_of(
+    train: Any, held_out: Mapping[str, Any] | None, options: ProblemOptions
+) -> tuple[dict[str, Data], dict[str, Any]]:
+    """Return the training data of each target, and all other sets, in the forms that studies take."""
+    sets = {name: as_data(data, "train") for name, data in targets_in(train).items()}
+    held_out = {} if held_out is None else held_out
+    if not isinstance(held_out, Mapping) or not held_out.keys() <= {"target", "source"}:
+        received = sorted(held_out) if isinstance(held_out, Mapping) else type(held_out).__name__
+        raise DataError(f"held_out must be {{'target': data, 'source': data}}; received {received}. Name these sets.")
+    valid = options.get("valid")
+    if isinstance(valid, bool) or (isinstance(valid, (int, float)) and not 0 <= valid < 1):
+        raise DataError(f"valid must be examples, or a part of train in [0, 1); received {valid!r}.")
+    given = None if isinstance(valid, (int, float)) else valid
+    named: dict[str, Any] = {}
+    for name, value in (("target", held_out.get("target")), ("valid", given)):
+        found = {} if value is None else targets_in(value)
+        named[name] = {target: as_held_out(data, name) for target, data in found.items()}
+        if found and named[name].keys() != sets.keys():
+            raise DataError(
+                f"{'held_out' if name == 'target' else 'valid'} must have a set for each target of train "
+                f"({', '.join(sets)}); received {', '.join(found)}. Name the same targets."
+            )
+    if not named["target"]:
+        named["target"] = sets  # nothing is scored
+    source, data = held_out.get("source"), options.get("source_data")
+    named["source"] = None if source is None else as_held_out(source, "held_out['source']")
+    named["source_train"] = None if data is None else as_data(data, "source_data")
+    for name, each in {f"train {target}": data for target, data in sets.items()}.items():
+        if length_of(each) == 0:
+            raise DataError(f"{name}: there must be examples to adapt with; received none. Give at least one.")
+    return sets, named
 
 
 def _check_rows(rows: Mapping[str, int], name: str) -> None:

@@ -14,7 +14,8 @@ from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError
 from conservtl.experiments.own.blank import blank
-from conservtl.experiments.own.problem import ModelLike, OwnProblem, ProblemOptions, hold, settings_of
+from conservtl.experiments.own.options import ModelLike, ProblemOptions
+from conservtl.experiments.own.problem import OwnProblem, hold, settings_of
 from conservtl.experiments.results import Comparison, Sweep
 from conservtl.experiments.spec.study_sections import BASELINES, Baseline, CompareSection, SweepSection
 from conservtl.experiments.studies import comparison, layer_sweep
