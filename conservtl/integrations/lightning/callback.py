@@ -1,12 +1,9 @@
-"""Lightning: a callback that carries out a plan in a ``Trainer``."""
+"""The callback: groups, phases, pull and terms of a plan in a Trainer's hooks."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -14,29 +11,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.schedule import phase_of_epoch
 from conservtl.errors import SpecError
-from conservtl.extras import require
 from conservtl.integrations._passes import outermost, recording
+from conservtl.integrations.lightning.checks import check_callbacks, check_schedulers
+from conservtl.integrations.lightning.configured import class_and_options
+from conservtl.integrations.lightning.finding import find_adaptation
+from conservtl.integrations.lightning.packages import PACKAGES
+from conservtl.integrations.lightning.phases import phases_of
 from conservtl.runtime.freezing import held_norms, tracks_statistics
-from conservtl.runtime.plan_scheduler import PlanScheduler
 
 __all__ = ["Conserve"]
 
 
-def _packages() -> list[Any]:
-    """Return Lightning under each of its names that is installed: classes of one are foreign to the other's Trainer."""
-    found = []
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        with suppress(ImportError):
-            found.append(importlib.import_module(name))
-    return found or [require("lightning.pytorch", "lightning")]
-
-
-_LIGHTNING = _packages()
-_Callback: Any = type("_Callback", tuple(package.Callback for package in _LIGHTNING), {})
-_FINETUNING = tuple(package.callbacks.BaseFinetuning for package in _LIGHTNING)
-_AVERAGING = tuple(package.callbacks.StochasticWeightAveraging for package in _LIGHTNING)
+_Callback: Any = type("_Callback", tuple(package.Callback for package in PACKAGES), {})
 _NORMS, _INTERVALS = ("train", "eval"), ("epoch", "step")
 
 
@@ -149,11 +136,11 @@ class Conserve(_Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the adaptation, check it against the Trainer, and freeze before a strategy wraps the model."""
-        self._adaptation = self._find(pl_module)
+        self._adaptation = find_adaptation(self._given, pl_module, known=self._adaptation)
         if stage != "fit":
             return
-        _check_callbacks(trainer)
-        self._phases = self._phases_of(trainer.max_epochs)
+        check_callbacks(trainer)
+        self._phases = phases_of(self._adaptation.plan, trainer.max_epochs)
         self._adaptation.keep_frozen()
         if self._optimizer is not None:
             self._replace(pl_module, "configure_optimizers", self._configure_optimizers)
@@ -171,7 +158,7 @@ class Conserve(_Callback):  # type: ignore[misc]
                 "self.adaptation.optimizer(torch.optim.AdamW, lr=...) there, or pass Conserve(adaptation, "
                 "optimizer=partial(torch.optim.AdamW, lr=...))."
             )
-        _check_schedulers(trainer, self.adaptation)
+        check_schedulers(trainer, self.adaptation)
         # The Trainer warns of modules in eval mode; those of the plan return to it when training starts.
         for norm in held_norms(self.adaptation.model):
             norm.training = True
@@ -220,45 +207,8 @@ class Conserve(_Callback):  # type: ignore[misc]
             if before is not None:
                 module.__dict__[name] = before
 
-    def _find(self, pl_module: Any) -> Adaptation:
-        """Return the adaptation that was given, or that the LightningModule has or makes."""
-        found = self._given
-        if found is None:
-            found = getattr(pl_module, "adaptation", None)
-        elif not isinstance(found, Adaptation) and callable(found):
-            found = self._adaptation or found(pl_module)
-        if not isinstance(found, Adaptation):
-            raise SpecError(
-                "Conserve takes the result of adapt(model, source, ...), a function of the LightningModule that "
-                f"returns it, or nothing if {type(pl_module).__name__} has it as self.adaptation; received "
-                f"{type(found).__name__}."
-            )
-        if outermost(pl_module, found.model) is None:
-            raise SpecError(
-                f"Conserve: {type(pl_module).__name__} must contain the model that was adapted, a "
-                f"{type(found.model).__name__}, but none of its modules is that object. Adapt self.model itself, not a "
-                "copy."
-            )
-        return found
-
-    def _phases_of(self, epochs: int | None) -> list[int]:
-        """Return the phase of each epoch; without an end, the last phase goes on."""
-        phases = self.adaptation.plan.phases
-        if epochs is not None and epochs >= 0:
-            try:
-                return phase_of_epoch(self.adaptation.plan, epochs)
-            except SpecError as error:
-                raise SpecError(str(error).replace("training.epochs", "Trainer(max_epochs=...)")) from None
-        lengths = [phase.epochs for phase in phases[:-1] if isinstance(phase.epochs, int)]
-        if len(lengths) < len(phases) - 1:
-            raise SpecError(
-                "Conserve: a phase lasts a share of the run, but Trainer(max_epochs=...) is not set. Set it, or give "
-                "phases a number of epochs."
-            )
-        return [number for number, length in enumerate(lengths) for _ in range(length)] + [len(phases) - 1]
-
     def _configure_optimizers(self) -> Any:
-        cls, options = _class_and_options(self._optimizer)
+        cls, options = class_and_options(self._optimizer)
         optimizer = self.adaptation.optimizer(cls, **options)
         if self._scheduler is None:
             return optimizer
@@ -294,59 +244,3 @@ class Conserve(_Callback):  # type: ignore[misc]
     def _replace(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
         self._replaced.append((module, name, module.__dict__.get(name)))
         module.__dict__[name] = method
-
-
-def _check_callbacks(trainer: Any) -> None:
-    """Raise if another callback freezes and unfreezes layers, which the plan does."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, _FINETUNING):
-            epochs = getattr(callback, "unfreeze_backbone_at_epoch", 10)
-            raise SpecError(
-                f"Conserve: the plan alone freezes and unfreezes layers, but {type(callback).__name__} does so too. "
-                f"Leave it out, and adapt with GradualUnfreezing(epochs={epochs}), which trains the head first, and "
-                "DiscriminativeLR for a lower rate below it."
-            )
-
-
-def _check_schedulers(trainer: Any, adaptation: Adaptation) -> None:
-    """Raise if a phase scales rates that a scheduler would set back, or averaging would make all rates equal."""
-    for callback in trainer.callbacks:
-        averages = isinstance(callback, _AVERAGING)
-        rates = getattr(callback, "_swa_lrs", None)  # no public name says it
-        groups = trainer.optimizers[0].param_groups
-        if averages and isinstance(rates, float) and len({group["initial_lr"] for group in groups}) > 1:
-            raise SpecError(
-                f"Conserve: the plan gives layers rates of their own, and StochasticWeightAveraging(swa_lrs={rates:g}) "
-                f"gives all the same. Pass a list with a rate for each of the {len(groups)} groups "
-                f"({', '.join(str(group['name']) for group in groups)})."
-            )
-    if len({phase.scale for phase in adaptation.plan.phases}) == 1:
-        return
-    for config in trainer.lr_scheduler_configs:
-        if not isinstance(config.scheduler, PlanScheduler):
-            name = type(config.scheduler).__name__
-            raise SpecError(
-                f"Conserve: the plan's phases scale the rates, and a {name} keeps those of the first phase. Make it "
-                f"with self.adaptation.scheduler({name}, ...) in configure_optimizers."
-            )
-
-
-def _class_and_options(made: Any) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
-    """Return the optimizer's class and the arguments that differ from its defaults.
-
-    LightningCLI hands over a partial of a function of its own, with the class among its arguments and every default
-    written out; a weight decay that nobody asked for would contradict a pull.
-    """
-    if not isinstance(made, functools.partial):
-        return made, {}
-    cls = next((argument for argument in made.args if isinstance(argument, type)), made.func)
-    known = inspect.signature(cls).parameters
-    options = {
-        name: value
-        for name, value in made.keywords.items()
-        if name == "lr"
-        or name not in known
-        or known[name].default is inspect.Parameter.empty
-        or known[name].default != value
-    }
-    return cls, options
