@@ -17,6 +17,7 @@ __all__ = [
     "OnBad",
     "check_files",
     "explained",
+    "fault_of",
     "names_below",
     "refuse",
     "shown_name",
@@ -78,12 +79,22 @@ def check_files(files: Iterable[Path], read: Callable[[Path], object], kind: str
     bad = {}
     for file in files:
         key = (kind, str(file), *_state(file))
-        reason = _checked[key] if kind is not None and key in _checked else _reason(file, read)
+        reason = _checked[key] if kind is not None and key in _checked else fault_of(file, read)
         if kind is not None and len(_checked) < _REMEMBERED:
             _checked[key] = reason
         if reason is not None:
             bad[file] = reason
     return bad
+
+
+def fault_of(item: object, read: Callable[[Any], object]) -> str | None:
+    """Return why a file or an image of a set cannot be used: the rule of the ``DataError`` that reading it raises."""
+    try:
+        read(item)
+    except DataError as error:
+        rule, _, _fix = str(error).rpartition(". ")
+        return (rule or str(error)).removeprefix(shown_name(item)).replace(shown_name(item), "it").strip()[:_REASON]
+    return None
 
 
 def names_below(root: Path, bad: Mapping[Path, str]) -> dict[str, str]:
@@ -143,12 +154,3 @@ def _state(file: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return (status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def _reason(file: Path, read: Callable[[Path], object]) -> str | None:
-    try:
-        read(file)
-    except DataError as error:
-        rule, _, _fix = str(error).rpartition(". ")
-        return (rule or str(error)).removeprefix(shown_name(file)).replace(shown_name(file), "it").strip()[:_REASON]
-    return None

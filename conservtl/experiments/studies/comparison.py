@@ -18,7 +18,7 @@ from conservtl.experiments.studies.executors.names import PROCESSES, check_execu
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import Trial, said_by_label, taken_over
+from conservtl.experiments.studies.trial import Trial, over_all, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, variants_of
 from conservtl.report.text.summary import NO_LABELS, shots_text, taken_of
 
@@ -86,7 +86,7 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
         the score for both domains, ``difference`` its gain over the best baseline, positive if better, and ``taken``
         the fewest, the most and the mean number of examples that a class had; ``runs``; ``verdict``, a sentence for
         each table; ``left_out``, what could not be measured and why; ``rows_by_label``, how many rows of a head were
-        copied by label.
+        copied by label; ``skipped``, the files that some runs skipped.
     """
     judge = Judge(spec.problem.headline)
     by_shots: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -107,8 +107,7 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
         "tables": tables,
         "verdict": [_verdict(judge, table, classes=spec.problem.has_classes) for table in tables],
         "left_out": left_out,
-        "rows_by_label": said_by_label(runs),
-        "runs": [dict(run) for run in runs],
+        **over_all(runs),
         "spec": spec.model_dump(mode="json"),
     }
 

@@ -17,7 +17,7 @@ from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import How, Trial, said_by_label, taken_over
+from conservtl.experiments.studies.trial import How, Trial, over_all, taken_over
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 
@@ -156,8 +156,7 @@ def summarise(
         "shots": spec.model_dump(mode="json")["data"]["shots"],
         "taken": taken_over(runs),
         "classes": spec.problem.has_classes,
-        "rows_by_label": said_by_label(runs),
-        "runs": [dict(run) for run in runs],
+        **over_all(runs),
         "spec": spec.model_dump(mode="json"),
     }
 

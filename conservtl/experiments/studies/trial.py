@@ -30,8 +30,9 @@ from conservtl.experiments.run.source_training import SourceModel, prepare_sourc
 from conservtl.experiments.spec.spec import Spec
 from conservtl.experiments.studies.judge import Judge
 from conservtl.plan.table import rows_by_label
+from conservtl.tasks.bad_files import skipped_report
 
-__all__ = ["How", "Trial", "forget_shared", "run_trial", "said_by_label", "taken_over"]
+__all__ = ["How", "Trial", "forget_shared", "over_all", "run_trial", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
@@ -95,8 +96,8 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         ``variant``, ``target``, ``shots``, ``seed``; ``taken``, the number of examples of each class; ``before`` and
         ``after``, the headline metric of "target" and "source" (None without a source test part); ``harmonic``, the
         score of both afterwards; ``headless``, whether the source has no head; ``seconds`` of adapting;
-        ``rows_by_label``, how many rows of a layer are copied by label; number of ``trained`` parameters; ``steps``;
-        ``path`` as ``FitResult`` has it.
+        ``rows_by_label``, how many rows of a layer are copied by label; ``skipped`` files, as a report has them; number
+        of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
     """
     setting, source, before = _shared(_Place.of(trial.spec))
     setting = replace(setting, spec=trial.spec)
@@ -127,6 +128,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "seconds": seconds,
         "headless": setting.headless,
         "rows_by_label": list(rows_by_label(adaptation.plan).values()),
+        "skipped": skipped_report(setting.domains.skipped),
         "trained": adaptation.plan.totals()["trained"] if trial.how != "source" else 0,
         "steps": result.steps if result else 0,
         "path": list(result.path) if result else [],
@@ -140,9 +142,24 @@ def taken_over(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
     return {"fewest": min(counts), "most": max(counts), "mean": fmean(counts)} if counts else None
 
 
-def said_by_label(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return how many rows of a layer were copied by label in some of the runs."""
-    return list(dict.fromkeys(said for run in runs for said in run.get("rows_by_label", ())))
+def over_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a study's result says of all its runs.
+
+    Args:
+        runs: results of trials.
+
+    Returns:
+        ``rows_by_label``, how many rows of a layer were copied by label in some of the runs; ``skipped``, the files
+        that some skipped; ``runs``, without these files.
+    """
+    reports = [run["skipped"] for run in runs if run.get("skipped")]
+    files = {entry["file"]: entry["reason"] for report in reports for entry in report["files"]}
+    skipped = skipped_report(files)
+    return {
+        "rows_by_label": list(dict.fromkeys(said for run in runs for said in run.get("rows_by_label", ()))),
+        "skipped": skipped | {"count": max([skipped["count"], *(report["count"] for report in reports)])},
+        "runs": [{key: value for key, value in run.items() if key != "skipped"} for run in runs],
+    }
 
 
 def forget_shared() -> None:

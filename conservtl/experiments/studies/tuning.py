@@ -23,6 +23,7 @@ from conservtl.experiments.studies.trial import Trial
 from conservtl.plugins import imported_modules
 from conservtl.storage.files import write_text
 from conservtl.storage.locks import check_folder
+from conservtl.tasks.bad_files import skipped_report
 
 __all__ = ["tune"]
 
@@ -82,6 +83,7 @@ def tune(
             "source has no labels of its own. Set tune.objective to target."
         )
     _check_domains(trial.domains(), section)
+    skipped = skipped_report(trial.domains().skipped)
     runs = section.trials * section.seeds
     if dry_run:
         return {**estimate([trial], 1), "runs": runs}
@@ -94,7 +96,10 @@ def tune(
             list(finish(works, workers_of(executor, processes), say))
         else:
             search.run(study, storage, section.trials, say)
-        result = _result(study, search.ranges, section, content) | {"metric": search.judge.headline.as_json()}
+        result = _result(study, search.ranges, section, content) | {
+            "metric": search.judge.headline.as_json(),
+            "skipped": skipped,
+        }
     for number, trial in enumerate(result["best"]):
         name = "best.yaml" if len(result["best"]) == 1 else f"best-{number}.yaml"
         params = next(one["params"] for one in result["trials"] if one["number"] == trial)

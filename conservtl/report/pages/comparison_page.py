@@ -46,7 +46,7 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
         more=[verdicts[place] for place in others],
         notes=left_out_notes(result) + rows_notes(result),
         parts=comparison_parts(result),
-        spec=result.get("spec"),
+        result=result,
     )
 
 

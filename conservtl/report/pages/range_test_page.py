@@ -40,7 +40,7 @@ def write_range_test(result: Mapping[str, Any], path: Path) -> None:
         sentence=range_test_sentence(result),
         parts=[range_test_picture(result)],
         notes=["The loss is that of the target alone. A lower rate keeps more of the source."],
-        spec=result.get("spec"),
+        result=result,
     )
 
 

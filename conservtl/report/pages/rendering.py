@@ -15,6 +15,7 @@ from conservtl.report.figures.canvas import Picture
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import Verdict
 from conservtl.report.text.report_json import plain
+from conservtl.report.text.summary import skipped_rows
 from conservtl.storage.files import write_text
 
 __all__ = ["as_yaml", "render", "render_study"]
@@ -50,7 +51,7 @@ def render_study(
     title: str,
     sentence: str,
     parts: Sequence[Picture | HtmlTable | None],
-    spec: Any,
+    result: Mapping[str, Any],
     tone: Verdict = "unknown",
     more: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -63,7 +64,7 @@ def render_study(
         title: of the browser's tab.
         sentence: the answer, as the heading.
         parts: pictures and tables from the top down; None is left out.
-        spec: the settings.
+        result: of the study; its settings and skipped files are shown.
         tone: colours the heading.
         more: further sentences of the answer.
         notes: remarks.
@@ -78,7 +79,8 @@ def render_study(
         more=more,
         notes=notes,
         parts=[part for part in parts if part is not None],
-        spec=as_yaml(spec),
+        **skipped_rows(result),
+        spec=as_yaml(result.get("spec")),
         environment=[],
         seconds=[],
     )

@@ -53,7 +53,7 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
             *rows_notes(result),
         ],
         parts=sweep_parts(result),
-        spec=result.get("spec"),
+        result=result,
     )
 
 

@@ -42,7 +42,7 @@ def write_tune(result: Mapping[str, Any], path: Path) -> None:
         sentence=tune_sentence(result),
         notes=_notes(result, trials),
         parts=[*((front(trials, metric), table, fields) if both else (fields, table)), over_time(result, trials)],
-        spec=result.get("spec"),
+        result=result,
     )
 
 

@@ -98,16 +98,17 @@ def rows_notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def skipped_notes(report: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on the files that a run skipped, if there are any."""
+    """Return a sentence on the files that a run or a study skipped, if there are any."""
     skipped = report.get("skipped") or {}
     named = {str(entry["file"]): str(entry["reason"]) for entry in skipped.get("files") or ()}
     return [f"{skipped_text(named, int(skipped['count']))}."] if named else []
 
 
-def skipped_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the files that a report lists as skipped: name and reason."""
-    entries = (report.get("skipped") or {}).get("files") or ()
-    return [(shown_name(entry["file"]), shown_name(entry["reason"])) for entry in entries]
+def skipped_rows(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the files that a report lists as skipped, name and reason, and the count of all, for a page."""
+    skipped = report.get("skipped") or {}
+    rows = [(shown_name(entry["file"]), shown_name(entry["reason"])) for entry in skipped.get("files") or ()]
+    return {"skipped": rows, "skipped_count": int(skipped.get("count", 0))}
 
 
 def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:

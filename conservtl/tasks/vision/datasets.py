@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from conservtl.bounds import NonNegativeInt, Place
 from conservtl.data.shots import Shots
 from conservtl.spec_scalars import Arguments
-from conservtl.tasks.bad_files import FolderFiles
+from conservtl.tasks.bad_files import FileData, FolderFiles
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.vision.augment import VisionAugment, usual_augment
 from conservtl.tasks.vision.corruptions import Corruption
@@ -115,7 +115,7 @@ class ImageFolderData(_Photographs, FolderFiles):
     """The source's folder, with the same structure; its classes may differ."""
 
 
-class TorchvisionData(_Photographs):
+class TorchvisionData(_Photographs, FileData):
     """A classification set of torchvision that is on this disk; nothing is downloaded."""
 
     kind: Literal["torchvision"] = "torchvision"

@@ -76,7 +76,9 @@ def load(data: DataSpec, *, model: ModelSpec, seed: int, source: bool = True) ->
 def _parts_of(data: DataSpec, preprocessing: VisionPreprocessing) -> Parts:
     if isinstance(data, DigitsData):
         return digits_parts(data)
-    return folder_parts(data, preprocessing) if isinstance(data, ImageFolderData) else torchvision_parts(data)
+    if isinstance(data, ImageFolderData):
+        return folder_parts(data, preprocessing)
+    return torchvision_parts(data, preprocessing)
 
 
 def _shots_and_test(parts: Parts, shots: Shots, seed: int) -> tuple[ImagePart, ImagePart]:

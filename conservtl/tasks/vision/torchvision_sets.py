@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from conservtl.errors import DataError, hint
 from conservtl.extras import require
+from conservtl.tasks.bad_files import explained, fault_of
 from conservtl.tasks.vision.datasets import TorchvisionData
+from conservtl.tasks.vision.image_settings import ImageSettings
 from conservtl.tasks.vision.parts import ImagePart, Parts, split
+from conservtl.tasks.vision.preprocessing import VisionPreprocessing
 
 __all__ = ["torchvision_parts"]
 
+Check = Callable[[Any, str], object]
+"""Function of an image and its name that raises ``DataError`` for a bad one."""
 
-def torchvision_parts(data: TorchvisionData) -> Parts:
+_one_at_a_time = threading.Lock()  # what a block changes of Pillow and of warnings holds for all threads
+
+
+def torchvision_parts(data: TorchvisionData, preprocessing: VisionPreprocessing | None = None) -> Parts:
     """Return the training and test parts of a set, or split the whole set by ``split_seed``.
 
+    Args:
+        data: the spec; with ``on_bad: skip`` every image is read, and bad ones are left out.
+        preprocessing: that must be able to convert an image; None: of the usual size.
+
     Raises:
-        DataError: the name is unknown, the set is not on this disk, or it does not have one class an image.
+        DataError: the name is unknown, the set is not on this disk, it does not have one class an image, or an image
+            that must be opened for its class is bad.
         MissingExtraError: torchvision is not installed.
     """
-    train, test = _parts_of(data)
+    skipped: dict[str, str] = {}
+    converts = preprocessing or VisionPreprocessing(images=data.images or ImageSettings())
+    check = converts.pixels if data.on_bad == "skip" else None
+    with explained(skipped):
+        train, test = _parts_of(data, check, skipped)
     if data.corruption is None:
-        return Parts(train, test)
-    return Parts(train, test, train.classes, train, test, data.corruption)
+        return Parts(train, test, skipped=skipped)
+    return Parts(train, test, train.classes, train, test, data.corruption, skipped)
 
 
 class _SetOpener:
@@ -34,13 +53,26 @@ class _SetOpener:
         self.images, self.name = images, name
 
     def __call__(self, number: int) -> Any:
-        try:
-            return self.images[number][0]
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{self.name}: image {number} cannot be read: {error}. Download the set again.") from error
+        return self.pair(number)[0]
+
+    def pair(self, number: int) -> Any:
+        """Return an image and its label, as the set does, but within Pillow's first limit and without Ghostscript."""
+        postscript = require("PIL.EpsImagePlugin", "vision")
+        bomb = require("PIL.Image", "vision").DecompressionBombWarning
+        with _one_at_a_time, warnings.catch_warnings(action="error", category=bomb):
+            ghostscript, postscript.gs_binary = postscript.gs_binary, False
+            try:
+                return self.images[number]
+            except Exception as error:  # decoders raise whatever a damaged file makes them
+                raise DataError(
+                    f"{self.name}: image {number} cannot be read: {str(error) or type(error).__name__}. Download the "
+                    "set again, or leave bad images out with data.on_bad: skip."
+                ) from error
+            finally:
+                postscript.gs_binary = ghostscript
 
 
-def _parts_of(data: TorchvisionData) -> tuple[ImagePart, ImagePart]:
+def _parts_of(data: TorchvisionData, check: Check | None, skipped: dict[str, str]) -> tuple[ImagePart, ImagePart]:
     sets = require("torchvision.datasets", "vision")
     if data.name not in sets.__all__:
         raise DataError(
@@ -57,9 +89,10 @@ def _parts_of(data: TorchvisionData) -> tuple[ImagePart, ImagePart]:
     elif "split" in parameters:
         parts = [_open(kind, data, args | {"split": part}) for part in (data.train_split, data.test_split)]
     else:
-        whole = _part(_open(kind, data, args), data.name, "all")
+        whole = _part(_open(kind, data, args), data.name, "all", check, skipped)
         return split(whole, data.test_fraction, data.split_seed, f"data.name {data.name}")
-    train, test = (_part(images, data.name, part) for images, part in zip(parts, ("train", "test"), strict=True))
+    names = ("train", "test")
+    train, test = (_part(images, data.name, part, check, skipped) for images, part in zip(parts, names, strict=True))
     if train.classes != test.classes:
         raise DataError(
             f"data.name must have the same classes in both parts; {data.name} has {train.classes} "
@@ -83,34 +116,36 @@ def _open(kind: Any, data: TorchvisionData, args: dict[str, Any]) -> Any:
         ) from error
 
 
-def _part(images: Any, name: str, part: str) -> ImagePart:
-    labels = _labels(images, name)
+def _part(images: Any, name: str, part: str, check: Check | None, skipped: dict[str, str]) -> ImagePart:
+    """Return a part of a set; add to ``skipped`` the images that it leaves out because ``check`` raises."""
+    opener = _SetOpener(images, name)
+    names = [f"{part}_{number:06d}" for number in range(len(images))]
+    good = list(range(len(images)))
+    if check is not None:
+        faults = {number: fault_of(number, lambda number: check(opener(number), names[number])) for number in good}
+        skipped |= {names[number]: fault for number, fault in faults.items() if fault is not None}
+        good = [number for number in good if faults[number] is None]
+    labels = _labels(opener, good)
     values = sorted(set(labels))
     classes = getattr(images, "classes", None)
     if isinstance(classes, Sequence) and len(classes) > max(values, default=0):
-        names = [_text(name) for name in classes]
+        labelled = [_text(name) for name in classes]
     else:
-        names = [str(value) for value in values]
+        labelled = [str(value) for value in values]
         labels = [values.index(label) for label in labels]
-    return ImagePart(
-        tuple(names),
-        tuple(labels),
-        tuple(f"{part}_{i:06d}" for i in range(len(labels))),
-        tuple(range(len(labels))),
-        _SetOpener(images, name),
-    )
+    return ImagePart(tuple(labelled), tuple(labels), tuple(names[number] for number in good), tuple(good), opener)
 
 
-def _labels(images: Any, name: str) -> list[int]:
-    """Return the labels, without decoding images if the set has them in a usual attribute."""
+def _labels(opener: _SetOpener, numbers: Sequence[int]) -> list[int]:
+    """Return the labels of these images, without decoding them if the set has labels in a usual attribute."""
     for field in ("targets", "labels", "_labels"):
-        stored = getattr(images, field, None)
-        if stored is not None and len(stored) == len(images) and all(_is_label(label) for label in stored):
-            return [int(label) for label in stored]
-    labels = [images[i][1] for i in range(len(images))]
+        stored = getattr(opener.images, field, None)
+        if stored is not None and len(stored) == len(opener.images) and all(_is_label(label) for label in stored):
+            return [int(stored[number]) for number in numbers]
+    labels = [opener.pair(number)[1] for number in numbers]
     if not labels or not all(_is_label(label) for label in labels):
         raise DataError(
-            f"data.name must be a set of images with one class each; {name} has "
+            f"data.name must be a set of images with one class each; {opener.name} has "
             f"{type(labels[0]).__name__ if labels else 'nothing'} as a label. Choose another set."
         )
     return [int(label) for label in labels]
