@@ -20,7 +20,7 @@ from conservtl.tasks._declaration import check_declaration
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.headline import Headline
 
-__all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes", "unfinished_task"]
+__all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes"]
 
 Shift = Literal["labels", "speaker", "input"]
 """How the target differs from the source: other labels; the same labels from another speaker; the same labels for
@@ -143,6 +143,17 @@ class Task(ABC):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Return the model's outputs for a batch."""
         return forward(model, batch)
+
+    def answer(self, model: nn.Module, batch: Any) -> Any:
+        """Return the outputs that are scored and shown; the default is ``forward``.
+
+        A model that needs more work for its answer than for its loss, such as one that generates a text, does it here.
+        """
+        return self.forward(model, batch)
+
+    def reads_labels(self, model: nn.Module) -> bool:  # noqa: ARG002
+        """Return whether the model reads a batch's labels, as a decoder does: they must then be its own, by number."""
+        return False
 
     @abstractmethod
     def loss(self, outputs: Any, batch: Any) -> Tensor:
@@ -310,27 +321,10 @@ class Task(ABC):
         return [section, preprocessing.model_dump(mode="json"), len(train)]  # type: ignore[arg-type]
 
 
-def task_classes() -> dict[str, type[Task]]:
-    """Return the tasks defined so far, by name, those of user modules included."""
-    return {name: cls for name, cls in _CLASSES.items() if not inspect.isabstract(cls)}
-
-
-def unfinished_task(name: str, otherwise: str) -> str:
-    """Return what to do about an unknown task: finish the class that is imported, or import it.
+def task_classes(*, unfinished: bool = False) -> dict[str, type[Task]]:
+    """Return the tasks defined so far, by name, those of user modules included.
 
     Args:
-        name: the task's name in the spec.
-        otherwise: how to import it.
+        unfinished: whether to return those that lack methods instead of the others.
     """
-    if (cls := _CLASSES.get(name)) is not None:
-        lacks = ", ".join(sorted(cls.__abstractmethods__))
-        return f" {name!r} is imported, but {cls.__module__}.{cls.__qualname__} does not implement {lacks}."
-    nameless = [cls for cls in _subclasses(Task) if not hasattr(cls, "name") and not inspect.isabstract(cls)]
-    listed = ", ".join(sorted({f"{cls.__module__}.{cls.__qualname__}" for cls in nameless}))
-    more = f" {listed} is imported, but has no name: declare it in the class, name = {name!r}." if listed else ""
-    return otherwise + more
-
-
-def _subclasses(cls: Any) -> list[type[Task]]:
-    """Return the subclasses of a class, and theirs."""
-    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]
+    return {name: cls for name, cls in _CLASSES.items() if inspect.isabstract(cls) is unfinished}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+from typing import Any
 
 import conservtl.tasks
 from conservtl.errors import SpecError, did_you_mean
 from conservtl.plugins import load_entry_points
-from conservtl.tasks.base import Task, task_classes, unfinished_task
+from conservtl.tasks.base import Task, task_classes
 
-__all__ = ["task_named", "tasks"]
+__all__ = ["task_named", "tasks", "unfinished_task"]
 
 ENTRY_POINTS = "conservtl.tasks"
 """Entry point group of packages that bring tasks of their own."""
@@ -48,3 +50,24 @@ def task_named(name: str, module: str | None = None) -> Task:
         )
         raise SpecError(f"task: {name!r} is none of {', '.join(known)}.{fix}")
     return known[name]
+
+
+def unfinished_task(name: str, otherwise: str) -> str:
+    """Return what to do about an unknown task: finish the class that is imported, or import it.
+
+    Args:
+        name: the task's name in the spec.
+        otherwise: how to import it.
+    """
+    if (cls := task_classes(unfinished=True).get(name)) is not None:
+        lacks = ", ".join(sorted(cls.__abstractmethods__))
+        return f" {name!r} is imported, but {cls.__module__}.{cls.__qualname__} does not implement {lacks}."
+    nameless = [cls for cls in _subclasses(Task) if not hasattr(cls, "name") and not inspect.isabstract(cls)]
+    listed = ", ".join(sorted({f"{cls.__module__}.{cls.__qualname__}" for cls in nameless}))
+    more = f" {listed} is imported, but has no name: declare it in the class, name = {name!r}." if listed else ""
+    return otherwise + more
+
+
+def _subclasses(cls: Any) -> list[type[Task]]:
+    """Return the subclasses of a class, and theirs."""
+    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]

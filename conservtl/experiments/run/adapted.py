@@ -45,7 +45,7 @@ class Adapted:
         """
         device = next(self.model.parameters()).device
         placed = map_tensors(inputs, lambda tensor: tensor.to(device))
-        return self.task.forward(self.model, placed if isinstance(placed, Mapping) else (placed,))
+        return self.task.answer(self.model, placed if isinstance(placed, Mapping) else (placed,))
 
     def probabilities(self, inputs: Tensor) -> Tensor:
         """Return (N, labels), each row summing to 1, for inputs as the model takes them; for tasks with classes."""

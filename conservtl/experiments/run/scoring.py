@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from conservtl.batches import batch_size as size_of
@@ -15,11 +16,12 @@ from conservtl.engine import Functions, Holdout, evaluate
 from conservtl.engine.batching import as_batches
 from conservtl.engine.cuts import Cut
 from conservtl.engine.processes import current
+from conservtl.errors import SpecError
 from conservtl.functions import MetricPool
 from conservtl.runtime.source_head import SourceHead
 from conservtl.tasks.base import Task
 
-__all__ = ["Scores", "agreement", "in_order", "on_source_head", "score_model"]
+__all__ = ["Scores", "agreement", "answered", "in_order", "on_source_head", "score_model"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: 
         records.append(task.record(out, batch))
         return judge(out, batch)
 
-    functions, processes = Functions(task.forward, task.loss, metrics), current()
+    functions, processes = Functions(task.answer, task.loss, metrics), current()
     device = next(model.parameters()).device
     cut = Cut(batch_size * processes.world, shuffle=False, processes=processes)
     examples = data if isinstance(data, Holdout) else Holdout(data)
@@ -87,11 +89,20 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
     return pool.result() or None
 
 
+def answered(task: Task, sets: Any) -> Any:
+    """Return the sets that ``fit`` evaluates on, with the task's answers; a ``Holdout`` brings its own."""
+    if type(task).answer is Task.answer or sets is None:
+        return sets
+    if not isinstance(sets, Mapping):
+        return Holdout(sets, forward=task.answer)
+    return {name: one if isinstance(one, Holdout) else Holdout(one, forward=task.answer) for name, one in sets.items()}
+
+
 def in_order(task: Task, data: Data, order: Sequence[int]) -> Holdout:
     """Return a set on which the outputs of a model's labels stand in another order, that of the task."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
-        return task.outputs_at(task.forward(model, batch), order)
+        return task.outputs_at(task.answer(model, _renumbered(task, model, batch, order)), order)
 
     return Holdout(data, forward=forward, metrics=task.metrics)
 
@@ -100,10 +111,25 @@ def on_source_head(task: Task, data: Data, head: SourceHead) -> Holdout:
     """Return a set on which the source's own head replaces the model's."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
+        if task.reads_labels(model):
+            raise SpecError(
+                f"the source's data must have labels that the adapted {type(model).__name__} knows, because its "
+                "decoder reads them; some are none of the target's. Keep the source's labels among the target's, or "
+                "set source.data to null."
+            )
         with head.replacing(model) as replaced:
-            return task.forward(replaced, batch)
+            return task.answer(replaced, batch)
 
     return Holdout(data, forward=forward, metrics=task.metrics)
+
+
+def _renumbered(task: Task, model: nn.Module, batch: Any, order: Sequence[int]) -> Any:
+    """Return a batch whose labels have a model's own numbers, ``order`` of the batch's, if the model reads them."""
+    if not task.reads_labels(model):
+        return batch
+    labels = batch["labels"]
+    own = torch.tensor(list(order), device=labels.device)[labels.clamp_min(0)]
+    return {**batch, "labels": torch.where(labels < 0, labels, own)}
 
 
 def _on_cpu(tensor: Any) -> Any:

@@ -12,18 +12,17 @@ from torch import nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Domains, first_batch
-from conservtl.data.shots import UpTo, taken_text
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
 from conservtl.engine.selection import deciders
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
-from conservtl.experiments.run.scoring import in_order, on_source_head
+from conservtl.experiments.run.scoring import answered, in_order, on_source_head
 from conservtl.experiments.run.source_labels import (
     check_outputs,
     check_shots,
     classes_of,
-    listed,
+    shots_note,
     with_source_labels,
 )
 from conservtl.experiments.spec.spec import Spec
@@ -174,7 +173,8 @@ class Setting:
             self._check_validation(settings, adaptation.plan)
         if options.get("progress"):
             options["progress"] = self.show_metric
-        return fit(adaptation, train, valid, settings, **self.fit_arguments() | options)
+        sets = {name: answered(self.task, options[name]) for name in ("watch", "path") if name in options}
+        return fit(adaptation, train, answered(self.task, valid), settings, **self.fit_arguments() | options | sets)
 
     def show_metric(self, metric: str, value: float) -> str:
         """Return a metric for the progress bar, the task's headline one as the task writes it."""
@@ -304,16 +304,7 @@ def prepare(spec: Spec) -> Setting:
     check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
     setting = Setting(spec, domains, example, domains.labels == domains.source_labels)
-    note = _shots_note(setting) + ((skipped_text(domains.skipped),) if domains.skipped else ())
+    note = shots_note(task, setting.taken, spec.data.shots) + (
+        (skipped_text(domains.skipped),) if domains.skipped else ()
+    )
     return replace(setting, domains=replace(domains, notes=(*domains.notes, *note))) if note else setting
-
-
-def _shots_note(setting: Setting) -> tuple[str, ...]:
-    """Say how many examples of each class are taken where the spec gives no number."""
-    taken, shots = setting.taken, setting.spec.data.shots
-    if isinstance(shots, int) or not taken:
-        return ()
-    text = f"{taken_text(taken.values())} {setting.task.example}s of each class are taken, {sum(taken.values())} in all"
-    if isinstance(shots, UpTo) and (few := [label for label, count in taken.items() if count < shots.up_to]):
-        text += f"; fewer than {shots.up_to} of {listed(few)}"
-    return (text,)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from conservtl.batches import map_tensors
 from conservtl.data import Data, Domains, Examples, length_of
+from conservtl.data.shots import UpTo, taken_text
 from conservtl.errors import DataError, SpecError
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
-__all__ = ["check_outputs", "check_shots", "classes_of", "listed", "with_source_labels"]
+__all__ = ["check_outputs", "check_shots", "classes_of", "listed", "shots_note", "with_source_labels"]
 
 _SHOWN = 12  # labels in a message
 
@@ -82,6 +83,22 @@ def check_shots(task: Task, domains: Domains) -> None:
                 f"task {task.name!r}: the labels of {name} must be positions in a list of {len(labels)} labels "
                 f"({listed(labels)}); received {int(classes.max())}. Number the examples by that list."
             )
+
+
+def shots_note(task: Task, taken: Mapping[str, int] | None, shots: Any) -> tuple[str, ...]:
+    """Say how many examples of each class are taken, if a spec gives no number.
+
+    Args:
+        task: calls its examples by their name.
+        taken: name of each class -> examples; None: not known.
+        shots: of the spec's section ``data``.
+    """
+    if isinstance(shots, int) or not taken:
+        return ()
+    text = f"{taken_text(taken.values())} {task.example}s of each class are taken, {sum(taken.values())} in all"
+    if isinstance(shots, UpTo) and (few := [label for label, count in taken.items() if count < shots.up_to]):
+        text += f"; fewer than {shots.up_to} of {listed(few)}"
+    return (text,)
 
 
 def check_outputs(task: Task, model: nn.Module, example: Any, labels: int) -> None:

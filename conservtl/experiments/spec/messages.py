@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from conservtl.errors import hint, wrong_tag
 from conservtl.methods import Strategy
-from conservtl.tasks.base import unfinished_task
+from conservtl.tasks.registry import unfinished_task
 
 __all__ = ["explanations"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +13,16 @@ from torch.nn import functional as F  # noqa: N812
 
 from conservtl.data import Augmentation, Data, Domains, Preprocessing
 from conservtl.functions import MetricValue
+from conservtl.layers import unwrap
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
 from conservtl.tasks.transcribe.corpora import load, speakers
-from conservtl.tasks.transcribe.decoding import check_frames, confidence, fault_of, frames_of, greedy, tokens_of
+from conservtl.tasks.transcribe.decoding import tokens_of
 from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
+from conservtl.tasks.transcribe.recognizers import Decoder, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
@@ -28,7 +31,7 @@ __all__ = ["Transcribe"]
 
 
 class Transcribe(Task):
-    """Utterances of several speakers as texts, by CTC; judged by the word error rate."""
+    """Utterances of several speakers as texts, by CTC or a decoder; judged by the word error rate."""
 
     name: ClassVar[str] = "transcribe"
     summary: ClassVar[str] = "Speech recognition under a change of speaker, accent, room or vocabulary."
@@ -44,6 +47,7 @@ class Transcribe(Task):
 
     def __init__(self, labels: tuple[str, ...] = (), preprocessing: TranscribePreprocessing | None = None) -> None:
         self._labels, self._tokens = labels, (preprocessing or TranscribePreprocessing()).tokens
+        self._end = labels.index(self._tokens.end) if labels else 0
 
     def within(self, labels: tuple[str, ...], preprocessing: Any) -> Transcribe:
         """Return the task with a vocabulary, so that it can write texts."""
@@ -58,55 +62,69 @@ class Transcribe(Task):
         return build(model, preprocessing, outputs)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Return (logits (N, frames, tokens), frames of each utterance (N,))."""
-        return model(batch["inputs"], batch["lengths"])
+        """Return (logits, frames of each utterance) of CTC, or ``Decoded``: a decoder reads the batch's texts."""
+        bare, labels = unwrap(model), batch.get("labels")
+        taught = bare.teacher(labels) if isinstance(bare, Decoder) and labels is not None else {}
+        return model(inputs=batch["inputs"], lengths=batch["lengths"], **taught)
+
+    def answer(self, model: nn.Module, batch: Any) -> Any:
+        """Return the outputs, with the text that a decoder generates."""
+        outputs, bare = self.forward(model, batch), unwrap(model)
+        if not isinstance(bare, Decoder):
+            return outputs
+        heard, posteriors = bare.generate(batch["inputs"], batch["lengths"])
+        return replace(outputs, heard=heard, posteriors=posteriors)
+
+    def reads_labels(self, model: nn.Module) -> bool:
+        """Return whether the model has a decoder."""
+        return isinstance(unwrap(model), Decoder)
 
     def inputs(self, batch: Any) -> Any:
         """Return the model's arguments."""
         return {"inputs": batch["inputs"], "lengths": batch["lengths"]}
 
     def fault(self, outputs: Any, labels: int) -> str | None:
-        """Return why a model is no recognizer by CTC with an output for each token; None if it is one."""
-        return fault_of(outputs, labels)
+        """Return why a model is no recognizer with an output for each token; None if it is one."""
+        return recognizer_of(outputs).fault(outputs, labels)
 
     def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
-        """Return the logits of some tokens, with the frames of each utterance."""
-        logits, lengths = frames_of(outputs)
-        return logits[..., list(places)], lengths
+        """Return the outputs of some tokens."""
+        return recognizer_of(outputs).outputs_at(outputs, places)
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
-        """Return the CTC loss a token, the mean over the utterances.
+        """Return the loss a token, of CTC or the cross-entropy of a decoder, the mean over the utterances.
 
         Raises:
             DataError: a text needs more frames than its utterance has.
         """
-        logits, lengths = frames_of(outputs)
-        labels = batch["labels"]
-        check_frames(lengths, labels, batch.get("names", ()))
-        counts = (labels >= 0).sum(1)
-        scores = logits.float().log_softmax(-1).transpose(0, 1)
-        return F.ctc_loss(scores, labels.clamp_min(0), lengths.long(), counts, zero_infinity=False)
+        return recognizer_of(outputs, self._end).loss(outputs, batch)
 
     def metrics(self, outputs: Any, batch: Any) -> Mapping[str, MetricValue]:
         """Return wrong words and characters with all of them: word and character error rates."""
-        said, heard = self.texts(tokens_of(batch["labels"])), self.texts(greedy(outputs))
+        said, heard = self.texts(tokens_of(batch["labels"])), self.heard(outputs)
         words, characters = word_errors(said, heard), character_errors(said, heard)
         return {"wer": (words.wrong, words.count), "cer": (characters.wrong, characters.count)}
+
+    def heard(self, outputs: Any) -> list[str]:
+        """Return the text heard in each utterance."""
+        return self.texts(recognizer_of(outputs, self._end).hypotheses(outputs))
 
     def texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each list of tokens."""
         return [self._tokens.decode(each, self._labels) for each in tokens]
 
     def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:  # noqa: ARG002
-        """Return the transcript of each file, with the mean posterior of its best path where that is no blank."""
-        texts = self.texts(greedy(outputs))
-        return [Prediction(*one) for one in zip(files, texts, confidence(outputs).tolist(), strict=True)]
+        """Return the transcript of each file, with the mean posterior of what was heard."""
+        confidence = recognizer_of(outputs, self._end).confidence(outputs)
+        return [Prediction(*one) for one in zip(files, self.heard(outputs), confidence.tolist(), strict=True)]
 
     def agreement(self, outputs: Any, source: Any) -> dict[str, MetricValue]:
-        """Return the share of frames with the source model's answer, and KL(source || adapted) a frame in nats."""
-        logits, lengths = frames_of(outputs)
-        reference = frames_of(source)[0]
-        valid = torch.arange(logits.shape[1]) < lengths.unsqueeze(1)
+        """Return the share of positions with the source model's answer, and KL(source || adapted) a position in nats.
+
+        Positions are frames of CTC, and tokens of the reference for a decoder.
+        """
+        logits, valid = recognizer_of(outputs, self._end).positions(outputs)
+        reference = recognizer_of(source, self._end).positions(source)[0]
         adapted, source = logits[valid].log_softmax(-1), reference[valid].log_softmax(-1)
         kl = F.kl_div(adapted, source, reduction="sum", log_target=True)
         same = (adapted.argmax(-1) == source.argmax(-1)).sum()
@@ -115,8 +133,7 @@ class Transcribe(Task):
 
     def record(self, outputs: Any, batch: Any) -> Any:
         """Return name, reference and hypothesis of each utterance."""
-        texts = self.texts(tokens_of(batch["labels"])), self.texts(greedy(outputs))
-        return list(zip(batch["names"], *texts, strict=True))
+        return list(zip(batch["names"], self.texts(tokens_of(batch["labels"])), self.heard(outputs), strict=True))
 
     def details(self, before: Mapping[str, Any], after: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return errors by kind, speaker and word, and the worst utterances of the target."""

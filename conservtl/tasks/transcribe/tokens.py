@@ -24,7 +24,16 @@ _SPACE = "|"
 _PIECE_SPACE = "\u2581"
 
 
-class Characters(FrozenModel):
+class _OwnTokens(FrozenModel):
+    """Base of tokens whose output 0 is no text: CTC's blank; a decoder's end, and what it reads first."""
+
+    @property
+    def end(self) -> str:
+        """Name of the token behind a text of a decoder."""
+        return BLANK
+
+
+class Characters(_OwnTokens):
     """Each character is a token; the space is `|`."""
 
     kind: Literal["characters"] = "characters"
@@ -67,7 +76,7 @@ class Characters(FrozenModel):
         return " ".join("".join(vocabulary[token] for token in tokens).replace(_SPACE, " ").split())
 
 
-class SentencePiece(FrozenModel):
+class SentencePiece(_OwnTokens):
     """Pieces of a sentencepiece model. The model is saved with the adapted network."""
 
     kind: Literal["sentencepiece"] = "sentencepiece"

@@ -1,0 +1,191 @@
+"""Kinds of recognizers: CTC, and sequence to sequence; a model's outputs say which it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from conservtl.functions import IGNORED
+from conservtl.tasks.transcribe.decoding import check_frames, confidence, fault_of, frames_of, greedy, tokens_of
+
+__all__ = ["CTC", "Decoded", "Decoder", "Recognizer", "SequenceToSequence", "recognizer_of"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Outputs of a decoder.
+
+    Args:
+        logits: (N, positions, tokens), the scores of each next token, and of the end behind the last.
+        mask: (N, positions), false where padded.
+        heard: (N, tokens) generated, -100 behind the end; None: none was.
+        posteriors: (N,), the mean posterior of the tokens generated.
+    """
+
+    logits: Tensor
+    mask: Tensor
+    heard: Tensor | None = None
+    posteriors: Tensor | None = None
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A model whose decoder reads the tokens before: it returns ``Decoded``.
+
+    It is called with ``inputs``, ``lengths`` and the arguments that ``teacher`` returns. Without those its decoder
+    reads the beginning alone, and there is one position.
+    """
+
+    def teacher(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the arguments by which it reads texts, (N, tokens), negative where padded."""
+        ...
+
+    def generate(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``heard`` and ``posteriors``."""
+        ...
+
+
+class Recognizer(ABC):
+    """How outputs of one kind of model are trained, compared and read."""
+
+    @abstractmethod
+    def fault(self, outputs: Any, tokens: int) -> str | None:
+        """Return why outputs are not those of such a model with this many tokens, as "must ..."; None if they are."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss a token, the mean over the utterances."""
+
+    @abstractmethod
+    def positions(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Return logits (N, positions, tokens), and which positions count, (N, positions)."""
+
+    @abstractmethod
+    def hypotheses(self, outputs: Any) -> list[list[int]]:
+        """Return the tokens heard in each utterance."""
+
+    @abstractmethod
+    def confidence(self, outputs: Any) -> Tensor:
+        """Return the mean posterior of the tokens heard, (N,); 0 where none is."""
+
+    @abstractmethod
+    def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
+        """Return the outputs of some tokens, in this order."""
+
+
+class CTC(Recognizer):
+    """Connectionist temporal classification: outputs are (logits, frames of each utterance), output 0 is the blank."""
+
+    def fault(self, outputs: Any, tokens: int) -> str | None:
+        """Return why outputs are no (logits, lengths); None if they are."""
+        return fault_of(outputs, tokens)
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the CTC loss a token, the mean over the utterances.
+
+        Raises:
+            DataError: a text needs more frames than its utterance has.
+        """
+        logits, lengths = frames_of(outputs)
+        labels = batch["labels"]
+        check_frames(lengths, labels, batch.get("names", ()))
+        counts = (labels >= 0).sum(1)
+        scores = logits.float().log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(scores, labels.clamp_min(0), lengths.long(), counts, zero_infinity=False)
+
+    def positions(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Return logits and valid frames."""
+        logits, lengths = frames_of(outputs)
+        return logits, torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
+
+    def hypotheses(self, outputs: Any) -> list[list[int]]:
+        """Return the tokens of the best path."""
+        return greedy(outputs)
+
+    def confidence(self, outputs: Any) -> Tensor:
+        """Return the mean posterior of the best path over its frames that are no blank."""
+        return confidence(outputs)
+
+    def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
+        """Return the logits of some tokens, with the frames of each utterance."""
+        logits, lengths = frames_of(outputs)
+        return logits[..., list(places)], lengths
+
+
+class SequenceToSequence(Recognizer):
+    r"""A decoder that reads the tokens before: outputs are ``Decoded``.
+
+    The loss of an utterance with tokens :math:`y_1 \dots y_L` is
+
+    .. math:: -\frac{1}{L + 1} \sum_{l=1}^{L+1} \log p(y_l \mid y_{<l}, x), \quad y_{L+1} = \text{end}
+
+    Args:
+        end: the token behind a text.
+    """
+
+    def __init__(self, end: int = 0) -> None:
+        self._end = end
+
+    def fault(self, outputs: Any, tokens: int) -> str | None:
+        """Return why logits and mask do not fit each other or the tokens; None if they do."""
+        logits, mask = outputs.logits, outputs.mask
+        if logits.ndim != 3:
+            return f"must return logits of (N, positions, tokens); it returns {tuple(logits.shape)}. Return those."
+        if mask.dtype != torch.bool or mask.shape != logits.shape[:2]:
+            return (
+                f"must return a mask of booleans for its logits' {tuple(logits.shape[:2])} positions; it returns "
+                f"{str(mask.dtype)[6:]} of {tuple(mask.shape)}. Return true for positions that count."
+            )
+        if logits.shape[2] != tokens:
+            return (
+                f"must have an output for each of {tokens} tokens, the end among them; it has {logits.shape[2]}. "
+                "Leave the number of outputs out of the section model, or correct data.tokens."
+            )
+        return None
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the cross-entropy a token, the end included, the mean over the utterances."""
+        logits, labels = outputs.logits.float(), batch["labels"]
+        targets = F.pad(labels, (0, 1), value=IGNORED)
+        counts = (labels >= 0).sum(1)
+        targets = targets.scatter(1, counts.unsqueeze(1), self._end)
+        each = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return (each.sum(1) / (counts + 1)).mean()
+
+    def positions(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Return logits and the mask."""
+        return outputs.logits, outputs.mask
+
+    def hypotheses(self, outputs: Any) -> list[list[int]]:
+        """Return the tokens that were generated."""
+        return tokens_of(outputs.heard)
+
+    def confidence(self, outputs: Any) -> Tensor:
+        """Return the mean posterior of the tokens that were generated."""
+        posteriors: Tensor = outputs.posteriors
+        return posteriors
+
+    def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
+        """Return the outputs with these tokens in this order; tokens heard beyond them get numbers behind them."""
+        order, size = torch.tensor(list(places)), outputs.logits.shape[-1]
+        numbers = torch.full((size,), len(order)).index_copy(0, order, torch.arange(len(order)))
+        heard = outputs.heard
+        if heard is not None:
+            heard = torch.where(heard < 0, heard, numbers.to(heard.device)[heard.clamp_min(0)])
+        return replace(outputs, logits=outputs.logits[..., order.to(outputs.logits.device)], heard=heard)
+
+
+def recognizer_of(outputs: Any, end: int = 0) -> Recognizer:
+    """Return the kind of recognizer that outputs are of.
+
+    Args:
+        outputs: of a model: ``Decoded``; all else is taken as CTC's.
+        end: the token behind a text of a decoder.
+    """
+    return SequenceToSequence(end) if isinstance(outputs, Decoded) else CTC()
