@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conservtl.errors import SpecError
 from conservtl.functions import IGNORED, Loss, class_loss, classes_of, cross_entropy, labels_of, logits_of
 
-__all__ = ["LabelLoss", "as_loss", "check_trained", "counted"]
+__all__ = ["LabelLoss", "as_loss", "check_trained", "counted", "counts_positions"]
 
 _LABELS = {"target", "targets", "label", "labels", "y", "y_true", "true", "truth", "gt"}
 _CLASSES = {"CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss"}
@@ -82,17 +82,19 @@ def _takes_labels(module: nn.Module) -> bool:
     return len(parameters) > 1 and parameters[1].lower() in _LABELS
 
 
+def counts_positions(loss: Loss) -> bool:
+    """Return whether a loss is a mean over the positions of classes that count, all with the same weight."""
+    return loss is cross_entropy or (isinstance(loss, LabelLoss) and loss.of_classes and not loss.weighted)
+
+
 def counted(loss: Loss, outputs: Any, batch: Any) -> Tensor | None:
     """Return the number of positions that a loss of classes is the mean over; None if it is another loss's mean.
 
     A batch with few labels other than those ignored counts less in the loss of a set.
     """
-    if loss is cross_entropy:
-        ignored = IGNORED
-    elif isinstance(loss, LabelLoss) and loss.of_classes and not loss.weighted:
-        ignored = loss.ignored
-    else:
+    if not counts_positions(loss):
         return None
+    ignored = loss.ignored if isinstance(loss, LabelLoss) else IGNORED
     labels = classes_of(outputs, batch, ignored)[1]
     return None if labels.is_floating_point() else (labels != ignored).sum()
 

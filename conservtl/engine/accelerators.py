@@ -1,4 +1,4 @@
-"""The Accelerator of a run: made from the settings, or the caller's."""
+"""The Accelerator of a run: one of its own, or the user's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from conservtl.compat import accelerate_states
 from conservtl.engine.distribution import plain_environment
@@ -35,6 +36,8 @@ def own_accelerator(training: Training) -> Iterator[Any]:
             made = Accelerator(
                 mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, kwargs_handlers=[wrapping]
             )
+        if precision == "fp16" and made.device.type == "cpu":  # which Accelerate leaves in fp32
+            made.native_amp, made.scaler = True, GradScaler("cpu")
         yield made
     finally:
         for state, before in zip(shared, saved, strict=True):
@@ -47,18 +50,25 @@ def _precision(training: Training) -> tuple[str, bool]:
     cpu = training.device == "cpu" or not torch.cuda.is_available()
     if training.device == "cuda" and cpu:
         raise SpecError("training.device is cuda, but torch finds no GPU here. Set it to auto or cpu.")
-    if training.precision == "fp16" and cpu:
-        raise SpecError("training.precision is fp16, which needs a GPU. Set it to bf16 or fp32 on a CPU.")
     if training.precision == "auto":
         return ("bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"), cpu
     return training.precision, cpu
 
 
 def checked_accelerator(accelerator: Any) -> Any:
-    """Return the accelerator unless it accumulates gradients itself."""
+    """Return the accelerator unless it accumulates gradients itself, or computes otherwise than it says.
+
+    Raises:
+        SpecError: it does.
+    """
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise SpecError(
             f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates itself. Leave it at 1 and "
             "set training.accumulate."
+        )
+    if str(accelerator.mixed_precision) == "fp16" and accelerator.device.type == "cpu" and not accelerator.native_amp:
+        raise SpecError(
+            "accelerator.mixed_precision is fp16, which Accelerate leaves out on a CPU. Set training.precision to fp16 "
+            "without an accelerator of your own, or take bf16."
         )
     return accelerator

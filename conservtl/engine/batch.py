@@ -1,14 +1,17 @@
-"""One batch of a run."""
+"""A batch on the device, and the batches whose gradients make one step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Batch", "Waiting", "examples_of"]
+from conservtl.engine.buckets import StepShare
+
+__all__ = ["Batch", "Waiting", "examples_of", "in_steps"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Batch:
         index: (size,), positions of the examples in held data; None for streamed data.
         together: number of examples of all processes' parts, for their mean; None: the part is not known.
         processes: number of processes that share the batch.
+        of_step: its share in its optimizer step, where that is not one of equal batches; None: it is.
     """
 
     content: Any
@@ -28,6 +32,7 @@ class Batch:
     index: Tensor | None = None
     together: int | None = None
     processes: int = 1
+    of_step: StepShare | None = None
 
     @property
     def share(self) -> float:
@@ -49,3 +54,15 @@ def examples_of(batch: Batch, form: str) -> str:
         return ""
     first = ", ".join(str(position) for position in batch.index[:8].tolist())
     return form.format(f"{first}{', …' if batch.size > 8 else ''}")
+
+
+def in_steps(batches: Iterator[Waiting], sizes: Iterable[int]) -> Iterator[list[Waiting]]:
+    """Yield the batches of each step.
+
+    The last step may have fewer, and data may have no length, so each is read ahead before its first batch is put on
+    the device: the mean needs its size.
+    """
+    for size in sizes:
+        if not (step := list(islice(batches, size))):
+            return
+        yield step

@@ -22,7 +22,7 @@ from conservtl.engine.processes import ALONE
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.workers import WorkerLoader
-from conservtl.errors import DataError
+from conservtl.errors import DataError, SpecError
 
 __all__ = ["Contents", "as_batches", "undivided"]
 
@@ -52,6 +52,7 @@ def as_batches(
     *,
     shuffle: bool,
     seconds: float | None = None,
+    step_seconds: float | None = None,
     holding: Holding | None = None,
     workers: int | None = None,
 ) -> Held | Streamed:
@@ -67,6 +68,8 @@ def as_batches(
         device: device of the batches.
         shuffle: whether to shuffle data that is not batched yet.
         seconds: duration of a batch of ``Sequences`` at most, its padding included; None: a bound on memory alone.
+        step_seconds: duration of all batches of a step of ``Sequences`` at most, those of all processes; None: as many
+            batches as the settings say.
         holding: decides where tensors are held; None: on the device if they fit.
         workers: processes that load the examples of a dataset; None: loaded as in a loop written by hand.
 
@@ -81,10 +84,15 @@ def as_batches(
     if isinstance(data, Sequences):
         if not data:
             raise DataError("data: the sequences hold no examples.")
-        bound = _MOST_SECONDS if seconds is None else seconds
+        bound = min(_MOST_SECONDS, step_seconds or _MOST_SECONDS) if seconds is None else seconds
         part = (cut.processes.rank, cut.processes.world) if cut.shuffle else (0, 1)
         most = max(1, cut.size // cut.processes.world)
-        return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part), device)
+        return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part, step=step_seconds), device)
+    if step_seconds is not None:
+        raise SpecError(
+            f"training.step_seconds is {step_seconds:g}, but data of type {type(data).__name__} has no durations. Set "
+            "training.accumulate, or pass Sequences."
+        )
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, (tuple, list)) and data and any(isinstance(one, (Tensor, np.ndarray)) for one in data):

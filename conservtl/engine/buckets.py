@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from conservtl.data.sequences import Sequences
+from conservtl.functions import IGNORED
 
-__all__ = ["BucketedBatches", "cut_buckets"]
+__all__ = ["BucketedBatches", "DealtBatches", "StepShare", "cut_buckets"]
 
 _RATIO = 1.08  # longest over shortest of a bucket: so much padding at most
+_ROUNDING = 1e-6  # seconds
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """Share of a batch in its optimizer step, times the number of processes, whose gradients are averaged.
+
+    Args:
+        examples: by examples; 0 for a stand-in.
+        labels: by labels, for a loss that is a mean over these.
+    """
+
+    examples: float
+    labels: float
 
 
 class BucketedBatches:
@@ -21,42 +37,138 @@ class BucketedBatches:
     Sequences are sorted into buckets once (``cut_buckets``). Each epoch deals those of a bucket to its batches anew and
     shuffles the batches, by draws from the global generator. The number of batches is the same in each epoch.
 
+    With ``step``, batches are packed into steps once, by their longest possible durations; each epoch then shuffles the
+    steps, so that their number is the same in each epoch too.
+
     Args:
         data: the sequences.
         most: sequences of a batch at most.
         seconds: duration of a batch at most, its padding included; None: no bound. A longer sequence is a batch alone.
         shuffle: whether to draw a new order each epoch; else batches go from short sequences to long ones.
         part: (rank, number of processes).
+        step: duration of all batches of an optimizer step at most, those of other processes included; None: steps are
+            not made here.
     """
 
     def __init__(
-        self, data: Sequences, most: int, seconds: float | None, *, shuffle: bool, part: tuple[int, int] = (0, 1)
+        self,
+        data: Sequences,
+        most: int,
+        seconds: float | None,
+        *,
+        shuffle: bool,
+        part: tuple[int, int] = (0, 1),
+        step: float | None = None,
     ) -> None:
-        self.data, self.shuffle, self.part = data, shuffle, part
-        self._buckets = cut_buckets(data.seconds, most, seconds)
-        self._count = sum(batches for _, batches in self._buckets)
+        self.data, self.shuffle, self.part, self.step = data, shuffle, part, step
+        bound = step if seconds is None else seconds
+        self._buckets = cut_buckets(data.seconds, most, bound)
+        self._cuts: list[tuple[int, int, int]] = []  # bucket, first and last place of each batch
+        durations = []
+        for number, (places, count) in enumerate(self._buckets):
+            ends = [len(places) * cut // count for cut in range(count + 1)]
+            self._cuts += [(number, first, last) for first, last in pairwise(ends)]
+            longest = data.seconds[places[-1]]
+            durations += [(last - first) * longest for first, last in pairwise(ends)]
+        self._steps = [[number] for number in range(len(durations))] if step is None else _packed(durations, step)
 
     def __len__(self) -> int:
-        return (self._count + self.part[1] - 1) // self.part[1]
+        return sum(self._rounds(group) for group in self._steps) if self.step else self._rounds(self._steps)
+
+    @property
+    def steps(self) -> int | None:
+        """Number of optimizer steps in an epoch; None if they are not made here."""
+        return None if self.step is None else len(self._steps)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self.data.batch(index) for index in self._epoch())  # drawn now, read later
+        return (content for content, _ in self.epoch())
 
-    def _epoch(self) -> list[list[int]]:
-        batches = []
-        for places, count in self._buckets:
-            dealt = [places[i] for i in torch.randperm(len(places)).tolist()] if self.shuffle else places
-            cuts = [len(dealt) * number // count for number in range(count + 1)]
-            batches += [dealt[first:last] for first, last in pairwise(cuts)]
-        if self.shuffle:
-            batches = [batches[i] for i in torch.randperm(len(batches)).tolist()]
+    def epoch(self, skip: int = 0) -> DealtBatches:
+        """Return the batches of an epoch but the first ``skip``: drawn now, read later."""
         rank, world = self.part
-        if world == 1:
-            return batches
-        shared: list[Any] = [batches]
+        steps = self._dealt()
+        if self.step is None:
+            batches = [batch for (batch,) in steps]
+            own = [batches[i % len(batches)] for i in range(rank, len(self) * world, world)]
+            return DealtBatches(self.data, own[skip:])
+        dealt: list[list[int]] = []
+        shares: list[StepShare] = []
+        for step in steps:
+            mine = step[rank::world]
+            stand_ins = [step[0]] * (self._rounds(step) - len(mine))
+            dealt += mine + stand_ins
+            every = [place for batch in step for place in batch]
+            shares += [self._share(batch, every) for batch in mine] + [StepShare(0.0, 0.0) for _ in stand_ins]
+        ends = accumulate(self._rounds(step) for step in steps)
+        sizes = [min(self._rounds(step), end - skip) for step, end in zip(steps, ends, strict=True) if end > skip]
+        return DealtBatches(self.data, dealt[skip:], shares[skip:], sizes)
+
+    def _share(self, batch: list[int], step: list[int]) -> StepShare:
+        world = self.part[1]
+
+        def labels(places: list[int]) -> int:
+            return sum(int((self.data.labels[place] != IGNORED).sum()) for place in places)
+
+        return StepShare(len(batch) * world / len(step), labels(batch) * world / max(1, labels(step)))
+
+    def _rounds(self, batches: Sequence[Any]) -> int:
+        """Return the number of batches that each process gets of these."""
+        return -(-len(batches) // self.part[1])
+
+    def _dealt(self) -> list[list[list[int]]]:
+        """Return the batches of each step of an epoch, the same in all processes."""
+        orders = [
+            [places[i] for i in torch.randperm(len(places)).tolist()] if self.shuffle else places
+            for places, _ in self._buckets
+        ]
+        batches = [orders[bucket][first:last] for bucket, first, last in self._cuts]
+        steps = [[batches[number] for number in group] for group in self._steps]
+        if self.shuffle:
+            steps = [steps[i] for i in torch.randperm(len(steps)).tolist()]
+        if self.part[1] == 1:
+            return steps
+        shared: list[Any] = [steps]
         torch.distributed.broadcast_object_list(shared, 0)
-        batches = shared[0]
-        return [batches[i % len(batches)] for i in range(rank, len(self) * world, world)]
+        return shared[0]  # type: ignore[no-any-return]
+
+
+class DealtBatches(Iterator[tuple[dict[str, Any], StepShare | None]]):
+    """A process's batches of one epoch, read one by one, with the share of each in its step.
+
+    Args:
+        data: the sequences.
+        batches: positions of each batch.
+        shares: of each batch; None: steps are not made here.
+        sizes: batches of each step; None likewise.
+    """
+
+    def __init__(
+        self,
+        data: Sequences,
+        batches: Sequence[list[int]],
+        shares: Sequence[StepShare] | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.sizes = sizes
+        self._data = data
+        self._left = iter(zip(batches, [None] * len(batches) if shares is None else shares, strict=True))
+
+    def __next__(self) -> tuple[dict[str, Any], StepShare | None]:
+        places, share = next(self._left)
+        return self._data.batch(places), share
+
+
+def _packed(durations: Sequence[float], most: float) -> list[list[int]]:
+    """Return batches in groups of at most a duration, one that is longer alone; lengths are mixed in each group."""
+    groups: list[list[int]] = []
+    total = most
+    for number in torch.randperm(len(durations), generator=torch.Generator().manual_seed(0)).tolist():
+        if total + durations[number] > most + _ROUNDING:
+            groups.append([])
+            total = 0.0
+        groups[-1].append(number)
+        total += durations[number]
+    return groups
 
 
 def cut_buckets(seconds: Sequence[float], most: int, bound: float | None) -> list[tuple[list[int], int]]:

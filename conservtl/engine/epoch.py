@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conservtl.engine.batch import Batch, Waiting
 from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
+from conservtl.engine.buckets import StepShare
 from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses, check_weights
 from conservtl.engine.evaluation import Functions
@@ -27,6 +28,7 @@ from conservtl.engine.streamed import Streamed
 from conservtl.engine.threads import ThreadTimer
 from conservtl.errors import DataError
 from conservtl.layers import named_parameters
+from conservtl.losses import counts_positions
 
 __all__ = ["Augment", "Learner"]
 
@@ -117,7 +119,7 @@ class Learner:
         state, settings, session = self.state, self.settings, self.session
         session.train()
         self._settle()
-        for group in _groups(self._batches_left(), settings.accumulate):
+        for group in self._steps_left():
             session.rate(schedule_factor(settings, state.step, self.steps))
             size = len(group)
             timed: AbstractContextManager[list[int]] = nullcontext([]) if self._timer is None else self._timer.step()
@@ -161,15 +163,15 @@ class Learner:
             self._prefix.remove()
             self._prefix = None
 
-    def _batches_left(self) -> Iterator[Waiting]:
-        """Return the epoch's remaining batches; in a resumed epoch, draw its order again from the saved generators."""
+    def _steps_left(self) -> Iterator[list[Waiting]]:
+        """Return the batches of each remaining step; in a resumed epoch, draw its order from the saved generators."""
         state = self.state
         if not state.batch:
             state.drawn = generator_states(self.generators)
-            return self.batches.waiting()
+            return self.batches.steps(self.settings.accumulate)
         current = generator_states(self.generators)
         restore_generators(state.drawn, self.generators)
-        remaining = self.batches.waiting(skip=state.batch)
+        remaining = self.batches.steps(self.settings.accumulate, skip=state.batch)
         restore_generators(current, self.generators)
         return remaining
 
@@ -183,7 +185,9 @@ class Learner:
             if first:
                 self.losses.look()
                 check_gradient(loss, self.session.adaptation.model)
-            self.session.backward(loss if size == 1 else loss / size)
+            if batch.of_step is not None:
+                loss = loss * self._factors(batch.of_step)[0]
+            self.session.backward(loss if size == 1 or batch.of_step is not None else loss / size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -197,7 +201,14 @@ class Learner:
             content = self.augment(content, self.augmenting)
         source = self._source.of(batch) if self._source is not None else None
         with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
-            return self.session.loss(functions, content, source, None if batch.together is None else batch.share)
+            share = None if batch.together is None else batch.share
+            terms = 1.0 if batch.of_step is None else self._factors(batch.of_step)[1]
+            return self.session.loss(functions, content, source, share, terms)
+
+    def _factors(self, share: StepShare) -> tuple[float, float]:
+        """Return the factor on a batch's loss in a step of unequal batches, and that on the terms in the loss."""
+        factor = share.labels if counts_positions(self.functions.loss) else share.examples
+        return factor, share.examples / factor if factor else 1.0
 
 
 def _if_it_fits(make: Callable[[], _Cache | None]) -> _Cache | None:
@@ -208,13 +219,3 @@ def _if_it_fits(make: Callable[[], _Cache | None]) -> _Cache | None:
         if not is_out_of_memory(error):
             raise
         return None
-
-
-def _groups(batches: Iterator[Waiting], size: int) -> Iterator[list[Waiting]]:
-    """Yield batches whose gradients make one step.
-
-    The last group may be smaller, and data may have no length, so each group is read ahead before its first batch is
-    put on the device: the mean needs its size.
-    """
-    while group := list(islice(batches, size)):
-        yield group

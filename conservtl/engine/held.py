@@ -6,13 +6,14 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from conservtl.batches import take_rows, to_device
-from conservtl.engine.batch import Batch, Waiting
+from conservtl.engine.batch import Batch, Waiting, in_steps
 from conservtl.engine.cuts import Cut
 from conservtl.engine.holding import Holding
 from conservtl.engine.prefetch import ahead
@@ -100,6 +101,14 @@ class Held:
             return (partial(self._batch, index) for index in parts)
         read = ((index, self._rows(self.cut.part(index)[0], pinned=True)) for index in parts)
         return ahead(read, self._moved, self.device)
+
+    def step_count(self, accumulate: int) -> int:
+        """Return the number of optimizer steps in an epoch."""
+        return -(-len(self._cuts) // accumulate)
+
+    def steps(self, accumulate: int, skip: int = 0) -> Iterator[list[Waiting]]:
+        """Return the batches of each step of an epoch, as functions."""
+        return in_steps(self.waiting(skip), repeat(accumulate))
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""

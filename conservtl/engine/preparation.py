@@ -133,6 +133,7 @@ def training_batches(session: Session, train: Any, together: int | None = None) 
         session.device,
         shuffle=True,
         seconds=settings.batch_seconds,
+        step_seconds=settings.step_seconds,
         holding=session.holding,
         workers=number_of_workers(settings.num_workers, session.device),
     )

@@ -35,12 +35,13 @@ def schedule_factor(training: Training, step: int, steps: int) -> float:
     return 1.0 if training.schedule == "constant" else _cosine((step - warm) / max(1.0, steps - warm))
 
 
-def total_steps(training: Training, batches: int | None) -> int:
+def total_steps(training: Training, batches: int | None, *, steps: int | None = None) -> int:
     """Return the number of optimizer steps of a run, 0 if unknown.
 
     Args:
         training: settings.
         batches: batches per epoch, None if unknown.
+        steps: steps per epoch, if the data makes them; None: by ``accumulate``.
 
     Raises:
         SpecError: the schedule needs the number of steps and the data has no length, or a warm-up is set for one_cycle.
@@ -50,6 +51,8 @@ def total_steps(training: Training, batches: int | None) -> int:
             f"training.warmup is {training.warmup:g}, but one_cycle warms up by itself over 30 % of the steps. "
             "Leave warmup out, or set schedule to cosine."
         )
+    if steps is not None:
+        return training.epochs * steps
     if batches is not None:
         return training.epochs * math.ceil(batches / training.accumulate)
     if training.schedule != "constant" or training.warmup:

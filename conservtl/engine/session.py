@@ -159,7 +159,12 @@ class Session:
             return self.adaptation.source_view(content, functions.forward)
 
     def loss(
-        self, functions: Functions, content: Any, source: View | None = None, share: float | None = None
+        self,
+        functions: Functions,
+        content: Any,
+        source: View | None = None,
+        share: float | None = None,
+        terms: float = 1.0,
     ) -> Tensor:
         """Return the loss of a batch with the plan's terms.
 
@@ -169,6 +174,7 @@ class Session:
             source: the source model's view of it, if it has been computed before.
             share: factor that makes the mean over processes that over all examples of their batches; None: the loss
                 as it is. A loss that is a mean over positions is weighed by these instead.
+            terms: factor on the plan's terms in a loss that is not shared.
         """
         if self.device.type == "cuda" and self.execution.compile in GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -177,9 +183,9 @@ class Session:
         if source is None and self.adaptation.bound.terms.needs_source:
             source = self.source_view(functions, content)
         if share is None or not self.processes.many:
-            return self.adaptation.loss(loss, outputs, source=source, batch=content)
-        factor, terms = self._factors(counted(functions.loss, outputs, content), share)
-        return factor * self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
+            return self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
+        factor, weight = self._factors(counted(functions.loss, outputs, content), share)
+        return factor * self.adaptation.loss(loss, outputs, source=source, batch=content, share=weight)
 
     def _factors(self, count: Tensor | None, share: float) -> tuple[float | Tensor, float | Tensor]:
         """Return the factor on a batch's loss, and that on its terms beside it.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from conservtl.batches import batch_size as size_of
 from conservtl.batches import to_device
-from conservtl.engine.batch import Batch, Waiting
+from conservtl.engine.batch import Batch, Waiting, in_steps
+from conservtl.engine.buckets import BucketedBatches, StepShare
 from conservtl.engine.cuts import Cut, Order
 from conservtl.engine.prefetch import ahead
 from conservtl.engine.processes import ALONE, Processes
@@ -68,12 +70,31 @@ class Streamed:
         """Return the batches of an epoch but the first ``skip``, which are loaded and dropped."""
         return (make() for make in self.waiting(skip))
 
+    def step_count(self, accumulate: int) -> int | None:
+        """Return the number of optimizer steps in an epoch, None for an iterable without a length."""
+        made = self.loader.steps if isinstance(self.loader, BucketedBatches) else None
+        count = self.count()
+        return made if made is not None or count is None else -(-count // accumulate)
+
+    def steps(self, accumulate: int, skip: int = 0) -> Iterator[list[Waiting]]:
+        """Return the batches of each step of an epoch, as functions; data of different lengths may bring its steps."""
+        if isinstance(self.loader, BucketedBatches):
+            dealt = self.loader.epoch(skip)
+            return in_steps(ahead(dealt, self._dealt, self.device), dealt.sizes or repeat(accumulate))
+        return in_steps(self.waiting(skip), repeat(accumulate))
+
     def waiting(self, skip: int = 0) -> Iterator[Waiting]:
         """Return the same batches as functions that put them on the device."""
+        if isinstance(self.loader, BucketedBatches):
+            return ahead(self.loader.epoch(skip), self._dealt, self.device)
         iterator = iter(self.loader)
         for _ in range(skip):
             next(iterator, None)
         return ahead(enumerate(iterator, skip), self._batch, self.device)
+
+    def _dealt(self, dealt: tuple[Any, StepShare | None]) -> Batch:
+        content, share = to_device(dealt[0], self.device), dealt[1]
+        return Batch(content, size_of(content) if share is None or share.examples else 0, of_step=share)
 
     def _batch(self, numbered: tuple[int, Any]) -> Batch:
         number, content = numbered

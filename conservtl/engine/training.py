@@ -32,6 +32,10 @@ class Training(BaseModel):
     batch_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Duration of a batch in seconds at most, its padding included, for data of different lengths, which is batched by
     length; a longer example is a batch alone. None: batch_size alone bounds a batch."""
+    step_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Duration in seconds of all batches of an optimizer step at most, their padding and those of all processes
+    included, for data of different lengths; its loss is the mean over their examples, whatever the sizes of the
+    batches. None: accumulate says how many batches make a step."""
     evaluate_batch_size: Annotated[int, Field(ge=1)] = 256
     """Examples per batch of an evaluation, for data that ``fit`` batches; no result depends on it but by rounding."""
     optimizer: OptimizerName = "adamw"
@@ -117,6 +121,17 @@ class Training(BaseModel):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
+        if self.step_seconds is not None and (self.accumulate > 1 or self.global_batch_size is not None):
+            other = "accumulate" if self.accumulate > 1 else "global_batch_size"
+            raise ValueError(
+                f"step_seconds decides how many batches make a step; received {other}={getattr(self, other)} too. "
+                "Leave one of them out"
+            )
+        if self.step_seconds is not None and (self.batch_seconds or 0) > self.step_seconds:
+            raise ValueError(
+                f"batch_seconds must be at most step_seconds, {self.step_seconds:g}; received {self.batch_seconds:g}. "
+                "A step holds whole batches"
+            )
         if self.global_batch_size is None:
             return self
         if self.batch_size != "auto":

@@ -46,9 +46,31 @@ def test_bf16_on_a_cpu(plain, data):
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_fp16_needs_a_gpu(plain, data):
-    with pytest.raises(ctl.SpecError, match="precision is fp16, which needs a GPU"):
-        ctl.fit(plain(), data, training=ctl.Training(**ONCE, precision="fp16"))
+def test_fp16_on_a_cpu(plain, data):
+    """Autocast computes in fp16, the loss is scaled, the pull of L2-SP is not."""
+    results = {}
+    for precision in ("fp32", "fp16"):
+        adaptation = plain(ctl.L2SP(alpha=1.0))
+        kinds = set()
+        hook = adaptation.model.stem.register_forward_hook(lambda _, __, out, kinds=kinds: kinds.add(out.dtype))
+        training = ctl.Training(**{**ONCE, "epochs": 3}, precision=precision, clip=1.0)
+        result = ctl.fit(adaptation, data, training=training, seed=0)
+        hook.remove()
+        assert result.precision == precision
+        assert kinds == {torch.float16 if precision == "fp16" else torch.float32}
+        results[precision] = torch.cat([one.detach().flatten() for one in adaptation.model.parameters()])
+    assert (results["fp16"] - results["fp32"]).abs().max() < 0.02
+    assert not torch.equal(results["fp16"], results["fp32"])
+
+
+def test_an_accelerator_that_would_leave_out_fp16_is_refused(plain, data):
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        with pytest.raises(ctl.SpecError, match="mixed_precision is fp16, which Accelerate leaves out on a CPU"):
+            ctl.fit(plain(), data, training=ctl.Training(**ONCE), accelerator=accelerator)
+    finally:
+        accelerator.state._mixed_precision = "no"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
