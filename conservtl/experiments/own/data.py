@@ -15,7 +15,7 @@ from conservtl.errors import DataError
 from conservtl.experiments.own.options import ProblemOptions
 from conservtl.experiments.run.source_labels import classes_of
 
-__all__ = ["as_data", "as_held_out", "class_numbers", "sets_of", "targets_in"]
+__all__ = ["Rows", "as_data", "as_held_out", "class_numbers", "sets_of", "targets_in"]
 
 
 def as_data(value: Any, name: str) -> Data:
@@ -39,9 +39,9 @@ def as_data(value: Any, name: str) -> Data:
         parts = tuple(as_tensor(each) for each in value)
         if all(isinstance(each, Tensor) and each.ndim for each in parts):
             _check_rows({str(place): len(each) for place, each in enumerate(parts)}, name)
-            return Examples(*parts, tuple(map(str, range(len(parts[0]))))) if len(parts) == 2 else _Held(parts)
+            return Examples(*parts, tuple(map(str, range(len(parts[0]))))) if len(parts) == 2 else Rows(parts)
         if isinstance(value, tuple) and tensors_of(parts):
-            return _Held(parts)
+            return Rows(parts)
     elif isinstance(value, DataLoader):
         raise DataError(
             f"{name}: a study draws, splits and counts examples, which a DataLoader does not allow; received one. Pass "
@@ -132,7 +132,7 @@ def _check_rows(rows: Mapping[str, int], name: str) -> None:
         raise DataError(f"{name}: every tensor must have a row for each example; received {found} rows.")
 
 
-class _Held(Dataset[Any]):
+class Rows(Dataset[Any]):
     """Nested tensors as a dataset of rows."""
 
     def __init__(self, parts: Sequence[Any]) -> None:

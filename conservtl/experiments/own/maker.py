@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -11,22 +11,52 @@ from conservtl.errors import SpecError
 from conservtl.experiments.own.options import ModelLike
 from conservtl.layers.copying import deep_copy
 
-__all__ = ["maker"]
+__all__ = ["Maker"]
 
 
-def maker(model: ModelLike) -> Callable[[], nn.Module]:
-    """Return a function that makes a new model, which nothing else holds."""
-    if isinstance(model, nn.Module):
-        return lambda: deep_copy(model)
-    if not callable(model):
-        raise SpecError(
-            f"model must be a torch.nn.Module, or a function that returns one; received {type(model).__name__}."
-        )
-    last: list[nn.Module] = []
+class Maker:
+    """Makes a new model, which nothing else holds, in each call.
 
-    def make() -> nn.Module:
+    Args:
+        given: a model, which is copied; or a function that returns a new one.
+
+    Raises:
+        SpecError: it is neither; or, when called, the function needs arguments, returns no model, or one it has
+            returned before.
+    """
+
+    def __init__(self, given: ModelLike) -> None:
+        if not callable(given):
+            raise SpecError(
+                f"model must be a torch.nn.Module, or a function that returns one; received {type(given).__name__}."
+            )
+        self.given = given
+        self._last: nn.Module | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether models come from a function."""
+        return not isinstance(self.given, nn.Module)
+
+    def __call__(self) -> nn.Module:
+        """Return a new model."""
+        if isinstance(self.given, nn.Module):
+            return deep_copy(self.given)
+        self._check_signature()
+        made = self.given()
+        if not isinstance(made, nn.Module):
+            raise SpecError(f"model() must return a torch.nn.Module; it returns {type(made).__name__}.")
+        if made is self._last:
+            raise SpecError(
+                "model() must return a new model in each call, because every run trains its own; it returns the same "
+                "one again. Pass the model itself, which is copied, or build it inside the function."
+            )
+        self._last = made
+        return made
+
+    def _check_signature(self) -> None:
         try:
-            inspect.signature(model).bind()
+            inspect.signature(self.given).bind()
         except TypeError as error:
             raise SpecError(
                 f"model must be a function without arguments, which is called for each run; calling it: {error}. Pass "
@@ -34,15 +64,6 @@ def maker(model: ModelLike) -> Callable[[], nn.Module]:
             ) from error
         except ValueError:  # a builtin without a signature
             pass
-        made = model()
-        if not isinstance(made, nn.Module):
-            raise SpecError(f"model() must return a torch.nn.Module; it returns {type(made).__name__}.")
-        if last and made is last[0]:
-            raise SpecError(
-                "model() must return a new model in each call, because every run trains its own; it returns the same "
-                "one again. Pass the model itself, which is copied, or build it inside the function."
-            )
-        last[:] = [made]
-        return made
 
-    return make
+    def __getstate__(self) -> dict[str, Any]:
+        return {"given": self.given, "_last": None}

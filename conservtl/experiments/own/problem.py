@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,7 @@ from conservtl.engine.evaluation import Functions
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import SourceError
 from conservtl.experiments.own.data import sets_of
+from conservtl.experiments.own.fingerprint import fingerprint
 from conservtl.experiments.own.first_look import (
     declared,
     headline,
@@ -25,14 +28,15 @@ from conservtl.experiments.own.first_look import (
     source_model,
     tried,
 )
-from conservtl.experiments.own.maker import maker
+from conservtl.experiments.own.maker import Maker
 from conservtl.experiments.own.options import ModelLike, ProblemOptions, check_options
+from conservtl.experiments.own.sending import sent
 from conservtl.experiments.own.setting import OwnSetting
 from conservtl.experiments.own.settings import OwnData, OwnModel, OwnSpec
 from conservtl.experiments.own.task import OwnSets, OwnTask
 from conservtl.experiments.run.source_labels import check_shots
 from conservtl.experiments.run.source_training import SourceModel
-from conservtl.experiments.spec.spec import SourceSection
+from conservtl.experiments.spec.spec import Held, SourceSection
 from conservtl.functions import accuracy, cross_entropy, labels_of
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
@@ -64,7 +68,7 @@ class OwnProblem:
     """
 
     number: int
-    make: Callable[[], nn.Module]
+    make: Maker
     filled: bool
     task: OwnTask
     start: SourceModel
@@ -87,13 +91,17 @@ class OwnProblem:
         """Return the source model."""
         return self.start
 
+    def sent(self, folder: Path) -> AbstractContextManager[Held]:
+        """Return the problem for workers that see a folder."""
+        return sent(self, folder)
+
 
 def settings_of(
     problem: OwnProblem,
     training: Training | None,
     *,
     seed: int,
-    strategies: Sequence[Any] = (),
+    stored: bool = False,
     options: ProblemOptions,
 ) -> OwnSpec:
     """Return the settings of runs of a problem.
@@ -102,13 +110,17 @@ def settings_of(
         problem: the problem.
         training: settings of ``fit``; None: the defaults.
         seed: of the first run.
-        strategies: of every run.
+        stored: whether results are kept for a later call, which finds them by the problem's content.
         options: ``shots``, ``valid``, ``layers`` and ``head`` among them count.
     """
     valid, layers, head = options.get("valid"), options.get("layers"), options.get("head")
     shots = options.get("shots")
     return OwnSpec(
-        model=OwnModel(number=problem.number, head=None if head is None else tuple(head)),
+        model=OwnModel(
+            number=0 if stored else problem.number,
+            content=fingerprint(problem) if stored else "",
+            head=None if head is None else tuple(head),
+        ),
         data=OwnData(
             target=next(iter(problem.task.sets.train)),
             shots="all" if shots is None else shots,
@@ -116,7 +128,6 @@ def settings_of(
         ),
         source=SourceSection(data=None if problem.task.sets.source_train is None else "auto"),
         layers=None if layers is None else tuple(layers),
-        strategies=tuple(strategies),
         training=training or Training(),
         seed=seed,
     ).holding(problem)
@@ -153,7 +164,7 @@ def hold(
     if example is None and functions.forward is plain_forward:
         example = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch[0]
     with preserve_rng():
-        make = maker(model)
+        make = Maker(model)
         bare = make()
         read, missing = read_given(bare, source, options)
         fresh = missing | declared(options.get("fresh", ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from conservtl.data.shots import Shots
 from conservtl.experiments.spec.spec import Spec
@@ -17,6 +17,8 @@ class OwnModel(FrozenModel):
 
     number: int = 0
     """Number of the problem in this process: runs of different problems share nothing."""
+    content: str = ""
+    """Digest of the problem, which a later process finds its results by; empty: none are kept."""
     head: tuple[str, ...] | None = None
     """Globs of the parameters or modules that are the head."""
     random: bool = False
@@ -38,3 +40,13 @@ class OwnSpec(Spec):
     task: Literal["own"] = "own"
     model: OwnModel = OwnModel()
     data: OwnData = OwnData()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Pickle the fields as objects: classes of strategies are imported where they are read."""
+        return _restore, (type(self), self.__getstate__())
+
+
+def _restore(cls: type[OwnSpec], state: dict[Any, Any]) -> OwnSpec:
+    made = cls.__new__(cls)
+    made.__setstate__(state)
+    return made

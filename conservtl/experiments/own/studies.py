@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 from pydantic import ValidationError
@@ -15,11 +16,12 @@ from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError
 from conservtl.experiments.own.blank import blank
 from conservtl.experiments.own.options import ModelLike, ProblemOptions
+from conservtl.experiments.own.place import Place
 from conservtl.experiments.own.problem import OwnProblem, hold, settings_of
 from conservtl.experiments.results import Comparison, Sweep
 from conservtl.experiments.spec.study_sections import BASELINES, Baseline, CompareSection, SweepSection
 from conservtl.experiments.studies import comparison, layer_sweep
-from conservtl.experiments.studies.trial import Trial, forget_shared, run_trial
+from conservtl.experiments.studies.executors.names import PROCESSES
 from conservtl.methods import Strategy, as_strategy
 from conservtl.source.itself import Itself
 from conservtl.source.read import SourceLike
@@ -44,6 +46,9 @@ def compare(
     rates: tuple[float, float, float] = (1e-4, 3e-4, 1e-3),
     probe_rate: float = 1e-2,
     scratch_rate: float = 1e-3,
+    out: str | Path | None = None,
+    processes: int = 1,
+    executor: str | Executor = PROCESSES,
     progress: bool = False,
     **options: Unpack[ProblemOptions],
 ) -> Comparison:
@@ -71,6 +76,13 @@ def compare(
         rates: low, middle and high rate of plain fine-tuning, which stops early on a part of ``train``.
         probe_rate: rate of the linear probe.
         scratch_rate: rate of training from scratch.
+        out: folder for results, which are stored run by run; the same call, in another process too, continues an
+            interrupted one there. It counts as the same if models, source and data have the same values and functions
+            the same code, and do the same on the first examples; other calls can share the folder. None: none are kept.
+        processes: number of processes of this machine.
+        executor: where runs are executed, as for ``conservtl compare``: ``"processes"``, ``"dask:ADDRESS"``,
+            ``"submitit:FOLDER"``, or a ``concurrent.futures`` executor, which stays open. Workers of an executor see
+            the folder ``out``.
         progress: whether to write the number of finished runs to stderr.
         options: further arguments, as for ``adapt`` and ``fit``: ``valid``, ``source_data``, ``shots``, ``labels``,
             ``fresh``, ``allow``, ``layers``, ``head``, ``example``, ``key``, ``prefix``, ``rename``, ``forward``,
@@ -107,15 +119,17 @@ def compare(
         },
     )
     _check_held_out(held_out)
+    place = Place(out, processes, executor, progress=progress)
     with preserve_rng():
         problem = hold(model, source, train, held_out, training, options)
         left_out = []
         if "from scratch" in baselines and (reason := _no_scratch(problem)):
             section = section.model_copy(update={"baselines": tuple(b for b in baselines if b != "from scratch")})
             left_out.append(f"from scratch: {reason}")
-        spec = settings_of(problem, training, seed=seed, options=options).model_copy(update={"compare": section})
-        result = comparison.summarise(spec, _run(comparison.plan_trials(spec), progress=progress))
-    return Comparison(_shown(result | {"left_out": [*result["left_out"], *left_out]}))
+        spec = settings_of(problem, training, seed=seed, stored=place.stores, options=options)
+        spec = spec.model_copy(update={"compare": section})
+        result = comparison.summarise(spec, place.results(comparison.plan_trials(spec)))
+    return Comparison(place.kept(_shown(result | {"left_out": [*result["left_out"], *left_out]}), "compare"))
 
 
 def sweep(
@@ -132,6 +146,9 @@ def sweep(
     controls: bool = True,
     seeds: int = 3,
     seed: int = 0,
+    out: str | Path | None = None,
+    processes: int = 1,
+    executor: str | Executor = PROCESSES,
     progress: bool = False,
     **options: Unpack[ProblemOptions],
 ) -> Sweep:
@@ -155,6 +172,9 @@ def sweep(
         controls: whether to train networks that transfer from themselves too.
         seeds: runs of each point and target.
         seed: the first seed.
+        out: as for ``compare``.
+        processes: as for ``compare``.
+        executor: as for ``compare``.
         progress: whether to write the number of finished runs to stderr.
         options: further arguments, as for ``compare``.
 
@@ -179,18 +199,19 @@ def sweep(
         },
     )
     _check_held_out(held_out)
+    place = Place(out, processes, executor, progress=progress)
     with preserve_rng():
         problem = hold(model, source, train, held_out, training, options)
-        spec = settings_of(problem, training, seed=seed, options=options)
+        spec = settings_of(problem, training, seed=seed, stored=place.stores, options=options)
         if problem.filled:
             blank(problem.make())  # refused before the first run
         own = spec.model.model_copy(update={"random": problem.filled})
         spec = spec.model_copy(update={"model": own, "sweep": section})
         layers = layer_sweep.transferable_layers(spec)
         planned = layer_sweep.plan_trials(spec, layers)
-        runs = _run([trial for trial, _ in planned], progress=progress)
+        runs = place.results([trial for trial, _ in planned])
         result = layer_sweep.summarise(spec, layers, [point for _, point in planned], runs)
-    return Sweep(_shown(result))
+    return Sweep(place.kept(_shown(result), "sweep"))
 
 
 def _section(cls: type[_Section], fields: Mapping[str, Any]) -> _Section:
@@ -205,20 +226,6 @@ def _section(cls: type[_Section], fields: Mapping[str, Any]) -> _Section:
         first = error.errors()[0]
         name = "numbers" if first["loc"][0] == "layers" else str(first["loc"][0])
         raise SpecError(f"{name}: {first['msg']}; received {first['input']!r}. Give another value.") from error
-
-
-def _run(trials: Sequence[Trial], *, progress: bool) -> list[dict[str, Any]]:
-    """Run all trials in this process, equal ones once."""
-    distinct = {trial.key: trial for trial in trials}
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        for key, trial in distinct.items():
-            results[key] = run_trial(trial)
-            if progress:
-                sys.stderr.write(f"{len(results)} of {len(distinct)} runs\n")
-    finally:
-        forget_shared()
-    return [results[trial.key] | {"variant": trial.variant, "target": trial.target} for trial in trials]
 
 
 def _check_held_out(held_out: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
@@ -100,6 +101,9 @@ class Held(Protocol):
 
     def source(self) -> Any:
         """Return the source model."""
+
+    def sent(self, folder: Path) -> AbstractContextManager[Held]:
+        """Return the problem for workers that see a folder, which is locked inside the block."""
 
 
 class Spec(FrozenModel):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +58,35 @@ class ResultStore:
         missing = [trial for trial in distinct.values() if self._read(trial) is None]
         done = len(distinct) - len(missing)
         self.say(f"{len(distinct)} runs, {done} of them done")
-        groups: dict[str, list[Trial]] = defaultdict(list)
-        for trial in missing:
-            groups[trial.place].append(trial)
-        for count in self._run([_Group(group, self.folder) for group in groups.values()], processes, executor):
-            done += count
-            self.say(f"{done} of {len(distinct)} runs")
+        with self._sent(missing, processes, executor) as trials_to_run:
+            groups: dict[str, list[Trial]] = defaultdict(list)
+            for trial in trials_to_run:
+                groups[trial.place].append(trial)
+            for count in self._run([_Group(group, self.folder) for group in groups.values()], processes, executor):
+                done += count
+                self.say(f"{done} of {len(distinct)} runs")
         return [{**(self._read(trial) or {}), "variant": trial.variant, "target": trial.target} for trial in trials]
 
     def _run(self, groups: Sequence[_Group], processes: int, executor: str | Executor) -> Iterable[int]:
         if not groups:
             return
-        if processes > 1 or not is_local(executor):
+        if _shares_out(processes, executor):
             yield from finish(groups, workers_of(executor, processes), self.say)
             return
         for group in groups:
             for trial in group.trials:
                 _run_and_store(trial, self.folder)
                 yield 1
+
+    @contextmanager
+    def _sent(self, trials: Sequence[Trial], processes: int, executor: str | Executor) -> Iterator[Sequence[Trial]]:
+        """Yield trials that workers can run: a problem held in memory is written to the folder for them."""
+        held = trials[0].spec.held if trials else None
+        if held is None or not _shares_out(processes, executor):
+            yield trials
+            return
+        with held.sent(self.folder.parent) as sent:
+            yield [replace(trial, spec=trial.spec.holding(sent)) for trial in trials]
 
     def _read(self, trial: Trial) -> dict[str, Any] | None:
         """Return a stored result; None if there is none. One that is damaged is deleted, with a line of progress."""
@@ -112,6 +124,10 @@ class _Group:
 
     def __len__(self) -> int:
         return len(self.trials)
+
+
+def _shares_out(processes: int, executor: str | Executor) -> bool:
+    return processes > 1 or not is_local(executor)
 
 
 def _path(trial: Trial, folder: Path) -> Path:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import pickle  # nosec B403 - of work, sent from a study to its own workers
 import platform
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from conservtl.errors import SpecError
 
-__all__ = ["Work", "carry_out", "packed"]
+__all__ = ["Work", "carry_out", "dumps", "packed"]
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -37,9 +38,19 @@ class Work(Protocol):
         """Return the number of runs."""
 
 
+def dumps(value: Any) -> bytes:
+    """Return a pickle; with cloudpickle, if it is installed, functions of a notebook or a script are in it too."""
+    try:
+        pickler: Any = importlib.import_module("cloudpickle")
+    except ImportError:
+        pickler = pickle
+    content: bytes = pickler.dumps(value)
+    return content
+
+
 def packed(work: Work) -> tuple[bytes, str, dict[str, str]]:
     """Return the arguments of ``carry_out``: plain data, which any executor can send."""
-    return pickle.dumps(work), str(Path.cwd()), _versions()
+    return dumps(work), str(Path.cwd()), _versions()
 
 
 def carry_out(content: bytes, folder: str, versions: Mapping[str, str]) -> Exception | None:

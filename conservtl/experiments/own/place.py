@@ -1,0 +1,90 @@
+"""Where the runs of a study of one's own are executed, and where their results stay."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from conservtl.errors import SpecError
+from conservtl.experiments.studies.executors.names import check_executor, is_local
+from conservtl.experiments.studies.result_store import ResultStore
+from conservtl.experiments.studies.trial import Trial, forget_shared, run_trial
+from conservtl.report import write_json
+
+__all__ = ["Place"]
+
+
+class Place:
+    """This process, or workers; and the folder of results, if there is one.
+
+    Args:
+        out: the folder, or None.
+        processes: number of processes of this machine.
+        executor: a name, or an executor that the caller keeps.
+        progress: whether to write lines of progress to stderr.
+
+    Raises:
+        SpecError: an argument is wrong, or an executor has no folder that its workers see.
+    """
+
+    def __init__(self, out: str | Path | None, processes: int, executor: str | Executor, *, progress: bool) -> None:
+        if out is not None and not isinstance(out, (str, Path)):
+            raise SpecError(f"out must be the path of a folder; received {type(out).__name__}. Give one, or None.")
+        if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+            raise SpecError(f"processes must be a number of processes, 1 at least; received {processes!r:.60}.")
+        if not isinstance(executor, (str, Executor)):
+            raise SpecError(
+                "executor must be a name or a concurrent.futures.Executor; received "
+                f"{type(executor).__name__}. Give an object with submit and shutdown that is a subclass of it."
+            )
+        check_executor(executor, processes)
+        if out is None and not is_local(executor):
+            raise SpecError(
+                f"out: workers of executor {executor!r:.80} write their results to a folder that they and this process "
+                "see, and there is none. Give out='FOLDER'."
+            )
+        self._out = None if out is None else Path(out)
+        self._processes, self._executor, self._progress = processes, executor, progress
+
+    @property
+    def stores(self) -> bool:
+        """Whether results are written to files."""
+        return self._out is not None or self._processes > 1
+
+    def results(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Return the result of each trial, in order."""
+        try:
+            if not self.stores:
+                return self._here(trials)
+            if self._out is not None:
+                return self._stored(trials, self._out)
+            with tempfile.TemporaryDirectory() as folder:
+                return self._stored(trials, Path(folder))
+        finally:
+            forget_shared()
+
+    def kept(self, result: dict[str, Any], name: str) -> dict[str, Any]:
+        """Write the result of a study to the folder, if there is one; return it."""
+        if self._out is not None:
+            write_json(result, self._out / f"{name}.json")
+        return result
+
+    def _stored(self, trials: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
+        return ResultStore(folder, self._say).results(trials, self._processes, self._executor)
+
+    def _here(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Run equal trials once."""
+        distinct = {trial.key: trial for trial in trials}
+        results: dict[str, dict[str, Any]] = {}
+        for key, trial in distinct.items():
+            results[key] = run_trial(trial)
+            self._say(f"{len(results)} of {len(distinct)} runs")
+        return [results[trial.key] | {"variant": trial.variant, "target": trial.target} for trial in trials]
+
+    def _say(self, text: str) -> None:
+        if self._progress:
+            sys.stderr.write(f"{text}\n")

@@ -1,0 +1,118 @@
+"""A problem on its way to workers: written once to the study's folder, read once by each process."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle  # nosec B403 - of a problem, sent from a study to its own workers
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conservtl.errors import SpecError
+from conservtl.experiments.studies.executors.work import dumps
+from conservtl.storage.files import TEMPORARY, write_bytes
+
+if TYPE_CHECKING:
+    from conservtl.experiments.own.problem import OwnProblem
+
+__all__ = ["sent"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """A problem that is pickled as the name of its file.
+
+    Args:
+        path: of the file.
+        digest: of its content.
+        problem: the problem.
+    """
+
+    path: Path
+    digest: str
+    problem: OwnProblem
+
+    @property
+    def task(self) -> Any:
+        return self.problem.task
+
+    def setting(self, spec: Any) -> Any:
+        return self.problem.setting(spec)
+
+    def source(self) -> Any:
+        return self.problem.source()
+
+    def sent(self, folder: Path) -> Any:
+        return sent(self.problem, folder)
+
+    def __reduce__(self) -> Any:
+        return _read, (str(self.path), self.digest)
+
+
+@contextmanager
+def sent(problem: OwnProblem, folder: Path) -> Iterator[_Sent]:
+    """Yield a problem that workers which see the folder can read, inside the block.
+
+    Args:
+        problem: the problem.
+        folder: is locked by this study; what a killed one left there goes with its other temporary files.
+
+    Raises:
+        SpecError: a part of it cannot be pickled; the message names the part.
+    """
+    content = _packed(problem)
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder.resolve() / f".{digest[:16]}{TEMPORARY}"
+    write_bytes(content, path)
+    try:
+        yield _Sent(path, digest, problem)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _packed(problem: OwnProblem) -> bytes:
+    try:
+        return dumps(problem)
+    except Exception as error:
+        part, reason = next(_unsendable(problem), ("the problem", error))
+        raise SpecError(
+            f"executor: workers get model, data and functions as pickles, and {part} cannot be pickled: "
+            f"{str(reason).splitlines()[0]:.200}. Define functions and classes at the top level of a module, install "
+            "cloudpickle, or leave executor and processes out."
+        ) from error
+
+
+def _unsendable(problem: OwnProblem) -> Iterator[tuple[str, Exception]]:
+    """Yield the parts that cannot be pickled, with the errors."""
+    functions, sets = problem.task.functions, problem.task.sets
+    parts = {
+        "model": problem.make,
+        "source": problem.start,
+        "train": sets.train,
+        "held_out": [sets.test, sets.source_test],
+        "valid": sets.valid,
+        "source_data": sets.source_train,
+        "forward": functions.forward,
+        "loss": functions.loss,
+        "metrics": functions.metrics,
+        "augment": problem.task.augment,
+        "optimizer": problem.optimizer,
+        "example": problem.example,
+    }
+    for name, part in parts.items():
+        try:
+            dumps(part)
+        except Exception as error:  # noqa: BLE001 - of any class
+            yield name, error
+
+
+@lru_cache(maxsize=1)
+def _read(path: str, digest: str) -> _Sent:
+    content = Path(path).read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise SpecError(f"executor: {path!r} must be the file that the study wrote; it has changed. Repeat the call.")
+    problem: OwnProblem = pickle.loads(content)  # noqa: S301  # nosec B301 - compared with the study's digest
+    return _Sent(Path(path), digest, problem)
