@@ -75,14 +75,24 @@ def predict(
     on_bad: Annotated[
         str, typer.Option("--on-bad", help="error, or skip: leave files that cannot be used out, and list them.")
     ] = "error",
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            "--decoding",
+            metavar="FIELDS",
+            help="How outputs become a text, as data.decoding of a spec: '{kind: beam, lm: words.arpa}'.",
+        ),
+    ] = None,
 ) -> None:
     """Print the adapted model's answers: file, label and probability, separated by tabs."""
     from conservtl.experiments.run.bundle import load_adapted
+    from conservtl.experiments.spec.reading import read_fields
     from conservtl.tasks.bad_files import skipped_text
 
     skipped: dict[str, str] = {}
     choice: Any = on_bad  # predictions() checks it
-    for prediction in load_adapted(folder).predictions(files, batch_size, on_bad=choice, skipped=skipped):
+    adapted = load_adapted(folder, decoding=None if decoding is None else read_fields(decoding, "--decoding"))
+    for prediction in adapted.predictions(files, batch_size, on_bad=choice, skipped=skipped):
         sys.stdout.write(f"{prediction}\n")
     if skipped:
         sys.stderr.write(f"{skipped_text(skipped)}.\n")

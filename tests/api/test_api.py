@@ -38,8 +38,8 @@ def test_the_file_shows_parameters_defaults_methods_and_aliases():
     """Lines that a change of a signature would change, written out."""
     listed = SECTIONS["conservtl"]
     assert (
-        "load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> Adapted"
-        in listed
+        "load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, "
+        "decoding: Mapping[str, Any] | None = None) -> Adapted" in listed
     )
     assert "load = load_adapted  # deprecated" in listed
     assert "Anneal(*, steps: Count, start: NonNegative = 1.0, end: NonNegative = 0.0, " in "\n".join(listed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
@@ -15,6 +16,7 @@ from conservtl.experiments.run.adapted import Adapted
 from conservtl.experiments.run.bundle_header import extend_model, merged_model, read_header
 from conservtl.experiments.run.own_model import OWN, load_own
 from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.spec.spec import validated
 from conservtl.storage.tensor_files import load_tensors, save_tensors
 from conservtl.tasks.registry import task_named
 
@@ -53,17 +55,25 @@ def save_measured(folder: Path, measured: Mapping[str, Mapping[str, Tensor]]) ->
         save_tensors(tensors, folder / _MEASURED)
 
 
-def load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> Adapted:
+def load_adapted(
+    folder: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    decoding: Mapping[str, Any] | None = None,
+) -> Adapted:
     """Load the model that a run adapted or ``save`` wrote, ready to predict.
 
     Args:
         folder: what ``conservtl run --out`` or ``save`` wrote, or its ``model.safetensors``.
         model: for ``save``, which knows no network of yours: a model of the same structure with any weights, changed
             in place; or a function that returns one. None: the network that the run's spec names.
+        decoding: how a recognizer's outputs become a text, as in ``data.decoding`` of a spec. None: as in the run.
 
     Raises:
+        DataError: files of the decoding are missing, or do not fit the model's tokens.
         SourceError: there is no such model, it is damaged, nothing of conservtl wrote it, or it does not fit ``model``.
-        SpecError: it is of a task that is not known here; or ``model`` is missing, or given for a run's.
+        SpecError: it is of a task that is not known here; ``model`` is missing, or given for a run's; or ``decoding``
+            is wrong, or given for a task that writes no texts.
     """
     path = Path(folder)
     path = path / _FILE if path.is_dir() else path
@@ -73,6 +83,8 @@ def load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] 
     if header is None:
         raise SourceError(f"{str(path)!r} was not written by a run: it carries no labels. Adapt with `conservtl run`.")
     if header["task"] == OWN:
+        if decoding is not None:
+            raise _no_texts(header["task"])
         return load_own(path, model, header, tensors)
     if model is not None:
         raise SpecError(
@@ -81,9 +93,22 @@ def load_adapted(folder: str | Path, model: nn.Module | Callable[[], nn.Module] 
         )
     task = task_named(header["task"], header.get("module"))
     preprocessing: Any = task.preprocessing.model_validate(header["preprocessing"])
+    if decoding is not None:
+        preprocessing = _decoded_by(decoding, preprocessing, header["task"])
     section = task.model_section.model_validate(header["model"])
     network = task.build(section, preprocessing, len(header["labels"]))
     added = extend_model(network, header)
     network.load_state_dict(added | tensors)
     labels = tuple(header["labels"])
     return Adapted(network.eval(), labels, preprocessing, task.within(labels, preprocessing))
+
+
+def _decoded_by(decoding: Mapping[str, Any], preprocessing: Any, task: str) -> Any:
+    if "decoding" not in type(preprocessing).model_fields:
+        raise _no_texts(task)
+    content = preprocessing.model_dump(mode="json") | {"decoding": decoding}
+    return validated(TypeAdapter(type(preprocessing)), content, "predict")
+
+
+def _no_texts(task: str) -> SpecError:
+    return SpecError(f"decoding is for tasks that write texts; the model is of the task {task!r}. Leave decoding out.")

@@ -57,7 +57,11 @@ def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: An
         saved = spec.problem.preprocessing.model_validate(header["preprocessing"]).model_dump(mode="json")
     except ValidationError:
         saved = header["preprocessing"]
-    if different := list(_differences(saved, preprocessing.model_dump(mode="json"))):
+    before, here = (
+        {name: value for name, value in each.items() if name not in getattr(preprocessing, "of_outputs", ())}
+        for each in (saved, preprocessing.model_dump(mode="json"))
+    )
+    if different := list(_differences(before, here)):
         where = f"source.weights {spec.source.shown!r}"
         raise SourceError(_message(where, "data", different))
 

@@ -18,9 +18,10 @@ from yaml.constructor import ConstructorError
 from yaml.events import AliasEvent, Event
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
+from conservtl.errors import SpecError
 from conservtl.spec_scalars import Decimal, SwitchWord, Whole, written
 
-__all__ = ["as_written", "changeable", "read_yaml"]
+__all__ = ["as_written", "changeable", "read_fields", "read_yaml"]
 
 _PREFIX = "tag:yaml.org,2002:"
 _SWITCH = "!switch"
@@ -141,6 +142,21 @@ def read_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"it must have at most {MAX_CHARACTERS:,} characters; it has {len(text):,}.")
     return yaml.load(text, _Loader)  # nosec B506 # noqa: S506 - a subclass of the safe loader
+
+
+def read_fields(text: str, where: str) -> dict[str, Any]:
+    """Return fields that are written on one line, as in ``{kind: beam, beam: 20}``.
+
+    Raises:
+        SpecError: the text holds none.
+    """
+    try:
+        content = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{where} must hold fields, such as '{{kind: greedy}}'; received {text[:80]!r}.")
+    return content
 
 
 def as_written(content: dict[str, Any], errors: Sequence[ErrorDetails]) -> bool:

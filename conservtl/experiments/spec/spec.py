@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, TypeAdapter, ValidationError, create_model
@@ -38,8 +38,11 @@ __all__ = [
     "read_content",
     "schema",
     "spec_class",
+    "validated",
     "with_fields",
 ]
+
+Checked = TypeVar("Checked")
 
 
 def _path_or_name(value: Any) -> Any:
@@ -212,10 +215,20 @@ def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
     Raises:
         SpecError: a field is wrong.
     """
-    return _validated(_adapter(), fill(content), where)
+    return validated(_adapter(), fill(content), where)
 
 
-def _validated(adapter: TypeAdapter[Spec], content: Mapping[str, Any], where: str) -> Spec:
+def validated(adapter: TypeAdapter[Checked], content: Mapping[str, Any], where: str) -> Checked:
+    """Validate fields as a spec's are.
+
+    Args:
+        adapter: their validator.
+        content: the fields.
+        where: their name in a message.
+
+    Raises:
+        SpecError: a field is wrong; the message names it.
+    """
     fields = changeable(content)
     while True:
         try:
@@ -235,7 +248,7 @@ def with_fields(spec: Spec, fields: Mapping[str, Any]) -> Spec:
     content = with_values(spec.model_dump(mode="json"), fields)
     if spec.held is None:
         return parse_spec(content)
-    return _validated(TypeAdapter(type(spec)), content, "settings").holding(spec.held)
+    return validated(TypeAdapter(type(spec)), content, "settings").holding(spec.held)
 
 
 def dump_spec(spec: Spec) -> str:

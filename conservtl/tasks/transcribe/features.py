@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from conservtl.spec_model import FrozenModel
 from conservtl.tasks.audio.mel import mel_power
 from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.audio.resampling import resample
+from conservtl.tasks.transcribe.beam_search import Decoding, Greedy
 from conservtl.tasks.transcribe.text import Normalisation
 from conservtl.tasks.transcribe.tokens import Characters, Tokenizer
 
@@ -87,6 +88,10 @@ class TranscribePreprocessing(FrozenModel):
     """How a text is written."""
     tokens: Tokenizer = Characters()
     """How a text becomes tokens."""
+    decoding: Decoding = Greedy()
+    """How outputs become a text."""
+    of_outputs: ClassVar[frozenset[str]] = frozenset({"decoding"})
+    """Fields that change no input."""
 
     def read(self, files: Sequence[Path]) -> dict[str, Any]:
         """Return padded inputs (N, frames, ...) and lengths (N,) for these recordings.

@@ -14,6 +14,7 @@ from conservtl.tasks.audio import espeak
 from conservtl.tasks.bad_files import FolderFiles
 from conservtl.tasks.base import DataSection
 from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS
+from conservtl.tasks.transcribe.beam_search import Decoding, Greedy
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.text import Normalisation
@@ -41,6 +42,8 @@ class UtteranceData(DataSection):
     """Rules for texts, applied before training and scoring."""
     tokens: Tokenizer = Characters()
     """How a text becomes tokens."""
+    decoding: Decoding = Greedy()
+    """How outputs become a text: `{kind: greedy}`, or `{kind: beam}` with a lexicon, a language model or both."""
     augment: SpecAugment | None = SpecAugment()
     """Augmentation of the shots during adaptation; null for none."""
     source_augment: SpecAugment | None = SpecAugment()
@@ -53,7 +56,7 @@ class UtteranceData(DataSection):
             tokens = Characters(alphabet="".join(" " if label == "|" else label for label in labels[1:]))
         else:
             tokens = tokens.embedded()
-        return TranscribePreprocessing(features=self.features, text=self.text, tokens=tokens)
+        return TranscribePreprocessing(features=self.features, text=self.text, tokens=tokens, decoding=self.decoding)
 
 
 class GrammarData(UtteranceData):

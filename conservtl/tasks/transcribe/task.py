@@ -46,11 +46,17 @@ class Transcribe(Task):
     usual_lr: ClassVar[float] = 5e-4
 
     def __init__(self, labels: tuple[str, ...] = (), preprocessing: TranscribePreprocessing | None = None) -> None:
-        self._labels, self._tokens = labels, (preprocessing or TranscribePreprocessing()).tokens
+        conversion = preprocessing or TranscribePreprocessing()
+        self._labels, self._tokens, self._decoding = labels, conversion.tokens, conversion.decoding
         self._end = labels.index(self._tokens.end) if labels else 0
 
     def within(self, labels: tuple[str, ...], preprocessing: Any) -> Transcribe:
-        """Return the task with a vocabulary, so that it can write texts."""
+        """Return the task with a vocabulary, so that it can write texts.
+
+        Raises:
+            DataError: files of the beam search are missing, or do not fit the vocabulary.
+        """
+        preprocessing.decoding.check(preprocessing.tokens, labels)
         return Transcribe(labels, preprocessing)
 
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
@@ -85,7 +91,7 @@ class Transcribe(Task):
 
     def fault(self, outputs: Any, labels: int) -> str | None:
         """Return why a model is no recognizer with an output for each token; None if it is one."""
-        return recognizer_of(outputs).fault(outputs, labels)
+        return recognizer_of(outputs).fault(outputs, labels) or self._decoding.fault(outputs)
 
     def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
         """Return the outputs of some tokens."""
@@ -107,16 +113,16 @@ class Transcribe(Task):
 
     def heard(self, outputs: Any) -> list[str]:
         """Return the text heard in each utterance."""
-        return self.texts(recognizer_of(outputs, self._end).hypotheses(outputs))
+        return [text for text, _ in self._decoding.texts(outputs, self._tokens, self._labels)]
 
     def texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each list of tokens."""
         return [self._tokens.decode(each, self._labels) for each in tokens]
 
-    def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:  # noqa: ARG002
-        """Return the transcript of each file, with the mean posterior of what was heard."""
-        confidence = recognizer_of(outputs, self._end).confidence(outputs)
-        return [Prediction(*one) for one in zip(files, self.heard(outputs), confidence.tolist(), strict=True)]
+    def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:
+        """Return the transcript of each file, and how sure it is, as the way of decoding measures it."""
+        found = self._decoding.texts(outputs, self._tokens, labels)
+        return [Prediction(file, *one) for file, one in zip(files, found, strict=True)]
 
     def agreement(self, outputs: Any, source: Any) -> dict[str, MetricValue]:
         """Return the share of positions with the source model's answer, and KL(source || adapted) a position in nats.
@@ -178,4 +184,6 @@ class Transcribe(Task):
         """Return names and texts of the source's utterances, and sizes and times of their files."""
         names, labels = getattr(train, "names", ()), [one.tolist() for one in getattr(train, "labels", ())]
         files = [data.root / name.partition("@")[0] for name in names] if isinstance(data, CorpusData) else []
-        return [data.kind, list(names), labels, digest_of_files(files), preprocessing.model_dump(mode="json")]
+        fields = preprocessing.model_dump(mode="json")
+        conversion = {name: fields[name] for name in fields if name not in TranscribePreprocessing.of_outputs}
+        return [data.kind, list(names), labels, digest_of_files(files), conversion]

@@ -14,12 +14,12 @@ from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["BLANK", "Characters", "SentencePiece", "Tokenizer", "vocabulary_of"]
+__all__ = ["BLANK", "SPACE", "Characters", "SentencePiece", "Tokenizer", "vocabulary_of"]
 
 BLANK = "<blank>"
 """Name of output 0, CTC's blank."""
 
-_SPACE = "|"
+SPACE = "|"
 """Name of the space among characters, as torchaudio and transformers write it."""
 _PIECE_SPACE = "\u2581"
 
@@ -55,7 +55,7 @@ class Characters(_OwnTokens):
             raise SpecError(f"data.tokens.alphabet must hold each character once; received {twice} twice. Remove one.")
         if "|" in letters:
             raise SpecError("data.tokens.alphabet must not hold '|', the name of the space. Write the space itself.")
-        return (BLANK, *(_SPACE if letter == " " else letter for letter in letters))
+        return (BLANK, *(SPACE if letter == " " else letter for letter in letters))
 
     def encode(self, text: str, vocabulary: Sequence[str]) -> list[int]:
         """Return the tokens of a text.
@@ -64,16 +64,16 @@ class Characters(_OwnTokens):
             DataError: a character is none of the vocabulary.
         """
         numbers = _numbers(tuple(vocabulary))
-        if unknown := sorted({letter for letter in text if (_SPACE if letter == " " else letter) not in numbers}):
+        if unknown := sorted({letter for letter in text if (SPACE if letter == " " else letter) not in numbers}):
             raise DataError(
                 f"has characters outside the vocabulary, {' '.join(map(ascii, unknown))}, in {text[:60]!r}. Change "
                 "data.text, or add them to data.tokens.alphabet."
             )
-        return [numbers[_SPACE if letter == " " else letter] for letter in text]
+        return [numbers[SPACE if letter == " " else letter] for letter in text]
 
     def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
         """Return the text of tokens without blanks."""
-        return " ".join("".join(vocabulary[token] for token in tokens).replace(_SPACE, " ").split())
+        return " ".join("".join(vocabulary[token] for token in tokens).replace(SPACE, " ").split())
 
 
 class SentencePiece(_OwnTokens):

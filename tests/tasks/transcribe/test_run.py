@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import conservtl as ctl
+from conservtl.cli import app
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
@@ -112,6 +114,45 @@ def test_the_page_shows_errors_by_kind_and_players_for_the_worst_utterances(done
     page = (out / "report.html").read_text()
     assert page.count("<audio") == len(worst)
     assert "Word errors by kind" in page
+
+
+def test_a_saved_recognizer_decodes_as_it_is_told(done, spec, root, tmp_path):
+    """By a lexicon only its words are heard; the run that goes on from it decodes in its own way."""
+    pytest.importorskip("flashlight.lib.text.decoder")
+    _, out = done
+    words = tmp_path / "words.txt"
+    words.write_text("ab\nca\n")
+    decoding = {"kind": "beam", "lexicon": str(words)}
+    files = [root / f"cid{number}.wav" for number in range(4)]
+    heard = ctl.load_adapted(out, decoding=decoding).predict(files)
+    assert {word for one in heard for word in one.label.split()} <= {"ab", "ca"}
+    assert all(0 <= one.probability <= 1 for one in heard)
+    printed = CliRunner().invoke(app, ["predict", str(out), *map(str, files), "--decoding", str(decoding)])
+    assert printed.stdout.splitlines() == [str(one) for one in heard]
+
+    fields = {"source.weights": str(out / "model.safetensors"), "data.decoding": decoding, "training.epochs": 1}
+    report = run(with_fields(spec, fields | {"training.evaluate_every": 1}), tmp_path / "again")
+    of_words = [name for name, _, *_ in report["details"]["tables"][2]["rows"]]
+    assert of_words
+    again = ctl.load_adapted(tmp_path / "again").predict(files)
+    assert {word for one in again for word in one.label.split()} <= {"ab", "ca"}
+    words.unlink()
+    with pytest.raises(ctl.DataError, match=r"decoding\.lexicon: there is no file .* kind: greedy"):
+        ctl.load_adapted(tmp_path / "again")
+    assert ctl.load_adapted(tmp_path / "again", decoding={"kind": "greedy"}).predict(files)
+
+
+def test_wrong_fields_of_the_decoding_are_named(done):
+    _, out = done
+    for decoding, message in (
+        ({"kind": "bean"}, "decoding: .*'beam'"),
+        ({"kind": "beam", "size": 3}, r"decoding\.beam\.size|decoding.size: there is no such field"),
+        ({"kind": "beam", "beam": 0}, "greater than or equal to 1; received 0"),
+    ):
+        with pytest.raises(ctl.SpecError, match=message):
+            ctl.load_adapted(out, decoding=decoding)
+    shown = CliRunner().invoke(app, ["predict", str(out), "x.wav", "--decoding", "beam"])
+    assert "--decoding must hold fields" in str(shown.exception) + shown.output
 
 
 def test_its_plan_lists_the_blocks_and_the_head(spec):
