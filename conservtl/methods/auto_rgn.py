@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from conservtl.kernels.dtensor import local
 from conservtl.methods._rows import source_parameters
 from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.plan.plan import Plan
-from conservtl.plan.update import Moving, Step, Update
+from conservtl.plan.update import Moving, Prepared, Step, Update
 
 __all__ = ["AutoRGN", "AutoRGNUpdate"]
 
@@ -99,39 +99,41 @@ class AutoRGNUpdate(Update):
         """Add this step's ratios to their sums, unless one is not finite."""
         if not step.moving:
             return
+        found = _found(step.moving)
+        key = "|".join(found.layers)
+        sums = state.get(key)
+        state.clear()  # it may hold the layers of another phase
         moves, rest = split(step.moving)
+        if moves is not None and moves.whole and not rest:
+            state[key] = moves.layer_ratios(found.layer_of, step.scale, sums)
+            return
         if moves is not None and not rest:
-            labels = [item.group["layer"] for item in step.moving]
-            w, g = (one.sqrt() for one in moves.over(labels, moves.sums("weight, gradient")))
-            layers = list(dict.fromkeys(labels))
+            w, g = (one.sqrt() for one in moves.over(found.layer_of, moves.sums("weight, gradient")))
         else:
-            layers, w, g = _norms(step.moving)
+            w, g = _norms(step.moving)
         if step.scale is not None:  # it may change between steps, and the mean would weigh them by it
             g = g / step.scale.to(g.device).reshape(())
         # A layer of zero weights has no ratio: a negative sum marks it.
         ratios = torch.where(w > 0, g / w.clamp(min=TINY), -1.0)
         finite = ratios.isfinite().all()
         seen = torch.cat([torch.where(finite, ratios, 0.0), finite.to(ratios.dtype).reshape(1)])
-        key = "|".join(layers)
-        sums = state.get(key)
-        state.clear()  # it may hold the layers of another phase
         state[key] = seen if sums is None else sums.to(seen.device) + seen
 
     def before(self, step: Step, state: dict[str, Tensor]) -> None:
         """Decide if a decision is due, and multiply the rates by the factors."""
         if step.number % self.every == 0:
             self._decide(step, state)
-        for group in _groups(step.moving):
+        for group in _found(step.moving).groups:
             group[_RATE] = group["lr"]
             group["lr"] = group["lr"] * group.get(_FACTOR, 1.0)
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Restore the rates of the groups."""
-        for group in _groups(step.moving):
+        for group in _found(step.moving).groups:
             group["lr"] = group.pop(_RATE)
 
     def _decide(self, step: Step, state: dict[str, Tensor]) -> None:
-        layers = list(_by_layer(step.moving))
+        layers = _found(step.moving).layers
         sums = state.pop("|".join(layers), None)
         if sums is None:
             return
@@ -140,14 +142,35 @@ class AutoRGNUpdate(Update):
         if not count or largest <= 0:
             return
         factors = {layer: total / largest for layer, total in zip(layers, totals, strict=True) if total >= 0}
-        for group in _groups(step.moving):
+        for group in _found(step.moving).groups:
             if group["layer"] in factors:
                 group[_FACTOR] = max(self.floor, factors[group["layer"]])
 
 
-def _norms(moving: Sequence[Moving]) -> tuple[list[str], Tensor, Tensor]:
-    """Return the layers, and the norms of the weights and of the gradients of each."""
-    layers = _by_layer(moving)
+class _Found(NamedTuple):
+    """Layer of each parameter, the layers, and the optimizer's groups, in the order of their first use."""
+
+    layer_of: list[str]
+    layers: list[str]
+    groups: list[dict[str, Any]]
+
+
+def _found(moving: Sequence[Moving]) -> _Found:
+    """Return the layers and groups of parameters, kept with them from step to step."""
+    kept = moving.kept if isinstance(moving, Prepared) else {}
+    if _Found not in kept:
+        layer_of = [item.group["layer"] for item in moving]
+        groups = {id(item.group): item.group for item in moving}
+        kept[_Found] = _Found(layer_of, list(dict.fromkeys(layer_of)), list(groups.values()))
+    found: _Found = kept[_Found]
+    return found
+
+
+def _norms(moving: Sequence[Moving]) -> tuple[Tensor, Tensor]:
+    """Return the norms of the weights and of the gradients of each layer."""
+    layers: dict[str, list[Moving]] = {}
+    for item in moving:
+        layers.setdefault(item.group["layer"], []).append(item)
     parameters = [item.parameter for items in layers.values() for item in items]
     weights = [local(parameter) for parameter in parameters]
     gradients = [
@@ -155,18 +178,7 @@ def _norms(moving: Sequence[Moving]) -> tuple[list[str], Tensor, Tensor]:
         for weight, parameter in zip(weights, parameters, strict=True)
     ]
     sizes = [len(items) for items in layers.values()]
-    return list(layers), _layer_norms(weights, parameters, sizes), _layer_norms(gradients, parameters, sizes)
-
-
-def _by_layer(moving: Sequence[Moving]) -> dict[str, list[Moving]]:
-    layers: dict[str, list[Moving]] = {}
-    for item in moving:
-        layers.setdefault(item.group["layer"], []).append(item)
-    return layers
-
-
-def _groups(moving: Sequence[Moving]) -> list[dict[str, Any]]:
-    return list({id(item.group): item.group for item in moving}.values())
+    return _layer_norms(weights, parameters, sizes), _layer_norms(gradients, parameters, sizes)
 
 
 def _layer_norms(tensors: Sequence[Tensor], parameters: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

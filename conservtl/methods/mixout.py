@@ -130,12 +130,12 @@ class MixoutUpdate(Update):
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
         """Restore the plain weights, and turn the gradients into theirs: multiply by M / (1 - p)."""
-        _restore(step, state)
+        if not state:
+            return
         moves, rest = self._split(step, state)
         for mixing in [] if moves is None else moves.mixing:
-            mixed = [state.pop(_MASK + name, None) is not None for name in mixing.names]
-            if any(mixed):
-                mixing.scale_gradients(mixed, self.seed, step.number, self._dropped)
+            self._unmix(mixing, step, state)
+        _restore(step, state)
         for item in rest:
             gradient = item.parameter.grad
             if _MASK + item.name in state and gradient is not None:
@@ -148,18 +148,30 @@ class MixoutUpdate(Update):
     def _split(self, step: Step, state: Mapping[str, Tensor]) -> tuple[Moves | None, Sequence[Moving]]:
         """Return the parameters whose masks a program draws, and the rest."""
         moves, rest = split(step.moving, new=False)
-        masks = (state.get(_MASK + item.name) for item in step.moving) if moves is not None else ()
+        masks = map(state.get, _keys(step.moving, _MASK)) if moves is not None else ()
         drawn = next((mask for mask in masks if mask is not None and mask.dtype == torch.bool), None)
         return (moves, rest) if drawn is None else (None, step.moving)  # by the CPU's generator, before resuming here
 
     def _mix(self, mixing: Mixing, step: Step, state: dict[str, Tensor]) -> None:
         """Mix weights unless they are mixed."""
-        if all(_PLAIN + name in state for name in mixing.names):
+        plain_keys = _keys(mixing, _PLAIN)
+        if all(map(state.__contains__, plain_keys)):
             return
         _restore(step, state)
         plain = mixing.mix(self.seed, step.number, self._dropped)
-        state.update({_PLAIN + name: tensor for name, tensor in plain.items()})
-        state.update(dict.fromkeys((_MASK + name for name in mixing.names), torch.empty(0, dtype=torch.int16)))
+        state.update(zip(plain_keys, plain.values(), strict=True))
+        state.update(dict.fromkeys(_keys(mixing, _MASK), torch.empty(0, dtype=torch.int16)))
+
+    def _unmix(self, mixing: Mixing, step: Step, state: dict[str, Tensor]) -> None:
+        """Multiply gradients by their masks, and put plain weights back if all are in the memory of the program."""
+        plains = mixing.plains
+        restored = all(state.get(key) is one for key, one in zip(_keys(mixing, _PLAIN), plains, strict=True))
+        mixed = [state.pop(key, None) is not None for key in _keys(mixing, _MASK)]
+        if any(mixed):
+            which = None if all(mixed) else mixed
+            mixing.unmix(which, self.seed, step.number, self._dropped, restored=restored)
+            for key in _keys(mixing, _PLAIN) if restored else ():
+                del state[key]
 
     def _mask(self, item: Moving, step: Step, state: Mapping[str, Tensor]) -> Tensor:
         """Return the mask of a parameter in this step; drawn again if it was drawn by a program."""
@@ -195,6 +207,18 @@ def _restore(step: Step, state: dict[str, Tensor]) -> None:
     """Restore plain weights if they are mixed."""
     if not state:
         return
-    mixed = [item for item in step.moving if _PLAIN + item.name in state]
+    keys = zip(step.moving, _keys(step.moving, _PLAIN), strict=True)
+    mixed = [(item.parameter, state.pop(key)) for item, key in keys if key in state]
     if mixed:
-        foreach_copy_([item.parameter for item in mixed], [state.pop(_PLAIN + item.name) for item in mixed])
+        parameters, plains = zip(*mixed, strict=True)
+        foreach_copy_(parameters, plains)
+
+
+def _keys(of: Sequence[Moving] | Mixing, prefix: str) -> list[str]:
+    """Return the keys of parameters in the update's state, kept with them from step to step."""
+    kept = getattr(of, "kept", {})
+    if prefix not in kept:
+        names = [item.name for item in of] if isinstance(of, Sequence) else of.names
+        kept[prefix] = [prefix + name for name in names]
+    keys: list[str] = kept[prefix]
+    return keys

@@ -96,8 +96,7 @@ class SelectiveDecayUpdate(Update):
         if not step.moving:
             return
         moves, rest = split(step.moving)
-        found = [] if moves is None else [moves.sums("move, gradient")]
-        found = [(squares.sqrt(), products) for squares, products in found]
+        found = [] if moves is None else [moves.sums("move, gradient", "root")]
         distances, products = zip(*found, *(self._measure(run) for run in runs(rest)), strict=True)
         state[_DISTANCES], state[_PRODUCTS] = _concatenate(distances), _concatenate(products)
 
@@ -108,8 +107,11 @@ class SelectiveDecayUpdate(Update):
         before, products = state.pop(_DISTANCES), state.pop(_PRODUCTS)
         moves, rest = split(step.moving)
         first = len(step.moving) - len(rest)
-        if moves is not None:
-            distances = moves.sums("move, start")[0].sqrt()
+        if moves is not None and moves.whole:
+            sign = -1 if step.moving[0].group.get("maximize") else 1
+            moves.decay(before[:first], products[:first], self.strength, sign)
+        elif moves is not None:
+            distances, _ = moves.sums("move, start", "root")
             moves.lerp(self._shares(step.moving[0], distances, before[:first], products[:first]))
         for run in runs(rest):
             part = slice(first, first + len(run))
@@ -142,4 +144,4 @@ class SelectiveDecayUpdate(Update):
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.to(parts[0].device) for part in parts])
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -25,7 +26,7 @@ class ParameterIndex:
     """The parameters in an optimizer's groups, by name, with the kernels and lists that act on them.
 
     Kernels and lists are cached until a group, a parameter, its memory, its ``requires_grad`` or the context's
-    revision changes. The comparison takes some ten microseconds a step, building them anew a hundred times that.
+    revision changes. A step compares once (``hold``), building them anew takes a hundred times as long.
 
     Args:
         optimizer: its groups carry ``param_names``.
@@ -36,8 +37,13 @@ class ParameterIndex:
         self._optimizer, self._context = optimizer, context
         self._revision = -1
         self._seen: tuple[list[Any], list[int], list[bool]] = ([], [], [])
+        self._memory: list[Tensor] = []  # kept, so that no other tensor comes to lie there: equal places, equal types
+        self._held = False
+        self.places = 0
+        """A number that grows whenever a group, a parameter or its memory changes, its type included."""
         self._kernels: dict[str, Sequence[PenaltyKernel]] = {}
         self._moving: dict[str, list[Moving]] = {}
+        self._frozen: list[Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """By name, because what prepares a model for many processes replaces the tensors in the groups."""
@@ -45,16 +51,28 @@ class ParameterIndex:
             for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
                 yield name, parameter, group
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Look for changes now, and for no others inside the block."""
+        self._refresh()
+        held, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = held
+
     def kernels(self, penalty: Penalty) -> Sequence[PenaltyKernel]:
         """Return the kernels of a penalty, for the parameters it acts on that are trained now."""
-        self._refresh()
+        if not self._held:
+            self._refresh()
         if penalty.name not in self._kernels:
             self._kernels[penalty.name] = self._build(penalty)
         return self._kernels[penalty.name]
 
     def moving(self, update: Update) -> list[Moving]:
         """Return the parameters that an update acts on."""
-        self._refresh()
+        if not self._held:
+            self._refresh()
         moving = self._moving.get(update.name)
         if moving is None:
             storage = {name: one.anchor for one in self._context.plan.penalties for name in one.names}
@@ -62,6 +80,15 @@ class ParameterIndex:
             if "cpu" not in map(storage.get, update.names):  # else the copies would stay on the device
                 self._moving[update.name] = moving = Prepared(moving)
         return moving
+
+    def frozen(self) -> list[Tensor]:
+        """Return the parameters that this phase does not train."""
+        if not self._held:
+            self._refresh()
+        if self._frozen is None:
+            frozen = self._context.frozen
+            self._frozen = [parameter for name, parameter, _ in self if name in frozen] if frozen else []
+        return self._frozen
 
     def _refresh(self) -> None:
         """Drop what was built before something changed."""
@@ -73,14 +100,17 @@ class ParameterIndex:
             places = [
                 local(one).data_ptr() if place == 0 else place for one, place in zip(parameters, places, strict=True)
             ]
-        trained = list(map(attrgetter("requires_grad"), parameters))
-        before, *facts = self._seen
-        same = len(objects) == len(before) and all(map(is_, objects, before)) and facts == [places, trained]
-        if same and self._revision == self._context.revision:
+        trained = list(map(_requires_grad, parameters))
+        before, places_before, trained_before = self._seen
+        same = places == places_before and len(objects) == len(before) and all(map(is_, objects, before))
+        if same and trained == trained_before and self._revision == self._context.revision:
             return
+        if not same:
+            self._memory = [local(parameter).detach() for parameter in parameters]
+            self.places += 1
         self._revision = self._context.revision
         self._seen = objects, places, trained
-        self._kernels, self._moving = {}, {}
+        self._kernels, self._moving, self._frozen = {}, {}, None
 
     def _trained(self, acting: Update | Penalty) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
         """Return the parameters that it acts on and that are trained now; a group of the user's own has none."""
@@ -103,6 +133,9 @@ class ParameterIndex:
         anchors = self._context.anchors
         anchor = anchors.of(row.name, parameter, storage or "fp32")
         return Moving(row, parameter, anchor.to(parameter.device), group, new=anchors.mask_of_new(row.name, parameter))
+
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def penalised(penalty: Penalty, context: StepContext, row: Row, parameter: Tensor, group: dict[str, Any]) -> Moving:

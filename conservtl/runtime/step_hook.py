@@ -53,7 +53,7 @@ class StepHook:
         self._checked = False  # whether the model was found as it was when the optimizer was made
         self._added: tuple[Any, ...] | None = None  # the gradients to which penalties were added
         self.rates = PhaseRates(optimizer)
-        self._types = self._parameter_types()
+        self._types, self._places = self._parameter_types(), -1
         for one in dict.fromkeys((optimizer, self._inner)):
             with suppress(AttributeError):  # a wrapper may leave out the constructor of its base class
                 one.register_state_dict_pre_hook(lambda _: context.endings.checkpointed())
@@ -66,28 +66,27 @@ class StepHook:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self._scaler is not None:
             self._unscale(self._scaler)
-        self._check_model()
-        self.drop_frozen()
-        self._context.anchors.follow()
-        token = self._token()
-        if self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True)):
-            self._couple(None)
-            self._added = self._token()  # gradients that were None exist now
+        with self.index.hold():
+            self._check_model()
+            self.drop_frozen()
+            self._context.anchors.follow()
+            token = self._token()
+            if self._added is None or any(a is not b for a, b in zip(self._added, token, strict=True)):
+                self._couple(None)
+                self._added = self._token()  # gradients that were None exist now
 
     def prepare(self, *, training: bool) -> None:
         """Let updates act before a forward pass of the model."""
-        with torch.inference_mode(mode=False):  # anchors that are placed here serve steps with gradients too
+        if not self._context.updates.listens:
+            return
+        with torch.inference_mode(mode=False), self.index.hold():  # anchors placed here serve steps with gradients too
             self._context.anchors.follow()
             self._context.updates.prepare(self.index.moving, training=training)
 
     def drop_frozen(self) -> None:
         """Drop the gradients of parameters that this phase does not train."""
-        frozen = self._context.frozen
-        if not frozen:
-            return
-        for name, parameter, _ in self.index:
-            if name in frozen:
-                parameter.grad = None
+        for parameter in self.index.frozen():
+            parameter.grad = None
 
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -113,16 +112,22 @@ class StepHook:
         Raises:
             SpecError: it has changed.
         """
-        types = self._parameter_types()
-        if types != self._types:
-            check_conversion((name for name, _, _ in self.index), self._types, types)
-            self._types = types
+        if self.index.places != self._places:
+            types = self._parameter_types()
+            if types != self._types:
+                check_conversion((name for name, _, _ in self.index), self._types, types)
+            self._types, self._places = types, self.index.places
         if not self._checked:
             self._context.check_model((name, parameter) for name, parameter, _ in self.index)
             self._checked = True
 
     @torch.no_grad()
     def _act(self) -> None:
+        with self.index.hold():
+            self._act_once()
+        begin_momentum(self._inner)
+
+    def _act_once(self) -> None:
         self._check_model()
         self.rates.check()
         self.drop_frozen()
@@ -138,12 +143,13 @@ class StepHook:
         )  # before the decoupled penalties: it may set their rate
         if self._penalties is not None:
             self._penalties.move_weights(skip)
-        begin_momentum(self._inner)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self._context.anchors.follow()
-        self._context.updates.act("after", self.index.moving, getattr(self._inner, "found_inf", None))
+        if self._context.updates.updates:
+            with self.index.hold():
+                self._context.updates.act("after", self.index.moving, getattr(self._inner, "found_inf", None))
         self._context.updates.number += 1
         self._context.penalty_in_gradients = False
         self._context.endings.stepped()

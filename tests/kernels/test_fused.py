@@ -30,9 +30,9 @@ def interpreted(*arguments):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 
-@pytest.mark.parametrize("file", ["fused_pulls.py", "fused_moves.py"])
-def test_programs_compute_what_their_formulas_say(file):
-    interpreted(HERE / "interpreted" / file)
+@pytest.mark.parametrize("files", [("fused_pulls.py", "fused_calls.py"), ("fused_moves.py",)])
+def test_programs_compute_what_their_formulas_say(files):
+    interpreted(*(HERE / "interpreted" / file for file in files))
 
 
 def test_the_contract_of_all_methods_holds_with_programs():
@@ -85,11 +85,28 @@ TABLES = (
 )
 TYPES = {"entries": "*i32", "ends": "*i32", "amounts": "*fp64", **dict.fromkeys(TABLES, "*i64")}
 TYPES |= dict.fromkeys(("scale", "skip", "out", "values"), "*fp32")
-FLAGS = {"ANCHORED", "WEIGHED", "SCALED", "SKIPPED", "ALIGNED", "EVEN", "BALL", "RELATIVE", "LARGEST"}
+TYPES |= dict.fromkeys(("high", "low", "strength", "sign"), "fp32")
+TYPES |= dict.fromkeys(("norms", "before", "products", "sums"), "*fp32") | {"order": "*i32"}
+FLAGS = {
+    "ADDED",
+    "ORDERED",
+    "ANCHORED",
+    "WEIGHED",
+    "SCALED",
+    "SKIPPED",
+    "ALIGNED",
+    "EVEN",
+    "BALL",
+    "RELATIVE",
+    "LARGEST",
+}
 NUMBERS = {"BLOCK": 2048, "BLOCKS": 4, "EVERY": 10, "KIND": "move, gradient", "ROWS": 8, "COLUMNS": 128}
 
 
-@pytest.mark.parametrize("name", ["add_pull", "lerp", "mix", "row_norms", "shrink_rows", "soften", "sums", "unmix"])
+WIDE = ["add_pull", "lerp", "mix", "row_norms", "shrink_rows", "soften", "sums", "unmix"]
+
+
+@pytest.mark.parametrize("name", [*WIDE, "decay_shares", "range_sums", "ratios"])
 def test_programs_compile_for_a_gpu_and_read_words_of_16_bytes(name, tmp_path, monkeypatch):
     """Compiling takes no GPU. Memory is the limit: loads of 4 bytes would double the instructions."""
     from triton.backends.compiler import GPUTarget
@@ -104,4 +121,68 @@ def test_programs_compile_for_a_gpu_and_read_words_of_16_bytes(name, tmp_path, m
     signature = {one: "constexpr" if one in constants else TYPES.get(one, "i32") for one in program.arg_names}
     source = ASTSource(program, signature, {one: constants[one] for one in program.arg_names if one in constants})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert "ld.global.v4" in compiled.asm["ptx"]
+    assert ("ld.global.v4" in compiled.asm["ptx"]) == (name in WIDE)
+
+
+class Compiled:
+    """A program, and what Triton would return for its first launch."""
+
+    def __init__(self):
+        self.found, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments):
+            self.found.append((grid, arguments))
+            return Launched(self.launched)
+
+        return run
+
+
+class Launched:
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+class Placed:
+    device = torch.device("cuda", 0)
+
+    def __init__(self, place):
+        self.place = place
+
+    def data_ptr(self):
+        return self.place
+
+
+def test_a_compiled_program_is_launched_again_only_where_triton_would_find_it(monkeypatch):
+    """Other types, other numbers in the sense of Triton, a place that is no multiple of 16: it is looked up anew."""
+    from conservtl.kernels.fused.calls import call
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    program = Compiled()
+    first = [Placed(64), Placed(128)], (5, 0.5), (True, "sum")
+    for number in range(3):
+        call(program, (7,), [Placed(64), Placed(256 + 16 * number)], (6 + number, 0.1 * number), (True, "sum"))
+    assert len(program.found) == 1
+    assert [grid for grid, _ in program.launched] == [(7, 1, 1)] * 2
+    assert program.launched[-1][1][2:] == (8, 0.2, True, "sum")
+    for tensors, numbers, constants in (
+        ([Placed(64), Placed(132)], *first[1:]),
+        (first[0], (1, 0.5), first[2]),
+        (first[0], (16, 0.5), first[2]),
+        (first[0], (1 << 40, 0.5), first[2]),
+        (*first[:2], (False, "sum")),
+    ):
+        before = len(program.found)
+        call(program, (7, 2), tensors, numbers, constants)
+        assert len(program.found) == before + 1
+
+
+@pytest.mark.parametrize("number", [1e-3, 0.1, -3.7e-9, 12345.678, 1.0])
+def test_numbers_of_the_host_keep_48_bits(number):
+    from conservtl.kernels.fused.calls import parted
+
+    high, low = (torch.tensor(part, dtype=torch.float32).double() for part in parted(number))
+    assert float(high + low) == pytest.approx(number, rel=2**-47)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from conservtl.kernels.fused import programs
-from conservtl.kernels.fused.members import BLOCK, SPAN, Members
+from conservtl.kernels.fused.calls import call, parted
+from conservtl.kernels.fused.members import BLOCK, SPAN, TYPES, Members
 from conservtl.kernels.fused.table import Blocks
 from conservtl.kernels.philox import DRAWN
 
 __all__ = [
+    "Amounts",
     "Terms",
     "add_pull",
+    "decay_shares",
     "lerp",
     "mix",
     "range_sums",
+    "ratios",
     "row_norms",
     "rows_into_balls",
     "shrink_rows",
     "soften",
+    "span_sums",
     "sums",
     "unmix",
 ]
@@ -32,100 +35,143 @@ __all__ = [
 Terms = Literal["move, start", "move, start, absolute", "move, gradient", "weight, gradient"]
 """The two sums that ``sums`` makes: of squares, absolute values or products of the named."""
 
-_TYPES: dict[torch.dtype, Any] = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+Kind = Literal["sum", "roots", "root", "largest"]
+Amounts = tuple[Tensor, float]
+"""Numbers for each parameter, on its device, and a factor of all of them, which may differ from call to call."""
 
 
 def add_pull(
-    members: Members, amounts: Tensor, scale: Tensor | None, parts: Iterable[tuple[Blocks, Tensor]] | None = None
+    members: Members, amounts: Amounts, scale: Tensor | None, parts: Iterable[tuple[Blocks, Tensor]] | None = None
 ) -> None:
     """Add amount × scale × importance × (w - w0) to the gradients; those missing are made.
 
     Args:
         members: the parameters.
-        amounts: one for each, (parameters,), in double precision.
+        amounts: one for each parameter.
         scale: scalar tensor; None: 1.
         parts: blocks with the addresses of their anchors, in turn; None: all blocks with the members' own.
     """
     gradients, aligned = members.gradients(made=True)
-    carried = amounts if scale is None else _beside(scale, members)
+    table, factor = amounts
+    carried = table if scale is None else _beside(scale, members)
+    constants = (
+        *members.types, members.accumulated, members.anchored or parts is not None, members.importances is not None,
+        scale is not None, aligned, BLOCK,
+    )  # fmt: skip
     for blocks, anchors in [(members.blocks, members.anchor_table)] if parts is None else parts:
-        _run(
-            programs.add_pull, members, blocks, members.weight_table, anchors, members.importance_table, gradients,
-            amounts, carried, *_types(members), _TYPES[members.accumulate], members.anchored or parts is not None,
-            members.importances is not None, scale is not None, aligned, BLOCK,
-        )  # fmt: skip
+        tensors = members.weight_table, anchors, members.importance_table, gradients, table, carried
+        _run(programs.add_pull, blocks, tensors, parted(factor), constants)
 
 
 def lerp(
-    members: Members, amounts: Tensor, skip: Tensor | None = None, every: int = 1,
+    members: Members, amounts: Amounts, skip: Tensor | None = None, every: int = 1,
     parts: Iterable[tuple[Blocks, Tensor]] | None = None,
 ) -> None:  # fmt: skip
     """Move the weights by shares of the way to their anchors, or to zero.
 
     Args:
         members: the parameters.
-        amounts: one for each, (parameters,); times the importances, at most 1.
+        amounts: one for each parameter; times the importances, at most 1.
         skip: scalar tensor, non-zero if nothing is to move.
-        every: number of steps in one, if there are importances.
+        every: number of such steps in one.
         parts: as for ``add_pull``.
     """
-    carried = amounts if skip is None else _beside(skip, members)
+    table, factor = amounts
+    carried = table if skip is None else _beside(skip, members)
+    constants = (
+        *members.types, members.accumulated, members.anchored or parts is not None, members.importances is not None,
+        skip is not None, every, members.aligned, BLOCK,
+    )  # fmt: skip
     for blocks, anchors in [(members.blocks, members.anchor_table)] if parts is None else parts:
-        _run(
-            programs.lerp, members, blocks, members.weight_table, anchors, members.importance_table, amounts, carried,
-            *_types(members), _TYPES[members.accumulate], members.anchored or parts is not None,
-            members.importances is not None, skip is not None, every, members.aligned, BLOCK,
-        )  # fmt: skip
+        tensors = members.weight_table, anchors, members.importance_table, table, carried
+        _run(programs.lerp, blocks, tensors, parted(factor), constants)
 
 
-def soften(members: Members, thresholds: Tensor, skip: Tensor | None) -> None:
+def soften(members: Members, thresholds: Amounts, skip: Tensor | None) -> None:
     """Move each element by its tensor's threshold toward the anchor and no further.
 
     Args:
         members: the parameters.
-        thresholds: one for each, (parameters,), in double precision.
+        thresholds: one for each parameter.
         skip: scalar tensor, non-zero if nothing is to move.
     """
-    carried = thresholds if skip is None else _beside(skip, members)
-    _run(
-        programs.soften, members, members.blocks, members.weight_table, members.anchor_table, thresholds, carried,
-        *_types(members)[:2], _TYPES[members.accumulate], skip is not None, members.aligned, BLOCK,
-    )  # fmt: skip
+    table, factor = thresholds
+    carried = table if skip is None else _beside(skip, members)
+    tensors = members.weight_table, members.anchor_table, table, carried
+    constants = (*members.types[:2], members.accumulated, skip is not None, members.aligned, BLOCK)
+    _run(programs.soften, members.blocks, tensors, parted(factor), constants)
 
 
-def sums(members: Members, terms: Terms) -> Tensor:
-    """Return two sums over each parameter, (2, parameters), on its device; a missing gradient counts as zero."""
+def span_sums(members: Members, terms: Terms) -> Tensor:
+    """Return two sums over each span of the parameters, (2, spans); a missing gradient counts as zero."""
     gradients, aligned = members.weight_table, members.aligned
     if "gradient" in terms:
         gradients, aligned = members.gradients(made=False)
     count = members.spans.count
     parts = torch.empty((2, count), dtype=members.accumulate, device=members.device)
-    _run(
-        programs.sums, members, members.spans, members.weight_table, members.anchor_table, gradients, parts, count,
-        *_types(members)[:2], _TYPES[members.accumulate], terms, aligned, BLOCK, SPAN,
-    )  # fmt: skip
-    return range_sums(parts, members.spans.ends)
+    tensors = members.weight_table, members.anchor_table, gradients, parts
+    constants = (*members.types[:2], members.accumulated, terms, aligned, BLOCK, SPAN)
+    _run(programs.sums, members.spans, tensors, (count,), constants)
+    return parts
 
 
-def range_sums(values: Tensor, ends: Tensor, *, largest: bool = False) -> Tensor:
-    """Return the sum, or the largest, of each range of neighbouring values.
+def sums(members: Members, terms: Terms, kind: Kind = "sum") -> Tensor:
+    """Return two sums over each parameter, (2, parameters), on its device, or their roots."""
+    return range_sums(span_sums(members, terms), members.spans.ends, kind)
+
+
+def range_sums(values: Tensor, ends: Tensor, kind: Kind = "sum", order: Tensor | None = None) -> Tensor:
+    """Return the sum, its root, or the largest of each range of values.
 
     Args:
         values: (vectors, values), at least 0 if the largest are wanted.
-        ends: where the ranges end, beginning with 0; (ranges + 1,).
-        largest: whether to return the largest value of a range; 0 for an empty one.
+        ends: where the ranges end, beginning with 0; (ranges + 1,), int32.
+        kind: sum; roots; root, of the first vector's sums; largest: 0 for an empty range.
+        order: values in the order in which ranges hold them, int32; None: as they are.
     """
     vectors, total = values.shape
-    count = len(ends) - 1
+    count = ends.shape[0] - 1
     out = torch.empty((vectors, count), dtype=values.dtype, device=values.device)
     if count:
-        with _device(values.device):
-            programs.range_sums[count, vectors](values, ends, out, count, total, _TYPES[values.dtype], largest, 256)
+        tensors = values, ends if order is None else order, ends, out
+        constants = (TYPES[values.dtype], order is not None, kind, 256)
+        call(programs.range_sums, (count, vectors), tensors, (count, total), constants)
+    return out
+
+
+def decay_shares(
+    members: Members, values: Tensor, before: Tensor, products: Tensor, strength: float, sign: int
+) -> Tensor:
+    """Return min(1, strength × the share of its distance that a tensor has gained) where sign × product is positive.
+
+    Args:
+        members: the tensors.
+        values: squared distances of ``span_sums``.
+        before: distances before the step, (tensors,).
+        products: (tensors,).
+        strength: of the decay.
+        sign: 1 or -1.
+    """
+    out = torch.empty_like(before)
+    tensors = values, members.spans.ends, before, products, out
+    constants = (members.accumulated, 256)
+    call(programs.decay_shares, (before.shape[0],), tensors, (*parted(strength), float(sign)), constants)
+    return out
+
+
+def ratios(norms: Tensor, scale: Tensor | None, sums: Tensor | None) -> Tensor:
+    """Return ratios of two norms and 1, added to earlier sums: (layers + 1,). They stay if a ratio is not finite.
+
+    Args:
+        norms: those below and above, (2, layers); if the one below is 0 the ratio is -1.
+        scale: scalar tensor by which those above are divided; None: 1.
+        sums: of earlier calls; None: 0.
+    """
+    count = norms.shape[1]
+    out = torch.empty(count + 1, dtype=norms.dtype, device=norms.device)
+    carried = norms if scale is None else scale
+    constants = (TYPES[norms.dtype], scale is not None, sums is not None, 1 << count.bit_length())
+    call(programs.ratios, (1,), (norms, carried, norms if sums is None else sums, out), (count,), constants)
     return out
 
 
@@ -143,37 +189,35 @@ def row_norms(
         shape: whether all lengths are multiples of 16 at aligned addresses; rows and columns that a program handles
             at once.
     """
-    _run(
-        programs.row_norms, members, blocks, lengths, bases, members.weight_table, members.anchor_table, out,
-        out.shape[1], *_types(members)[:2], _TYPES[members.accumulate], True, *shape,
-    )  # fmt: skip
+    tensors = lengths, bases, members.weight_table, members.anchor_table, out
+    _run(programs.row_norms, blocks, tensors, (out.shape[1],), (*members.types[:2], members.accumulated, True, *shape))
 
 
 def shrink_rows(
     members: Members,
     blocks: Blocks,
     lengths: Tensor,
-    thresholds: Tensor,
+    thresholds: Amounts,
     skip: Tensor | None,
     shape: tuple[bool, int, int],
 ) -> None:
     """Move rows toward their anchors by threshold × root of the length, and no further; arguments as above."""
-    carried = thresholds if skip is None else _beside(skip, members)
-    _run(
-        programs.shrink_rows, members, blocks, lengths, members.weight_table, members.anchor_table, thresholds,
-        carried, *_types(members)[:2], _TYPES[members.accumulate], False, False, False, skip is not None, *shape,
-    )  # fmt: skip
+    table, factor = thresholds
+    carried = table if skip is None else _beside(skip, members)
+    tensors = lengths, members.weight_table, members.anchor_table, table, carried
+    constants = (*members.types[:2], members.accumulated, False, False, False, skip is not None, *shape)
+    _run(programs.shrink_rows, blocks, tensors, parted(factor), constants)
 
 
 def rows_into_balls(
-    members: Members, blocks: Blocks, lengths: Tensor, radii: Tensor, shape: tuple[bool, int, int], *,
+    members: Members, blocks: Blocks, lengths: Tensor, radii: Amounts, shape: tuple[bool, int, int], *,
     absolute: bool, relative: bool,
 ) -> None:  # fmt: skip
     """Move rows into balls around their anchors; arguments as above, and as ``RowBlocks.into_balls``."""
-    _run(
-        programs.shrink_rows, members, blocks, lengths, members.weight_table, members.anchor_table, radii, radii,
-        *_types(members)[:2], _TYPES[members.accumulate], absolute, True, relative, False, *shape,
-    )  # fmt: skip
+    table, factor = radii
+    tensors = lengths, members.weight_table, members.anchor_table, table, table
+    constants = (*members.types[:2], members.accumulated, absolute, True, relative, False, *shape)
+    _run(programs.shrink_rows, blocks, tensors, parted(factor), constants)
 
 
 def mix(members: Members, identities: Tensor, plains: Tensor, seed: int, step: int, dropped: int) -> None:
@@ -187,37 +231,33 @@ def mix(members: Members, identities: Tensor, plains: Tensor, seed: int, step: i
         step: number of the step.
         dropped: number of 65,536 levels that mean the source value.
     """
-    _run(
-        programs.mix, members, members.drawn, identities, members.weight_table, members.anchor_table, plains, seed,
-        step, dropped, *_types(members)[:2], _TYPES[members.accumulate], members.aligned, DRAWN,
-    )  # fmt: skip
+    tensors = identities, members.weight_table, members.anchor_table, plains
+    constants = (*members.types[:2], members.accumulated, members.aligned, DRAWN)
+    _run(programs.mix, members.drawn, tensors, (seed, step, dropped), constants)
 
 
-def unmix(members: Members, identities: Tensor, which: Sequence[bool], seed: int, step: int, dropped: int) -> None:
-    """Multiply the gradients of those that were mixed by their masks; arguments as for ``mix``."""
+def unmix(
+    members: Members, identities: Tensor, plains: Tensor | None, which: Sequence[bool] | None, seed: int, step: int,
+    dropped: int,
+) -> None:  # fmt: skip
+    """Multiply the gradients of those that were mixed by their masks, and put back the plain weights.
+
+    Arguments as for ``mix``. ``plains`` None: the plain weights are in place. ``which``: whether a parameter was mixed;
+    None: all were.
+    """
     gradients, aligned = members.gradients(made=False, which=which)
-    _run(
-        programs.unmix, members, members.drawn, identities, gradients, seed, step, dropped, _TYPES[members.dtype],
-        _TYPES[members.accumulate], aligned, DRAWN,
-    )  # fmt: skip
+    table = members.weight_table
+    tensors = identities, table, table if plains is None else plains, gradients
+    constants = (members.types[0], members.accumulated, plains is not None, aligned, DRAWN)
+    _run(programs.unmix, members.drawn, tensors, (seed, step, dropped), constants)
 
 
-def _run(program: Any, members: Members, blocks: Blocks, *arguments: Any) -> None:
-    """Run a program on all blocks, on the members' device."""
+def _run(
+    program: Any, blocks: Blocks, tensors: Sequence[Tensor], numbers: Sequence[float], constants: Sequence[Any]
+) -> None:
+    """Run a program on all blocks."""
     if blocks.count:
-        with _device(members.device):
-            program[blocks.count,](blocks.entries, blocks.starts, blocks.sizes, *arguments)
-
-
-def _device(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _types(members: Members) -> Sequence[Any]:
-    """Return the types of weights, anchors and importances, as Triton names them."""
-    anchor = members.dtype if members.anchors is None else members.anchors[0].dtype
-    importance = members.dtype if members.importances is None else members.importances[0].dtype
-    return _TYPES[members.dtype], _TYPES[anchor], _TYPES[importance]
+        call(program, (blocks.count,), (blocks.entries, blocks.starts, blocks.sizes, *tensors), numbers, constants)
 
 
 def _beside(scalar: Tensor, members: Members) -> Tensor:

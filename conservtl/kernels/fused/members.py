@@ -8,21 +8,28 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from conservtl.kernels.chunks import dense_gradient
 from conservtl.kernels.dtensor import by_rows, local, sharded
-from conservtl.kernels.fused.table import Addresses, Blocks, Numbers
+from conservtl.kernels.fused.table import Addresses, Blocks
 from conservtl.kernels.philox import DRAWN
 
-__all__ = ["BLOCK", "SPAN", "Members", "alike", "fits", "in_rows"]
+__all__ = ["BLOCK", "SPAN", "TYPES", "Members", "alike", "fits", "in_rows"]
 
 BLOCK = 2048
 """Elements that a program handles at once. It is a multiple of 16, so that a block begins where a word does."""
 SPAN = 8
 """Blocks over which a program sums."""
+TYPES: dict[torch.dtype, Any] = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+"""Triton's names of the types that programs act on."""
 _gradient_of = attrgetter("grad")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Members:
@@ -42,8 +49,12 @@ class Members:
         self.anchors: list[Tensor] | None = None if anchors is None else [local(anchor) for anchor in anchors]
         self.importances: list[Tensor] | None = None if importances is None else [local(one) for one in importances]
         self.device, self.dtype = self.weights[0].device, self.weights[0].dtype
-        others = [one[0].dtype for one in (self.anchors, self.importances) if one]
-        self.accumulate = torch.float64 if torch.float64 in (self.dtype, *others) else torch.float32
+        types = [one[0].dtype if one else self.dtype for one in (self.weights, self.anchors, self.importances)]
+        self.accumulate = torch.float64 if torch.float64 in types else torch.float32
+        self.types = tuple(TYPES[dtype] for dtype in types)
+        """Triton's types of weights, anchors and importances."""
+        self.accumulated = TYPES[self.accumulate]
+        self._contiguous = all(weight.is_contiguous() for weight in self.weights)
         self._strides = [weight.stride() for weight in self.weights]  # of gradients that were found to be alike
         self._plain = not any(map(sharded, parameters))
         self.sizes = [weight.numel() for weight in self.weights]
@@ -53,7 +64,6 @@ class Members:
         self.importance_table = self.weight_table if self.importances is None else fixed[2].to(self.importances)
         self.aligned = all(one.aligned for one in fixed)
         self._addresses = Addresses(self.device)
-        self.amounts = Numbers(self.device)
 
     @property
     def anchored(self) -> bool:
@@ -86,7 +96,7 @@ class Members:
         """
         found = list(map(_gradient_of, self.owners))
         try:
-            quick = self._plain and list(map(torch.Tensor.stride, found)) == self._strides
+            quick = self._plain and self._alike(found)
             addresses = list(map(torch.Tensor.data_ptr, found)) if quick else []
         except (TypeError, RuntimeError):  # one is missing, or sparse
             quick = False
@@ -99,6 +109,12 @@ class Members:
             addresses = [address if wanted else 0 for address, wanted in zip(addresses, which, strict=True)]
         table = self._addresses.at(addresses)
         return table, self.aligned and self._addresses.aligned
+
+    def _alike(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients are laid out as their parameters, or as others that were."""
+        if self._contiguous:
+            return all(map(torch.Tensor.is_contiguous, gradients))
+        return list(map(torch.Tensor.stride, gradients)) == self._strides
 
     def _laid_out(self, at: int, *, made: bool) -> Tensor | None:
         owner = self.owners[at]
@@ -115,13 +131,13 @@ class Members:
 def fits(parameter: Any, anchor: Any = None, importance: Any = None) -> bool:
     """Whether programs can act on a parameter: real, dense in memory, with the others laid out alike."""
     weight: Tensor = local(parameter)
-    if weight.dtype not in _FLOATS or not _dense(weight):
+    if weight.dtype not in TYPES or not _dense(weight):
         return False
     if sharded(parameter) and not by_rows(parameter):
         return False
     others = [local(one) for one in (anchor, importance) if one is not None]
     return all(
-        one.device == weight.device and one.dtype in _FLOATS and one.shape == weight.shape and alike(one, weight)
+        one.device == weight.device and one.dtype in TYPES and one.shape == weight.shape and alike(one, weight)
         for one in others
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ class Mixing:
             for name, piece, weight in zip(names, pieces, members.weights, strict=True)
         }
         self._addresses = Addresses(members.device)
+        self.kept: dict[str, list[str]] = {}
+        """For the caller, as ``Prepared.kept``."""
+
+    @property
+    def plains(self) -> Iterable[Tensor]:
+        """Memory for the plain weights."""
+        return self._plain.values()
 
     def mix(self, seed: int, step: int, dropped: int) -> Mapping[str, Tensor]:
         """Mix the weights, and return the plain ones by name.
@@ -50,6 +57,15 @@ class Mixing:
         launch.mix(self._members, self._identities, plains, seed, step, dropped)
         return self._plain
 
-    def scale_gradients(self, which: Sequence[bool], seed: int, step: int, dropped: int) -> None:
-        """Multiply gradients by the masks of ``mix``; ``which``: whether a parameter was mixed."""
-        launch.unmix(self._members, self._identities, which, seed, step, dropped)
+    def unmix(self, which: Sequence[bool] | None, seed: int, step: int, dropped: int, *, restored: bool) -> None:
+        """Multiply gradients by the masks of ``mix``.
+
+        Args:
+            which: whether a parameter was mixed; None: all were.
+            seed: of the masks.
+            step: number of the step.
+            dropped: as for ``mix``.
+            restored: whether to put the plain weights back.
+        """
+        plains = self._addresses.to(list(self._plain.values())) if restored else None
+        launch.unmix(self._members, self._identities, plains, which, seed, step, dropped)

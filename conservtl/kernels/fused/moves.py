@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from conservtl.kernels.dtensor import local, over_parts, sharded
 from conservtl.kernels.fused import launch
 from conservtl.kernels.fused.members import Members, fits, in_rows
 from conservtl.kernels.fused.mixing import Mixing
+from conservtl.kernels.fused.rates import Rates
 from conservtl.kernels.fused.row_blocks import LONGEST, RowBlocks
 from conservtl.kernels.fused.table import uploaded
 from conservtl.plan.update import Moving
@@ -37,17 +39,62 @@ class Moves:
         self._places = list(alike.values())
         self._parameters = [item.parameter for item in moving]
         self._labels: tuple[list[str], Tensor] | None = None
+        self._spans: tuple[list[str], Tensor, Tensor] | None = None
         self._sharded = any(map(sharded, self._parameters))
         self.groups = [_Group(moving, places) for places in self._places]
 
-    def sums(self, terms: launch.Terms) -> tuple[Tensor, Tensor]:
-        """Return two sums over each whole parameter, (parameters,) each, on the device of the first."""
+    @property
+    def whole(self) -> bool:
+        """Whether programs do all of the work: parameters of one device and type, none of them sharded."""
+        return len(self.groups) == 1 and not self._sharded
+
+    def sums(self, terms: launch.Terms, kind: Literal["sum", "roots", "root"] = "sum") -> tuple[Tensor, Tensor]:
+        """Return two sums over each whole parameter, (parameters,) each, on the device of the first.
+
+        Args:
+            terms: of the sums.
+            kind: roots: return the roots of both; root: that of the first.
+        """
+        if self.whole:
+            one, two = launch.sums(self.groups[0].members, terms, kind)
+            return one, two
         found = [launch.sums(group.members, terms) for group in self.groups]
         both = found[0] if len(found) == 1 else self._joined(found)
-        if self._sharded:
-            one, two = (over_parts(vector, self._parameters) for vector in both)
-            return one, two
-        return both[0], both[1]
+        one, two = (over_parts(vector, self._parameters) for vector in both) if self._sharded else both
+        return one if kind == "sum" else one.sqrt(), two.sqrt() if kind == "roots" else two
+
+    def decay(self, before: Tensor, products: Tensor, strength: float, sign: int) -> None:
+        """Move parameters toward their anchors by strength × the share of the distance that they have gained.
+
+        Args:
+            before: distances before the step, (parameters,).
+            products: those for which sign × product is not positive stay where they are, (parameters,).
+            strength: of the decay; no parameter goes beyond its anchor.
+            sign: 1 or -1.
+        """
+        (members,) = (group.members for group in self.groups)
+        values = launch.span_sums(members, "move, start")
+        shares = launch.decay_shares(
+            members, values, before.to(members.device), products.to(members.device), strength, sign
+        )
+        launch.lerp(members, (shares, 1.0))
+
+    def layer_ratios(self, layers: Sequence[str], scale: Tensor | None, before: Tensor | None) -> Tensor:
+        """Return the ratio of the gradients' norm to the weights' of each layer, and 1, added to those of steps before.
+
+        Args:
+            layers: of each parameter.
+            scale: factor of the gradients; None: 1.
+            before: as returned; None: zeros.
+        """
+        (members,) = (group.members for group in self.groups)
+        if self._spans is None or self._spans[0] != layers:
+            self._spans = list(layers), *_by_layer(members, layers)
+        parts = launch.span_sums(members, "weight, gradient")
+        norms = launch.range_sums(parts, self._spans[2], "roots", self._spans[1])
+        device = members.device
+        scale = None if scale is None else scale.to(device).reshape(())
+        return launch.ratios(norms, scale, None if before is None else before.to(device))
 
     def largest_rows(self) -> tuple[Tensor, Tensor]:
         """Return the largest sum of absolute values of a row of w - w0, and of w0, (parameters,) each."""
@@ -72,23 +119,22 @@ class Moves:
         """Move each parameter by its share of the way to the anchor; (parameters,)."""
         for group in self.groups:
             own = shares if len(self.groups) == 1 else shares.to(group.members.device).index_select(0, group.places)
-            launch.lerp(group.members, own)
+            launch.lerp(group.members, (own, 1.0))
 
     def soften(self, strength: float, skip: Tensor | None) -> None:
         """Move each element toward the anchor by rate × strength and no further."""
         for group in self.groups:
-            launch.soften(group.members, group.rates(strength), skip)
+            launch.soften(group.members, group.rates.times(strength), skip)
 
     def shrink_rows(self, strength: float, skip: Tensor | None) -> None:
         """Move each row toward the anchor by rate × strength × the root of its length, and no further."""
         for group in self.groups:
-            group.rows.shrink(group.rates(strength), skip)
+            group.rows.shrink(group.rates.times(strength), skip)
 
     def rows_into_balls(self, radius: float, *, absolute: bool, relative: bool) -> None:
         """Move each row into a ball around its anchor; arguments as ``RowBlocks.into_balls``."""
         for group in self.groups:
-            radii = group.members.amounts.of([radius] * len(group.members.sizes))
-            group.rows.into_balls(radii, absolute=absolute, relative=relative)
+            group.rows.into_balls(group.rates.without(radius), absolute=absolute, relative=relative)
 
     @cached_property
     def mixing(self) -> list[Mixing]:
@@ -117,19 +163,22 @@ class _Group:
         self.members = Members([item.parameter for item in moving], anchors)
         self.places = uploaded(places, torch.int64, self.members.device)
         self.names = [item.name for item in moving]
-        self._groups = [item.group for item in moving]
+        self.rates = Rates([item.group for item in moving], [1.0] * len(moving), self.members.device)
 
     @cached_property
     def rows(self) -> RowBlocks:
         return RowBlocks(self.members)
 
-    def rates(self, strength: float) -> Tensor:
-        """Return rate × strength of each parameter."""
-        rates: list[Any] = [group["lr"] for group in self._groups]
-        if not any(isinstance(rate, Tensor) for rate in rates):
-            return self.members.amounts.of([rate * strength for rate in rates])
-        placed = [torch.as_tensor(rate).to(self.members.device, torch.float64, non_blocking=True) for rate in rates]
-        return torch.stack([rate.reshape(()) for rate in placed]) * strength
+
+def _by_layer(members: Members, layers: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the spans of the parameters layer by layer, in the order of their first use, and where the layers end."""
+    spans: dict[str, list[int]] = {layer: [] for layer in layers}
+    begins = accumulate(members.spans.counts, initial=0)
+    for layer, begin, count in zip(layers, begins, members.spans.counts, strict=False):
+        spans[layer] += range(begin, begin + count)
+    ends = [0, *accumulate(map(len, spans.values()))]
+    order = list(chain.from_iterable(spans.values()))
+    return uploaded(order, torch.int32, members.device), uploaded(ends, torch.int32, members.device)
 
 
 def moves_of(moving: Sequence[Moving], *, rows: bool, new: bool, short: bool) -> tuple[Moves | None, list[Moving]]:

@@ -40,6 +40,7 @@ class RowBlocks:
             places = zip(self._rows, classes, even, strict=True)
             own = [count if (one, is_even) == kind else 0 for count, one, is_even in places]
             self._blocks.append((Blocks(own, rows, members.device), (kind[1], rows, min(most, 1024))))
+        self._blocks.sort(key=lambda one: -one[0].count)  # the host launches the small ones while the largest runs
         self._long = [at for at, one in enumerate(classes) if one is None]
 
     def largest(self) -> Tensor:
@@ -48,20 +49,21 @@ class RowBlocks:
         found = torch.zeros((2, ends[-1]), dtype=self._members.accumulate, device=self._members.device)
         for blocks, shape in self._blocks:
             launch.row_norms(self._members, blocks, self._lengths, self._bases, found, shape)
-        return launch.range_sums(found, self._ends, largest=True)
+        return launch.range_sums(found, self._ends, "largest")
 
-    def shrink(self, thresholds: Tensor, skip: Tensor | None) -> None:
+    def shrink(self, thresholds: launch.Amounts, skip: Tensor | None) -> None:
         """Move each row toward its anchor by its tensor's threshold times the root of its length, and no further."""
         for blocks, shape in self._blocks:
             launch.shrink_rows(self._members, blocks, self._lengths, thresholds, skip, shape)
         if self._long:
             long, owners = self._long_rows
-            size = launch.sums(long, "move, start")[0].sqrt()
+            size = launch.sums(long, "move, start", "root")[0]
+            table, factor = thresholds
             roots = torch.sqrt(self._lengths[owners].to(torch.float64))
-            shares = ((thresholds[owners] * roots) / size.clamp(min=_TINY)).clamp(max=1)
-            launch.lerp(long, shares, skip)
+            shares = ((table[owners] * factor * roots) / size.clamp(min=_TINY)).clamp(max=1)
+            launch.lerp(long, (shares, 1.0), skip)
 
-    def into_balls(self, radii: Tensor, *, absolute: bool, relative: bool) -> None:
+    def into_balls(self, radii: launch.Amounts, *, absolute: bool, relative: bool) -> None:
         """Move each row into a ball around its anchor.
 
         Args:
@@ -77,8 +79,9 @@ class RowBlocks:
             long, owners = self._long_rows
             both = launch.sums(long, "move, start, absolute" if absolute else "move, start")
             size, start = both if absolute else both.sqrt()
-            limit = radii[owners] * start if relative else radii[owners]
-            launch.lerp(long, (1 - limit / size.clamp(min=_TINY)).clamp(min=0))
+            limit = radii[0][owners] * radii[1]
+            limit = limit * start if relative else limit
+            launch.lerp(long, ((1 - limit / size.clamp(min=_TINY)).clamp(min=0), 1.0))
 
     @cached_property
     def _bases(self) -> Tensor:

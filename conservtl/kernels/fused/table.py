@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Addresses", "Blocks", "Numbers", "uploaded"]
+__all__ = ["Addresses", "Blocks", "uploaded"]
 
 
 class Blocks:
@@ -28,6 +28,8 @@ class Blocks:
         entries = [entry for entry, count in enumerate(counts) for _ in range(count)]
         starts = [number * most for count, most in zip(counts, blocks, strict=True) for number in range(count)]
         self.count = len(entries)
+        self.counts = counts
+        """Number of blocks of each row."""
         self.entries = uploaded(entries, torch.int32, device)
         self.starts = uploaded(starts, torch.int64, device)
         self.sizes = uploaded(sizes, torch.int64, device)
@@ -41,36 +43,19 @@ class Blocks:
         return part
 
 
-class _Column:
-    """Numbers, one for each tensor, sent to the device again only if they have changed."""
+class Addresses:
+    """Addresses of tensors, sent to the device again only if they have changed.
 
-    dtype: torch.dtype
+    Args:
+        device: of the programs that read them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._values: list[Any] | None = None
+        self._values: list[int] | None = None
         self._sent: Tensor | None = None
-
-    def of(self, values: list[Any]) -> Tensor:
-        """Return the numbers on the device."""
-        if self._sent is None or values != self._values:
-            self._values, self._sent = values, uploaded(values, self.dtype, self._device)
-        return self._sent
-
-
-class Numbers(_Column):
-    """Numbers in double precision."""
-
-    dtype = torch.float64
-
-
-class Addresses(_Column):
-    """Addresses of tensors."""
-
-    dtype = torch.int64
-
-    aligned = True
-    """Whether words of 16 bytes can be read at each of the addresses that were sent last."""
+        self.aligned = True
+        """Whether words of 16 bytes can be read at each of the addresses that were sent last."""
 
     def to(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the tensors' addresses on the device."""
@@ -78,9 +63,10 @@ class Addresses(_Column):
 
     def at(self, addresses: list[int]) -> Tensor:
         """Return addresses on the device; 0 means no tensor."""
-        if addresses != self._values:
+        if self._sent is None or addresses != self._values:
             self.aligned = not any(address % 16 for address in addresses)
-        return self.of(addresses)
+            self._values, self._sent = addresses, uploaded(addresses, torch.int64, self._device)
+        return self._sent
 
 
 def uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -143,7 +143,7 @@ class ProjectionUpdate(Update):
         if moves is not None and rows:
             moves.rows_into_balls(self.radius, absolute=mars, relative=self.relative)
         elif moves is not None:
-            sizes, starts = moves.largest_rows() if mars else (one.sqrt() for one in moves.sums("move, start"))
+            sizes, starts = moves.largest_rows() if mars else moves.sums("move, start", "roots")
             radii = starts * self.radius if self.relative else torch.full_like(sizes, self.radius)
             moves.lerp((1 - radii / sizes.clamp(min=TINY)).clamp(min=0))
         for run in runs(rest):
