@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +23,12 @@ class Sequences:
     """Labelled sequences of different lengths, such as utterances and their texts.
 
     A batch is a dictionary: ``inputs`` (N, positions, ...), zero where padded; ``lengths`` (N,); ``labels``
-    (N, tokens), -100 where padded; and ``names``, a list.
+    (N, tokens), -100 where padded; ``names``, a list; and ``draw``, if inputs are changed at random.
 
     Args:
-        inputs: N sequences, (positions, ...) float32 each: a tuple, or an object that reads one when it is indexed.
+        inputs: N sequences, (positions, ...) float32 each: a tuple, or an object that reads one when it is indexed. An
+            object with ``varied(place, generator)`` and ``longest`` (largest duration of a changed input, as a multiple
+            of its own) changes inputs at random in training.
         labels: N sequences of tokens, (tokens,) int64 each.
         names: N names that a person can find the examples by.
         groups: the group of each example, such as its speaker; empty: there are none.
@@ -69,14 +72,29 @@ class Sequences:
             seconds=tuple(self.seconds[place] for place in places),
         )
 
-    def batch(self, index: Sequence[int]) -> dict[str, Any]:
-        """Return the examples at these positions as a padded batch."""
-        inputs = [self.inputs[place] for place in index]
+    @property
+    def longest(self) -> float | None:
+        """Largest duration of a changed input, as a multiple of its own; None: inputs do not change."""
+        return _longest(self.inputs)
+
+    def batch(self, index: Sequence[int], draw: int | None = None) -> dict[str, Any]:
+        """Return the examples at these positions as a padded batch.
+
+        Args:
+            index: the positions.
+            draw: seed of an epoch. Inputs that can change at random do so by this seed and their example's name, so
+                that neither order nor batches matter. None: inputs as they are.
+        """
+        if draw is None:
+            inputs = [self.inputs[place] for place in index]
+        else:
+            inputs = [_varied(self.inputs, place, _generator(draw, self.names[place])) for place in index]
         return {
             "inputs": pad_sequence(inputs, batch_first=True),
             "lengths": torch.tensor([len(one) for one in inputs]),
             "labels": pad_sequence([self.labels[place] for place in index], batch_first=True, padding_value=_PADDED),
             "names": [self.names[place] for place in index],
+            **({} if draw is None else {"draw": draw}),
         }
 
 
@@ -92,6 +110,20 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
     )
 
 
+def _longest(inputs: Sequence[Tensor]) -> float | None:
+    return getattr(inputs, "longest", None)
+
+
+def _varied(inputs: Any, place: int, generator: torch.Generator) -> Tensor:
+    changed: Tensor = inputs[place] if _longest(inputs) is None else inputs.varied(place, generator)
+    return changed
+
+
+def _generator(draw: int, name: str) -> torch.Generator:
+    seed = int.from_bytes(hashlib.sha256(f"{draw}/{name}".encode()).digest()[:7])
+    return torch.Generator().manual_seed(seed)
+
+
 class _Joined(Sequence[Tensor]):
     """The inputs of several parts, one after another."""
 
@@ -105,6 +137,16 @@ class _Joined(Sequence[Tensor]):
         part, inside = self._places[place]
         return part[inside]
 
+    @property
+    def longest(self) -> float | None:
+        """The largest of the parts; None: none of them changes."""
+        return max((one for part, _ in self._places if (one := _longest(part)) is not None), default=None)
+
+    def varied(self, place: int, generator: torch.Generator) -> Tensor:
+        """Return an input that changes if its part does."""
+        part, inside = self._places[place]
+        return _varied(part, inside, generator)
+
 
 class _Chosen(Sequence[Tensor]):
     """Some of the inputs of an object that reads them when they are indexed."""
@@ -117,3 +159,12 @@ class _Chosen(Sequence[Tensor]):
 
     def __getitem__(self, place: Any) -> Any:
         return self._inputs[self._places[place]]
+
+    @property
+    def longest(self) -> float | None:
+        """As of the object."""
+        return _longest(self._inputs)
+
+    def varied(self, place: int, generator: torch.Generator) -> Tensor:
+        """Return a changed input."""
+        return _varied(self._inputs, self._places[place], generator)

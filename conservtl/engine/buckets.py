@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -62,13 +63,15 @@ class BucketedBatches:
     ) -> None:
         self.data, self.shuffle, self.part, self.step = data, shuffle, part, step
         bound = step if seconds is None else seconds
-        self._buckets = cut_buckets(data.seconds, most, bound)
+        self._varies = shuffle and data.longest is not None
+        lengths = [one * (data.longest or 1.0) for one in data.seconds] if self._varies else data.seconds
+        self._buckets = cut_buckets(lengths, most, bound)
         self._cuts: list[tuple[int, int, int]] = []  # bucket, first and last place of each batch
         durations = []
         for number, (places, count) in enumerate(self._buckets):
             ends = [len(places) * cut // count for cut in range(count + 1)]
             self._cuts += [(number, first, last) for first, last in pairwise(ends)]
-            longest = data.seconds[places[-1]]
+            longest = lengths[places[-1]]
             durations += [(last - first) * longest for first, last in pairwise(ends)]
         self._steps = [[number] for number in range(len(durations))] if step is None else _packed(durations, step)
 
@@ -80,17 +83,23 @@ class BucketedBatches:
         """Number of optimizer steps in an epoch; None if they are not made here."""
         return None if self.step is None else len(self._steps)
 
+    def plain(self) -> BucketedBatches:
+        """Return the same batches of inputs that do not change."""
+        other = copy.copy(self)
+        vars(other)["_varies"] = False
+        return other
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (content for content, _ in self.epoch())
 
     def epoch(self, skip: int = 0) -> DealtBatches:
         """Return the batches of an epoch but the first ``skip``: drawn now, read later."""
         rank, world = self.part
-        steps = self._dealt()
+        steps, draw = self._dealt()
         if self.step is None:
             batches = [batch for (batch,) in steps]
             own = [batches[i % len(batches)] for i in range(rank, len(self) * world, world)]
-            return DealtBatches(self.data, own[skip:])
+            return DealtBatches(self.data, own[skip:], draw)
         dealt: list[list[int]] = []
         shares: list[StepShare] = []
         for step in steps:
@@ -101,7 +110,7 @@ class BucketedBatches:
             shares += [self._share(batch, every) for batch in mine] + [StepShare(0.0, 0.0) for _ in stand_ins]
         ends = accumulate(self._rounds(step) for step in steps)
         sizes = [min(self._rounds(step), end - skip) for step, end in zip(steps, ends, strict=True) if end > skip]
-        return DealtBatches(self.data, dealt[skip:], shares[skip:], sizes)
+        return DealtBatches(self.data, dealt[skip:], draw, shares[skip:], sizes)
 
     def _share(self, batch: list[int], step: list[int]) -> StepShare:
         world = self.part[1]
@@ -115,8 +124,8 @@ class BucketedBatches:
         """Return the number of batches that each process gets of these."""
         return -(-len(batches) // self.part[1])
 
-    def _dealt(self) -> list[list[list[int]]]:
-        """Return the batches of each step of an epoch, the same in all processes."""
+    def _dealt(self) -> tuple[list[list[list[int]]], int | None]:
+        """Return the batches of each step of an epoch and the seed of its inputs, the same in all processes."""
         orders = [
             [places[i] for i in torch.randperm(len(places)).tolist()] if self.shuffle else places
             for places, _ in self._buckets
@@ -125,11 +134,12 @@ class BucketedBatches:
         steps = [[batches[number] for number in group] for group in self._steps]
         if self.shuffle:
             steps = [steps[i] for i in torch.randperm(len(steps)).tolist()]
+        draw = int(torch.randint(2**62, ())) if self._varies else None
         if self.part[1] == 1:
-            return steps
-        shared: list[Any] = [steps]
+            return steps, draw
+        shared: list[Any] = [steps, draw]
         torch.distributed.broadcast_object_list(shared, 0)
-        return shared[0]  # type: ignore[no-any-return]
+        return shared[0], shared[1]
 
 
 class DealtBatches(Iterator[tuple[dict[str, Any], StepShare | None]]):
@@ -138,6 +148,7 @@ class DealtBatches(Iterator[tuple[dict[str, Any], StepShare | None]]):
     Args:
         data: the sequences.
         batches: positions of each batch.
+        draw: seed of changes of the inputs; None: they do not change.
         shares: of each batch; None: steps are not made here.
         sizes: batches of each step; None likewise.
     """
@@ -146,16 +157,17 @@ class DealtBatches(Iterator[tuple[dict[str, Any], StepShare | None]]):
         self,
         data: Sequences,
         batches: Sequence[list[int]],
+        draw: int | None = None,
         shares: Sequence[StepShare] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> None:
         self.sizes = sizes
-        self._data = data
+        self._data, self._draw = data, draw
         self._left = iter(zip(batches, [None] * len(batches) if shares is None else shares, strict=True))
 
     def __next__(self) -> tuple[dict[str, Any], StepShare | None]:
         places, share = next(self._left)
-        return self._data.batch(places), share
+        return self._data.batch(places, self._draw), share
 
 
 def _packed(durations: Sequence[float], most: float) -> list[list[int]]:

@@ -57,6 +57,10 @@ class Streamed:
         """Batches and parts; None for batches that were not made here."""
         return None if self._order is None else self._order.cut
 
+    def plain(self) -> Streamed:
+        """Return the same batches of inputs that do not change at random, where these were made here."""
+        return Streamed(self.loader.plain(), self.device) if isinstance(self.loader, BucketedBatches) else self
+
     def count(self) -> int | None:
         """Return the number of batches per epoch, None for an iterable without a length."""
         if not isinstance(self.loader, Sized):

@@ -11,8 +11,8 @@ from unicodedata import normalize
 
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
+from conservtl.tasks.audio.listing import audio_files
 from conservtl.tasks.bad_files import refuse, shown_name
-from conservtl.tasks.file_listing import FolderWalk
 from conservtl.tasks.speech.recordings import Recording
 
 __all__ = [
@@ -30,11 +30,6 @@ FREE_SPOKEN_DIGITS = r"(?P<label>\d+)_(?P<speaker>[^_/]+)_(?P<take>\d+)\.(wav|fl
 
 SPEECH_COMMANDS = r"(?P<label>[^/]+)/(?P<speaker>[^/_]+)_nohash_(?P<take>\d+)\.(wav|flac)"
 """File names of Speech Commands, `seven/0a7c2a8d_nohash_0.wav`."""
-
-_AUDIO = {
-    *(".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd"),
-    *(".sph", ".voc", ".w64", ".wav", ".wma"),
-}
 
 
 def check_pattern(pattern: str) -> None:
@@ -113,7 +108,7 @@ def search(
     check_pattern(pattern)
     if not root.is_dir():
         raise DataError(f"data.root must be a folder of recordings; {root} is not one. Correct the path.")
-    found, bad = _audio_files(root, follow_links=follow_links)
+    found, bad = audio_files(root, follow_links=follow_links)
     start = len(root.as_posix().rstrip("/")) + 1 if root.parts else 0
     paths = {file: normalize("NFC", file.as_posix()[start:]) for file in found}
     files = sorted(paths, key=lambda file: (paths[file], str(file)))
@@ -136,19 +131,6 @@ def search(
         recordings.append((take, Recording(str(file), label, speaker, held_out=take in held_out_takes)))
     ordered = sorted(recordings, key=lambda item: (item[1].label, item[1].speaker, item[0], paths[Path(item[1].name)]))
     return _of_words([recording for _, recording in ordered], words), _unmatched(matches, files, paths), bad
-
-
-def _audio_files(root: Path, *, follow_links: bool) -> tuple[list[Path], dict[Path, str]]:
-    walk = FolderWalk(
-        root,
-        is_wanted=lambda name: not name.startswith(".") and Path(name).suffix.lower() in _AUDIO,
-        is_hidden=lambda name: name.startswith("."),
-        follow_links=follow_links,
-    )
-    files: list[Path] = []
-    walk.add_files(root, files)
-    walk.finish()
-    return files, walk.bad
 
 
 def _match(expression: re.Pattern[str], path: str) -> re.Match[str] | None:

@@ -71,8 +71,14 @@ def frames_needed(labels: Tensor) -> Tensor:
     return (labels >= 0).sum(1) + repeats.sum(1)
 
 
-def check_frames(lengths: Tensor, labels: Tensor, names: Sequence[str]) -> None:
+def check_frames(lengths: Tensor, labels: Tensor, names: Sequence[str], *, changed: bool = False) -> None:
     """Raise if a text needs more frames than its utterance has, for then its loss is infinite.
+
+    Args:
+        lengths: (N,) frames of the model's outputs.
+        labels: (N, tokens), negative where padded.
+        names: of the utterances.
+        changed: whether recordings were changed at random, and may be shorter than their own.
 
     Raises:
         DataError: names the first such utterance.
@@ -82,10 +88,11 @@ def check_frames(lengths: Tensor, labels: Tensor, names: Sequence[str]) -> None:
     if short:
         first = short[0]
         name = names[first] if first < len(names) else f"utterance {first} of the batch"
+        sped = "lower data.augment.waves.speeds, by which a recording may be shorter, " if changed else ""
         raise DataError(
             f"{name}: a text of CTC must not need more frames than its recording has; it needs {int(needed[first])} "
             f"(with a blank between equal neighbours), and the model gives {int(lengths[first])}. Correct the text, "
-            "leave the utterance out, or take a model with less subsampling or features with a shorter hop."
+            f"{sped}leave the utterance out, or take a model with less subsampling or features with a shorter hop."
         )
 
 

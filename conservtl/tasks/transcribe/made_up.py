@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from conservtl.data import Domains
 from conservtl.errors import DataError, SpecError
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.audio.waves import WaveChange
 from conservtl.tasks.bad_files import check_files, explained, names_below, refuse
 from conservtl.tasks.speech.folder import search
 from conservtl.tasks.transcribe.grammar import sentences
-from conservtl.tasks.transcribe.recordings import SpokenInputs
+from conservtl.tasks.transcribe.recordings import Inputs, SpokenInputs
 from conservtl.tasks.transcribe.sections import AnyData, GrammarData, StringsData
+from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.strings import StringInputs, Strung, strings_of
 from conservtl.tasks.transcribe.text import Normalisation
 from conservtl.tasks.transcribe.utterances import Split, Utterance, sequences, split_utterances
@@ -25,6 +25,7 @@ from conservtl.tasks.transcribe.utterances import Split, Utterance, sequences, s
 __all__ = ["domains_of", "load_grammar", "load_strings"]
 
 _SLOWER = 3  # quarters of the rate of single words: CTC needs a frame for each letter
+_VOICES = 64  # utterances of the source of which a babble is made
 
 
 def load_grammar(data: GrammarData, seed: int, *, source: bool) -> Domains:
@@ -103,7 +104,7 @@ def domains_of(
     data: AnyData,
     split: Split,
     labels: tuple[str, ...],
-    inputs: Callable[[Sequence[Utterance]], Sequence[Tensor]],
+    inputs: Callable[[Sequence[Utterance]], Inputs],
     *,
     source: bool,
     skipped: Mapping[str, str] | None = None,
@@ -119,17 +120,21 @@ def domains_of(
         skipped: names of what is left out -> why.
     """
 
-    def part(chosen: Sequence[Utterance]) -> Any:
-        encoded = sequences(chosen, inputs, lambda text: data.tokens.encode(text, labels))
+    def part(chosen: Sequence[Utterance], augment: SpecAugment | None = None) -> Any:
+        made = inputs(chosen)
+        if augment is not None and augment.waves is not None:
+            few = split.source_train[:: -(-len(split.source_train) // _VOICES) or 1]
+            made.change = WaveChange(augment.waves, data.features.sample_rate, inputs(few) if few else None)
+        encoded = sequences(chosen, made, lambda text: data.tokens.encode(text, labels))
         return encoded if len(encoded) else None
 
     return Domains(
         labels=labels,
         source_labels=labels,
-        shots=part(split.shots),
+        shots=part(split.shots, data.augment),
         validation=part(split.validation),
         target_test=part(split.target_test),
-        source_train=part(split.source_train) if source else None,
+        source_train=part(split.source_train, data.source_augment) if source else None,
         source_test=part(split.source_test) if source else None,
         preprocessing=data.preprocessing(labels),
         augmentation=data.augment,

@@ -94,7 +94,7 @@ class CTC(Recognizer):
         """
         logits, lengths = frames_of(outputs)
         labels = batch["labels"]
-        check_frames(lengths, labels, batch.get("names", ()))
+        check_frames(lengths, labels, batch.get("names", ()), changed="draw" in batch)
         counts = (labels >= 0).sum(1)
         scores = logits.float().log_softmax(-1).transpose(0, 1)
         return F.ctc_loss(scores, labels.clamp_min(0), lengths.long(), counts, zero_infinity=False)

@@ -8,11 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from conservtl.errors import DataError
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.audio.resampling import resample
+from conservtl.tasks.audio.waves import WaveChange
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.features import Features
 from conservtl.tasks.transcribe.utterances import Utterance
@@ -51,6 +54,9 @@ def _last_file(file: Path) -> tuple[Tensor, int]:
 class Inputs(Sequence[Tensor]):
     """Inputs that are made when they are indexed, and kept while they fit into memory."""
 
+    change: WaveChange | None = None
+    """How recordings change at random in training; None: they do not."""
+
     def __init__(self, utterances: Sequence[Utterance], features: Features) -> None:
         self.utterances, self.features = list(utterances), features
         self._made: dict[int, Tensor] = {}
@@ -67,6 +73,19 @@ class Inputs(Sequence[Tensor]):
             self._made[place] = made
             self._bytes += made.nbytes
         return made
+
+    @property
+    def longest(self) -> float | None:
+        """Duration of the longest version of a recording, as a multiple of its own; None: they do not change."""
+        return None if self.change is None else self.change.longest
+
+    def varied(self, place: int, generator: torch.Generator) -> Tensor:
+        """Return the input of an utterance whose recording is changed at random, by draws from ``generator``."""
+        wave, rate = self.wave(place)
+        if self.change is not None:
+            wave = resample((wave - wave.mean()).unsqueeze(0), rate, self.features.sample_rate)[0]
+            wave, rate = self.change(wave, generator), self.features.sample_rate
+        return self.features(wave, rate)
 
     @abstractmethod
     def wave(self, place: int) -> tuple[Tensor, int]:

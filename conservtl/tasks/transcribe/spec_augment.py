@@ -1,4 +1,4 @@
-"""SpecAugment for utterances of different lengths: masks of time and mel bands, and a change of speed."""
+"""Augmentation of utterances of different lengths: of their recordings, and SpecAugment of their features."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from conservtl.bounds import Share
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.audio.waves import WaveAugment
 
 __all__ = ["SpecAugment"]
 
 
 class SpecAugment(FrozenModel):
     """Masks spans of frames and of mel bands of each utterance. Padding counts in no share.
+
+    ``waves`` changes recordings before, where the data has them: speed, room and noise.
 
     Reference:
         Park et al., "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition",
@@ -35,6 +38,8 @@ class SpecAugment(FrozenModel):
     stays."""
     noise: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Largest standard deviation of the added noise, in units of the input."""
+    waves: WaveAugment | None = None
+    """Changes of the recordings before their features are computed; null: none."""
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of inputs without padding, (N, frames, bands) or (N, samples)."""

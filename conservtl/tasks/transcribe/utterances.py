@@ -125,12 +125,12 @@ def in_share(name: str, share: float) -> bool:
 
 def sequences(
     utterances: Sequence[Utterance],
-    inputs: Callable[[Sequence[Utterance]], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
     encode: Callable[[str], list[int]],
 ) -> Sequences:
     """Return utterances as data; recordings are read when they are needed."""
     return Sequences(
-        inputs=inputs(utterances),
+        inputs=inputs,
         labels=tuple(torch.tensor(encode(one.text), dtype=torch.long) for one in utterances),
         names=tuple(one.name for one in utterances),
         groups=tuple(one.speaker for one in utterances),

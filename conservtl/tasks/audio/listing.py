@@ -1,0 +1,60 @@
+"""Recordings below a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conservtl.errors import DataError
+from conservtl.extras import require
+from conservtl.tasks.bad_files import shown_name
+from conservtl.tasks.file_listing import FolderWalk
+
+__all__ = ["audio_files", "usable_recordings"]
+
+_AUDIO = {
+    *(".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd"),
+    *(".sph", ".voc", ".w64", ".wav", ".wma"),
+}
+
+
+def audio_files(root: Path, *, follow_links: bool) -> tuple[list[Path], dict[Path, str]]:
+    """Return the visible audio files in a folder and its subfolders, and what is left out as bad -> why."""
+    walk = FolderWalk(
+        root,
+        is_wanted=lambda name: not name.startswith(".") and Path(name).suffix.lower() in _AUDIO,
+        is_hidden=lambda name: name.startswith("."),
+        follow_links=follow_links,
+    )
+    files: list[Path] = []
+    walk.add_files(root, files)
+    walk.finish()
+    return files, walk.bad
+
+
+def usable_recordings(root: Path, field: str, *, follow_links: bool) -> list[Path]:
+    """Return the audio files in a folder and its subfolders, in order; their headers are read.
+
+    Args:
+        root: the folder.
+        field: of the spec, for messages.
+        follow_links: whether links may lead out of it.
+
+    Raises:
+        DataError: the folder is missing, holds no recording, or one that cannot be used.
+    """
+    if not root.is_dir():
+        raise DataError(f"{field} must be a folder of recordings; {shown_name(root)} is not one. Correct the path.")
+    files, bad = audio_files(root, follow_links=follow_links)
+    if not files and not bad:
+        raise DataError(f"{field} must hold recordings; there is none below {shown_name(root)}. Correct the path.")
+    soundfile = require("soundfile", "speech")
+    for file in files:
+        try:
+            soundfile.info(str(file))
+        except (OSError, RuntimeError, TypeError, ValueError):
+            bad[file] = "cannot be read as audio"
+    if bad:
+        first = min(bad)
+        reason = bad[first].replace("data.follow_links", f"{field.rpartition('.')[0]}.follow_links")
+        raise DataError(f"{field}: {shown_name(first)} {reason}. Replace or remove it.")
+    return sorted(files)
