@@ -124,4 +124,12 @@ def _differ(one: Placement, other: Placement, source: Mapping[str, Tensor], same
     pairs = {same[own]: source[name] for name, own in one.fits.items()}
     if any(same[one.fits[name]] != same[own] for name, own in other.fits.items() if name in one.fits):
         return True
-    return any(source[name] is not pairs.get(same[own], source[name]) for name, own in other.fits.items())
+    return any(not _is_same(source[name], pairs.get(same[own], source[name])) for name, own in other.fits.items())
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are one: a state dict has two for the names of a tied one."""
+    if one is other:
+        return True
+    place = (one.data_ptr(), one.shape, one.stride(), one.dtype)
+    return not one.is_meta and place == (other.data_ptr(), other.shape, other.stride(), other.dtype)

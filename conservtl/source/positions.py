@@ -62,6 +62,9 @@ def resample_positions(
             resampled[name] = found.value.to(value.dtype)
             old, new = ("×".join(map(str, grid)) for grid in (found.old, found.new))
             notes.append(f"resampled {name} from {old} to {new} positions with {found.function}")
+        elif (cut := _cut(name, modules, value, parameter)) is not None:
+            resampled[name] = cut
+            notes.append(f"took the first {len(cut)} of {len(value)} positions of {name}, for shorter recordings")
     return resampled, notes
 
 
@@ -80,6 +83,16 @@ def _resample(name: str, modules: Mapping[str, nn.Module], value: Tensor, shape:
     return (
         _by_torch(value, shape) if any(_embeds_patches(modules.get(above)) for above, _ in _ancestors(name)) else None
     )
+
+
+def _cut(name: str, modules: Mapping[str, nn.Module], value: Tensor, parameter: Tensor) -> Tensor | None:
+    """Return the first positions of Whisper's encoder: a table of sines, whose rows do not depend on its length."""
+    above = name.removesuffix(".embed_positions.weight")
+    encoder = modules.get(above) if above != name else None
+    if encoder is None or not _of(encoder, "transformers.models.whisper.") or type(encoder).__name__[-7:] != "Encoder":
+        return None
+    fits = len(value) > len(parameter) and value.shape[1:] == parameter.shape[1:]
+    return value[: len(parameter)] if fits else None
 
 
 def _by_timm(module: Any, value: Tensor, shape: tuple[int, ...]) -> _Resampled | None:

@@ -50,6 +50,9 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
 def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: Any) -> None:
     """Raise unless inputs are made as in the run that saved the source's weights.
 
+    Fields that make no inputs may differ: ``of_outputs`` and ``of_labels`` of the preprocessing. Rows of the head are
+    copied by label.
+
     Raises:
         SourceError: a setting differs; the message names each with both values.
     """
@@ -57,8 +60,9 @@ def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: An
         saved = spec.problem.preprocessing.model_validate(header["preprocessing"]).model_dump(mode="json")
     except ValidationError:
         saved = header["preprocessing"]
+    free = {*getattr(preprocessing, "of_outputs", ()), *getattr(preprocessing, "of_labels", ())}
     before, here = (
-        {name: value for name, value in each.items() if name not in getattr(preprocessing, "of_outputs", ())}
+        {name: value for name, value in each.items() if name not in free}
         for each in (saved, preprocessing.model_dump(mode="json"))
     )
     if different := list(_differences(before, here)):

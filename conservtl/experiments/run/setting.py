@@ -20,6 +20,7 @@ from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_r
 from conservtl.experiments.run.scoring import answered, in_order, on_source_head
 from conservtl.experiments.run.source_labels import (
     check_outputs,
+    check_reader,
     check_shots,
     classes_of,
     shots_note,
@@ -129,6 +130,8 @@ class Setting:
             adaptation = adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **self.adapt_options)
         if self.headless:
             self._check_headless(adaptation.plan)
+        if not self.shared:
+            check_reader(self.task, adaptation.model, adaptation.plan)
         return adaptation
 
     def scratch(self) -> Adaptation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from conservtl.batches import map_tensors
 from conservtl.data import Data, Domains, Examples, length_of
+from conservtl.data.sequences import Sequences
 from conservtl.data.shots import UpTo, taken_text
 from conservtl.errors import DataError, SpecError
+from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
-__all__ = ["check_outputs", "check_shots", "classes_of", "listed", "shots_note", "with_source_labels"]
+__all__ = ["check_outputs", "check_reader", "check_shots", "classes_of", "listed", "shots_note", "with_source_labels"]
 
 _SHOWN = 12  # labels in a message
 
@@ -44,7 +46,7 @@ def with_source_labels(
     parts = {"source_train": domains.source_train, "source_test": domains.source_test}
     if all(part is None for part in parts.values()) or labels == old:
         return replace(domains, source_labels=labels)
-    if unknown := [label for label in old if label not in labels]:
+    if unknown := [old[number] for number in _used(parts.values(), len(old)) if old[number] not in labels]:
         raise SpecError(
             f"{field} must list every label of the source's data, to number its examples; received {listed(labels)}, "
             f"without {listed(unknown)}. {fix}"
@@ -54,13 +56,45 @@ def with_source_labels(
             f"{field} must be labels of the source's data, because a source model is trained on it; received "
             f"{listed(extra)}, and the data has {listed(old)}. Remove them, or give source.weights."
         )
-    numbers = [labels.index(label) for label in old]
+    places = {label: place for place, label in enumerate(labels)}
+    numbers = [places.get(label, -1) for label in old]
     if numbers == list(range(len(numbers))):  # further labels behind them
         return replace(domains, source_labels=labels)
     new: dict[str, Any] = {
         name: None if part is None else task.renumbered(part, numbers) for name, part in parts.items()
     }
     return replace(domains, source_labels=labels, **new)
+
+
+def _used(parts: Iterable[Data | None], count: int) -> list[int]:
+    """Return the labels that data may have: those of sequences, of other data all."""
+    found: set[int] = set()
+    for part in parts:
+        if isinstance(part, Sequences):
+            found.update(*(one.tolist() for one in part.labels))
+        elif part is not None:
+            return list(range(count))
+    return sorted(found)
+
+
+def check_reader(task: Task, model: nn.Module, plan: Plan) -> None:
+    """Raise if the source model would read labels that are not its own, which a decoder does.
+
+    Args:
+        task: knows whether the model reads labels.
+        model: the adapted model, whose labels are not the source's.
+        plan: its plan.
+
+    Raises:
+        SpecError: a term or measurement of the plan runs on them.
+    """
+    names = [term.by for term in plan.terms if term.source]
+    names += [measure.by for measure in plan.measures if measure.data == "source"]
+    if names and task.reads_labels(model):
+        raise SpecError(
+            f"{names[0]} runs a model on texts of the other domain, which a decoder reads, so both must have the same "
+            f"tokens in the same order; they differ. Keep the source's tokens, or leave {names[0]} out."
+        )
 
 
 def check_shots(task: Task, domains: Domains) -> None:

@@ -97,6 +97,27 @@ class Repository:
         except Exception as error:
             raise self._failed(error, current) from error
 
+    def present(self, files: Sequence[str]) -> dict[str, Path]:
+        """Return those of these files that the repository has, downloaded if need be: name -> path.
+
+        Raises:
+            SourceError: none is on this machine, and the server cannot be reached.
+        """
+        hub, errors = require("huggingface_hub", "hub"), require("huggingface_hub.errors", "hub")
+        found = {file: kept.path for file in files if (kept := self._kept(file)) is not None and kept.path is not None}
+        for file in files:
+            if file in found:
+                continue
+            try:
+                found[file] = Path(hub.hf_hub_download(self.name, file, revision=self.revision))
+            except errors.EntryNotFoundError:
+                continue
+            except Exception as error:
+                if found:
+                    break
+                raise self._failed(error, file) from error
+        return found
+
     def _kept(self, file: str) -> Found | None:
         """Return a file that was downloaded before; None if it was not."""
         path = require("huggingface_hub", "hub").try_to_load_from_cache(self.name, file, revision=self.revision)

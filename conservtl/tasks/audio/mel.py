@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["mel_filters", "mel_power"]
+__all__ = ["mel_filters", "mel_power", "triangles"]
 
 
 def mel_power(waves: Tensor, *, rate: int, bands: int, n_fft: int, window: int, hop: int, f_min: float) -> Tensor:
@@ -37,9 +37,7 @@ def mel_filters(rate: int, bands: int, n_fft: int, f_min: float) -> Tensor:
     frequencies = torch.linspace(0, rate // 2, n_fft // 2 + 1)
     low, high = (2595 * torch.log10(1 + torch.tensor(f, dtype=torch.float64) / 700).item() for f in (f_min, rate // 2))
     corners = 700 * (10 ** (torch.linspace(low, high, bands + 2) / 2595) - 1)
-    width = corners.diff()
-    distance = corners - frequencies.unsqueeze(1)
-    filters = torch.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]).clamp_min(0)
+    filters = triangles(frequencies, corners)
     if empty := int((filters.amax(dim=0) == 0).sum()):
         warnings.warn(
             f"data.features.n_mels: {empty} of {bands} bands contain no frequency of the transform and are constant. "
@@ -47,3 +45,14 @@ def mel_filters(rate: int, bands: int, n_fft: int, f_min: float) -> Tensor:
             stacklevel=2,
         )
     return filters
+
+
+def triangles(values: Tensor, corners: Tensor) -> Tensor:
+    """Return triangles over three corners each, with 1 at the middle one, (values, corners - 2).
+
+    Args:
+        values: (values,) at which they are taken.
+        corners: rising, on the same scale.
+    """
+    distance, width = corners - values.unsqueeze(1), corners.diff()
+    return torch.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]).clamp_min(0)

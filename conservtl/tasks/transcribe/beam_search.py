@@ -104,7 +104,7 @@ class Beam(FrozenModel):
     def texts(self, outputs: Any, tokens: Tokenizer, vocabulary: Sequence[str]) -> list[tuple[str, float]]:
         """Return the best text of each utterance, and its CTC probability a token (geometric mean)."""
         logits, lengths = frames_of(outputs)
-        scores, frames = logits.float().log_softmax(-1).cpu(), lengths.cpu()
+        scores, frames = logits.float().log_softmax(-1)[..., : len(vocabulary)].cpu(), lengths.cpu()
         search = _decoder(self, tuple(vocabulary), self._stamps())
         found = []
         for row, length in zip(scores, frames.tolist(), strict=True):

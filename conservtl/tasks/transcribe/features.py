@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,24 +18,35 @@ from conservtl.tasks.audio.mel import mel_power
 from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.audio.resampling import resample
 from conservtl.tasks.transcribe.beam_search import Decoding, Greedy
+from conservtl.tasks.transcribe.pretrained_features import kaldi_fbank, whisper_log_mel
 from conservtl.tasks.transcribe.text import Normalisation
 from conservtl.tasks.transcribe.tokens import Characters, Tokenizer
 
 __all__ = ["Features", "TranscribePreprocessing"]
 
 _TINY = 1e-10  # power of silence: -100 dB
+_DEFAULTS: dict[Any, dict[str, Any]] = {
+    "whisper": {"n_mels": 80, "normalise": "none"},
+    "fbank": {"n_mels": 80, "normalise": "bands"},
+}
+_FIXED = {
+    "whisper": ("sample_rate", "window", "hop", "range_db", "normalise"),
+    "fbank": ("window", "hop", "range_db", "seconds"),
+}
 _FLAT = 1e-5  # standard deviation of silence, which becomes zeros
 
 
 class Features(FrozenModel):
     """Conversion of a recording to an input of the network, as long as the recording."""
 
-    kind: Literal["logmel", "waveform"] = "logmel"
-    """`logmel`: (frames, n_mels). `waveform`: (samples,), for networks on samples."""
+    kind: Literal["logmel", "waveform", "whisper", "fbank"] = "logmel"
+    """`logmel`: (frames, n_mels). `waveform`: (samples,), for networks on samples. `whisper`: Whisper's log-mel with
+    silence up to `seconds`. `fbank`: Kaldi's filter banks, for Speech2Text; each band normalised unless `normalise`
+    says otherwise."""
     sample_rate: Annotated[int, Field(ge=2000, le=96_000)] = 16_000
     """Sample rate in Hz. Recordings with another rate are resampled."""
     n_mels: Annotated[int, Field(ge=1, le=512)] = 40
-    """Number of mel bands."""
+    """Number of mel bands; 80 by default for `whisper` and `fbank`."""
     window: Fraction = 0.025
     """Length of the analysis window in seconds."""
     hop: Fraction = 0.010
@@ -45,6 +57,30 @@ class Features(FrozenModel):
     """Normalisation of each recording: subtract the mean of all values, or also scale to unit variance; `bands`: mean
     and variance of each mel band."""
 
+    seconds: Annotated[float, Field(ge=1, le=30)] = 30.0
+    """Duration that recordings are padded to with silence, for `whisper` alone. Below 30, the first positions of the
+    encoder are used, which is as much quicker."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, fields: Any) -> Any:
+        given = fields.get("kind") if isinstance(fields, dict) else None
+        return {**_DEFAULTS.get(given, {}), **fields} if isinstance(given, str) else fields
+
+    @model_validator(mode="after")
+    def _fits(self) -> Features:
+        fixed = _FIXED.get(self.kind, ()) if self.kind in _DEFAULTS else ("seconds",)
+        for name in fixed:
+            usual = _DEFAULTS.get(self.kind, {}).get(name, type(self).model_fields[name].default)
+            if (value := getattr(self, name)) != usual:
+                raise ValueError(f"{name} must be {usual!r} for the kind {self.kind!r}; received {value!r}")
+        return self
+
+    @property
+    def longest(self) -> float:
+        """Longest recording in seconds that can be converted."""
+        return self.seconds if self.kind == "whisper" else math.inf
+
     def __call__(self, wave: Tensor, rate: int) -> Tensor:
         """Return the input for a recording, (frames, n_mels) or (samples,).
 
@@ -52,6 +88,11 @@ class Features(FrozenModel):
             wave: (samples,).
             rate: its sample rate in Hz.
         """
+        if self.kind in _DEFAULTS:
+            (wave,) = resample(wave.unsqueeze(0), rate, self.sample_rate)
+            if self.kind == "whisper":
+                return whisper_log_mel(wave, self.n_mels, self.seconds)
+            return self._normalised(kaldi_fbank(wave, self.sample_rate, self.n_mels))
         wave = resample((wave - wave.mean()).unsqueeze(0), rate, self.sample_rate)
         if self.kind == "waveform":
             return self._normalised(wave[0].unsqueeze(1)).squeeze(1)
@@ -91,7 +132,9 @@ class TranscribePreprocessing(FrozenModel):
     decoding: Decoding = Greedy()
     """How outputs become a text."""
     of_outputs: ClassVar[frozenset[str]] = frozenset({"decoding"})
-    """Fields that change no input."""
+    """Fields that change neither an input nor a label."""
+    of_labels: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    """Fields that change labels alone. A run from an earlier run's weights may change them."""
 
     def read(self, files: Sequence[Path]) -> dict[str, Any]:
         """Return padded inputs (N, frames, ...) and lengths (N,) for these recordings.

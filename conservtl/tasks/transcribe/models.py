@@ -12,6 +12,7 @@ from conservtl.spec_scalars import Arguments
 from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
+from conservtl.tasks.transcribe.seq2seq_models import SEQ2SEQ, build_seq2seq
 from conservtl.tasks.transcribe.waveform_models import (
     TRANSFORMERS,
     build_torchaudio,
@@ -47,6 +48,11 @@ def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int)
     if (own := model.built(tokens)) is not None:
         return own
     features = preprocessing.features
+    kind = model.name.removeprefix(TRANSFORMERS)
+    if model.name.startswith(TRANSFORMERS) and kind in SEQ2SEQ:
+        _check_features(model.name, features, SEQ2SEQ[kind])
+        return build_seq2seq(kind, model.args, features, preprocessing.tokens, tokens)
+    _check_blank(model.name, preprocessing.tokens)
     if model.name.startswith(TRANSFORMERS):
         _check_features(model.name, features, "waveform")
         return build_transformers(model.name, model.args, tokens)
@@ -116,4 +122,13 @@ def _check_features(name: str, features: Features, kind: str) -> None:
     if features.kind != kind:
         raise SpecError(
             f"data.features.kind must be {kind!r} for {name}; received {features.kind!r}. Set it to {kind!r}."
+        )
+
+
+def _check_blank(name: str, tokens: Any) -> None:
+    if tokens.blank != 0:
+        raise SpecError(
+            f"data.tokens: output 0 of {name} must be CTC's blank, which the tokenizer calls padding; it has it at "
+            f"{tokens.blank}. Give data.tokens of kind characters, and the tokenizer's tokens in their order, with "
+            "<blank> for that one, in source.labels."
         )

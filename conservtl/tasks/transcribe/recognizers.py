@@ -156,7 +156,8 @@ class SequenceToSequence(Recognizer):
         counts = (labels >= 0).sum(1)
         targets = targets.scatter(1, counts.unsqueeze(1), self._end)
         each = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        return (each.sum(1) / (counts + 1)).mean()
+        loss: Tensor = (each.sum(1) / (counts + 1)).mean()
+        return loss
 
     def positions(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Return logits and the mask."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.data import Augmentation, Data, Domains, Preprocessing
+from conservtl.errors import DataError
 from conservtl.functions import MetricValue
 from conservtl.layers import unwrap
 from conservtl.tasks.audio.listing import audio_files
@@ -49,6 +50,7 @@ class Transcribe(Task):
     def __init__(self, labels: tuple[str, ...] = (), preprocessing: TranscribePreprocessing | None = None) -> None:
         conversion = preprocessing or TranscribePreprocessing()
         self._labels, self._tokens, self._decoding = labels, conversion.tokens, conversion.decoding
+        self._text = conversion.text
         self._end = labels.index(self._tokens.end) if labels else 0
 
     def within(self, labels: tuple[str, ...], preprocessing: Any) -> Transcribe:
@@ -69,9 +71,17 @@ class Transcribe(Task):
         return build(model, preprocessing, outputs)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Return (logits, frames of each utterance) of CTC, or ``Decoded``: a decoder reads the batch's texts."""
+        """Return (logits, frames of each utterance) of CTC, or ``Decoded``: a decoder reads the batch's texts.
+
+        Raises:
+            DataError: a text is too long for the decoder.
+        """
         bare, labels = unwrap(model), batch.get("labels")
-        taught = bare.teacher(labels) if isinstance(bare, Decoder) and labels is not None else {}
+        try:
+            taught = bare.teacher(labels) if isinstance(bare, Decoder) and labels is not None else {}
+        except DataError as error:
+            longest = int((labels >= 0).sum(1).argmax())
+            raise DataError(f"{batch['names'][longest]}: {error}") from error
         return model(inputs=batch["inputs"], lengths=batch["lengths"], **taught)
 
     def answer(self, model: nn.Module, batch: Any) -> Any:
@@ -114,16 +124,21 @@ class Transcribe(Task):
 
     def heard(self, outputs: Any) -> list[str]:
         """Return the text heard in each utterance."""
-        return [text for text, _ in self._decoding.texts(outputs, self._tokens, self._labels)]
+        return [text for text, _ in self._sure(outputs, self._labels)]
+
+    def _sure(self, outputs: Any, labels: tuple[str, ...]) -> list[tuple[str, float]]:
+        """Return the text heard in each utterance, by the rules of the references, and how sure it is."""
+        found = self._decoding.texts(outputs, self._tokens, labels)
+        return [(self._text(text), sure) for text, sure in found] if self._tokens.free_text else found
 
     def texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each list of tokens."""
-        return [self._tokens.decode(each, self._labels) for each in tokens]
+        found = [self._tokens.decode(each, self._labels) for each in tokens]
+        return [self._text(text) for text in found] if self._tokens.free_text else found
 
     def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:
         """Return the transcript of each file, and how sure it is, as the way of decoding measures it."""
-        found = self._decoding.texts(outputs, self._tokens, labels)
-        return [Prediction(file, *one) for file, one in zip(files, found, strict=True)]
+        return [Prediction(file, *one) for file, one in zip(files, self._sure(outputs, labels), strict=True)]
 
     def agreement(self, outputs: Any, source: Any) -> dict[str, MetricValue]:
         """Return the share of positions with the source model's answer, and KL(source || adapted) a position in nats.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens, Pretrained
 
-__all__ = ["BLANK", "SPACE", "Characters", "SentencePiece", "Tokenizer", "vocabulary_of"]
+__all__ = ["BLANK", "SPACE", "Characters", "Pretrained", "SentencePiece", "Tokenizer", "vocabulary_of"]
 
 BLANK = "<blank>"
 """Name of output 0, CTC's blank."""
@@ -22,15 +23,27 @@ BLANK = "<blank>"
 SPACE = "|"
 """Name of the space among characters, as torchaudio and transformers write it."""
 _PIECE_SPACE = "\u2581"
+_UNKNOWN = "\ufffd"
 
 
 class _OwnTokens(FrozenModel):
     """Base of tokens whose output 0 is no text: CTC's blank; a decoder's end, and what it reads first."""
 
+    free_text: ClassVar[bool] = False
+
+    @property
+    def blank(self) -> int | None:
+        """Number of CTC's blank."""
+        return 0
+
     @property
     def end(self) -> str:
         """Name of the token behind a text of a decoder."""
         return BLANK
+
+    def decoder(self) -> DecoderTokens:
+        """Return the tokens by which a decoder begins and ends."""
+        return DecoderTokens()
 
 
 class Characters(_OwnTokens):
@@ -73,7 +86,7 @@ class Characters(_OwnTokens):
 
     def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
         """Return the text of tokens without blanks."""
-        return " ".join("".join(vocabulary[token] for token in tokens).replace(SPACE, " ").split())
+        return " ".join("".join(named(tokens, vocabulary)).replace(SPACE, " ").split())
 
 
 class SentencePiece(_OwnTokens):
@@ -124,11 +137,16 @@ class SentencePiece(_OwnTokens):
 
     def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
         """Return the text of tokens without blanks."""
-        return " ".join("".join(vocabulary[token] for token in tokens).replace(_PIECE_SPACE, " ").split())
+        return " ".join("".join(named(tokens, vocabulary)).replace(_PIECE_SPACE, " ").split())
 
 
-Tokenizer = Annotated[Characters | SentencePiece, Field(discriminator="kind")]
+Tokenizer = Annotated[Characters | SentencePiece | Pretrained, Field(discriminator="kind")]
 """How a text becomes tokens."""
+
+
+def named(tokens: Iterable[int], vocabulary: Sequence[str]) -> Iterator[str]:
+    """Yield the name of each token; U+FFFD for one that a smaller vocabulary, such as the source's, does not have."""
+    return (vocabulary[token] if token < len(vocabulary) else _UNKNOWN for token in tokens)
 
 
 def vocabulary_of(tokens: Any, texts: Iterable[str]) -> tuple[str, ...]:

@@ -1,0 +1,27 @@
+"""Files beside weights: the tokenizer and the settings that save_pretrained writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conservtl.source.references import reference_of
+from conservtl.source.references.hugging_face import HuggingFace
+
+__all__ = ["companions"]
+
+
+def companions(weights: str | Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return those of the named files that are beside weights: name -> path, downloaded if need be.
+
+    Args:
+        weights: a folder, or ``hf:ORG/NAME@REVISION``; others have no files beside them.
+        names: of the files.
+
+    Raises:
+        SourceError: the Hub cannot be reached.
+    """
+    if isinstance(weights, str) and isinstance(reference := reference_of(weights), HuggingFace):
+        return reference.pinned().repository.present(names)
+    folder = Path(weights)
+    return {name: folder / name for name in names if (folder / name).is_file()} if folder.is_dir() else {}
