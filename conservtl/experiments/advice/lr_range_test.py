@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from conservtl.engine.batch_size import find_batch_size
 from conservtl.engine.batching import Contents, as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.first_batches import checked
 from conservtl.engine.held import Held
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.optimizer import choose_optimizer
+from conservtl.engine.preparation import check_arguments
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session, open_session
 from conservtl.engine.streamed import Streamed
-from conservtl.errors import SpecError
+from conservtl.errors import DataError, SpecError
 from conservtl.experiments.advice.range_curve import RangeTest, diverges, read_curve
 from conservtl.experiments.run.evaluation_sets import sets_to_select_on
 from conservtl.experiments.run.source_training import prepare_source
@@ -28,10 +31,12 @@ from conservtl.experiments.spec.spec import Spec
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers.copying import deep_copy
+from conservtl.losses import check_trained
 from conservtl.plan.plan import Plan
 
 __all__ = ["RangeTest", "lr_find", "lr_find_for"]
 
+_FEWEST, _SEEDS = 10, 2**32
 _LOOK = 10  # steps between two checks of the losses, which wait for the device
 
 
@@ -116,11 +121,7 @@ def lr_find(
         >>> found = ctl.lr_find(adaptation, (torch.randn(32, 4), torch.arange(32) % 2))
         >>> training = ctl.Training(lr=found.suggestion)
     """
-    if not 0 < lowest < highest or steps < 10:
-        raise SpecError(
-            f"range test: the rates must rise from above 0, in 10 steps at least; received {lowest:g} to {highest:g} "
-            f"in {steps}. Choose others."
-        )
+    _check_range(lowest, highest, steps, seed)
     if not isinstance(adaptation, Adaptation):
         raise SpecError(
             f"range test: adaptation must be what adapt returns; received {type(adaptation).__name__}. Call "
@@ -130,6 +131,7 @@ def lr_find(
         raise SpecError(
             f"training must be a ctl.Training; received {type(training).__name__}. Write ctl.Training(epochs=...)."
         )
+    check_arguments(adaptation, training or Training(), {"valid": valid})
     if not adaptation.plan.trained:
         raise SpecError("range test: the plan trains nothing, so there is no rate to find. Train a layer.")
     highest = _reach(adaptation.plan, highest)
@@ -138,6 +140,7 @@ def lr_find(
     made = choose_optimizer(settings, optimizer, recommended=training is None)
     trained = deep_copy(adaptation)
     functions = Functions(forward, loss, metrics)
+    check_trained(functions.loss, adaptation.model.parameters())
     with preserve_rng(), open_session(trained, settings, made=made) as session:
         seed_all(seed)
         batches = as_batches(
@@ -149,8 +152,26 @@ def lr_find(
         session.start_phase(len(trained.plan.phases) - 1)
         rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
         mixed = with_mixing(session, functions, batches, augment)
-        losses = _losses(session, functions, _endless(batches), rates, mixed, seed)
+        first = checked(functions, batches)
+        losses = _losses(session, [first, functions], _endless(batches), rates, mixed, seed)
     return read_curve(rates, losses)
+
+
+def _check_range(lowest: Any, highest: Any, steps: Any, seed: Any) -> None:
+    """Raise unless the rates rise over enough steps.
+
+    Raises:
+        SpecError: they do not, or an argument is no number.
+    """
+    rates = [rate for rate in (lowest, highest) if isinstance(rate, (int, float)) and not isinstance(rate, bool)]
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if len(rates) < 2 or not 0 < lowest < highest < math.inf or not whole or steps < _FEWEST:
+        raise SpecError(
+            f"range test: finite rates must rise from above 0, in {_FEWEST} steps at least; received {lowest!r:.40} to "
+            f"{highest!r:.40} in {steps!r:.40}. Choose others."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise SpecError(f"seed must be a whole number, 0 to {_SEEDS - 1}; received {seed!r:.60}. Give one.")
 
 
 def _reach(plan: Plan, highest: float) -> float:
@@ -200,13 +221,13 @@ def _measure(
 
 def _losses(
     session: Session,
-    functions: Functions,
+    functions: Sequence[Functions],
     batches: Iterator[Any],
     rates: list[float],
     augment: Augment | None,
     seed: int,
 ) -> list[float]:
-    """The loss at each rate, up to a few steps after it diverges."""
+    """The loss at each rate, up to a few steps after it diverges; functions of the first step and of the others."""
     generator = torch.Generator(session.device)
     generator.manual_seed(seed)
     waiting: list[Tensor] = []
@@ -214,7 +235,7 @@ def _losses(
     for number, rate in enumerate(rates, 1):
         session.rate(rate / session.training.lr)
         batch = next(batches)
-        loss = session.loss(functions, batch if augment is None else augment(batch, generator))
+        loss = session.loss(functions[number > 1], batch if augment is None else augment(batch, generator))
         waiting.append(loss.detach())
         session.backward(loss)
         session.step()
@@ -228,5 +249,8 @@ def _losses(
 
 def _endless(batches: Held | Streamed) -> Iterator[Any]:
     while True:
+        batch = None
         for batch in batches.epoch():
             yield batch.content
+        if batch is None:
+            raise DataError("range test: there must be examples to train on; received none. Give at least one batch.")

@@ -15,7 +15,16 @@ from conservtl.errors import DataError
 from conservtl.experiments.own.options import ProblemOptions
 from conservtl.experiments.run.source_labels import classes_of
 
-__all__ = ["Rows", "as_data", "as_held_out", "class_numbers", "sets_of", "targets_in"]
+__all__ = ["SET_NAMES", "Rows", "as_data", "as_held_out", "class_numbers", "sets_of", "targets_in"]
+
+SET_NAMES = {
+    "shots": "train",
+    "validation": "valid",
+    "target_test": "held_out['target']",
+    "source_train": "source_data",
+    "source_test": "held_out['source']",
+}
+"""Name of each set of ``Domains`` in the calls of studies."""
 
 
 def as_data(value: Any, name: str) -> Data:

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from conservtl.batches import map_tensors, to_device
+from conservtl.batches import map_tensors, tensors_of, to_device
+from conservtl.data import Data, first_batch, length_of
 from conservtl.engine import Training
 from conservtl.engine.criterion import KNOWN_DIRECTIONS, Criterion, check_metric
 from conservtl.engine.evaluation import Functions, check_metrics
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import DataError, SourceError, SpecError
 from conservtl.experiments.own.options import ProblemOptions
-from conservtl.functions import logits_of
+from conservtl.functions import cross_entropy, labels_of, logits_of
 from conservtl.labels import labels_for_loss
 from conservtl.layers import named_parameters
 from conservtl.layers.copying import deep_copy
@@ -28,7 +30,7 @@ from conservtl.source.positions import resample_positions
 from conservtl.source.read import Source, SourceLike, read_source
 from conservtl.tasks.headline import Headline
 
-__all__ = ["declared", "headline", "labels_for", "outputs_of", "read_given", "source_model", "tried"]
+__all__ = ["declared", "headline", "labels_for", "outputs_of", "read_given", "source_model", "tried", "try_sets"]
 
 
 def read_given(model: nn.Module, source: SourceLike | Itself, options: ProblemOptions) -> tuple[Source, dict[str, str]]:
@@ -46,8 +48,6 @@ def read_given(model: nn.Module, source: SourceLike | Itself, options: ProblemOp
 
 def declared(fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Return glob -> reason of what the caller declares fresh."""
-    if isinstance(fresh, str):
-        raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
     return dict(fresh) if isinstance(fresh, Mapping) else dict.fromkeys(fresh, "declared fresh by fresh=[...]")
 
 
@@ -69,9 +69,42 @@ def source_model(model: nn.Module, read: Source, plan: Plan, fresh: Mapping[str,
 def tried(model: nn.Module, functions: Functions, batch: Any) -> tuple[Any, dict[str, Any]]:
     """Return a model's outputs for a batch, and its metrics."""
     outputs = outputs_of(model, functions, batch)
-    metrics = functions.metrics(outputs, to_device(batch, next(model.parameters()).device))
+    try:
+        if functions.loss is cross_entropy:
+            labels_of(batch)
+        metrics = functions.metrics(outputs, to_device(batch, next(model.parameters()).device))
+    except LookupError as error:
+        raise DataError(
+            f"train: an example must be (inputs, labels), or a dictionary with 'labels', for this loss and metrics; "
+            f"received {type(batch).__name__} of {len(batch)}. Give labels, or loss and metrics of your own."
+        ) from error
     check_metrics(metrics)
     return map_tensors(outputs, lambda tensor: tensor.cpu()), dict(metrics)
+
+
+def try_sets(model: nn.Module, functions: Functions, sets: Mapping[str, Data], tests: Mapping[str, Any]) -> None:
+    """Raise unless the model takes the first examples of each set.
+
+    Raises:
+        DataError: it does not; the message names the set.
+    """
+    named = {f"train, target {target!r}": data for target, data in sets.items()}
+    named |= {f"held_out['target'], {target!r}": data for target, data in tests["target"].items()}
+    named |= {f"valid, {target!r}": data for target, data in tests["valid"].items()}
+    named |= {"held_out['source']": tests["source"], "source_data": tests["source_train"]}
+    for name, data in named.items():
+        data = data.dataset if isinstance(data, DataLoader) else data  # noqa: PLW2901
+        if data is None or length_of(data) == 0:
+            continue
+        batch = first_batch(data, 2)
+        try:
+            outputs_of(model, functions, batch)
+        except (RuntimeError, LookupError, TypeError) as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(batch))
+            raise DataError(
+                f"{name}: the model must take the examples; for tensors of shape {shapes} it raises "
+                f"{type(error).__name__}: {str(error).splitlines()[0]:.200}. Prepare all sets alike."
+            ) from error
 
 
 @torch.no_grad()

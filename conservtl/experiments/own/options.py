@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 import torch
@@ -84,9 +84,22 @@ def check_options(training: Any, options: ProblemOptions) -> None:
             raise SpecError(
                 f"{name} must be a function, as for fit; received {value!r:.60}. Pass one, or leave it out."
             )
+    for name in ("fresh", "allow", "layers", "head"):
+        _check_globs(name, options.get(name))
+    if (rename := options.get("rename")) is not None and not isinstance(rename, Mapping):
+        raise SpecError(f"rename must be {{expression: replacement}}; received {rename!r:.60}. Write a dictionary.")
+    labels = options.get("labels")
+    if labels is not None and (
+        not isinstance(labels, Sequence)
+        or len(labels) != 2
+        or any(isinstance(part, str) or not isinstance(part, Sequence) for part in labels)
+    ):
+        raise SpecError(f"labels must be two lists, (target, source); received {labels!r:.60}. Give both.")
     if (shift := options.get("shift", "input")) not in get_args(Shift):
         raise SpecError(f"shift must be one of {', '.join(get_args(Shift))}; received {shift!r:.60}. Give one of them.")
-    if (rate := options.get("usual_lr")) is not None and not 0 < rate < math.inf:
+    rate = options.get("usual_lr")
+    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if rate is not None and not (number and 0 < rate < math.inf):
         raise SpecError(f"usual_lr must be a finite rate above 0; received {rate!r}. Give one, or leave it out.")
     shots = options.get("shots")
     try:
@@ -96,3 +109,10 @@ def check_options(training: Any, options: ProblemOptions) -> None:
             f"shots must be a number of examples of each class, 1 at least, or 'all', or {{'up_to': a number}}; "
             f"received {shots!r:.60}. Give one, or leave it out to adapt with all of train."
         ) from error
+
+
+def _check_globs(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        raise SpecError(f"{name} must be a list of globs; received the text {value!r}. Write {name}=[{value!r}].")
+    if value is not None and not (isinstance(value, Iterable) and all(isinstance(glob, str) for glob in value)):
+        raise SpecError(f"{name} must be a list of globs, all texts; received {value!r:.60}. Write {name}=['...'].")

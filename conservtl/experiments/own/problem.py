@@ -16,8 +16,8 @@ from conservtl.data import first_batch
 from conservtl.engine import Training
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.randomness import preserve_rng
-from conservtl.errors import SourceError
-from conservtl.experiments.own.data import sets_of
+from conservtl.errors import SourceError, SpecError
+from conservtl.experiments.own.data import SET_NAMES, sets_of
 from conservtl.experiments.own.fingerprint import fingerprint
 from conservtl.experiments.own.first_look import (
     declared,
@@ -27,6 +27,7 @@ from conservtl.experiments.own.first_look import (
     read_given,
     source_model,
     tried,
+    try_sets,
 )
 from conservtl.experiments.own.maker import Maker
 from conservtl.experiments.own.options import ModelLike, ProblemOptions, check_options
@@ -47,6 +48,7 @@ from conservtl.source.read import SourceLike
 __all__ = ["OwnProblem", "hold", "settings_of"]
 
 _NUMBERS = itertools.count(1)
+_SEEDS = 2**31
 _BATCH = 2  # examples that models are tried on
 
 
@@ -113,6 +115,8 @@ def settings_of(
         stored: whether results are kept for a later call, which finds them by the problem's content.
         options: ``shots``, ``valid``, ``layers`` and ``head`` among them count.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise SpecError(f"seed must be a whole number, 0 to {_SEEDS - 1}; received {seed!r:.60}. Give one.")
     valid, layers, head = options.get("valid"), options.get("layers"), options.get("head")
     shots = options.get("shots")
     return OwnSpec(
@@ -183,6 +187,7 @@ def hold(
         lacking = [row.name for row in head if row.source_shape is None or row.name in missing]
         headless = {name: missing.get(name, "not among the source's tensors") for name in lacking}
         outputs, metrics = tried(bare, functions, batch)
+        try_sets(bare, functions, sets, tests)
         start = SourceModel(source_model(bare, read, plan, fresh).eval(), 0, "given", read=read)
         theirs = None if headless else outputs_of(start.model, functions, batch)
     classes = bool(accuracy(outputs, batch)) and labels_of(batch).ndim == 1
@@ -217,5 +222,5 @@ def hold(
     )
     for target in sets:
         whole = OwnData(target=target, shots="all")
-        check_shots(task, task.load(whole, OwnModel(), seed=0, source=True))
+        check_shots(task, task.load(whole, OwnModel(), seed=0, source=True), SET_NAMES)
     return problem

@@ -81,5 +81,6 @@ class OwnSetting(Setting):
         return Training.model_validate(settings.model_dump(exclude={"optimizer"}))
 
     def fit_arguments(self) -> dict[str, Any]:
-        """Return the arguments of ``fit`` that follow from problem and seed."""
-        return super().fit_arguments() | {"optimizer": self.problem.optimizer}
+        """Return the arguments of ``fit`` that follow from problem and seed; losses are checked by ``fit``."""
+        functions = vars(self.problem.task.functions)
+        return super().fit_arguments() | functions | {"optimizer": self.problem.optimizer}

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
-from pydantic import ValidationError
-from torch import nn
-
-from conservtl.adaptation.preset import Preset
 from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError
+from conservtl.experiments.own.arguments import Variant, fields_of, section_of, strategy_fields
 from conservtl.experiments.own.blank import blank
 from conservtl.experiments.own.options import ModelLike, ProblemOptions
 from conservtl.experiments.own.place import Place
@@ -22,14 +19,11 @@ from conservtl.experiments.results import Comparison, Sweep
 from conservtl.experiments.spec.study_sections import BASELINES, Baseline, CompareSection, SweepSection
 from conservtl.experiments.studies import comparison, layer_sweep
 from conservtl.experiments.studies.executors.names import PROCESSES
-from conservtl.methods import Strategy, as_strategy
+from conservtl.methods import Strategy
 from conservtl.source.itself import Itself
 from conservtl.source.read import SourceLike
 
 __all__ = ["compare", "sweep"]
-
-_Section = TypeVar("_Section", CompareSection, SweepSection)
-Variant = Sequence[Strategy | Mapping[str, Any]] | Preset
 
 
 def compare(
@@ -107,12 +101,12 @@ def compare(
         >>> found.best
         'L2-SP'
     """
-    section = _section(
+    section = section_of(
         CompareSection,
         {
             "seeds": seeds,
-            "variants": _variants(variants),
-            "baselines": tuple(baselines),
+            "variants": fields_of(variants),
+            "baselines": baselines,
             "rates": rates,
             "probe_rate": probe_rate,
             "scratch_rate": scratch_rate,
@@ -123,8 +117,9 @@ def compare(
     with preserve_rng():
         problem = hold(model, source, train, held_out, training, options)
         left_out = []
-        if "from scratch" in baselines and (reason := _no_scratch(problem)):
-            section = section.model_copy(update={"baselines": tuple(b for b in baselines if b != "from scratch")})
+        if "from scratch" in section.baselines and (reason := _no_scratch(problem)):
+            rest = tuple(name for name in section.baselines if name != "from scratch")
+            section = section.model_copy(update={"baselines": rest})
             left_out.append(f"from scratch: {reason}")
         spec = settings_of(problem, training, seed=seed, stored=place.stores, options=options)
         spec = spec.model_copy(update={"compare": section})
@@ -187,15 +182,15 @@ def sweep(
     Reference:
         Yosinski, Clune, Bengio and Lipson 2014, "How transferable are features in deep neural networks?", section 3.
     """
-    section = _section(
+    section = section_of(
         SweepSection,
         {
             "seeds": seeds,
-            "layers": None if numbers is None else tuple(numbers),
-            "sides": tuple(sides),
+            "layers": numbers,
+            "sides": sides,
             "controls": controls,
-            "strategy": None if strategy is None else _fields(strategy),
-            "strengths": None if strengths is None else tuple(strengths),
+            "strategy": None if strategy is None else strategy_fields(strategy),
+            "strengths": strengths,
         },
     )
     _check_held_out(held_out)
@@ -214,53 +209,12 @@ def sweep(
     return Sweep(place.kept(_shown(result), "sweep"))
 
 
-def _section(cls: type[_Section], fields: Mapping[str, Any]) -> _Section:
-    """Return the settings of a study.
-
-    Raises:
-        SpecError: a value is wrong; the message names the argument.
-    """
-    try:
-        return cls.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "numbers" if first["loc"][0] == "layers" else str(first["loc"][0])
-        raise SpecError(f"{name}: {first['msg']}; received {first['input']!r}. Give another value.") from error
-
-
 def _check_held_out(held_out: Any) -> None:
     if not isinstance(held_out, Mapping) or held_out.get("target") is None:
         raise DataError(
             "held_out must have 'target', examples of the target that no run trains on; received "
             f"{sorted(held_out) if isinstance(held_out, Mapping) else type(held_out).__name__}. Hold some out."
         )
-
-
-def _variants(variants: Mapping[str, Variant]) -> dict[str, dict[str, Any]]:
-    """Return name -> fields of the settings that differ.
-
-    Raises:
-        SpecError: they are no strategies by name.
-    """
-    if not isinstance(variants, Mapping) or not variants:
-        raise SpecError(
-            "variants must be strategies by name, such as {'L2-SP': [ctl.L2SP(alpha=0.1)]}; received "
-            f"{'none' if isinstance(variants, Mapping) else type(variants).__name__}."
-        )
-    found: dict[str, dict[str, Any]] = {}
-    for name, given in variants.items():
-        if isinstance(given, (Strategy, str, nn.Module)):
-            raise SpecError(f"variants[{name!r}] must be a list of strategies; received {given!r:.80}. Write [...].")
-        strategies = given.strategies if isinstance(given, Preset) else given
-        found[str(name)] = {"strategies": [_fields(strategy) for strategy in strategies]}
-        if isinstance(given, Preset) and isinstance(given.training, Training):
-            chosen = given.training.model_dump(mode="json", exclude_unset=True)
-            found[str(name)] |= {f"training.{field}": value for field, value in chosen.items()}
-    return found
-
-
-def _fields(strategy: Strategy | Mapping[str, Any]) -> dict[str, Any]:
-    return as_strategy(strategy).model_dump(mode="json")
 
 
 def _no_scratch(problem: OwnProblem) -> str:

@@ -97,24 +97,31 @@ def check_reader(task: Task, model: nn.Module, plan: Plan) -> None:
         )
 
 
-def check_shots(task: Task, domains: Domains) -> None:
+def check_shots(task: Task, domains: Domains, names: Mapping[str, str] | None = None) -> None:
     """Raise unless each set holds examples, and the classes of those in memory are positions in its list of labels.
+
+    Args:
+        task: the task.
+        domains: as loaded.
+        names: of the sets in messages; None: the fields that the task's ``load`` gives.
 
     Raises:
         DataError: a set is empty, or a class has no label.
     """
     for name in ("shots", "validation", "target_test", "source_train", "source_test"):
         data = getattr(domains, name)
+        subject = f"task {task.name!r}: {name}" if names is None else names[name]
         if data is not None and length_of(data) == 0:
             fix = "at least one" if name in ("shots", "target_test") else "at least one, or None"
-            raise DataError(f"task {task.name!r}: {name} must hold examples; received none. Let load return {fix}.")
+            give = "Let load return" if names is None else "Give"
+            raise DataError(f"{subject} must hold examples; received none. {give} {fix}.")
         if not task.has_classes:
             continue
         labels = domains.source_labels if name.startswith("source") else domains.labels
         classes = classes_of(data)
         if classes is not None and labels and classes.numel() and int(classes.max()) >= len(labels):
             raise DataError(
-                f"task {task.name!r}: the labels of {name} must be positions in a list of {len(labels)} labels "
+                f"{subject}: the labels must be positions in a list of {len(labels)} labels "
                 f"({listed(labels)}); received {int(classes.max())}. Number the examples by that list."
             )
 

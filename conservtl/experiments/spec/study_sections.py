@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from conservtl.bounds import Count, NonNegative, NonNegativeInt, Positive
 from conservtl.data.shots import Shots
@@ -26,11 +28,28 @@ BASELINES: tuple[Baseline, ...] = Baseline.__args__  # type: ignore[attr-defined
 """Labels of the baselines of a comparison, as specs name them; ``studies.variants`` has their ids and roles."""
 
 Overrides = dict[str, Any]
+_Values = TypeVar("_Values", bound=Sequence[Any])
+
+
+def _distinct(values: _Values) -> _Values:
+    """Return values of which none stands twice: its runs would count twice."""
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ValueError(f"each must stand once; {twice[0]} stands twice")
+    return values
+
+
+def _rising(values: _Values) -> _Values:
+    if any(high <= low for low, high in pairwise(values)):
+        raise ValueError(f"they must rise; received {', '.join(f'{value:g}' for value in values)}")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 Seeds = Annotated[int, Field(ge=1, le=1000)]
 
 
 class _Section(FrozenModel):
-    targets: tuple[str, ...] | None = None
+    targets: Annotated[tuple[str, ...], Distinct] | None = None
     """Targets to run: speakers, names of corruptions, ... null: every target that the task finds in the data."""
     seeds: Seeds = 3
     """Runs of each variant, with seeds from the spec's upward: other shots, other order, another source model."""
@@ -41,14 +60,14 @@ class CompareSection(_Section):
 
     seeds: Seeds = 5
     """Runs of each variant, with seeds from the spec's upward: other shots, other order, another source model."""
-    shots: Annotated[tuple[Shots, ...], Field(min_length=1)] | None = None
+    shots: Annotated[tuple[Shots, ...], Field(min_length=1), Distinct] | None = None
     """Numbers of shots, ``{up_to: 5}`` and ``all`` among them where the task takes these; null: the spec's."""
     variants: dict[str, Overrides] = Field(default_factory=dict)
     """Name -> fields of the spec that differ, by dotted name: {"strong": {"strategies.0.alpha": 30}}. Empty:
     the spec unchanged."""
-    baselines: tuple[Baseline, ...] = BASELINES
-    """The baselines to run."""
-    rates: tuple[Positive, Positive, Positive] = (1e-4, 3e-4, 1e-3)
+    baselines: Annotated[tuple[Baseline, ...], Distinct] = BASELINES
+    """The baselines to run. By default joint training is left out where the source has no data, or other labels."""
+    rates: Annotated[tuple[Positive, Positive, Positive], AfterValidator(_rising)] = (1e-4, 3e-4, 1e-3)
     """Low, middle and high rate of plain fine-tuning. With two shots or more each stops early on a part of the shots
     and keeps its best weights: by the spec's ``training.keep`` and ``data.validation`` if it selects, else by the
     target, on a fifth."""
@@ -61,17 +80,17 @@ class CompareSection(_Section):
 class SweepSection(_Section):
     """Number of transferred layers, and strength of a conservation method."""
 
-    layers: tuple[NonNegativeInt, ...] | None = None
-    """Numbers of layers transferred; null: from none to all but the head."""
-    sides: tuple[Literal["input", "output"], ...] = ("input", "output")
+    layers: Annotated[tuple[NonNegativeInt, ...], Distinct] | None = None
+    """Numbers of layers transferred; null: from none to all but the head. Empty: no layers are swept."""
+    sides: Annotated[tuple[Literal["input", "output"], ...], Field(min_length=1), Distinct] = ("input", "output")
     """Sides to count the layers from."""
     controls: bool = True
     """Whether to train networks that transfer from themselves too (BnB and BnB+)."""
     strategy: Overrides | None = None
     """The method whose strength is swept, as fields of a strategy; null: the spec's first strategy that has one of the
     fields ``alpha``, ``rho`` or ``weight``, or decoupled L2-SP."""
-    strengths: tuple[NonNegative, ...] | None = None
-    """Strengths; null: six decades around the method's."""
+    strengths: Annotated[tuple[NonNegative, ...], Distinct] | None = None
+    """Strengths; null: six decades around the method's. Empty: no strength is swept."""
 
 
 class TuneSection(_Section):

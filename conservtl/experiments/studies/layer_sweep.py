@@ -226,7 +226,7 @@ def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, 
             strength = fields[field]
             around = tuple(strength * decade for decade in _DECADES) if strength else _DECADES
             around = _within_reach(around, spec, fields.get("mode"))
-            values = section.strengths or (_RHOS if field == "rho" else around)
+            values = (_RHOS if field == "rho" else around) if section.strengths is None else section.strengths
             return {key: value for key, value in fields.items() if value is not None}, field, values
     if section.strategy:
         raise SpecError(
@@ -234,7 +234,7 @@ def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, 
             "strength out."
         )
     around = _within_reach(tuple(10 * decade for decade in _DECADES), spec, "decoupled")
-    return {"kind": "l2_sp", "mode": "decoupled"}, "alpha", section.strengths or around
+    return {"kind": "l2_sp", "mode": "decoupled"}, "alpha", around if section.strengths is None else section.strengths
 
 
 def _within_reach(strengths: tuple[float, ...], spec: Spec, mode: Any) -> tuple[float, ...]:

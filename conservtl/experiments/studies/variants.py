@@ -44,7 +44,7 @@ def variants_of(spec: Spec, section: CompareSection) -> list[Variant]:
     """Return the baselines that apply to a spec, then its own variants.
 
     Raises:
-        SpecError: a variant has the name of a baseline.
+        SpecError: a variant has the name of a baseline, or joint training is named and cannot be done.
     """
     methods: dict[str, Mapping[str, Any]] = dict(section.variants) or {_name(spec): {}}
     if clash := set(methods) & set(BASELINES):
@@ -52,6 +52,12 @@ def variants_of(spec: Spec, section: CompareSection) -> list[Variant]:
     known = {variant.label: variant for variant in _baselines(section)}
     chosen = [known[str(label)] for label in section.baselines]
     joint = spec.source.data is not None and spec.problem.shares_labels(spec.data)
+    if not joint and section.baselines != BASELINES and "joint training" in section.baselines:
+        lack = "there are none" if spec.source.data is None else "the source has other labels"
+        raise SpecError(
+            f"baselines: 'joint training' needs source data with the target's labels, and {lack}. Give some "
+            "(source.data in a spec, source_data= in Python), or leave it out."
+        )
     chosen = [variant for variant in chosen if variant.how != "joint" or joint]
     return chosen + [Variant(label, label, "method", "adapt", _changes(fields)) for label, fields in methods.items()]
 

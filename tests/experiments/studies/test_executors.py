@@ -288,6 +288,7 @@ class TestNames:
         [
             ("procesess", r"executor: must be one of processes, dask:ADDRESS, .*'procesess'.*Did you mean 'processes'"),
             ("dask", "executor: must be one of"),
+            ("dask:", r"received 'dask:', without the scheduler's address\. Write dask:tcp://host:8786\."),
             ("submitit:", "executor: must be one of"),
             ("nowhere:pool", r"executor 'nowhere:pool': nowhere was not imported\. Add --import nowhere"),
             ("submitit:?partition=gpu", "needs a folder for its logs"),

@@ -18,6 +18,10 @@ __all__ = ["PROCESSES", "check_executor", "is_local", "workers_of"]
 
 PROCESSES = "processes"
 
+_LACKING = {
+    "dask": ", without the scheduler's address. Write dask:tcp://host:8786.",
+    "submitit": ", without a folder for logs. Write submitit:logs?partition=NAME.",
+}
 _KNOWN = "processes, dask:ADDRESS, submitit:FOLDER?partition=NAME, or module:function of a module given to --import"
 
 
@@ -64,9 +68,8 @@ def _opener(name: str, processes: int) -> Callable[[], Executor]:
         return partial(submitit_executor, rest)
     if kind and rest and kind not in ("dask", "submitit"):
         return partial(_own, name, kind, rest)
-    raise SpecError(
-        f"executor: must be one of {_KNOWN}; received {name!r}.{hint(name, [PROCESSES, 'dask', 'submitit'])}"
-    )
+    said = _LACKING.get(kind) or "." + hint(name, [PROCESSES, "dask", "submitit"])
+    raise SpecError(f"executor: must be one of {_KNOWN}; received {name!r}{said}")
 
 
 def _own(name: str, module: str, function: str) -> Executor:

@@ -1,0 +1,76 @@
+"""The arguments of studies as sections of a spec, and variants as fields that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from conservtl.adaptation.preset import Preset
+from conservtl.engine import Training
+from conservtl.errors import SpecError
+from conservtl.experiments.spec.study_sections import CompareSection, SweepSection
+from conservtl.methods import Strategy, as_strategy
+
+__all__ = ["Variant", "fields_of", "section_of", "strategy_fields"]
+
+_Section = TypeVar("_Section", CompareSection, SweepSection)
+Variant = Sequence[Strategy | Mapping[str, Any]] | Preset
+
+
+def section_of(cls: type[_Section], fields: Mapping[str, Any]) -> _Section:
+    """Return the settings of a study.
+
+    Raises:
+        SpecError: a value is wrong; the message names the argument.
+    """
+    given = {name: value if name == "controls" else _plain(value) for name, value in fields.items()}
+    try:
+        return cls.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "numbers" if first["loc"][0] == "layers" else str(first["loc"][0])
+        said = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{name}: {said}; received {first['input']!r:.80}. Give another value.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a sequence as a tuple; texts, and True and False in the place of numbers, as what no field takes."""
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return tuple(map(_number, value))
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    return repr(value) if isinstance(value, bool) else value
+
+
+def fields_of(variants: Mapping[str, Variant]) -> dict[str, dict[str, Any]]:
+    """Return name -> fields of the settings that differ.
+
+    Raises:
+        SpecError: they are no strategies by name.
+    """
+    if not isinstance(variants, Mapping) or not variants:
+        raise SpecError(
+            "variants must be strategies by name, such as {'L2-SP': [ctl.L2SP(alpha=0.1)]}; received "
+            f"{'none' if isinstance(variants, Mapping) else type(variants).__name__}."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for name, given in variants.items():
+        if not isinstance(name, str) or not name.strip():
+            raise SpecError(f"variants: each must have a name, a text that a table shows; received {name!r:.80}.")
+        if not isinstance(given, (Sequence, Preset)) or isinstance(given, str):
+            raise SpecError(f"variants[{name!r}] must be a list of strategies; received {given!r:.80}. Write [...].")
+        strategies = given.strategies if isinstance(given, Preset) else given
+        found[name] = {"strategies": [strategy_fields(strategy) for strategy in strategies]}
+        if isinstance(given, Preset) and isinstance(given.training, Training):
+            chosen = given.training.model_dump(mode="json", exclude_unset=True)
+            found[name] |= {f"training.{field}": value for field, value in chosen.items()}
+    return found
+
+
+def strategy_fields(strategy: Strategy | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a strategy's fields."""
+    return as_strategy(strategy).model_dump(mode="json")
