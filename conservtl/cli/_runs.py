@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +71,7 @@ def predict(
     ],
     _imports: Imports = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Files read and predicted at a time: fewer need less memory.")
+        int, typer.Option("--batch-size", min=1, help="Files predicted at a time: fewer need less memory.")
     ] = 32,
     on_bad: Annotated[
         str, typer.Option("--on-bad", help="error, or skip: leave files that cannot be used out, and list them.")
@@ -86,14 +87,19 @@ def predict(
 ) -> None:
     """Print the adapted model's answers: file, label and probability, separated by tabs."""
     from conservtl.experiments.run.bundle import load_adapted
+    from conservtl.experiments.run.prediction_batches import speed_text
     from conservtl.experiments.spec.reading import read_fields
     from conservtl.tasks.bad_files import skipped_text
 
     skipped: dict[str, str] = {}
     choice: Any = on_bad  # predictions() checks it
     adapted = load_adapted(folder, decoding=None if decoding is None else read_fields(decoding, "--decoding"))
+    begun, predicted = time.perf_counter(), []
     for prediction in adapted.predictions(files, batch_size, on_bad=choice, skipped=skipped):
         sys.stdout.write(f"{prediction}\n")
+        predicted.append(prediction.file)
+    if speed := speed_text(adapted.preprocessing, predicted, time.perf_counter() - begun):
+        sys.stderr.write(f"{speed}\n")
     if skipped:
         sys.stderr.write(f"{skipped_text(skipped)}.\n")
 

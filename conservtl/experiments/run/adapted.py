@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 from conservtl.batches import map_tensors
 from conservtl.data import Preprocessing
 from conservtl.errors import DataError, SpecError
+from conservtl.experiments.run.prediction_batches import batches_by_length, durations, read_ahead
 from conservtl.functions import logits_of
 from conservtl.tasks.bad_files import OnBad, check_files
 from conservtl.tasks.base import Prediction, Task
 
 __all__ = ["Adapted"]
+
+_WINDOW = 8  # batches whose files are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,10 @@ class Adapted:
         on_bad: OnBad = "error",
         skipped: MutableMapping[str, str] | None = None,
     ) -> Iterator[Prediction]:
-        """Return an iterator over the answers of ``predict``; files are read when it gets there.
+        """Return an iterator over the answers of ``predict``, in the order of the files.
+
+        Files are read when it gets there, one batch ahead. Those that have a duration are batched with others of
+        similar length; fewer than ``batch_size`` at a time where they are long.
 
         Args:
             files: paths.
@@ -106,22 +114,42 @@ class Adapted:
         bad: MutableMapping[str, str] = {} if skipped is None else skipped
         bad.update((str(path), "is not a file") for path in missing)
         paths = [path for path in paths if str(path) not in bad]
-        parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
-        skips = bad if on_bad == "skip" else None
-        return (prediction for part in parts for prediction in self._predicted(part, skips))
+        return self._in_order(paths, batch_size, bad if on_bad == "skip" else None)
 
-    def _predicted(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> list[Prediction]:
+    def _in_order(
+        self, paths: Sequence[Path], batch_size: int, skipped: MutableMapping[str, str] | None
+    ) -> Iterator[Prediction]:
+        """Predict window by window: in a window by length, out of it in the order given."""
+        size = batch_size * (_WINDOW if hasattr(self.preprocessing, "seconds") else 1)
+        with ThreadPoolExecutor(1) as reader:
+            for start in range(0, len(paths), size):
+                window = paths[start : start + size]
+                batches = batches_by_length(durations(self.preprocessing, window) or [0.0] * len(window), batch_size)
+                reads = [partial(self._read, [window[place] for place in batch], skipped) for batch in batches]
+                found: dict[int, Prediction] = {}
+                for batch, (inputs, kept) in zip(batches, read_ahead(reader, reads), strict=True):
+                    places = [batch[number] for number in kept]
+                    answers = self._answers(inputs, [window[place] for place in places])
+                    found.update(zip(places, answers, strict=True))
+                yield from (found[place] for place in sorted(found))
+
+    def _read(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> tuple[Any, list[int]]:
+        """Return the inputs of files, and the positions of those that can be used."""
         try:
-            inputs = self.preprocessing.read(files)
+            return self.preprocessing.read(files), list(range(len(files)))
         except DataError:
             if skipped is None:
                 raise
             bad = check_files(files, lambda file: self.preprocessing.read([file]))
             if not bad:  # not one file's fault
                 raise
-            skipped.update((str(file), reason) for file, reason in bad.items())
-            files = [file for file in files if file not in bad]
-            return self._predicted(files, skipped) if files else []
+        skipped.update((str(file), reason) for file, reason in bad.items())
+        kept = [place for place, file in enumerate(files) if file not in bad]
+        return (self.preprocessing.read([files[place] for place in kept]) if kept else None), kept
+
+    def _answers(self, inputs: Any, files: Sequence[Path]) -> list[Prediction]:
+        if not files:
+            return []
         outputs = map_tensors(self.outputs(inputs), lambda tensor: tensor.cpu())
         return self.task.predictions(outputs, self.labels, files)
 

@@ -14,7 +14,7 @@ from conservtl.errors import DataError
 from conservtl.extras import require
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["digest", "loudest_stretch", "read_audio"]
+__all__ = ["digest", "duration_of", "loudest_stretch", "read_audio"]
 
 _MOST_VALUES = 2**28  # samples times channels: 1 GB as float32, 90 minutes of one channel at 48 kHz
 _MOST_RATE = 768_000  # Hz; beyond every recorder, and a second of it fits in memory
@@ -92,6 +92,20 @@ def _fault(channels: Tensor, wave: Tensor) -> str | None:
     if mixed.square().mean().sqrt() < _CANCELLED * centred.square().mean().sqrt():
         return f"is silent when its {channels.shape[1]} channels are mixed, because they cancel: one is inverted"
     return None
+
+
+def duration_of(file: Path) -> float:
+    """Return the duration of a recording in seconds, from its header.
+
+    Raises:
+        DataError: the file cannot be read as audio.
+    """
+    soundfile = require("soundfile", "speech")
+    try:
+        info = soundfile.info(str(file))
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError("cannot be read as audio") from error
+    return float(info.frames / info.samplerate)
 
 
 def digest(wave: Tensor, rate: int) -> str:

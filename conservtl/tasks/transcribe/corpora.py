@@ -10,9 +10,8 @@ from unicodedata import normalize
 
 from conservtl.data import Domains
 from conservtl.errors import DataError
-from conservtl.extras import require
 from conservtl.tasks.audio import espeak
-from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.audio.reading import duration_of, read_audio
 from conservtl.tasks.bad_files import check_files, explained, refuse, shown_name
 from conservtl.tasks.speech.folder import search
 from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_strings
@@ -151,7 +150,7 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     if not real.is_file():
         raise DataError(f"has no recording: there is no file {shown_name(line.path)}")
     offset, duration = _seconds(line.offset, "offset"), _seconds(line.duration, "duration")
-    length = _length(real)
+    length = duration_of(real)
     offset = offset or 0.0
     duration = length - offset if duration is None else duration
     if duration <= 0:
@@ -175,13 +174,3 @@ def _seconds(value: Any, field: str) -> float | None:
     if not math.isfinite(number) or number < 0:
         raise DataError(f"has a {field} that is no number of seconds, {value!r:.40}")
     return number
-
-
-def _length(file: Path) -> float:
-    """Return the duration of a recording in seconds, from its header."""
-    soundfile = require("soundfile", "speech")
-    try:
-        info = soundfile.info(str(file))
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError("cannot be read as audio") from error
-    return float(info.frames / info.samplerate)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from conservtl.bounds import Fraction
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.audio.mel import mel_power
-from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.audio.reading import duration_of, read_audio
 from conservtl.tasks.audio.resampling import resample
 from conservtl.tasks.transcribe.beam_search import Decoding, Greedy
 from conservtl.tasks.transcribe.pretrained_features import kaldi_fbank, whisper_log_mel
@@ -135,6 +135,14 @@ class TranscribePreprocessing(FrozenModel):
     """Fields that change neither an input nor a label."""
     of_labels: ClassVar[frozenset[str]] = frozenset({"tokens"})
     """Fields that change labels alone. A run from an earlier run's weights may change them."""
+
+    def seconds(self, file: Path) -> float:
+        """Return the duration of a recording, from its header.
+
+        Raises:
+            DataError: the file cannot be read as audio.
+        """
+        return duration_of(file)
 
     def read(self, files: Sequence[Path]) -> dict[str, Any]:
         """Return padded inputs (N, frames, ...) and lengths (N,) for these recordings.
