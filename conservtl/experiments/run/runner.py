@@ -134,6 +134,8 @@ def _run(
         report = RunReport(_report(setting, source, adaptation, before, after), result.history)
         report["seconds"] = {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun}
         report["environment"] = _environment(result.device, result.precision) | {"execution": result.execution}
+        if speech := sum(getattr(setting.domains.target_test, "seconds", ())):
+            report["real_time_factor"] = after["target"].seconds / speech
         report["kept_outputs"] = result.kept_outputs
         report["finished"] = result.after
         report["path"] = list(result.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,12 +34,14 @@ class Scores:
         outputs: of each batch, on the CPU.
         labels: classes of each batch, on the CPU; None each where the task has no classes.
         records: what the task records of each batch for a report.
+        seconds: of work.
     """
 
     metrics: dict[str, float]
     outputs: tuple[Any, ...]
     labels: tuple[Any, ...]
     records: tuple[Any, ...] = ()
+    seconds: float = 0.0
 
     def of(self, task: Task, places: Sequence[int]) -> Scores:
         """Return the scores with the outputs of these labels alone."""
@@ -75,10 +78,12 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: 
     cut = Cut(batch_size * processes.world, shuffle=False, processes=processes)
     examples = data if isinstance(data, Holdout) else Holdout(data)
     shared = replace(examples, data=as_batches(examples.data, cut, device, shuffle=False))
+    begun = time.perf_counter()
     pooled = evaluate(model, shared, functions, device)
+    seconds = time.perf_counter() - begun
     divided = shared.data.processes  # batches that were not made here are evaluated whole by each process
     parts = divided.gathered_at_first((outputs, labels, records))
-    return Scores(pooled, *(tuple(one for part in parts for one in part[place]) for place in range(3)))
+    return Scores(pooled, *(tuple(one for part in parts for one in part[place]) for place in range(3)), seconds)
 
 
 def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] | None:

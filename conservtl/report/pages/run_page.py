@@ -79,4 +79,6 @@ def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _seconds(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = {"source": "data and source model", "adapt": "adapting", "total": "all together"}
     given = {key: number(value) for key, value in (report.get("seconds") or {}).items()}
-    return [(names.get(key, str(key)), duration(value)) for key, value in given.items() if value is not None]
+    rows = [(names.get(key, str(key)), duration(value)) for key, value in given.items() if value is not None]
+    factor = number(report.get("real_time_factor"))
+    return rows if factor is None else [*rows, ("real-time factor on the target's test part", f"{factor:.2g}")]

@@ -114,6 +114,10 @@ def test_the_page_shows_errors_by_kind_and_players_for_the_worst_utterances(done
     page = (out / "report.html").read_text()
     assert page.count("<audio") == len(worst)
     assert "Word errors by kind" in page
+    assert report["real_time_factor"] > 0
+    assert "real-time factor" in page
+    assert "same answer as the source model" in page
+    assert f"{report['agreement']['after']['kl']:.3f}" in page
 
 
 def test_a_saved_recognizer_decodes_as_it_is_told(done, spec, root, tmp_path):
