@@ -135,7 +135,7 @@ class TestPredictionInBatches:
             return torch.tensor([[float(file.stem)] for file in files])
 
     class Naming:
-        def forward(self, model, batch):
+        def answer(self, model, batch):
             return model(batch[0])
 
         def predictions(self, outputs, labels, files):
