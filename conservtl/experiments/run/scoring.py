@@ -83,7 +83,8 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: 
     seconds = time.perf_counter() - begun
     divided = shared.data.processes  # batches that were not made here are evaluated whole by each process
     parts = divided.gathered_at_first((outputs, labels, records))
-    return Scores(pooled, *(tuple(one for part in parts for one in part[place]) for place in range(3)), seconds)
+    outputs, labels, records = ([one for part in parts for one in part[place]] for place in range(3))
+    return Scores(pooled, tuple(outputs), tuple(labels), tuple(records), seconds)
 
 
 def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] | None:
