@@ -29,6 +29,7 @@ class Execution:
     Args:
         device: of the model and the batches.
         precision: fp32, bf16 or fp16.
+        checkpointing: whether blocks are computed again in the backward pass.
         channels_last: whether weights and activations of 2-D convolutions are in the layout (N, H, W, C).
         fused: whether one kernel makes the optimizer's step.
         compile: whether the model is compiled in training, or the mode in which it is.
@@ -45,6 +46,7 @@ class Execution:
     tf32: bool | None = None
     batch_size: int | None = None
     accumulate: int = 1
+    checkpointing: bool = False
 
     def __str__(self) -> str:
         """Return the decisions in words: device, layout, fused, compiled, precision and batches."""
@@ -58,6 +60,7 @@ class Execution:
             f"compiled{mode}" if self.compile else "",
             "tf32" if self.tf32 else "",
             self.precision,
+            "checkpointing" if self.checkpointing else "",
             batches,
             spread,
         )
@@ -94,6 +97,7 @@ def decide(training: Training, model: nn.Module, device: torch.device, precision
         fused=_fused(training, made, device),
         compile=training.compile,
         tf32=_tf32(training, precision, cuda=cuda),
+        checkpointing=training.checkpointing,
     )
 
 

@@ -20,6 +20,7 @@ from conservtl.engine.layout import channels_last
 from conservtl.engine.optimizer import Made
 from conservtl.engine.processes import ALONE, current, names_lost
 from conservtl.engine.randomness import determinism
+from conservtl.engine.recomputation import Recomputation
 from conservtl.engine.sharding import shard, unshard
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.tracing import GRAPHS, compiled
@@ -71,6 +72,7 @@ class Session:
         self._direct = str(accelerator.distributed_type.value) in _TORCH
         self._factor: float | None = None
         self.holding = Holding(training.hold, training.hold_memory)
+        self.recomputation = Recomputation(unwrap(adaptation.model), training)
 
     def begin(self) -> None:
         """Make the optimizer and prepare it with the model, once the plan's measurements and searches are done."""
@@ -178,7 +180,8 @@ class Session:
         """
         if self.device.type == "cuda" and self.execution.compile in GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        outputs = functions.forward(self.model, content)
+        with self.recomputation:
+            outputs = functions.forward(self.model, content)
         loss = functions.loss(outputs, content)
         if source is None and self.adaptation.bound.terms.needs_source:
             source = self.source_view(functions, content)
@@ -273,6 +276,7 @@ def open_session(
             ):
                 yield session
         finally:
+            session.recomputation.close()
             adaptation.model.zero_grad()
 
 

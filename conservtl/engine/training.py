@@ -83,6 +83,10 @@ class Training(BaseModel):
     wait for each other, above all on a busy machine. auto: one, unless all are a tenth faster in the first twelve
     steps of a phase; the choice depends on time, so two runs may differ by the rounding of sums split over threads. A
     resumed run keeps the choice. On a GPU auto is None."""
+    checkpointing: bool = False
+    """Whether blocks of the model keep their inputs alone and are computed again in the backward pass: less memory for
+    activations, and one forward pass more in time. For models of transformers and timm, the task's own recognizers,
+    and yours with a method ``checkpointed_blocks()`` that returns its blocks."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged into one step."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -118,6 +122,15 @@ class Training(BaseModel):
     need a folder to write to (``--out``, or ``out`` of ``fit``). Runs of a study are not logged."""
     deterministic: bool = False
     """Whether to refuse operations that are not deterministic on a GPU while training."""
+
+    @model_validator(mode="after")
+    def _check_checkpointing(self) -> Self:
+        if self.checkpointing and self.compile:
+            raise ValueError(
+                "checkpointing and compile: blocks are not compiled where they are computed again. Leave "
+                "one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

@@ -17,6 +17,7 @@ from conservtl.layers import canonical, unwrap
 from conservtl.plan.term import numbered
 from conservtl.runtime.channels import Channels
 from conservtl.runtime.model_hooks import remove_hooks
+from conservtl.runtime.recomputing import is_recomputing
 
 __all__ = ["Taken", "Taps", "all_tensors_of", "tensor_of"]
 
@@ -93,8 +94,8 @@ class _Tap:
     def _wanted(self) -> bool:
         if not self.live:
             return False
-        if torch.is_grad_enabled():
-            return True
+        if torch.is_grad_enabled():  # what a checkpoint computes again is no further pass
+            return torch.compiler.is_compiling() or not is_recomputing()
         if not self.passes.running or torch.compiler.is_compiling():
             return False
         # Without gradients inside a pass that has them: a part that the model does not train, or a checkpoint.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -70,6 +71,10 @@ class ConformerCTC(nn.Module):
         self.subsampling = Subsampling(bands, args.width, args.subsampling, args.dropout)
         self.blocks = nn.ModuleList([ConformerBlock(args) for _ in range(args.blocks)])
         self.head = nn.Linear(args.width, tokens)
+
+    def checkpointed_blocks(self) -> Iterable[nn.Module]:
+        """Return the blocks that ``training.checkpointing`` computes again."""
+        return self.blocks
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, frames, tokens) logits and the number of frames of each utterance, (N,).

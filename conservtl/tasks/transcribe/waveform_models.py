@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +39,12 @@ class TorchaudioCTC(nn.Module):
         super().__init__()
         self.network = network
         mask_norms(self)
+
+    def checkpointed_blocks(self) -> Iterable[nn.Module]:
+        """Return the blocks that ``training.checkpointing`` computes again."""
+        encoder: Any = self.network.encoder
+        blocks: Iterable[nn.Module] = encoder.transformer.layers
+        return blocks
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, frames, tokens) logits and the frames of each utterance, (N,), for (N, samples) and (N,)."""
