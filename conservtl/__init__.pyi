@@ -36,6 +36,7 @@ from conservtl.layers.info import Layer as Layer
 from conservtl.methods.auto_rgn import AutoRGN as AutoRGN
 from conservtl.methods.base import Strategy as Strategy
 from conservtl.methods.discriminative_lr import DiscriminativeLR as DiscriminativeLR
+from conservtl.methods.entropy_minimisation import EntropyMinimisation as EntropyMinimisation
 from conservtl.methods.feature_conservation.strategy import FeatureConservation as FeatureConservation
 from conservtl.methods.feature_extraction.strategy import FeatureExtraction as FeatureExtraction
 from conservtl.methods.fisher_sp import FisherSP as FisherSP
@@ -62,7 +63,7 @@ from conservtl.plan.row import Phase as Phase
 from conservtl.plan.row import Row as Row
 from conservtl.source.itself import itself as itself
 from conservtl.source.transfer import TransferReport as TransferReport
-from conservtl.tasks.base import Prediction as Prediction
+from conservtl.tasks.prediction import Prediction as Prediction
 from conservtl.weights.interpolation import interpolate as interpolate
 from conservtl.weights.interpolation import interpolation_path as interpolation_path
 from conservtl.weights.interpolation import interpolation_path as path
@@ -85,6 +86,7 @@ __all__ = [
     "ConservtlError",
     "DataError",
     "DiscriminativeLR",
+    "EntropyMinimisation",
     "FeatureConservation",
     "FeatureExtraction",
     "FisherSP",

@@ -16,6 +16,7 @@ from conservtl.errors import DataError
 __all__ = ["Sequences", "joined"]
 
 _PADDED = -100  # label of a position that does not count
+_OPTIONAL = ("groups", "labelled")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Sequences:
     """Labelled sequences of different lengths, such as utterances and their texts.
 
     A batch is a dictionary: ``inputs`` (N, positions, ...), zero where padded; ``lengths`` (N,); ``labels``
-    (N, tokens), -100 where padded; ``names``, a list; and ``draw``, if inputs are changed at random.
+    (N, tokens), -100 where padded; ``names``, a list; ``draw``, if inputs are changed at random; and ``labelled`` (N,),
+    whether an example has labels to learn, if some have none.
 
     Args:
         inputs: N sequences, (positions, ...) float32 each: a tuple, or an object that reads one when it is indexed. An
@@ -33,6 +35,7 @@ class Sequences:
         names: N names that a person can find the examples by.
         groups: the group of each example, such as its speaker; empty: there are none.
         seconds: the duration of each example, known without reading it.
+        labelled: whether each example has labels to learn; empty: all have.
 
     Example:
         >>> import torch
@@ -48,9 +51,10 @@ class Sequences:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     seconds: tuple[float, ...]
+    labelled: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
-        fields = ("inputs", "labels", "names", "seconds", *(("groups",) if self.groups else ()))
+        fields = ("inputs", "labels", "names", "seconds", *(name for name in _OPTIONAL if getattr(self, name)))
         counts = {name: len(getattr(self, name)) for name in fields}
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -70,6 +74,7 @@ class Sequences:
             names=tuple(self.names[place] for place in places),
             groups=tuple(self.groups[place] for place in places) if self.groups else (),
             seconds=tuple(self.seconds[place] for place in places),
+            labelled=tuple(self.labelled[place] for place in places) if self.labelled else (),
         )
 
     @property
@@ -89,7 +94,9 @@ class Sequences:
             inputs = [self.inputs[place] for place in index]
         else:
             inputs = [_varied(self.inputs, place, _generator(draw, self.names[place])) for place in index]
+        known = {"labelled": torch.tensor([self.labelled[place] for place in index])} if self.labelled else {}
         return {
+            **known,
             "inputs": pad_sequence(inputs, batch_first=True),
             "lengths": torch.tensor([len(one) for one in inputs]),
             "labels": pad_sequence([self.labels[place] for place in index], batch_first=True, padding_value=_PADDED),
@@ -101,12 +108,14 @@ class Sequences:
 def joined(parts: Sequence[Sequences]) -> Sequences:
     """Return the examples of all parts in one."""
     grouped = all(part.groups for part in parts)
+    known = [part.labelled or (True,) * len(part) for part in parts]
     return Sequences(
         inputs=_Joined([part.inputs for part in parts]),
         labels=tuple(one for part in parts for one in part.labels),
         names=tuple(one for part in parts for one in part.names),
         groups=tuple(one for part in parts for one in part.groups) if grouped else (),
         seconds=tuple(one for part in parts for one in part.seconds),
+        labelled=() if all(map(all, known)) else tuple(one for part in known for one in part),
     )
 
 

@@ -171,6 +171,8 @@ class Term(Decision):
     """Whether it needs the source model: a frozen copy is then kept and run on each batch."""
     mean_over_batch: ClassVar[bool] = True
     """Whether the value is a mean over the batch, so that a batch twice over gives the same value."""
+    unlabelled: ClassVar[bool] = False
+    """Whether it trains on examples without labels."""
     heads: ClassVar[bool] = False
     """Whether it compares outputs, so that the source's head is kept if the target has labels of its own."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,8 +16,8 @@ from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
 from conservtl.functions import MetricValue, forward, logits_of
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
-from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.headline import Headline
+from conservtl.tasks.prediction import Prediction
 
 __all__ = ["DataSection", "Prediction", "Shift", "Task", "task_classes"]
 
@@ -36,25 +35,6 @@ class DataSection(FrozenModel):
     """Labelled target examples to adapt with; of each class where the task has classes."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the shots to validate on instead of training."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The model's answer for one file.
-
-    Args:
-        file: the file.
-        label: the most probable label; a transcript or a number as text for a task without classes.
-        probability: of that answer, in [0, 1]; None where the task gives none.
-    """
-
-    file: Path
-    label: str
-    probability: float | None = None
-
-    def __str__(self) -> str:
-        parts = [shown_name(self.file), shown_name(self.label)]
-        return "\t".join(parts if self.probability is None else [*parts, f"{self.probability:.3f}"])
 
 
 class Task(ABC):
@@ -126,6 +106,19 @@ class Task(ABC):
             preprocessing: of that run, as JSON. Settings that differ from it after ``load`` are refused.
         """
         return data
+
+    def completed(self, data: Any, domains: Domains, source: nn.Module, *, seed: int) -> Domains:  # noqa: ARG002
+        """Return the domains with what only the source model can add to them, such as labels of its own for examples.
+
+        Called once the source model is there, before anything is adapted.
+
+        Args:
+            data: the spec's ``data`` section.
+            domains: as ``load`` gave them.
+            source: the source model, in eval mode.
+            seed: the spec's.
+        """
+        return domains
 
     @abstractmethod
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:

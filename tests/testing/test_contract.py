@@ -31,6 +31,7 @@ BUILT_IN = [
     ctl.LPFT(epochs=2, probe=10),
     ctl.OutputConservation(),
     ctl.OutputConservation(weight=1.0),
+    ctl.EntropyMinimisation(),
     ctl.LayerTransfer(layers=8),
     ctl.LayerTransfer(layers=0.4, freeze=False, rest="fresh"),
     ctl.LayerTransfer(layers=3, side="output", rest="fresh"),

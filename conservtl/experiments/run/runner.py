@@ -29,6 +29,7 @@ from conservtl.experiments.run.evaluation_sets import (
 )
 from conservtl.experiments.run.scoring import Scores, agreement
 from conservtl.experiments.run.setting import Setting, prepare
+from conservtl.experiments.run.setting_checks import check_labels
 from conservtl.experiments.run.source_training import SourceModel, prepare_source
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
@@ -106,6 +107,7 @@ def _run(
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
+    check_labels(setting.domains.shots, adaptation.plan, all_of_them=True)
     with ExitStack() as stack:
         processes.in_first(lambda: stack.enter_context(lock_folder(folder)))
         resume = processes.first(resume and Checkpoints(folder).exist())

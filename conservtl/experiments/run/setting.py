@@ -14,10 +14,10 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
-from conservtl.engine.selection import deciders
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.scoring import answered, in_order, on_source_head
+from conservtl.experiments.run.setting_checks import check_headless, check_labels, check_validation
 from conservtl.experiments.run.source_labels import (
     check_outputs,
     check_reader,
@@ -98,6 +98,11 @@ class Setting:
         bare = replace(domains, source_labels=(), source_train=train, source_test=None)
         return replace(self, domains=bare, shared=False, headless=True)
 
+    def completed(self, source: nn.Module) -> Setting:
+        """Return the setting with what only the source model can add to the domains."""
+        spec = self.spec
+        return replace(self, domains=self.task.completed(spec.data, self.domains, source, seed=spec.seed))
+
     def model(self, outputs: int, *, target: bool = False) -> nn.Module:
         """Return a model initialised by the spec's seed.
 
@@ -129,7 +134,7 @@ class Setting:
             chosen = labels if overlap else None
             adaptation = adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **self.adapt_options)
         if self.headless:
-            self._check_headless(adaptation.plan)
+            check_headless(spec, adaptation.plan)
         if not self.shared:
             check_reader(self.task, adaptation.model, adaptation.plan)
         return adaptation
@@ -169,11 +174,13 @@ class Setting:
             options: further arguments of ``fit``, which win over those of the setting.
 
         Raises:
-            SpecError: a validation score decides something, and ``data.validation`` of the shots leaves no example.
+            SpecError: a validation score decides something, and ``data.validation`` of the shots leaves no example; or
+                no example has a label, and nothing in the plan learns without.
         """
         settings = self.selecting(training or self.spec.training)
         if valid is None and train is self.domains.shots:
-            self._check_validation(settings, adaptation.plan)
+            check_validation(self.spec.data, self.domains, settings, adaptation.plan)
+        check_labels(train, adaptation.plan)
         if options.get("progress"):
             options["progress"] = self.show_metric
         sets = {name: answered(self.task, options[name]) for name in ("watch", "path") if name in options}
@@ -183,32 +190,6 @@ class Setting:
         """Return a metric for the progress bar, the task's headline one as the task writes it."""
         headline = self.task.headline
         return f"{headline.label} {headline.show(value)}" if metric == headline.metric else show_plainly(metric, value)
-
-    def _check_headless(self, plan: Plan) -> None:
-        """Raise if a measurement or a choice needs answers of a source that has no head."""
-        keep = self.spec.training.keep
-        if keep == "harmonic" or (keep == "path" and self.spec.source.data is not None):
-            fix = "Set source.data to null" if keep == "path" else "Set training.keep to target"
-            raise SourceError(
-                f"training.keep={keep} chooses by the source's score, and source.weights have no head, so the source "
-                f"has no labels of its own. {fix}, or give weights with a head."
-            )
-        if measured := [measure.by for measure in plan.measures if measure.data == "source"]:
-            raise SourceError(
-                f"{measured[0]} is measured on source data through the source's head, and source.weights have none. "
-                f"Measure on the target's data, leave {measured[0]} out, or give weights with a head."
-            )
-
-    def _check_validation(self, training: Training, plan: Plan) -> None:
-        """Raise if a validation score decides something and the part asked for is empty, too few shots to split."""
-        data = self.spec.data
-        if self.domains.validation is None and data.validation and (names := deciders(training, plan)):
-            verb, them = ("choose", "them") if len(names) > 1 else ("chooses", "it")
-            raise SpecError(
-                f"{' and '.join(names)} {verb} by a validation set, but data.validation={data.validation:g} of "
-                f"{data.shots} shot{'' if data.shots == 1 else 's'} leaves none. Ask for more shots, or leave {them} "
-                "out."
-            )
 
     def selecting(self, training: Training) -> Training:
         """Return settings that select on the task's headline metric, unless they name a metric themselves."""

@@ -72,7 +72,7 @@ def prepare_source(spec: Spec, *, progress: bool = False) -> tuple[Setting, Sour
     """
     setting = prepare(spec)
     source = obtain_source(setting, progress=progress)
-    return (setting.without_source_head() if source.headless else setting), source
+    return (setting.without_source_head() if source.headless else setting.completed(source.model)), source
 
 
 def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:

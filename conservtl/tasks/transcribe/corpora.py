@@ -61,6 +61,7 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
             source_speakers=data.source_speakers if source else None,
             held_out_speakers=data.held_out_speakers if source else (),
             held_out=data.held_out,
+            unlabelled=0 if data.unlabelled is None else data.unlabelled.utterances,
         )
         if source and not split.source_train:
             raise DataError(
@@ -137,10 +138,11 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     if not line.path:
         raise DataError("has no recording")
     text = data.text(line.text or "")
-    if not text:
-        raise DataError("has no text")
     if not line.speaker:
         raise DataError("has no speaker")
+    speaker = normalize("NFC", line.speaker)
+    if not text and (data.unlabelled is None or speaker != data.target):
+        raise DataError("has no text")
     file = line.base / line.path
     real = file.resolve()
     if not data.follow_links and not real.is_relative_to(home):
@@ -161,7 +163,7 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
         raise DataError(f"must lie within its recording of {length:.2f} s; it ends at {offset + duration:.2f}")
     name = str(file.relative_to(data.root)) if file.is_relative_to(data.root) else str(file)
     name += f"@{offset:g}" if offset else ""
-    return Utterance(name, text, normalize("NFC", line.speaker), duration, real, offset, line.part)
+    return Utterance(name, text, speaker, duration, real, offset, line.part)
 
 
 def _seconds(value: Any, field: str) -> float | None:

@@ -46,8 +46,11 @@ def load_grammar(data: GrammarData, seed: int, *, source: bool) -> Domains:
         said = _spoken_by(voice, data.sentences + data.held_out, data.text, spoken)
         train += said[: data.sentences]
         test += said[data.sentences :]
-    split = split_utterances(own, data.target, shots=data.shots, validation=data.validation, seed=seed)
-    split = Split(split.shots, split.validation, split.target_test, train, test)
+    wanted = data.unlabelled.utterances if data.unlabelled is not None else 0
+    split = split_utterances(
+        own, data.target, shots=data.shots, validation=data.validation, seed=seed, unlabelled=wanted
+    )
+    split = replace(split, source_train=train, source_test=test)
     labels = data.tokens.vocabulary(one.text for one in (*own, *train, *test))
     return domains_of(data, split, labels, lambda chosen: SpokenInputs(chosen, data.features, spoken), source=source)
 
@@ -80,6 +83,13 @@ def load_strings(data: StringsData, seed: int, *, source: bool) -> Domains:
         recordings = [one for one in recordings if Path(one.name) not in bad]
     strung: dict[Utterance, Strung] = {}
 
+    bare = data.unlabelled.utterances if data.unlabelled is not None else 0
+    if bare == "all":
+        raise SpecError(
+            "data.unlabelled.utterances must be a number for kind strings, which are made as they are needed; received "
+            "'all'. Give a number."
+        )
+
     def drawn(speaker: str, part: str, count: int) -> list[Utterance]:
         of_part = [one for one in recordings if one.speaker == speaker and one.held_out == (part == "test")]
         options: Any = {"words": data.words, "gap": data.gap, "text": data.text}
@@ -94,8 +104,11 @@ def load_strings(data: StringsData, seed: int, *, source: bool) -> Domains:
         train = [one for name in wanted for one in drawn(name, "train", data.strings)] if source else []
         test = [one for name in wanted for one in drawn(name, "test", data.held_out)] if source else []
         own = drawn(data.target, "test", data.target_strings)
+        heard = drawn(data.target, f"unlabelled {seed}", bare)
     labels = data.tokens.vocabulary(data.text(one.label) for one in recordings)
-    split = Split(shots[kept:], shots[:kept], own, train, test)
+    untold = [replace(one, text="") for one in heard]
+    strung.update({one: strung[told] for one, told in zip(untold, heard, strict=True)})
+    split = Split(shots[kept:], shots[:kept], own, train, test, untold)
     made = domains_of(data, split, labels, lambda some: StringInputs(some, data.features, strung), source=source)
     return replace(made, notes=notes, skipped=skipped)
 
@@ -131,7 +144,7 @@ def domains_of(
     return Domains(
         labels=labels,
         source_labels=labels,
-        shots=part(split.shots, data.augment),
+        shots=part([*split.shots, *split.unlabelled], data.augment),
         validation=part(split.validation),
         target_test=part(split.target_test),
         source_train=part(split.source_train, data.source_augment) if source else None,

@@ -11,8 +11,10 @@ from torch import nn
 
 from conservtl.data.sequences import Sequences
 from conservtl.errors import DataError, SpecError
+from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode
-from conservtl.tasks.transcribe.decoding import confidence, greedy
+from conservtl.tasks.transcribe.decoding import confidence, greedy, tokens_of
+from conservtl.tasks.transcribe.recognizers import Decoder
 
 __all__ = ["pseudo_labelled"]
 
@@ -26,14 +28,14 @@ def pseudo_labelled(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Sequences:
-    """Return the utterances of which a CTC model is sure, with its hypotheses as labels; theirs are not read.
+    """Return the utterances of which a recognizer is sure, with its hypotheses as labels; theirs are not read.
 
     ``conservtl.data.sequences.joined([shots, pseudo_labelled(...)])`` trains on a few texts and many hypotheses.
 
     Args:
         model: the source model; takes inputs and lengths.
         data: utterances; whatever labels they have are dropped.
-        least: smallest mean posterior of the best path over its frames that are no blank.
+        least: smallest mean posterior of the best path over its frames that are no blank, or of a decoder's tokens.
         augment: of a batch, such as ``SpecAugment().of_batch``. Where given, two augmented copies of an utterance must
             also give the same hypothesis.
         seed: of the augmentation.
@@ -67,10 +69,9 @@ def pseudo_labelled(
         for start in range(0, len(data), batch_size):
             places = list(range(start, min(start + batch_size, len(data))))
             batch = data.batch(places)
-            outputs = model(batch["inputs"].to(device), batch["lengths"].to(device))
-            heard, sure = greedy(outputs), confidence(outputs).tolist()
+            heard, sure = _heard(model, batch, device)
             copies = [augment(batch, generator) for _ in range(2)] if augment is not None else []
-            again = [greedy(model(one["inputs"].to(device), one["lengths"].to(device))) for one in copies]
+            again = [_heard(model, one, device)[0] for one in copies]
             for number, place in enumerate(places):
                 surest = max(surest, sure[number])
                 agreed = len({tuple(texts[number]) for texts in again}) <= 1
@@ -82,4 +83,14 @@ def pseudo_labelled(
             f"pseudo-labels: at least one of {len(data)} hypotheses must be left; the surest has a mean posterior of "
             f"{surest:.2f}, and least is {least:g}. Lower least, leave augment out, or give texts."
         )
-    return replace(data.take(kept), labels=tuple(labels))
+    return replace(data.take(kept), labels=tuple(labels), labelled=())
+
+
+def _heard(model: nn.Module, batch: dict[str, Any], device: torch.device) -> tuple[list[list[int]], list[float]]:
+    """Return the tokens heard in each utterance, and their mean posterior."""
+    inputs, lengths, bare = batch["inputs"].to(device), batch["lengths"].to(device), unwrap(model)
+    if isinstance(bare, Decoder):
+        heard, sure = bare.generate(inputs, lengths)
+        return tokens_of(heard), sure.tolist()
+    outputs = model(inputs, lengths)
+    return greedy(outputs), confidence(outputs).tolist()

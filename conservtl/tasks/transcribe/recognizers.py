@@ -67,6 +67,10 @@ class Recognizer(ABC):
         """Return logits (N, positions, tokens), and which positions count, (N, positions)."""
 
     @abstractmethod
+    def rows(self, outputs: Any, chosen: Tensor) -> Any:
+        """Return the outputs of some utterances, by a mask (N,)."""
+
+    @abstractmethod
     def hypotheses(self, outputs: Any) -> list[list[int]]:
         """Return the tokens heard in each utterance."""
 
@@ -103,6 +107,11 @@ class CTC(Recognizer):
         """Return logits and valid frames."""
         logits, lengths = frames_of(outputs)
         return logits, torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
+
+    def rows(self, outputs: Any, chosen: Tensor) -> Any:
+        """Return logits and frames of some utterances."""
+        logits, lengths = frames_of(outputs)
+        return logits[chosen], lengths[chosen]
 
     def hypotheses(self, outputs: Any) -> list[list[int]]:
         """Return the tokens of the best path."""
@@ -162,6 +171,10 @@ class SequenceToSequence(Recognizer):
     def positions(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Return logits and the mask."""
         return outputs.logits, outputs.mask
+
+    def rows(self, outputs: Any, chosen: Tensor) -> Any:
+        """Return logits and mask of some utterances."""
+        return Decoded(outputs.logits[chosen], outputs.mask[chosen])
 
     def hypotheses(self, outputs: Any) -> list[list[int]]:
         """Return the tokens that were generated."""

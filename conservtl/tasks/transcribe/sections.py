@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from unicodedata import normalize
 
 from annotated_types import MinLen
@@ -19,6 +19,7 @@ from conservtl.tasks.transcribe.features import Features, TranscribePreprocessin
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.text import Normalisation
 from conservtl.tasks.transcribe.tokens import Characters, Tokenizer
+from conservtl.tasks.transcribe.unlabelled import Unlabelled
 
 __all__ = ["ENGLISH", "AnyData", "CorpusData", "DataSpec", "GrammarData", "StringsData", "UtteranceData"]
 
@@ -32,8 +33,10 @@ Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
 class UtteranceData(DataSection):
     """Fields of all kinds of utterances."""
 
-    shots: Count = 10
-    """Utterances of the target speaker to adapt with."""
+    shots: NonNegativeInt = 10
+    """Utterances of the target speaker to adapt with; 0: unlabelled ones alone."""
+    unlabelled: Unlabelled | None = None
+    """Utterances of the target speaker to train on without their texts, beside the shots or instead of them."""
     validation: ProperShare = 0.0
     """Share of the shots for validation instead of training."""
     features: Features = Features()
@@ -48,6 +51,12 @@ class UtteranceData(DataSection):
     """Augmentation of the shots during adaptation; null for none."""
     source_augment: SpecAugment | None = SpecAugment()
     """Augmentation of the source's utterances while a source model is trained; null for none."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.shots == 0 and self.unlabelled is None:
+            raise ValueError("shots must be at least 1 without unlabelled utterances; received 0")
+        return self
 
     def preprocessing(self, labels: Sequence[str]) -> TranscribePreprocessing:
         """Return the conversion of files, with the vocabulary in it."""

@@ -27,6 +27,7 @@ from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
 from conservtl.tasks.transcribe.recognizers import Decoder, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
+from conservtl.tasks.transcribe.unlabelled import completed
 from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
 
 __all__ = ["Transcribe"]
@@ -65,6 +66,10 @@ class Transcribe(Task):
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
         """Read the utterances of both domains; a bundle of torchaudio brings its characters."""
         return load(with_alphabet_of(data, model), seed=seed, source=source)
+
+    def completed(self, data: Any, domains: Domains, source: nn.Module, *, seed: int) -> Domains:
+        """Return the domains with the source model's hypotheses for utterances without texts, if the data asks so."""
+        return domains if data.unlabelled is None else completed(data.unlabelled, domains, source, seed)
 
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
         """Return a network with an output for each token."""
@@ -111,10 +116,22 @@ class Transcribe(Task):
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the loss a token, of CTC or the cross-entropy of a decoder, the mean over the utterances.
 
+        Those without texts count as 0.
+
         Raises:
             DataError: a text needs more frames than its utterance has.
         """
-        return recognizer_of(outputs, self._end).loss(outputs, batch)
+        recognizer = recognizer_of(outputs, self._end)
+        known = batch.get("labelled")
+        if known is None or known.all():
+            return recognizer.loss(outputs, batch)
+        if not known.any():
+            return recognizer.positions(outputs)[0][..., :0].sum()  # 0, with a gradient for what strategies add
+        names = [name for name, told in zip(batch["names"], known.tolist(), strict=True) if told]
+        share: Tensor = known.float().mean()
+        return share * recognizer.loss(
+            recognizer.rows(outputs, known), {"labels": batch["labels"][known], "names": names}
+        )
 
     def metrics(self, outputs: Any, batch: Any) -> Mapping[str, MetricValue]:
         """Return wrong words and characters with all of them: word and character error rates."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
@@ -28,7 +28,7 @@ class Utterance:
 
     Args:
         name: unique; of a file below the root, with its offset if it has one.
-        text: normalised.
+        text: normalised; empty: it is not known, or not to be read.
         speaker: the speaker.
         seconds: its duration.
         file: the recording; None: it is made up.
@@ -55,6 +55,7 @@ class Split:
         target_test: of the target, to test on.
         source_train: of other speakers, to train a source model on.
         source_test: of other speakers, to measure what is kept.
+        unlabelled: of the target, to train on without their texts, which are empty.
     """
 
     shots: list[Utterance]
@@ -62,6 +63,7 @@ class Split:
     target_test: list[Utterance]
     source_train: list[Utterance]
     source_test: list[Utterance]
+    unlabelled: list[Utterance] = field(default_factory=list)
 
 
 def split_utterances(
@@ -74,6 +76,7 @@ def split_utterances(
     source_speakers: Sequence[str] | None = None,
     held_out_speakers: Sequence[str] = (),
     held_out: float = 0.1,
+    unlabelled: int | Literal["all"] = 0,
 ) -> Split:
     """Split utterances into the target's shots and test part, and the source's training and test parts.
 
@@ -90,6 +93,8 @@ def split_utterances(
         source_speakers: None: all but the target.
         held_out_speakers: source speakers to test on only.
         held_out: share of the source's utterances to test on, by their names' hashes.
+        unlabelled: the target's utterances to train on without their texts: those that have none first, then others
+            that are neither shots nor of an official test part.
 
     Raises:
         DataError: a speaker is unknown, or has too few utterances.
@@ -101,21 +106,25 @@ def split_utterances(
             f"data.target must be a speaker of the data; received {target!r}. Choose one of: {_listed(known)}."
         )
     named = {"data.source_speakers": source_speakers or (), "data.held_out_speakers": held_out_speakers}
-    for field, speakers in named.items():
+    for name, speakers in named.items():
         if target in speakers:
-            raise DataError(f"{field} must not contain data.target; received {target!r} in both. Remove it.")
+            raise DataError(f"{name} must not contain data.target; received {target!r} in both. Remove it.")
         if missing := sorted(set(speakers) - set(known)):
             raise DataError(
-                f"{field} must be speakers of the data; received {_listed(missing)}. Choose from: {_listed(known)}."
+                f"{name} must be speakers of the data; received {_listed(missing)}. Choose from: {_listed(known)}."
             )
-    trained, tested = _of_target(own, shots, seed)
+    texted = [one for one in own if one.text]
+    trained, tested = _of_target(target, texted, shots, seed)
+    bare = _unlabelled(own, trained, tested, unlabelled, seed) if unlabelled else []
+    names = {one.name for one in bare}
+    tested = [one for one in tested if one.name not in names]
     kept = round(validation * len(trained)) if validation else 0
     kept = min(max(kept, 1), len(trained) - 1) if validation and len(trained) > 1 else 0
-    others = [one for one in utterances if one.speaker != target]
+    others = [one for one in utterances if one.speaker != target and one.text]
     if source_speakers is not None:
         others = [one for one in others if one.speaker in {*source_speakers, *held_out_speakers}]
     train, test = _of_source(others, held_out_speakers, held_out)
-    return Split(trained[kept:], trained[:kept], tested, train, test)
+    return Split(trained[kept:], trained[:kept], tested, train, test, bare)
 
 
 def in_share(name: str, share: float) -> bool:
@@ -128,31 +137,67 @@ def sequences(
     inputs: Sequence[Tensor],
     encode: Callable[[str], list[int]],
 ) -> Sequences:
-    """Return utterances as data; recordings are read when they are needed."""
+    """Return utterances as data, those without a text unlabelled; recordings are read when they are needed."""
+    known = tuple(bool(one.text) for one in utterances)
     return Sequences(
         inputs=inputs,
         labels=tuple(torch.tensor(encode(one.text), dtype=torch.long) for one in utterances),
         names=tuple(one.name for one in utterances),
         groups=tuple(one.speaker for one in utterances),
         seconds=tuple(one.seconds for one in utterances),
+        labelled=() if all(known) else known,
     )
 
 
-def _of_target(own: list[Utterance], shots: int, seed: int) -> tuple[list[Utterance], list[Utterance]]:
+def _of_target(target: str, own: list[Utterance], shots: int, seed: int) -> tuple[list[Utterance], list[Utterance]]:
     official = {part: [one for one in own if one.part == part] for part in ("train", "test")}
     fixed = bool(official["train"] and official["test"])
     pool = official["train"] if fixed else own
+    if not pool:
+        raise DataError(
+            f"data.target: {target!r} must have an utterance with a text to test on; received none. Add one."
+        )
     if shots > len(pool) - (0 if fixed else 1):
         most = len(pool) if fixed else len(pool) - 1
         part = " in its training part" if fixed else ", of which one must be left to test on"
         raise DataError(
-            f"data.shots: {own[0].speaker!r} has {len(pool)} utterances{part}; received {shots}. Set data.shots to at "
+            f"data.shots: {target!r} has {len(pool)} utterances{part}; received {shots}. Set data.shots to at "
             f"most {most}."
         )
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [pool[place] for place in order[:shots]]
     rest = official["test"] if fixed else [one for one in own if one not in set(chosen)]
     return chosen, rest
+
+
+def _unlabelled(
+    own: list[Utterance], shots: list[Utterance], tested: list[Utterance], count: int | Literal["all"], seed: int
+) -> list[Utterance]:
+    """Return the target's utterances to train on without their texts.
+
+    Raises:
+        DataError: there are too few.
+    """
+    bare = [one for one in own if not one.text and one.part in (None, "train")]
+    if count == "all":
+        if not bare:
+            raise DataError(
+                "data.unlabelled.utterances: all takes the target's utterances without a text, and there is none. Add "
+                "some, or give a number: others are then taken without reading their texts."
+            )
+        return bare
+    fixed = any(one.part == "test" for one in tested)
+    rest = [one for one in own if one.part == "train"] if fixed else tested
+    rest = [one for one in rest if one.text and one not in set(shots)]
+    most = len(bare) + len(rest) - (not fixed)
+    if count > most:
+        raise DataError(
+            f"data.unlabelled.utterances: {own[0].speaker!r} has {most} utterances that are neither shots nor tested "
+            f"on; received {count}. Set it to at most {most}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = [[part[place] for place in torch.randperm(len(part), generator=generator)] for part in (bare, rest)]
+    return [replace(one, text="") for one in [*order[0], *order[1]][:count]]
 
 
 def _of_source(

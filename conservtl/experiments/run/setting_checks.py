@@ -1,0 +1,62 @@
+"""Checks of a setting with a plan: what decides, measures or learns has what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conservtl.data import Domains
+from conservtl.engine import Training
+from conservtl.engine.selection import deciders
+from conservtl.errors import SourceError, SpecError
+from conservtl.experiments.spec.spec import Spec
+from conservtl.plan.plan import Plan
+
+__all__ = ["check_headless", "check_labels", "check_validation"]
+
+
+def check_headless(spec: Spec, plan: Plan) -> None:
+    """Raise if a measurement or a choice needs answers of a source that has no head."""
+    keep = spec.training.keep
+    if keep == "harmonic" or (keep == "path" and spec.source.data is not None):
+        fix = "Set source.data to null" if keep == "path" else "Set training.keep to target"
+        raise SourceError(
+            f"training.keep={keep} chooses by the source's score, and source.weights have no head, so the source "
+            f"has no labels of its own. {fix}, or give weights with a head."
+        )
+    if measured := [measure.by for measure in plan.measures if measure.data == "source"]:
+        raise SourceError(
+            f"{measured[0]} is measured on source data through the source's head, and source.weights have none. "
+            f"Measure on the target's data, leave {measured[0]} out, or give weights with a head."
+        )
+
+
+def check_validation(data: Any, domains: Domains, training: Training, plan: Plan) -> None:
+    """Raise if a validation score decides something and the part asked for is empty, too few shots to split."""
+    if domains.validation is None and data.validation and (names := deciders(training, plan)):
+        verb, them = ("choose", "them") if len(names) > 1 else ("chooses", "it")
+        raise SpecError(
+            f"{' and '.join(names)} {verb} by a validation set, but data.validation={data.validation:g} of "
+            f"{data.shots} shot{'' if data.shots == 1 else 's'} leaves none. Ask for more shots, or leave {them} "
+            "out."
+        )
+
+
+def check_labels(train: Any, plan: Plan, *, all_of_them: bool = False) -> None:
+    """Raise if examples without labels are to be trained on, and nothing in the plan learns from them.
+
+    Args:
+        train: the data.
+        plan: the plan.
+        all_of_them: whether a few without labels are refused too; studies compare with methods that leave them out.
+
+    Raises:
+        SpecError: says so.
+    """
+    known = getattr(train, "labelled", ())
+    bare = len(known) - sum(known)
+    if not bare or any(term.unlabelled for term in plan.terms) or (any(known) and not all_of_them):
+        return
+    raise SpecError(
+        f"data.unlabelled: {bare} of {len(known)} examples have no labels, and no strategy learns from such. Set "
+        "data.unlabelled.pseudo_labels, add the strategy entropy_minimisation, or leave data.unlabelled out."
+    )

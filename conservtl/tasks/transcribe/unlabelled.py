@@ -1,0 +1,66 @@
+"""Utterances of the target that are trained on without their texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from conservtl.bounds import Count, Share
+from conservtl.data import Domains
+from conservtl.data.sequences import Sequences, joined
+from conservtl.spec_model import FrozenModel
+from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
+from conservtl.tasks.transcribe.spec_augment import SpecAugment
+
+__all__ = ["PseudoLabels", "Unlabelled", "completed"]
+
+
+class PseudoLabels(FrozenModel):
+    """The source model's hypotheses in the place of texts, where it is confident."""
+
+    least: Share = 0.9
+    """Smallest mean posterior of a hypothesis, over the frames of its best path that are no blank."""
+    agreement: SpecAugment | None = None
+    """An augmentation: two copies of an utterance that it changes must give the same hypothesis; null: not asked."""
+
+
+class Unlabelled(FrozenModel):
+    """Utterances of the target speaker whose texts are not read."""
+
+    utterances: Count | Literal["all"] = "all"
+    """Their number: those that have no text first, then others that are neither shots nor tested on. all: those that
+    have no text."""
+    pseudo_labels: PseudoLabels | None = PseudoLabels()
+    """Hypotheses to train on; null: none, and a strategy such as `entropy_minimisation` learns from the utterances."""
+    balance: bool = True
+    """Whether the shots are repeated in each epoch until they are about as many as these."""
+
+
+def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: int) -> Domains:
+    """Return the domains with hypotheses for the utterances without texts, and the shots repeated beside them.
+
+    Args:
+        section: the settings.
+        domains: with such utterances among the shots.
+        source: the source model; takes inputs and lengths.
+        seed: of the augmentation under which hypotheses must agree.
+
+    Raises:
+        DataError: the source model is sure of no hypothesis.
+    """
+    data: Any = domains.shots
+    told = data.take([place for place, known in enumerate(data.labelled) if known])
+    bare = data.take([place for place, known in enumerate(data.labelled) if not known])
+    note = f"{len(bare)} utterances without their texts"
+    heard = bare
+    if (rule := section.pseudo_labels) is not None:
+        augment = None if rule.agreement is None else rule.agreement.of_batch
+        heard = pseudo_labelled(source, bare, least=rule.least, augment=augment, seed=seed)
+        note += f", of which {len(heard)} have hypotheses to train on"
+    times = max(1, round(len(heard) / len(told))) if section.balance and len(told) else 1
+    note += f"; the {len(told)} with texts {times} times in an epoch" if times > 1 else ""
+    copies = [replace(told, names=tuple(f"{name} ({number})" for name in told.names)) for number in range(2, times + 1)]
+    parts: list[Sequences] = [told, *copies, heard] if len(told) else [heard]  # a copy's name draws its own changes
+    return replace(domains, shots=joined(parts), notes=(*domains.notes, note))
