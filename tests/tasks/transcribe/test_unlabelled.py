@@ -180,7 +180,7 @@ class TestHypotheses:
 
     def test_shots_are_repeated_beside_as_many_hypotheses(self):
         found = self.completed(2, 5, pseudo_labels=PseudoLabels(least=0))
-        assert found.shots.names == ("u0", "u1", "u0 (2)", "u1 (2)") + tuple(f"u{number}" for number in range(5))
+        assert found.shots.names == ("u0", "u1", "u0 (2)", "u1 (2)", *(f"u{number}" for number in range(5)))
         assert found.shots.labelled == ()
         assert all(len(one) for one in found.shots.labels)
         (note,) = found.notes
