@@ -51,7 +51,8 @@ def _exit_code(command: Callable[..., Any]) -> int:
         show = getattr(error, "show", None)  # errors in the command line itself
         if show is None:
             raise
-        show()
+        if _RANK == 0:  # the others were given the same words
+            show()
         return int(getattr(error, "exit_code", 2))
 
 

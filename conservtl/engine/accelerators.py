@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from conservtl.compat import accelerate_states
 from conservtl.engine.distribution import plain_environment
+from conservtl.engine.joining import join, must_join
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 
@@ -23,10 +24,12 @@ def own_accelerator(training: Training) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    precision, cpu = _precision(training)
+    if must_join():
+        join("cpu" if cpu else "cuda")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     shared = accelerate_states(process=not distributed)
     saved = [dict(state) for state in shared]
-    precision, cpu = _precision(training)
     for state in shared:
         state.clear()
     # Layers may be left out at random; statistics are averaged where they are read.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from conservtl.engine.processes import is_launched
+from conservtl.engine.joining import is_launched
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.plan.plan import Plan

@@ -7,24 +7,24 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
 from conservtl.compat import default_store
-from conservtl.errors import ConservtlError, ProcessLostError, SpecError
+from conservtl.engine.joining import join, must_join, restarts
+from conservtl.errors import ConservtlError, ProcessLostError
 
 __all__ = [
     "ALONE",
     "Processes",
     "connected",
     "current",
-    "is_launched",
     "is_main_process",
     "lost_processes",
     "names_lost",
+    "restarted",
 ]
 
 _Value = TypeVar("_Value")
@@ -135,16 +135,16 @@ def current() -> Processes:
     return processes
 
 
-def is_launched() -> bool:
-    """Return whether a launcher (``torchrun``, ``accelerate launch``) started this process, or one is connected."""
-    return (dist.is_available() and dist.is_initialized()) or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
 def is_main_process() -> bool:
     """Return whether this is the only process, or the first: before they are connected, the launcher says it."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def restarted(processes: Processes) -> bool:
+    """Return whether the launcher has started processes anew after one was lost; all of them call this together."""
+    return processes.largest(restarts())[0] > 0
 
 
 @contextmanager
@@ -158,17 +158,8 @@ def connected(device: str) -> Iterator[Processes]:
         ProcessLostError: another process has stopped.
         SpecError: the launcher's environment is not complete.
     """
-    mine = is_launched() and not dist.is_initialized() and int(os.environ["WORLD_SIZE"]) > 1
-    if mine:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
-        except ValueError as error:
-            raise SpecError(
-                f"the processes of a launcher need RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; {error}. Start them "
-                "with torchrun, or unset RANK and WORLD_SIZE."
-            ) from error
+    if mine := must_join():
+        join(device)
     try:
         processes = current()
         with names_lost(processes):

@@ -15,7 +15,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.data import length_of
 from conservtl.engine import Holdout
 from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
-from conservtl.engine.processes import Processes, connected
+from conservtl.engine.processes import Processes, connected, restarted
 from conservtl.errors import MissingExtraError, SpecError
 from conservtl.experiments.publishing.run_card import CARD, check_card, run_card
 from conservtl.experiments.run.bundle import save_bundle, save_measured
@@ -78,6 +78,7 @@ def run(
         out: folder for ``report.json``, ``report.html``, ``model.safetensors``, ``README.md`` (the model's card),
             ``spec.yaml`` and ``history.jsonl``; a checkpoint while it runs. Files of an earlier run in it are replaced.
         resume: continue from the checkpoint in ``out``; from the beginning if the run stopped before the first.
+            Processes that ``torchrun --max-restarts`` starts anew do so in any case.
         progress: show bars.
         tensorboard: write the history into ``tensorboard`` below the folder, too.
 
@@ -110,7 +111,8 @@ def _run(
     check_labels(setting.domains.shots, adaptation.plan, all_of_them=True)
     with ExitStack() as stack:
         processes.in_first(lambda: stack.enter_context(lock_folder(folder)))
-        resume = processes.first(resume and Checkpoints(folder).exist())
+        again = restarted(processes)
+        resume = processes.first((resume or again) and Checkpoints(folder).exist())
         if processes.main and not resume:
             # An interrupted run must not look finished; whether it may resume, fit decides first.
             for name in _RESULTS:
