@@ -79,8 +79,9 @@ def as_batches(
     cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
     if isinstance(data, (Held, Streamed)):
         return data
+    names: tuple[str, ...] | None = None
     if isinstance(data, Examples):
-        data = (data.inputs, data.labels)
+        names, data = data.names, (data.inputs, data.labels)
     if isinstance(data, Sequences):
         if not data:
             raise DataError("data: the sequences hold no examples.")
@@ -102,7 +103,7 @@ def as_batches(
                 f"data: a {type(data).__name__} must hold tensors or arrays with one row per example; received "
                 f"{kinds}. For a list of batches, put each batch into a tuple of its own."
             )
-        return Held(tensors, cut, device, holding=holding)
+        return Held(tensors, cut, device, holding=holding, names=names)
     if isinstance(data, Mapping):
         content = {key: as_tensor(value) for key, value in data.items()}
         if (kinds := _no_tensors(content.items())) or not data:

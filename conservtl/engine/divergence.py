@@ -1,22 +1,40 @@
-"""Detection of divergence: the run stops and names the batch, the step or the weights."""
+"""Detection of divergence: the run stops and names the input, the batch, the gradient or the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.engine.batch import Batch, examples_of
 from conservtl.engine.checkpoint import State
+from conservtl.engine.held import Held
+from conservtl.engine.nonfinite import Glance, glance
+from conservtl.engine.streamed import Streamed
 from conservtl.errors import TrainingDivergedError
+from conservtl.kernels.dtensor import local
 
-__all__ = ["Losses", "check_weights"]
+__all__ = ["Losses", "check_gradients", "check_scale", "check_weights"]
 
 _LOOK = 50  # steps between two reads of the losses on a GPU: each waits for the device
-_ADVICE = "The last good checkpoint is kept; lower training.lr, set training.clip"
+_LEAST_SCALE = 2.0**-10  # it begins at 2^16; an overflow that is none but fp16's ends long before
+_KEPT = "The last good checkpoint is kept"
+_ADVICE = f"{_KEPT}; lower training.lr, set training.clip"
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A loss that is still to be read."""
+
+    loss: Tensor
+    batch: Batch
+    number: int
+    step: int
+    glance: Glance
 
 
 class Losses:
@@ -25,14 +43,23 @@ class Losses:
     Args:
         state: its ``total`` and ``seen`` are updated at each read.
         device: on a GPU the losses of many steps are read together.
+        batches: the training data.
+        parameters: name -> parameter of the model, as they are before the step of a loss.
     """
 
-    def __init__(self, state: State, device: torch.device) -> None:
+    def __init__(
+        self,
+        state: State,
+        device: torch.device,
+        batches: Held | Streamed | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
         self.state = state
         self._every = 1 if device.type == "cpu" else _LOOK
-        self._waiting: list[tuple[Tensor, Batch, int, int]] = []
+        self._waiting: list[_Added] = []
+        self._batches, self._parameters = batches, parameters or {}
 
-    def add(self, loss: Tensor, batch: Batch, number: int, step: int) -> None:
+    def add(self, loss: Tensor, batch: Batch, number: int, step: int, content: Any = None) -> None:
         """Add the mean loss of a batch.
 
         Args:
@@ -40,28 +67,44 @@ class Losses:
             batch: its size and index are kept.
             number: position of the batch in its epoch, from 1.
             step: the step that the batch is a part of, from 1.
+            content: the batch as the model got it, augmented; None: as it was.
         """
-        # Without its content, whose memory is free again.
-        self._waiting.append((loss.detach(), replace(batch, content=None), number, step))
+        at_once, content = self._every == 1, batch.content if content is None else content
+        seen = glance(batch, content, at_hand=at_once)
+        self._waiting.append(_Added(loss.detach(), replace(batch, content=None), number, step, seen))
         if len(self._waiting) >= self._every:
-            self.look()
+            self.look(content if at_once else None)
 
-    def look(self) -> None:
+    def look(self, content: Any = None) -> None:
         """Read and sum up the losses that were added since the last read.
+
+        Args:
+            content: the batch of the last of them, if it is at hand; its step is not made yet.
 
         Raises:
             TrainingDivergedError: a loss is NaN or infinite.
         """
         waiting, self._waiting = self._waiting, []
-        values = torch.stack([loss.float() for loss, *_ in waiting]).tolist() if waiting else []
-        for value, (_, batch, number, step) in zip(values, waiting, strict=True):
+        values = torch.stack([one.loss.float() for one in waiting]).tolist() if waiting else []
+        for value, one in zip(values, waiting, strict=True):
             if not math.isfinite(value):
-                raise TrainingDivergedError(
-                    f"the loss is {value} at batch {number} of epoch {self.state.epoch + 1} (step {step}"
-                    f"{examples_of(batch, ', examples {}')}). {_ADVICE}, or inspect that batch."
-                )
-            self.state.total += value * batch.weight
-            self.state.seen += batch.weight
+                raise TrainingDivergedError(self._message(value, one, content))
+            self.state.total += value * one.batch.weight
+            self.state.seen += one.batch.weight
+
+    def _message(self, value: float, one: _Added, content: Any) -> str:
+        """Return what is known of a loss that is not finite: the input, the weight, or the batch alone."""
+        found = one.glance.wrong(self._batches, content)
+        if found is None and content is not None:
+            for name, parameter in self._parameters.items():  # this process's part: it is alone here
+                if parameter.requires_grad and not bool(local(parameter.detach()).isfinite().all()):
+                    return _of_weight(name, one.step - 1)
+        advice = (
+            f"{_ADVICE}, or inspect that batch." if found is None else f"{_KEPT}; mend that input, or leave it out."
+        )
+        where = f"batch {one.number} of epoch {self.state.epoch + 1} (step {one.step}"
+        reason = "" if found is None else f", because {found} is not finite"
+        return f"the loss is {value} at {where}{examples_of(one.batch, ', examples {}')}){reason}. {advice}"
 
 
 @torch.no_grad()
@@ -80,4 +123,46 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int, penalised: 
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             starts = step == 1 and name in penalised
             more = ", or check the gradient of a penalty of your own where w = w0" if starts else ""
-            raise TrainingDivergedError(f"{name!r} is not finite after step {step}. {_ADVICE}{more}.")
+            raise TrainingDivergedError(_of_weight(name, step, more))
+
+
+def _of_weight(name: str, step: int, more: str = "") -> str:
+    if step == 0:
+        return f"{name!r} is not finite before the first step. Mend the weights that the model starts from."
+    return f"{name!r} is not finite after step {step}. {_ADVICE}{more}."
+
+
+def check_scale(scaler: Any, step: int) -> None:
+    """Raise if fp16 has skipped so many steps in a row that no gradient is finite at any scale.
+
+    Args:
+        scaler: torch's ``GradScaler``, which halves its scale with each step that it skips; None: there is none.
+        step: number of steps done.
+
+    Raises:
+        TrainingDivergedError: its scale is below 1/1024.
+    """
+    if scaler is not None and (scale := scaler.get_scale()) < _LEAST_SCALE:
+        raise TrainingDivergedError(
+            f"fp16 skips each step: the gradients are not finite even at a loss scale of {scale:g} (step {step}). "
+            f"{_KEPT}; set training.precision to bf16 or fp32, lower training.lr."
+        )
+
+
+@torch.no_grad()
+def check_gradients(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+    """Raise for gradients whose norm is not finite, of which a loss is.
+
+    Args:
+        parameters: name -> parameter, with its gradient.
+        step: the step that they are for, from 1.
+
+    Raises:
+        TrainingDivergedError: always; the message names the first.
+    """
+    wrong = [name for name, one in parameters.items() if one.grad is not None and not local(one.grad).isfinite().all()]
+    which = f"the gradient of {wrong[0]!r}" if wrong else "the norm of all gradients"
+    raise TrainingDivergedError(
+        f"{which} is not finite at step {step}, though the loss is. The last good checkpoint is kept; lower "
+        "training.lr, or look for a root, a logarithm or a division in the loss whose slope has no bound."
+    )

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from conservtl.engine.batch import Batch, examples_of
 from conservtl.engine.batching import as_batches
+from conservtl.engine.held import Held
+from conservtl.engine.nonfinite import Glance, glance
 from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.streamed import Streamed
 from conservtl.errors import DataError, SpecError, TrainingDivergedError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics
 from conservtl.labels import labels_for_loss
@@ -98,7 +101,7 @@ def evaluate(
     functions = functions.of(data)
     data = data.data if isinstance(data, Holdout) else data
     pool = MetricPool()
-    losses: list[tuple[Tensor, Batch]] = []
+    losses: list[tuple[Tensor, Batch, Glance | None]] = []
     batches = as_batches(data, batch_size, device, shuffle=False)
     with eval_mode(model), preserve_rng():  # a DataLoader draws a seed even when it does not shuffle
         for batch in batches.epoch():
@@ -112,8 +115,9 @@ def evaluate(
             check_metrics(metrics)
             count = counted(functions.loss, outputs, batch.content)
             pool.add({"loss": loss if count is None else (loss * count, count), **metrics}, batch.size)
-            losses.append((torch.as_tensor(loss).detach(), replace(batch, content=None)))  # its memory is free again
-    fault = None if selects is None else _not_finite(losses, selects)
+            seen = None if selects is None else glance(batch, batch.content)
+            losses.append((torch.as_tensor(loss).detach(), replace(batch, content=None), seen))  # its memory is free
+    fault = None if selects is None else _not_finite(losses, selects, batches)
     if batches.processes.many:
         parts = batches.processes.gathered((pool.totals(), fault))
         pool = MetricPool()
@@ -159,13 +163,21 @@ def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
-def _not_finite(losses: Sequence[tuple[Tensor, Batch]], name: str) -> str | None:
+def _not_finite(
+    losses: Sequence[tuple[Tensor, Batch, Glance | None]], name: str, batches: Held | Streamed
+) -> str | None:
     """Return a message if the loss of a batch is not finite: a score would silently keep earlier weights."""
-    for number, (loss, batch) in enumerate(losses, 1):
+    for number, (loss, batch, seen) in enumerate(losses, 1):
         if not math.isfinite(value := float(loss)):
+            found = None if seen is None else seen.wrong(batches)
+            advice = "Inspect that batch, or lower training.lr or set training.clip if earlier evaluations were finite."
             return (
                 f"the loss on the validation set {name!r} is {value} at its batch {number} of {len(losses)}"
-                f"{examples_of(batch, ' (examples {})')}. Inspect that batch, or "
-                "lower training.lr or set training.clip if earlier evaluations were finite."
+                f"{examples_of(batch, ' (examples {})')}"
+                + (
+                    f". {advice}"
+                    if found is None
+                    else f", because {found} is not finite. Mend that input, or leave it out."
+                )
             )
     return None

@@ -36,6 +36,7 @@ class Held:
         device: device of the batches, and of the data if it fits.
         shuffle: whether to draw a new order each epoch, if ``batch_size`` is a number.
         holding: decides where the data is held; None: on the device if it fits.
+        names: of the examples, for messages.
 
     Raises:
         DataError: the tensors differ in length, or are empty.
@@ -51,7 +52,9 @@ class Held:
         device: torch.device,
         shuffle: bool = False,
         holding: Holding | None = None,
+        names: tuple[str, ...] | None = None,
     ) -> None:
+        self.names = names
         tensors = list(content.values()) if isinstance(content, dict) else list(content)
         lengths = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
         if len(set(lengths)) != 1 or 0 in lengths:

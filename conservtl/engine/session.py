@@ -215,12 +215,18 @@ class Session:
         else:
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
-        """Pull and clip if clipping is on, make the optimizer's step, drop the gradients."""
+    def step(self, *, strict: bool = False) -> None:
+        """Pull and clip if clipping is on, make the optimizer's step, drop the gradients.
+
+        Args:
+            strict: whether to raise if the norm to clip is not finite, where that is known without waiting for a GPU
+                and is no overflow of fp16.
+        """
         scaler = self.accelerator.scaler
         if self.training.clip is not None:
             self.adaptation.pull(scaler)  # unscales first
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+            strict &= scaler is None and self.device.type == "cpu"
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip, error_if_nonfinite=strict)
         if not self._direct:
             self._prepared.step()
         elif scaler is not None:

@@ -94,11 +94,11 @@ def spoil(step: int) -> None:
 
     made, plain = [0], Session.step
 
-    def step_or_raise(self: Session) -> None:
+    def step_or_raise(self: Session, **options: bool) -> None:
         made[0] += 1
         if self.adaptation.plan.penalties and made[0] > step:
             raise OverflowError("a step of one's own")
-        plain(self)
+        plain(self, **options)
 
     Session.step = step_or_raise  # type: ignore[method-assign]
 
