@@ -75,7 +75,7 @@ class MemoryLimitError(ConservtlError, RuntimeError):
 
 
 class LostWorkerError(ConservtlError, RuntimeError):
-    """A run of a study lost its worker again and again, or its executor is broken; finished runs are kept."""
+    """A process that loads data, or again and again one that makes runs of a study, was lost; all finished is kept."""
 
 
 class ProcessLostError(ConservtlError, RuntimeError):

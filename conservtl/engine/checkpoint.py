@@ -243,7 +243,7 @@ def restore(
     """
     settings = session.training.model_dump(mode="json")
     previous = Training().model_dump(mode="json") | saved["settings"]  # an older version may not have had all of them
-    if differing := [key for key, value in settings.items() if previous[key] != value and key not in _FREE]:
+    if differing := [key for key, value in settings.items() if not _alike(key, previous[key], value)]:
         key = differing[0]
         raise SpecError(
             f"resume: the checkpoint was made with training.{key}={previous[key]!r}, but now it is {settings[key]!r}. "
@@ -309,3 +309,9 @@ def _restore_generators(
         seed_all((torch.initial_seed() + rank * (state.step + 1)) % 2**62)
         if augmenting is not None:
             augmenting.manual_seed(before + rank * (state.step + 1))
+
+
+def _alike(key: str, before: Any, now: Any) -> bool:
+    """Return whether a run is the same with two values of a setting: so it is whatever the number of workers."""
+    counts = key == "num_workers" and isinstance(before, int) and isinstance(now, int)
+    return before == now or key in _FREE or counts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from conservtl.engine.streamed import Streamed
 from conservtl.errors import TrainingDivergedError
 from conservtl.kernels.dtensor import local
 
-__all__ = ["Losses", "check_gradients", "check_scale", "check_weights"]
+__all__ = ["Losses", "check_scale", "check_weights", "names_gradients"]
 
 _LOOK = 50  # steps between two reads of the losses on a GPU: each waits for the device
 _LEAST_SCALE = 2.0**-10  # it begins at 2^16; an overflow that is none but fp16's ends long before
@@ -97,7 +98,7 @@ class Losses:
         found = one.glance.wrong(self._batches, content)
         if found is None and content is not None:
             for name, parameter in self._parameters.items():  # this process's part: it is alone here
-                if parameter.requires_grad and not bool(local(parameter.detach()).isfinite().all()):
+                if parameter.requires_grad and not _finite(parameter):
                     return _of_weight(name, one.step - 1)
         advice = (
             f"{_ADVICE}, or inspect that batch." if found is None else f"{_KEPT}; mend that input, or leave it out."
@@ -149,20 +150,30 @@ def check_scale(scaler: Any, step: int) -> None:
         )
 
 
-@torch.no_grad()
-def check_gradients(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    """Raise for gradients whose norm is not finite, of which a loss is.
+@contextmanager
+def names_gradients(parameters: Mapping[str, nn.Parameter], step: int) -> Iterator[None]:
+    """Name the first gradient that is not finite if torch refuses their norm inside the block.
 
     Args:
         parameters: name -> parameter, with its gradient.
         step: the step that they are for, from 1.
 
     Raises:
-        TrainingDivergedError: always; the message names the first.
+        TrainingDivergedError: the norm is not finite, though the loss is.
     """
-    wrong = [name for name, one in parameters.items() if one.grad is not None and not local(one.grad).isfinite().all()]
-    which = f"the gradient of {wrong[0]!r}" if wrong else "the norm of all gradients"
-    raise TrainingDivergedError(
-        f"{which} is not finite at step {step}, though the loss is. The last good checkpoint is kept; lower "
-        "training.lr, or look for a root, a logarithm or a division in the loss whose slope has no bound."
-    )
+    try:
+        yield
+    except RuntimeError as error:
+        if "non-finite" not in str(error):  # torch has no class for it
+            raise
+        wrong = (name for name, one in parameters.items() if one.grad is not None and not _finite(one.grad))
+        name = next(wrong, None)
+        which = "the norm of all gradients" if name is None else f"the gradient of {name!r}"
+        raise TrainingDivergedError(
+            f"{which} is not finite at step {step}, though the loss is. {_KEPT}; lower training.lr, or look for a "
+            "root, a logarithm or a division in the loss whose slope has no bound."
+        ) from error
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(local(tensor.detach()).isfinite().all())

@@ -15,11 +15,12 @@ from conservtl.engine.batch import Batch, Waiting
 from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
 from conservtl.engine.buckets import StepShare
 from conservtl.engine.checkpoint import State
-from conservtl.engine.divergence import Losses, check_weights
+from conservtl.engine.divergence import Losses, check_scale, check_weights, names_gradients
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import check_gradient, checked
 from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
 from conservtl.engine.held import Held
+from conservtl.engine.lost_workers import between_steps
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
@@ -75,15 +76,16 @@ class Learner:
         penalties = session.adaptation.plan.penalties
         own = (one.names for one in penalties if not type(one).__module__.startswith("conservtl."))
         self._own_penalties = frozenset(chain.from_iterable(own))
+        self._parameters = named_parameters(session.adaptation.model)
         self._phase: int | None = None
-        self.ever_cached = False
+        self.ever_cached = self._begun = False
         self.settled: dict[str, Any] = {}  # the generators after the last step, if there are other processes
         self.go_on_from(State())
 
     def go_on_from(self, state: State) -> None:
         """Continue from a state, new or restored."""
         self.state = state
-        self.losses = Losses(state, self.session.device)
+        self.losses = Losses(state, self.session.device, self.batches, self._parameters)
         timed = self.settings.threads == "auto" and self.session.device.type == "cpu"
         self._timer = ThreadTimer(state.threads, torch.get_num_threads()) if timed else None
 
@@ -116,41 +118,53 @@ class Learner:
             TrainingDivergedError: a loss or a weight is not finite.
             DataError: there are no batches.
         """
-        state, settings, session = self.state, self.settings, self.session
-        session.train()
+        state = self.state
+        self.session.train()
         self._settle()
         for group in self._steps_left():
-            session.rate(schedule_factor(settings, state.step, self.steps))
-            size = len(group)
-            timed: AbstractContextManager[list[int]] = nullcontext([]) if self._timer is None else self._timer.step()
-            with timed as sizes:
-                for number in range(1, size + 1):
-                    batch = group.pop(0)()
-                    sizes.append(batch.size)
-                    with nullcontext() if number == size else session.no_sync():
-                        self._backward(batch, number, size)
-                    del batch  # before the next is put on the device
-                session.step()
-            state.batch += size
-            state.step += 1
-            if state.step == 1 and self._own_penalties:  # their gradient at w = w0, the only step that begins there
-                self.check()
+            with between_steps():
+                self._step(group)
             self._settle()
             yield
         if not state.batch:
             raise DataError(
                 "train: the data gave no batches. Pass a non-empty iterable that can be iterated repeatedly."
             )
+        self._begun = False
         self.check()
+
+    def states(self) -> dict[str, Any]:
+        """Return the generators' states to go on with: an epoch without a step yet draws its order again."""
+        return self.state.drawn if self._begun and not self.state.batch else generator_states(self.generators)
 
     def check(self) -> None:
         """Raise unless all losses and weights are finite.
 
         Raises:
-            TrainingDivergedError: a loss or a weight is not finite.
+            TrainingDivergedError: a loss or a weight is not finite, or fp16 makes no step any more.
         """
         self.losses.look()
-        check_weights(named_parameters(self.session.adaptation.model), self.state.step, self._own_penalties)
+        check_weights(self._parameters, self.state.step, self._own_penalties)
+        check_scale(self.session.accelerator.scaler, self.state.step)
+
+    def _step(self, group: list[Waiting]) -> None:
+        """Make the step of a group of batches."""
+        state, session, size = self.state, self.session, len(group)
+        session.rate(schedule_factor(self.settings, state.step, self.steps))
+        timed: AbstractContextManager[list[int]] = nullcontext([]) if self._timer is None else self._timer.step()
+        with timed as sizes:
+            for number in range(1, size + 1):
+                batch = group.pop(0)()
+                sizes.append(batch.size)
+                with nullcontext() if number == size else session.no_sync():
+                    self._backward(batch, number, size)
+                del batch  # before the next is put on the device
+            with names_gradients(self._parameters, state.step + 1):
+                session.step(strict=True)
+        state.batch += size
+        state.step += 1
+        if state.step == 1 and self._own_penalties:  # their gradient at w = w0, the only step that begins there
+            self.check()
 
     def _settle(self) -> None:
         """Note the generators' states between two steps: a step that a lost process breaks off is made again."""
@@ -167,7 +181,7 @@ class Learner:
         """Return the batches of each remaining step; in a resumed epoch, draw its order from the saved generators."""
         state = self.state
         if not state.batch:
-            state.drawn = generator_states(self.generators)
+            state.drawn, self._begun = generator_states(self.generators), True
             return self.batches.steps(self.settings.accumulate)
         current = generator_states(self.generators)
         restore_generators(state.drawn, self.generators)
@@ -180,8 +194,11 @@ class Learner:
         first = self.state.step == 0 and number == 1
         failed = None
         try:
-            loss = self._loss(batch, checked(self.functions, self.batches) if first else self.functions)
-            self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1)
+            content = batch.content
+            if self.augment is not None and self.augmenting is not None:
+                content = self.augment(content, self.augmenting)
+            loss = self._loss(batch, content, checked(self.functions, self.batches) if first else self.functions)
+            self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1, content)
             if first:
                 self.losses.look()
                 check_gradient(loss, self.session.adaptation.model)
@@ -195,10 +212,7 @@ class Learner:
         if failed is not None:  # outside the handler, which keeps the step's tensors
             raise out_of_memory(self.session, self.functions, batch.content, failed)
 
-    def _loss(self, batch: Batch, functions: Functions) -> Tensor:
-        content = batch.content
-        if self.augment is not None and self.augmenting is not None:
-            content = self.augment(content, self.augmenting)
+    def _loss(self, batch: Batch, content: Any, functions: Functions) -> Tensor:
         source = self._source.of(batch) if self._source is not None else None
         with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
             share = None if batch.together is None else batch.share

@@ -36,22 +36,22 @@ def close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
         seconds: wall clock since the run began.
     """
     session, settings, state = learner.session, learner.settings, learner.state
-    state.epoch, state.batch = state.epoch + 1, 0
+    epoch = state.epoch + 1
     total, seen = session.summed(state.total, state.seen)
     line: dict[str, Any] = {
-        "epoch": state.epoch,
+        "epoch": epoch,
         "step": state.step,
         "phase": session.adaptation.plan.phases[session.adaptation.phase].name,
         "loss": total / seen,
         "lr": max(group["lr"] for group in session.raw.param_groups),
         "seconds": seconds,
     }
-    state.total, state.seen = 0.0, 0
-    if state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs:
+    if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
         session.average_statistics()
         with session.averaged():
             line |= evaluate_sets(session, learner.functions, state, sets)
     state.history.append(line)
+    state.epoch, state.batch, state.total, state.seen = epoch, 0, 0.0, 0
 
 
 def evaluate_sets(session: Session, functions: Functions, state: State, sets: Sets) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.first_batches import check_first_batches
 from conservtl.engine.fit_result import FitResult
 from conservtl.engine.held import Held
+from conservtl.engine.lost_workers import named_worker_errors
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import (
@@ -122,6 +123,7 @@ def fit(
         DataError: data is empty or of an unknown kind.
         TrainingDivergedError: the loss is NaN or infinite, in training or on a set of ``valid``; the last good
             checkpoint is kept.
+        LostWorkerError: a process that loads data was killed, after a checkpoint was written to ``out``.
         WriteError: a checkpoint cannot be written; the one before is unchanged.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint was written to ``out``.
         Terminated: on SIGTERM, likewise.
@@ -148,6 +150,7 @@ def fit(
         seed_all(seed)
     folder = Path(out) if out is not None else None
     with (
+        named_worker_errors(),
         open_session(adaptation, settings, accelerator, made) as session,
         tracking(session, (settings.log or None) if log is None else log, folder, accelerator) as track,
     ):

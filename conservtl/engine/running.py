@@ -12,6 +12,7 @@ from conservtl.engine.checkpoint import Checkpoints, gather_generators, snapshot
 from conservtl.engine.epoch import Learner
 from conservtl.engine.epoch_end import close_epoch, continues
 from conservtl.engine.interruption import interruptible
+from conservtl.engine.lost_workers import between_steps, worker_error
 from conservtl.engine.preparation import Sets
 from conservtl.engine.processes import lost_processes
 from conservtl.engine.progress import Progress
@@ -90,7 +91,8 @@ def run_epochs(
                             learner.check()
                             save_together(now=True)
                             periodic = time.perf_counter() + _PERIOD
-                    close_epoch(learner, sets, time.perf_counter() - begun)
+                    with between_steps():
+                        close_epoch(learner, sets, time.perf_counter() - begun)
                     bar.show(state.history[-1])
                     store.write_history(state.history)
                     if store.folder is not None:
@@ -100,7 +102,11 @@ def run_epochs(
                         stop.stop()
                     for tell in tells:
                         tell(state.history[-1])
-            except RuntimeError as error:
+            except Exception as error:
+                if worker_error(error) is not None and not processes.many and state.step:
+                    save(learner.states(), (), now=True)
+                if not isinstance(error, RuntimeError):
+                    raise
                 lost = lost_processes(processes, error)
                 if lost is None:
                     raise

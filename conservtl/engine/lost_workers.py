@@ -1,0 +1,96 @@
+"""Processes that load data and die: noticed between two steps, and named in one sentence."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from conservtl.errors import ConservtlError, DataError, LostWorkerError
+
+__all__ = ["between_steps", "named_worker_errors", "worker_error"]
+
+_DIED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.|exited unexpectedly)"
+)
+_RAISED = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.")
+_MEMORY = "If memory ran out, lower training.num_workers, or the size of a batch"
+_GO_ON = "The last good checkpoint is kept: continue with resume"
+
+
+@contextmanager
+def between_steps() -> Iterator[None]:
+    """Hold back, until the block ends, that a process which loads data has died.
+
+    Torch raises wherever the main thread is when it hears of that, in the middle of an optimizer's step too. Held back,
+    it leaves the run in a state to continue from.
+    """
+    number = getattr(signal, "SIGCHLD", None)
+    main = threading.current_thread() is threading.main_thread()
+    handler: Any = signal.getsignal(number) if number is not None and main else None
+    if number is None or not callable(handler):
+        yield
+        return
+    heard: list[int] = []
+
+    def hear(received: int, _: Any) -> None:
+        heard.append(received)
+
+    signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        if signal.getsignal(number) is hear:  # torch may have put its own handler over it meanwhile
+            signal.signal(number, handler)
+    if heard:
+        handler(number, None)
+
+
+def worker_error(error: BaseException) -> ConservtlError | None:
+    """Return the error to raise in the place of torch's for a process that loads data; None for any other error.
+
+    Args:
+        error: raised while a batch was fetched.
+    """
+    text = str(error)
+    if (died := _DIED.search(text)) is not None:
+        pid, by = died[1], died[2]
+        how = f"was killed ({by})" if by else "ended"
+        return LostWorkerError(
+            f"data: the process {pid}, which loads batches, {how}, so training stopped. {_GO_ON}. {_MEMORY}."
+        )
+    if (raised := _RAISED.match(text)) is None:
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = lines[-1].rstrip(".")[:500]
+    if raised[1] == "MemoryError":
+        return LostWorkerError(
+            f"data: worker {raised[2]}, which loads batches, ran out of memory ({said}), so training "
+            f"stopped. {_GO_ON}. Lower training.num_workers, or the size of a batch."
+        )
+    return DataError(
+        f"data: worker {raised[2]}, which loads batches, raised {said}, so training stopped. {_GO_ON}, once the "
+        "example can be loaded."
+    )
+
+
+@contextmanager
+def named_worker_errors() -> Iterator[None]:
+    """Turn torch's errors for processes that load data into one sentence.
+
+    Raises:
+        LostWorkerError: such a process was killed, or its memory ran out.
+        DataError: it raised.
+    """
+    try:
+        yield
+    except ConservtlError:
+        raise
+    except Exception as error:
+        named = worker_error(error)
+        if named is None:
+            raise
+        raise named from error
