@@ -48,10 +48,11 @@ def join(device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    known: Any = dist  # torch's types leave out half of it
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=_JOINING))
+        store, rank, world = next(known.rendezvous("env://", timeout=_JOINING))
         if dist.is_torchelastic_launched():
-            store = dist.PrefixStore(_word_of_start(store, rank, world), store)
+            store = known.PrefixStore(_word_of_start(store, rank, world), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TALKING)
     except ValueError as error:
         raise SpecError(
