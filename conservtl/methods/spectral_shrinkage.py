@@ -14,7 +14,7 @@ from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View, all_of
 
-__all__ = ["SpectralShrinkage", "SpectralShrinkageTerm", "smallest_squares"]
+__all__ = ["SpectralShrinkage", "SpectralShrinkageTerm", "smallest_directions", "smallest_squares"]
 
 
 class SpectralShrinkage(Strategy):
@@ -33,8 +33,8 @@ class SpectralShrinkage(Strategy):
     Measured: docs/methods.md.
 
     Cost: a step, the Gram matrix of N × features, and its eigenvalues, as many as there are examples or features; both
-    in double precision. On a GPU the host waits for the device once a step, since torch checks that the decomposition
-    converged.
+    in double precision. On a GPU the host does not wait: the k directions come from products of matrices, about a
+    hundred launches for each.
 
     Hurts: where batches are smaller than the rank of useful features, which are then shrunk too.
 
@@ -102,22 +102,63 @@ class SpectralShrinkageTerm(Term):
         return self.eta * torch.stack([smallest_squares(features, self.k) for features in found]).mean()
 
 
-def smallest_squares(features: Tensor, k: int) -> Tensor:
+def smallest_squares(features: Tensor, k: int, *, waits: bool | None = None) -> Tensor:
     """Return the sum of the k smallest squared singular values, or of all if there are fewer.
 
     They are eigenvalues of the Gram matrix of the shorter side, F F^T or F^T F, in double precision: exact to 2^-52 of
     the largest square, where single precision would lose the smallest ones. NaN if a feature is not finite, which the
-    decomposition would refuse.
+    decomposition would refuse. On a GPU ``eigvalsh`` would make the host wait, because torch checks that it converged:
+    there the sum is the squared norm of F along ``smallest_directions``, whose gradient is the same.
 
     Args:
         features: (N, ...), one example a row.
         k: number of singular values.
+        waits: whether the host may wait for the device; None: not on a GPU.
     """
+    waits = not features.is_cuda if waits is None else waits
     rows = features.flatten(1).double()
     finite = rows.isfinite().all()
     rows = torch.where(finite, rows, torch.zeros_like(rows))
     with torch.autocast(rows.device.type, enabled=False):
-        gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-        squares = torch.linalg.eigvalsh(gram)[:k].clamp(min=0)  # in ascending order
-    least = squares.sum().to(features.dtype if features.dtype == torch.float64 else torch.float32)
+        wide = rows if len(rows) <= rows.shape[1] else rows.T
+        if waits:
+            least = torch.linalg.eigvalsh(wide @ wide.T)[:k].clamp(min=0).sum()  # in ascending order
+        elif k < len(wide):
+            least = (smallest_directions((wide @ wide.T).detach(), k) @ wide).square().sum()
+        else:
+            least = rows.square().sum()
+    least = least.to(features.dtype if features.dtype == torch.float64 else torch.float32)
     return torch.where(finite, least, torch.nan)
+
+
+def smallest_directions(gram: Tensor, k: int) -> Tensor:
+    """Return k orthogonal directions that span those of the smallest eigenvalues, (k, n), without a wait for the device.
+
+    The inverse, squared m times, keeps the direction of the smallest eigenvalue alone, or several whose eigenvalues
+    differ by less than 2^-m of their size, of which any does. It is then moved out of the way by the trace, for the
+    next.
+
+    Args:
+        gram: positive semidefinite, (n, n), in double precision.
+        k: less than n.
+    """
+    found: list[Tensor] = []
+    trace = gram.diagonal().sum().clamp(min=_LEAST)
+    gram = gram + torch.diag((trace * _SHIFT).expand(len(gram)))
+    for _ in range(k):
+        power, _ = torch.linalg.inv_ex(gram)
+        for _ in range(_SQUARINGS):
+            power = power / power.diagonal().sum()
+            power = power @ power
+        place = power.diagonal().argmax().reshape(1)
+        direction = power.index_select(0, place)[0]
+        for other in found:  # what rounding left of them
+            direction = direction - other * (other @ direction)
+        found.append(direction / direction.norm())
+        gram = gram + trace * torch.outer(found[-1], found[-1])
+    return torch.stack(found)
+
+
+_SQUARINGS = 30  # m: eigenvalues that differ by less than 2^-30 of their size count as equal
+_SHIFT = 2.0**-50  # of the trace: singular matrices have an inverse then
+_LEAST = 1e-280  # trace of a matrix of zeros

@@ -160,6 +160,26 @@ class TestValue:
         assert delta(ours, theirs, 1).dtype is torch.float32
         torch.testing.assert_close(delta(ours, theirs, 1), torch.tensor(512 * 0.0078125**2 / 2))
 
+    @pytest.mark.parametrize("function", [delta, ldifs])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_nothing_but_the_features_is_kept_for_the_backward_pass(self, function, dtype):
+        """And the gradient is that of the formula in double precision."""
+        generator = torch.Generator().manual_seed(0)
+        ours, theirs = (torch.randn(2, 64, 5, 3, generator=generator).to(dtype) for _ in range(2))
+        ours.requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+            value = function(ours, theirs, 1)
+        vectors = {one.untyped_storage().data_ptr() for one in kept if one.numel() == ours.numel()}
+        assert vectors <= {ours.data_ptr(), theirs.data_ptr()}
+        value.backward()
+        exact = ours.detach().double().requires_grad_()
+        plain = {delta: plain_delta, ldifs: plain_ldifs}[function](exact, theirs.double())
+        plain.backward()
+        digits = {"rtol": 1e-2, "atol": 1e-5} if dtype is torch.bfloat16 else {}
+        torch.testing.assert_close(value.double(), plain.double(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours.grad.double(), exact.grad, **digits)
+
     def test_under_fit_the_kept_features_of_the_source_are_used(self):
         """Twice the epochs do not run the source twice as often, and the loss is the same as with its forward."""
         runs = []

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
-from conservtl.methods.spectral_shrinkage import smallest_squares
+from conservtl.methods.spectral_shrinkage import smallest_directions, smallest_squares
 
 X = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -156,3 +156,44 @@ def test_the_gram_matrix_loses_no_digits_of_small_values(shape, least):
     u, s, v = torch.linalg.svd(features.detach().double(), full_matrices=False)
     wanted = 2 * (u[:, -3:] * s[-3:]) @ v[-3:]
     assert (slope.double() - wanted).norm() / wanted.norm() < 1e-3
+
+
+def _turned(values, width=9):
+    """A matrix of given singular values."""
+    generator = torch.Generator().manual_seed(0)
+    turns = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0] for n in (6, width))
+    left, right = turns
+    return left @ torch.diag_embed(torch.tensor(values, dtype=torch.float64)) @ right[:6]
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.randn(12, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
+        torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+        _turned([1.0, 1.0, 1.0 + 1e-12, 1.0 + 1e-5, 2.0, 3.0]),
+        _turned([1e-6, 1e-3, 0.1, 1.0, 1.0, 30.0]),
+        1e-12 * _turned([0.0, 0.0, 1.0, 1.0, 2.0, 3.0]),
+        torch.zeros(6, 9, dtype=torch.float64),
+    ],
+    ids=["random", "tall", "clustered", "spread", "singular", "zero"],
+)
+@pytest.mark.parametrize("k", [1, 2, 4, 20])
+def test_on_a_device_that_the_host_does_not_wait_for(features, k):
+    """The sum along the smallest directions is that of the eigenvalues, and so is its gradient where it is unique."""
+    waiting, moving = (features.clone().requires_grad_() for _ in range(2))
+    expected, found = smallest_squares(waiting, k, waits=True), smallest_squares(moving, k, waits=False)
+    largest = float(features.square().sum())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15 * largest)
+    gaps = torch.linalg.svdvals(features).flip(0).square()
+    if k >= len(gaps) or gaps[k] - gaps[k - 1] > 1e-6 * largest:
+        expected.backward()
+        found.backward()
+        torch.testing.assert_close(moving.grad, waiting.grad, rtol=1e-6, atol=1e-9 * largest**0.5)
+
+
+def test_the_smallest_directions_are_orthogonal():
+    features = _turned([1.0, 1.0, 1.0, 1.0, 2.0, 3.0])
+    directions = smallest_directions(features @ features.T, 4)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(4, dtype=torch.float64))
+    assert smallest_squares(torch.full((3, 4), torch.nan), 1, waits=False).isnan()

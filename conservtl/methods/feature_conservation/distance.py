@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError
+from conservtl.methods.feature_conservation.squares import squared_distance, unit_distance
 from conservtl.plan.term import Term, View, all_of
 
 __all__ = ["FeatureConservationTerm", "delta", "ldifs"]
@@ -95,9 +95,9 @@ def delta(
         weights: W, (channels,). None: 1.
         mask: shape of the features without the channel axis, false for padding. None: no padding.
     """
+    if weights is None and mask is None:
+        return squared_distance(features, source) / (2 * _positions(features, axis))
     adapted, target = _unpadded(features, source, axis, mask)
-    if weights is None and mask is None:  # keeps the two and nothing else for the backward pass
-        return F.mse_loss(adapted, target) * features.shape[axis] / 2
     squares = (adapted - target).square().movedim(axis, -1)
     if weights is not None:
         squares = squares * weights.to(squares)
@@ -109,6 +109,8 @@ def ldifs(features: Tensor, source: Tensor, axis: int, mask: Tensor | None = Non
 
     Arguments as for ``delta``.
     """
+    if mask is None:
+        return unit_distance(features, source, axis) / _positions(features, axis)
     adapted, target = _unpadded(features, source, axis, mask)
     return _mean((_unit(adapted, axis) - _unit(target, axis)).square().sum(axis), mask)
 
@@ -120,6 +122,11 @@ def _unpadded(features: Tensor, source: Tensor, axis: int, mask: Tensor | None) 
         return adapted, target
     wide = mask.unsqueeze(axis)
     return torch.where(wide, adapted, 0.0), torch.where(wide, target, 0.0)
+
+
+def _positions(features: Tensor, axis: int) -> int:
+    """Return the number of feature vectors."""
+    return features.numel() // max(1, features.shape[axis])
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

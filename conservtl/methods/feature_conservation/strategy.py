@@ -51,7 +51,7 @@ class FeatureConservation(Strategy):
     Measured: docs/methods.md.
 
     Cost: a forward pass of the source a step, or one for each example in all if ``fit`` holds the data and nothing
-    augments it; memory for the source model and a copy of the tapped features. Attention: before training, one forward
+    augments it; memory for the source model and both models' tapped features. Attention: before training, one forward
     pass behind each tapped layer for each of its channels, many channels to a pass.
 
     Hurts: where the target's features must differ from the source's, or memory for the source model is short.
