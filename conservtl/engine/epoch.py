@@ -66,6 +66,7 @@ class Learner:
             self.augmenting = torch.Generator(session.device)
             self.augmenting.manual_seed(int(torch.randint(2**62, ())) + session.processes.rank)
             self.generators.append(self.augmenting)
+        caches = caches and self.settings.hold != "never"
         self._caches = caches and augment is None and not session.processes.many
         self._prefix: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None

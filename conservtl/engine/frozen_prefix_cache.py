@@ -40,13 +40,22 @@ class FrozenPrefixCache:
         boundary: the module whose outputs are cached.
         skipped: modules that run before it -> (shape without the batch axis, type) of their outputs.
         outputs: (N, ...), the boundary's output for each example.
+        device: device of the batches.
+        release: called when the outputs are no longer held.
         compiled: whether the model is compiled for training; these modules are then left out of its graphs.
     """
 
     def __init__(
-        self, boundary: nn.Module, skipped: Mapping[nn.Module, Kind], outputs: Tensor, *, compiled: bool = False
+        self,
+        boundary: nn.Module,
+        skipped: Mapping[nn.Module, Kind],
+        outputs: Tensor,
+        device: torch.device,
+        release: Callable[[], None],
+        *,
+        compiled: bool = False,
     ) -> None:
-        self.outputs = outputs
+        self.outputs, self._device, self._release = outputs, device, release
         self._compiled = compiled
         self.index: Tensor | None = None
         self.light = False  # whether placeholders have no storage; else they are NaN, which spreads to their uses
@@ -66,6 +75,7 @@ class FrozenPrefixCache:
 
     def remove(self) -> None:
         """Restore the forward method of every module."""
+        self._release()
         for module, original in self._originals.items():
             del module.forward
             if original is not None:
@@ -82,10 +92,10 @@ class FrozenPrefixCache:
         module.forward = outside_graphs(forward) if self._compiled else forward
 
     def _cached(self, index: Tensor) -> Tensor:
-        return take_rows(self.outputs, index.to(self.outputs.device))
+        return take_rows(self.outputs, index.to(self.outputs.device)).to(self._device)
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
-        device = torch.device("meta") if self.light else self.outputs.device
+        device = torch.device("meta") if self.light else self._device
         # Not expanded: a module may write into it.
         return torch.full((len(index), *shape), torch.nan, dtype=dtype, device=device)
 
@@ -139,7 +149,10 @@ def cache_frozen_prefix(
         outputs = _features(model, run, boundary, batches, draws)
         if outputs is None or not _alike([outputs[probe.to(outputs.device)]], [computed]):
             return None
-        cache = FrozenPrefixCache(boundary, {module: kinds[module] for module in ahead}, outputs, compiled=compiled)
+        place = batches.holding.room(outputs.nbytes, batches.device)
+        release = partial(batches.holding.release, outputs.nbytes, place)
+        skipped = {module: kinds[module] for module in ahead}
+        cache = FrozenPrefixCache(boundary, skipped, outputs.to(place), outputs.device, release, compiled=compiled)
 
         def agrees() -> bool:
             _set_generators(batches.device, start)

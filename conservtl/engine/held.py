@@ -63,7 +63,8 @@ class Held:
         self.device = device
         self.cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
         self._cuts = self.cut.sizes(self.length)
-        self._place = (holding or Holding()).place(sum(tensor.nbytes for tensor in tensors), device)
+        self.holding = holding or Holding()
+        self._place = self.holding.place(sum(tensor.nbytes for tensor in tensors), device)
         self._names = tuple(content) if isinstance(content, dict) else None
         self._tensors = [tensor.to(self._place) for tensor in tensors]
 

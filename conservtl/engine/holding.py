@@ -1,4 +1,4 @@
-"""Where data is held: on the device, within a budget of its memory, or in the host's memory."""
+"""Where data and cached outputs are held: on the device, within a budget of its memory, or in the host's memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _GIB = 1 << 30
 
 
 class Holding:
-    """Budget of a device's memory that the sets of one run share.
+    """Budget of a device's memory that the sets of one run share, and what is cached for them.
 
     Args:
-        hold: ``training.hold``: auto, device or host.
+        hold: ``training.hold``: auto, device, host or never.
         memory: ``training.hold_memory``: the budget in GiB; None: half of what is free.
     """
 
@@ -30,7 +30,7 @@ class Holding:
             SpecError: they must be held on the device, and exceed the budget.
         """
         host = torch.device("cpu")
-        if device.type == "cpu" or self.hold == "host":
+        if device.type == "cpu" or self.hold in ("host", "never"):
             return host
         left = self._left(device)
         if size <= left:
@@ -42,6 +42,18 @@ class Holding:
                 f"of {device}'s memory are left for it. Raise training.hold_memory, or set hold to auto."
             )
         return host
+
+    def room(self, size: int, device: torch.device) -> torch.device:
+        """Return where to hold cached outputs of so many bytes, and count them: in the host's memory if they must."""
+        if device.type != "cpu" and self.hold != "host" and size <= self._left(device):
+            self.taken += size
+            return device
+        return torch.device("cpu")
+
+    def release(self, size: int, device: torch.device) -> None:
+        """Count bytes that are no longer held on a device."""
+        if device.type != "cpu":
+            self.taken -= size
 
     def _left(self, device: torch.device) -> float:
         if self.memory is not None:

@@ -114,7 +114,8 @@ def _filled(view: Callable[[Any], View | None], batches: Held) -> SourceOutputCa
         if not caches:
             size = sum(tensor[0].nbytes for tensor in tensors) * batches.length
             folder = tempfile.TemporaryDirectory(prefix="conservtl-") if size > _LIMIT else None
-            caches = [_allocate(tensor, batches.length, folder, number) for number, tensor in enumerate(tensors)]
+            place = torch.device("cpu") if folder else batches.holding.room(size, batches.device)
+            caches = [_allocate(one, batches.length, folder, number, place) for number, one in enumerate(tensors)]
         for cache, tensor in zip(caches, tensors, strict=True):
             cache[start : start + len(index)] = tensor.to(cache.device)
         start += len(index)
@@ -136,13 +137,15 @@ def _fixed(view: Callable[[Any], View | None], content: Any, device: torch.devic
     return part if len(first) == len(second) and all(map(torch.equal, first, second)) else None
 
 
-def _allocate(like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str] | None, number: int) -> Tensor:
-    """Return an empty tensor of one row per example: on the device of ``like``, or in a mapped file."""
+def _allocate(
+    like: Tensor, length: int, folder: tempfile.TemporaryDirectory[str] | None, number: int, place: torch.device
+) -> Tensor:
+    """Return an empty tensor of one row per example: on a device, or in a mapped file."""
     shape = (length, *like.shape[1:])
     if folder is None:
         last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+        return torch.empty(shape, dtype=like.dtype, device=place, memory_format=layout)
     path = Path(folder.name) / f"{number}.bin"
     count = length * like[0].numel()
     return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).view(shape)

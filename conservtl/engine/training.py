@@ -57,11 +57,12 @@ class Training(BaseModel):
     tf32: bool | Literal["auto"] = "auto"
     """Whether products and convolutions in fp32 round their inputs to TF32 on CUDA; torch's settings are restored
     afterwards. auto: under bf16 and fp16, and as torch is set in fp32."""
-    hold: Literal["auto", "device", "host"] = "auto"
-    """Where tensors to train and evaluate on are held: on the device, from which batches are indexed, or in the host's
-    memory, from which each batch is copied. auto: on the device if they fit its budget."""
+    hold: Literal["auto", "device", "host", "never"] = "auto"
+    """Where tensors to train and evaluate on are held, and outputs of frozen parts and of the source that are computed
+    once: on the device, from which batches are indexed, or in the host's memory, from which each batch is copied. auto:
+    on the device if they fit its budget. never: data in the host's memory, and outputs are computed in each step."""
     hold_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Budget in GiB of the device's memory for data that is held there. None: half of what is free."""
+    """Budget in GiB of the device's memory for what is held there. None: half of what is free."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load the examples of a dataset to train on, such as a folder of images; they stay for the whole
     run. The order does not depend on their number; a DataLoader has its own. auto: none on a CPU; on CUDA as many as
