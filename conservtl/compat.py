@@ -71,6 +71,7 @@ __all__ = [
     "tf32_settings",
     "tree_leaves",
     "tree_map",
+    "version_of",
     "with_metadata",
     "without_graphs",
 ]
@@ -235,16 +236,16 @@ def has_load_hooks(module: nn.Module) -> bool:
     return bool(hooks) or own or type(module).load_state_dict is not nn.Module.load_state_dict
 
 
-_PLAIN_LOADS = (
-    nn.Module._load_from_state_dict,
-    NormBase._load_from_state_dict,
-    InstanceNormBase._load_from_state_dict,
-)
+_PLAIN_LOADS = tuple(cls._load_from_state_dict for cls in (nn.Module, NormBase, InstanceNormBase))
 
 
 def _of_fsdp(hook: Any) -> bool:
-    function = getattr(hook, "hook", hook)
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written into, -1 if torch does not count: it shows no other sign of that."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
@@ -271,8 +272,7 @@ def load_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
 
 def metadata_of(state: Any) -> dict[str, dict[str, Any]]:
     """Return the version of each module that wrote a state dict; empty where none is kept (safetensors)."""
-    metadata = getattr(state, "_metadata", None)
-    return dict(metadata) if isinstance(metadata, dict) else {}
+    return dict(metadata) if isinstance(metadata := getattr(state, "_metadata", None), dict) else {}
 
 
 def with_metadata(state: dict[str, Any], metadata: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -329,10 +329,7 @@ def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def forget_schedulers(optimizer: torch.optim.Optimizer) -> None:
-    """Let ``has_scheduler`` return False until another scheduler is made.
-
-    The wrapper that is removed only tells a scheduler that a step came before its own.
-    """
+    """Let ``has_scheduler`` return False until another is made: the wrapper only says that a step came too early."""
     if has_scheduler(optimizer):
         vars(optimizer).pop("step")
 

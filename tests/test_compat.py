@@ -467,3 +467,12 @@ def test_a_sharded_module_is_plain_again(tmp_path):
     after = {name: {key: repr(value) for key, value in vars(one).items()} for name, one in model.named_modules()}
     assert after == before
     torch.testing.assert_close(copy.deepcopy(model)(inputs), expected)
+
+
+def test_a_tensor_counts_how_often_it_was_written_into():
+    weight = torch.ones(2)
+    before = compat.version_of(weight)
+    weight.mul_(2)
+    assert compat.version_of(weight) == before + 1
+    with torch.inference_mode():
+        assert compat.version_of(torch.ones(2)) == -1

@@ -132,7 +132,7 @@ def smallest_squares(features: Tensor, k: int, *, waits: bool | None = None) -> 
 
 
 def smallest_directions(gram: Tensor, k: int) -> Tensor:
-    """Return k orthogonal directions that span those of the smallest eigenvalues, (k, n), without a wait for the device.
+    """Return k orthogonal directions of the smallest eigenvalues, (k, n), without a wait for the device.
 
     The inverse, squared m times, keeps the direction of the smallest eigenvalue alone, or several whose eigenvalues
     differ by less than 2^-m of their size, of which any does. It is then moved out of the way by the trace, for the

@@ -39,13 +39,13 @@ def unit_distance(features: Tensor, source: Tensor, axis: int) -> Tensor:
 
 class _SquaredDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, features: Tensor, source: Tensor) -> Tensor:
         ctx.save_for_backward(features, source)
         return _difference(features, source).square_().sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         features, source = ctx.saved_tensors
         return _difference(features, source).mul_(2 * upstream).to(features.dtype), None
 
@@ -54,7 +54,7 @@ class _UnitDistance(torch.autograd.Function):
     """With a = 1 / |z| and u = a z - b t: |u|², whose gradient is 2 a (u - a z <a z, u>)."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, source: Tensor, axis: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, features: Tensor, source: Tensor, axis: int) -> Tensor:
         ours, theirs = _inverse_length(features, axis), _inverse_length(source, axis)
         ctx.save_for_backward(features, source, ours, theirs)
         ctx.axis = axis
@@ -62,7 +62,7 @@ class _UnitDistance(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         features, source, ours, theirs = ctx.saved_tensors
         difference = _unit_difference(features, source, ours, theirs)
         along = (difference * features).sum(ctx.axis, keepdim=True) * ours.square()
@@ -82,5 +82,5 @@ def _unit_difference(features: Tensor, source: Tensor, ours: Tensor, theirs: Ten
 def _inverse_length(features: Tensor, axis: int) -> Tensor:
     """Return 1 / |z|, in single precision or more; under the root a number is added, so that z = 0 has a gradient."""
     wide = torch.promote_types(features.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(features, dim=axis, keepdim=True, dtype=wide).square_()
+    squares: Tensor = torch.linalg.vector_norm(features, dim=axis, keepdim=True, dtype=wide).square_()
     return squares.add_(_EPSILON).rsqrt_()

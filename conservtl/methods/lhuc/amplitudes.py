@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from conservtl.compat import forward_hooks, remove_forward_hooks, remove_forward_pre_hooks
+from conservtl.compat import forward_hooks, forward_pre_hooks, remove_forward_hooks, remove_forward_pre_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.names import holder_counts, own_parameters
 from conservtl.layers.plain import plain_module, replace_module
+from conservtl.methods.lhuc.folding import amplitude, begin_pass, end_pass, scaled_in_this_pass
 from conservtl.methods.lhuc.hidden_units import channel_dim, is_recurrent, unit_count
 
 __all__ = ["PARAMETER", "add_amplitudes", "merge_amplitudes", "plain_amplitudes", "remove_amplitudes"]
@@ -46,6 +48,11 @@ def add_amplitudes(model: nn.Module, names: Sequence[str]) -> list[str]:
         module.register_parameter(PARAMETER, nn.Parameter(zeros))
         module.register_forward_pre_hook(_fold)
         module.register_forward_hook(_scale, prepend=True, always_call=True)
+    root = unwrap(model)
+    _norms.pop(root, None)
+    if _begin not in forward_pre_hooks(root):
+        root.register_forward_pre_hook(_begin)
+        root.register_forward_hook(_end, always_call=True)
     return [f"{name}.{PARAMETER}" if name else PARAMETER for name in names]
 
 
@@ -53,6 +60,7 @@ def remove_amplitudes(model: nn.Module) -> None:
     """Remove all amplitudes, whatever their values."""
     for module in _scaled_modules(model):
         _remove(module)
+    _release(model)
 
 
 @torch.no_grad()
@@ -71,10 +79,11 @@ def merge_amplitudes(model: nn.Module) -> bool:
         if "weight" not in own or shared or is_recurrent(module):
             left = True
             continue
-        factor = _amplitude(own[PARAMETER])
+        factor = amplitude(own[PARAMETER])
         for value in values:
             value.mul_(factor.view(-1, *[1] * (value.ndim - 1)))
         _remove(module)
+    _release(model)
     return not left
 
 
@@ -89,6 +98,7 @@ def plain_amplitudes(model: nn.Module) -> nn.Module:
         _remove(module)
         scaled = _ScaledSteps(module, parameter) if is_recurrent(module) else _Scaled(module, parameter)
         model = replace_module(model, module, plain_module(scaled))
+    _release(model)
     return model
 
 
@@ -102,7 +112,7 @@ class _Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         output = self.module(x).transpose(self.dim, -1)
-        return (output * _amplitude(self.lhuc).to(output.dtype)).transpose(self.dim, -1)
+        return (output * amplitude(self.lhuc).to(output.dtype)).transpose(self.dim, -1)
 
 
 class _ScaledSteps(nn.Module):
@@ -115,16 +125,30 @@ class _ScaledSteps(nn.Module):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:  # noqa: A002 - as in torch
         results = self.module(input, hx)
-        return results[0] * _amplitude(self.lhuc).to(results[0].dtype), results[1]
-
-
-def _amplitude(parameter: Tensor) -> Tensor:
-    return 2 * torch.sigmoid(parameter)
+        return results[0] * amplitude(self.lhuc).to(results[0].dtype), results[1]
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's own parameters; a parametrised weight is none."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _begin(model: nn.Module, _: Any) -> None:
+    """Scale the weights of all norms when the model's forward pass begins: a forward pre-hook at module level."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return
+    if model not in _norms:
+        _norms[model] = [module for module in _scaled_modules(model) if _is_norm(module)]
+    begin_pass(_norms[model], PARAMETER)
+
+
+def _end(model: nn.Module, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        end_pass(_norms.get(model, ()))
+
+
+_norms: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+_FOLDED = "lhuc_folded"  # name of what a module holds while its weights are scaled
 
 
 def _fold(module: nn.Module, _: Any) -> None:
@@ -133,17 +157,26 @@ def _fold(module: nn.Module, _: Any) -> None:
     Norms always, and on a GPU linear maps and convolutions that are trained, since their weights' gradients are
     computed anyway. A forward pre-hook, at module level as ``_scale``.
     """
+    if torch.compiler.is_compiling():
+        return
+    scaled = scaled_in_this_pass(module)
+    if scaled is None:
+        scaled = _scaled_alone(module)
+    vars(module).update(scaled)
+    vars(module)[_FOLDED] = tuple(scaled)
+
+
+def _scaled_alone(module: nn.Module) -> dict[str, Tensor]:
+    """Return the scaled tensors of a module; none if its output is scaled instead."""
     own = _own(module)
     weight = own.get("weight")
-    if weight is None or is_recurrent(module) or torch.compiler.is_compiling():
-        return
+    if weight is None or is_recurrent(module):
+        return {}
     if weight.ndim > 1 and not (weight.is_cuda and weight.requires_grad and torch.is_grad_enabled()):
-        return
-    factor = _amplitude(own[PARAMETER])
-    for name in ("weight", "bias"):
-        if own.get(name) is not None:
-            value = own[name]
-            vars(module)[name] = value * factor.to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+        return {}
+    factor = amplitude(own[PARAMETER])
+    values = {name: own[name] for name in ("weight", "bias") if own.get(name) is not None}
+    return {name: value * factor.to(value.dtype).view(-1, *[1] * (value.ndim - 1)) for name, value in values.items()}
 
 
 def _scale(module: nn.Module, _: Any, output: Any) -> Any:
@@ -152,13 +185,14 @@ def _scale(module: nn.Module, _: Any, output: Any) -> Any:
     It stands at module level so that copies and pickles of the model keep it. After an error there is no output.
     """
     if not torch.compiler.is_compiling():  # a pass that is traced folds nothing
-        own = _own(module)
-        folded = [vars(module).pop(name, None) for name in ("weight", "bias") if name in own]
-        if any(value is not None for value in folded):
+        folded = vars(module).pop(_FOLDED, ())
+        for name in folded:
+            del vars(module)[name]
+        if folded:
             return None
     if output is None:
         return None
-    factor = _amplitude(getattr(module, PARAMETER))
+    factor = amplitude(getattr(module, PARAMETER))
     if isinstance(output, tuple):  # of a recurrent layer: the outputs of all steps are scaled, its state is not
         outputs, *state = output
         if isinstance(outputs, PackedSequence):
@@ -173,7 +207,21 @@ def _scaled_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in unwrap(model).modules() if _scale in forward_hooks(module)]
 
 
+def _is_norm(module: nn.Module) -> bool:
+    weight = _own(module).get("weight")
+    return weight is not None and weight.ndim == 1
+
+
 def _remove(module: nn.Module) -> None:
     remove_forward_hooks(module, lambda hook: hook is _scale)
     remove_forward_pre_hooks(module, lambda hook: hook is _fold)
     delattr(module, PARAMETER)
+
+
+def _release(model: nn.Module) -> None:
+    """Remove the hooks of the whole model if no module is scaled any more."""
+    root = unwrap(model)
+    _norms.pop(root, None)
+    if not _scaled_modules(root):
+        remove_forward_hooks(root, lambda hook: hook is _end)
+        remove_forward_pre_hooks(root, lambda hook: hook is _begin)
