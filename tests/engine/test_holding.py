@@ -41,7 +41,7 @@ def test_memory_that_is_released_counts_again():
 
 def test_data_that_must_be_on_the_device_is_refused_but_not_a_cache():
     holding = Holding("device", memory=0.5)
-    with pytest.raises(ctl.SpecError, match="hold is device, but the data takes 1 GiB, and 0.5 GiB .*hold_memory"):
+    with pytest.raises(ctl.SpecError, match=r"hold is device, but the data takes 1 GiB, and 0.5 GiB .*hold_memory"):
         holding.place(GIB, GPU)
     assert holding.room(GIB, GPU) == HOST
 
