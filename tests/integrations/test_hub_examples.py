@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "trainers"
-PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "docs" / "trainers.md", *sorted((ROOT / "docs" / "trainers").glob("*.md"))]
+PAGE = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 
 
 @pytest.fixture

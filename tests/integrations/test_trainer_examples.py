@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from conservtl.compat import accelerate_states
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "trainers"
-PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "docs" / "trainers.md", *sorted((ROOT / "docs" / "trainers").glob("*.md"))]
+PAGE = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
@@ -197,6 +200,40 @@ def test_averaged_weights(script, monkeypatch):
         assert torch.equal(norm.running_mean, adaptation.start["1.running_mean"])
 
 
+def test_in_one_process_and_in_two(script, plain, tmp_path):
+    """The plain loop with held statistics, shuffled by the seed; two processes are started by the slow test."""
+    module = script("many_processes")
+    adaptation = module.main()
+    assert torch.equal(adaptation.model[1].running_mean, adaptation.start["1.running_mean"])
+    assert adaptation.drift()["5"] > 0
+    again = module.main()
+    close(again.model, adaptation.model.state_dict())
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(script, tmp_path):
+    expected = script("many_processes").main().model.state_dict()
+    code = "import sys, torch, many_processes as m; torch.save(m.main().model.state_dict(), sys.argv[1])"
+    (tmp_path / "save.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "save.py"]
+    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "w.pt"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("target ") == 1  # the first process alone talks
+    found = torch.load(tmp_path / "w.pt")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_every_trainer_has_a_page_that_the_overview_and_the_site_link_to():
+    names = {path.stem for path in PAGES[1:]}
+    assert names == {
+        "accelerate", "lightning", "many-processes", "peft", "plain-loops", "swa", "timm", "transformers",
+    }  # fmt: skip
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert all(f"(trainers/{name}.md)" in PAGES[0].read_text() and f"trainers/{name}.md" in site for name in names)
+    assert all("```" in path.read_text() for path in PAGES[1:])
+
+
 def test_the_page_names_every_script():
     assert [path.name for path in EXAMPLES.iterdir() if path.is_file() and path.name not in PAGE] == []
 
@@ -210,6 +247,6 @@ def test_lines_that_a_diff_adds_are_lines_of_a_script():
 
 
 def test_the_code_of_fit_runs():
-    code = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[-1]
+    code = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), re.MULTILINE | re.DOTALL)[-1]
     assert "ctl.fit(" in code
     exec(compile(code, "docs/trainers.md", "exec"), {})
