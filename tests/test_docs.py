@@ -113,7 +113,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     pages = {str(path.parent.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("index.html")}
     kinds = {f"methods/{cls.model_fields['kind'].default}" for cls in builtin_strategies().values()}
-    assert kinds | {".", "trainers", "trainers/lightning", "trainers/swa", "idea", "choosing", "errors", "peers", "api/functions"} <= pages
+    trainers = {f"trainers/{path.stem}" for path in (DOCS / "trainers").glob("*.md")}
+    assert kinds | trainers | {".", "trainers", "idea", "choosing", "errors", "peers", "api/functions"} <= pages
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert home.index("language-diff") < home.index("language-sh")
     every = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))

@@ -29,7 +29,7 @@ def merge(
         float | None, typer.Option("--t", help="How far to go from the source: 0 the source, 1 the models' mean.")
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="interpolate, soup, model_stock, task_arithmetic or ties.")
+        str, typer.Option("--method", help="interpolate (wise_ft), soup, model_stock, task_arithmetic or ties.")
     ] = "interpolate",
     density: Annotated[float, typer.Option("--density", help="Share of the values that ties keeps.")] = 0.2,
     batch_norm: Annotated[
