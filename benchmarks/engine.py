@@ -1,6 +1,7 @@
 """Speed of the engine compared with loops written by hand and with other libraries.
 
-``python benchmarks/engine.py`` prints the tables and writes ``benchmarks/results/engine.{json,md}``.
+``python benchmarks/engine.py`` prints the tables and writes ``benchmarks/results/engine.{json,md}``; with ``--only
+conformer`` it measures one network and prints its table.
 Each round runs all variants in a new random order, so that other load on the machine affects all equally. Ratios are
 formed within a round, and their median over rounds is reported with its quartiles. Time is measured from the first step
 of the second epoch to the last step of the last, without setup. There are two rates: that of the median step, which
@@ -10,25 +11,18 @@ other load affects least, and that of the whole time, which includes the work be
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import platform
-import random
-import statistics
 import tempfile
-import threading
-import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_conformer import PROBLEM as CONFORMER
+from engine_measuring import Problem, Variant, formatted, in_turn, machine, measure, ratios, summary
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -44,9 +38,6 @@ from conservtl.tasks.speech.models import ModelSpec, build
 RECORDINGS, BATCH, CLASSES, LR = 2048, 64, 10, 1e-4
 SAME_DECAY = ctl.DiscriminativeLR(groups={"*": 1.0}, decay_biases_and_norms=True)  # one group, as in the other loops
 RESULTS = Path(__file__).parent / "results"
-
-Variant = Callable[[nn.Module, int], None]
-Found = dict[str, list[tuple[float, float]]]
 
 
 def keyword_network() -> nn.Module:
@@ -227,95 +218,11 @@ RATIOS = [
     ("fit, held, L2-SP", INDEX, None),
     (CACHED, FROZEN, None),
 ]
-
-
-def steps_a_second(variant: Variant, model: nn.Module, epochs: int) -> tuple[float, float]:
-    """Return the rate of the median step, and that of the whole time from the second epoch's first step."""
-    stamps: list[float] = []
-    hook = model.register_forward_pre_hook(lambda *_: stamps.append(time.perf_counter()))
-    torch.manual_seed(0)
-    variant(model, epochs)
-    hook.remove()
-    stamps = stamps[-epochs * (RECORDINGS // BATCH) :][RECORDINGS // BATCH :]
-    steps = [later - earlier for earlier, later in pairwise(stamps)]
-    return 1 / statistics.median(steps), len(steps) / sum(steps)
-
-
-class Turns:
-    """Two loops in threads of their own that make their steps in turn; a clock runs during one's own steps only."""
-
-    def __init__(self) -> None:
-        self.turn, self.running = 0, {0, 1}
-        self.change = threading.Condition()
-        self.steps: tuple[list[float], list[float]] = ([], [])
-        self._begun = [0.0, 0.0]
-
-    def hand_over(self, number: int) -> None:
-        """End a step of a loop, and wait for the other's; called before each forward pass in training."""
-        if self._begun[number]:
-            self.steps[number].append(time.perf_counter() - self._begun[number])
-        with self.change:
-            if 1 - number in self.running:
-                self.turn = 1 - number
-                self.change.notify_all()
-                self.change.wait_for(lambda: self.turn == number or 1 - number not in self.running)
-        self._begun[number] = time.perf_counter()
-
-    def run(self, number: int, variant: Variant, model: nn.Module, epochs: int) -> None:
-        """Run a loop to its end."""
-        model.register_forward_pre_hook(lambda module, _: self.hand_over(number) if module.training else None)
-        try:
-            variant(model, epochs)
-        finally:
-            with self.change:
-                self.running.discard(number)
-                self.change.notify_all()
-
-
-def in_turn(name: str, base: str, make: Callable[[], nn.Module], epochs: int) -> dict[str, float]:
-    """Return the ratio of two variants' rates, step by step in one process: other load acts on both alike."""
-    turns = Turns()
-    threads = [
-        threading.Thread(target=turns.run, args=(number, VARIANTS[variant][0], make(), epochs))
-        for number, variant in enumerate((name, base))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    pairs = list(zip(*(steps[-(epochs - 1) * (RECORDINGS // BATCH) :] for steps in turns.steps), strict=False))
-    return summary([theirs / ours for ours, theirs in pairs])
-
-
-def measure(make: Callable[[], nn.Module], epochs: int, rounds: int) -> tuple[Found, list[str]]:
-    missing = [name for name, (_, needs) in VARIANTS.items() if needs and not importlib.util.find_spec(needs)]
-    names = [name for name in VARIANTS if name not in missing]
-    found: Found = {name: [] for name in names}
-    for number in range(-1, rounds):
-        random.shuffle(names)
-        for name in names:
-            torch.manual_seed(0)
-            rate = steps_a_second(VARIANTS[name][0], make(), 2 if number < 0 else epochs)
-            if number >= 0:  # the first round warms up
-                found[name].append(rate)
-    return {name: found[name] for name in VARIANTS if name in found}, missing
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "low": low, "high": high}
-
-
-def ratio(found: Found, name: str, base: str, column: int) -> dict[str, float]:
-    return summary([a[column] / b[column] for a, b in zip(found[name], found[base], strict=True)])
-
-
-def ratios(found: Found, name: str, base: str) -> dict[str, dict[str, float]]:
-    return {"step": ratio(found, name, base, 0), "whole": ratio(found, name, base, 1)}
-
-
-def formatted(row: dict[str, float]) -> str:
-    return f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+HELD = f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}."
+PROBLEMS = {
+    name: Problem(make, VARIANTS, LOADER, RATIOS, RECORDINGS // BATCH, HELD)
+    for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items()
+} | {"Compact Conformer": CONFORMER}
 
 
 def operations(make: Callable[[], nn.Module]) -> dict[str, float]:
@@ -343,33 +250,13 @@ def _count(model: nn.Module, run: Callable[[], Tensor]) -> float:
     return counter.get_total_flops() / 2
 
 
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    packages = ("conservtl", "torch", "accelerate", "lightning", "transformers")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load before": round(os.getloadavg()[0], 2),
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "versions": versions,
-    }
-
-
 def table(name: str, part: dict[str, Any]) -> list[str]:
     lines = [
         f"## {name}",
         "",
-        f"| variant | steps/s, median step | of the {LOADER}: by step | whole time |",
+        part["method"],
+        "",
+        f"| variant | steps/s, median step | of the {part['base']}: by step | whole time |",
         "| --- | ---: | ---: | ---: |",
         *(
             f"| {variant} | {row['rate']['median']:.1f} | {formatted(row['step'])} | {formatted(row['whole'])} |"
@@ -392,7 +279,8 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
         *(f"| {row['of']} | {row['base']} | {formatted(row['step'])} | {row['goal']} |" for row in part["in turn"]),
         "",
     ]
-    count = part["operations"]
+    if (count := part.get("operations")) is None:
+        return lines
     saving = (
         f"With {part['frozen']} layers frozen on the input side, caching their outputs makes a step "
         f"{part['ratios'][-1]['step']['median']:.2f} times as fast. By the number of operations, it could be "
@@ -406,9 +294,8 @@ def head(report: dict[str, Any]) -> list[str]:
     place = report["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
     method = (
-        f"{RECORDINGS} recordings of shape {tuple(DATA[0].shape[1:])} in batches of {BATCH}, AdamW, fp32. Medians "
-        f"over {report['rounds']} rounds of {report['epochs']} epochs, each with all variants in a random order; "
-        "quartiles in brackets. Made by `python benchmarks/engine.py`."
+        f"AdamW, fp32. Medians over {report['rounds']} rounds of {report['epochs']} epochs, each with all variants in "
+        "a random order; quartiles in brackets. Made by `python benchmarks/engine.py`."
     )
     on = (
         f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before "
@@ -423,38 +310,51 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="networks with such a word in their names")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
-    del report["out"]
-    report["networks"] = {}
-    lines: list[str] = []
-    for name, make in {"Keyword network (TC-ResNet8)": keyword_network, "Small 1-D CNN": small_cnn}.items():
-        found, missing = measure(make, options.epochs, options.rounds)
-        report["networks"][name] = {
-            "variants": {
-                v: {"rate": summary([step for step, _ in rates])} | ratios(found, v, LOADER)
-                for v, rates in found.items()
-            },
-            "missing": missing,
-            "ratios": [{"of": a, "base": b, "goal": goal} | ratios(found, a, b) for a, b, goal in RATIOS if a in found],
-            "in turn": [
-                {"of": a, "base": b, "goal": goal, "step": in_turn(a, b, make, options.epochs)}
-                for a, b, goal in RATIOS
-                if goal
-            ],
-            "operations": operations(make),
-            "frozen": f"{half(make())} of {len(ctl.find_layers(make()))}",
-        }
-        lines += table(name, report["networks"][name])
+    del report["out"], report["only"]
+    chosen = [name for name in PROBLEMS if any(word.lower() in name.lower() for word in options.only or [""])]
+    report["networks"] = {name: measured(PROBLEMS[name], options.epochs, options.rounds) for name in chosen}
     report["machine"]["load after"] = round(os.getloadavg()[0], 2)
-    lines = head(report) + lines
-    print("\n".join(lines))
+    parts = [line for name, part in report["networks"].items() for line in table(name, part)]
+    print("\n".join([*head(report), *parts]))
+    if len(chosen) < len(PROBLEMS) and options.out == RESULTS:
+        return  # the files there are of all networks
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "engine.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (options.out / "engine.md").write_text("\n".join(lines), encoding="utf-8")
+    (options.out / "engine.md").write_text("\n".join([*head(report), *parts]), encoding="utf-8")
+
+
+def measured(problem: Problem, epochs: int, rounds: int) -> dict[str, Any]:
+    found, missing = measure(problem, epochs, rounds)
+    part = {
+        "method": problem.method,
+        "base": problem.base,
+        "variants": {
+            v: {"rate": summary([step for step, _ in rates])} | ratios(found, v, problem.base)
+            for v, rates in found.items()
+        },
+        "missing": missing,
+        "ratios": [
+            {"of": a, "base": b, "goal": goal} | ratios(found, a, b)
+            for a, b, goal in problem.ratios
+            if a in found and b in found
+        ],
+        "in turn": [
+            {"of": a, "base": b, "goal": goal, "step": in_turn(problem, a, b, epochs)}
+            for a, b, goal in problem.ratios
+            if goal and b in found
+        ],
+    }
+    if CACHED in problem.variants:
+        model = problem.make()
+        part["operations"] = operations(problem.make)
+        part["frozen"] = f"{half(model)} of {len(ctl.find_layers(model))}"
+    return part
 
 
 if __name__ == "__main__":
