@@ -18,6 +18,7 @@ from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_st
 from conservtl.tasks.transcribe.manifests import Line, lines_of
 from conservtl.tasks.transcribe.recordings import FileInputs
 from conservtl.tasks.transcribe.sections import AnyData, CorpusData, GrammarData, StringsData
+from conservtl.tasks.transcribe.shared_utterances import check_shared
 from conservtl.tasks.transcribe.utterances import Utterance, split_utterances
 
 __all__ = ["load", "speakers"]
@@ -111,6 +112,7 @@ def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str]]:
     home = data.root.resolve()
     found: dict[str, Utterance] = {}
     first: dict[tuple[Path, float], str] = {}
+    where: dict[str, str] = {}
     bad: dict[Path, str] = {}
     for line in lines_of(data.kind, data.root, data.files):
         try:
@@ -124,8 +126,9 @@ def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str]]:
                 f"{line.where}: every utterance must be there once, or a model is tested on what it is trained on; "
                 f"{shown_name(one.name)} is in {first[key]} too. Remove one of them."
             )
-        first[key] = line.where
+        first[key] = where[one.name] = line.where
         found[one.name] = one
+    check_shared(list(found.values()), where)
     return list(found.values()), bad
 
 

@@ -184,6 +184,34 @@ def test_two_manifests_that_share_an_utterance_are_refused(tmp_path):
         load(CorpusData(root=tmp_path, target="cid", **QUICK), seed=0)
 
 
+def test_a_copy_of_a_recording_in_another_manifest_is_refused(tmp_path):
+    write_nemo(tmp_path)
+    line = json.loads((tmp_path / "all.json").read_text().splitlines()[0])
+    copy = line | {"audio_filepath": "copy.wav"}
+    (tmp_path / "copy.wav").write_bytes((tmp_path / line["audio_filepath"]).read_bytes())
+    (tmp_path / "more.jsonl").write_text(json.dumps(copy))
+    with pytest.raises(ctl.DataError, match=r"there once.* is a copy of .*(all\.json|more\.jsonl), line 1"):
+        load(CorpusData(root=tmp_path, target="cid", **QUICK), seed=0)
+
+
+@pytest.mark.parametrize(("offset", "shared"), [(0.1, True), (0.6, False)])
+def test_stretches_of_one_recording_must_not_share_most_of_it(tmp_path, offset, shared):
+    """Of 1 s each: 0.9 s in common are refused, 0.4 s are not, because cuts overlap a little."""
+    write_nemo(tmp_path)
+    soundfile.write(tmp_path / "long.wav", torch.randn(4 * 16_000).numpy() / 9, 16_000)
+    lines = [
+        {"audio_filepath": "long.wav", "text": "say", "speaker": "cid", "offset": start, "duration": 1.0}
+        for start in (1.0, 1.0 + offset)
+    ]
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = CorpusData(root=tmp_path, target="cid", **QUICK)
+    if shared:
+        with pytest.raises(ctl.DataError, match=r"shares most of its recording with long\.wav@1, .*line 1"):
+            load(data, seed=0)
+    else:
+        load(data, seed=0)
+
+
 def test_a_command_in_kaldis_list_is_never_run(tmp_path):
     write_kaldi(tmp_path)
     (tmp_path / "wav.scp").write_text("ann0 touch pwned |\n")
