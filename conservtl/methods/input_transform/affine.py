@@ -17,6 +17,7 @@ from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.layers.names import holder_counts, own_parameters
 from conservtl.layers.plain import behind, plain_module
+from conservtl.methods.input_transform.axis import feature_axis, feature_count
 
 __all__ = ["NAME", "AffineTransform", "add_transform", "merge_transform", "plain_transform", "remove_transform"]
 
@@ -53,14 +54,14 @@ class AffineTransform(nn.Module):
         return x + F.linear(x.movedim(self.dim, -1), self.weight, self.bias).movedim(-1, self.dim)
 
 
-def add_transform(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int, bias: bool) -> list[str]:
+def add_transform(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int | None, bias: bool) -> list[str]:
     """Add an identity at the model's input, and return the names of its parameters.
 
     Args:
         model: wrapped or not.
         layers: its layers, input side first.
         example: an input, or None.
-        dim: the axis of the input to transform.
+        dim: the axis of the input to transform; None: that of the features, by the example.
         bias: whether to add a bias.
 
     Raises:
@@ -77,7 +78,8 @@ def add_transform(model: nn.Module, layers: Sequence[Layer], example: Any, dim: 
             f"InputTransform: {type(model).__name__} is a single module, with nothing to put in front of. Wrap it: "
             "nn.Sequential(model)."
         )
-    transform = AffineTransform(_size(model, layers, example, dim), dim, bias, next(model.parameters()))
+    dim = feature_axis(example, dim)
+    transform = AffineTransform(feature_count(model, layers, example, dim), dim, bias, next(model.parameters()))
     transform.train(model.training)
     register_first(model, NAME, transform)  # without an example, the order of layers is that of registration
     if not _runs_its_children(model):
@@ -152,32 +154,6 @@ def _transformed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _runs_its_children(model: nn.Module) -> bool:
     """Whether the model calls all of its children in order, so that a first child needs no hook."""
     return type(model).forward is nn.Sequential.forward
-
-
-def _size(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int) -> int:
-    """Return the length of the axis, from an example or else from the first weight."""
-    if example is not None:
-        first = next(iter(tensors_of(example)), None)
-        if first is None or not first.is_floating_point() or not -first.ndim < dim < first.ndim:
-            seen = "no tensor" if first is None else f"a tensor of shape {tuple(first.shape)}, {first.dtype}"
-            raise SpecError(
-                f"InputTransform: dim={dim} must be an axis behind the batch of an input of real numbers; the example "
-                f"holds {seen}. Choose another dim."
-            )
-        return first.shape[dim]
-    modules = {canonical(name): module for name, module in model.named_modules()}
-    names = [info.name for info in layers[0].parameters if info.kind == "weight"]
-    module = modules.get(names[0].rpartition(".")[0]) if names else None
-    if isinstance(module, _CONVOLUTIONS) and dim in (1, -1 - len(module.kernel_size)):
-        return module.in_channels
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, nn.RNNBase) and dim == -1:
-        return module.input_size
-    raise SpecError(
-        f"InputTransform: the length of the input's axis {dim} cannot be told from layer {layers[0].name!r}. Pass "
-        "adapt(..., example=a batch of inputs)."
-    )
 
 
 def _consumer(model: nn.Module, example: Any) -> str | None:

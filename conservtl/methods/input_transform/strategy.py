@@ -70,9 +70,9 @@ class InputTransform(Strategy):
     kind: Literal["input_transform"] = "input_transform"
     order: ClassVar[Order] = Order.HEAD
     test_fields: ClassVar[TestFields] = ({"dim": [1, -1]},)
-    dim: int = 1
+    dim: int | None = None
     """Axis of the features: 1 for (N, bands, frames) and (N, channels, height, width), -1 for (N, features) and
-    (N, frames, features)."""
+    (N, frames, features). None: -1 for an example with lengths, (N, frames, features), and 1 for others."""
     bias: bool = True
     """Whether the transform has a bias b."""
     freeze: bool = True

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from conservtl.bounds import NonNegative, Positive, Share
+from conservtl.bounds import NonNegative, NonNegativeInt, Positive, Share
 from conservtl.errors import SpecError
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.methods.output_conservation.term import OutputConservationTerm
@@ -16,7 +16,7 @@ from conservtl.plan.term import OutputForm
 __all__ = ["OutputConservation"]
 
 _RHO = 0.1
-_OUTPUTS = {"form": [None, "softmax", "sigmoid", "squared"], "class_axis": None}
+_OUTPUTS = {"form": [None, "softmax", "sigmoid", "squared"], "class_axis": None, "blank": None}
 
 
 class OutputConservation(Strategy):
@@ -80,6 +80,9 @@ class OutputConservation(Strategy):
     """Axis of the classes in the outputs. None: by the loss and the layout."""
     padding: Literal["leave_out", "count"] = "leave_out"
     """count: padding is compared too."""
+    blank: NonNegativeInt | None = None
+    """Output that is CTC's blank, 0 as a rule: frames at which the source answers it are left out, so that those with
+    speech in them count. None: all frames count."""
     rho: Share | None = None
     """Share of the source's outputs in the targets, from 0 to 1. None: 0.1, unless ``weight`` is given. Choose a
     smaller one if the source is confident in its errors."""
@@ -107,7 +110,7 @@ class OutputConservation(Strategy):
                 f"{self.label}: the model must have one output to compare, or name its scores 'logits' or 'out'; it "
                 f"has several, of {list(plan.outputs)}. Return one of them, or use FeatureConservation."
             )
-        outputs = {"form": self.form, "class_axis": self.class_axis, "padding": self.padding}
+        outputs = {"form": self.form, "class_axis": self.class_axis, "padding": self.padding, "blank": self.blank}
         if self.weight is not None:
             temperature = self.temperature or 2.0
             term = OutputConservationTerm(by=self.label, weight=self.weight, temperature=temperature, **outputs)

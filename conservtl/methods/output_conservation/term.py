@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from conservtl.bounds import NonNegative, Positive
+from conservtl.bounds import NonNegative, NonNegativeInt, Positive
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
 from conservtl.methods.output_conservation.divergence import cross_entropy_to_source, kl_to_source, squared_to_source
@@ -36,6 +36,8 @@ class OutputConservationTerm(Term):
     """Axis of the classes; None: by the layout."""
     padding: Literal["leave_out", "count"] = "leave_out"
     """count: padding is compared too."""
+    blank: NonNegativeInt | None = None
+    """Class at which the source's answers are left out; None: none is."""
 
     heads: ClassVar[bool] = True
 
@@ -46,7 +48,8 @@ class OutputConservationTerm(Term):
             return f"{task}{self.weight:g} × squared distance to the source's outputs"
         name = "KL divergence" if self.divergence == "kl" else "cross-entropy"
         of = "" if self.form is None else f" of each {'label' if self.form == 'sigmoid' else 'class'}"
-        return f"{task}{self.weight:g} × {name}{of} to the source's outputs at temperature {self.temperature:g}"
+        blanks = "" if self.blank is None else f", without its answers {self.blank}"
+        return f"{task}{self.weight:g} × {name}{of} to the source's outputs at temperature {self.temperature:g}{blanks}"
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Return the term; of several heads, or several calls of one, the sum.
@@ -72,10 +75,27 @@ class OutputConservationTerm(Term):
         form = self._form(adapted)
         axis = self._axis(adapted, logits, form)
         mask = adapted.counted(logits, axis, padding=self.padding == "leave_out")
+        if self.blank is not None:
+            spoken = self._spoken(target, form, axis)
+            mask = spoken if mask is None else mask & spoken
         if form == "squared":
             return self.weight * squared_to_source(logits, target, mask, axis=axis)
         function = kl_to_source if self.divergence == "kl" else cross_entropy_to_source
         return self.weight * function(logits, target, self.temperature, mask, axis=axis, sigmoid=form == "sigmoid")
+
+    def _spoken(self, target: Tensor, form: OutputForm, axis: int | None) -> Tensor:
+        """Return the positions at which the source's answer is not the blank, the shape without the class axis."""
+        if form != "softmax" or axis is None or target.ndim < 3:
+            raise SpecError(
+                f"{self.by}: blank is a class of logits with positions, (N, frames, classes), as of CTC; received form "
+                f"{form!r} and outputs of shape {tuple(target.shape)}. Leave blank out."
+            )
+        if self.blank is None or self.blank >= target.shape[axis]:
+            raise SpecError(
+                f"{self.by}: blank must be one of {target.shape[axis]} classes; received {self.blank}. CTC's blank is "
+                "usually output 0."
+            )
+        return target.argmax(axis) != self.blank
 
     def _form(self, adapted: View) -> OutputForm:
         """Return the form: as said, or as the task's loss takes the outputs; softmax for outputs without a loss."""
