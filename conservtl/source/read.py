@@ -25,7 +25,7 @@ from conservtl.source.run_header import read_header
 from conservtl.source.shared import SharedModel
 from conservtl.source.weight_files import load_weights
 
-__all__ = ["Source", "SourceLike", "own_tensors", "read_source"]
+__all__ = ["Source", "SourceLike", "own_tensors", "read_source", "tensor_numbers"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Source:
         )
         if 2 * fitting < min(len(self.tensors), len(own)):
             shaped = {name: tensor for name, tensor in self.tensors.items() if not tensor.is_nested}
-            placement = find_placement(shaped, own, _numbers(model), self.where)
+            placement = find_placement(shaped, own, tensor_numbers(model), self.where)
             if placement is not None:
                 return self._placed(placement, own, migration)
         if matches <= 0:
@@ -249,7 +249,7 @@ def own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {canonical(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _numbers(model: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
+def tensor_numbers(model: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
     """Return canonical name -> number of a model's tensor, the same for all names of a tied one."""
     state = unwrap(model).state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     return {canonical(name): id(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -16,6 +16,7 @@ from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
 from conservtl.functions import MetricValue, forward, logits_of
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
+from conservtl.tasks._source_hooks import SourceHooks
 from conservtl.tasks.headline import Headline
 from conservtl.tasks.prediction import Prediction
 
@@ -37,7 +38,7 @@ class DataSection(FrozenModel):
     """Part of the shots to validate on instead of training."""
 
 
-class Task(ABC):
+class Task(SourceHooks, ABC):
     """A kind of problem: sections of a spec, data, model, loss, metrics and answers.
 
     A subclass with a ``name`` is known to specs as ``task: NAME`` as soon as its module is imported: by
@@ -98,28 +99,6 @@ class Task(ABC):
             DataError: data is missing, unreadable, or contradicts the spec.
         """
 
-    def adopt(self, data: Any, preprocessing: Mapping[str, Any]) -> Any:  # noqa: ARG002
-        """Return the ``data`` section with what it leaves open set as in the run that saved the source's weights.
-
-        Args:
-            data: the spec's ``data`` section.
-            preprocessing: of that run, as JSON. Settings that differ from it after ``load`` are refused.
-        """
-        return data
-
-    def completed(self, data: Any, domains: Domains, source: nn.Module, *, seed: int) -> Domains:  # noqa: ARG002
-        """Return the domains with what only the source model can add to them, such as labels of its own for examples.
-
-        Called once the source model is there, before anything is adapted.
-
-        Args:
-            data: the spec's ``data`` section.
-            domains: as ``load`` gave them.
-            source: the source model, in eval mode.
-            seed: the spec's.
-        """
-        return domains
-
     @abstractmethod
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
         """Return the named network with fresh weights.
@@ -165,6 +144,19 @@ class Task(ABC):
             labels: names of the model's outputs.
             files: what was read.
         """
+
+    def joined(
+        self, outputs: Sequence[Any], spans: Sequence[tuple[float, float]], labels: tuple[str, ...], file: Path
+    ) -> Prediction:
+        """Return the answer for one file from the outputs for its windows, if the preprocessing reads windows.
+
+        Args:
+            outputs: of each window.
+            spans: (start, end) of each.
+            labels: names of the model's outputs.
+            file: what was read.
+        """
+        raise NotImplementedError
 
     @property
     def by_label(self) -> bool:

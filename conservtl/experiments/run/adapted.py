@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from conservtl.batches import map_tensors
 from conservtl.data import Preprocessing
 from conservtl.errors import DataError, SpecError
+from conservtl.experiments.run.long_recordings import predict_long
 from conservtl.experiments.run.prediction_batches import batches_by_length, durations, read_ahead
 from conservtl.functions import logits_of
 from conservtl.tasks.bad_files import OnBad, check_files
@@ -121,16 +123,22 @@ class Adapted:
     ) -> Iterator[Prediction]:
         """Predict window by window: in a window by length, out of it in the order given."""
         size = batch_size * (_WINDOW if hasattr(self.preprocessing, "seconds") else 1)
+        longest = getattr(self.preprocessing, "longest", math.inf)
         with ThreadPoolExecutor(1) as reader:
             for start in range(0, len(paths), size):
                 window = paths[start : start + size]
-                batches = batches_by_length(durations(self.preprocessing, window) or [0.0] * len(window), batch_size)
+                seconds = durations(self.preprocessing, window) or [0.0] * len(window)
+                long = [place for place, each in enumerate(seconds) if each > longest]
+                short = [place for place in range(len(window)) if place not in long]
+                by_length = batches_by_length([seconds[place] for place in short], batch_size)
+                batches = [[short[number] for number in batch] for batch in by_length]
                 reads = [partial(self._read, [window[place] for place in batch], skipped) for batch in batches]
                 found: dict[int, Prediction] = {}
                 for batch, (inputs, kept) in zip(batches, read_ahead(reader, reads), strict=True):
                     places = [batch[number] for number in kept]
                     answers = self._answers(inputs, [window[place] for place in places])
                     found.update(zip(places, answers, strict=True))
+                found |= predict_long(self, {place: window[place] for place in long}, skipped)
                 yield from (found[place] for place in sorted(found))
 
     def _read(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> tuple[Any, list[int]]:

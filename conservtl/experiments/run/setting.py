@@ -273,8 +273,12 @@ def prepare(spec: Spec) -> Setting:
         )
     spec = spec.model_copy(update={"source": spec.source.pinned()})
     task = spec.problem
-    if (header := earlier_run(spec)) is not None:
-        spec = spec.model_copy(update={"data": task.adopt(spec.data, header["preprocessing"])})
+    data, weights, header = spec.data, spec.source.weights, earlier_run(spec)
+    if header is not None:
+        data = task.adopt(data, header["preprocessing"])
+    elif weights is not None:
+        data = task.beside(data, weights)
+    spec = spec if data is spec.data else spec.model_copy(update={"data": data})
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
     if header is not None:
         check_preprocessing(spec, header, domains.preprocessing)

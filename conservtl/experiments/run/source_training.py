@@ -26,7 +26,7 @@ from conservtl.source.coverage import unused_note
 from conservtl.source.itself import itself
 from conservtl.source.kinds import check_kinds
 from conservtl.source.positions import resample_positions
-from conservtl.source.read import Source, own_tensors, read_source
+from conservtl.source.read import Source, own_tensors, read_source, tensor_numbers
 from conservtl.source.renaming import best_fit
 from conservtl.tasks.own_network import NetworkSection
 
@@ -127,7 +127,7 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
     needed = own_tensors(model)
     check_kinds(matched.tensors, needed, matched.where)
     matched.check_finite()
-    tensors = {name: matched.tensors[name] for name in needed if name in matched.tensors}
+    tensors = _named(model, matched.tensors)
     if head[0] in tensors and len(tensors[head[0]]) != len(
         needed[head[0]]
     ):  # a head's weight has a row for each output
@@ -143,7 +143,7 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
     if matched.run is not None:
         identities = extend_model(model, matched.run)
         needed = own_tensors(model)
-        tensors = identities | {name: matched.tensors[name] for name in needed if name in matched.tensors}
+        tensors = identities | _named(model, matched.tensors)
     resampled, moved = resample_positions(model, tensors, needed)
     tensors |= resampled
     headless = bool(tensors) and not any(name in tensors for name in head)
@@ -176,6 +176,13 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
     notes = (*notes, "it has no head, so no labels of its own: its outputs are neither scored nor compared with")
     read = replace(read_source(model), tensors=tensors, module=None, notes=notes, run=matched.run)
     return SourceModel(model.eval(), outputs, "given", notes, matched.run, read, headless=True)
+
+
+def _named(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's tensors among those given, under all its names: a file has a tied one under one of them."""
+    numbers = tensor_numbers(model)
+    held = {number: given[name] for name, number in numbers.items() if name in given}
+    return {name: given.get(name, held[number]) for name, number in numbers.items() if number in held}
 
 
 def _fitting(matched: Source, needed: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from conservtl.errors import DataError
 from conservtl.extras import require
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["digest", "duration_of", "loudest_stretch", "read_audio"]
+__all__ = ["digest", "duration_of", "header_of", "loudest_stretch", "read_audio"]
 
 _MOST_VALUES = 2**28  # samples times channels: 1 GB as float32, 90 minutes of one channel at 48 kHz
 _MOST_RATE = 768_000  # Hz; beyond every recorder, and a second of it fits in memory
@@ -100,12 +100,21 @@ def duration_of(file: Path) -> float:
     Raises:
         DataError: the file cannot be read as audio.
     """
+    return header_of(file)[0]
+
+
+def header_of(file: Path) -> tuple[float, int]:
+    """Return the duration of a recording in seconds and its sample rate in Hz, from its header.
+
+    Raises:
+        DataError: the file cannot be read as audio.
+    """
     soundfile = require("soundfile", "speech")
     try:
         info = soundfile.info(str(file))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError("cannot be read as audio") from error
-    return float(info.frames / info.samplerate)
+    return float(info.frames / info.samplerate), int(info.samplerate)
 
 
 def digest(wave: Tensor, rate: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -11,7 +13,7 @@ from unicodedata import normalize
 from conservtl.data import Domains
 from conservtl.errors import DataError
 from conservtl.tasks.audio import espeak
-from conservtl.tasks.audio.reading import duration_of, read_audio
+from conservtl.tasks.audio.reading import header_of, read_audio
 from conservtl.tasks.bad_files import check_files, explained, refuse, shown_name
 from conservtl.tasks.speech.folder import search
 from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_strings
@@ -70,9 +72,10 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
                 f"{data.target!r}. Add utterances of other speakers, or start from existing weights with source.data: "
                 "null."
             )
-    return domains_of(
+    domains = domains_of(
         data, split, labels, lambda chosen: FileInputs(chosen, data.features), source=source, skipped=skipped
     )
+    return replace(domains, notes=(*domains.notes, *_resampled(used, data.features.sample_rate)))
 
 
 def speakers(data: AnyData) -> tuple[str, ...]:
@@ -87,6 +90,17 @@ def speakers(data: AnyData) -> tuple[str, ...]:
         found = search(data.root, data.pattern, data.held_out_takes, follow_links=data.follow_links)[0]
         return tuple(sorted({one.speaker for one in found}))
     return tuple(sorted({one.speaker for one in _utterances(data)[0]}))
+
+
+def _resampled(utterances: Sequence[Utterance], rate: int) -> list[str]:
+    """Say which recordings have another sample rate than the network."""
+    others = Counter(one.rate for one in utterances if one.rate not in (None, rate))
+    return [
+        f"{count:,} of {len(utterances):,} utterances are resampled from {other:,} Hz to {rate:,} Hz"
+        f"{f', with nothing above {other // 2:,} Hz' * (other < rate)}"
+        for other, count in sorted(others.items())
+        if other is not None
+    ]
 
 
 def _is_source(one: Utterance, data: CorpusData) -> bool:
@@ -114,7 +128,14 @@ def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str]]:
     first: dict[tuple[Path, float], str] = {}
     where: dict[str, str] = {}
     bad: dict[Path, str] = {}
-    for line in lines_of(data.kind, data.root, data.files):
+    lines = lines_of(data.kind, data.root, data.files)
+    if data.group is not None and not any(data.group in (line.fields or {}) for line in lines):
+        known = dict.fromkeys(name for line in lines for name in line.fields or {})
+        raise DataError(
+            f"data.group must be a column of the lists; received {data.group!r}, and they have "
+            f"{', '.join(known) or 'none'}. Correct it, or leave it out."
+        )
+    for line in lines:
         try:
             one = _utterance(line, data, home)
         except DataError as error:
@@ -141,9 +162,10 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     if not line.path:
         raise DataError("has no recording")
     text = data.text(line.text or "")
-    if not line.speaker:
-        raise DataError("has no speaker")
-    speaker = normalize("NFC", line.speaker)
+    said = line.speaker if data.group is None else (line.fields or {}).get(data.group)
+    if not said:
+        raise DataError(f"has no {data.group or 'speaker'}")
+    speaker = normalize("NFC", str(said))
     if not text and (data.unlabelled is None or speaker != data.target):
         raise DataError("has no text")
     file = line.base / line.path
@@ -155,18 +177,19 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     if not real.is_file():
         raise DataError(f"has no recording: there is no file {shown_name(line.path)}")
     offset, duration = _seconds(line.offset, "offset"), _seconds(line.duration, "duration")
-    length = duration_of(real)
+    length, rate = header_of(real)
     offset = offset or 0.0
     duration = length - offset if duration is None else duration
     if duration <= 0:
         raise DataError(f"must be longer than 0 s; its duration is {duration:g}")
-    if duration > data.longest:
-        raise DataError(f"is longer than data.longest, {data.longest:g} s: its duration is {duration:g}")
+    for field, longest in (("longest", data.longest), ("features.seconds", data.features.longest)):
+        if duration > longest:
+            raise DataError(f"is longer than data.{field}, {longest:g} s: its duration is {duration:g}")
     if offset + duration > length + 0.05:
         raise DataError(f"must lie within its recording of {length:.2f} s; it ends at {offset + duration:.2f}")
     name = str(file.relative_to(data.root)) if file.is_relative_to(data.root) else str(file)
     name += f"@{offset:g}" if offset else ""
-    return Utterance(name, text, speaker, duration, real, offset, line.part)
+    return Utterance(name, text, speaker, duration, real, offset, line.part, rate)
 
 
 def _seconds(value: Any, field: str) -> float | None:

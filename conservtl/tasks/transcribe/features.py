@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +17,9 @@ from conservtl.spec_model import FrozenModel
 from conservtl.tasks.audio.mel import mel_power
 from conservtl.tasks.audio.reading import duration_of, read_audio
 from conservtl.tasks.audio.resampling import resample
+from conservtl.tasks.audio.streaming import windows_of
 from conservtl.tasks.transcribe.beam_search import Decoding, Greedy
+from conservtl.tasks.transcribe.long_recordings import OVERLAP, WINDOW
 from conservtl.tasks.transcribe.pretrained_features import kaldi_fbank, whisper_log_mel
 from conservtl.tasks.transcribe.text import Normalisation
 from conservtl.tasks.transcribe.tokens import Characters, Tokenizer
@@ -153,3 +155,18 @@ class TranscribePreprocessing(FrozenModel):
         """
         inputs = [self.features(*read_audio(Path(file))) for file in files]
         return {"inputs": pad_sequence(inputs, batch_first=True), "lengths": torch.tensor([len(one) for one in inputs])}
+
+    @property
+    def longest(self) -> float:
+        """Longest recording in seconds that is read as a whole; others are read as windows of that length."""
+        return min(WINDOW, self.features.longest)
+
+    def windows(self, file: Path) -> Iterator[tuple[tuple[float, float], dict[str, Any]]]:
+        """Yield (start, end) in seconds and the inputs of each window of a long recording.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        for one in windows_of(file, self.longest, OVERLAP * self.longest):
+            inputs = self.features(one.wave, one.rate).unsqueeze(0)
+            yield (one.start, one.end), {"inputs": inputs, "lengths": torch.tensor([inputs.shape[1]])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Line:
         duration: in seconds, as written; None: to the end of the recording.
         part: the official part.
         name: of the utterance, if the list names it.
+        fields: all columns, where the list has any.
     """
 
     where: str
@@ -57,6 +58,7 @@ class Line:
     duration: Any = None
     part: Part | None = None
     name: str | None = None
+    fields: Mapping[str, Any] | None = None
 
 
 def lines_of(layout: str, root: Path, files: Sequence[str]) -> list[Line]:
@@ -141,6 +143,7 @@ def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part:
         offset=content.get("offset") or 0.0,
         duration=content.get("duration") if content.get("duration") not in (None, "") else None,
         part=part or _PARTS.get(said) or named,
+        fields=content,
     )
 
 
@@ -213,7 +216,7 @@ def _common_voice(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: 
         for line in _table(file, root):
             path = None if line.path is None else f"clips/{line.path}"
             part = _PARTS[name] if name != "validated" else None
-            yield Line(line.where, path, root, line.text, line.speaker, part=part)
+            yield replace(line, path=path, base=root, part=part)
 
 
 def _audiofolder(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
@@ -221,7 +224,7 @@ def _audiofolder(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: A
     for file in sorted({*root.rglob("metadata.csv"), *root.rglob("metadata.jsonl")}):
         part = next((_PARTS[each.lower()] for each in file.relative_to(root).parts if each.lower() in _PARTS), None)
         for line in (_table if file.suffix == ".csv" else _json_lines)(file, file.parent):
-            yield Line(line.where, line.path, file.parent, line.text, line.speaker, line.offset, line.duration, part)
+            yield replace(line, base=file.parent, part=part)
 
 
 def _lines(file: Path) -> list[str]:

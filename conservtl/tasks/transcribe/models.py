@@ -8,11 +8,13 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
+from conservtl.spec_model import FrozenModel
 from conservtl.spec_scalars import Arguments
 from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.seq2seq_models import SEQ2SEQ, build_seq2seq
+from conservtl.tasks.transcribe.torchaudio_conformer import TorchaudioConformer, TorchaudioConformerArgs
 from conservtl.tasks.transcribe.waveform_models import (
     TRANSFORMERS,
     build_torchaudio,
@@ -24,19 +26,25 @@ from conservtl.tasks.transcribe.waveform_models import (
 
 __all__ = ["ModelSpec", "build", "with_alphabet_of"]
 
-_NAMES = ("conformer",)
+_NAMES: dict[str, tuple[type[FrozenModel], Any]] = {
+    "conformer": (ConformerArgs, ConformerCTC),
+    "torchaudio/conformer": (TorchaudioConformerArgs, TorchaudioConformer),
+}
+"""Networks on log-mel features: their arguments, and what builds them of mel bands, tokens and arguments."""
 
 
 class ModelSpec(NetworkSection):
-    """A recognizer by name. A network of your own takes (inputs, lengths) and returns (logits, lengths)."""
+    """A recognizer by name. A network of your own takes (inputs, lengths) and returns (logits, lengths) for CTC."""
 
     name: Annotated[str, Field(min_length=1)] = "conformer"
-    """`conformer`: a compact Conformer for CTC. On samples: a bundle of torchaudio (`WAV2VEC2_ASR_BASE_960H`), a
-    function of `torchaudio.models` (`wav2vec2_base`, `hubert_base`, `wavlm_base`, `wav2vec2_model`), or a type of
-    transformers' AutoModelForCTC (`transformers/wav2vec2`, `transformers/hubert`, `transformers/wavlm`)."""
+    """`conformer`: a compact Conformer for CTC; `torchaudio/conformer`: torchaudio's. From sequence to sequence:
+    `transformers/whisper` and `transformers/speech_to_text`, with `data.features.kind` whisper and fbank. On samples: a
+    bundle of torchaudio (`WAV2VEC2_ASR_BASE_960H`), a function of `torchaudio.models` (`wav2vec2_base`, `hubert_base`,
+    `wavlm_base`, `wav2vec2_model`), or a type of transformers' AutoModelForCTC (`transformers/wav2vec2`,
+    `transformers/hubert`, `transformers/wavlm`)."""
     args: Arguments = Field(default_factory=dict)
-    """Arguments of the network: `width`, `blocks` and `subsampling` of the Conformer, those of torchaudio's function,
-    or fields of transformers' configuration."""
+    """Arguments of the network: `width`, `blocks` and `subsampling` of the Conformer, those of torchaudio's function or
+    class, or fields of transformers' configuration."""
 
 
 def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int) -> nn.Module:
@@ -59,16 +67,17 @@ def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int)
     if model.name not in _NAMES:
         return _of_torchaudio(model, features, tokens)
     _check_features(model.name, features, "logmel")
+    takes, make = _NAMES[model.name]
     try:
-        args = ConformerArgs.model_validate(model.args)
+        args = takes.model_validate(model.args)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(("model.args", *(str(part) for part in first["loc"])))
         raise SpecError(
             f"{where}: {first['msg'].removeprefix('Value error, ')}; received {first['input']!r}. {model.name} takes "
-            f"{', '.join(ConformerArgs.model_fields)}."
+            f"{', '.join(takes.model_fields)}."
         ) from error
-    return ConformerCTC(features.n_mels, tokens, args)
+    return make(features.n_mels, tokens, args)  # type: ignore[no-any-return]
 
 
 def with_alphabet_of(data: Any, model: ModelSpec) -> Any:

@@ -101,6 +101,9 @@ class CorpusData(UtteranceData, FolderFiles):
     """The folder."""
     files: tuple[str, ...] = ()
     """Manifests below the folder; empty: all in it. Names with train, dev or test in them are those parts."""
+    group: Annotated[str, MinLen(1)] | None = None
+    """Column of the lists whose values take the place of the speakers, such as Common Voice's `accents`: `target` is
+    then an accent. null: the speakers."""
     target: Text
     """The speaker to whom the model is adapted."""
     source_speakers: Annotated[tuple[Text, ...], MinLen(1)] | None = None

@@ -13,6 +13,7 @@ from conservtl.errors import DataError, SpecError, hint
 from conservtl.extras import require
 from conservtl.functions import IGNORED
 from conservtl.tasks.transcribe.features import Features
+from conservtl.tasks.transcribe.masked_layers import MaskedConv1d
 from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens
 from conservtl.tasks.transcribe.recognizers import Decoded
 
@@ -42,7 +43,7 @@ class TransformersSeq2Seq(nn.Module):
         if not self._is_whisper:
             convs = network.model.encoder.conv.conv_layers
             for place, conv in enumerate(convs):
-                convs[place] = _MaskedConv(conv)
+                convs[place] = MaskedConv1d(conv)
 
     def teacher(self, labels: Tensor) -> dict[str, Tensor]:
         """Return ``decoder_input_ids``, the beginning and the texts, and ``decoder_attention_mask``.
@@ -139,24 +140,6 @@ class TransformersSeq2Seq(nn.Module):
     @property
     def _positions(self) -> int:
         return int(self.network.config.max_target_positions)
-
-
-class _MaskedConv(nn.Conv1d):
-    """A convolution over frames that sees zeros in the place of padding."""
-
-    def __init__(self, conv: nn.Conv1d) -> None:
-        super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding=conv.padding[0]
-        )
-        self.load_state_dict(conv.state_dict())
-        self.lengths: Tensor | None = None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return (N, channels, frames) for (N, channels, frames)."""
-        if self.lengths is not None and len(self.lengths) == len(inputs):
-            valid = torch.arange(inputs.shape[-1], device=inputs.device) < self.lengths.to(inputs.device).unsqueeze(1)
-            inputs = inputs.masked_fill(~valid.unsqueeze(1), 0.0)
-        return super().forward(inputs)
 
 
 def build_seq2seq(kind: str, args: dict[str, Any], features: Features, tokens: Any, outputs: int) -> nn.Module:

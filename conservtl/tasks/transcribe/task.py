@@ -23,8 +23,10 @@ from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.decoding import tokens_of
 from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
+from conservtl.tasks.transcribe.long_recordings import joined_frames, joined_words
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
-from conservtl.tasks.transcribe.recognizers import Decoder, recognizer_of
+from conservtl.tasks.transcribe.processors import with_processor
+from conservtl.tasks.transcribe.recognizers import Decoded, Decoder, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.unlabelled import completed
@@ -65,7 +67,13 @@ class Transcribe(Task):
 
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
         """Read the utterances of both domains; a bundle of torchaudio brings its characters."""
-        return load(with_alphabet_of(data, model), seed=seed, source=source)
+        data = with_alphabet_of(data, model)
+        tokens = data.tokens.embedded()  # its files are read once
+        return load(data.model_copy(update={"tokens": tokens}), seed=seed, source=source)
+
+    def beside(self, data: Any, weights: Any) -> Any:
+        """Return the data with the tokenizer and the features of the weights' processor, where it names none."""
+        return with_processor(data, weights)
 
     def completed(self, data: Any, domains: Domains, source: nn.Module, *, seed: int) -> Domains:
         """Return the domains with the source model's hypotheses for utterances without texts, if the data asks so."""
@@ -156,6 +164,17 @@ class Transcribe(Task):
     def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:
         """Return the transcript of each file, and how sure it is, as the way of decoding measures it."""
         return [Prediction(file, *one) for file, one in zip(files, self._sure(outputs, labels), strict=True)]
+
+    def joined(
+        self, outputs: Sequence[Any], spans: Sequence[tuple[float, float]], labels: tuple[str, ...], file: Path
+    ) -> Prediction:
+        """Return the transcript of a long recording: frames of CTC joined, or texts of a decoder."""
+        if not any(isinstance(one, Decoded) for one in outputs):
+            return self.predictions(joined_frames(outputs, spans), labels, [file])[0]
+        found = [self._sure(one, labels)[0] for one in outputs]
+        counts = [len(text.split()) for text, _ in found]
+        sure = sum(count * one for count, (_, one) in zip(counts, found, strict=True)) / max(1, sum(counts))
+        return Prediction(file, joined_words([text for text, _ in found]), sure)
 
     def agreement(self, outputs: Any, source: Any) -> dict[str, MetricValue]:
         """Return the share of positions with the source model's answer, and KL(source || adapted) a position in nats.

@@ -55,6 +55,10 @@ class Characters(_OwnTokens):
     """Characters in the order of the outputs after the blank, the space among them; null: those of all texts that are
     read, sorted."""
 
+    def embedded(self) -> Characters:
+        """Return the same: there is no file."""
+        return self
+
     def vocabulary(self, texts: Iterable[str]) -> tuple[str, ...]:
         """Return the names of the outputs, the blank first.
 

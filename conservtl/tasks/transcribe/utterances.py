@@ -34,6 +34,7 @@ class Utterance:
         file: the recording; None: it is made up.
         offset: start of the utterance in the file, in seconds.
         part: the official part it belongs to; None: there is none.
+        rate: sample rate of the recording in Hz; None: not known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Utterance:
     file: Path | None = None
     offset: float = 0.0
     part: Part | None = None
+    rate: int | None = None
 
 
 @dataclass(frozen=True)

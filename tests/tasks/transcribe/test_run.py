@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 import conservtl as ctl
+from conservtl import cli
 from conservtl.cli import app
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
 from conservtl.experiments.studies.comparison import compare
+from conservtl.tasks.transcribe.long_recordings import joined_frames
 
 soundfile = pytest.importorskip("soundfile")
 jiwer = pytest.importorskip("jiwer")
@@ -159,6 +162,27 @@ def test_wrong_fields_of_the_decoding_are_named(done):
     assert "--decoding must hold fields" in str(shown.exception) + shown.output
 
 
+def test_the_command_line_hears_a_recording_of_ten_minutes(done, tmp_path, monkeypatch, capsys):
+    """Twenty-five windows; the same windows by hand give the same text."""
+    _, out = done
+    texts = ["ab ca", "c b", "abc", "ba ab c"]
+    wave = torch.cat([tones(texts[number % 4] + " ", 1.0, number) for number in range(1200)])[: 600 * RATE]
+    soundfile.write(tmp_path / "long.wav", wave.numpy() / 4, RATE)
+    monkeypatch.setattr(sys, "argv", ["conservtl", "predict", str(out), str(tmp_path / "long.wav")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr().out
+    adapted = ctl.load_adapted(out)
+    spans = [(24.0 * place, min(600.0, 24.0 * place + 30)) for place in range(25)]
+    wave = torch.from_numpy(soundfile.read(tmp_path / "long.wav", dtype="float32")[0])
+    parts = [wave[round(start * RATE) : round(end * RATE)] for start, end in spans]
+    inputs = [adapted.preprocessing.features(part, RATE).unsqueeze(0) for part in parts]
+    outputs = [adapted.outputs({"inputs": one, "lengths": torch.tensor([one.shape[1]])}) for one in inputs]
+    (expected,) = adapted.task.heard(joined_frames(outputs, spans))
+    assert len(expected.split()) > 100
+    assert f"\t{expected}\t" in printed
+
+
 def test_its_plan_lists_the_blocks_and_the_head(spec):
     layers = plan_of(spec).layers
     assert layers[0].startswith("subsampling")
@@ -194,6 +218,51 @@ def test_a_growing_vocabulary_keeps_the_rows_of_known_tokens(done, spec):
     for row, token in enumerate(new):
         if token in old:
             assert torch.equal(head[row], before[old.index(token)])
+
+
+@pytest.mark.parametrize("alphabet", ["cd ba", " cba"])
+def test_a_saved_run_goes_on_with_more_tokens_or_another_order(done, spec, tmp_path, alphabet):
+    """From the folder of a run: known rows are its own, and the source's utterances are scored by its tokens."""
+    before, out = done
+    fields = {
+        "source.weights": str(out / "model.safetensors"),
+        "data.tokens": {"kind": "characters", "alphabet": alphabet},
+        "training.epochs": 1,
+        "training.evaluate_every": 1,
+        "training.lr": 1e-6,
+        "source.data": "auto",
+    }
+    report = run(with_fields(spec, fields), tmp_path)
+    old, new = (ctl.load_adapted(folder) for folder in (out, tmp_path))
+    assert new.labels == ("<blank>", *("|" if letter == " " else letter for letter in alphabet))
+    for row, token in enumerate(new.labels):
+        if token in old.labels:
+            torch.testing.assert_close(
+                new.model.head.weight[row], old.model.head.weight[old.labels.index(token)], rtol=0, atol=1e-4
+            )
+    if "d" not in alphabet:  # no other answer is possible
+        assert report["before"]["target"]["wer"] == pytest.approx(before["after"]["target"]["wer"])
+        assert report["after"]["source"]["wer"] == pytest.approx(before["after"]["source"]["wer"])
+
+
+def test_a_saved_run_with_other_features_is_refused(done, spec):
+    _, out = done
+    fields = {"source.weights": str(out / "model.safetensors"), "data.features.hop": 0.01}
+    with pytest.raises(ctl.SourceError, match=r"data.features.hop was 0.02 in that run and is 0.01 here"):
+        prepare(with_fields(spec, fields))
+
+
+def test_source_texts_with_tokens_that_the_saved_run_lacks_are_refused(done, spec, root, tmp_path):
+    _, out = done
+    lines = [("dan", "ann0", "dab"), *(("bob", f"bob{number}", "ab") for number in range(6))]
+    for speaker, name, text in lines:
+        with (tmp_path / "other.json").open("a") as file:
+            line = {"audio_filepath": str(root / f"{name}.wav"), "text": text, "speaker": speaker}
+            file.write(json.dumps(line) + "\n")
+    fields = {"source.weights": str(out / "model.safetensors"), "data.tokens.alphabet": " abcd"}
+    fields |= {"data.root": str(tmp_path), "data.target": "bob", "data.held_out": 0.0, "data.follow_links": True}
+    with pytest.raises(ctl.SpecError, match=r"must list every label of the source's data.* without 'd'"):
+        prepare(with_fields(spec, fields))
 
 
 def test_a_comparison_ranks_by_the_lowest_error(spec, tmp_path):

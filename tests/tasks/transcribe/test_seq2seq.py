@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import conservtl as ctl
+from conservtl.experiments.run.scoring import in_order, on_source_head
+from conservtl.experiments.run.source_labels import check_reader
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
@@ -179,6 +181,36 @@ def test_a_growing_vocabulary_keeps_the_rows_of_known_tokens(kind, model, batch)
     for row, token in enumerate(new):
         if token in old:
             assert torch.equal(rows[row], before[old.index(token)])
+
+
+@torch.no_grad()
+def test_a_grown_decoder_reads_and_answers_the_sources_texts_by_its_own_numbers(kind, model, batch):
+    new, old = ("<blank>", "c", "g", "|", "a", "h", "b", "d", "e"), ("<blank>", "|", "a", "b", "c", "d", "e")
+    grown = network(kind, tokens=9)
+    inputs = {name: batch[name] for name in ("inputs", "lengths")}
+    ctl.adapt(grown, model, [], labels=(new, old), example=inputs)
+    order = [new.index(token) for token in old] + [new.index(token) for token in new if token not in old]
+    task = Transcribe(old, TranscribePreprocessing())
+    found = in_order(task, None, order).forward(grown, batch)
+    expected = task.answer(model, batch)
+    torch.testing.assert_close(found.logits[..., :7], expected.logits, rtol=1e-4, atol=1e-5)
+    own = grown.generate(batch["inputs"], batch["lengths"])[0]
+    back = {place: number for number, place in enumerate(order)}
+    assert found.heard.tolist() == [[back.get(token, -100) for token in row] for row in own.tolist()]
+    assert len(task.heard(found)) == 2
+
+
+def test_terms_that_run_the_source_on_texts_of_another_vocabulary_are_refused(kind, model):
+    plan = ctl.adapt(network(kind), model, [ctl.OutputConservation(rho=0.1)]).plan
+    with pytest.raises(ctl.SpecError, match=r"OutputConservation runs .* must have the same tokens in the same"):
+        check_reader(Transcribe(), model, plan)
+    check_reader(Transcribe(), torch.nn.Linear(2, 2), plan)  # CTC compares the tokens in common
+    check_reader(Transcribe(), model, ctl.adapt(network(kind), model, [ctl.L2SP()]).plan)
+
+
+def test_sources_texts_of_unknown_tokens_are_not_read(kind, model, batch):
+    with pytest.raises(ctl.SpecError, match=r"the source's data must have labels that the adapted .* knows"):
+        on_source_head(Transcribe(), None, None).forward(model, batch)
 
 
 @pytest.mark.parametrize("folder", [False, True])
