@@ -6,6 +6,7 @@ from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
 from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build
+from conservtl.tasks.transcribe.recognizers import Decoded, Decoder
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec, GrammarData, StringsData
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.task import Transcribe
@@ -16,6 +17,8 @@ __all__ = [
     "ConformerCTC",
     "CorpusData",
     "DataSpec",
+    "Decoded",
+    "Decoder",
     "Features",
     "GrammarData",
     "ModelSpec",

@@ -46,7 +46,7 @@ class Transcribe(Task):
     headline: ClassVar[Headline] = Headline("wer", better="lower", text="word error rate")
     example: ClassVar[str] = "utterance"
     labels_are_outputs: ClassVar[bool] = True
-    takes: ClassVar[str] = "take (inputs, lengths) and return (logits, lengths)"
+    takes: ClassVar[str] = "take (inputs, lengths) and return (logits, lengths), or Decoded"
     shift: ClassVar[Any] = "speaker"
     usual_lr: ClassVar[float] = 5e-4
 

@@ -7,7 +7,8 @@ import torch
 
 import conservtl as ctl
 from conservtl.experiments.run.adapted import Adapted
-from conservtl.tasks.audio.streaming import duration_of, windows_of
+from conservtl.tasks.audio.reading import duration_of
+from conservtl.tasks.audio.streaming import windows_of
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.long_recordings import joined_frames, joined_words
 from conservtl.tasks.transcribe.recognizers import Decoded
