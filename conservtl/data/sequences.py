@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,15 @@ class Sequences:
         """Largest duration of a changed input, as a multiple of its own; None: inputs do not change."""
         return _longest(self.inputs)
 
+    def on(self, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> Sequences:
+        """Return the data with inputs that are made on a device, if they are objects with ``on(device, place)``.
+
+        Args:
+            device: of the batches.
+            place: (bytes, device) -> where an input is kept.
+        """
+        return replace(self, inputs=_on(self.inputs, device, place))
+
     def batch(self, index: Sequence[int], draw: int | None = None) -> dict[str, Any]:
         """Return the examples at these positions as a padded batch.
 
@@ -94,6 +103,8 @@ class Sequences:
             inputs = [self.inputs[place] for place in index]
         else:
             inputs = [_varied(self.inputs, place, _generator(draw, self.names[place])) for place in index]
+        device = next((one.device for one in inputs if one.device.type != "cpu"), None)
+        inputs = inputs if device is None else [one.to(device) for one in inputs]
         known = {"labelled": torch.tensor([self.labelled[place] for place in index])} if self.labelled else {}
         return {
             **known,
@@ -123,6 +134,10 @@ def _longest(inputs: Sequence[Tensor]) -> float | None:
     return getattr(inputs, "longest", None)
 
 
+def _on(inputs: Any, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> Any:
+    return inputs.on(device, place) if hasattr(inputs, "on") else inputs
+
+
 def _varied(inputs: Any, place: int, generator: torch.Generator) -> Tensor:
     changed: Tensor = inputs[place] if _longest(inputs) is None else inputs.varied(place, generator)
     return changed
@@ -146,6 +161,12 @@ class _Joined(Sequence[Tensor]):
         part, inside = self._places[place]
         return part[inside]
 
+    def on(self, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> _Joined:
+        """Return the inputs of the parts, made on a device."""
+        moved = _Joined([])
+        moved._places = [(_on(part, device, place), inside) for part, inside in self._places]
+        return moved
+
     @property
     def longest(self) -> float | None:
         """The largest of the parts; None: none of them changes."""
@@ -168,6 +189,10 @@ class _Chosen(Sequence[Tensor]):
 
     def __getitem__(self, place: Any) -> Any:
         return self._inputs[self._places[place]]
+
+    def on(self, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> _Chosen:
+        """Return the chosen inputs, made on a device."""
+        return _Chosen(_on(self._inputs, device, place), self._places)
 
     @property
     def longest(self) -> float | None:

@@ -88,6 +88,7 @@ def as_batches(
         bound = min(_MOST_SECONDS, step_seconds or _MOST_SECONDS) if seconds is None else seconds
         part = (cut.processes.rank, cut.processes.world) if cut.shuffle else (0, 1)
         most = max(1, cut.size // cut.processes.world)
+        data = data.on(device, (holding or Holding()).place)
         return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part, step=step_seconds), device)
     if step_seconds is not None:
         raise SpecError(

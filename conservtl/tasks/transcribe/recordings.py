@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -61,18 +62,42 @@ class Inputs(Sequence[Tensor]):
         self.utterances, self.features = list(utterances), features
         self._made: dict[int, Tensor] = {}
         self._bytes = 0
+        self._device = torch.device("cpu")
+        self._place: Callable[[int, torch.device], torch.device] | None = None
+        self._elsewhere: dict[torch.device, Inputs] = {}
+
+    def on(self, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> Inputs:
+        """Return the inputs with features that are computed on a device; the same object for the same device.
+
+        Args:
+            device: a CPU gives these inputs themselves.
+            place: (bytes, device) -> where an input is kept, on the device or in the host's memory.
+        """
+        if device.type == "cpu":
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = other = copy.copy(self)
+            vars(other).update(_made={}, _bytes=0, _device=device, _place=place, _elsewhere={})
+        return self._elsewhere[device]
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def __getitem__(self, place: Any) -> Any:
         if (found := self._made.get(place)) is not None:
-            return found
-        made = self.features(*self.wave(int(place)))
+            return found.to(self._device)
+        made = self._converted(*self.wave(int(place)))
         if self._bytes < _KEPT:
-            self._made[place] = made
-            self._bytes += made.nbytes
+            self._keep(place, made)
         return made
+
+    def _converted(self, wave: Tensor, rate: int) -> Tensor:
+        return self.features(wave.to(self._device), rate)
+
+    def _keep(self, place: int, made: Tensor) -> None:
+        where = self._device if self._place is None else self._place(made.nbytes, self._device)
+        self._made[place] = made.to(where)
+        self._bytes += made.nbytes if where.type == "cpu" else 0
 
     @property
     def longest(self) -> float | None:
@@ -85,7 +110,7 @@ class Inputs(Sequence[Tensor]):
         if self.change is not None:
             wave = resample((wave - wave.mean()).unsqueeze(0), rate, self.features.sample_rate)[0]
             wave, rate = self.change(wave, generator), self.features.sample_rate
-        return self.features(wave, rate)
+        return self._converted(wave, rate)
 
     @abstractmethod
     def wave(self, place: int) -> tuple[Tensor, int]:
@@ -128,8 +153,9 @@ class SpokenInputs(Inputs):
 
     def __getitem__(self, place: Any) -> Any:
         if not self._made:
-            self._made = {number: self.features(*wave) for number, wave in enumerate(self._said())}
-        return self._made[place]
+            for number, wave in enumerate(self._said()):
+                self._keep(number, self._converted(*wave))
+        return self._made[place].to(self._device)
 
     def wave(self, place: int) -> tuple[Tensor, int]:
         """Return the samples of an utterance and their rate in Hz; at the first call all are synthesised again."""
