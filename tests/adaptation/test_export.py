@@ -307,9 +307,7 @@ def test_it_loads_where_conservtl_is_not_installed(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    "name", ["L2SP", "Mixout", "LHUC", "InputTransform", "NormAdaptation(instance)", "all at once"]
-)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_torchscript(name):
     adaptation = trained(Images, IMAGES, STRATEGIES[name])
     plain = adaptation.export()
@@ -318,7 +316,15 @@ def test_torchscript(name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter
-@pytest.mark.parametrize("name", ["L2SP", "LHUC", "NormAdaptation(instance)", "all at once"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("LHUC", "NormAdaptation(instance)", "all at once")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in STRATEGIES
+    ],
+)
 def test_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

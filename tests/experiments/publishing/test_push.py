@@ -1,5 +1,10 @@
 """Only weights, configuration and card leave the machine."""
 
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from torch import nn
 
@@ -41,6 +46,88 @@ def test_it_sends_what_is_meant_to_be_published(folder, monkeypatch, public):
     assert sent["allow_patterns"] == ["README.md", "model.safetensors"]
     assert (sent["repo_id"], sent["folder_path"]) == ("me/words", folder)
     assert upload.address == "https://huggingface.co/me/words"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A Hub on this machine that takes a repository and a commit: the requests that it was sent, and its answers."""
+    asked, answers = {}, {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                content = b""
+                while size := int(self.rfile.readline(), 16):
+                    content += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+            else:
+                content = self.rfile.read(length)
+            path = self.path.partition("?")[0]
+            asked[path] = content
+            code, body = answers.get(path, (200, {}))
+            body = body(content) if callable(body) else body
+            sent = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{running.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", "none")
+    answers["/api/repos/create"] = 200, {"url": f"{endpoint}/me/words"}
+    answers["/api/models/me/words/preupload/main"] = (
+        200,
+        lambda content: {
+            "files": [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(content)["files"]
+            ]
+        },
+    )
+    answers["/api/models/me/words/commit/main"] = (
+        200,
+        {"commitUrl": f"{endpoint}/me/words/commit/abc", "commitOid": "abc", "hookOutput": ""},
+    )
+    yield asked, answers
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def test_the_hubs_own_client_sends_the_files(folder, server):
+    """Of the commit that arrives: card and weights, byte by byte, and nothing else of the folder."""
+    asked, _ = server
+    upload = push(folder, "me/words")
+    assert upload.address.endswith("/me/words")
+    made = json.loads(asked["/api/repos/create"])
+    assert (made["name"], made["organization"]) == ("words", "me")
+    assert made.get("private") is True or made.get("visibility") == "private"
+    lines = [json.loads(line) for line in asked["/api/models/me/words/commit/main"].splitlines()]
+    files = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+    }
+    assert files == {name: (folder / name).read_bytes() for name in ("README.md", "model.safetensors")}
+
+
+@pytest.mark.parametrize("code", [401, 403, 409])
+def test_a_refusal_of_the_hub_is_one_line(folder, server, code):
+    _, answers = server
+    answers["/api/models/me/words/commit/main"] = code, {"error": "you may not\nwrite here"}
+    with pytest.raises(ctl.SourceError, match=r"^me/words cannot be written to \(.*hf auth login\.$") as found:
+        push(folder, "me/words")
+    assert "\n" not in str(found.value)
 
 
 def test_a_dry_run_sends_nothing(folder, monkeypatch):
