@@ -57,8 +57,8 @@ def download(url: str, path: Path, digest: str | None, name: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
     except RuntimeError as error:  # torch's for another hash
         raise SourceError(
-            f"source {name}: {url} holds another file: {error}. Correct the hash or the URL; repeat a download that was "
-            "cut off."
+            f"source {name}: {url} holds another file: {error}. Correct the hash or the URL; repeat a download that "
+            "was cut off."
         ) from error
     except (OSError, ValueError) as error:
         raise SourceError(
