@@ -7,7 +7,9 @@ row on a tiny network, on the CPU if there is no GPU, and writes nothing; ``--on
   bytes, beside what is wanted at most; ResNet-50 and a transformer of 300 M parameters. Also whether the host waits.
 - bus: anchors on the CPU, in multiples of one copy of the same bytes from pinned memory.
 - steps: methods on features, outputs and inputs in a step of ResNet-50, alternating with a plain step.
-- engine: the rows of ``engine.py``, if they fit into the time that is left.
+- engine: ``fit`` beside loops by hand, Lightning and Hugging Face's Trainer (``gpu_engine.py``), for ResNet-50,
+  ViT-B/16 and wav2vec 2.0; ``--only engine --models resnet50`` takes less than a minute with ``--minutes 0.8``.
+- recipes: the shipped recipes on CPU and GPU over three seeds (``gpu_recipes.py``); only if it is named.
 
 Methods, networks and clocks are those of ``conservation.py``. The time limit (``--minutes``) divides the rounds.
 """
@@ -19,7 +21,6 @@ import gc
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -29,7 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import conservation as base
+import gpu_engine
+import gpu_recipes
 import torch
+from gpu_tables import TABLES
 from torch import nn
 
 import conservtl as ctl
@@ -37,7 +41,15 @@ from conservtl.compat import foreach_lerp_
 from conservtl.kernels.backend import fused_on
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("weights", "bus", "steps", "engine")
+SHARES = {"weights": 2.0, "bus": 0.5, "steps": 2.5, "engine": 3.0, "recipes": 1.0}
+"""Part -> its share of the time for each network. Recipes take what they take."""
+MODELS = {
+    "weights": ["resnet50", "transformer_300m"],
+    "bus": ["resnet50"],
+    "steps": ["resnet50"],
+    "engine": ["resnet50", "vit_b_16", "wav2vec2_base"],
+    "recipes": ["all"],
+}
 
 METHODS: dict[str, tuple[list[ctl.Strategy], float]] = {
     "L2SP": (base.WEIGHTS[base.COUPLED], 2.0),
@@ -188,62 +200,6 @@ def rounds_in(seconds: float, once: Any) -> int:
     return max(3, min(60, int(seconds / max(2 * once(), 1e-4))))
 
 
-def engine(seconds: float, *, check: bool) -> dict[str, Any]:
-    """Run ``engine.py`` in a process of its own, for as long as there is time."""
-    command = [sys.executable, str(Path(__file__).parent / "engine.py"), "--help"] if check else [
-        sys.executable, str(Path(__file__).parent / "engine.py"), "--out", str(RESULTS / "gpu")
-    ]  # fmt: skip
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1), check=False)
-    except subprocess.TimeoutExpired:
-        return {"left out": f"engine.py took more than the {seconds:.0f} s that were left"}
-    return {"printed": done.stdout[-20_000:]} if done.returncode == 0 else {"left out": done.stderr[-500:]}
-
-
-def weight_lines(name: str, found: dict[str, Any]) -> list[str]:
-    size = f"{found['parameters'] / 1e6:.1f} million in {found['tensors']} tensors"
-    lines = [
-        f"## On weights: {name}, {size}, floor {found['floor ms']:.3f} ms",
-        "",
-        "| around a step | ms | of the floor | wanted at most | host waits | temporary, MiB |",
-        "| --- | ---: | ---: | ---: | --- | ---: |",
-    ]
-    for method, row in found["rows"].items():
-        wanted = "" if row["wanted"] is None else f"{row['wanted']:g}"
-        ratio = base.formatted(row["of the floor"])
-        peak = base.bytes_of(row["peak"])
-        lines.append(f"| {method} | {row['ms']:.3f} | {ratio} | {wanted} | {row['waits']} | {peak} |")
-    return [*lines, ""]
-
-
-def bus_lines(name: str, found: dict[str, Any]) -> list[str]:
-    lines = [
-        f"## Anchors on the CPU: {name}, one copy of them {found['copy ms']:.2f} ms",
-        "",
-        "| L2SP | ms | of the copy | wanted at most | host waits |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
-    for mode, row in found["rows"].items():
-        lines.append(f"| {mode} | {row['ms']:.2f} | {base.formatted(row['of the copy'])} | 1.1 | {row['waits']} |")
-    return [*lines, ""]
-
-
-def step_lines(name: str, found: dict[str, Any]) -> list[str]:
-    lines = [
-        f"## In a step: {name}, batch of {found['batch']}, {found['size']} pixels",
-        "",
-        "| method | plain step, ms | of a plain step | host waits | memory more than plain, MiB |",
-        "| --- | ---: | ---: | --- | ---: |",
-    ]
-    for method, row in found["rows"].items():
-        if "refused" in row:
-            lines.append(f"| {method} | | refused: {row['refused'].split('.')[0]} | | |")
-            continue
-        ratio, memory = base.formatted(row["of a plain step"], 3), base.bytes_of(row["memory"])
-        lines.append(f"| {method} | {row['plain ms']:.2f} | {ratio} | {row['waits']} | {memory} |")
-    return [*lines, ""]
-
-
 def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Measure the parts, and return them with their tables."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,37 +208,43 @@ def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         place.batch, place.size = 4, 32
         place.x, place.y = place.x[:4, :, :32, :32], place.y[:4]
         base.build = lambda *_: Tiny()
-    names = ["tiny"] if options.check else ["resnet50", "transformer_300m"]
-    ends = time.perf_counter() + 60 * options.minutes
-    shares = {"weights": 0.35, "bus": 0.05, "steps": 0.25}
+    names = {part: ["tiny"] if options.check else options.models or MODELS[part] for part in options.only}
     report: dict[str, Any] = {"machine": base.machine(), "triton": fused_on(torch.device("cuda")), "parts": []}
     lines: list[str] = []
+    shares = {part: SHARES[part] * len(names[part]) for part in options.only}
     for part in options.only:
-        if part == "engine":
-            found = engine(ends - time.perf_counter(), check=options.check)
-            report["parts"].append({"part": part, **found})
-            lines += ["## Engine", "", found.get("printed", "") if not options.check else "", found.get("left out", "")]
-            continue
-        seconds = 60 * options.minutes * shares[part]
-        for name in names if part == "weights" else names[:1]:
+        seconds = 60 * options.minutes * SHARES[part] / sum(shares.values())
+        for name in names[part]:
             gc.collect()
-            if part == "steps":
-                found = in_steps(name, place, seconds)
-            else:
-                model = base.build(name, 224).to(place.device)
-                found = (on_weights if part == "weights" else over_the_bus)(model, place, seconds / len(names))
+            found = of_part(part, name, place, seconds, options)
             report["parts"].append({"part": part, "model": name, **found})
-            table = {"weights": weight_lines, "bus": bus_lines, "steps": step_lines}[part](name, found)
+            table = TABLES[part](name, found)
             print("\n".join(table), flush=True)
             lines += table
     return report, lines
 
 
+def of_part(part: str, name: str, place: base.Place, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a part for a network, in about so many seconds."""
+    if part == "recipes":
+        return gpu_recipes.measured(1 if options.check else options.seeds, quick=options.check)
+    if part == "engine":
+        tiny = Tiny() if options.check else None
+        return gpu_engine.measured(name, place, seconds, compiled=options.compiled, tiny=tiny)
+    if part == "steps":
+        return in_steps(name, place, seconds)
+    model = base.build(name, 224).to(place.device)
+    return (on_weights if part == "weights" else over_the_bus)(model, place, seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="tiny sizes, nothing written")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--minutes", type=float, default=7.5, help="time to fill")
+    parser.add_argument("--only", nargs="+", choices=SHARES, default=["weights", "bus", "steps", "engine"])
+    parser.add_argument("--models", nargs="+", help="networks, instead of each part's own")
+    parser.add_argument("--compiled", action="store_true", help="engine: compiled loops too, a minute each")
+    parser.add_argument("--seeds", type=int, default=3, help="recipes: number of seeds")
+    parser.add_argument("--minutes", type=float, default=7.0, help="time to fill")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

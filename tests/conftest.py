@@ -1,9 +1,15 @@
-"""One thread a test process, and a small world: three speakers who hum three words at their own pitch."""
+"""One thread a test process, no GPU but for tests that want one, and a small world: three speakers who hum three words.
+
+Tests mean the CPU, whose results are the same everywhere, unless they carry the marker ``gpu`` or take the fixture
+``device``: where there is a GPU it is hidden from all others, and from the processes that they start.
+"""
 
 import importlib.util
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +22,42 @@ WORDS = ("0", "1", "2")
 PITCH = {"anna": 1.0, "ben": 0.9, "cleo": 1.25}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that is present: for tests of what holds on any."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+GPUS = torch.cuda.device_count()
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+if GPUS:
+    torch.cuda.init()  # before the environment hides it: CUDA reads it once a process
+
+
+def _show(count: int) -> None:
+    """Let torch and processes that are started see a number of GPUs."""
+    torch.cuda.is_available = lambda: count > 0
+    torch.cuda.device_count = lambda: count
+    if count and _VISIBLE is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _VISIBLE or "" if count else ""
+
+
+if GPUS:
+    _show(0)  # also while files are imported and other fixtures made
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Show the GPU to tests with the marker ``gpu``, which are skipped where there is none."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    if not GPUS:
         pytest.skip("needs a CUDA device")
+    _show(GPUS)
+    yield
+    _show(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, _gpu: None) -> torch.device:
+    """Each device that is present: for tests of what holds on any."""
     return torch.device(request.param)
 
 

@@ -11,24 +11,35 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_row_is_measured(tmp_path):
+def rows_of(tmp_path, *parts):
+    """Return the cells of all rows of the tables that these parts print."""
     pytest.importorskip("torchvision")
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "gpu.py"),
-        "--check",
-        "--minutes",
-        "0.002",
-        "--only",
-        "weights",
-        "bus",
-        "steps",
-    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--check", "--minutes", "0.002", "--only", *parts]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert not list(tmp_path.iterdir())
+    return [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_every_row_is_measured(tmp_path):
+    rows = rows_of(tmp_path, "weights", "bus", "steps")
     assert [len(row) for row in rows] == [6] * 22 + [5] * (len(rows) - 22)
     assert {"LHUC, all else frozen", "Mixout", "coupled"} <= {row[0].strip() for row in rows}
-    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_engine_is_compared_with_other_loops(tmp_path):
+    rows = rows_of(tmp_path, "engine")
+    assert {len(row) for row in rows} == {7}
+    compared = {row[0].strip(): row[3].strip() for row in rows}
+    assert compared["fit, held"] == "by hand, channels-last and fused"
+    assert compared["fit, held, L2SP"] == "fit, held"
+    assert "fit, a DataLoader" in compared
+
+
+@pytest.mark.slow
+def test_recipes_are_run_on_each_device(tmp_path):
+    rows = rows_of(tmp_path, "recipes")
+    assert [row[:2] for row in rows[1:]] == [[" speaker ", " target "], [" speaker ", " source "]]

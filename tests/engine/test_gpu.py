@@ -11,10 +11,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def _trained(precision, alpha, **settings):
@@ -169,6 +166,7 @@ def test_deterministic(plain, data, same):
         ctl.FeatureConservation(layers=1, metric="ldifs"),
         ctl.LHUC(freeze=False),
         ctl.InputTransform(freeze=False),
+        ctl.SpectralShrinkage(k=2),
     ],
     ids=str,
 )

@@ -63,7 +63,6 @@ def test_a_cpu_moves_each_when_it_is_asked_for():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_values_are_those_of_the_host():
     device = torch.device("cuda")
     host = [torch.full((1 << 20,), float(number)).pin_memory() for number in range(8)]

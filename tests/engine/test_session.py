@@ -73,7 +73,6 @@ def test_an_accelerator_that_would_leave_out_fp16_is_refused(plain, data):
         accelerator.state._mixed_precision = "no"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_needs_a_gpu(plain, data):
     with pytest.raises(ctl.SpecError, match="device is cuda, but torch finds no GPU"):
         ctl.fit(plain(), data, training=ctl.Training(device="cuda"))
