@@ -12,7 +12,8 @@ import pytest
 
 import conservtl as ctl
 from conservtl.errors import WriteError
-from conservtl.storage.locks import lock_folder, wait_for_lock
+from conservtl.storage import locks
+from conservtl.storage.locks import is_locked, lock_folder, wait_for_lock
 
 HOLD = """
 import sys, time
@@ -94,3 +95,27 @@ def test_those_that_wait_come_one_after_the_other(tmp_path):
     for thread in threads:
         thread.join()
     assert counter.read_text() == "80"
+
+
+def test_a_lock_is_held_as_long_as_its_process_lives_whatever_its_note_says(tmp_path, holder):
+    (tmp_path / ".lock.json").write_text('{"process": 1')
+    with pytest.raises(ctl.SpecError, match="must have one writer; another process writes to it"):
+        taken(tmp_path)
+    assert is_locked(tmp_path / ".lock")
+    assert not is_locked(tmp_path / "none")
+    holder.kill()
+    holder.wait()
+    assert not is_locked(tmp_path / ".lock")
+
+
+def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch):
+    def unsupported(self):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(locks.FileLock, "acquire", unsupported)
+    with pytest.warns(UserWarning, match="this file system has no locks; let no two runs write to it"):
+        taken(tmp_path)
+    with pytest.warns(UserWarning, match="has no locks"), wait_for_lock(tmp_path / "cache" / ".lock"):
+        pass
+    assert is_locked(tmp_path / ".lock")

@@ -229,7 +229,7 @@ def _pickle_changed(content: bytes, chance: random.Random) -> bytes:
 
 def outcome(path: Path) -> tuple[str, str]:
     """Return what adapting from a file ends in, and the message."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -240,7 +240,7 @@ def outcome(path: Path) -> tuple[str, str]:
         ended, message = "refused", str(error)
     except Exception as error:  # noqa: BLE001 - this is what is looked for
         ended, message = "failed", f"{type(error).__name__}: {error}"
-    if time.perf_counter() - begun > LONGEST_SECONDS:
+    if time.process_time() - begun > LONGEST_SECONDS:
         ended = "slow"
     if ended == "refused" and len(message) > 3000:
         ended = "message"

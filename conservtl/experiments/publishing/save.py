@@ -189,7 +189,7 @@ def _report(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, Tensor) or hasattr(value, "item"):
+    if getattr(value, "shape", None) == ():  # a scalar of PyTorch or NumPy
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SpecError(f"metrics: {name} must be a finite number; received {value!r:.60}. Leave it out if unknown.")

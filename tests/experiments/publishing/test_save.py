@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -271,3 +272,35 @@ def test_a_licence_that_is_an_address(tmp_path):
     data = front_matter(folder / "README.md")
     assert (data["license"], data["license_name"]) == ("other", "https://e.org/LICENSE")
     assert json.loads((folder / "plan.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (torch.empty(2, device="meta"), "a tensor without values"),
+        (torch.eye(2).to_sparse(), r"a tensor of torch\.float32, torch\.sparse_coo"),
+    ],
+)
+def test_a_buffer_that_no_file_holds_is_refused_by_name(tmp_path, value, what):
+    adaptation = ctl.adapt(network(), network())
+    adaptation.model.register_buffer("odd", value)
+    with pytest.raises(ctl.SpecError, match=rf"'odd' of the model's state is {what}"):
+        ctl.save(adaptation, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), np.ones(2), "0.9", True, float("nan"), torch.tensor(float("inf"))])
+def test_a_metric_that_is_no_number_is_refused(tmp_path, value):
+    with pytest.raises(ctl.SpecError, match=r"metrics: after\.target\.accuracy must be a finite number; received"):
+        ctl.save(ctl.adapt(network(), network()), tmp_path / "out", metrics={"after": {"target": {"accuracy": value}}})
+
+
+def test_metrics_as_tensors_and_sets_without_any(tmp_path):
+    metrics = {"after": {"target": {"accuracy": torch.tensor(0.75), "errors": np.int64(3)}, "source": None}}
+    folder = ctl.save(ctl.adapt(network(), network()), tmp_path / "out", metrics=metrics)
+    assert json.loads((folder / "report.json").read_text())["after"] == {"target": {"accuracy": 0.75, "errors": 3}}
+
+
+def test_another_object_is_refused(tmp_path):
+    with pytest.raises(ctl.SpecError, match="save needs an adaptation, as adapt returns it; received Sequential"):
+        ctl.save(network(), tmp_path / "out")

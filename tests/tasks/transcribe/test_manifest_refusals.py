@@ -1,0 +1,81 @@
+"""Lists of utterances that cannot be read are refused with the file, the line and the fix."""
+
+from __future__ import annotations
+
+import pytest
+
+import conservtl as ctl
+from conservtl.tasks.transcribe.manifests import lines_of
+
+
+def kaldi(root, **files):
+    for name, text in {"wav.scp": "r r.wav\n", "text": "u hello\n", "utt2spk": "u ann\n"}.items():
+        (root / name).write_text(text)
+    for name, text in files.items():
+        (root / name).write_text(text)
+
+
+def refused(layout, root, message, files=()):
+    with pytest.raises(ctl.DataError, match=message):
+        lines_of(layout, root, files)
+
+
+def test_a_root_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("manifest", tmp_path / "file", r"data\.root must be a folder; .*file is not one")
+
+
+def test_a_folder_without_utterances(tmp_path):
+    refused("librispeech", tmp_path, "holds no utterance in the layout 'librispeech'")
+
+
+def test_a_folder_without_manifests_and_a_name_that_is_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("no list")
+    refused("manifest", tmp_path, r"data\.files must name a manifest; .* has no \.json, \.jsonl, \.csv or \.tsv")
+    refused("manifest", tmp_path, r"data\.files: there is no file .*a\.json\. Correct the name", ["a.json"])
+
+
+def test_empty_lines_of_a_manifest_are_passed_over(tmp_path):
+    line = '{"audio_filepath": "a.wav", "text": "hello", "speaker": "ann"}'
+    (tmp_path / "a.jsonl").write_text(f"\n{line}\n   \n{line}\n")
+    assert [one.where for one in lines_of("manifest", tmp_path, [])] == ["a.jsonl, line 2", "a.jsonl, line 4"]
+
+
+def test_segments_cut_a_recording(tmp_path):
+    """From 0.5 s to 1.25 s: an offset of 0.5 s and a duration of 0.75 s."""
+    kaldi(tmp_path, segments="u r 0.5 1.25\n")
+    (line,) = lines_of("kaldi", tmp_path, [])
+    assert (line.path, line.offset, line.duration, line.text, line.speaker) == ("r.wav", 0.5, 0.75, "hello", "ann")
+
+
+@pytest.mark.parametrize("times", ["r 0.5", "r half one", "r 0.5 1.0 1.5"])
+def test_a_segment_without_a_start_and_an_end(tmp_path, times):
+    kaldi(tmp_path, segments=f"u {times}\n")
+    refused("kaldi", tmp_path, rf"'u' must have a recording, a start and an end; received '{times}'")
+
+
+def test_a_list_of_kaldi_that_is_missing(tmp_path):
+    kaldi(tmp_path)
+    (tmp_path / "utt2spk").unlink()
+    refused("kaldi", tmp_path, r"needs wav\.scp, text and utt2spk; .*utt2spk is missing")
+
+
+def test_a_subset_that_is_the_root_itself(tmp_path):
+    chapter = tmp_path / "test-clean" / "5" / "1"
+    chapter.mkdir(parents=True)
+    (chapter / "5-1.trans.txt").write_text("5-1-0000 HELLO\n\n")
+    (line,) = lines_of("librispeech", tmp_path / "test-clean", [])
+    (same,) = lines_of("librispeech", tmp_path, [])
+    assert line.part == same.part == "test"
+
+
+def test_a_language_without_lists(tmp_path):
+    refused(
+        "common_voice", tmp_path, r"must hold train\.tsv, dev\.tsv and test\.tsv of Common Voice, or validated\.tsv"
+    )
+
+
+def test_text_of_another_encoding_names_the_byte(tmp_path):
+    kaldi(tmp_path)
+    (tmp_path / "text").write_bytes("u gr\u00fcn\n".encode("latin-1"))
+    refused("kaldi", tmp_path, r"text must be text in UTF-8; .* at byte 4\. Convert it")
