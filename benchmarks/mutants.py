@@ -89,8 +89,11 @@ def tests_of(module: str, line: int, data: CoverageData) -> list[str]:
     by_file = [list(tests) for _, tests in itertools.groupby(sorted(found), lambda test: test.split("::")[0])]
     in_turn = [test for round_ in itertools.zip_longest(*by_file) for test in round_ if test is not None]
     own, folder = f"test_{parts[-1]}", "/".join(["tests", *parts[1:-1]])
-    in_turn.sort(key=lambda test: (own not in test.split("::")[0], not test.startswith(folder)))
-    return in_turn[:MOST_TESTS] or [folder if (ROOT / folder).is_dir() else "/".join(["tests", parts[1]])]
+    near = [test for test in in_turn if own in test.split("::")[0] or test.startswith(folder)]
+    near.sort(key=lambda test: own not in test.split("::")[0])
+    far = [test for test in in_turn if test not in set(near)]
+    chosen = [*near[: MOST_TESTS // 2], *far[: MOST_TESTS // 2]]
+    return chosen or [folder if (ROOT / folder).is_dir() else "/".join(["tests", parts[1]])]
 
 
 def found_anew(row: Row) -> Row | None:
