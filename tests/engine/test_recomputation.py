@@ -60,7 +60,11 @@ def trained(make, strategies, checkpointing, data, **options):
     batch = data.batch(range(2))
     adaptation = ctl.adapt(model, source, strategies, example={name: batch[name] for name in ("inputs", "lengths")})
     calls = []
-    inner = next(m for n, m in model.named_modules() if n.endswith(("blocks.0.feed_forward1", "layers.0.attention")))
+    inner = next(
+        m
+        for n, m in model.named_modules()
+        if n.endswith(("blocks.0.feed_forward1", "layers.0.attention", "layers.0.ffn1", "layers.0.fc1"))
+    )
     hook = inner.register_forward_hook(lambda *_: calls.append(is_recomputing()))
     training = ctl.Training(
         device="cpu", optimizer="sgd", lr=0.1, epochs=3, batch_size=4, checkpointing=checkpointing, **options
@@ -137,6 +141,55 @@ def test_recognizers_on_samples_train_alike(name):
     for key, value in plain.items():
         torch.testing.assert_close(again[key], value, rtol=1e-5, atol=1e-6, msg=key)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in adaptation.model.modules())
+
+
+@pytest.mark.parametrize("group_norm", [True, False])
+def test_torchaudios_conformer(group_norm):
+    """With batch norms: refused, unless they keep the source's statistics."""
+    pytest.importorskip("torchaudio")
+    from conservtl.tasks.transcribe.torchaudio_conformer import TorchaudioConformer, TorchaudioConformerArgs
+
+    sizes = {"input_dim": 16, "num_heads": 2, "ffn_dim": 16, "num_layers": 1, "depthwise_conv_kernel_size": 5}
+    args = TorchaudioConformerArgs(**sizes, use_group_norm=group_norm, subsampling=2)
+
+    def make():
+        return TorchaudioConformer(6, 5, args)
+
+    if not group_norm:
+        with pytest.raises(ctl.SpecError, match="would count each batch twice"):
+            trained(make, [], True, data_of())
+    parts = [trained(make, [], active, data_of(), batch_norm="eval") for active in (False, True)]
+    assert any(parts[1][1])
+    for name, value in parts[0][0].items():
+        torch.testing.assert_close(parts[1][0][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_decoder_keeps_no_cache_that_would_be_filled_twice():
+    """Whisper, with units dropped at random."""
+    pytest.importorskip("transformers")
+    from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
+    from conservtl.tasks.transcribe.models import ModelSpec, build
+
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    args = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "max_target_positions": 12,
+        "dropout": 0.2,
+        **heads,
+    }
+    preprocessing = TranscribePreprocessing(features=Features(kind="whisper", seconds=1))
+    inputs = tuple(torch.randn(100, 80, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    data = Sequences(inputs, (torch.tensor([1, 2, 3]), torch.tensor([4])), ("a", "b"), (), (1.0, 1.0))
+
+    def make():
+        return build(ModelSpec(name="transformers/whisper", args=args), preprocessing, 7)
+
+    parts = [trained(make, [ctl.OutputConservation(weight=0.3)], active, data) for active in (False, True)]
+    assert any(parts[1][1])
+    for name, value in parts[0][0].items():
+        torch.testing.assert_close(parts[1][0][name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 class Blocks(nn.Module):

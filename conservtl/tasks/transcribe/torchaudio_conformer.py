@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -73,6 +74,11 @@ class TorchaudioConformer(nn.Module):
             parts[2] = MaskedConv1d(parts[2])  # 0 and 5 see one frame, which padding does not change
             parts[3] = (MaskedGroupNorm1d if args.use_group_norm else MaskedBatchNorm1d)(parts[3])
         self.head = nn.Linear(args.input_dim, tokens)
+
+    def checkpointed_blocks(self) -> Iterable[nn.Module]:
+        """Return the blocks that ``training.checkpointing`` computes again."""
+        blocks: Iterable[nn.Module] = self.network.conformer_layers
+        return blocks
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, frames, tokens) logits and the number of frames of each utterance, (N,).
