@@ -62,7 +62,7 @@ class Session:
         self.device: torch.device = accelerator.device
         self.processes = current() if accelerator.num_processes > 1 else ALONE
         self.sharded = False
-        self._shards = shards(training, accelerator)
+        self._shards = shards(training, accelerator, adaptation.model)
         self.execution = decide(training, adaptation.model, self.device, self.precision, self.made)
         if self.execution.fused:
             self.made = self.made[0], {**self.made[1], "fused": True}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -75,6 +75,7 @@ def test_every_example_comes_once(form, shuffle):
     assert batches.count() in {None, len(found)}
 
 
+@settings(deadline=None)  # the time of an example is the machine's
 @given(length=st.integers(1, 40), size=st.integers(1, 10), world=st.integers(1, 3))
 def test_batches_of_held_data(length, size, world):
     """A last batch of one example joins the batch before; the parts of processes are those of one process's batches."""
