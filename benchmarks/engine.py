@@ -1,7 +1,7 @@
 """Speed of the engine compared with loops written by hand and with other libraries.
 
 ``python benchmarks/engine.py`` prints the tables and writes ``benchmarks/results/engine.{json,md}``; with ``--only
-conformer`` it measures one network and prints its table.
+conformer`` one network anew, the others staying as they are there.
 Each round runs all variants in a new random order, so that other load on the machine affects all equally. Ratios are
 formed within a round, and their median over rounds is reported with its quartiles. Time is measured from the first step
 of the second epoch to the last step of the last, without setup. There are two rates: that of the median step, which
@@ -254,7 +254,7 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
     lines = [
         f"## {name}",
         "",
-        part["method"],
+        conditions(part),
         "",
         f"| variant | steps/s, median step | of the {part['base']}: by step | whole time |",
         "| --- | ---: | ---: | ---: |",
@@ -273,7 +273,7 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
         ),
         "",
     ]
-    lines += [
+    lines += part["in turn"] and [
         "| steps made in turn in one process | compared with | step by step | goal |",
         "| --- | --- | ---: | ---: |",
         *(f"| {row['of']} | {row['base']} | {formatted(row['step'])} | {row['goal']} |" for row in part["in turn"]),
@@ -290,18 +290,15 @@ def table(name: str, part: dict[str, Any]) -> list[str]:
     return [*lines, saving, ""]
 
 
-def head(report: dict[str, Any]) -> list[str]:
-    place = report["machine"]
+def conditions(part: dict[str, Any]) -> str:
+    place = part["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
-    method = (
-        f"AdamW, fp32. Medians over {report['rounds']} rounds of {report['epochs']} epochs, each with all variants in "
-        "a random order; quartiles in brackets. Made by `python benchmarks/engine.py`."
+    return (
+        f"{part['method']} AdamW, fp32. Medians over {part['rounds']} rounds of {part['epochs']} epochs, each with all "
+        f"variants in a random order; quartiles in brackets. {place['cpu']}, {place['cores']} cores, "
+        f"{place['threads']} torch threads, load {place['load before']} before and {place['load after']} after; "
+        f"{versions}; {place['date']}."
     )
-    on = (
-        f"{place['cpu']}, {place['cores']} cores, {place['threads']} torch threads, load {place['load before']} before "
-        f"and {place['load after']} after; {versions}; {place['date']}."
-    )
-    return ["# The engine compared with other loops", "", on, "", method, ""]
 
 
 def main() -> None:
@@ -315,23 +312,27 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    report: dict[str, Any] = {"machine": machine(), "recordings": RECORDINGS, "batch": BATCH} | vars(options)
-    del report["out"], report["only"]
+    file = options.out / "engine.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["networks"] if options.only and file.exists() else {}
+    kept = {name: part for name, part in kept.items() if "machine" in part}  # files of an earlier form have none
     chosen = [name for name in PROBLEMS if any(word.lower() in name.lower() for word in options.only or [""])]
-    report["networks"] = {name: measured(PROBLEMS[name], options.epochs, options.rounds) for name in chosen}
-    report["machine"]["load after"] = round(os.getloadavg()[0], 2)
-    parts = [line for name, part in report["networks"].items() for line in table(name, part)]
-    print("\n".join([*head(report), *parts]))
-    if len(chosen) < len(PROBLEMS) and options.out == RESULTS:
-        return  # the files there are of all networks
+    networks = kept | {name: measured(PROBLEMS[name], options.epochs, options.rounds) for name in chosen}
+    networks = {name: networks[name] for name in PROBLEMS if name in networks}
+    page = ["# The engine compared with other loops", "", "Made by `python benchmarks/engine.py`.", ""]
+    text = "\n".join([*page, *(line for name, part in networks.items() for line in table(name, part))])
+    print(text)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "engine.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (options.out / "engine.md").write_text("\n".join([*head(report), *parts]), encoding="utf-8")
+    file.write_text(json.dumps({"networks": networks}, indent=2) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def measured(problem: Problem, epochs: int, rounds: int) -> dict[str, Any]:
+    place = machine()
     found, missing = measure(problem, epochs, rounds)
     part = {
+        "machine": place,
+        "rounds": rounds,
+        "epochs": epochs,
         "method": problem.method,
         "base": problem.base,
         "variants": {
@@ -350,6 +351,7 @@ def measured(problem: Problem, epochs: int, rounds: int) -> dict[str, Any]:
             if goal and b in found
         ],
     }
+    place["load after"] = round(os.getloadavg()[0], 2)
     if CACHED in problem.variants:
         model = problem.make()
         part["operations"] = operations(problem.make)
