@@ -141,10 +141,19 @@ class Padding:
             for find in (self._same, self._resampled, self._proportional):
                 if (mask := find(shape[0] // rows)) is not None:
                     return mask.flatten()
+        if self._is_whole():  # a tensor without examples, such as Whisper's positions, of inputs without padding
+            return None
         raise SpecError(
             f"{subject}: lengths or mask must have one row for each example; received {rows} for a tensor of shape "
             f"{tuple(shape)}. Give one length for each example, and examples on the first axis."
         )
+
+    def _is_whole(self) -> bool:
+        """Return whether no position of any example is padding."""
+        if self.valid is not None:
+            return bool(self.valid.all())
+        whole = 1 if self._relative else (self.sizes or (0,))[0]
+        return bool((self.lengths == whole).all()) and (self._relative or len(self.sizes or ()) == 1)
 
     def _same(self, size: int) -> Tensor | None:
         """Return the mask at a number of positions that the lengths count of."""

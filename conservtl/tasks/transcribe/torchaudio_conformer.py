@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -69,10 +70,12 @@ class TorchaudioConformer(nn.Module):
         sizes = args.model_dump(exclude={"subsampling"})
         self.subsampling = Subsampling(bands, args.input_dim, args.subsampling, args.dropout)
         self.network: Any = require("torchaudio.models", "torchaudio").Conformer(**sizes)
-        for block in self.network.conformer_layers:
+        layers = self.network.conformer_layers
+        for place, block in enumerate(layers):
             parts = block.conv_module.sequential
             parts[2] = MaskedConv1d(parts[2])  # 0 and 5 see one frame, which padding does not change
             parts[3] = (MaskedGroupNorm1d if args.use_group_norm else MaskedBatchNorm1d)(parts[3])
+            layers[place] = _Block(block)
         self.head = nn.Linear(args.input_dim, tokens)
 
     def checkpointed_blocks(self) -> Iterable[nn.Module]:
@@ -90,5 +93,35 @@ class TorchaudioConformer(nn.Module):
         frames, lengths = self.subsampling(inputs, lengths)
         frames = frames[:, : int(lengths.max())]
         tell(self.network, lengths)
-        frames, _ = self.network(frames, lengths.to(frames.device))
+        padded = torch.arange(frames.shape[1], device=frames.device) >= lengths.to(frames.device).unsqueeze(1)
+        for block in self.checkpointed_blocks():
+            frames = block(frames, padded)
         return self.head(frames), lengths
+
+    def checkpointed_blocks(self) -> Iterable[nn.Module]:
+        """Return the blocks that ``training.checkpointing`` computes again."""
+        blocks: Iterable[nn.Module] = self.network.conformer_layers
+        return blocks
+
+
+class _Block(nn.Module):
+    """torchaudio's block with its modules, for frames whose first axis is the utterances', as elsewhere."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        for name, module in block.named_children():
+            self.add_module(name, module)
+        self.convolution_first: bool = block.convolution_first
+
+    def forward(self, frames: Tensor, padded: Tensor) -> Tensor:
+        """Return (N, frames, width) for (N, frames, width) and the mask of padding, (N, frames)."""
+        frames = frames + 0.5 * self.ffn1(frames)
+        if self.convolution_first:
+            frames = frames + self.conv_module(frames)
+        query = self.self_attn_layer_norm(frames).transpose(0, 1)
+        mixed, _ = self.self_attn(query, query, query, key_padding_mask=padded, need_weights=False)
+        frames = frames + self.self_attn_dropout(mixed).transpose(0, 1)
+        if not self.convolution_first:
+            frames = frames + self.conv_module(frames)
+        frames = frames + 0.5 * self.ffn2(frames)
+        return self.final_layer_norm(frames)  # type: ignore[no-any-return]

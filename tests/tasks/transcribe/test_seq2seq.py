@@ -161,6 +161,30 @@ def test_features_of_encoder_and_decoder_are_compared_without_padding(kind, batc
     assert added(again) == pytest.approx(added(batch), rel=1e-4)
 
 
+def test_a_step_with_terms_is_the_same_with_blocks_computed_again(kind):
+    """Three utterances: Whisper's 50 positions are no examples of the batch."""
+    model, adapted = network(kind), network(kind)
+    with torch.no_grad():
+        adapted.network.model.decoder.layers[0].fc1.weight += 0.1 * torch.randn(16, 16)
+    inputs = torch.randn(3, 100, NETWORKS[kind][1].n_mels)
+    lengths = torch.tensor([100, 100, 100] if kind == "whisper" else [100, 63, 40])
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100], [5, 5, -100]])
+    batch = {"inputs": inputs, "lengths": lengths, "labels": labels, "names": ["a", "b", "c"]}
+    task = Transcribe()
+    strategies = [ctl.OutputConservation(rho=0.3), ctl.FeatureConservation(alpha=0.1)]
+    steps = {}
+    for again in (False, True):
+        trained = copy.deepcopy(adapted)
+        training = ctl.Training(epochs=1, batch_size=3, lr=0.1, optimizer="sgd", threads=1, checkpointing=again)
+        functions = {"forward": task.forward, "loss": task.loss, "metrics": lambda *_: {}}
+        ctl.fit(ctl.adapt(trained, model, strategies), [batch], None, training, **functions)
+        steps[again] = trained.state_dict()
+    for name, value in steps[False].items():
+        torch.testing.assert_close(steps[True][name], value, rtol=1e-4, atol=1e-6)
+    name = "network.model.decoder.layers.0.fc1.weight"
+    assert not torch.equal(steps[False][name], adapted.state_dict()[name])
+
+
 def test_layers_run_from_the_encoder_to_the_decoder(kind, model, batch):
     inputs = {name: batch[name] for name in ("inputs", "lengths")}
     layers = find_layers(model, inputs)

@@ -34,6 +34,37 @@ def test_an_utterance_has_the_same_outputs_alone_and_padded(group_norm):
     torch.testing.assert_close(both[1, :9], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@torch.no_grad()
+def test_blocks_are_those_of_torchaudio(first):
+    model = network(convolution_first=first).eval()
+    plain = torchaudio.models.Conformer(**SIZES, convolution_first=first).eval()
+    plain.load_state_dict(model.network.state_dict())
+    inputs, lengths = torch.randn(1, 60, 12), torch.tensor([60])
+    frames, lengths = model.subsampling(inputs, lengths)
+    expected = model.head(plain(frames, lengths)[0])
+    torch.testing.assert_close(model(inputs, torch.tensor([60]))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_blocks_are_compared_without_padding():
+    model, source = network().eval(), network().eval()
+    adaptation = ctl.adapt(model, source, [ctl.FeatureConservation(alpha=1.0)])
+    with torch.no_grad():
+        model.network.conformer_layers[0].ffn1.sequential[1].weight += torch.randn(16, 16)
+    inputs, lengths = torch.randn(3, 60, 12), torch.tensor([60, 33, 20])
+
+    def added(inputs):
+        content = {"inputs": inputs, "lengths": lengths}
+        outputs = model(**content)
+        loss = outputs[0].sum() * 0
+        return float(adaptation.loss(loss, outputs, content).detach())
+
+    again = inputs.clone()
+    again[1, 33:], again[2, 20:] = 3.0, -1.0
+    assert added(inputs) > 0
+    assert added(again) == pytest.approx(added(inputs), rel=1e-4)
+
+
 def test_batch_norm_counts_no_padding():
     norm, plain = MaskedBatchNorm1d(nn.BatchNorm1d(3)), nn.BatchNorm1d(3)
     inputs = torch.randn(2, 3, 9)
