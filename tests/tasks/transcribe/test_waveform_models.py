@@ -157,7 +157,7 @@ def root(tmp_path_factory):
         lines = []
         for number, text in enumerate(("A CAB", "BAD", "A BEE", "DEED", "CAB")):
             name = f"{speaker}-1-{number:04}"
-            generator = torch.Generator().manual_seed(number)
+            generator = torch.Generator().manual_seed(number + 10 * int(speaker))
             soundfile.write(folder / f"{name}.flac", torch.randn(3200 + 800 * number, generator=generator) / 9, 16_000)
             lines.append(f"{name} {text}")
         (folder / f"{speaker}-1.trans.txt").write_text("\n".join(lines))
