@@ -98,19 +98,19 @@ class TorchaudioConformer(nn.Module):
             frames = block(frames, padded)
         return self.head(frames), lengths
 
-    def checkpointed_blocks(self) -> Iterable[nn.Module]:
-        """Return the blocks that ``training.checkpointing`` computes again."""
-        blocks: Iterable[nn.Module] = self.network.conformer_layers
-        return blocks
-
 
 class _Block(nn.Module):
     """torchaudio's block with its modules, for frames whose first axis is the utterances', as elsewhere."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        for name, module in block.named_children():
-            self.add_module(name, module)
+        self.ffn1: Any = block.ffn1
+        self.self_attn_layer_norm: Any = block.self_attn_layer_norm
+        self.self_attn: Any = block.self_attn
+        self.self_attn_dropout: Any = block.self_attn_dropout
+        self.conv_module: Any = block.conv_module
+        self.ffn2: Any = block.ffn2
+        self.final_layer_norm: Any = block.final_layer_norm
         self.convolution_first: bool = block.convolution_first
 
     def forward(self, frames: Tensor, padded: Tensor) -> Tensor:
