@@ -22,6 +22,7 @@ from conservtl.engine.processes import ALONE, current, names_lost
 from conservtl.engine.randomness import determinism
 from conservtl.engine.recomputation import Recomputation
 from conservtl.engine.sharding import shard, unshard
+from conservtl.engine.source_precision import source_in
 from conservtl.engine.threads import cpu_threads
 from conservtl.engine.tracing import GRAPHS, compiled
 from conservtl.engine.training import Training
@@ -55,10 +56,8 @@ class Session:
     average: WeightAverage | None = None
 
     def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any, made: Made | None = None) -> None:
-        self.adaptation = adaptation
+        self.adaptation, self.training, self.accelerator = adaptation, training, accelerator
         self.made = made or training.make()
-        self.training = training
-        self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.processes = current() if accelerator.num_processes > 1 else ALONE
         self.sharded = False
@@ -92,8 +91,9 @@ class Session:
             self.model = compiled(self.eager, self.execution.compile)
         self.adaptation.keep_frozen()
         if self.training.ema is not None:
-            trained = frozenset(self.adaptation.plan.trained)
-            self.average = WeightAverage(self.adaptation.model, trained, self.training.ema)
+            self.average = WeightAverage(
+                self.adaptation.model, frozenset(self.adaptation.plan.trained), self.training.ema
+            )
 
     def end(self) -> None:
         """Make sharded parameters whole again and statistics equal in all processes, once the last step is made."""
@@ -114,14 +114,12 @@ class Session:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that the model's forward pass runs in."""
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
-        return context
+        return self.accelerator.autocast()  # type: ignore[no-any-return]
 
     @property
     def precision(self) -> str:
         """fp32, bf16 or fp16."""
-        mixed = str(self.accelerator.mixed_precision)
-        return "fp32" if mixed == "no" else mixed
+        return "fp32" if (mixed := str(self.accelerator.mixed_precision)) == "no" else mixed
 
     def train(self) -> None:
         """Put the model into training mode, and its norms into eval mode if the settings say so."""
@@ -276,6 +274,7 @@ def open_session(
         models = [adaptation.model] if runner is None else [adaptation.model, runner.model]
         try:
             with (
+                source_in(training, session.precision, runner, adaptation.plan.head_modules),
                 channels_last(models, active=session.execution.channels_last),
                 in_tf32(session.execution.tf32),
                 names_lost(session.processes),

@@ -73,6 +73,10 @@ class Training(BaseModel):
     """Share of the steps over which the factor rises from 0 (constant and cosine)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that supports it, else fp32."""
+    source_precision: Literal["fp32", "half"] = "fp32"
+    """Precision in which the source model's linear maps and convolutions are held, if strategies compare with it. half:
+    that of ``precision`` if it is bf16 or fp16, in which they compute anyway: half of the memory, nothing to convert in
+    each step, and the same results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     distributed: Literal["auto", "ddp", "fsdp2"] = "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,14 @@ class SourceHead:
         self._copies: dict[torch.device, nn.Module] = {}
 
     def outputs(self, entering: Tensor) -> Any:
-        """Return the head's outputs for the features that enter it, with gradient to them."""
-        return self.module(entering)
+        """Return the head's outputs for the features that enter it, with gradient to them.
+
+        Features in half precision come from a pass under autocast, which may be over: then the head runs under it too.
+        """
+        own = next(self.module.parameters(), entering)
+        mixed = entering.dtype in (torch.bfloat16, torch.float16) and own.dtype != entering.dtype
+        with torch.autocast(entering.device.type, entering.dtype) if mixed else nullcontext():
+            return self.module(entering)
 
     @contextmanager
     def replacing(self, model: nn.Module) -> Iterator[nn.Module]:

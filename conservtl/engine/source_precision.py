@@ -1,0 +1,59 @@
+"""The source model's weights in the half precision in which a run computes with them anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from conservtl.engine.training import Training
+from conservtl.layers import canonical
+from conservtl.layers.names import holder_counts
+from conservtl.runtime.source_model import SourceModelRunner
+
+__all__ = ["source_in"]
+
+_CASTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def source_in(
+    training: Training, precision: str, runner: SourceModelRunner | None, heads: Collection[str]
+) -> Iterator[None]:
+    """Hold the weights of the source model's linear maps and convolutions in half precision inside the block, if asked.
+
+    Under autocast these modules round their weights to that precision in each pass, so no result changes. Norms,
+    embeddings, tied weights and classes of the user's own stay as they are, and so does a model that the source shares
+    with the adapted one. The weights wait in the host's memory, and are put back at the end.
+
+    Args:
+        training: says whether to.
+        precision: of the run: fp32, bf16 or fp16.
+        runner: the source model; None: there is none.
+        heads: names of the head's modules, which may run outside autocast.
+    """
+    wanted = training.source_precision == "half" and precision in _HALF
+    if not wanted or runner is None or runner.shared is not None:
+        yield
+        return
+    holders = holder_counts(runner.model)
+    weights = [
+        parameter
+        for name, module in runner.model.named_modules()
+        if type(module) in _CASTS and canonical(name) not in heads
+        for parameter in module.parameters(recurse=False)
+        if parameter.dtype == torch.float32 and holders[id(parameter)] == 1
+    ]
+    before = [weight.detach().cpu().clone(memory_format=torch.preserve_format) for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.detach().to(_HALF[precision])
+        yield
+    finally:
+        for weight, original in zip(weights, before, strict=True):
+            weight.data = original.to(weight.device)
