@@ -33,6 +33,9 @@ class Functions:
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar, the mean over the batch; or a loss of torch, such as ``nn.MSELoss()``.
         metrics: (outputs, batch) -> name: mean over the batch, or (sum, count), pooled over a set.
+
+    Raises:
+        SpecError: one is none.
     """
 
     forward: Forward
@@ -40,6 +43,9 @@ class Functions:
     metrics: Metrics
 
     def __post_init__(self) -> None:
+        for name in ("forward", "metrics"):
+            if not callable(given := getattr(self, name)):
+                raise SpecError(f"{name} must be a function; received {given!r:.60}. Pass one, or leave it out.")
         object.__setattr__(self, "loss", as_loss(self.loss))
 
     def of(self, data: Any) -> Functions:

@@ -37,9 +37,12 @@ def with_mixing(
         augment: the run's augmentation; None: none.
 
     Raises:
-        SpecError: the batches are no images with a class each, or the loss takes no probabilities.
+        SpecError: ``augment`` is no function, the batches are no images with a class each, or the loss takes no
+            probabilities.
         MissingExtraError: torchvision is not installed.
     """
+    if augment is not None and not callable(augment):
+        raise SpecError(f"augment must be a function (batch, generator) -> batch; received {augment!r:.60}. Pass one.")
     settings = session.training
     if settings.mixup is None and settings.cutmix is None:
         return augment

@@ -187,6 +187,11 @@ def recommend(
         with preserve_rng():
             problem = _held(spec, source, train, training, options)
             return _recommend(settings_of(problem, training, seed=seed, options=options), range_test=range_test)
+    if not isinstance(spec, (Spec, Mapping, str, Path)):
+        raise SpecError(
+            f"recommend takes a spec, its fields or its file, or a model or a function that returns one; received "
+            f"{type(spec).__name__}."
+        )
     if any(given is not None for given in (source, train, training)) or options:
         raise SpecError(
             "recommend: a spec names source, data and training itself; further arguments are for a model. Set the "

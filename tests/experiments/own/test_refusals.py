@@ -132,9 +132,23 @@ def test_a_spec_that_names_a_run_twice_is_refused(section, field, value):
         ({"highest": None}, ctl.SpecError, "received 1e-06 to None"),
         ({"seed": -1}, ctl.SpecError, "seed must be a whole number, 0 to 4294967295; received -1"),
         ({"valid": 3}, ctl.SpecError, "valid must name its sets"),
+        ({"forward": 3}, ctl.SpecError, "forward must be a function; received 3"),
+        ({"metrics": 3}, ctl.SpecError, "metrics must be a function; received 3"),
+        ({"augment": 3}, ctl.SpecError, "augment must be a function .*received 3"),
+        ({"augment": 3, "fit": True}, ctl.SpecError, "augment must be a function .*received 3"),
+        ({"forward": 3, "fit": True}, ctl.SpecError, "forward must be a function; received 3"),
     ],
 )
 def test_a_range_test_refuses(source, network, examples, change, error, message):
-    arguments = {"train": examples(24), "training": ctl.Training(device="cpu"), "steps": 12}
+    """So does ``fit``, for what both take."""
+    arguments = {"train": examples(24), "training": ctl.Training(device="cpu")}
+    fits = change.get("fit", False)
+    change = {name: value for name, value in change.items() if name != "fit"}
+    call = ctl.fit if fits else ctl.lr_find
     with pytest.raises(error, match=message):
-        ctl.lr_find(ctl.adapt(network(), source), **(arguments | change))
+        call(ctl.adapt(network(), source), **(arguments | ({} if fits else {"steps": 12}) | change))
+
+
+def test_a_recommendation_names_what_it_takes():
+    with pytest.raises(ctl.SpecError, match=r"recommend takes a spec, .* or a model .*received int"):
+        ctl.recommend(3)
