@@ -127,9 +127,9 @@ class Spec(FrozenModel):
     head whose labels overlap the source's starts from the source's rows of these labels, and a head with no label in
     common is fresh."""
     strategies: Annotated[tuple[AnyStrategy, ...], Field(json_schema_extra=offer)] = ()
-    """What to conserve and what to change; an empty list is plain fine-tuning. Or ``{recipe: speaker}`` or
-    ``{recipe: vision}``: the recommended strategies with their training and augmentation; fields of those that the
-    spec sets win."""
+    """What to conserve and what to change; an empty list is plain fine-tuning. Or ``{recipe: speaker}``,
+    ``{recipe: recognizer}`` or ``{recipe: vision}``: the recommended strategies with their training and augmentation;
+    fields of those that the spec sets win."""
     training: Training = Training()
     """How to adapt."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

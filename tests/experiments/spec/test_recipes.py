@@ -20,8 +20,8 @@ DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def fields_of(name):
-    folder = {"speaker": "speech", "vision": "vision"}[name]
-    return yaml.safe_load((EXAMPLES / folder / "recipe.yaml").read_text())
+    file = {"recognizer": "speech/digit_strings.yaml", "vision": "vision/recipe.yaml"}.get(name, "speech/recipe.yaml")
+    return yaml.safe_load((EXAMPLES / file).read_text())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -50,6 +50,14 @@ def test_the_speakers_recordings_are_changed_as_the_recipe_says():
     assert spec.data.augment.time_stretch == ctl.recipe("speaker").augment["time_stretch"] > 0
 
 
+def test_an_utterance_changes_in_speed_as_the_recipe_says_and_is_masked_as_usual():
+    spec = parse_spec(fields_of("recognizer"))
+    assert spec.data.augment == type(spec.data.augment)(speed=0.1)
+    assert spec.strategies == (ctl.WeightInterpolation(t=0.4),)
+    with pytest.raises(ctl.SpecError, match=r"'speaker' is for speech, and the task is transcribe. Use recognizer"):
+        parse_spec({**fields_of("recognizer"), "strategies": {"recipe": "speaker"}})
+
+
 def test_an_override_reaches_into_what_the_recipe_sets():
     root = ["data.root=x", "data.target=y"]
     spec = load_spec(EXAMPLES / "speech" / "recipe.yaml", [*root, "training.epochs=3", "data.augment.noise=0"])
@@ -60,7 +68,7 @@ def test_an_override_reaches_into_what_the_recipe_sets():
 @pytest.mark.parametrize(
     ("strategies", "message"),
     [
-        ({"recipe": "cooking"}, "recipe must be one of speaker, vision; received 'cooking'"),
+        ({"recipe": "cooking"}, "recipe must be one of speaker, recognizer, vision; received 'cooking'"),
         ({"recipe": "vision"}, "'vision' is for vision, and the task is speech. Use speaker"),
         ({"recipe": "speaker", "alpha": 1}, "a recipe by name alone.*alpha.*spec.yaml"),
         ({}, "a recipe by name alone"),
