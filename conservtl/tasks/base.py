@@ -67,7 +67,8 @@ class Task(SourceHooks, ABC):
     pipeline: ClassVar[str | None] = None
     """The Hugging Face Hub's name of the task, for a model's card."""
     has_classes: ClassVar[bool] = False
-    """Whether ``labels`` gives the class of each example: shots are counted a class, and ``recommend`` works."""
+    """Whether ``labels`` gives the class of each example: shots are counted a class, and ``recommend`` measures
+    features."""
     labels_are_outputs: ClassVar[bool] = False
     """Whether each of ``Domains.labels`` names one output of the head, such as a class or a token: rows of labels that
     the source has too are copied. Tasks with classes need not say so."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conservtl.data import Data, spread
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError
 from conservtl.experiments.advice.layer_features import LayerFeatures, features_of, statistics_shift
 from conservtl.experiments.advice.transferability import leep, log_me, proxy_a_distance
 from conservtl.experiments.run.setting import Setting
@@ -95,16 +95,10 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
     """Measure the source model on the shots and on the source's data; train nothing.
 
     Raises:
-        SpecError: the task has no classes.
         DataError: the target has one class only.
         MissingExtraError: scikit-learn is not installed.
     """
     domains, spec = setting.domains, setting.spec
-    if not setting.task.has_classes:
-        raise SpecError(
-            f"recommend: LogME, LEEP and the count of examples need classes, and the task {setting.task.name!r} has "
-            "none. Search with conservtl tune or compare instead."
-        )
     if len(domains.labels) < 2:
         raise DataError(
             f"data: a recommendation needs two classes; there is one class only, {domains.labels[0]!r}. Add another."

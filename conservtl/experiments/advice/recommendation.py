@@ -15,9 +15,11 @@ from torch import nn
 from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import SpecError
+from conservtl.experiments.advice.error_rates import ErrorEvidence, advise_by_errors, gather_errors
 from conservtl.experiments.advice.evidence import Evidence, gather
 from conservtl.experiments.advice.lr_range_test import RangeTest, lr_find_for
-from conservtl.experiments.advice.rules import Reason, advise
+from conservtl.experiments.advice.reason import Reason
+from conservtl.experiments.advice.rules import advise
 from conservtl.experiments.advice.thresholds import far, size
 from conservtl.experiments.own.options import ModelLike, ProblemOptions
 from conservtl.experiments.own.problem import OwnProblem, hold, settings_of
@@ -51,7 +53,7 @@ class Recommendation:
 
     spec: Spec
     choices: tuple[Reason, ...]
-    evidence: Evidence
+    evidence: Evidence | ErrorEvidence
     range_test: RangeTest | None
 
     @property
@@ -76,8 +78,10 @@ class Recommendation:
         return HtmlTable("Recommendation", notes, ["choice", "reason"], rows, frozenset({0, 1}))
 
     def layers(self) -> HtmlTable:
-        """Return LogME and the proxy A-distance of each layer's features."""
+        """Return LogME and the proxy A-distance of each layer's features; error rates where there are no classes."""
         found = self.evidence
+        if isinstance(found, ErrorEvidence):
+            return found.table()
         rows = []
         for name in found.layers:
             away = Cell(f"{found.distances[name]:.2f}" if name in found.distances else "–")
@@ -107,6 +111,8 @@ class Recommendation:
     def numbers(self) -> dict[str, Any]:
         """The numbers as JSON."""
         measured = asdict(self.evidence)
+        if isinstance(self.evidence, ErrorEvidence):
+            return {**measured, "size": self.evidence.size, "distance": self.evidence.distance}
         distant, by = far(self.evidence)
         return {**measured, "size": size(self.evidence), "far": distant, "far_by": by}
 
@@ -127,9 +133,11 @@ class Recommendation:
 
     def __str__(self) -> str:
         found = self.evidence
-        widest = max(map(len, found.layers))
         lines = [f"{choice.what:13} {choice.reason}" for choice in self.choices]
         lines += [f"{'left out':13} {what}" for what in found.left_out]
+        if isinstance(found, ErrorEvidence):
+            return "\n".join([*lines, "", *found.lines(), "", _short(self.spec).rstrip()])
+        widest = max(map(len, found.layers))
         lines += ["", f"{'layer':{widest}}  LogME  A-distance"]
         for name in found.layers:
             away = f"{found.distances[name]:10.2f}" if name in found.distances else f"{'-':>10}"
@@ -158,7 +166,9 @@ def recommend(
     It measures the number of examples a class and a parameter; the proxy A-distance between source and target at each
     depth; LogME at each depth, and LEEP of the source model's outputs. Then the kind of shift decides which side is
     tuned, the practitioner's table how much of it, the distance how far the kept side's rates are below, and a range
-    test the rate. It reads the shots and the source's data only, never a test part.
+    test the rate. For a task without classes that is judged by an error rate (``transcribe``) the source model's error
+    rate on the shots decides how far the domains are apart, and the seconds of speech how much is trained. It reads the
+    shots and the source's data only, never a test part.
 
     Args:
         spec: a spec, its fields, or its file. Data, model, source and the rest of ``training`` stay; strategies,
@@ -208,8 +218,13 @@ def _recommend(given: Spec, *, range_test: bool) -> Recommendation:
             "recommend: the source model's outputs are measured (LEEP), and source.weights have no head. Give weights "
             "with a head."
         )
-    evidence = gather(setting, source)
-    advice = advise(evidence)
+    evidence: Evidence | ErrorEvidence
+    if setting.task.has_classes:
+        evidence = gather(setting, source)
+        advice = advise(evidence)
+    else:
+        evidence = gather_errors(setting, source)
+        advice = advise_by_errors(evidence)
     chosen = {f"training.{name}": value for name, value in advice.training.items()}
     found = with_fields(bare, {"strategies": list(advice.strategies), **chosen})
     choices, seen = list(advice.choices), None

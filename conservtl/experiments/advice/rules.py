@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from conservtl.data.shots import taken_text
 from conservtl.experiments.advice.evidence import Evidence
+from conservtl.experiments.advice.reason import Advice, Reason
 from conservtl.experiments.advice.thresholds import (
     CONSERVATION,
     ENOUGH,
@@ -35,34 +35,6 @@ _CONSERVATION = {
     "input": "Decoupled L2-SP pulls toward the source, and the end lies on the line between it and the trained "
     "weights, which serves both kinds of inputs.",
 }
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One choice and its reason.
-
-    Args:
-        what: features, side, amount, rates, conservation, norms, rate, length.
-        reason: one sentence, with its numbers.
-    """
-
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Strategies and training settings.
-
-    Args:
-        strategies: as fields of a spec.
-        training: the fields of ``training`` that are chosen.
-        choices: the reasons.
-    """
-
-    strategies: tuple[dict[str, Any], ...]
-    training: dict[str, Any]
-    choices: tuple[Reason, ...]
 
 
 def advise(evidence: Evidence) -> Advice:

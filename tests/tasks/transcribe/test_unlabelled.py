@@ -13,12 +13,13 @@ from conservtl.data import Domains
 from conservtl.data.sequences import Sequences, joined
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
-from conservtl.experiments.spec.spec import parse_spec, with_fields
+from conservtl.experiments.run.source_training import prepare_source
+from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
 from conservtl.tasks.transcribe.task import Transcribe
 from conservtl.tasks.transcribe.unlabelled import PseudoLabels, Unlabelled, completed
 
 soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("jiwer")
+jiwer = pytest.importorskip("jiwer")
 
 RATE = 2000
 
@@ -223,6 +224,28 @@ class TestRuns:
         total = 4 + 2 * shots
         with pytest.raises(ctl.SpecError, match=rf"4 of {total} examples have no labels.*entropy_minimisation"):
             run(with_fields(spec, changes), tmp_path)
+
+
+class TestRecommended:
+    """Before training: what the source model hears, and how much speech there is."""
+
+    def test_error_rates_and_seconds(self, spec, tmp_path):
+        found = ctl.recommend(with_fields(spec, {"data.unlabelled": {"pseudo_labels": None}}), range_test=False)
+        assert (found.evidence.utterances, found.evidence.unlabelled) == (2, 4)
+        assert found.evidence.seconds == pytest.approx(2.0)
+        setting, source = prepare_source(spec)
+        told = prepare(spec).domains.shots.take([0, 1])
+        with torch.no_grad():
+            batch = told.batch([0, 1])
+            heard = setting.task.heard(source.model(batch["inputs"], batch["lengths"]))
+        said = setting.task.texts([one.tolist() for one in told.labels])
+        assert found.evidence.target == pytest.approx(jiwer.wer(said, heard))
+        assert [one.kind for one in found.strategies][:2] == ["entropy_minimisation", "layer_transfer"]
+        assert "word error rate, target" in str(found)
+        assert "word error rate" in found._repr_html_()
+        assert found.numbers["size"] == "little"
+        found.write(tmp_path / "found.yaml")
+        assert load_spec(tmp_path / "found.yaml").strategies == found.strategies
 
 
 def test_strings_need_a_number(root):

@@ -1,0 +1,124 @@
+"""Tables of the recognizer's benchmark, made of its finished runs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import platform
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from conservtl import __version__
+from conservtl.engine import harmonic_mean
+from conservtl.experiments.studies.bootstrap import Interval, bootstrap
+
+__all__ = ["BEFORE", "RECIPE", "TUNED_ON", "TUNING", "UNLABELLED", "tables"]
+
+PARTS = ("target", "source")
+BEFORE, RECIPE, UNLABELLED = "source as it is", "recipe", "recipe, 50 unlabelled"
+TUNING = 1000
+"""Seed of the strings on which candidates of the recipe are compared."""
+TUNED_ON = ("george", "jackson")
+"""Speakers on whom they are compared."""
+
+
+def harmonic(line: Mapping[str, Any]) -> float:
+    """Return the harmonic mean of 1 - WER of target and source."""
+    return harmonic_mean([max(0.0, 1 - line[name]) for name in ("target", "source")])
+
+
+def percent(estimate: Interval, sign: str = "") -> str:
+    """Return mean and interval in percent."""
+    mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def grouped(values: Mapping[tuple[str, int], float]) -> Interval:
+    """Return mean and bootstrap interval of (speaker, seed) -> value."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for (speaker, _), value in values.items():
+        groups[speaker].append(value)
+    return bootstrap(list(groups.values()))
+
+
+def tables(lines: list[dict[str, Any]], methods: list[str], candidates: list[str]) -> str:
+    """Return the tables of all runs.
+
+    Args:
+        lines: the runs.
+        methods: in the order of the rows.
+        candidates: of the recipe, likewise.
+    """
+    versions = f"conservtl {__version__}, torch {torch.__version__}, python {platform.python_version()}"
+    out = ["# Digit strings: a recognizer adapted to one speaker\n"]
+    out += [f"{platform.machine()}, CPU, 1 thread; {versions}; {dt.datetime.now(dt.UTC).date()}.\n"]
+    out += ["Written by `benchmarks/transcribe.py`, whose docstring describes the method.\n"]
+    for shots in dict.fromkeys(line["shots"] for line in lines):
+        found: dict[str, dict[tuple[str, int], dict[str, Any]]] = defaultdict(dict)
+        for line in lines:
+            if line["shots"] == shots and line["seed"] != TUNING:
+                found[line["method"]][line["speaker"], line["seed"]] = line
+        out += table(shots, found, methods)
+    out += of_candidates(lines, candidates)
+    return "\n".join(out) + "\n"
+
+
+def table(shots: int, found: Mapping[str, Mapping[tuple[str, int], dict[str, Any]]], methods: list[str]) -> list[str]:
+    """Return the table of a number of shots, and what the recipe does for each speaker."""
+    out = [f"## {shots} strings\n"]
+    out += ["| | target WER | source WER | harmonic mean | the recipe is better by | s | seeds (runs) |"]
+    out += ["| --- |" + " ---: |" * 6]
+    mine = found.get(RECIPE, {})
+    for name in (one for one in methods if one in found):
+        runs = found[name]
+        cells = [percent(grouped({key: run[part] for key, run in runs.items()})) for part in ("target", "source")]
+        cells.append(percent(grouped({key: harmonic(run) for key, run in runs.items()})))
+        pairs = {key: harmonic(mine[key]) - harmonic(run) for key, run in runs.items() if key in mine}
+        cells.append("" if name == RECIPE or not pairs else percent(grouped(pairs), "+"))
+        cells += [f"{statistics.median(run['seconds'] for run in runs.values()):.1f}", seeds_of(runs)]
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    out.append("")
+    pairs_of = [(found[BEFORE][key], run) for key, run in mine.items() if key in found.get(BEFORE, {})]
+    new = [pair for pair in pairs_of if pair[1]["speaker"] not in TUNED_ON]
+    for which, pairs in (("", pairs_of), (" of the speakers who had no part in its choice", new)):
+        if pairs:
+            before, after = ({part: mean(side, part) for part in PARTS} for side in zip(*pairs, strict=True))
+            ratio, more = after["target"] / before["target"], 100 * (after["source"] - before["source"])
+            out.append(
+                f"Target WER{which} after the recipe: {ratio:.2f} of the source model's; source WER {more:+.1f}.\n"
+            )
+    if pairs_of:
+        out += ["| speaker, before → after | target | source | part in the choice |", "| --- | ---: | ---: | --- |"]
+    for speaker in dict.fromkeys(run["speaker"] for _, run in pairs_of):
+        own = list(zip(*(pair for pair in pairs_of if pair[1]["speaker"] == speaker), strict=True))
+        cells = [" → ".join(f"{100 * mean(side, part):.1f}" for side in own) for part in PARTS]
+        out.append(f"| {speaker} | {' | '.join(cells)} | {'other strings' if speaker in TUNED_ON else 'none'} |")
+    return [*out, ""] if pairs_of else out
+
+
+def mean(runs: Iterable[Mapping[str, Any]], part: str) -> float:
+    """Return the mean word error rate."""
+    return statistics.fmean(run[part] for run in runs)
+
+
+def seeds_of(runs: Mapping[tuple[str, int], Any]) -> str:
+    """Return how many seeds the speakers have, and how many runs there are."""
+    counts = Counter(speaker for speaker, _ in runs)
+    low, high = min(counts.values()), max(counts.values())
+    return f"{low if low == high else f'{low} to {high}'} ({len(runs)})"
+
+
+def of_candidates(lines: list[dict[str, Any]], candidates: list[str]) -> list[str]:
+    """Return the table of the recipe's candidates on the strings for tuning."""
+    out = ["## Candidates of the recipe, on other strings and takes than are reported\n"]
+    out += ["| | target WER | source WER | harmonic mean | runs |", "| --- |" + " ---: |" * 4]
+    for name in (BEFORE, *candidates):
+        runs = {(line["speaker"], 0): line for line in lines if line["seed"] == TUNING and line["method"] == name}
+        if runs:
+            cells = [percent(grouped({key: run[part] for key, run in runs.items()})) for part in PARTS]
+            cells.append(percent(grouped({key: harmonic(run) for key, run in runs.items()})))
+            out.append(f"| {name} | {' | '.join(cells)} | {len(runs)} |")
+    return out
