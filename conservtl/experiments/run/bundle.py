@@ -94,7 +94,7 @@ def load_adapted(
     task = task_named(header["task"], header.get("module"))
     preprocessing: Any = task.preprocessing.model_validate(header["preprocessing"])
     if decoding is not None:
-        preprocessing = _decoded_by(decoding, preprocessing, header["task"])
+        preprocessing = _decoded_by(decoding, preprocessing, header)
     section = task.model_section.model_validate(header["model"])
     network = task.build(section, preprocessing, len(header["labels"]))
     added = extend_model(network, header)
@@ -103,11 +103,13 @@ def load_adapted(
     return Adapted(network.eval(), labels, preprocessing, task.within(labels, preprocessing))
 
 
-def _decoded_by(decoding: Mapping[str, Any], preprocessing: Any, task: str) -> Any:
+def _decoded_by(decoding: Mapping[str, Any], preprocessing: Any, header: Mapping[str, Any]) -> Any:
     if "decoding" not in type(preprocessing).model_fields:
-        raise _no_texts(task)
+        raise _no_texts(header["task"])
     content = preprocessing.model_dump(mode="json") | {"decoding": decoding}
-    return validated(TypeAdapter(type(preprocessing)), content, "predict")
+    changed = validated(TypeAdapter(type(preprocessing)), content, "predict")
+    changed.decoding.check(changed.tokens, header["labels"])
+    return changed
 
 
 def _no_texts(task: str) -> SpecError:

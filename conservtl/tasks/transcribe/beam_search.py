@@ -35,7 +35,7 @@ class Greedy(FrozenModel):
     kind: Literal["greedy"] = "greedy"
     """Greedy."""
 
-    def check(self, tokens: Tokenizer, vocabulary: Sequence[str]) -> None:
+    def check(self, tokens: Tokenizer, vocabulary: Sequence[str], *, whole: bool = True) -> None:
         """Accept every vocabulary."""
 
     def fault(self, outputs: Any) -> str | None:  # noqa: ARG002
@@ -81,8 +81,14 @@ class Beam(FrozenModel):
             )
         return self
 
-    def check(self, tokens: Tokenizer, vocabulary: Sequence[str]) -> None:
+    def check(self, tokens: Tokenizer, vocabulary: Sequence[str], *, whole: bool = True) -> None:
         """Raise unless the files exist and fit the tokens.
+
+        Args:
+            tokens: the tokenizer.
+            vocabulary: names of the model's outputs.
+            whole: whether every word of the lexicon must be spelled with these tokens. Else a source model with fewer
+                tokens hears those words that it can spell.
 
         Raises:
             DataError: a file is missing, is no lexicon or language model, or does not fit the tokens.
@@ -93,7 +99,10 @@ class Beam(FrozenModel):
                 f"decoding.lexicon needs tokens with a space, as characters have it; data.tokens is {tokens.kind} with "
                 f"{len(vocabulary)} tokens. Leave lexicon out; lm may be a language model of these tokens."
             )
-        _decoder(self, tuple(vocabulary), self._stamps())
+        stamps = self._stamps()
+        if self.lexicon is not None and whole:
+            _spellings(self.lexicon, vocabulary, whole=True)
+        _decoder(self, tuple(vocabulary), stamps)
 
     def fault(self, outputs: Any) -> str | None:
         """Return why outputs are not CTC's; None if they are."""
@@ -165,7 +174,7 @@ def _decoder(beam: Beam, vocabulary: tuple[str, ...], stamps: tuple[Any, ...]) -
     """Return torchaudio's decoder; it takes log probabilities, (N, frames, tokens)."""
     require("flashlight.lib.text.decoder", "beam")
     library = require("torchaudio.models.decoder", "beam")
-    lines = [] if beam.lexicon is None else _spellings(beam.lexicon, vocabulary)
+    lines = [] if beam.lexicon is None else _spellings(beam.lexicon, vocabulary, whole=False)
     with tempfile.TemporaryDirectory() as folder:  # flashlight-text reads files only
         spelled, numbers = Path(folder) / "lexicon.txt", Path(folder) / "numbers.txt"
         spelled.write_text("".join(f"{' '.join(line)}\n" for line in lines), encoding="utf-8")
@@ -195,11 +204,11 @@ def _decoder(beam: Beam, vocabulary: tuple[str, ...], stamps: tuple[Any, ...]) -
     return search
 
 
-def _spellings(lexicon: Path, vocabulary: Sequence[str]) -> list[list[str]]:
+def _spellings(lexicon: Path, vocabulary: Sequence[str], *, whole: bool) -> list[list[str]]:
     """Return each word of a lexicon with its tokens, a space at the end.
 
     Raises:
-        DataError: the file cannot be read, has no words, or one with characters that are no tokens.
+        DataError: the file cannot be read, has no words, or one with characters that are no tokens, if ``whole``.
     """
     try:
         lines = lexicon.read_text(encoding="utf-8").splitlines()
@@ -213,13 +222,18 @@ def _spellings(lexicon: Path, vocabulary: Sequence[str]) -> list[list[str]]:
         spelling = spelling or list(word)
         spelling = spelling[:-1] if spelling[-1] == SPACE else spelling
         if unknown := [token for token in spelling if token not in letters] or [""] * (not spelling):
+            if not whole:
+                continue
             raise DataError(
                 f"decoding.lexicon: {shown_name(lexicon)}, line {number}: a word must be spelled with the model's "
                 f"tokens; {word!r} has {', '.join(map(repr, unknown))}. Spell it with: {' '.join(letters)}."
             )
         found.append([word, *spelling, SPACE])
     if not found:
-        raise DataError(f"decoding.lexicon: {shown_name(lexicon)} has no words. Write one a line.")
+        raise DataError(
+            f"decoding.lexicon: {shown_name(lexicon)} has no words that can be spelled with "
+            f"{' '.join(letters)}. Write one a line."
+        )
     return found
 
 

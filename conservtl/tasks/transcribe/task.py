@@ -62,14 +62,16 @@ class Transcribe(Task):
         Raises:
             DataError: files of the beam search are missing, or do not fit the vocabulary.
         """
-        preprocessing.decoding.check(preprocessing.tokens, labels)
+        preprocessing.decoding.check(preprocessing.tokens, labels, whole=False)
         return Transcribe(labels, preprocessing)
 
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Domains:
         """Read the utterances of both domains; a bundle of torchaudio brings its characters."""
         data = with_alphabet_of(data, model)
         tokens = data.tokens.embedded()  # its files are read once
-        return load(data.model_copy(update={"tokens": tokens}), seed=seed, source=source)
+        domains = load(data.model_copy(update={"tokens": tokens}), seed=seed, source=source)
+        data.decoding.check(tokens, domains.labels)
+        return domains
 
     def beside(self, data: Any, weights: Any) -> Any:
         """Return the data with the tokenizer and the features of the weights' processor, where it names none."""

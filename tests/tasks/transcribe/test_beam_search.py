@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import conservtl as ctl
 from conservtl.experiments.spec.spec import parse_spec
 from conservtl.tasks.transcribe.beam_search import Beam, Greedy
+from conservtl.tasks.transcribe.recognizers import Decoded
 from conservtl.tasks.transcribe.tokens import Characters
 
 pytest.importorskip("torchaudio", exc_type=ImportError)
@@ -194,6 +195,23 @@ def test_files_that_are_missing_or_do_not_fit_are_refused(tmp_path, fields, mess
 def test_a_lexicon_needs_a_space_among_the_tokens(lexicon):
     with pytest.raises(ctl.DataError, match="needs tokens with a space"):
         Beam(lexicon=lexicon).check(Characters(alphabet="ab"), ("<blank>", "a", "b"))
+
+
+def test_a_source_model_with_fewer_tokens_hears_the_words_that_it_can_spell(lexicon):
+    lexicon.write_text("ab\ncab\n")
+    beam = Beam(lexicon=lexicon)
+    with pytest.raises(ctl.DataError, match="'cab' has 'c'"):
+        beam.check(TOKENS, VOCABULARY)
+    beam.check(TOKENS, VOCABULARY, whole=False)
+    values = torch.tensor([[[0.0, 0, 9, 0], [0, 0, 0, 9]]])
+    assert beam.texts(values, TOKENS, VOCABULARY)[0][0] == "ab"
+
+
+def test_a_decoder_is_refused():
+    outputs = Decoded(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+    assert "must be a recognizer by CTC, because data.decoding is beam" in Beam().fault(outputs)
+    assert Greedy().fault(outputs) is None
+    assert Beam().fault((torch.zeros(1, 2, 4), torch.tensor([2]))) is None
 
 
 def test_a_changed_file_is_read_again(lexicon):
