@@ -2,7 +2,7 @@
 
 ``backend.py`` decides what acts on a device: on the CPU torch, in chunks of a cache's size (``pull.py``, ``chunks.py``,
 ``deviation.py``); on CUDA Triton programs that take all tensors in one launch (``fused/``), and where Triton is not
-installed torch's operations on lists of all tensors.
+installed torch's operations on lists of all tensors, pulls from a CUDA graph (``replayed.py``).
 
 - For penalties, a backend provides an object with the two methods of ``conservtl.plan.PenaltyKernel``:
   ``add_gradients(factor, scale)`` and ``move_weights(factor, skip)``. ``Penalty.kernels(moving)`` returns such objects

@@ -18,6 +18,7 @@ from conservtl.compat import (
 )
 from conservtl.kernels.backend import fused_on
 from conservtl.kernels.chunks import Chunk, Pulled, buffer_for, cut
+from conservtl.kernels.replayed import Replayed
 from conservtl.kernels.shares import kept
 from conservtl.plan.penalty import PenaltyKernel
 
@@ -41,7 +42,14 @@ def gather(pulled: Iterable[Pulled]) -> list[PenaltyKernel]:
         else:
             alike.setdefault((item.strength, id(item.group), *kind), []).append(item)
     buffers: dict[Any, Tensor] = {}
-    return [*map(_fused, at_once.values()), *(Pull(items, buffers) for items in alike.values())]
+    return [*map(_fused, at_once.values()), *(_by_torch(items, buffers) for items in alike.values())]
+
+
+def _by_torch(items: Sequence[Pulled], buffers: dict[Any, Tensor]) -> PenaltyKernel:
+    """Return a pull by torch's operations; replayed from a graph on CUDA without Triton."""
+    device = items[0].parameter.device
+    pull = Pull(items, buffers)
+    return Replayed(pull, items) if device.type == "cuda" and not fused_on(device) else pull
 
 
 def _fits(item: Pulled) -> bool:

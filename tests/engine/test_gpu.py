@@ -192,3 +192,23 @@ def test_a_step_waits_for_nothing(strategy):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         scaler.update()
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_without_triton_pulls_that_repeat_are_replayed_from_a_graph(decoupled):
+    from conservtl.kernels.pull import Pull, Pulled
+    from conservtl.kernels.replayed import Replayed
+
+    weights = [[nn.Parameter(torch.full((5, n), 2.0, device="cuda")) for n in (3, 70)] for _ in range(2)]
+    group = {"lr": 0.1} if decoupled else None
+    plain, other = ([Pulled(one, torch.ones_like(one).detach(), 0.5, group) for one in side] for side in weights)
+    pull, replayed = Pull(plain, {}), Replayed(Pull(other, {}), other)
+    for item in (*plain, *other):
+        item.parameter.grad = torch.zeros_like(item.parameter)
+    for _ in range(8):
+        for kernel in (pull, replayed):
+            kernel.move_weights() if decoupled else kernel.add_gradients()
+        for one, two in zip(plain, other, strict=True):
+            assert torch.equal(one.parameter, two.parameter)
+            assert torch.equal(one.parameter.grad, two.parameter.grad)
+    assert replayed._graph is not None

@@ -1,0 +1,131 @@
+"""Graphs of pulls without a GPU: the capture is a stand-in that holds to the rules of the real one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from conservtl.kernels.pull import Pull, Pulled
+from conservtl.kernels.replayed import Replayed
+
+
+class Captures:
+    """Captures work without doing it; replays it with the numbers and in the memory that it was captured with."""
+
+    def __init__(self, items, fails=False):
+        self.items, self.fails, self.made, self.replayed = items, fails, 0, 0
+
+    def __call__(self, work):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.made += 1
+        self.work = work
+        self.places = self._places()
+        return self
+
+    def replay(self):
+        self.replayed += 1
+        assert self._places() == self.places
+        self.work()
+
+    def _places(self):
+        return [None if item.parameter.grad is None else item.parameter.grad.data_ptr() for item in self.items]
+
+
+def pulled(count=3, group=None, anchor=True):
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for number in range(count):
+        weight = nn.Parameter(torch.randn(4, number + 1, generator=generator))
+        weight.grad = torch.zeros_like(weight)
+        items.append(Pulled(weight, torch.ones_like(weight).detach() if anchor else None, 0.5, group))
+    return items
+
+
+def twins(**how):
+    """A pull by itself, and one with graphs, on equal parameters."""
+    plain, other = pulled(**how), pulled(**how)
+    captures = Captures(other)
+    return plain, Pull(plain, {}), other, Replayed(Pull(other, {}), other, captures), captures
+
+
+def same(items, others):
+    for one, other in zip(items, others, strict=True):
+        assert torch.equal(one.parameter, other.parameter)
+        assert torch.equal(one.parameter.grad, other.parameter.grad)
+
+
+def test_steps_that_repeat_are_replayed_and_do_the_same():
+    plain, pull, other, replayed, captures = twins()
+    for step in range(7):
+        pull.add_gradients(1.0)
+        replayed.add_gradients(1.0)
+        same(plain, other)
+        assert (captures.made, captures.replayed) == (int(step >= 3), max(0, step - 2))
+
+
+def test_a_graph_is_left_as_soon_as_something_differs():
+    """Another factor, gradients elsewhere or missing, a loss scale; and taken again afterwards."""
+    plain, pull, other, replayed, captures = twins()
+    scale = torch.tensor(4.0)
+    for step in range(16):
+        factor = 0.5 if step == 6 else 1.0
+        carried = scale if step == 7 else None
+        for items in (plain, other):
+            if step == 9:
+                items[0].parameter.grad = None
+            if step == 11:
+                items[1].parameter.grad = items[1].parameter.grad.clone()
+            if step == 13:
+                items[2].parameter.grad = items[2].parameter.grad.to_sparse(1)
+        pull.add_gradients(factor, carried)
+        replayed.add_gradients(factor, carried)
+        same(plain, other)
+    assert captures.made >= 1
+    assert 0 < captures.replayed < 13
+
+
+def test_decoupled_pulls_follow_the_rate_and_the_skip():
+    group = {"lr": 0.1}
+    plain, pull, other, replayed, captures = twins(group=group)
+    found = torch.zeros(1)
+    for step in range(12):
+        group["lr"] = 0.2 if step == 6 else 0.1
+        found.fill_(float(step == 10))  # the graph reads it where it is
+        pull.move_weights(1.0, found)
+        replayed.move_weights(1.0, found)
+        same(plain, other)
+    assert captures.made == 1
+    assert captures.replayed == 12 - 3 - 1
+
+
+def test_a_rate_that_changes_in_each_step_is_never_captured():
+    group = {"lr": 0.1}
+    plain, pull, other, replayed, captures = twins(group=group)
+    for step in range(8):
+        group["lr"] = 0.1 / (step + 1)
+        pull.move_weights()
+        replayed.move_weights()
+        same(plain, other)
+    assert not captures.made
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+def test_a_failed_capture_is_not_tried_again(anchor):
+    plain, other = pulled(anchor=anchor), pulled(anchor=anchor)
+    captures = Captures(other, fails=True)
+    pull, replayed = Pull(plain, {}), Replayed(Pull(other, {}), other, captures)
+    for _ in range(6):
+        pull.add_gradients()
+        replayed.add_gradients()
+        same(plain, other)
+    assert not captures.replayed
+
+
+def test_anchors_elsewhere_are_not_captured():
+    items = pulled()
+    items = [replace(item, anchor=item.anchor.to("meta")) for item in items]
+    assert not Replayed(Pull(pulled(), {}), items)._able
