@@ -370,6 +370,22 @@ class TestRefusals:
         with pytest.raises(ctl.SpecError, match="model must have an adapter"):
             adapt(network(), [])
 
+    @pytest.mark.parametrize("name", ["lora_variant", "scaling", "lora_embedding_A"])
+    def test_a_version_of_peft_with_other_names(self, name):
+        model = wrapped()
+        vars(model.base_model.model.body[0]).pop(name, None)
+        model.base_model.model.body[0]._modules.pop(name, None)
+        with pytest.raises(
+            ctl.MissingExtraError, match=rf"peft {peft.__version__} has no Linear\.{name}, which .*names"
+        ):
+            adapt(model, [ctl.L2SP(alpha=0.1)])
+
+    def test_a_class_that_has_moved(self):
+        from conservtl.integrations.peft import names
+
+        with pytest.raises(ctl.MissingExtraError, match=r"has no peft\.tuners\.lora\.Lora, which conservtl reads"):
+            names._class("tuners.lora.Lora")
+
     def test_wrapped_after_adapt(self):
         model = network()
         adaptation = ctl.adapt(model, network(1), [ctl.L2SP()])

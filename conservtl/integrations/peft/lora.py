@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SpecError
-from conservtl.extras import require
+from conservtl.integrations.peft.names import BASE_LAYER, LORA_LAYER, check_lora, check_model
 from conservtl.layers import canonical, unwrap
 
-__all__ = ["Pair", "change", "lora_pairs", "peft", "squared_change"]
-
-peft: Any = require("peft", "peft")
+__all__ = ["Pair", "change", "lora_pairs", "squared_change"]
 
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the weights of the base as they are."""
@@ -52,8 +50,10 @@ def lora_pairs(model: nn.Module) -> tuple[Pair, ...]:
 
     Raises:
         SpecError: the adapter is no plain LoRA, so that its change is not scale × B A.
+        MissingExtraError: this version of PEFT has other names.
     """
     bare: Any = unwrap(model)
+    check_model(bare)
     for name, config in bare.peft_config.items():
         start = getattr(config, "init_lora_weights", True)
         if start not in _STARTS and name in bare.active_adapters:
@@ -98,13 +98,14 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         SpecError: one is no LoRA.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        if not isinstance(module, BASE_LAYER):
             continue
-        if not isinstance(module, peft.tuners.lora.LoraLayer):
+        if not isinstance(module, LORA_LAYER):
             raise SpecError(
                 f"{canonical(name)!r} is a {type(module).__module__.split('.')[2]} {type(module).__name__}, and only "
                 "LoRA changes a weight by B A. Use LoraConfig, or leave out L2SP and what acts after training."
             )
+        check_lora(module)
         yield canonical(name), module
 
 

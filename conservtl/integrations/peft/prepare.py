@@ -13,8 +13,9 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt as plain_adapt
 from conservtl.errors import SpecError
 from conservtl.integrations.peft.checks import check_plan
-from conservtl.integrations.peft.lora import Pair, change, lora_pairs, peft
+from conservtl.integrations.peft.lora import Pair, change, lora_pairs
 from conservtl.integrations.peft.merged_l2_sp import Factors, MergedL2SP
+from conservtl.integrations.peft.names import BASE_LAYER, LORA_ATTENTION, PEFT_MODEL, SAVED_MODULES
 from conservtl.layers import canonical, unwrap
 from conservtl.methods import Strategy, as_strategy
 from conservtl.methods.l2_sp import L2SP
@@ -56,7 +57,7 @@ def adapt(
         head: as for ``conservtl.adapt``.
 
     Raises:
-        MissingExtraError: on import of this module, if PEFT is not installed.
+        MissingExtraError: on import of this module, if PEFT is not installed; or its version has other names.
         InputError: one of its kinds: the model has no adapter, the adapter is no plain LoRA (DoRA, several adapters,
             initialisations that move base weights) under ``L2SP`` or work after training, or a strategy acts on
             weights of the base, which are frozen.
@@ -74,13 +75,13 @@ def adapt(
         0.0
     """
     bare = unwrap(model)
-    if not isinstance(bare, peft.PeftModel):
+    if not isinstance(bare, PEFT_MODEL):
         raise SpecError(
             f"model must have an adapter: a PeftModel as get_peft_model returns it; received a {type(bare).__name__}. "
             "Wrap it first, or call conservtl.adapt."
         )
     for name, module in bare.named_modules():
-        if isinstance(module, peft.tuners.lora.layer.MultiheadAttention):
+        if isinstance(module, LORA_ATTENTION):
             raise SpecError(
                 f"{name!r}: LoRA on torch's MultiheadAttention makes its weights anew whenever they are listed, so no "
                 "optimizer can be sure of them. Target other modules, or a model with linear maps for its attention."
@@ -179,9 +180,9 @@ def _of_adapters(model: nn.Module) -> tuple[str, ...]:
     prefixes = ["prompt_encoder."]
     for name, module in model.named_modules():
         where = f"{canonical(name)}." if name else ""
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        if isinstance(module, BASE_LAYER):
             prefixes += [f"{where}{key}." for key in module.adapter_layer_names]
-        if isinstance(module, peft.utils.other.ModulesToSaveWrapper):
+        if isinstance(module, SAVED_MODULES):
             prefixes.append(f"{where}modules_to_save.")
     return tuple(prefixes)
 
