@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conservtl.errors import SpecError
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks.audio.listing import usable_recordings
+from conservtl.tasks.audio.listing import audio_files, usable_recordings
 from conservtl.tasks.audio.noise import AnyNoise, RecordedNoise, at_snr, babble, coloured, stretch
 from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.audio.resampling import resample
@@ -41,9 +41,10 @@ class WaveAugment(FrozenModel):
     """Noise that is added to some recordings; null: none."""
 
     @property
-    def folders(self) -> tuple[Path, ...]:
-        """Folders of recordings that this depends on."""
-        return tuple(one.root for one in (self.room, self.noise) if isinstance(one, (RecordedRoom, RecordedNoise)))
+    def files(self) -> list[Path]:
+        """Recordings that this depends on, in order."""
+        recorded = [one for one in (self.room, self.noise) if isinstance(one, (RecordedRoom, RecordedNoise))]
+        return [file for one in recorded for file in sorted(audio_files(one.root, follow_links=True)[0])]
 
 
 class Voices(Protocol):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from conservtl.bounds import Share
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.audio.waves import WaveAugment, WaveChange
+from conservtl.tasks.speech.features import fit_length
 
 __all__ = ["SpeechAugment", "mask", "mix_noise", "warp"]
 
@@ -44,11 +46,29 @@ class SpeechAugment(FrozenModel):
     input. Log-mel inputs only."""
     noise: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Largest standard deviation of the added noise, in units of the input."""
+    waves: WaveAugment | None = None
+    """Changes of each recording's samples: speed, room and noise; a babble is for utterances. Inputs on samples only
+    (`features.kind` of waveform): spectra are computed once. Null: none."""
+    _change: WaveChange | None = PrivateAttr(None)
+
+    def at(self, rate: int) -> SpeechAugment:
+        """Return the augmentation of recordings with this sample rate in Hz.
+
+        Raises:
+            DataError: a folder of noise or rooms cannot be used.
+        """
+        if self.waves is None:
+            return self
+        other = self.model_copy()
+        other._change = WaveChange(self.waves, rate)  # noqa: SLF001 - its own
+        return other
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""
         draw = _BatchDraws(generator, inputs)
         if inputs.ndim == 2:
+            if self._change is not None:
+                inputs = _changed(inputs, self._change, generator)
             shifted = shift_wave(inputs, draw.symmetric(len(inputs)) * self.time_shift)
             return mix_noise(mask(shifted, -1, self.time_masks, self.time_mask, draw), self.noise, draw)
         return self._spectrogram(inputs, draw)
@@ -63,6 +83,14 @@ class SpeechAugment(FrozenModel):
         out = mix_noise(tilt(out, self.tilt, draw), self.noise, draw)
         out = mask(out, -1, self.time_masks, self.time_mask, draw)
         return mask(out, -2, self.frequency_masks, self.frequency_mask, draw)
+
+
+def _changed(inputs: Tensor, change: WaveChange, generator: torch.Generator) -> Tensor:
+    """Return (N, samples) whose rows are changed one by one, on the CPU, and cut or padded to their length again."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    own = torch.Generator().manual_seed(seed)
+    rows = [fit_length(change(row, own), inputs.shape[1]) for row in inputs.cpu()]
+    return torch.stack(rows).to(inputs)
 
 
 class _BatchDraws:

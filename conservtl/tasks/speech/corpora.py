@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from unicodedata import normalize
 
 from annotated_types import MinLen
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
@@ -56,6 +56,19 @@ class _SpeechData(ClassData):
     """Augmentation of the shots during adaptation; null for none."""
     source_augment: SpeechAugment | None = _SOURCE_AUGMENT
     """Augmentation of the source's recordings while a source model is trained; null for none."""
+
+    @model_validator(mode="after")
+    def _on_samples(self) -> _SpeechData:
+        for name in ("augment", "source_augment"):
+            waves = getattr(getattr(self, name), "waves", None)
+            if waves is not None and self.features.kind != "waveform":
+                raise ValueError(
+                    f"{name}.waves changes samples, and features.kind is {self.features.kind!r}, of which spectra are "
+                    "computed once. Set features.kind to waveform, or leave waves out"
+                )
+            if "babble" in getattr(getattr(waves, "noise", None), "colours", ()):
+                raise ValueError(f"{name}.waves.noise.colours: a babble is for utterances. Take white, pink, or files")
+        return self
 
     def protocol(
         self, target: str, seed: int, speakers: tuple[str, ...] | None, limit: int | None, *, source: bool
@@ -164,8 +177,7 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
             data.protocol(data.target, seed, data.source_speakers, data.limit, source=source),
             lambda chosen: preprocessing.read([Path(r.name) for r in chosen], digests),
             preprocessing,
-            data.augment,
-            data.source_augment,
+            *_augmentations(data),
         )
     if isinstance(data, FolderData):  # a published set is as it is
         notes += find_copies(recordings, digests, data.target)
@@ -224,4 +236,13 @@ def _load_espeak(data: EspeakData, seed: int, *, source: bool) -> Domains:
         return preprocessing.transform(speak([by_name[r.name] for r in chosen]))
 
     protocol = data.protocol(data.target, seed, data.voices, None, source=source)
-    return domains(recordings, protocol, read, preprocessing, data.augment, data.source_augment)
+    return domains(recordings, protocol, read, preprocessing, *_augmentations(data))
+
+
+def _augmentations(data: _SpeechData) -> tuple[SpeechAugment | None, SpeechAugment | None]:
+    """Return the augmentations of the shots and of the source at the sample rate of the features."""
+    rate = data.features.sample_rate
+    return (
+        None if data.augment is None else data.augment.at(rate),
+        None if data.source_augment is None else data.source_augment.at(rate),
+    )

@@ -52,5 +52,7 @@ class Speech(Classification):
 
     def fingerprint(self, data: Any, train: Data, preprocessing: Preprocessing) -> Any:
         """Return names and labels of the source's recordings, and sizes and times of their files."""
-        files = () if isinstance(data, EspeakData) else map(Path, getattr(train, "names", ()))
+        files = [] if isinstance(data, EspeakData) else [Path(name) for name in getattr(train, "names", ())]
+        waves = None if data.source_augment is None else data.source_augment.waves
+        files += waves.files if waves else []
         return [data.kind, digest_of_names(train), digest_of_files(files), preprocessing.model_dump(mode="json")]

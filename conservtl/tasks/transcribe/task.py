@@ -15,7 +15,6 @@ from conservtl.data import Augmentation, Data, Domains, Preprocessing
 from conservtl.errors import DataError
 from conservtl.functions import MetricValue
 from conservtl.layers import unwrap
-from conservtl.tasks.audio.listing import audio_files
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
@@ -239,8 +238,7 @@ class Transcribe(Task):
         names, labels = getattr(train, "names", ()), [one.tolist() for one in getattr(train, "labels", ())]
         files = [data.root / name.partition("@")[0] for name in names] if isinstance(data, CorpusData) else []
         waves = None if data.source_augment is None else data.source_augment.waves
-        for root in waves.folders if waves else ():
-            files += sorted(audio_files(root, follow_links=True)[0])
+        files += waves.files if waves else []
         fields = preprocessing.model_dump(mode="json")
         conversion = {name: fields[name] for name in fields if name not in TranscribePreprocessing.of_outputs}
         return [data.kind, list(names), labels, digest_of_files(files), conversion]

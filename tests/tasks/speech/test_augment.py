@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from conservtl.tasks.audio.noise import SyntheticNoise
+from conservtl.tasks.audio.waves import WaveAugment
 from conservtl.tasks.speech import SpeechAugment
+from conservtl.tasks.speech.corpora import EspeakData, _augmentations
 
 STRONG = SpeechAugment(time_stretch=0.3, frequency_stretch=0.2, frequency_shift=0.1, tilt=0.3, noise=0.3, time_masks=2)
 
@@ -171,3 +175,40 @@ def test_a_waveform_is_masked_in_one_span_of_samples():
     width = blank.sum(dim=1)
     assert 100 < width.max() <= 201
     assert (blank[:, 1:] != blank[:, :-1]).sum(dim=1).max() <= 2
+
+
+def test_samples_change_in_speed_room_and_noise():
+    """Twice the speed by hand: a tone an octave higher, in the middle of silence."""
+    tones = torch.sin(2 * torch.pi * 100 * torch.arange(1000) / 2000).expand(3, -1)
+    nothing = {"time_shift": 0, "time_masks": 0}
+    augment = SpeechAugment(**nothing, waves=WaveAugment(speeds=(2.0,)))
+    assert torch.equal(augment(tones, torch.Generator().manual_seed(0)), tones)  # its rate is not known
+    quick = augment.at(2000)(tones, torch.Generator().manual_seed(0))
+    assert quick.shape == tones.shape
+    assert not quick[:, :249].any()
+    assert not quick[:, 751:].any()
+    assert int(torch.fft.rfft(quick[0, 250:750]).abs().argmax()) == 50  # 200 Hz in a quarter of a second
+    noisy = SpeechAugment(**nothing, waves=WaveAugment(speeds=(1.0,), noise=SyntheticNoise(snr=(10, 10), share=1)))
+    added = noisy.at(2000)(tones, torch.Generator().manual_seed(0)) - tones
+    ratio = 10 * (tones.square().mean(1) / added.square().mean(1)).log10()
+    torch.testing.assert_close(ratio, torch.full((3,), 10.0), rtol=1e-3, atol=0)
+    assert not torch.equal(added[0], added[1])
+
+
+@pytest.mark.parametrize(
+    ("features", "noise", "message"),
+    [
+        ({}, None, "augment.waves changes samples, and features.kind is 'logmel'.*Set features.kind to waveform"),
+        ({"kind": "waveform"}, {"kind": "synthetic", "colours": ["babble"]}, "a babble is for utterances"),
+    ],
+)
+def test_changes_that_words_do_not_have_are_refused(features, noise, message):
+    with pytest.raises(ValidationError, match=message):
+        EspeakData(features=features, augment={"waves": {"noise": noise}})
+
+
+def test_the_sample_rate_is_that_of_the_features():
+    data = EspeakData(features={"kind": "waveform", "sample_rate": 4000}, augment={"waves": {}})
+    ours, theirs = _augmentations(data)
+    assert ours._change.rate == 4000
+    assert theirs == data.source_augment
