@@ -29,8 +29,8 @@ class Sequences:
 
     Args:
         inputs: N sequences, (positions, ...) float32 each: a tuple, or an object that reads one when it is indexed. An
-            object with ``varied(place, generator)`` and ``longest`` (largest duration of a changed input, as a multiple
-            of its own) changes inputs at random in training.
+            object with ``varied(place, generator)`` (None: at its shortest) and ``durations`` (the
+            shortest and longest of a changed input, as multiples of its own) changes inputs at random in training.
         labels: N sequences of tokens, (tokens,) int64 each.
         names: N names that a person can find the examples by.
         groups: the group of each example, such as its speaker; empty: there are none.
@@ -78,9 +78,9 @@ class Sequences:
         )
 
     @property
-    def longest(self) -> float | None:
-        """Largest duration of a changed input, as a multiple of its own; None: inputs do not change."""
-        return _longest(self.inputs)
+    def durations(self) -> tuple[float, float] | None:
+        """Shortest and longest duration of a changed input, as multiples of its own; None: inputs do not change."""
+        return _durations(self.inputs)
 
     def on(self, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> Sequences:
         """Return the data with inputs that are made on a device, if they are objects with ``on(device, place)``.
@@ -100,9 +100,25 @@ class Sequences:
                 that neither order nor batches matter. None: inputs as they are.
         """
         if draw is None:
-            inputs = [self.inputs[place] for place in index]
-        else:
-            inputs = [_varied(self.inputs, place, _generator(draw, self.names[place])) for place in index]
+            return self._padded(index, [self.inputs[place] for place in index])
+        inputs = [_varied(self.inputs, place, _generator(draw, self.names[place])) for place in index]
+        return {**self._padded(index, inputs), "draw": draw}
+
+    def densest(self, count: int) -> dict[str, Any]:
+        """Return the examples with the most labels a second, at most ``count``, as a batch; inputs at their shortest.
+
+        If inputs change, it has a ``draw`` of None.
+        """
+
+        def density(place: int) -> float:
+            return len(self.labels[place]) / max(self.seconds[place], 1e-9)
+
+        index = sorted(range(len(self)), key=density, reverse=True)[:count]
+        if self.durations is None:
+            return self.batch(index)
+        return {**self._padded(index, [_varied(self.inputs, place, None) for place in index]), "draw": None}
+
+    def _padded(self, index: Sequence[int], inputs: list[Tensor]) -> dict[str, Any]:
         device = next((one.device for one in inputs if one.device.type != "cpu"), None)
         inputs = inputs if device is None else [one.to(device) for one in inputs]
         known = {"labelled": torch.tensor([self.labelled[place] for place in index])} if self.labelled else {}
@@ -112,7 +128,6 @@ class Sequences:
             "lengths": torch.tensor([len(one) for one in inputs]),
             "labels": pad_sequence([self.labels[place] for place in index], batch_first=True, padding_value=_PADDED),
             "names": [self.names[place] for place in index],
-            **({} if draw is None else {"draw": draw}),
         }
 
 
@@ -130,16 +145,16 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
     )
 
 
-def _longest(inputs: Sequence[Tensor]) -> float | None:
-    return getattr(inputs, "longest", None)
+def _durations(inputs: Sequence[Tensor]) -> tuple[float, float] | None:
+    return getattr(inputs, "durations", None)
 
 
 def _on(inputs: Any, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> Any:
     return inputs.on(device, place) if hasattr(inputs, "on") else inputs
 
 
-def _varied(inputs: Any, place: int, generator: torch.Generator) -> Tensor:
-    changed: Tensor = inputs[place] if _longest(inputs) is None else inputs.varied(place, generator)
+def _varied(inputs: Any, place: int, generator: torch.Generator | None) -> Tensor:
+    changed: Tensor = inputs[place] if _durations(inputs) is None else inputs.varied(place, generator)
     return changed
 
 
@@ -168,11 +183,12 @@ class _Joined(Sequence[Tensor]):
         return moved
 
     @property
-    def longest(self) -> float | None:
-        """The largest of the parts; None: none of them changes."""
-        return max((one for part, _ in self._places if (one := _longest(part)) is not None), default=None)
+    def durations(self) -> tuple[float, float] | None:
+        """The shortest and longest of the parts; None: none of them changes."""
+        parts = [one for one in {id(part): _durations(part) for part, _ in self._places}.values() if one is not None]
+        return (min(one[0] for one in parts), max(one[1] for one in parts)) if parts else None
 
-    def varied(self, place: int, generator: torch.Generator) -> Tensor:
+    def varied(self, place: int, generator: torch.Generator | None) -> Tensor:
         """Return an input that changes if its part does."""
         part, inside = self._places[place]
         return _varied(part, inside, generator)
@@ -195,10 +211,10 @@ class _Chosen(Sequence[Tensor]):
         return _Chosen(_on(self._inputs, device, place), self._places)
 
     @property
-    def longest(self) -> float | None:
+    def durations(self) -> tuple[float, float] | None:
         """As of the object."""
-        return _longest(self._inputs)
+        return _durations(self._inputs)
 
-    def varied(self, place: int, generator: torch.Generator) -> Tensor:
+    def varied(self, place: int, generator: torch.Generator | None) -> Tensor:
         """Return a changed input."""
         return _varied(self._inputs, self._places[place], generator)

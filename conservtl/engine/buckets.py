@@ -63,16 +63,17 @@ class BucketedBatches:
     ) -> None:
         self.data, self.shuffle, self.part, self.step = data, shuffle, part, step
         bound = step if seconds is None else seconds
-        self._varies = shuffle and data.longest is not None
-        lengths = [one * (data.longest or 1.0) for one in data.seconds] if self._varies else data.seconds
+        self._varies = shuffle and data.durations is not None
+        longest = data.durations[1] if self._varies and data.durations else 1.0
+        lengths = [one * longest for one in data.seconds]
         self._buckets = cut_buckets(lengths, most, bound)
         self._cuts: list[tuple[int, int, int]] = []  # bucket, first and last place of each batch
         durations = []
         for number, (places, count) in enumerate(self._buckets):
             ends = [len(places) * cut // count for cut in range(count + 1)]
             self._cuts += [(number, first, last) for first, last in pairwise(ends)]
-            longest = lengths[places[-1]]
-            durations += [(last - first) * longest for first, last in pairwise(ends)]
+            most_seconds = lengths[places[-1]]
+            durations += [(last - first) * most_seconds for first, last in pairwise(ends)]
         self._steps = [[number] for number in range(len(durations))] if step is None else _packed(durations, step)
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from conservtl.engine.progress import show_plainly
 from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.scoring import answered, in_order, on_source_head
-from conservtl.experiments.run.setting_checks import check_headless, check_labels, check_validation
+from conservtl.experiments.run.setting_checks import check_densest, check_headless, check_labels, check_validation
 from conservtl.experiments.run.source_labels import (
     check_outputs,
     check_reader,
@@ -181,6 +181,7 @@ class Setting:
         if valid is None and train is self.domains.shots:
             check_validation(self.spec.data, self.domains, settings, adaptation.plan)
         check_labels(train, adaptation.plan)
+        check_densest(self.task, adaptation.model, train)
         if options.get("progress"):
             options["progress"] = self.show_metric
         sets = {name: answered(self.task, options[name]) for name in ("watch", "path") if name in options}

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from conservtl.data import Domains
+import torch
+from torch import nn
+
+from conservtl.batches import to_device
+from conservtl.data import Domains, Sequences
 from conservtl.engine import Training
 from conservtl.engine.selection import deciders
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.spec.spec import Spec
 from conservtl.plan.plan import Plan
+from conservtl.runtime.preserve import eval_mode, preserve_buffers
+from conservtl.tasks.base import Task
 
-__all__ = ["check_headless", "check_labels", "check_validation"]
+__all__ = ["check_densest", "check_headless", "check_labels", "check_validation"]
+
+_DENSEST = 8  # sequences that the loss is tried on
 
 
 def check_headless(spec: Spec, plan: Plan) -> None:
@@ -60,3 +68,18 @@ def check_labels(train: Any, plan: Plan, *, all_of_them: bool = False) -> None:
         f"data.unlabelled: {bare} of {len(known)} examples have no labels, and no strategy learns from such. Set "
         "data.unlabelled.pseudo_labels, add the strategy entropy_minimisation, or leave data.unlabelled out."
     )
+
+
+def check_densest(task: Task, model: nn.Module, data: Any) -> None:
+    """Raise if the loss refuses the sequences with the most labels a second, at their shortest if they change.
+
+    Raises:
+        DataError: of the task's loss, such as CTC's of a text that needs more frames than its recording has.
+    """
+    if not isinstance(data, Sequences):
+        return
+    batch = data.densest(_DENSEST)
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    with eval_mode(model), preserve_buffers(model), torch.no_grad():
+        batch = to_device(batch, device)
+        task.loss(task.forward(model, batch), batch)

@@ -80,9 +80,13 @@ class WaveChange:
             )
 
     @property
-    def longest(self) -> float:
-        """Duration of the slowest version of a recording, as a multiple of its own."""
-        return 1 / min(self.spec.speeds)
+    def durations(self) -> tuple[float, float]:
+        """Durations of the quickest and the slowest version of a recording, as multiples of its own."""
+        return 1 / max(self.spec.speeds), 1 / min(self.spec.speeds)
+
+    def shortest(self, wave: Tensor) -> Tensor:
+        """Return a recording, (samples,), at the highest speed."""
+        return at_speed(wave, max(self.spec.speeds))
 
     def __call__(self, wave: Tensor, generator: torch.Generator) -> Tensor:
         """Return a changed recording, (samples,); draws come from ``generator`` alone."""

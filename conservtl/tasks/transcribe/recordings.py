@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +100,20 @@ class Inputs(Sequence[Tensor]):
         self._bytes += made.nbytes if where.type == "cpu" else 0
 
     @property
-    def longest(self) -> float | None:
-        """Duration of the longest version of a recording, as a multiple of its own; None: they do not change."""
-        return None if self.change is None else self.change.longest
+    def durations(self) -> tuple[float, float] | None:
+        """Shortest and longest duration of a changed recording, as multiples of its own; None: they do not change."""
+        return None if self.change is None else self.change.durations
 
-    def varied(self, place: int, generator: torch.Generator) -> Tensor:
-        """Return the input of an utterance whose recording is changed at random, by draws from ``generator``."""
+    def varied(self, place: int, generator: torch.Generator | None) -> Tensor:
+        """Return the input of an utterance whose recording is changed at random, by draws from ``generator``.
+
+        None: at its shortest.
+        """
         wave, rate = self.wave(place)
         if self.change is not None:
             wave = resample((wave - wave.mean()).unsqueeze(0), rate, self.features.sample_rate)[0]
-            wave, rate = self.change(wave, generator), self.features.sample_rate
+            change = self.change.shortest if generator is None else partial(self.change, generator=generator)
+            wave, rate = change(wave), self.features.sample_rate
         return self._converted(wave, rate)
 
     @abstractmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import signal
@@ -121,7 +123,7 @@ def test_a_change_is_drawn_by_its_generator_alone():
     drawn = [change(wave, seeded(seed)) for seed in range(40)]
     assert {len(one) for one in drawn} == {math.ceil(1000 / speed) for speed in (0.9, 1.0, 1.1)}
     assert len({one.sum().item() for one in drawn}) > 30
-    assert change.longest == 1 / 0.9
+    assert change.durations == (1 / 1.1, 1 / 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -187,15 +189,15 @@ def test_utterances_change_by_epoch_and_not_by_batch_or_order(root):
     for row, name in enumerate(together["names"]):
         torch.testing.assert_close(together["inputs"][row, : together["lengths"][row]], alone[name])
     beside = joined([Sequences((torch.zeros(3, 12),), (torch.tensor([1]),), ("x",), (), (0.1,)), shots])
-    assert beside.longest == 1 / 0.9
+    assert beside.durations == (1 / 1.1, 1 / 0.9)
     assert torch.equal(beside.batch([1], seed)["inputs"][0], alone[shots.names[0]])
     assert torch.equal(beside.batch([0], seed)["inputs"][0], torch.zeros(3, 12))
 
 
 def test_evaluations_and_measurements_get_recordings_as_they_are(root):
     domains = prepare(spec_of(root, BOTH)).domains
-    assert domains.target_test.longest is None
-    assert domains.source_train.longest is None
+    assert domains.target_test.durations is None
+    assert domains.source_train.durations is None
     plain = epoch_of(domains.shots, shuffle=False)
     for place, name in enumerate(domains.shots.names):
         assert torch.equal(plain[name], domains.shots.inputs[place])
@@ -314,3 +316,23 @@ def test_a_text_too_long_for_its_quicker_recording_is_named(root):
     quick = long.batch([0], 1)
     with pytest.raises(ctl.DataError, match=rf"{long.names[0]}.*lower data.augment.waves.speeds"):
         setting.task.loss((logits[:, : int(quick["lengths"][0])], quick["lengths"]), quick)
+
+
+@pytest.mark.parametrize("speeds", [[1.0], [2.0, 1.0]])
+def test_a_run_stops_before_training_if_a_text_would_not_fit_at_the_highest_speed(root, speeds):
+    """The densest text of 4 letters has 21 frames of the network in 0.8 s, and 11 at twice the speed."""
+    setting = prepare(spec_of(root, {"speeds": speeds}))
+    adaptation = setting.adaptation(obtain_source(setting).with_notes())
+    shots = setting.domains.shots
+    place = max(range(len(shots)), key=lambda one: len(shots.labels[one]) / shots.seconds[one])
+    labels = list(shots.labels)
+    frames = setting.task.forward(adaptation.model, shots.batch([place]))[1].item()
+    labels[place] = torch.tensor([1, 2] * frames)[:frames]
+    long = dataclasses.replace(shots, labels=tuple(labels))
+    if speeds == [1.0]:
+        assert setting.fit(adaptation, long).steps > 0
+        return
+    before = copy.deepcopy(adaptation.model.state_dict())
+    with pytest.raises(ctl.DataError, match=rf"{shots.names[place]}: a text of CTC .*lower data.augment.waves.speeds"):
+        setting.fit(adaptation, long)
+    assert all(torch.equal(value, before[name]) for name, value in adaptation.model.state_dict().items())
