@@ -24,7 +24,7 @@ def companions(weights: str | Path, names: Sequence[str]) -> dict[str, Path]:
         SourceError: the Hub cannot be reached.
     """
     if isinstance(weights, str) and isinstance(reference := reference_of(weights), HuggingFace):
-        return reference.pinned().repository.present(names)
+        return reference.repository.present(names)
     path = Path(weights)
     folder = path.parent if path.name in (SINGLE, "pytorch_model.bin") else path
     return {name: folder / name for name in names if (folder / name).is_file()} if folder.is_dir() else {}

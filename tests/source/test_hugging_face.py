@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import conservtl as ctl
+from conservtl.source.companions import companions
 from conservtl.source.read import read_source
 from conservtl.source.references import reference_of
 
@@ -234,3 +235,29 @@ def test_timm_reads_from_the_hub(server, cache, monkeypatch, tmp_path, capsys):
     assert f"conservtl: downloading timm:test_resnet.r160_in1k (1.5 MB) to {place}" in capsys.readouterr().err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert torch.equal(read_source(config).tensors["fc.weight"], source.tensors["fc.weight"])
+
+
+def test_files_beside_weights_are_downloaded_if_they_are_there(server):
+    files, asked = server
+    files.update({"vocab.json": b"{}", "merges.txt": b"#"})
+    names = ("vocab.json", "tokenizer.json", "merges.txt")
+    found = companions("hf:org/net@main", names)
+    assert {name: path.read_bytes() for name, path in found.items()} == {"vocab.json": b"{}", "merges.txt": b"#"}
+    before = len(asked)
+    assert companions(f"hf:org/net@{COMMIT}", ("vocab.json", "merges.txt")) == found
+    assert asked[before:] == []
+
+
+def test_files_beside_weights_are_found_without_a_network(offline):
+    kept(offline, {"vocab.json": b"{}", "model.safetensors": b"", "config.json": b"{}"})
+    assert set(companions("hf:org/net@main", ("vocab.json", "merges.txt"))) == {"vocab.json"}
+
+
+def test_files_beside_weights_in_a_folder(tmp_path):
+    for name in ("model.safetensors", "vocab.json", "other.pt"):
+        (tmp_path / name).write_text("{}")
+    beside = {"vocab.json": tmp_path / "vocab.json"}
+    assert companions(tmp_path, ("vocab.json", "merges.txt")) == beside
+    assert companions(tmp_path / "model.safetensors", ("vocab.json",)) == beside
+    assert companions(tmp_path / "other.pt", ("vocab.json",)) == {}
+    assert companions("torchaudio:WAV2VEC2_BASE", ("vocab.json",)) == {}

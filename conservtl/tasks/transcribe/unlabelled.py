@@ -10,8 +10,10 @@ from torch import nn
 from conservtl.bounds import Count, Share
 from conservtl.data import Domains
 from conservtl.data.sequences import Sequences, joined
+from conservtl.errors import SpecError
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
+from conservtl.tasks.transcribe.recognizers import Decoder
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 
 __all__ = ["PseudoLabels", "Unlabelled", "completed"]
@@ -49,7 +51,13 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
 
     Raises:
         DataError: the source model is sure of no hypothesis.
+        SpecError: the model has a decoder, and there are to be no hypotheses.
     """
+    if section.pseudo_labels is None and isinstance(source, Decoder):
+        raise SpecError(
+            "data.unlabelled.pseudo_labels must be settings for a model with a decoder, which reads the text before "
+            "each token, so that an utterance without any says nothing; received null. Leave it out for the defaults."
+        )
     data: Any = domains.shots
     told = data.take([place for place, known in enumerate(data.labelled) if known])
     bare = data.take([place for place, known in enumerate(data.labelled) if not known])

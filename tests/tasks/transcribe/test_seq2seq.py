@@ -18,6 +18,7 @@ from conservtl.tasks.transcribe.features import Features, TranscribePreprocessin
 from conservtl.tasks.transcribe.models import ModelSpec, build
 from conservtl.tasks.transcribe.recognizers import Decoded, SequenceToSequence
 from conservtl.tasks.transcribe.task import Transcribe
+from conservtl.tasks.transcribe.unlabelled import Unlabelled, completed
 
 transformers = pytest.importorskip("transformers")
 
@@ -235,6 +236,31 @@ def test_terms_that_run_the_source_on_texts_of_another_vocabulary_are_refused(ki
 def test_sources_texts_of_unknown_tokens_are_not_read(kind, model, batch):
     with pytest.raises(ctl.SpecError, match=r"the source's data must have labels that the adapted .* knows"):
         on_source_head(Transcribe(), None, None).forward(model, batch)
+
+
+def test_utterances_without_texts_need_hypotheses(kind, model):
+    with pytest.raises(ctl.SpecError, match=r"pseudo_labels must be settings for a model with a decoder"):
+        completed(Unlabelled(pseudo_labels=None), None, model, 0)
+
+
+def test_it_learns_four_texts_by_heart(kind):
+    """Also in bf16, with the answers of evaluations along the way."""
+    model = network(kind, init_std=0.02, d_model=32)
+    sizes = [100] * 4 if kind == "whisper" else [100, 80, 70, 60]
+    inputs = torch.randn(4, 100, NETWORKS[kind][1].n_mels, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[2, 1, 3], [4, -100, -100], [2, 2, -100], [5, 6, 3]])
+    batch = {"inputs": inputs, "lengths": torch.tensor(sizes), "labels": labels, "names": list("abcd")}
+    task = Transcribe(("<blank>", *"|abcde"), TranscribePreprocessing())
+    training = ctl.Training(epochs=60, batch_size=4, lr=0.01, threads=1, evaluate_every=60, precision="bf16")
+    watch = {"target": ctl.Holdout([batch], forward=task.answer)}
+    functions = {"forward": task.forward, "loss": task.loss, "metrics": task.metrics}
+    example = {name: batch[name] for name in ("inputs", "lengths")}
+    adaptation = ctl.adapt(model, network(kind, d_model=32), [], example=example)
+    result = ctl.fit(adaptation, [batch], None, training, watch=watch, **functions)
+    assert result.history[-1]["target"]["cer"] <= 0.25
+    with torch.no_grad():
+        said = task.heard(task.answer(model.eval(), batch))
+    assert sum(one == other for one, other in zip(said, ["a b", "c", "aa", "deb"], strict=True)) >= 3
 
 
 @pytest.mark.parametrize("folder", [False, True])

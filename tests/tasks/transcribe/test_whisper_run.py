@@ -11,6 +11,7 @@ import torch
 import conservtl as ctl
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import load_spec
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +99,14 @@ def test_features_that_the_weights_were_not_trained_with_are_refused(root, weigh
     more = "data.features={kind: whisper, n_mels: 128}"
     with pytest.raises(ctl.SpecError, match=r"data.features.n_mels must be 80, as source.weights .* were trained; rec"):
         prepare(load_spec(EXAMPLE, overrides(root, weights, more)))
+
+
+def test_tokens_that_do_not_fit_the_head_are_refused(root, weights):
+    """Characters in the place of the tokenizer: the weights' head has a row for each of its tokens."""
+    more = 'data.tokens={kind: characters, alphabet: " abcdefghijklmnopqrstuvwxyz\'"}'
+    given = [one for one in overrides(root, weights, more) if "tokens.folder" not in one]
+    with pytest.raises(ctl.SourceError, match=r"must have an output for each label .*; its head .*embed_tok"):
+        obtain_source(prepare(load_spec(EXAMPLE, given)))
 
 
 def test_a_column_that_is_not_there_is_refused(root, weights):
