@@ -182,9 +182,16 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     duration = length - offset if duration is None else duration
     if duration <= 0:
         raise DataError(f"must be longer than 0 s; its duration is {duration:g}")
-    for field, longest in (("longest", data.longest), ("features.seconds", data.features.longest)):
-        if duration > longest:
-            raise DataError(f"is longer than data.{field}, {longest:g} s: its duration is {duration:g}")
+    if duration > data.longest:
+        raise DataError(f"is longer than data.longest, {data.longest:g} s: its duration is {duration:g}")
+    changes = [one.waves for one in (data.augment, data.source_augment) if one is not None and one.waves is not None]
+    slowest = max([1.0, *(1 / min(one.speeds) for one in changes)])
+    if duration * slowest > data.features.longest:
+        how = ", at the slowest of data.augment.waves" * (slowest > 1)
+        raise DataError(
+            f"is longer than data.features.seconds, {data.features.longest:g} s: its duration is "
+            f"{duration * slowest:g}{how}"
+        )
     if offset + duration > length + 0.05:
         raise DataError(f"must lie within its recording of {length:.2f} s; it ends at {offset + duration:.2f}")
     name = str(file.relative_to(data.root)) if file.is_relative_to(data.root) else str(file)

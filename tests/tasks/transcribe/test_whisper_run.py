@@ -13,6 +13,7 @@ from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import load_spec
+from conservtl.tasks.transcribe import CorpusData, load
 
 transformers = pytest.importorskip("transformers")
 soundfile = pytest.importorskip("soundfile")
@@ -127,3 +128,20 @@ def test_other_processors_are_compared_too(root, weights, tmp_path, settings, me
     more = ["data.features={kind: whisper}", f"source.weights={tmp_path}"]
     with pytest.raises(ctl.SpecError, match=message):
         prepare(load_spec(EXAMPLE, overrides(root, weights, *more)))
+
+
+@pytest.mark.parametrize(("speeds", "skipped"), [(None, [4]), ([0.8, 1.0], [2, 4])])
+def test_utterances_beyond_the_encoders_positions_are_left_out(tmp_path, speeds, skipped):
+    """1.1 s, and 0.9 s that speed perturbation makes 1.125 s, for an encoder of one second."""
+    lines = []
+    for number, (name, seconds) in enumerate({"a0": 0.5, "a1": 0.9, "a2": 0.6, "b0": 1.1, "b1": 0.4}.items()):
+        generator = torch.Generator().manual_seed(number)
+        soundfile.write(tmp_path / f"{name}.wav", torch.randn(int(seconds * 8000), generator=generator) / 9, 8000)
+        lines.append(json.dumps({"audio_filepath": f"{name}.wav", "text": "a b", "speaker": name[0]}))
+    (tmp_path / "all.json").write_text("\n".join(lines))
+    augment = {} if speeds is None else {"augment": {"waves": {"speeds": speeds}}}
+    fields = {"root": tmp_path, "target": "a", "shots": 1, "on_bad": "skip", "held_out": 0.0}
+    data = CorpusData(features={"kind": "whisper", "seconds": 1}, **fields, **augment)
+    found = load(data, seed=0)
+    assert sorted(found.skipped) == [f"all.json, line {number}" for number in skipped]
+    assert all("is longer than data.features.seconds, 1 s" in reason for reason in found.skipped.values())
