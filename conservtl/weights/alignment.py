@@ -12,7 +12,7 @@ from conservtl.errors import SourceError
 from conservtl.weights.checkpoints import Checkpoint
 from conservtl.weights.interpolation import mixes
 
-__all__ = ["aligned", "check_integers", "without_wrapper"]
+__all__ = ["aligned", "check_quantised", "is_quantised", "without_wrapper"]
 
 
 def without_wrapper(first: Checkpoint, start: Checkpoint) -> Checkpoint:
@@ -71,13 +71,28 @@ def _partner(name: str, owner: Checkpoint, other: Checkpoint) -> str | None:
     return next((one for one in shared if value is not None and torch.equal(owner.read(one), value)), None)
 
 
-def check_integers(name: str, first: Tensor, checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise if integers of two dimensions differ, which are quantised weights and have no mean."""
-    if mixes(first) or first.ndim < 2:
+def is_quantised(tensor: Tensor) -> bool:
+    """Return whether a tensor holds floats of 8 bits, which mean something with their scales alone."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
+
+
+def check_quantised(name: str, first: Tensor, checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise if integers of two dimensions, or floats of 8 bits, differ: quantised weights have no mean.
+
+    Raises:
+        SourceError: they differ.
+    """
+    if not is_quantised(first) and (mixes(first) or first.ndim < 2):
         return
     for other in checkpoints:
-        if name in other.entries and not torch.equal(other.read(name), first):
+        if name in other.entries and not _same_bits(other.read(name), first):
             raise SourceError(
                 f"weights must be floating-point numbers; {name!r} holds {first.dtype} and differs between the "
-                "checkpoints, as quantised weights do. Merge the weights from before quantisation."
+                "checkpoints, as quantised weights do. Merge the weights from before quantisation, or keep the first "
+                f"model's: fresh=[{name!r}] (--fresh)."
             )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    same_form = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return same_form and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

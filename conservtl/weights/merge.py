@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from conservtl.errors import SourceError, SpecError, hint
 from conservtl.layers import select
 from conservtl.source.read import SourceLike
-from conservtl.weights.alignment import aligned, check_integers, without_wrapper
+from conservtl.weights.alignment import aligned, check_quantised, is_quantised, without_wrapper
 from conservtl.weights.checkpoints import open_checkpoint
 from conservtl.weights.interpolation import Statistics, check_same_labels, mixes, share
 from conservtl.weights.merge_rules import RULES, Rule
@@ -69,9 +69,9 @@ def merge(
       that have the sign of their sum is added to the source.
 
     The result has the first model's names (without ``module.`` of a wrapper), types, files and metadata. Integers
-    (counts of batches, positions) are the first model's too, whatever the method. A tensor that two names share in one
-    checkpoint may have one of the names in another. Files of torch are read without executing code; the result is
-    always safetensors. A folder gets the first model's configuration and tokenizer.
+    (counts of batches, positions) are the first model's too, whatever the method; weights of 8 bits must be equal. A
+    tensor that two names share in one checkpoint may have one of the names in another. Files of torch are read without
+    executing code; the result is always safetensors. A folder gets the first model's configuration and tokenizer.
 
     Args:
         source: w0: a file, a folder with shards too, a name as ``adapt`` takes it, a state dict or a model.
@@ -87,8 +87,8 @@ def merge(
 
     Raises:
         SpecError: an argument is wrong, or ``out`` exists.
-        SourceError: a checkpoint cannot be read; names or shapes differ; integers that look like quantised weights
-            differ; or a mixture is not finite.
+        SourceError: a checkpoint cannot be read; names or shapes differ; integers or floats of 8 bits that look
+            like quantised weights differ; or a mixture is not finite.
         WriteError: the disk is full, or ``out`` cannot be written to.
 
     Reference:
@@ -106,6 +106,10 @@ def merge(
         [0.5, 0.5]
     """
     listed = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    if not isinstance(out, (str, Path)):
+        raise SpecError(f"out must be the path of a file *.safetensors or a folder; received {out!r:.60}.")
+    if isinstance(fresh, str) or not isinstance(fresh, Iterable) or any(not isinstance(one, str) for one in fresh):
+        raise SpecError(f"fresh must be a list of globs; received {fresh!r:.60}. Write fresh=['...'].")
     rule, t = _checked(method, t, len(listed), density, batch_norm)
     target = Path(out)
     check_target(target, [source, *listed], overwrite=overwrite)
@@ -125,8 +129,9 @@ def merge(
 
         def mixed(name: str) -> Tensor:
             end = first.read(name)
-            if name in excluded or not mixes(end):
-                check_integers(name, end, [start, *ends])
+            if name in excluded or is_quantised(end) or not mixes(end):
+                if name not in excluded:
+                    check_quantised(name, end, [start, *ends])
                 taken.append(name)
                 return end
             tensors = [start.read(name).to(end.device), *(one.read(name) for one in ends)]
@@ -154,8 +159,9 @@ def _checked(method: str, t: float | None, count: int, density: float, batch_nor
     Raises:
         SpecError: an argument is wrong.
     """
-    if method not in RULES:
-        raise SpecError(f"method must be one of {', '.join(RULES)}; received {method!r}.{hint(method, list(RULES))}")
+    if not isinstance(method, str) or method not in RULES:
+        near = hint(str(method), list(RULES))
+        raise SpecError(f"method must be one of {', '.join(RULES)}; received {method!r:.60}.{near}")
     rule = RULES[method]
     if count < rule.least:
         raise SpecError(
@@ -166,13 +172,18 @@ def _checked(method: str, t: float | None, count: int, density: float, batch_nor
         raise SpecError(f"t: {method} chooses it; received {t}. Leave t out, or use method interpolate.")
     if (t := rule.t if t is None else t) is None:
         raise SpecError(f"t must say how far {method} goes from the source, 0 to {rule.high:g}. Give t, such as 0.5.")
-    if isinstance(t, bool) or not 0 <= t <= rule.high:
-        raise SpecError(f"t must be between 0 (the source) and {rule.high:g} for {method}; received {t}.")
-    if not 0 < density <= 1:
-        raise SpecError(f"density must be above 0 and at most 1; received {density}.")
+    if not _is_number(t) or not 0 <= t <= rule.high:
+        raise SpecError(f"t must be between 0 (the source) and {rule.high:g} for {method}; received {t!r:.60}.")
+    if not _is_number(density) or not 0 < density <= 1:
+        raise SpecError(f"density must be above 0 and at most 1; received {density!r:.60}.")
     if batch_norm not in get_args(Statistics):
         raise SpecError(f"batch_norm must be one of {get_args(Statistics)}; received {batch_norm!r}.")
     return rule, float(t)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number, of NumPy or a tensor too, and neither True nor False."""
+    return not isinstance(value, (bool, str)) and hasattr(value, "__float__")
 
 
 def _check_finite(name: str, result: Tensor, tensors: Sequence[Tensor]) -> None:

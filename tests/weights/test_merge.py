@@ -187,6 +187,14 @@ WITHOUT = {name: value for name, value in state(1).items() if name != "head.weig
         ([state(1)], {"t": 1, "density": 0}, "density must be"),
         ([state(1)], {"t": 1, "batch_norm": "x"}, "batch_norm must be"),
         ([state(1)], {"t": 1, "fresh": ["heat"]}, "'heat': must match"),
+        ([state(1)], {"t": "0.5"}, "t must be between .* received '0.5'"),
+        ([state(1)], {"t": True}, "t must be between .* received True"),
+        ([state(1)], {"t": 1, "density": "x"}, "density must be .* received 'x'"),
+        ([state(1)], {"t": 1, "density": float("nan")}, "density must be .* received nan"),
+        ([state(1)], {"t": 1, "method": None}, "method must be one of .*received None"),
+        ([state(1)], {"t": 1, "method": ["ties"]}, "method must be one of .*received"),
+        ([state(1)], {"t": 1, "fresh": "head"}, "fresh must be a list of globs; received 'head'"),
+        ([state(1)], {"t": 1, "fresh": [3]}, "fresh must be a list of globs; received"),
         ([], {"t": 1}, "a model beside the source"),
         ([change(table=torch.ones(2, 2, dtype=torch.int8))], {"t": 1, "q": 1}, "before quantisation"),
     ],
@@ -198,6 +206,26 @@ def test_refusals(tmp_path, models, options, message):
     with pytest.raises((ctl.SourceError, ctl.SpecError), match=message):
         ctl.merge(source, models, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_floats_of_8_bits_have_no_mean(tmp_path):
+    """Equal ones are kept; of others the first model's are kept only if the caller says so."""
+    low = torch.float8_e4m3fn
+    source, model = state(0) | {"q": torch.ones(2, 2).to(low)}, state(1) | {"q": torch.ones(2, 2).to(low)}
+    ctl.merge(source, model, tmp_path / "same.safetensors", t=0.5)
+    assert load_file(tmp_path / "same.safetensors")["q"].float().tolist() == [[1, 1], [1, 1]]
+    model["q"] = torch.full((2, 2), 2.0).to(low)
+    with pytest.raises(ctl.SourceError, match=r"'q' holds torch.float8_e4m3fn and differs .*fresh=\['q'\]"):
+        ctl.merge(source, model, tmp_path / "other.safetensors", t=0.5)
+    report = ctl.merge(source, model, tmp_path / "other.safetensors", t=0.5, fresh=["q"])
+    assert load_file(tmp_path / "other.safetensors")["q"].float().tolist() == [[2, 2], [2, 2]]
+    assert report.taken == ("q", "steps")
+
+
+def test_integers_that_differ_are_kept_if_the_caller_says_so(tmp_path):
+    source, model = state(0) | {"table": torch.zeros(2, 2).long()}, change(table=torch.ones(2, 2).long())
+    ctl.merge(source, model, tmp_path / "out.safetensors", t=0.5, fresh=["table"])
+    assert load_file(tmp_path / "out.safetensors")["table"].tolist() == [[1, 1], [1, 1]]
 
 
 def test_a_head_of_the_models_own(tmp_path):
