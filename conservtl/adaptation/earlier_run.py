@@ -40,6 +40,7 @@ def saved_strategies(run: Mapping[str, Any] | None) -> tuple[Strategy, ...]:
 
     Raises:
         SourceError: one of a user's own is not imported; the message names its module.
+        SpecError: one has fields that it cannot have.
     """
     extended = _extended(run)
     try:
@@ -56,7 +57,11 @@ def saved_extensions(run: Mapping[str, Any] | None) -> tuple[Extension, ...]:
         extensions: tuple[Extension, ...] = TypeAdapter(Extensions).validate_python(extended.get("extensions", ()))
     except ValidationError as error:
         _check_imported(extended, error)
-        raise
+        first = error.errors(include_url=False)[0]
+        raise SourceError(
+            f"the model's header must describe its extensions; {'.'.join(map(str, first['loc']))}: {first['msg']:.200}."
+            " The file is damaged, or another program wrote it."
+        ) from error
     return extensions
 
 

@@ -11,6 +11,7 @@ import torch
 
 import conservtl as ctl
 from conservtl.errors import WriteError
+from conservtl.experiments.studies.study_storage import opened_storage
 from conservtl.storage.files import write_text
 from conservtl.storage.tensor_files import load_tensors, save_tensors
 
@@ -77,3 +78,29 @@ def test_a_folder_that_is_gone_is_made_again(tmp_path):
     ctl.fit(adaptation(4), DATA, training=ctl.Training(**TRAINING), out=tmp_path / "out", tell=deleting)
     with pytest.raises(ctl.SpecError, match="there is no checkpoint"):
         ctl.fit(adaptation(4), DATA, training=ctl.Training(**TRAINING), out=tmp_path / "out", resume=True)
+
+
+def test_a_study_whose_disk_is_full(small):
+    """While it is created, and later: one error that names the file; then it goes on with what it had."""
+    optuna = pytest.importorskip("optuna")
+    url = f"sqlite:///{small / 'study.db'}"
+    (small / "filling").write_bytes(bytes(200_000))
+    with pytest.raises(WriteError, match=r"study\.db' must be writable; .*disk is full"), opened_storage(url):
+        pass
+    for file in small.iterdir():
+        file.unlink()
+
+    def fill():
+        with opened_storage(url) as storage:
+            study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
+            finished.append(sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)))
+            for number in range(2000):
+                study.add_trial(optuna.create_trial(value=float(number), user_attrs={"note": "x" * 1500}))
+                finished[-1] += 1
+
+    finished = []
+    with pytest.raises(WriteError, match=r"study\.db' must be writable; .*disk is full"):
+        fill()
+    with pytest.raises(WriteError):
+        fill()
+    assert 0 < finished[0] <= finished[1] <= finished[0] + 1

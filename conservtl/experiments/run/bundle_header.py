@@ -65,7 +65,7 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
     example = saved_example(header)
     chosen = saved_strategies(header) if strategies else ()
     extensions = saved_extensions(header)
-    added, cut = extend_all(model, chosen, example, extended["layers"], extended.get("head"))
+    added, cut = extend_all(model, chosen, example, extended.get("layers"), extended.get("head"))
     if extensions:
         apply_extensions(model, extensions, find_layers(model, example, cut))
     tensors = model.state_dict()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import MissingExtraError, SpecError
+from conservtl.errors import MissingExtraError, SpecError, WriteError
 from conservtl.extras import require
 
 __all__ = ["opened_storage", "shown_url"]
@@ -26,6 +26,7 @@ def opened_storage(url: str) -> Iterator[Any]:
 
     Raises:
         SpecError: it is no such URL, or the database does not answer.
+        WriteError: its disk is full, or its file cannot be written to; also in the block.
         MissingExtraError: the database's driver is not installed; the message names it.
     """
     if url.startswith(_JOURNAL):
@@ -34,6 +35,9 @@ def opened_storage(url: str) -> Iterator[Any]:
     storage = _database(url)
     try:
         yield storage
+    except Exception as error:
+        _check_disk(url, error)
+        raise
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -68,11 +72,20 @@ def _database(url: str) -> Any:
             "(psycopg[binary] for PostgreSQL), or name another driver: postgresql+psycopg://..."
         ) from error
     except Exception as error:  # of SQLAlchemy, which only Optuna imports
+        _check_disk(url, error)
         reason = shown_url(str(error).strip().splitlines()[0])
         raise SpecError(
             f"tune.storage {shown!r}: the database must answer; {type(error).__name__}: {reason:.300}. Start it, or "
             "correct the URL."
         ) from error
+
+
+def _check_disk(url: str, error: BaseException) -> None:
+    """Raise an error that says so if SQLite could not write to its disk; Optuna hides its reason."""
+    chain = [error, error.__cause__, error.__context__]
+    for reason in (str(one).strip().splitlines()[0] for one in chain if str(one or "").strip()):
+        if any(text in reason for text in ("disk is full", "disk I/O error", "readonly database")):
+            raise WriteError.about(shown_url(url).removeprefix("sqlite:///"), OSError(reason)) from error
 
 
 def shown_url(url: str) -> str:
