@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from conservtl.errors import DataError, MissingExtraError
 from conservtl.extras import require
-from conservtl.tasks.transcribe.word_errors import Errors, changed_words, word_errors
+from conservtl.tasks.transcribe.word_errors import Errors, changed_words, character_errors, word_errors
 
 __all__ = ["Transcript", "error_tables", "interval", "worst_utterances"]
 
@@ -22,6 +22,9 @@ _WORDS = 12  # changed words
 _BYTES = 200_000  # of an embedded recording; longer ones are named only
 _RESAMPLED = 2000  # draws of the bootstrap
 _MISSING = "–"
+_SIDES = ("before", "after")
+_COUNTS = (word_errors, character_errors)
+_RATES = ("error rate, %", "interval, %", "of characters, %", "interval, %")
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,16 @@ def error_tables(transcripts: Mapping[str, Sequence[Transcript]]) -> list[dict[s
     """
     kinds, people, words = [], [], []
     for domain, each in transcripts.items():
-        sides = {when: _errors(each, when) for when in ("before", "after")}
-        for when, errors in sides.items():
-            low, high = interval(_by_speaker(each, when).values())
-            spread = f"{100 * low:.1f} to {100 * high:.1f}" if low is not None and high is not None else _MISSING
+        of_words, of_letters = ({when: _by_speaker(each, when, count) for when in _SIDES} for count in _COUNTS)
+        for when, speakers in of_words.items():
+            errors, letters = _pooled(speakers), _pooled(of_letters[when])
             counts = (errors.count, errors.substitutions, errors.deletions, errors.insertions)
-            kinds.append([f"{domain}, {when}", *map(_whole, counts), _share(errors), spread])
-        before, after = (_by_speaker(each, when) for when in ("before", "after"))
+            rates = (_share(errors), _spread(speakers), _share(letters), _spread(of_letters[when]))
+            kinds.append([f"{domain}, {when}", *map(_whole, counts), *rates])
         people += [
-            [f"{domain}: {name}", _whole(errors.count), _share(errors), _share(after[name])]
-            for name, errors in before.items()
+            [f"{domain}: {name}", _whole(errors.count)]
+            + [_share(side[when][name]) for side in (of_words, of_letters) for when in _SIDES]
+            for name, errors in of_words["before"].items()
         ]
         words += _word_rows(domain, each)
     spread_note = "The interval is of 95 %, by a bootstrap over speakers, where there are two or more."
@@ -68,14 +71,14 @@ def error_tables(transcripts: Mapping[str, Sequence[Transcript]]) -> list[dict[s
         {
             "title": "Word errors by kind",
             "note": spread_note,
-            "header": ["", "words", "substituted", "deleted", "inserted", "error rate, %", "interval, %"],
+            "header": ["", "words", "substituted", "deleted", "inserted", *_RATES],
             "rows": kinds,
             "text_columns": [0],
         },
         {
-            "title": "Word error rate of each speaker",
+            "title": "Error rates of each speaker",
             "note": "",
-            "header": ["", "words", "before, %", "after, %"],
+            "header": ["", "words", *(f"{what} {when}, %" for what in ("words", "characters") for when in _SIDES)],
             "rows": people,
             "text_columns": [0],
         },
@@ -125,13 +128,24 @@ def interval(groups: Any, seed: int = 0) -> tuple[float | None, float | None]:
     return low, high
 
 
-def _errors(transcripts: Sequence[Transcript], when: str) -> Errors:
-    return word_errors([one.said for one in transcripts], [getattr(one, when) for one in transcripts])
+def _by_speaker(
+    transcripts: Sequence[Transcript], when: str, count: Callable[[list[str], list[str]], Errors]
+) -> dict[str, Errors]:
+    speakers: dict[str, list[Transcript]] = {}
+    for one in sorted(transcripts, key=lambda one: one.speaker):
+        speakers.setdefault(one.speaker, []).append(one)
+    return {
+        name: count([one.said for one in each], [getattr(one, when) for one in each]) for name, each in speakers.items()
+    }
 
 
-def _by_speaker(transcripts: Sequence[Transcript], when: str) -> dict[str, Errors]:
-    speakers = sorted({one.speaker for one in transcripts})
-    return {name: _errors([one for one in transcripts if one.speaker == name], when) for name in speakers}
+def _pooled(speakers: Mapping[str, Errors]) -> Errors:
+    return Errors(*(sum(getattr(one, field.name) for one in speakers.values()) for field in fields(Errors)))
+
+
+def _spread(speakers: Mapping[str, Errors]) -> str:
+    low, high = interval(speakers.values())
+    return _MISSING if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _word_rows(domain: str, transcripts: Sequence[Transcript]) -> list[list[str]]:

@@ -56,6 +56,10 @@ def test_a_loaded_model_computes_what_the_adapted_one_did(speech_fields, tmp_pat
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) - set(start.state_dict()) == left
         assert ("extended" in json.loads(file.metadata()["conservtl"])) is bool(left)
+    with pytest.raises(
+        ctl.SpecError, match="decoding is for tasks that write texts; the model is of the task 'speech'"
+    ):
+        load_adapted(tmp_path, decoding={"kind": "greedy"})
 
 
 OWN = """

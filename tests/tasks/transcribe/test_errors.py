@@ -44,5 +44,11 @@ def test_tables_pool_each_speaker():
     kinds, people, words = error_tables({"target": said})
     assert kinds["rows"][0][:6] == ["target, before", "4", "1", "1", "0", "50.0"]
     assert kinds["rows"][1][:6] == ["target, after", "4", "0", "0", "0", "0.0"]
-    assert people["rows"] == [["target: ann", "3", "33.3", "0.0"], ["target: bob", "1", "100.0", "0.0"]]
+    assert people["rows"] == [
+        ["target: ann", "3", "33.3", "0.0", "25.0", "0.0"],  # 1 of 3 words and of 4 characters
+        ["target: bob", "1", "100.0", "0.0", "100.0", "0.0"],
+    ]
+    # 2 of 5 characters; by the draws of two speakers from ann's alone to bob's alone.
+    assert kinds["rows"][0][6:] == ["33.3 to 100.0", "40.0", "25.0 to 100.0"]
+    assert kinds["rows"][1][6:] == ["0.0 to 0.0", "0.0", "0.0 to 0.0"]
     assert words["rows"] == [["target", "a", "–", "1", "0"], ["target", "b", "x", "1", "0"]]
