@@ -39,7 +39,7 @@ METHODS: dict[str, list[ctl.Strategy]] = {
     "Fisher, decoupled": [ctl.FisherSP(alpha=0.01, mode="decoupled")],
     "output conservation": [ctl.OutputConservation()],
 }
-STEPS, TOKENS, WORDS = 3, 4, 1000
+STEPS, TOKENS, WORDS = 2, 4, 1000
 
 
 class Network(nn.Module):
@@ -104,7 +104,7 @@ def train(how: str, method: str, layers: int, width: int) -> dict[str, float]:
     times: list[float] = []
 
     def loss(outputs: Tensor, batch: Any) -> Tensor:
-        """Read the peak within the second step's end and before; the first step makes the optimizer's state."""
+        """Read the peak between two losses: a backward pass, the optimizer's step and a forward pass."""
         value = nn.functional.cross_entropy(outputs, batch[1])
         if model.training and value.requires_grad:
             times.append(time.perf_counter())
@@ -122,15 +122,21 @@ def train(how: str, method: str, layers: int, width: int) -> dict[str, float]:
     return found
 
 
-def fits(how: str, world: int, layers: int, width: int) -> bool:
-    """Return whether there is memory for a row: weights, gradients, moments, two sets like them, and DDP's buckets."""
+def fits(how: str, world: int, method: str, options: argparse.Namespace) -> bool:
+    """Return whether there is memory for a cell, waiting for it for two minutes."""
     if torch.cuda.is_available():
         return True
-    copies = 7 * world if how == "ddp" else 6 + 2 * world
-    needed = copies * 4 * (12 * layers * width**2 + WORDS * width) / 2**20
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    (free,) = (int(line.split()[1]) / 2**10 for line in lines if line.startswith("MemAvailable:"))
-    return free > needed + 1024
+    kept = 4 + ("L2" in method) + 2 * ("Fisher" in method)  # weights, gradients, moments, starting values, Fisher
+    whole = world * (1 + (method == "output conservation"))  # in each process at the start and the end
+    copies = world * (kept + 1) if how == "ddp" else kept + whole
+    needed = copies * 4 * (12 * options.layers * options.width**2 + WORDS * options.width) / 2**20 + 1024
+    for _ in range(24):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (free,) = (int(line.split()[1]) / 2**10 for line in lines if line.startswith("MemAvailable:"))
+        if free > needed:
+            return True
+        time.sleep(5)
+    return False
 
 
 def measure(how: str, world: int, method: str, options: argparse.Namespace) -> dict[str, float]:
@@ -186,7 +192,8 @@ def store(rows: dict[str, dict[str, dict[str, float]]], options: argparse.Namesp
         f"| | {' | '.join(METHODS)} |",
         "| --- |" + " ---: |" * len(METHODS),
     ]
-    for row, cells in rows.items():
+    for row in SHARED:
+        cells = rows.get(row, {})
         shown = [f"{cells[name]['steps']:.1f} ({cells[name]['all']:.1f})" if name in cells else "" for name in METHODS]
         lines.append(f"| {row} | {' | '.join(shown)} |")
     (RESULTS / "distributed.md").write_text("\n".join(lines) + "\n")
@@ -196,14 +203,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--keep", action="store_true", help="measure only the cells that the results have not")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # read by Accelerate
     torch.set_num_threads(1)
     rows: dict[str, dict[str, dict[str, float]]] = {}
+    if options.keep and (file := RESULTS / "distributed.json").is_file():
+        before = json.loads(file.read_text())
+        if (before["layers"], before["width"]) == (options.layers, options.width):
+            rows = before["rows"]
     for row, (how, world) in SHARED.items():
-        rows[row] = {}
+        rows.setdefault(row, {})
         for method in METHODS:
-            if not fits(how, world, options.layers, options.width):
+            if method in rows[row]:
+                continue
+            if not fits(how, world, method, options):
                 print(row, method, "needs more memory", flush=True)
                 continue
             rows[row][method] = measure(how, world, method, options)
