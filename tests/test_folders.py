@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 import conservtl as ctl
 from conservtl.errors import WriteError
+from conservtl.storage import folders
 from conservtl.storage.folders import atomic_folder, check_replaceable
 
 
@@ -56,11 +58,25 @@ def test_a_failure_between_the_two_moves_puts_the_old_folder_back(old, monkeypat
         return move(path, target)
 
     monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(folders, "_exchanged", lambda *_: False)
     with pytest.raises(WriteError, match=r"out' must be writable; received: Input/output error"):
         written(old)
     assert len(moves) == 3
     assert (old / "card.md").read_text() == "old"
     assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems exchange nothing")
+def test_the_folder_is_there_at_each_moment(old, monkeypatch):
+    """One call of the system puts the new folder into the place of the old one, which goes with the temporary one."""
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the folder was away for a moment"))
+    written(old)
+    assert (old / "card.md").read_text() == "new"
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_what_cannot_be_exchanged(tmp_path):
+    assert not folders._exchanged(tmp_path / "none", tmp_path / "nor this")
 
 
 def test_a_message_names_the_folder_and_not_the_temporary_one(old):

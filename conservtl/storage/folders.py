@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -45,7 +48,8 @@ def check_replaceable(folder: Path, known: Sequence[str], *, overwrite: bool) ->
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to write to; put it into the place of ``folder`` at the end of the block.
 
-    If the block raises, ``folder`` stays as it was.
+    If the block raises, ``folder`` stays as it was. Where the system can exchange two folders (Linux, on most file
+    systems), a process that is killed at any moment leaves the old folder or the new one in its place.
 
     Args:
         folder: new, or checked by ``check_replaceable``; its old content is deleted.
@@ -58,9 +62,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if folder.exists():
+        if not folder.exists():
+            temporary.rename(folder)
+        elif not _exchanged(temporary, folder):
             folder.rename(old)
-        temporary.rename(folder)
+            temporary.rename(folder)
     except WriteError as error:
         raise WriteError(str(error).replace(str(temporary), str(folder))) from error
     except OSError as error:
@@ -70,3 +76,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; return whether the system can."""
+    if sys.platform != "linux":
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
