@@ -127,7 +127,7 @@ class Pretrained(FrozenModel):
         tokenizer = self._read.tokenizer
         before = " " if hasattr(tokenizer, "set_prefix_tokens") else ""  # Whisper's texts begin with a space
         found = tokenizer(before + text, add_special_tokens=False).input_ids
-        numbers = _numbers(tuple(vocabulary))
+        numbers = self._read.numbers if vocabulary is self._read.names else _numbers(tuple(vocabulary))
         names = [self._read.names[one] for one in found]
         if tokenizer.unk_token_id in found or any(name not in numbers for name in names):
             raise DataError(
@@ -139,9 +139,8 @@ class Pretrained(FrozenModel):
     def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
         """Return the text of tokens without blanks; special ones are left out."""
         read = self._read
-        numbers = _numbers(read.names)
         names = [vocabulary[one] for one in tokens if one < len(vocabulary)]
-        found = [numbers[name] for name in names if name in numbers]
+        found = [read.numbers[name] for name in names if name in read.numbers]
         options = {"group_tokens": False} if hasattr(read.tokenizer, "word_delimiter_token") else {}
         text = read.tokenizer.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False, **options)
         return " ".join(text.split())
@@ -159,12 +158,14 @@ class _Tokenizer:
         tokenizer: of transformers.
         config: of the model beside it; empty: there is none.
         names: of all outputs, in order.
+        numbers: name -> output.
         unused: outputs that the tokenizer does not have.
     """
 
     tokenizer: Any
     config: dict[str, Any]
     names: tuple[str, ...]
+    numbers: dict[str, int]
     unused: frozenset[int]
 
 
@@ -206,7 +207,8 @@ def _read(embedded: str, language: str | None) -> _Tokenizer:
     size = max(int(config.get("vocab_size") or 0), len(tokenizer))
     known = {number: name for name, number in tokenizer.get_vocab().items()}
     names = tuple(known.get(number, f"<unused {number}>") for number in range(size))
-    return _Tokenizer(tokenizer, config, names, frozenset(range(size)) - known.keys())
+    numbers = {name: number for number, name in enumerate(names)}
+    return _Tokenizer(tokenizer, config, names, numbers, frozenset(range(size)) - known.keys())
 
 
 @lru_cache(maxsize=8)
