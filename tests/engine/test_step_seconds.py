@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
+import socket
 
 import pytest
 import torch
@@ -209,6 +211,29 @@ def test_a_run_interrupted_within_a_step_is_resumed(tmp_path):
     resumed, again, _ = run(out=tmp_path, resume=True)
     assert again == steps
     assert difference(whole, resumed) == 0
+
+
+def _process(rank, port, folder):
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+    torch.distributed.init_process_group("gloo")
+    model = trained([ctl.L2SP(alpha=0.5)], step_seconds=9.0, clip=0.5)
+    torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Steps of unequal numbers of batches: a process without one makes its pass on a stand-in that does not count."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    alone = trained([ctl.L2SP(alpha=0.5)], step_seconds=9.0, clip=0.5).state_dict()
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"rank{rank}.pt").items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,14 @@ def test_a_run_stops_before_training_if_a_text_would_not_fit_at_the_highest_spee
     with pytest.raises(ctl.DataError, match=rf"{shots.names[place]}: a text of CTC .*lower data.augment.waves.speeds"):
         setting.fit(adaptation, long)
     assert all(torch.equal(value, before[name]) for name, value in adaptation.model.state_dict().items())
+
+
+def test_a_spec_with_everything_at_once(root):
+    """Waves, steps by seconds, blocks computed again and fp16."""
+    options = {"step_seconds": 1.5, "batch_seconds": 1.0, "checkpointing": True, "precision": "fp16", "clip": 1.0}
+    setting = prepare(spec_of(root, BOTH, **options))
+    adaptation = setting.adaptation(obtain_source(setting).with_notes())
+    result = setting.fit(adaptation, setting.domains.shots)
+    assert {"checkpointing", "fp16"} <= set(result.execution.split(", "))
+    assert result.steps > 2  # of two epochs, each of one step or more
+    assert all(math.isfinite(line["loss"]) for line in result.history)
