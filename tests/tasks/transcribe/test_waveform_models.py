@@ -209,6 +209,28 @@ def test_a_bundle_brings_its_characters_and_takes_its_weights(root, tmp_path, mo
         prepare(load_spec(EXAMPLE, [*given, "data.text.case=lower"]))
 
 
+def test_a_processor_beside_weights_brings_its_tokens_and_settles_the_features(root, tmp_path):
+    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
+    (tmp_path / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.for_model("wav2vec2", **TINY, vocab_size=len(names), pad_token_id=0)
+    weights = transformers.AutoModelForCTC.from_config(config)
+    weights.save_pretrained(tmp_path)
+    model = f"model={json.dumps({'name': 'transformers/wav2vec2', 'args': TINY})}"
+    given = overrides(root, model, f"source.weights={tmp_path}")
+    setting = prepare(load_spec(EXAMPLE, given))
+    assert setting.domains.labels == tuple(names)
+    assert setting.shared
+    assert torch.equal(obtain_source(setting).model.network.lm_head.weight, weights.lm_head.weight)
+    batch = setting.domains.shots.batch([0])
+    (text,) = setting.task.texts([batch["labels"][0].tolist()])
+    assert text in ("A CAB", "BAD", "A BEE", "DEED", "CAB")
+    rate = "data.features={kind: waveform, normalise: none, sample_rate: 8000}"
+    with pytest.raises(ctl.SpecError, match=r"sample_rate must be 16000, as source.weights .* are resampled"):
+        prepare(load_spec(EXAMPLE, [*given, rate]))
+
+
 def test_the_characters_of_bundles_hold_the_space():
     assert bundle_labels("WAV2VEC2_ASR_BASE_960H").startswith(" ETAON")
     assert bundle_labels("wav2vec2_base") == ""
