@@ -15,10 +15,11 @@ from conservtl import __version__
 from conservtl.engine import harmonic_mean
 from conservtl.experiments.studies.bootstrap import Interval, bootstrap
 
-__all__ = ["BEFORE", "RECIPE", "TUNED_ON", "TUNING", "UNLABELLED", "tables"]
+__all__ = ["BEFORE", "RECIPE", "SUTA", "TUNED_ON", "TUNING", "UNLABELLED", "tables"]
 
 PARTS = ("target", "source")
-BEFORE, RECIPE, UNLABELLED = "source as it is", "recipe", "recipe, 50 unlabelled"
+BEFORE, RECIPE = "source as it is", "recipe"
+UNLABELLED, SUTA = "recipe, 50 unlabelled", "50 unlabelled, entropy (SUTA)"
 TUNING = 1000
 """Seed of the strings on which candidates of the recipe are compared."""
 TUNED_ON = ("george", "jackson")
@@ -68,7 +69,7 @@ def tables(lines: list[dict[str, Any]], methods: list[str], candidates: list[str
 
 def table(shots: int, found: Mapping[str, Mapping[tuple[str, int], dict[str, Any]]], methods: list[str]) -> list[str]:
     """Return the table of a number of shots, and what the recipe does for each speaker."""
-    out = [f"## {shots} strings\n"]
+    out = [f"## {shots} strings\n" if shots else "## No string with its text\n"]
     out += ["| | target WER | source WER | harmonic mean | the recipe is better by | s | seeds (runs) |"]
     out += ["| --- |" + " ---: |" * 6]
     mine = found.get(RECIPE, {})
