@@ -116,8 +116,8 @@ def table(rows: Sequence[Row], equivalent: Mapping[str, str]) -> str:
         f"{platform.system()} {platform.machine()}, python {platform.python_version()}; {dt.datetime.now(dt.UTC):%F}.",
         f"Made by `python benchmarks/mutants.py` of random places in {', '.join(FOLDERS)}. Each mutant was tried with",
         f"up to {MOST_TESTS} test functions that execute its line, twice {SECONDS_OF_A_MUTANT} s of CPU time at most.",
-        "Shares are of the mutants that a test can kill. Tests were written for survivors of sample 0 afterwards: a",
-        "share at first is that of tests that know nothing of the sample.",
+        "Shares are of the mutants that a test can kill, with 95 % intervals (Wilson); those at first are of the tests",
+        "as they stood when a mutant was first tried, those of now count survivors that were tried anew.",
         "",
         "| sample | folder | mutants | no test can | killed at first | killed now | survive | killed at first | now |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -128,7 +128,7 @@ def table(rows: Sequence[Row], equivalent: Mapping[str, str]) -> str:
             same = sum(row["result"] == "survived" and key(row) in equivalent for row in part)
             first, now = (sum(row[when] == "killed" for row in part) for when in ("first", "result"))
             count = max(1, len(part) - same)
-            shares = " | ".join(f"{100 * killed / count:.1f} %" for killed in (first, now))
+            shares = " | ".join(share(killed, count) for killed in (first, now))
             lines.append(
                 f"| {seed} | {folder} | {len(part)} | {same} | {first} | {now} | {count - now} | {shares} |"
                 if part
@@ -140,6 +140,14 @@ def table(rows: Sequence[Row], equivalent: Mapping[str, str]) -> str:
         why = equivalent.get(key(row), f"None of {row['tests']} tests kills it.")
         lines.append(f"- {row['module']}:{row['line']} {change}. {why}")
     return "\n".join(lines) + "\n"
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share in per cent with its 95 % interval after Wilson."""
+    z, mean = 1.96, part / whole
+    middle, spread = mean + z**2 / (2 * whole), z * (mean * (1 - mean) / whole + z**2 / (4 * whole**2)) ** 0.5
+    low, high = (100 * (middle + sign * spread) / (1 + z**2 / whole) for sign in (-1, 1))
+    return f"{100 * mean:.0f} % ({low:.0f} to {high:.0f})"
 
 
 def main() -> None:
