@@ -149,8 +149,8 @@ class Launched:
 class Placed:
     device = torch.device("cuda", 0)
 
-    def __init__(self, place):
-        self.place = place
+    def __init__(self, place, dtype=torch.float32):
+        self.place, self.dtype = place, dtype
 
     def data_ptr(self):
         return self.place
@@ -170,6 +170,7 @@ def test_a_compiled_program_is_launched_again_only_where_triton_would_find_it(mo
     assert program.launched[-1][1][2:] == (8, 0.2, True, "sum")
     for tensors, numbers, constants in (
         ([Placed(64), Placed(132)], *first[1:]),
+        ([Placed(64), Placed(128, torch.float64)], *first[1:]),
         (first[0], (1, 0.5), first[2]),
         (first[0], (16, 0.5), first[2]),
         (first[0], (1 << 40, 0.5), first[2]),

@@ -24,12 +24,12 @@ def call(
     """Launch a program on the device of its tensors.
 
     Triton finds a compiled program by the types and the alignment of all arguments, in a time that is a good part of a
-    step on small networks. Here the place of each tensor decides, as its type is given by the constants.
+    step on small networks. Here the few properties that can change are compared.
 
     Args:
         program: its arguments are tensors, numbers and constants, in this order.
         grid: number of programs in each of up to three dimensions.
-        tensors: on one device; the types of each follow from the constants.
+        tensors: on one device.
         numbers: of the host, which may differ from call to call.
         constants: arguments that are compiled in.
     """
@@ -39,8 +39,8 @@ def call(
         with _on(device):
             program[tuple(grid)](*arguments)
         return
-    aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
-    key = (id(program), device.index, constants, aligned, *map(_kind, numbers))
+    pointers = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+    key = (id(program), device.index, constants, pointers, *map(_kind, numbers))
     compiled = _compiled.get(key)
     with _on(device):
         if compiled is None:

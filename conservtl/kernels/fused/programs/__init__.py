@@ -9,8 +9,8 @@ tensor is.
 
 from conservtl.kernels.fused.programs.masks import mix, unmix
 from conservtl.kernels.fused.programs.pulls import add_pull, lerp, soften
+from conservtl.kernels.fused.programs.reductions import decay_shares, range_sums, ratios, sums
 from conservtl.kernels.fused.programs.rows import row_norms, shrink_rows
-from conservtl.kernels.fused.programs.sums import decay_shares, range_sums, ratios, sums
 
 __all__ = [
     "add_pull",
