@@ -183,7 +183,7 @@ def store(rows: dict[str, dict[str, dict[str, float]]], options: argparse.Namesp
         f"A transformer of {options.layers} layers of width {options.width}: {millions:.0f} million parameters, fp32, "
         f"AdamW, one sequence of {TOKENS} tokens a process and step. GiB of the largest process above its imports: "
         "within the steps, and in brackets over the whole run, in which each process holds the model whole before and "
-        "after them."
+        "after them. Starting values are kept without a penalty too, for the drift. An empty cell was not measured."
     )
     lines = [
         "# Peak memory a process\n",
