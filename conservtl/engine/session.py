@@ -274,7 +274,7 @@ def open_session(
         models = [adaptation.model] if runner is None else [adaptation.model, runner.model]
         try:
             with (
-                source_in(training, session.precision, runner, adaptation.plan.head_modules),
+                source_in(training, session.precision, runner, adaptation.plan),
                 channels_last(models, active=session.execution.channels_last),
                 in_tf32(session.execution.tf32),
                 names_lost(session.processes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from conservtl.engine.training import Training
 from conservtl.layers import canonical
 from conservtl.layers.names import holder_counts
+from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import SourceModelRunner
 
 __all__ = ["source_in"]
@@ -22,9 +23,7 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
-def source_in(
-    training: Training, precision: str, runner: SourceModelRunner | None, heads: Collection[str]
-) -> Iterator[None]:
+def source_in(training: Training, precision: str, runner: SourceModelRunner | None, plan: Plan) -> Iterator[None]:
     """Hold the weights of the source model's linear maps and convolutions in half precision inside the block, if asked.
 
     Under autocast these modules round their weights to that precision in each pass, so no result changes. Norms,
@@ -35,13 +34,13 @@ def source_in(
         training: says whether to.
         precision: of the run: fp32, bf16 or fp16.
         runner: the source model; None: there is none.
-        heads: names of the head's modules, which may run outside autocast.
+        plan: names the head's modules, which may run outside autocast.
     """
     wanted = training.source_precision == "half" and precision in _HALF
     if not wanted or runner is None or runner.shared is not None:
         yield
         return
-    holders = holder_counts(runner.model)
+    holders, heads = holder_counts(runner.model), plan.head_modules
     weights = [
         parameter
         for name, module in runner.model.named_modules()

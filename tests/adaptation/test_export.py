@@ -66,6 +66,7 @@ STRATEGIES: dict[str, Any] = {
     "Mixout": [ctl.Mixout(p=0.5)],
     "SelectiveDecay": [ctl.SelectiveDecay()],
     "SpectralShrinkage": [ctl.SpectralShrinkage()],
+    "EntropyMinimisation": [ctl.EntropyMinimisation()],
     "SurgicalFineTuning": [ctl.SurgicalFineTuning(block="stem")],
     "AutoRGN": [ctl.AutoRGN()],
     "Projection": [ctl.Projection(radius=0.5)],

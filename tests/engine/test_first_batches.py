@@ -313,7 +313,11 @@ class TestMetrics:
         with pytest.raises(ctl.SpecError, match=message):
             ctl.fit(linear(), (X, Y), {"target": (X, Y)}, settings(), metrics=metrics)
 
-    @pytest.mark.parametrize("metrics", [lambda outputs: {}, lambda a, b, c: {}, None, "accuracy"])
+    @pytest.mark.parametrize(("metrics", "received"), [(None, "None"), ("accuracy", "'accuracy'")])
+    def test_others_than_functions(self, metrics, received):
+        refused(f"metrics must be a function; received {received}", valid={"target": (X, Y)}, metrics=metrics)
+
+    @pytest.mark.parametrize("metrics", [lambda outputs: {}, lambda a, b, c: {}])
     def test_others_than_functions_of_two_arguments(self, metrics):
         refused(
             r"the set 'target' of valid: metrics must be a function \(outputs, batch\)",

@@ -86,6 +86,7 @@ STRATEGIES = {
     "output_conservation": [ctl.OutputConservation()],
     "feature_conservation": [ctl.FeatureConservation()],
     "spectral_shrinkage": [ctl.SpectralShrinkage(eta=0.1)],
+    "entropy_minimisation": [ctl.EntropyMinimisation()],
     "lp_ft": [ctl.LPFT()],
     "surgical_fine_tuning": [ctl.SurgicalFineTuning(block="best")],
     "weight_interpolation": [ctl.WeightInterpolation(), ctl.L2SP(alpha=0.5)],
@@ -99,9 +100,10 @@ OPTIONS = {
 }
 REFUSED = {
     "spectral_shrinkage": "acts on all examples of a batch together",
+    "entropy_minimisation": "acts on all examples of a batch together",
     "mixout": "acts on whole tensors",
 }
-BOTH = ("spectral_shrinkage",)  # refused however the model is shared
+BOTH = ("spectral_shrinkage", "entropy_minimisation")  # refused however the model is shared
 ONLY_TWO = {*OPTIONS, "dataset", "l2_sp, decoupled", "l2_sp, on the CPU", "feature_extraction, ncm", "lp_ft", "resumed"}
 CASES = [*STRATEGIES, *OPTIONS, "dataset"]
 

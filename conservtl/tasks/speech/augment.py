@@ -59,9 +59,12 @@ class SpeechAugment(FrozenModel):
         """
         if self.waves is None:
             return self
-        other = self.model_copy()
-        other._change = WaveChange(self.waves, rate)  # noqa: SLF001 - its own
-        return other
+        return self.model_copy().with_change(WaveChange(self.waves, rate))
+
+    def with_change(self, change: WaveChange) -> SpeechAugment:
+        """Let this augmentation change samples, and return it."""
+        self._change = change
+        return self
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""

@@ -136,7 +136,7 @@ def test_examples_numbered_beyond_the_labels_are_refused(speech_fields):
 
             return replace(domains, shots=Examples(shots.inputs, shots.labels + 1, shots.names))
 
-    with pytest.raises(ctl.DataError, match=r"labels of shots must be positions in a list of 3 labels.*received 3"):
+    with pytest.raises(ctl.DataError, match=r"shots: the labels must be positions in a list of 3 labels.*received 3"):
         prepare(parse_spec({**speech_fields, "task": Shifted.name}))
 
 
