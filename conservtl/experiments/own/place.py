@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,6 +43,11 @@ class Place:
                 f"{type(executor).__name__}. Give an object with submit and shutdown that is a subclass of it."
             )
         check_executor(executor, processes)
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+            raise SpecError(
+                "processes: each process imports the script that started it, and this one would begin the study again. "
+                'Put the call under `if __name__ == "__main__":`.'
+            )
         if out is None and not is_local(executor):
             raise SpecError(
                 f"out: workers of executor {executor!r:.80} write their results to a folder that they and this process "

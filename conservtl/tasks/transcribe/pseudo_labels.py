@@ -79,9 +79,10 @@ def pseudo_labelled(
                     kept.append(place)
                     labels.append(torch.tensor(heard[number], dtype=torch.long))
     if not kept:
+        looser = "" if augment is None else ", leave agreement (augment) out"
         raise DataError(
             f"pseudo-labels: at least one of {len(data)} hypotheses must be left; the surest has a mean posterior of "
-            f"{surest:.2f}, and least is {least:g}. Lower least, leave augment out, or give texts."
+            f"{surest:.2f}, and least is {least:g}. Lower pseudo_labels.least{looser}, or give texts."
         )
     return replace(data.take(kept), labels=tuple(labels), labelled=())
 

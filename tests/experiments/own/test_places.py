@@ -1,6 +1,7 @@
 """Studies of one's own problem: results in a folder, resumed by the same call, and workers that compute them."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -195,6 +196,13 @@ def test_an_executor_computes_the_runs_and_stays_open(study, tmp_path):
         assert executor.submit(int, 3).result() == 3
     assert figures(found) == figures(study())
     assert not list(tmp_path.glob(".*.conservtl-tmp"))
+
+
+def test_a_process_that_imports_its_script_begins_no_study(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ctl.SpecError, match=r'Put the call under `if __name__ == "__main__":`'):
+        study(out=tmp_path, processes=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_keeps_its_runs_too(source, held_out, quick, network, examples, tmp_path, counted):
