@@ -340,7 +340,7 @@ ROOMS = st.builds(SyntheticRoom, rt60=ranges(0.01, 10), direct=ranges(-40, 100))
 NOISES = st.builds(SyntheticNoise, snr=ranges(-40, 100)) | st.builds(RecordedNoise, root=PLACES, snr=ranges(-40, 100))
 SPEEDS = st.lists(st.floats(0.5, 2), min_size=1, max_size=4).map(tuple)
 WAVES = st.builds(WaveAugment, speeds=SPEEDS, room=st.none() | ROOMS, noise=st.none() | NOISES)
-st.register_type_strategy(WaveAugment, st.nothing())  # features on samples only
+st.register_type_strategy(WaveAugment, st.none())  # others only beside features on samples
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
