@@ -285,3 +285,10 @@ class TestJSON:
         dumped = TestTable().plan().model_dump(mode="json")
         with pytest.raises(ValidationError, match="no_such"):
             Plan(**dumped, no_such=1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "lasts"), [(None, "to the end"), (0.25, "25 % of the epochs"), (1, "1 epoch"), (2, "2 epochs")]
+)
+def test_a_phase_says_how_long_it_lasts(epochs, lasts):
+    assert Phase(epochs=epochs).lasts == lasts
