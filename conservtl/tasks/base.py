@@ -157,7 +157,7 @@ class Task(SourceHooks, ABC):
             labels: names of the model's outputs.
             file: what was read.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} reads files in windows, so it needs joined().")
 
     @property
     def by_label(self) -> bool:
