@@ -3,10 +3,18 @@
 import triton
 import triton.language as tl
 
-__all__ = ["TINY", "factored", "kept", "pointer", "read", "toward", "wide", "write"]
+__all__ = ["TINY", "factored", "kept", "load", "own_block", "pointer", "read", "toward", "unless", "wide", "write"]
 
 
 TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def own_block(entries, starts, sizes):
+    # The tensor of this program, the first element of its block, and the tensor's size.
+    program = tl.program_id(0)
+    entry = tl.load(entries + program)
+    return entry, tl.multiple_of(tl.load(starts + program), 16), tl.load(sizes + entry)
 
 
 @triton.jit
@@ -25,9 +33,13 @@ def wide(value, ACC: tl.constexpr):
 
 
 @triton.jit
+def load(pointer, at, size, MASKED: tl.constexpr):
+    return tl.load(pointer + at, mask=at < size, other=0.0) if MASKED else tl.load(pointer + at)
+
+
+@triton.jit
 def read(pointer, at, size, ACC: tl.constexpr, MASKED: tl.constexpr):
-    value = tl.load(pointer + at, mask=at < size, other=0.0) if MASKED else tl.load(pointer + at)
-    return wide(value, ACC)
+    return wide(load(pointer, at, size, MASKED), ACC)
 
 
 @triton.jit
@@ -62,3 +74,9 @@ def factored(amounts, entry, high, low):
     # A number of the host arrives in float32: in two parts it keeps 48 bits.
     amount = tl.load(amounts + entry).to(tl.float64)
     return amount * high + amount * low
+
+
+@triton.jit
+def unless(skip, amount, SKIPPED: tl.constexpr):
+    # A skipped step moves nothing.
+    return tl.where(tl.load(skip) == 0, amount, 0.0) if SKIPPED else amount

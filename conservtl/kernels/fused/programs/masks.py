@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from conservtl.kernels.fused.programs._parts import pointer, read, wide, write
+from conservtl.kernels.fused.programs._parts import load, own_block, pointer, read, wide, write
 
 __all__ = ["mix", "unmix"]
 
@@ -22,11 +22,8 @@ def _draw(seed, step, identity, start, QUARTER: tl.constexpr):
 def _mix(
     weight, anchor, plain, word, dropped, at, size, W: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    value = tl.load(weight + at, mask=at < size, other=0.0) if MASKED else tl.load(weight + at)
-    if MASKED:
-        tl.store(plain + at, value, mask=at < size)
-    else:
-        tl.store(plain + at, value)
+    value = load(weight, at, size, MASKED)
+    write(plain, at, size, value, W, MASKED)
     start = read(anchor, at, size, ACC, MASKED)
     scale = 65536 / (65536 - dropped.to(ACC))
     mixed = start + (wide(value, ACC) - start) * scale
@@ -40,10 +37,7 @@ def mix(
     W: tl.constexpr, A: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keep a copy of each weight, and put anchor + M (weight - anchor) / (1 - p) in its place."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    start = tl.multiple_of(tl.load(starts + program), 16)
-    size = tl.load(sizes + entry)
+    entry, start, size = own_block(entries, starts, sizes)
     weight = pointer(weights, entry, W, ALIGNED)
     anchor = pointer(anchors, entry, A, ALIGNED)
     plain = pointer(plains, entry, W, ALIGNED)
@@ -64,23 +58,15 @@ def mix(
 
 @triton.jit
 def _unmix(
-    weight, plain, gradient, word, dropped, at, size, W: tl.constexpr, ACC: tl.constexpr, RESTORED: tl.constexpr,
-    MASKED: tl.constexpr, there,
+    weight, plain, gradient, word, dropped, at, size, given, W: tl.constexpr, ACC: tl.constexpr,
+    RESTORED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if RESTORED:
-        if MASKED:
-            tl.store(weight + at, tl.load(plain + at, mask=at < size, other=0.0), mask=at < size)
-        else:
-            tl.store(weight + at, tl.load(plain + at))
+        write(weight, at, size, load(plain, at, size, MASKED), W, MASKED)
     scale = 65536 / (65536 - dropped.to(ACC))
     kept = (word >> 16).to(tl.int32) >= dropped
-    if MASKED:
-        inside = (at < size) & there
-        slope = wide(tl.load(gradient + at, mask=inside, other=0.0), ACC) * tl.where(kept, scale, 0.0)
-        tl.store(gradient + at, slope.to(W), mask=inside)
-    else:
-        slope = read(gradient, at, size, ACC, False) * tl.where(kept, scale, 0.0)
-        tl.store(gradient + at, slope.to(W))
+    slope = read(gradient, at, given, ACC, MASKED) * tl.where(kept, scale, 0.0)
+    write(gradient, at, given, slope, W, MASKED)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "dropped"])
@@ -89,24 +75,21 @@ def unmix(
     W: tl.constexpr, ACC: tl.constexpr, RESTORED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Multiply each gradient by the mask M / (1 - p) that ``mix`` drew, and put the plain weights back if RESTORED."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    start = tl.multiple_of(tl.load(starts + program), 16)
-    size = tl.load(sizes + entry)
+    entry, start, size = own_block(entries, starts, sizes)
     weight = pointer(weights, entry, W, ALIGNED)
     plain = pointer(plains, entry, W, ALIGNED)
-    there = tl.load(gradients + entry) != 0
+    given = tl.where(tl.load(gradients + entry) != 0, size, 0)  # a parameter may have no gradient
     gradient = pointer(gradients, entry, W, ALIGNED)
     QUARTER: tl.constexpr = BLOCK // 4
     a, b, c, d = _draw(seed, step, tl.load(identities + entry), start, QUARTER)
     at = start + tl.arange(0, QUARTER)
-    if (start + BLOCK <= size) & there:
-        _unmix(weight, plain, gradient, a, dropped, at, size, W, ACC, RESTORED, False, there)
-        _unmix(weight, plain, gradient, b, dropped, at + QUARTER, size, W, ACC, RESTORED, False, there)
-        _unmix(weight, plain, gradient, c, dropped, at + 2 * QUARTER, size, W, ACC, RESTORED, False, there)
-        _unmix(weight, plain, gradient, d, dropped, at + 3 * QUARTER, size, W, ACC, RESTORED, False, there)
+    if start + BLOCK <= given:
+        _unmix(weight, plain, gradient, a, dropped, at, size, given, W, ACC, RESTORED, False)
+        _unmix(weight, plain, gradient, b, dropped, at + QUARTER, size, given, W, ACC, RESTORED, False)
+        _unmix(weight, plain, gradient, c, dropped, at + 2 * QUARTER, size, given, W, ACC, RESTORED, False)
+        _unmix(weight, plain, gradient, d, dropped, at + 3 * QUARTER, size, given, W, ACC, RESTORED, False)
     else:
-        _unmix(weight, plain, gradient, a, dropped, at, size, W, ACC, RESTORED, True, there)
-        _unmix(weight, plain, gradient, b, dropped, at + QUARTER, size, W, ACC, RESTORED, True, there)
-        _unmix(weight, plain, gradient, c, dropped, at + 2 * QUARTER, size, W, ACC, RESTORED, True, there)
-        _unmix(weight, plain, gradient, d, dropped, at + 3 * QUARTER, size, W, ACC, RESTORED, True, there)
+        _unmix(weight, plain, gradient, a, dropped, at, size, given, W, ACC, RESTORED, True)
+        _unmix(weight, plain, gradient, b, dropped, at + QUARTER, size, given, W, ACC, RESTORED, True)
+        _unmix(weight, plain, gradient, c, dropped, at + 2 * QUARTER, size, given, W, ACC, RESTORED, True)
+        _unmix(weight, plain, gradient, d, dropped, at + 3 * QUARTER, size, given, W, ACC, RESTORED, True)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from conservtl.kernels.fused.programs._parts import factored, kept, pointer, read, toward, write
+from conservtl.kernels.fused.programs._parts import factored, kept, own_block, pointer, read, toward, unless, write
 
 __all__ = ["add_pull", "lerp", "soften"]
 
@@ -28,10 +28,7 @@ def add_pull(
     ANCHORED: tl.constexpr, WEIGHED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add factor × amount × importance × (weight - anchor) to each gradient."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    start = tl.multiple_of(tl.load(starts + program), 16)
-    size = tl.load(sizes + entry)
+    entry, start, size = own_block(entries, starts, sizes)
     weight = pointer(weights, entry, W, ALIGNED)
     anchor = pointer(anchors, entry, A, ALIGNED)
     importance = pointer(importances, entry, F, ALIGNED)
@@ -73,19 +70,14 @@ def lerp(
     WEIGHED: tl.constexpr, SKIPPED: tl.constexpr, EVERY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move each weight by EVERY shares factor × amount of the way to its anchor; by nothing if the step is skipped."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    start = tl.multiple_of(tl.load(starts + program), 16)
-    size = tl.load(sizes + entry)
+    entry, start, size = own_block(entries, starts, sizes)
     weight = pointer(weights, entry, W, ALIGNED)
     anchor = pointer(anchors, entry, A, ALIGNED)
     importance = pointer(importances, entry, F, ALIGNED)
     amount = factored(amounts, entry, high, low)
     if EVERY > 1 and not WEIGHED:
         amount = kept(amount, EVERY)
-    amount = amount.to(ACC)
-    if SKIPPED:
-        amount = tl.where(tl.load(skip) == 0, amount, 0.0)
+    amount = unless(skip, amount.to(ACC), SKIPPED)
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= size:
         _lerp(weight, anchor, importance, amount, at, size, W, ACC, ANCHORED, WEIGHED, EVERY, False)
@@ -109,15 +101,10 @@ def soften(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move each element by its tensor's threshold, factor × amount, toward the anchor and no further."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    start = tl.multiple_of(tl.load(starts + program), 16)
-    size = tl.load(sizes + entry)
+    entry, start, size = own_block(entries, starts, sizes)
     weight = pointer(weights, entry, W, ALIGNED)
     anchor = pointer(anchors, entry, A, ALIGNED)
-    threshold = factored(amounts, entry, high, low).to(ACC)
-    if SKIPPED:
-        threshold = tl.where(tl.load(skip) == 0, threshold, 0.0)
+    threshold = unless(skip, factored(amounts, entry, high, low).to(ACC), SKIPPED)
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= size:
         _soften(weight, anchor, threshold, at, size, W, ACC, False)

@@ -3,18 +3,16 @@
 import triton
 import triton.language as tl
 
-from conservtl.kernels.fused.programs._parts import TINY, pointer, read, wide
+from conservtl.kernels.fused.programs._parts import TINY, own_block, pointer, read
 
 __all__ = ["decay_shares", "range_sums", "ratios", "sums"]
 
 
 @triton.jit
-def _terms(weight, other, gradient, at, size, ACC: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, there):
+def _terms(weight, other, gradient, at, size, given, ACC: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr):
     value = read(weight, at, size, ACC, MASKED)
     if KIND == "weight, gradient":
-        slope = wide(tl.load(gradient + at, mask=(at < size) & there, other=0.0), ACC) if MASKED else read(
-            gradient, at, size, ACC, False
-        )  # fmt: skip
+        slope = read(gradient, at, given, ACC, MASKED)
         return value * value, slope * slope
     start = read(other, at, size, ACC, MASKED)
     move = value - start
@@ -22,10 +20,7 @@ def _terms(weight, other, gradient, at, size, ACC: tl.constexpr, KIND: tl.conste
         return move * move, start * start
     if KIND == "move, start, absolute":
         return tl.abs(move), tl.abs(start)
-    slope = wide(tl.load(gradient + at, mask=(at < size) & there, other=0.0), ACC) if MASKED else read(
-        gradient, at, size, ACC, False
-    )  # fmt: skip
-    return move * move, move * slope
+    return move * move, move * read(gradient, at, given, ACC, MASKED)
 
 
 @triton.jit
@@ -36,25 +31,23 @@ def sums(
 ):  # fmt: skip
     """Write two sums over a span of BLOCKS × BLOCK elements; KIND names their terms."""
     program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    start = tl.multiple_of(tl.load(starts + program), 16)
-    size = tl.load(sizes + entry)
+    entry, start, size = own_block(entries, starts, sizes)
     weight = pointer(weights, entry, W, ALIGNED)
     anchor = pointer(anchors, entry, A, ALIGNED)
-    there = tl.load(gradients + entry) != 0  # a parameter may have no gradient
+    given = tl.where(tl.load(gradients + entry) != 0, size, 0)  # a parameter may have no gradient
     gradient = pointer(gradients, entry, W, ALIGNED)
     first = tl.zeros([BLOCK], ACC)
     second = tl.zeros([BLOCK], ACC)
-    if (start + BLOCK * BLOCKS <= size) & there:
+    if start + BLOCK * BLOCKS <= given:
         for block in range(BLOCKS):
             at = start + block * BLOCK + tl.arange(0, BLOCK)
-            one, two = _terms(weight, anchor, gradient, at, size, ACC, KIND, False, there)
+            one, two = _terms(weight, anchor, gradient, at, size, given, ACC, KIND, False)
             first += one
             second += two
     else:
         for block in range(BLOCKS):
             at = start + block * BLOCK + tl.arange(0, BLOCK)
-            one, two = _terms(weight, anchor, gradient, at, size, ACC, KIND, True, there)
+            one, two = _terms(weight, anchor, gradient, at, size, given, ACC, KIND, True)
             first += one
             second += two
     tl.store(out + program, tl.sum(first, 0))

@@ -3,17 +3,46 @@
 import triton
 import triton.language as tl
 
-from conservtl.kernels.fused.programs._parts import TINY, factored, pointer, toward, wide
+from conservtl.kernels.fused.programs._parts import TINY, factored, pointer, toward, unless, wide
 
 __all__ = ["row_norms", "shrink_rows"]
 
 
 @triton.jit
-def _row_norm(total, ABSOLUTE: tl.constexpr):
+def _rows(
+    entries, starts, sizes, lengths, weights, anchors,
+    W: tl.constexpr, A: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # The tensor of this program, the number and length of its rows, its addresses, and the rows of the block.
+    program = tl.program_id(0)
+    entry = tl.load(entries + program)
+    length = tl.load(lengths + entry)
+    if EVEN:
+        length = tl.multiple_of(length, 16)
+    row = tl.load(starts + program) + tl.arange(0, ROWS)
+    weight = pointer(weights, entry, W, EVEN)
+    return entry, tl.load(sizes + entry), length, weight, pointer(anchors, entry, A, EVEN), row
+
+
+@triton.jit
+def _read(weight, anchor, row, rows, first, length, ACC: tl.constexpr, COLUMNS: tl.constexpr):
+    # Places, whether they are inside, and values, of COLUMNS columns of the rows.
+    column = first + tl.arange(0, COLUMNS)
+    at = row[:, None] * length + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < length)
+    start = wide(tl.load(anchor + at, mask=inside, other=0.0), ACC)
+    return at, inside, wide(tl.load(weight + at, mask=inside, other=0.0), ACC), start
+
+
+@triton.jit
+def _term(value, ABSOLUTE: tl.constexpr):
+    return tl.abs(value) if ABSOLUTE else value * value
+
+
+@triton.jit
+def _norm(total, ABSOLUTE: tl.constexpr):
     norm = tl.sum(total, 1)
-    if not ABSOLUTE:
-        norm = tl.sqrt(norm)
-    return norm
+    return norm if ABSOLUTE else tl.sqrt(norm)
 
 
 @triton.jit
@@ -23,34 +52,20 @@ def row_norms(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the norms of rows of weight - anchor, and of the anchor."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    rows = tl.load(sizes + entry)
-    length = tl.load(lengths + entry)
-    if EVEN:
-        length = tl.multiple_of(length, 16)
-    weight = pointer(weights, entry, W, EVEN)
-    anchor = pointer(anchors, entry, A, EVEN)
-    row = tl.load(starts + program) + tl.arange(0, ROWS)
-    first = tl.zeros([ROWS, COLUMNS], ACC)
-    second = tl.zeros([ROWS, COLUMNS], ACC)
+    entry, rows, length, weight, anchor, row = _rows(
+        entries, starts, sizes, lengths, weights, anchors, W, A, EVEN, ROWS
+    )
+    moves = tl.zeros([ROWS, COLUMNS], ACC)
+    anchored = tl.zeros([ROWS, COLUMNS], ACC)
     block = 0
     while block < length:
-        column = block + tl.arange(0, COLUMNS)
-        at = row[:, None] * length + column[None, :]
-        inside = (row[:, None] < rows) & (column[None, :] < length)
-        start = wide(tl.load(anchor + at, mask=inside, other=0.0), ACC)
-        move = wide(tl.load(weight + at, mask=inside, other=0.0), ACC) - start
-        if ABSOLUTE:
-            first += tl.abs(move)
-            second += tl.abs(start)
-        else:
-            first += move * move
-            second += start * start
+        _at, _inside, value, start = _read(weight, anchor, row, rows, block, length, ACC, COLUMNS)
+        moves += _term(value - start, ABSOLUTE)
+        anchored += _term(start, ABSOLUTE)
         block += COLUMNS
     base = tl.load(bases + entry)
-    tl.store(out + base + row, _row_norm(first, ABSOLUTE), mask=row < rows)
-    tl.store(out + programs + base + row, _row_norm(second, ABSOLUTE), mask=row < rows)
+    tl.store(out + base + row, _norm(moves, ABSOLUTE), mask=row < rows)
+    tl.store(out + programs + base + row, _norm(anchored, ABSOLUTE), mask=row < rows)
 
 
 @triton.jit
@@ -60,38 +75,23 @@ def shrink_rows(
     RELATIVE: tl.constexpr, SKIPPED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Move each row toward the anchor: into a ball around it, or by a threshold and no further."""
-    program = tl.program_id(0)
-    entry = tl.load(entries + program)
-    rows = tl.load(sizes + entry)
-    length = tl.load(lengths + entry)
-    if EVEN:
-        length = tl.multiple_of(length, 16)
-    weight = pointer(weights, entry, W, EVEN)
-    anchor = pointer(anchors, entry, A, EVEN)
-    amount = factored(amounts, entry, high, low).to(ACC)
-    if SKIPPED:
-        amount = tl.where(tl.load(skip) == 0, amount, 0.0)
-    row = tl.load(starts + program) + tl.arange(0, ROWS)
-    first = tl.zeros([ROWS, COLUMNS], ACC)
-    second = tl.zeros([ROWS, COLUMNS], ACC)
+    entry, rows, length, weight, anchor, row = _rows(
+        entries, starts, sizes, lengths, weights, anchors, W, A, EVEN, ROWS
+    )
+    amount = unless(skip, factored(amounts, entry, high, low).to(ACC), SKIPPED)
+    moves = tl.zeros([ROWS, COLUMNS], ACC)
+    anchored = tl.zeros([ROWS, COLUMNS], ACC)
     block = 0
     while block < length:
-        column = block + tl.arange(0, COLUMNS)
-        at = row[:, None] * length + column[None, :]
-        inside = (row[:, None] < rows) & (column[None, :] < length)
-        start = wide(tl.load(anchor + at, mask=inside, other=0.0), ACC)
-        move = wide(tl.load(weight + at, mask=inside, other=0.0), ACC) - start
-        if ABSOLUTE:
-            first += tl.abs(move)
-        else:
-            first += move * move
+        _at, _inside, value, start = _read(weight, anchor, row, rows, block, length, ACC, COLUMNS)
+        moves += _term(value - start, ABSOLUTE)
         if RELATIVE:
-            second += tl.abs(start) if ABSOLUTE else start * start
+            anchored += _term(start, ABSOLUTE)
         block += COLUMNS
-    norm = _row_norm(first, ABSOLUTE)
+    norm = _norm(moves, ABSOLUTE)
     norm = tl.where(norm < TINY, TINY, norm)
     if BALL:
-        radius = amount * _row_norm(second, ABSOLUTE) if RELATIVE else amount
+        radius = amount * _norm(anchored, ABSOLUTE) if RELATIVE else amount
         share = 1 - radius / norm
         share = tl.where(share < 0, 0.0, share)
     else:
@@ -99,11 +99,6 @@ def shrink_rows(
         share = tl.where(share > 1, 1.0, share)
     block = 0
     while block < length:
-        column = block + tl.arange(0, COLUMNS)
-        at = row[:, None] * length + column[None, :]
-        inside = (row[:, None] < rows) & (column[None, :] < length)
-        start = wide(tl.load(anchor + at, mask=inside, other=0.0), ACC)
-        value = wide(tl.load(weight + at, mask=inside, other=0.0), ACC)
+        at, inside, value, start = _read(weight, anchor, row, rows, block, length, ACC, COLUMNS)
         tl.store(weight + at, toward(value, start, share[:, None]).to(W), mask=inside)
-
         block += COLUMNS
