@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import trainers
 from engine_conformer import PROBLEM as CONFORMER
-from engine_measuring import Problem, Variant, formatted, in_turn, machine, measure, ratios, summary
+from engine_measuring import Problem, Variant, in_turn, machine, measure, ratios, summary
+from engine_tables import CACHED, FROZEN, table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import conservtl as ctl
@@ -145,58 +145,15 @@ def accelerate_loop(model: nn.Module, epochs: int) -> None:
 
 
 def lightning_trainer(model: nn.Module, epochs: int) -> None:
-    import lightning  # noqa: PLC0415 - may be missing
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any, _: int) -> Tensor:
-            return F.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=LR)
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    shown = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, logger=False, **shown)
-    trainer.fit(Module(), loader())
+    trainers.lightning_trainer(model, trainers.loss_of_pair, loader(), epochs, LR)
 
 
 def transformers_trainer(model: nn.Module, epochs: int) -> None:
-    import transformers  # noqa: PLC0415 - may be missing
-
-    class Items(Dataset[dict[str, Tensor]]):
-        def __len__(self) -> int:
-            return RECORDINGS
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {"inputs": DATA[0][index], "labels": DATA[1][index]}
-
-    class Module(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            logits = self.model(inputs)
-            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            folder, num_train_epochs=epochs, per_device_train_batch_size=BATCH, learning_rate=LR, weight_decay=0.01,
-            lr_scheduler_type="constant", max_grad_norm=0.0, optim="adamw_torch", use_cpu=True, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = transformers.Trainer(Module(), arguments, train_dataset=Items())
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+    trainers.transformers_trainer(model, trainers.loss_of_named, trainers.Named(*DATA), epochs, LR, batch=BATCH)
 
 
 LOADER = "DataLoader loop by hand"
 INDEX = "indexing loop by hand"
-CACHED, FROZEN = "fit, half frozen, outputs cached", "fit, half frozen, computed in each step"
 VARIANTS: dict[str, tuple[Variant, str | None]] = {
     LOADER: (by_loader, None),
     INDEX: (by_index, None),
@@ -248,57 +205,6 @@ def _count(model: nn.Module, run: Callable[[], Tensor]) -> float:
         F.cross_entropy(run(), DATA[1][:BATCH]).backward()
     model.zero_grad()
     return counter.get_total_flops() / 2
-
-
-def table(name: str, part: dict[str, Any]) -> list[str]:
-    lines = [
-        f"## {name}",
-        "",
-        conditions(part),
-        "",
-        f"| variant | steps/s, median step | of the {part['base']}: by step | whole time |",
-        "| --- | ---: | ---: | ---: |",
-        *(
-            f"| {variant} | {row['rate']['median']:.1f} | {formatted(row['step'])} | {formatted(row['whole'])} |"
-            for variant, row in part["variants"].items()
-        ),
-        *(f"| {variant} | not installed | | |" for variant in part["missing"]),
-        "",
-        "| variant | compared with | by step | whole time | goal |",
-        "| --- | --- | ---: | ---: | ---: |",
-        *(
-            f"| {row['of']} | {row['base']} | {formatted(row['step'])} | {formatted(row['whole'])} | "
-            f"{row['goal'] or ''} |"
-            for row in part["ratios"]
-        ),
-        "",
-    ]
-    lines += part["in turn"] and [
-        "| steps made in turn in one process | compared with | step by step | goal |",
-        "| --- | --- | ---: | ---: |",
-        *(f"| {row['of']} | {row['base']} | {formatted(row['step'])} | {row['goal']} |" for row in part["in turn"]),
-        "",
-    ]
-    if (count := part.get("operations")) is None:
-        return lines
-    saving = (
-        f"With {part['frozen']} layers frozen on the input side, caching their outputs makes a step "
-        f"{part['ratios'][-1]['step']['median']:.2f} times as fast. By the number of operations, it could be "
-        f"{count[FROZEN] / count[CACHED]:.2f}: {count[FROZEN] / 1e6:.0f} million multiply-adds a step without, "
-        f"{count[CACHED] / 1e6:.0f} with, {count['all layers trained'] / 1e6:.0f} if all layers are trained."
-    )
-    return [*lines, saving, ""]
-
-
-def conditions(part: dict[str, Any]) -> str:
-    place = part["machine"]
-    versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
-    return (
-        f"{part['method']} AdamW, fp32. Medians over {part['rounds']} rounds of {part['epochs']} epochs, each with all "
-        f"variants in a random order; quartiles in brackets. {place['cpu']}, {place['cores']} cores, "
-        f"{place['threads']} torch threads, load {place['load before']} before and {place['load after']} after; "
-        f"{versions}; {place['date']}."
-    )
 
 
 def main() -> None:

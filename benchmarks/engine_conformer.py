@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from typing import Any
 
 import torch
+import trainers
 from engine_measuring import Problem
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -85,49 +84,11 @@ def loader() -> DataLoader[Any]:
 
 
 def lightning_trainer(model: nn.Module, epochs: int) -> None:
-    import lightning  # noqa: PLC0415 - may be missing
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any, _: int) -> Tensor:
-            return loss_of(self.model, batch)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=LR)
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    shown = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, logger=False, **shown)
-    trainer.fit(Module(), loader())
+    trainers.lightning_trainer(model, loss_of, loader(), epochs, LR)
 
 
 def transformers_trainer(model: nn.Module, epochs: int) -> None:
-    import transformers  # noqa: PLC0415 - may be missing
-
-    class Module(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, inputs: Tensor, lengths: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": loss_of(self.model, {"inputs": inputs, "lengths": lengths, "labels": labels})}
-
-    class OnBatches(transformers.Trainer):
-        def get_train_dataloader(self) -> DataLoader[Any]:
-            return loader()
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            folder, num_train_epochs=epochs, learning_rate=LR, weight_decay=0.01, lr_scheduler_type="constant",
-            max_grad_norm=0.0, optim="adamw_torch", use_cpu=True, report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-        )  # fmt: skip
-        trainer = OnBatches(Module(), arguments, train_dataset=list(BATCHES))
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+    trainers.transformers_trainer(model, loss_of, list(BATCHES), epochs, LR, batches=loader())
 
 
 BY_HAND, TRAINER = "loop by hand", "Hugging Face Trainer"

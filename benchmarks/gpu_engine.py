@@ -16,7 +16,7 @@ from typing import Any
 
 import conservation as base
 import torch
-from gpu_trainers import lightning_trainer, transformers_trainer
+import trainers
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -155,6 +155,17 @@ def fit(*strategies: ctl.Strategy, streamed: bool = False, precision: str = "", 
         ctl.fit(adaptation, problem.loader() if streamed else problem.data, training=training)
 
     return run
+
+
+def lightning_trainer(problem: Problem, model: nn.Module) -> None:
+    cuda = problem.place.cuda
+    trainers.lightning_trainer(model, trainers.loss_of_pair, problem.loader(), problem.epochs, problem.lr, cuda=cuda)
+
+
+def transformers_trainer(problem: Problem, model: nn.Module) -> None:
+    examples, loss = trainers.Named(*problem.data), trainers.loss_of_named
+    how = {"batch": problem.batch, "cuda": problem.place.cuda}
+    trainers.transformers_trainer(model, loss, examples, problem.epochs, problem.lr, **how)
 
 
 def variants(model: nn.Module, *, cuda: bool, compiled: bool) -> dict[str, tuple[Variant, str | None, float | None]]:
