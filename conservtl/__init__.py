@@ -42,26 +42,25 @@ del builtin_strategies
 
 # Imported at first access, so that `import conservtl` is quick.
 _LAZY = {
-    **dict.fromkeys(["FitResult", "Holdout", "Training", "best_block", "fit"], "conservtl.engine"),
-    **dict.fromkeys(
-        [
-            "Adapted",
-            "Comparison",
-            "Prediction",
-            "RangeTest",
-            "Recipe",
-            "Recommendation",
-            "Sweep",
-            "compare",
-            "load_adapted",
-            "lr_find",
-            "recipe",
-            "recommend",
-            "save",
-            "sweep",
-        ],
-        "conservtl.experiments",
-    ),
+    "Adapted": "conservtl.experiments.run.adapted",
+    "Comparison": "conservtl.experiments.results",
+    "FitResult": "conservtl.engine.fit_result",
+    "Holdout": "conservtl.engine.evaluation",
+    "Prediction": "conservtl.tasks.base",
+    "RangeTest": "conservtl.experiments.advice.lr_range_test",
+    "Recipe": "conservtl.experiments.spec.recipes",
+    "Recommendation": "conservtl.experiments.advice.recommendation",
+    "Sweep": "conservtl.experiments.results",
+    "Training": "conservtl.engine.training",
+    "best_block": "conservtl.engine.trials",
+    "compare": "conservtl.experiments.own.studies",
+    "fit": "conservtl.engine.loop",
+    "load_adapted": "conservtl.experiments.run.bundle",
+    "lr_find": "conservtl.experiments.advice.lr_range_test",
+    "recipe": "conservtl.experiments.spec.recipes",
+    "recommend": "conservtl.experiments.advice.recommendation",
+    "save": "conservtl.experiments.publishing.save",
+    "sweep": "conservtl.experiments.own.studies",
 }
 _RENAMED = {"load": "load_adapted", "path": "interpolation_path"}
 
