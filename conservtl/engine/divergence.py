@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.engine.batch import Batch, examples_of
-from conservtl.engine.checkpoint import State
 from conservtl.engine.held import Held
 from conservtl.engine.nonfinite import Glance, glance
+from conservtl.engine.snapshot import State
 from conservtl.engine.streamed import Streamed
 from conservtl.errors import TrainingDivergedError
 from conservtl.kernels.dtensor import local

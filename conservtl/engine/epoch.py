@@ -14,7 +14,6 @@ from torch import Tensor
 from conservtl.engine.batch import Batch, Waiting
 from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
 from conservtl.engine.buckets import StepShare
-from conservtl.engine.checkpoint import State
 from conservtl.engine.divergence import Losses, check_scale, check_weights, names_gradients
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import check_gradient, checked
@@ -24,6 +23,7 @@ from conservtl.engine.lost_workers import between_steps
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
+from conservtl.engine.snapshot import State
 from conservtl.engine.source_output_cache import SourceOutputCache, cache_source_outputs
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.threads import ThreadTimer

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from conservtl.engine.checkpoint import State
 from conservtl.engine.epoch import Learner
 from conservtl.engine.evaluation import Functions, evaluate
 from conservtl.engine.preparation import Sets
 from conservtl.engine.selection import decides
 from conservtl.engine.session import Session
+from conservtl.engine.snapshot import State
 
 __all__ = ["close_epoch", "continues", "evaluate_sets"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batch_size import find_batch_size
-from conservtl.engine.checkpoint import Checkpoints, State, restore
+from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.criterion import ACCURACY, check_metric
 from conservtl.engine.epoch import Augment, Learner
 from conservtl.engine.epoch_end import evaluate_sets
@@ -20,6 +20,7 @@ from conservtl.engine.fit_result import FitResult
 from conservtl.engine.held import Held
 from conservtl.engine.lost_workers import named_worker_errors
 from conservtl.engine.mixing import with_mixing
+from conservtl.engine.open_session import open_session
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import (
     Sets,
@@ -38,7 +39,8 @@ from conservtl.engine.running import Tell, load_selected, run_epochs
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
 from conservtl.engine.selection import check_selection
-from conservtl.engine.session import Session, open_session
+from conservtl.engine.session import Session
+from conservtl.engine.snapshot import State, restore
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.trackers import Tracker, tracking
 from conservtl.engine.training import Training

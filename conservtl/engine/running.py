@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conservtl.engine.checkpoint import Checkpoints, gather_generators, snapshot
+from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.epoch import Learner
 from conservtl.engine.epoch_end import close_epoch, continues
 from conservtl.engine.interruption import interruptible
@@ -18,6 +18,7 @@ from conservtl.engine.processes import lost_processes
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import generator_states
 from conservtl.engine.session import Session
+from conservtl.engine.snapshot import gather_generators, snapshot
 from conservtl.kernels.dtensor import local
 from conservtl.layers import unwrap
 

@@ -16,6 +16,7 @@ from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
 from conservtl.functions import MetricValue, forward, logits_of
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
+from conservtl.tasks._report_hooks import ReportHooks
 from conservtl.tasks._source_hooks import SourceHooks
 from conservtl.tasks.headline import Headline
 from conservtl.tasks.prediction import Prediction
@@ -38,7 +39,7 @@ class DataSection(FrozenModel):
     """Part of the shots to validate on instead of training."""
 
 
-class Task(SourceHooks, ABC):
+class Task(ReportHooks, SourceHooks, ABC):
     """A kind of problem: sections of a spec, data, model, loss, metrics and answers.
 
     A subclass with a ``name`` is known to specs as ``task: NAME`` as soon as its module is imported: by
@@ -209,50 +210,6 @@ class Task(SourceHooks, ABC):
     def labels(self, batch: Any) -> Tensor | None:  # noqa: ARG002
         """Return the class of each example, (N,), or None where the task has no classes."""
         return None
-
-    def agreement(self, outputs: Any, source: Any) -> Mapping[str, MetricValue]:  # noqa: ARG002
-        """Return how far outputs agree with the source model's on the same batch; empty: not measured.
-
-        Args:
-            outputs: of the adapted model, on the CPU.
-            source: of the source model, on the CPU.
-        """
-        return {}
-
-    def per_class(
-        self,
-        before: Sequence[Any],  # noqa: ARG002
-        after: Sequence[Any],  # noqa: ARG002
-        labels: Sequence[Any],  # noqa: ARG002
-        names: Sequence[str],  # noqa: ARG002
-    ) -> dict[str, Any] | None:
-        """Return the headline metric of each class before and after; None where the task has no classes.
-
-        Args:
-            before: outputs of the source model, a batch each.
-            after: outputs of the adapted model, a batch each.
-            labels: what ``labels`` gives for each batch.
-            names: the classes.
-        """
-        return None
-
-    def record(self, outputs: Any, batch: Any) -> Any:  # noqa: ARG002
-        """Return what ``details`` needs of a batch and its outputs."""
-        return None
-
-    def details(self, before: Mapping[str, Any], after: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Return what a report says beside the metrics, as JSON; empty: nothing.
-
-        Args:
-            before: "target", "source" -> scores of the source model, with the ``records`` of all batches.
-            after: the same of the adapted model.
-            data: the test parts.
-
-        Returns:
-            ``tables``: {title, note, header, rows, text_columns} each; ``examples``: {name, lines: [[what, text], ...],
-            audio: a data URI or empty} each.
-        """
-        return {}
 
     def targets(self, data: Any) -> tuple[str, ...]:  # noqa: ARG002
         """Return every target that a study can repeat its runs over: speakers, corruptions, ..."""

@@ -16,11 +16,11 @@ import conservtl as ctl
 from conservtl.data import Examples
 from conservtl.engine.batch import Batch
 from conservtl.engine.batching import as_batches
-from conservtl.engine.checkpoint import State
 from conservtl.engine.cuts import Cut
 from conservtl.engine.divergence import Losses
 from conservtl.engine.held import Held
 from conservtl.engine.processes import Processes
+from conservtl.engine.snapshot import State
 from conservtl.engine.streamed import Streamed
 
 CPU = torch.device("cpu")

@@ -18,10 +18,11 @@ from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import checked
 from conservtl.engine.held import Held
 from conservtl.engine.mixing import with_mixing
+from conservtl.engine.open_session import open_session
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import check_arguments
 from conservtl.engine.randomness import preserve_rng, seed_all
-from conservtl.engine.session import Session, open_session
+from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
 from conservtl.errors import DataError, SpecError
 from conservtl.experiments.advice.range_curve import RangeTest, diverges, read_curve

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from conservtl import SpecError
-from conservtl.experiments.spec.spec import SourceSection, dump_spec, load_spec, parse_spec, schema
+from conservtl.experiments.spec.source_section import SourceSection
+from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SPECS = sorted(path for name in ("speech", "vision") for path in (EXAMPLES / name).glob("*.yaml"))
