@@ -13,7 +13,10 @@ from typing import Any
 
 from conservtl.errors import SpecError, hint
 
-__all__ = ["import_modules", "imported_modules", "is_imported", "load_entry_points", "named_callable"]
+__all__ = ["IMPORTABLE", "import_modules", "imported_modules", "is_imported", "load_entry_points", "named_callable"]
+
+IMPORTABLE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""Pattern of the name of a function or class, ``package.module:name``."""
 
 _IMPORTED: dict[str, None] = {}
 

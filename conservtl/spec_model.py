@@ -4,16 +4,54 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any, TypeVar
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
+from pydantic_core import PydanticCustomError
 
 from conservtl.errors import SpecError
+from conservtl.wrong_fields import sentences
 
-__all__ = ["FrozenModel", "check_describable", "register"]
+__all__ = ["FieldError", "FrozenModel", "check_describable", "checked", "register"]
 
 Class = TypeVar("Class")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class FieldError(SpecError, ValidationError):
+    """A spec that is made in Python has a wrong field. It is Pydantic's error too, with a sentence for each field."""
+
+    _model: type[BaseModel]
+
+    @classmethod
+    def of(cls, error: ValidationError, model: type[BaseModel]) -> Self:
+        """Return the error for Pydantic's error about the fields of a model."""
+        found = cls.from_exception_data(
+            error.title,
+            [
+                {
+                    "type": PydanticCustomError(one["type"], one["msg"], one.get("ctx")),
+                    "loc": one["loc"],
+                    "input": one["input"],
+                }
+                for one in error.errors(include_url=False)
+            ],
+        )
+        vars(found)["_model"] = model
+        return found
+
+    @cached_property
+    def _text(self) -> str:
+        return "\n".join(_sentences(self, self._model, self._model.__name__, python=True))
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> Any:
+        return SpecError, (str(self),)
 
 
 class _Signature:
@@ -31,6 +69,21 @@ class FrozenModel(BaseModel):
     """An immutable model. Unknown fields are refused; the docstring under a field becomes its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+    if not TYPE_CHECKING:  # mypy makes a constructor of the fields
+
+        def __init__(self, /, *unnamed: Any, **fields: Any) -> None:
+            if unnamed:
+                fields = ", ".join(name for name in type(self).model_fields if name != "kind")
+                received = f"{unnamed[0]!r:.80}"
+                raise TypeError(f"{type(self).__name__} takes its fields by name, {fields}; received {received} alone")
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise FieldError.of(error, type(self)) from None
+
+        __init__.__pydantic_base_init__ = True  # models within models are made without it
+        __init__.__signature__ = inspect.signature(BaseModel.__init__)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -59,6 +112,32 @@ def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) ->
                 "Give it another."
             )
     registry.update(dict.fromkeys(names, cls))
+
+
+def checked(cls: type[Model], fields: Any, where: str, end: str = "") -> Model:
+    """Return a model of fields.
+
+    Args:
+        cls: its class.
+        fields: by name.
+        where: their dotted name in a message; empty: the message begins with the field's.
+        end: end of the message.
+
+    Raises:
+        SpecError: a field is wrong.
+    """
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        raise SpecError("\n".join(_sentences(error, cls, where)) + end) from error
+
+
+def _sentences(error: ValidationError, cls: type[BaseModel], where: str, *, python: bool = False) -> list[str]:
+    schema: dict[str, Any] = {}
+    with warnings.catch_warnings(), suppress(PydanticInvalidForJsonSchema, PydanticSchemaGenerationError):
+        warnings.simplefilter("ignore")  # a default that JSON does not have is left out
+        schema = cls.model_json_schema()
+    return sentences(error.errors(), schema, where, python=python)
 
 
 def check_describable(cls: type[BaseModel]) -> None:

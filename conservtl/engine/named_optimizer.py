@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_serializer
 from pydantic_core import PydanticCustomError
 
-from conservtl.plugins import named_callable
-from conservtl.spec_model import FrozenModel
+from conservtl.errors import SpecError
+from conservtl.plugins import IMPORTABLE, named_callable
+from conservtl.spec_model import FrozenModel, checked
 from conservtl.spec_scalars import Arguments
 
 __all__ = ["NamedOptimizer", "OptimizerName"]
@@ -21,7 +22,7 @@ _FORM = "'adamw', 'adam' or 'sgd', or {import: package.module:Class, args: {...}
 class NamedOptimizer(FrozenModel):
     """An optimizer class by name."""
 
-    own: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", alias="import")]
+    own: Annotated[str, Field(pattern=IMPORTABLE, alias="import", examples=["package.module:Class"])]
     """The class, as ``package.module:Class``. It is called with the parameters, ``lr`` and ``args`` by keyword. Nothing
     is imported unless ``--import package`` is on the command line."""
     args: Arguments = Field(default_factory=dict)
@@ -44,15 +45,13 @@ def _checked(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
         return handler(value)
     except ValidationError as error:
+        why = ""
         if isinstance(value, Mapping):
-            first = error.errors()[-1]
-            where = ".".join(str(part) for part in first["loc"] if part != "NamedOptimizer")
-            raise PydanticCustomError(
-                "optimizer",
-                "Input should be {form}; {where}: {why}",
-                {"form": _FORM, "where": where, "why": first["msg"]},
-            ) from error
-        raise PydanticCustomError("optimizer", "Input should be {form}", {"form": _FORM}) from error
+            try:
+                checked(NamedOptimizer, value, "")
+            except SpecError as inner:
+                why = "; " + "; ".join(str(inner).splitlines())
+        raise PydanticCustomError("optimizer", "Input should be {form}{why}", {"form": _FORM, "why": why}) from error
 
 
 OptimizerName = Annotated[Literal["adamw", "adam", "sgd"] | NamedOptimizer, WrapValidator(_checked)]

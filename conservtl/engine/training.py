@@ -6,20 +6,19 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from conservtl.engine.criterion import Criterion
 from conservtl.engine.named_optimizer import OptimizerName
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["Training"]
 
 _CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
-class Training(BaseModel):
+class Training(FrozenModel):
     """Settings of ``fit``. Usual rates: 1e-5 to 1e-3 for fine-tuning, 1e-3 from scratch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training data, all phases together."""

@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from conservtl.errors import SpecError, wrong_tag
 from conservtl.methods.base import Strategy
 from conservtl.plugins import load_entry_points
+from conservtl.wrong_fields import sentences
 
 __all__ = ["AnyStrategy", "as_strategy", "builtin_strategies", "import_builtin"]
 
@@ -64,9 +65,8 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
     except PydanticCustomError as error:
         raise SpecError(f"strategies: {error.message()}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise SpecError(f"strategies: {field}: {first['msg']}; received {dict(strategy)}.") from error
+        schema = _all_kinds().json_schema()
+        raise SpecError("\n".join(sentences(error.errors(), schema, "strategies", python=True))) from error
 
 
 def _registered() -> tuple[type[Strategy], ...]:

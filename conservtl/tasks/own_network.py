@@ -12,7 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field
 from torch import nn
 
 from conservtl.errors import SpecError
-from conservtl.plugins import named_callable
+from conservtl.plugins import IMPORTABLE, named_callable
 from conservtl.spec_model import FrozenModel
 from conservtl.spec_scalars import Arguments
 
@@ -22,7 +22,9 @@ __all__ = ["NetworkSection"]
 class NetworkSection(FrozenModel):
     """Base of a ``model`` section: a network by name, or by a function that builds it."""
 
-    own: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = Field(default=None, alias="import")
+    own: Annotated[str, Field(pattern=IMPORTABLE, examples=["package.module:build"])] | None = Field(
+        default=None, alias="import"
+    )
     """A function of your own instead of ``name``, as ``package.module:build``. It is called with the number of outputs
     and ``args`` by keyword, and returns a module. Nothing is imported unless ``--import package`` is on the command
     line."""

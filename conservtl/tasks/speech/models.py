@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
+from conservtl.spec_model import checked
 from conservtl.spec_scalars import Arguments
 from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.speech.compact import TCResNet, TCResNetArgs
@@ -61,12 +62,7 @@ def _compact(model: ModelSpec, preprocessing: SpeechPreprocessing, classes: int)
         raise SpecError(
             f"data.features.kind must be 'logmel' for {model.name}; received {features.kind!r}. Set it to 'logmel'."
         )
-    try:
-        args = TCResNetArgs.model_validate(model.args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SpecError(
-            f"model.args.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}; "
-            f"received {first['input']!r}. {model.name} takes {', '.join(TCResNetArgs.model_fields)}."
-        ) from error
+    args = checked(
+        TCResNetArgs, model.args, "model.args", f" {model.name} takes {', '.join(TCResNetArgs.model_fields)}."
+    )
     return TCResNet(features.n_mels, classes, _BLOCKS[model.name], args)

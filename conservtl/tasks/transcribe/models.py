@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from conservtl.errors import MissingExtraError, SpecError, did_you_mean, hint
-from conservtl.spec_model import FrozenModel
+from conservtl.spec_model import FrozenModel, checked
 from conservtl.spec_scalars import Arguments
 from conservtl.tasks.own_network import NetworkSection
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
@@ -68,15 +68,7 @@ def build(model: ModelSpec, preprocessing: TranscribePreprocessing, tokens: int)
         return _of_torchaudio(model, features, tokens)
     _check_features(model.name, features, "logmel")
     takes, make = _NAMES[model.name]
-    try:
-        args = takes.model_validate(model.args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(("model.args", *(str(part) for part in first["loc"])))
-        raise SpecError(
-            f"{where}: {first['msg'].removeprefix('Value error, ')}; received {first['input']!r}. {model.name} takes "
-            f"{', '.join(takes.model_fields)}."
-        ) from error
+    args = checked(takes, model.args, "model.args", f" {model.name} takes {', '.join(takes.model_fields)}.")
     return make(features.n_mels, tokens, args)  # type: ignore[no-any-return]
 
 
