@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from conservtl.adaptation._draft import compared_model, declared_fresh, draw, headless_rows
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.earlier_run import (
     check_extensions_agree,
@@ -18,18 +19,15 @@ from conservtl.adaptation.earlier_run import (
 from conservtl.adaptation.origin import Origin, Structure, named_source
 from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError
-from conservtl.layers import Layer, canonical, find_layers, matches, named_parameters, select, unwrap
+from conservtl.layers import canonical, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
-from conservtl.runtime.freezing import found_frozen
-from conservtl.runtime.source_model import build_source_model
 from conservtl.source.by_label import HeadLabels
 from conservtl.source.coverage import check_coverage, kept_note, missed_note, unused_note
 from conservtl.source.itself import Itself, check_heads, check_own, own_values
 from conservtl.source.kinds import check_kinds, check_model_kinds
-from conservtl.source.positions import resample_positions
 from conservtl.source.read import Source, SourceLike, own_tensors, read_source
 from conservtl.source.structure import check_extensions, check_structure
 from conservtl.source.transfer import transfer
@@ -116,15 +114,7 @@ def adapt(
     given = strategies.strategies if isinstance(strategies, Preset) else strategies
     chosen = tuple(strategy for strategy in map(as_strategy, given) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
-    missing: dict[str, str] = {}
-    claimed = isinstance(source, Itself)
-    if isinstance(source, Itself):
-        if key or prefix or rename:
-            raise SpecError(
-                "key, prefix and rename say how to read a source; the model itself is none. Leave them out."
-            )
-        source, missing = own_values(model, source)
-    read = read_source(source, key=key, prefix=prefix, rename=rename).matched(model)
+    read, missing = _read(model, source, key, prefix, rename)
     structure = Structure(example, None if layers is None else tuple(layers), head)
     if head_labels is not None:
         head_labels.check_run(read.run, read.where)
@@ -142,62 +132,67 @@ def adapt(
         extended += chosen
         _check_merged(read, added)
         parts = find_layers(model, example, layers, head)
-        values = read.values_of(parts)
-        declared = missing | _declared(parts, fresh)
-        parameters = named_parameters(model)
-        wanted = {name: parameter for name, parameter in parameters.items() if name not in declared}
-        resampled, notes = resample_positions(model, values, wanted)
-        values |= resampled
-        shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
-        fixed = [name for name, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
-        drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
-        if head_labels is not None:
-            drawn = head_labels.applied(drawn, unwrap(model), declared)
-            if not head_labels.common:
-                declared = dict.fromkeys(drawn.head, "its labels differ from the source's") | declared
-                drawn = Plan.draw(parts, shapes, declared | added, fixed, added, found_frozen(model))
-        plan = apply_all(drawn, chosen, saved)
-        notes += [] if head_labels is None else head_labels.notes(plan)
+        draft = draw(model, read, parts, missing | declared_fresh(parts, fresh), added, head_labels)
+        plan = apply_all(draft.plan, chosen, saved)
         check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
         _check_source_rows(plan)
-        rebuilt = read.shared is None and read.as_model_has(resampled).module is None
-        headless = _headless(plan) if rebuilt else {}
+        copied = read.as_model_has(draft.resampled)
+        headless = headless_rows(plan) if copied.shared is None and copied.module is None else {}
         check_heads(plan, missing | headless)
-        if not claimed:
+        if not isinstance(source, Itself):
             check_own(plan, read, model)
-        check_coverage(plan, read, own, declared, allow)
+        check_coverage(plan, read, own, draft.declared, allow)
         for decision in plan.decisions:
             decision.check(unwrap(model))
         if read.module is not None:
             check_extensions(plan, read.module)
-        own_labels = _has_own_labels(plan, drawn, declared)
+        own_labels = draft.has_own_labels(plan)
         heads = plan.head_modules if own_labels and any(term.heads for term in plan.terms) else ()
-        # Parts of the model that the source lacks and nothing trains (a teacher, a table) are the same in both.
-        constant = {row.name for row in plan.rows if row.as_found and row.source_shape is None}
-        wanted_names = [name for name in named_parameters(bare) if name not in constant]
-        names = [name for name in wanted_names if name not in headless]
-        names = [name for name in names if not (own_labels and name in plan.possible_head)]
-        compared = any(term.source for term in plan.terms) or any(measure.data == "source" for measure in plan.measures)
-        source_model = build_source_model(bare, read.as_model_has(resampled), names) if compared else None
+        source_model = compared_model(bare, copied, plan, headless, own_labels=own_labels)
     except BaseException:
         retract_all(model, extended)
         raise
-    report = transfer(model, parts, plan, values, read)
-    known = {name: tensor for name, tensor in own.items() if name not in declared}
-    if hasattr(unwrap(model), "peft_config") and read.shared is None:
-        notes.append(
-            "the model has an adapter of PEFT, whose factors are parameters like others here: conservtl.integrations."
-            "peft.adapt takes the model without it as the source, and its L2SP acts on the merged weights"
-        )
-    notes += [
+    report = transfer(model, parts, plan, draft.values, read)
+    known = {name: tensor for name, tensor in own.items() if name not in draft.declared}
+    notes = [
+        *read.notes,
+        *run_note(read),
+        *draft.notes,
+        *([] if head_labels is None else head_labels.notes(plan)),
+        *_adapter_note(model, read),
         *unused_note(report.unused, read.tensors),
         *kept_note(report.kept, own),
         *missed_note(read, known),
     ]
-    plan = plan.with_notes((*read.notes, *run_note(read), *notes))
-    origin = Origin(drawn, chosen, source_model, heads, inherited, saved, training, structure, named_source(read))
+    plan = plan.with_notes(notes)
+    origin = Origin(draft.plan, chosen, source_model, heads, inherited, saved, training, structure, named_source(read))
     return Adaptation(model, plan, report, parts, origin)
+
+
+def _read(
+    model: nn.Module, source: SourceLike | Itself, key: str | None, prefix: str | None, rename: Mapping[str, str] | None
+) -> tuple[Source, dict[str, str]]:
+    """Return the source under the model's names, and parameter -> reason for what a model lacks of itself."""
+    missing: dict[str, str] = {}
+    if isinstance(source, Itself):
+        if key or prefix or rename:
+            raise SpecError(
+                "key, prefix and rename say how to read a source; the model itself is none. Leave them out."
+            )
+        source, missing = own_values(model, source)
+    return read_source(source, key=key, prefix=prefix, rename=rename).matched(model), missing
+
+
+def _adapter_note(model: nn.Module, read: Source) -> tuple[str, ...]:
+    """Return a remark on factors of PEFT that are not known as such."""
+    if not hasattr(unwrap(model), "peft_config") or read.shared is not None:
+        return ()
+    note = (
+        "the model has an adapter of PEFT, whose factors are parameters like others here: conservtl.integrations."
+        "peft.adapt takes the model without it as the source, and its L2SP acts on the merged weights"
+    )
+    return (note,)
 
 
 def _check_trained(plan: Plan) -> None:
@@ -233,26 +228,6 @@ def _check_source_rows(plan: Plan) -> None:
             )
 
 
-def _has_own_labels(plan: Plan, drawn: Plan, declared: Mapping[str, str]) -> bool:
-    """Return whether the target has labels of its own: a head of another shape, or declared fresh.
-
-    A head whose rows are copied by label is not of its own, unless a strategy made it fresh.
-    """
-    rows = [plan[name] for name in plan.possible_head]
-    return any(
-        row.name in declared
-        or (row.source_rows is None and (row.source_shape or row.shape) != row.shape)
-        or (row.source_rows is None and drawn[row.name].source_rows is not None)
-        for row in rows
-    )
-
-
-def _headless(plan: Plan) -> dict[str, str]:
-    """Return parameter -> reason for a head that the source lacks, as an encoder that was saved alone does."""
-    rows = [plan[name] for name in plan.possible_head]
-    return {row.name: "not among the source's tensors" for row in rows if row.source_shape is None and not row.added}
-
-
 def _check_merged(source: Source, added: Iterable[str]) -> None:
     """Raise if the source holds parameters that an earlier adaptation added: they would not be copied."""
     if left := [name for name in added if name in source.tensors]:
@@ -266,18 +241,3 @@ def _masks(model: nn.Module) -> set[str]:
     """Return the buffers that may hold infinities by design: all but running statistics."""
     buffers = {canonical(name) for name, _ in unwrap(model).named_buffers()}
     return {name for name in buffers if not name.endswith(("running_mean", "running_var"))}
-
-
-def _declared(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Return parameter -> reason, for those declared fresh by a glob of parameter or layer names."""
-    if isinstance(fresh, str):
-        raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
-    reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}
-    inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
-    named = {name for names in inside.values() for name in names}
-    if "head" in reasons and "head" not in inside and not any(matches("head", name) for name in named):
-        inside["head"] = list(Plan.draw(layers, {}, {}).head)
-    globs = [glob for glob in reasons if glob not in inside]
-    aliases = {info.name: info.aliases for layer in layers for info in layer.parameters}
-    matched = inside | select(globs, list(aliases), aliases=aliases)
-    return {name: reason for glob, reason in reasons.items() for name in matched[glob]}
