@@ -59,7 +59,7 @@ def draw(
     source: Source,
     layers: Sequence[Layer],
     declared: Mapping[str, str],
-    added: Mapping[str, str],
+    added: dict[str, str],
     labels: HeadLabels | None,
 ) -> Draft:
     """Draw up the plan of a model's parameters, before any strategy.
