@@ -104,7 +104,7 @@ def against_fields(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> 
 
     given_up = any(not trial.complete for trial in scored)
     ringed = "the trials on the Pareto front" if result["objective"] == "both" else "the best"
-    caption = f"{_SINGLE} Ringed: {ringed}.{' Grey crosses: stopped early.' if given_up else ''}"
+    caption = f"Up is better. {_SINGLE} Ringed: {ringed}.{' Grey crosses: stopped early.' if given_up else ''}"
     if any(trial.rank < seen.cut for trial in scored):
         caption += " Dots at the lower edge lie below it."
     alt = f"{score_name(result)} against each of {len(fields)} fields."
@@ -144,7 +144,7 @@ def over_time(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> Pictu
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     alt = f"Best {score_name(result)} over {len(trials)} trials."
-    caption = f"If the line still rises at the end, more trials may find better settings. {_SINGLE}"
+    caption = f"Up is better: if the line still rises at the end, more trials may find better settings. {_SINGLE}"
     return Picture("The search", caption, draw("search", alt, 2.7, paint))
 
 
