@@ -9,8 +9,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from conservtl.batches import tensors_of
-
 __all__ = ["Ahead", "ahead"]
 
 Content = TypeVar("Content")
@@ -35,6 +33,9 @@ def ahead(
 class Side:
     """A stream beside the current one of a GPU.
 
+    A copy begins when the work that the current stream was given before is done. So the memory of an earlier batch may
+    be used again, and nothing needs to know the tensors in a batch, which may hide in objects that move themselves.
+
     Args:
         device: the GPU.
     """
@@ -45,16 +46,14 @@ class Side:
 
     def run(self, copy: Callable[[], Any]) -> tuple[Any, Any]:
         """Return the result of a copy on this stream, and a mark of its end."""
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             result = copy()
         return result, self._stream.record_event()
 
-    def join(self, result: Any, mark: Any) -> None:
-        """Let the current stream wait for a copy, and its tensors' memory for the current stream; the host goes on."""
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(mark)
-        for tensor in tensors_of(getattr(result, "content", result)):
-            tensor.record_stream(stream)
+    def join(self, mark: Any) -> None:
+        """Let the current stream wait for a copy; the host goes on."""
+        torch.cuda.current_stream(self.device).wait_event(mark)
 
 
 class Ahead(Generic[Content, Moved]):
@@ -89,7 +88,7 @@ class Ahead(Generic[Content, Moved]):
         if not copy.begun:
             copy.begin(self._side)
         self._waiting.remove(copy)
-        self._side.join(copy.result, copy.mark)
+        self._side.join(copy.mark)
         result: Moved = copy.result
         self._begin()
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
@@ -27,11 +28,17 @@ class Graph(Protocol):
         """Do the work again, in the memory that it was captured with."""
 
 
-def capture(work: Callable[[], None]) -> Graph:
+def capture(work: Callable[[], None], device: torch.device) -> Graph:
     """Return the graph of some work, which is captured and not done. The host waits for the device this once."""
     graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
+    streams: Any = torch.cuda
+    before = streams.current_stream(device)
+    with torch.cuda.device(device):  # torch's own stream for captures is on the first device that captured
+        try:
+            with torch.cuda.graph(graph, stream=streams.Stream(device), capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(before)  # which torch leaves out if the capture fails
     captured: Graph = graph
     return captured
 
@@ -42,21 +49,24 @@ class Replayed:
     A graph holds the addresses of the gradients and the numbers of a step: factor, rate, loss scale. If three steps in
     a row are alike, the next is captured; a step that differs is made by the pull itself. So a rate or a strength that
     changes in each step, and gradients that are missing, sparse or elsewhere in each step, are never captured. Anchors
-    on the CPU and sharded parameters are not either, nor is anything after a capture has failed. The graph keeps
-    memory for the differences.
+    on the CPU and sharded parameters are not either, nor is anything after a capture has failed, which a warning says.
+    In a graph that the caller captures, the pull takes part itself. The graph keeps memory for the differences.
 
     Args:
         pull: the pull.
         items: its parameters.
-        capturing: work -> graph.
+        capturing: work, device -> graph.
     """
 
     def __init__(
-        self, pull: PenaltyKernel, items: Sequence[Pulled], capturing: Callable[[Callable[[], None]], Graph] = capture
+        self,
+        pull: PenaltyKernel,
+        items: Sequence[Pulled],
+        capturing: Callable[[Callable[[], None], torch.device], Graph] = capture,
     ) -> None:
         self._pull, self._capturing = pull, capturing
         self._parameters = [item.parameter for item in items]
-        self._group = items[0].group
+        self._group, self._device = items[0].group, items[0].parameter.device
         away = any(item.anchor is not None and item.anchor.device != item.parameter.device for item in items)
         self._able = not away and not any(map(sharded, self._parameters))
         self._graph: tuple[Any, Graph] | None = None
@@ -71,15 +81,15 @@ class Replayed:
     def move_weights(self, factor: float = 1.0, skip: Tensor | None = None) -> None:
         """Move each weight by rate × factor × strength × (anchor - w)."""
         rate = 0.0 if self._group is None else self._group["lr"]
-        beside = [one for one in (rate, skip) if isinstance(one, Tensor)]
-        here = all(
-            one.device == self._parameters[0].device for one in beside
-        )  # else the host's value would be captured
-        key = (factor, _place(rate) if isinstance(rate, Tensor) else rate, _place(skip)) if here else None
+        changing = _place(rate) if isinstance(rate, Tensor) else rate
+        key = (factor, changing, _place(skip)) if self._beside(rate, skip) else None
         self._do(key, lambda: self._pull.move_weights(factor, skip))
 
     def _do(self, key: Any, work: Callable[[], None]) -> None:
         """Do some work by the graph of the same key, if there is one or it is time to capture one."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            work()
+            return
         if self._graph is not None and key is not None and self._graph[0] == key:
             self._graph[1].replay()
             return
@@ -88,17 +98,19 @@ class Replayed:
             work()
             return
         try:
-            self._graph = key, self._capturing(work)
-        except RuntimeError:  # captured work is not done: nothing has changed
+            self._graph = key, self._capturing(work, self._device)
+        except RuntimeError as error:  # captured work is not done: nothing has changed
             self._able, self._graph = False, None
+            why = str(error).partition("\n")[0].rstrip(".")
+            said = f"a pull could not be captured in a CUDA graph ({why}); it goes on without, and takes longer. "
+            warnings.warn(said + "Install Triton, which needs no graph.", stacklevel=2)
             work()
             return
         self._graph[1].replay()
 
     def _beside(self, *numbers: Any) -> bool:
         """Whether scalars are numbers or on the device: a graph would hold the value of one in the host's memory."""
-        device = self._parameters[0].device
-        return all(not isinstance(one, Tensor) or one.device == device for one in numbers)
+        return all(not isinstance(one, Tensor) or one.device == self._device for one in numbers)
 
     def _gradients(self) -> list[Any] | None:
         """Return addresses and strides of all gradients; None if one is missing, sparse or still to be laid out."""

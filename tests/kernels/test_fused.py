@@ -1,4 +1,4 @@
-"""Triton programs without a GPU: by Triton's interpreter in a process of its own, and compiled for one."""
+"""Triton programs without a GPU, by Triton's interpreter in a process of its own."""
 
 from __future__ import annotations
 
@@ -69,59 +69,6 @@ def test_the_share_of_many_steps(share, every):
     exact = -expm1(every * log1p(-share)) if share < 1 else 1.0
     assert kept(share, every) == pytest.approx(exact, rel=1e-14)
     assert float(kept(torch.tensor(share), every)) == pytest.approx(exact, rel=1e-6)
-
-
-TABLES = (
-    "sizes",
-    "weights",
-    "anchors",
-    "importances",
-    "gradients",
-    "plains",
-    "identities",
-    "lengths",
-    "bases",
-    "starts",
-)
-TYPES = {"entries": "*i32", "ends": "*i32", "amounts": "*fp64", **dict.fromkeys(TABLES, "*i64")}
-TYPES |= dict.fromkeys(("scale", "skip", "out", "values"), "*fp32")
-TYPES |= dict.fromkeys(("high", "low", "strength", "sign"), "fp32")
-TYPES |= dict.fromkeys(("norms", "before", "products", "sums"), "*fp32") | {"order": "*i32"}
-FLAGS = {
-    "ADDED",
-    "ORDERED",
-    "ANCHORED",
-    "WEIGHED",
-    "SCALED",
-    "SKIPPED",
-    "ALIGNED",
-    "EVEN",
-    "BALL",
-    "RELATIVE",
-    "LARGEST",
-}
-NUMBERS = {"BLOCK": 2048, "BLOCKS": 4, "EVERY": 10, "KIND": "move, gradient", "ROWS": 8, "COLUMNS": 128}
-
-
-WIDE = ["add_pull", "lerp", "mix", "row_norms", "shrink_rows", "soften", "sums", "unmix"]
-
-
-@pytest.mark.parametrize("name", [*WIDE, "decay_shares", "range_sums", "ratios"])
-def test_programs_compile_for_a_gpu_and_read_words_of_16_bytes(name, tmp_path, monkeypatch):
-    """Compiling takes no GPU. Memory is the limit: loads of 4 bytes would double the instructions."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from conservtl.kernels.fused import programs
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    program = getattr(programs, name)
-    types = {"W": triton.language.float32, "A": triton.language.float32, "F": triton.language.float32}
-    constants = {"ACC": triton.language.float32, "ABSOLUTE": False, **dict.fromkeys(FLAGS, True), **types, **NUMBERS}
-    signature = {one: "constexpr" if one in constants else TYPES.get(one, "i32") for one in program.arg_names}
-    source = ASTSource(program, signature, {one: constants[one] for one in program.arg_names if one in constants})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert ("ld.global.v4" in compiled.asm["ptx"]) == (name in WIDE)
 
 
 class Compiled:

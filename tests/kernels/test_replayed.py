@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from conservtl.kernels.pull import Pull, Pulled
-from conservtl.kernels.replayed import Replayed
+from conservtl.kernels.replayed import Replayed, capture
 
 
 class Captures:
@@ -18,7 +19,8 @@ class Captures:
     def __init__(self, items, fails=False):
         self.items, self.fails, self.made, self.replayed = items, fails, 0, 0
 
-    def __call__(self, work):
+    def __call__(self, work, device):
+        assert device == self.items[0].parameter.device
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.made += 1
@@ -118,11 +120,46 @@ def test_a_failed_capture_is_not_tried_again(anchor):
     plain, other = pulled(anchor=anchor), pulled(anchor=anchor)
     captures = Captures(other, fails=True)
     pull, replayed = Pull(plain, {}), Replayed(Pull(other, {}), other, captures)
-    for _ in range(6):
+    for step in range(6):
         pull.add_gradients()
-        replayed.add_gradients()
+        said = r"not be captured in a CUDA graph \(operation not permitted when stream is capturing\); it goes on"
+        with pytest.warns(UserWarning, match=said) if step == 3 else nullcontext():
+            replayed.add_gradients()
         same(plain, other)
     assert not captures.replayed
+
+
+def test_a_pull_in_a_graph_of_the_caller_takes_part_itself(monkeypatch):
+    """A graph that is replayed or captured while another is captured would break that."""
+    _, _, other, replayed, captures = twins()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(replayed, "_device", torch.device("cuda", 0))
+    for _ in range(6):
+        replayed.add_gradients()
+    assert not captures.made
+    assert float(other[0].parameter.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_capture_is_made_on_the_devices_own_stream_and_leaves_the_callers(fails, monkeypatch):
+    """torch does not go back to the caller's stream if a capture fails, and has one stream for captures of all GPUs."""
+    device, seen = torch.device("cuda", 1), []
+
+    @contextmanager
+    def graph(of, *, stream, capture_error_mode):
+        assert (stream, capture_error_mode) == ("stream of cuda:1", "thread_local")
+        seen.append("begun")
+        yield
+        if fails:
+            raise RuntimeError("capture failed")
+
+    stands = {"CUDAGraph": lambda: "graph", "graph": graph, "Stream": "stream of {}".format, "device": nullcontext}
+    stands |= {"current_stream": "the caller's on {}".format, "set_stream": seen.append}
+    for name, stand in stands.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    with pytest.raises(RuntimeError, match="capture failed") if fails else nullcontext():
+        assert capture(lambda: seen.append("done"), device) == "graph"
+    assert seen == ["begun", "done", "the caller's on cuda:1"]
 
 
 def test_anchors_elsewhere_are_not_captured():

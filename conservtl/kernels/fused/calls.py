@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from contextlib import nullcontext
 from ctypes import c_float
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +13,8 @@ from torch import Tensor
 __all__ = ["call", "parted"]
 
 _compiled: dict[Any, Any] = {}
-"""Program, device, and all by which Triton distinguishes what it compiles -> the compiled program."""
+"""Program, device, and all by which Triton distinguishes what it compiles -> the compiled program; False where it
+takes other arguments than the program."""
 
 
 def call(
@@ -35,18 +34,22 @@ def call(
     """
     device = tensors[0].device
     arguments = (*tensors, *numbers, *constants)
-    if device.type != "cuda" or not _launches_itself():
+    if device.type != "cuda" or torch.version.hip is not None:  # on AMD's devices it also depends on tensors' sizes
         with _on(device):
             program[tuple(grid)](*arguments)
         return
     pointers = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
     key = (id(program), device.index, constants, pointers, *map(_kind, numbers))
-    compiled = _compiled.get(key)
     with _on(device):
-        if compiled is None:
-            _compiled[key] = program[tuple(grid)](*arguments)
-        else:
-            compiled[(*grid, 1, 1)[:3]](*arguments)
+        if compiled := _compiled.get(key):
+            try:
+                compiled[(*grid, 1, 1)[:3]](*arguments)
+            except (AttributeError, TypeError):  # arguments are read before anything is launched
+                _compiled[key] = False  # as before Triton 3.3, which leaves out the constants
+            else:
+                return
+        found = program[tuple(grid)](*arguments)
+        _compiled.setdefault(key, found)
 
 
 def parted(number: float) -> tuple[float, float]:
@@ -60,13 +63,6 @@ def _kind(number: float) -> Any:
     if isinstance(number, float):
         return None
     return number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31, number < 1 << 63
-
-
-@cache
-def _launches_itself() -> bool:
-    """Whether a compiled program takes the arguments of the program: since Triton 3.3, on NVIDIA's devices."""
-    version = importlib.metadata.version("triton").split(".")
-    return torch.version.hip is None and (int(version[0]), int(version[1])) >= (3, 3)
 
 
 def _on(device: torch.device) -> Any:
