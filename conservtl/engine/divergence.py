@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from conservtl.engine.streamed import Streamed
 from conservtl.errors import TrainingDivergedError
 from conservtl.kernels.dtensor import local
 
-__all__ = ["Losses", "check_scale", "check_weights", "names_gradients"]
+__all__ = ["Losses", "check_scale", "check_weights", "gradient_error"]
 
 _LOOK = 50  # steps between two reads of the losses on a GPU: each waits for the device
 _LEAST_SCALE = 2.0**-10  # it begins at 2^16; an overflow that is none but fp16's ends long before
@@ -70,17 +69,20 @@ class Losses:
             step: the step that the batch is a part of, from 1.
             content: the batch as the model got it, augmented; None: as it was.
         """
-        at_once, content = self._every == 1, batch.content if content is None else content
-        seen = glance(batch, content, at_hand=at_once)
-        self._waiting.append(_Added(loss.detach(), replace(batch, content=None), number, step, seen))
+        content = batch.content if content is None else content
+        if self._every == 1:
+            value = loss.float().item()
+            if not math.isfinite(value):
+                seen = _Added(loss, batch, number, step, glance(batch, content, at_hand=True))
+                raise TrainingDivergedError(self._message(value, seen, content))
+            self._count(value, batch)
+            return
+        self._waiting.append(_Added(loss.detach(), replace(batch, content=None), number, step, glance(batch, content)))
         if len(self._waiting) >= self._every:
-            self.look(content if at_once else None)
+            self.look()
 
-    def look(self, content: Any = None) -> None:
+    def look(self) -> None:
         """Read and sum up the losses that were added since the last read.
-
-        Args:
-            content: the batch of the last of them, if it is at hand; its step is not made yet.
 
         Raises:
             TrainingDivergedError: a loss is NaN or infinite.
@@ -89,11 +91,15 @@ class Losses:
         values = torch.stack([one.loss.float() for one in waiting]).tolist() if waiting else []
         for value, one in zip(values, waiting, strict=True):
             if not math.isfinite(value):
-                raise TrainingDivergedError(self._message(value, one, content))
-            self.state.total += value * one.batch.weight
-            self.state.seen += one.batch.weight
+                raise TrainingDivergedError(self._message(value, one))
+            self._count(value, one.batch)
 
-    def _message(self, value: float, one: _Added, content: Any) -> str:
+    def _count(self, value: float, batch: Batch) -> None:
+        weight = batch.weight
+        self.state.total += value * weight
+        self.state.seen += weight
+
+    def _message(self, value: float, one: _Added, content: Any = None) -> str:
         """Return what is known of a loss that is not finite: the input, the weight, or the batch alone."""
         found = one.glance.wrong(self._batches, content)
         if found is None and content is not None:
@@ -150,29 +156,25 @@ def check_scale(scaler: Any, step: int) -> None:
         )
 
 
-@contextmanager
-def names_gradients(parameters: Mapping[str, nn.Parameter], step: int) -> Iterator[None]:
-    """Name the first gradient that is not finite if torch refuses their norm inside the block.
+def gradient_error(
+    error: RuntimeError, parameters: Mapping[str, nn.Parameter], step: int
+) -> TrainingDivergedError | None:
+    """Return an error that names the first gradient that is not finite, if torch refused their norm; else None.
 
     Args:
+        error: raised in the step.
         parameters: name -> parameter, with its gradient.
         step: the step that they are for, from 1.
-
-    Raises:
-        TrainingDivergedError: the norm is not finite, though the loss is.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if "non-finite" not in str(error):  # torch has no class for it
-            raise
-        wrong = (name for name, one in parameters.items() if one.grad is not None and not _finite(one.grad))
-        name = next(wrong, None)
-        which = "the norm of all gradients" if name is None else f"the gradient of {name!r}"
-        raise TrainingDivergedError(
-            f"{which} is not finite at step {step}, though the loss is. {_KEPT}; lower training.lr, or look for a "
-            "root, a logarithm or a division in the loss whose slope has no bound."
-        ) from error
+    if "non-finite" not in str(error):  # torch has no class for it
+        return None
+    wrong = (name for name, one in parameters.items() if one.grad is not None and not _finite(one.grad))
+    name = next(wrong, None)
+    which = "the norm of all gradients" if name is None else f"the gradient of {name!r}"
+    return TrainingDivergedError(
+        f"{which} is not finite at step {step}, though the loss is. {_KEPT}; lower training.lr, or look for a "
+        "root, a logarithm or a division in the loss whose slope has no bound."
+    )
 
 
 def _finite(tensor: Tensor) -> bool:

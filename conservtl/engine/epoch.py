@@ -14,7 +14,7 @@ from torch import Tensor
 from conservtl.engine.batch import Batch, Waiting
 from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
 from conservtl.engine.buckets import StepShare
-from conservtl.engine.divergence import Losses, check_scale, check_weights, names_gradients
+from conservtl.engine.divergence import Losses, check_scale, check_weights, gradient_error
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import check_gradient, checked
 from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
@@ -157,11 +157,19 @@ class Learner:
             for number in range(1, size + 1):
                 batch = group.pop(0)()
                 sizes.append(batch.size)
-                with nullcontext() if number == size else session.no_sync():
+                if number == size:
                     self._backward(batch, number, size)
+                else:
+                    with session.no_sync():
+                        self._backward(batch, number, size)
                 del batch  # before the next is put on the device
-            with names_gradients(self._parameters, state.step + 1):
+            try:
                 session.step(strict=True)
+            except RuntimeError as error:
+                named = gradient_error(error, self._parameters, state.step + 1)
+                if named is None:
+                    raise
+                raise named from error
         state.batch += size
         state.step += 1
         if state.step == 1 and self._own_penalties:  # their gradient at w = w0, the only step that begins there

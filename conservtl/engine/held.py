@@ -116,16 +116,20 @@ class Held:
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""
-        return to_device(self._rows(index), self.device)
+        rows = self._rows(index)
+        return rows if self._place == self.device else to_device(rows, self.device)
 
     def _rows(self, index: Tensor, *, pinned: bool = False) -> Any:
         """Return the examples at these positions where they are held, in pinned memory if they are to be copied."""
-        rows = [take_rows(tensor, index.to(tensor.device)) for tensor in self._tensors]
+        index = index.to(self._place)
+        rows = [take_rows(tensor, index) for tensor in self._tensors]
         if pinned and torch.cuda.is_available():
             rows = [row.pin_memory() for row in rows]
         return tuple(rows) if self._names is None else dict(zip(self._names, rows, strict=True))
 
     def _batch(self, index: Tensor) -> Batch:
+        if not self.processes.many:
+            return Batch(self.take(index), len(index), index)
         return self._parted(index, self.take(self.cut.part(index)[0]))
 
     def _moved(self, batch: tuple[Tensor, Any]) -> Batch:

@@ -144,11 +144,10 @@ class StepHook:
         if self._penalties is not None:
             self._penalties.move_weights(skip)
 
-    @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self._context.anchors.follow()
         if self._context.updates.updates:
-            with self.index.hold():
+            with torch.no_grad(), self.index.hold():
                 self._context.updates.act("after", self.index.moving, getattr(self._inner, "found_inf", None))
         self._context.updates.number += 1
         self._context.penalty_in_gradients = False
