@@ -48,6 +48,7 @@ from conservtl.methods.l1_sp import L1SP as L1SP
 from conservtl.methods.l2_sp import L2SP as L2SP
 from conservtl.methods.layer_transfer import LayerTransfer as LayerTransfer
 from conservtl.methods.lhuc.strategy import LHUC as LHUC
+from conservtl.methods.lora.strategy import LoRA as LoRA
 from conservtl.methods.lp_ft import LPFT as LPFT
 from conservtl.methods.mixout import Mixout as Mixout
 from conservtl.methods.norm_adaptation.strategy import NormAdaptation as NormAdaptation
@@ -98,6 +99,7 @@ __all__ = [
     "InputTransform",
     "Layer",
     "LayerTransfer",
+    "LoRA",
     "MemoryLimitError",
     "Merged",
     "MissingExtraError",

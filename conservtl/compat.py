@@ -32,6 +32,7 @@ __all__ = [
     "accumulates",
     "after_loading",
     "bundle_url",
+    "convolved",
     "default_store",
     "filled_by_transformers",
     "foreach_abs_",
@@ -109,6 +110,12 @@ def bundle_url(bundle: Any) -> str | None:
     if not isinstance(path, str):
         return None
     return path if path.startswith("https:") else f"https://download.pytorch.org/torchaudio/models/{path}"
+
+
+def convolved(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return a convolution of torch with another weight and no bias: no public function pads as its modules do."""
+    forward: Callable[..., torch.Tensor] = module._conv_forward  # type: ignore[assignment]
+    return forward(inputs, weight, None)
 
 
 def default_store() -> Any:

@@ -348,6 +348,14 @@ def test_transformers_marks_what_it_loaded(tmp_path):
     assert new == ["classifier.weight", "classifier.bias"]
 
 
+def test_a_convolution_takes_another_weight():
+    """Padded as the module pads, by more than one mode; the bias is left out."""
+    module = nn.Conv2d(2, 4, 3, stride=2, padding=1, padding_mode="circular")
+    weight, inputs = torch.randn(3, 2, 3, 3), torch.randn(1, 2, 6, 6)
+    expected = nn.functional.conv2d(nn.functional.pad(inputs, (1, 1, 1, 1), mode="circular"), weight, stride=2)
+    torch.testing.assert_close(compat.convolved(module, inputs, weight), expected)
+
+
 def test_each_name_has_a_test():
     tests = Path(__file__).read_text("utf-8")
     assert [name for name in compat.__all__ if not re.search(rf"\bcompat\.{name}\b", tests)] == []

@@ -390,6 +390,23 @@ def input_transform(case):
     return added(case, {"input_transform.weight": (2, 2), "input_transform.bias": (2,)}, outputs)
 
 
+def lora(case):
+    network()  # the factors are drawn behind it
+    names = ("0", "3")
+    shapes = {name: (1, *case.weights[f"{name}.weight"].shape[1:]) for name in names}
+    factors = {f"{n}.lora_A": nn.init.kaiming_uniform_(case.x.new_empty(shapes[n]), a=5**0.5) for n in names}
+    factors |= {f"{n}.lora_B": case.weights[f"{n}.lora_B"] for n in names}
+    leaves = {name: factor.requires_grad_() for name, factor in factors.items()}
+    base = {name: w for name, w in case.weights.items() if "lora" not in name}
+    change = {
+        f"{n}.weight": 4 * torch.einsum("or,r...->o...", leaves[f"{n}.lora_B"], leaves[f"{n}.lora_A"]) for n in names
+    }
+    loss = case.task({name: w + change[name] if name in change else w for name, w in base.items()})
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    stepped = {name: w.detach() - case.rate * g for (name, w), g in zip(leaves.items(), gradients, strict=True)}
+    return base | stepped
+
+
 MEMBERS = [
     Member("l2_sp", ctl.L2SP(alpha=0.3), ctl.L2SP(alpha=0.0, beta=0.0), l2_sp),
     Member(
@@ -464,6 +481,7 @@ MEMBERS = [
         why="the norms go by each example in every copy of the model: it is part of what was adapted",
     ),
     Member("lhuc", ctl.LHUC(), None, lhuc),
+    Member("lora", ctl.LoRA(rank=1, alpha=4), None, lora),
     Member("input_transform", ctl.InputTransform(), None, input_transform),
     Member("delta", ctl.FeatureConservation(alpha=0.9), ctl.FeatureConservation(alpha=0.0), delta),
     Member(

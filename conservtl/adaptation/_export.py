@@ -26,7 +26,7 @@ def merged(bound: BoundPlan) -> nn.Module:
     bound.endings.exported()
     bound.restore_weights()
     model = deep_copy(unwrap(bound.model))
-    for strategy in bound.origin.strategies:
+    for strategy in sorted(bound.origin.strategies, key=lambda strategy: not strategy.merges_first):
         strategy.merge(model)
     return model
 

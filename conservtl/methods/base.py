@@ -64,6 +64,9 @@ class Strategy(FrozenModel, ABC):
     replaces_head: ClassVar[bool] = False
     """Whether ``extend`` replaces the model's head, and so changes its outputs, instead of adding parameters."""
 
+    merges_first: ClassVar[bool] = False
+    """Whether ``merge`` adds to weights, and so comes before those that multiply them."""
+
     named: ClassVar[dict[str, type[Strategy]]] = {}
     """Every registered class by its kind and by each of its aliases."""
 

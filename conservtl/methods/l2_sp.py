@@ -11,6 +11,7 @@ from conservtl.bounds import Count, NonNegative
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
 from conservtl.methods._rows import Coverage, covered_rows, fresh_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
+from conservtl.methods.merged_pull import changed_weights, with_merged_pull
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal, Row
 
@@ -32,7 +33,8 @@ class L2SP(Strategy):
     plain SGD the two are equal. Under Adam they are different methods, hence two defaults: 0.1 coupled (the authors'
     for SGD at 0.01) and 10 decoupled (at Adam's 1e-3, each step goes one percent of the way back).
 
-    The optimizer's own weight decay is 0 on every parameter that alpha or beta covers.
+    The optimizer's own weight decay is 0 on every parameter that alpha or beta covers. Of weights that ``LoRA``
+    changes, the sum w + s B A is pulled: alpha/2 of the squared norm of s B A.
 
     Measured: docs/methods.md.
 
@@ -97,16 +99,24 @@ class L2SP(Strategy):
         return self
 
     def apply(self, plan: Plan) -> Plan:
-        """Add the pull on rows from the source and plain L2 on fresh ones."""
+        """Add the pull on rows from the source, or on the factors that change them, and plain L2 on fresh ones."""
         copied = [row for row in covered_rows(plan, self.on) if row.origin == "source"]
-        fresh = fresh_rows(plan, self.on)
+        factors = changed_weights(plan)
+        within = {name for pair in factors.values() for name in (pair.a, pair.b)}
+        fresh = [row for row in fresh_rows(plan, self.on) if row.name not in within]
         divisor = self._divisor(row.size - row.copied_size for row in fresh)
         plan = with_decay(plan, self.label, {row.name: self.beta / divisor for row in fresh}, self.mode)
         penalty = L2Penalty(
             by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal, every=self.every
         )
         divisor = self._divisor(row.copied_size for row in copied)
-        return with_quadratic(plan, penalty, {row.name: self._alpha_at(row) / divisor for row in copied})
+        strengths = {row.name: self._alpha_at(row) / divisor for row in copied}
+        strong = [
+            pair.model_copy(update={"strength": strengths[weight]})
+            for weight, pair in factors.items()
+            if weight in strengths
+        ]
+        return with_merged_pull(with_quadratic(plan, penalty, strengths), self.label, strong, self.mode, self.anneal)
 
     def _divisor(self, sizes: Iterable[int]) -> int:
         """Return the divisor of a strength on parameters that cover so many elements each."""

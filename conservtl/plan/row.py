@@ -12,7 +12,7 @@ from conservtl.bounds import Count, NonNegative, Positive, Share
 from conservtl.errors import PlanError
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "Phase", "Row", "changed", "like_bias"]
+__all__ = ["COLUMNS", "Anneal", "Choice", "Length", "LowRank", "Phase", "Row", "changed", "like_bias"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "origin": ("origin", "reason"),
@@ -22,6 +22,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "decay": ("decay",),
     "weight_decay": ("weight_decay",),
     "statistics": ("statistics",),
+    "low_rank": ("low_rank",),
 }
 """Decision about a row -> the fields of the row that hold it."""
 
@@ -79,6 +80,17 @@ class Anneal(FrozenModel):
         return self.start + (self.end - self.start) * done
 
 
+class LowRank(FrozenModel):
+    """The change of a weight by scale × B A, in the row of B, which starts at 0."""
+
+    a: str
+    """Name of the parameter A."""
+    weight: str
+    """Name of the weight that is changed."""
+    scale: Positive
+    """Factor on the product."""
+
+
 class Row(FrozenModel):
     """The decisions about one parameter."""
 
@@ -122,6 +134,8 @@ class Row(FrozenModel):
     like them."""
     statistics: Literal["follow", "hold"] = "follow"
     """Statistics of a norm that tracks them. follow: updated by training batches. hold: unchanged."""
+    low_rank: LowRank | None = None
+    """The change of a weight whose factor B it is; None: it is no such factor."""
     chosen: dict[str, Choice] = Field(default_factory=dict)
     """Column -> the strategy that filled it in; a column not here holds its default."""
 

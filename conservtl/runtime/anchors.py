@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.kernels.dtensor import from_part, local, part_of, place_like, real_parts, sharded, whole
+from conservtl.kernels.low_rank import squared_change
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.source.by_label import row_mask, rows_by_label
@@ -73,6 +74,8 @@ class Anchors:
     def start(self, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         """Return the starting values on the CPU of all parameters from the source; new rows as they are now.
 
+        Factors B of low rank, which start at 0, are among them: where they are 0 the weights are the source's.
+
         If parameters are sharded, all processes call it together.
         """
         parameters = named_parameters(model)
@@ -85,7 +88,8 @@ class Anchors:
         for name in (name for name in names if name in self.new and name in kept):
             now = _copied(whole(parameters[name]))
             start[name] = torch.where(row_mask(now.shape, self.new[name]), now, start[name])
-        return start
+        factors = [row for row in plan.rows if row.low_rank is not None]
+        return start | {row.name: torch.zeros(row.shape, dtype=parameters[row.name].dtype) for row in factors}
 
     def of(self, name: str, parameter: Tensor, storage: str) -> Tensor:
         """Return the starting value of a parameter: on the CPU, or placed like the parameter.
@@ -143,11 +147,12 @@ class Anchors:
 
     @torch.no_grad()
     def drift(self, plan: Plan, model: nn.Module) -> dict[str, float]:
-        """Return |w - w0| / |w0| of each layer, over its parameters from the source."""
+        """Return |w - w0| / |w0| of each layer, over its parameters from the source, changes of low rank included."""
         parameters = named_parameters(model)
         drift = {}
         for layer, rows in plan.by_layer():
             weights = {row.name: whole(parameters[row.name]).cpu() for row in rows if row.origin == "source"}
+            changes = [(row.name, row.low_rank) for row in rows if row.low_rank is not None]
             if weights:
                 starts = {
                     name: self._whole(name, parameters[name]) if name in self.parameters else weight
@@ -157,6 +162,9 @@ class Anchors:
                     (self._copied_rows(name, weights[name]), self._copied_rows(name, starts[name])) for name in weights
                 ]
                 moved = sum(float((w - w0).square().sum()) for w, w0 in pairs)
+                for b, change in changes:  # their weights have not moved themselves
+                    first, second = (whole(parameters[name]).double() for name in (change.a, b))
+                    moved += float(squared_change(first, second, change.scale))
                 size = sum(float(w0.square().sum()) for _, w0 in pairs)
                 drift[layer] = (moved / size) ** 0.5 if size else float(moved > 0)
         return drift

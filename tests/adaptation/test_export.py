@@ -71,6 +71,7 @@ STRATEGIES: dict[str, Any] = {
     "AutoRGN": [ctl.AutoRGN()],
     "Projection": [ctl.Projection(radius=0.5)],
     "LHUC": [ctl.LHUC()],
+    "LoRA": [ctl.LoRA(rank=1), ctl.WeightInterpolation(t=0.5)],
     "InputTransform": [ctl.InputTransform(dim=1)],
     "NormAdaptation": [ctl.NormAdaptation()],
     "NormAdaptation(instance)": [ctl.NormAdaptation(statistics="instance", prior=3)],

@@ -23,6 +23,7 @@ STRATEGIES = [
     ctl.FeatureExtraction(),
     ctl.NormAdaptation(),
     ctl.LHUC(),
+    ctl.LoRA(rank=1),
     ctl.InputTransform(dim=-3),
     ctl.FeatureConservation(),
     ctl.SpectralShrinkage(),

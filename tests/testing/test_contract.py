@@ -53,6 +53,8 @@ BUILT_IN = [
     ctl.NormAdaptation(train="nothing", statistics="source", head=True),
     ctl.LHUC(),
     ctl.LHUC(on=["0", "15"], freeze=False),
+    ctl.LoRA(rank=1),
+    ctl.LoRA(rank=2, alpha=3, on=["0", "15"]),
     ctl.InputTransform(),
     ctl.InputTransform(dim=-3, bias=False, freeze=False),
     ctl.FeatureConservation(),

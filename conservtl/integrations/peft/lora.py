@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from conservtl.errors import SpecError
 from conservtl.integrations.peft.names import BASE_LAYER, LORA_LAYER, check_lora, check_model
+from conservtl.kernels.low_rank import squared_change
 from conservtl.layers import canonical, unwrap
 
-__all__ = ["Pair", "change", "lora_pairs", "squared_change"]
+__all__ = ["Pair", "change", "lora_pairs"]
 
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the weights of the base as they are."""
@@ -69,20 +70,6 @@ def lora_pairs(model: nn.Module) -> tuple[Pair, ...]:
             "acts after training."
         )
     return pairs
-
-
-def squared_change(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    r"""Return the squared Frobenius norm of scale × B A, from two r × r products.
-
-    .. math:: s^2 \lVert B A \rVert_F^2 = s^2 \sum (B^\top B) \circ (A A^\top)
-
-    Args:
-        a: (r, ...), what follows is one axis.
-        b: (outputs, r), or (outputs, r, 1, ...) of a convolution.
-        scale: s.
-    """
-    a, b = a.flatten(1), b.flatten(1)
-    return scale**2 * ((b.mT @ b) * (a @ a.mT)).sum()
 
 
 @torch.no_grad()

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
-
-import torch
-from pydantic import Field
-from torch import Tensor
+from typing import ClassVar, Literal
 
 from conservtl.bounds import NonNegative
-from conservtl.integrations.peft.lora import squared_change
 from conservtl.methods.base import Strategy, TestFields
-from conservtl.plan.penalty import Penalty
+from conservtl.methods.merged_pull import Factors, MergedL2Penalty, with_merged_pull
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal
-from conservtl.plan.update import Moving
-from conservtl.spec_model import FrozenModel
 
 __all__ = ["Factors", "MergedL2Penalty", "MergedL2SP"]
-
-
-class Factors(FrozenModel):
-    """The factors A and B of one weight's change, scale × B A."""
-
-    a: str
-    """Name of the parameter A."""
-    b: str
-    """Name of the parameter B."""
-    scale: float
-    """Factor on the product."""
-    strength: NonNegative = 0.0
-    """alpha on this weight."""
-    size: Annotated[int, Field(ge=1)] = 1
-    """Number of elements of the weight."""
 
 
 class MergedL2SP(Strategy):
@@ -70,56 +47,12 @@ class MergedL2SP(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Add the pull, and no plain L2 on its factors."""
-        if not self.factors:
-            return plan
-        names = tuple(name for pair in self.factors for name in (pair.a, pair.b))
-        plan = plan.choose(self.label, "decay", {name: {"decay": 0.0} for name in names if name in plan})
+        names = [name for pair in self.factors for name in (pair.a, pair.b) if name in plan]
+        plan = plan.choose(self.label, "decay", {name: {"decay": 0.0} for name in names})
         near, far = self.depth or (1.0, 1.0)
         divisor = sum(pair.size for pair in self.factors) if self.normalize == "per_parameter" else 1
-        strong = tuple(
+        strong = (
             pair.model_copy(update={"strength": self.alpha * (near + (far - near) * plan[pair.b].depth) / divisor})
             for pair in self.factors
         )
-        return plan.with_penalty(
-            MergedL2Penalty(by=self.label, names=names, mode=self.mode, anneal=self.anneal, factors=strong)
-        )
-
-
-class MergedL2Penalty(Penalty):
-    r"""Half the strength times each change's squared norm, :math:`\frac{1}{2} \sum_l \alpha_l s_l^2 |B_l A_l|^2`."""
-
-    kind: Literal["merged_l2_sp"] = "merged_l2_sp"
-    factors: tuple[Factors, ...]
-    """The factors of each weight."""
-    anchors: ClassVar[bool] = False
-
-    def describe(self) -> str:
-        """One line for the plan's table."""
-        return f"pull of {len(self.factors)} weights to the source, by the adapter's factors"
-
-    def value(self, moving: Sequence[Moving]) -> Tensor:
-        """Return the penalty on the pairs that are trained now."""
-        given = {item.name: item.parameter for item in moving}
-        values = [
-            pair.strength / 2 * squared_change(given[pair.a], given[pair.b], pair.scale)
-            for pair in self.factors
-            if pair.a in given and pair.b in given
-        ]
-        return torch.stack([value.to(values[0].device) for value in values]).sum() if values else _zero(moving)
-
-    def gradient(self, moving: Sequence[Moving]) -> list[Tensor]:
-        """Return alpha s² (B^T B) A and alpha s² B (A A^T)."""
-        given: dict[str, Any] = {item.name: item.parameter for item in moving}
-        found: dict[str, Tensor] = {}
-        for pair in self.factors:
-            if pair.a not in given or pair.b not in given:
-                continue
-            a, b = given[pair.a].flatten(1), given[pair.b].flatten(1)
-            factor = pair.strength * pair.scale**2
-            found[pair.a] = (factor * (b.mT @ b) @ a).view_as(given[pair.a])
-            found[pair.b] = (factor * b @ (a @ a.mT)).view_as(given[pair.b])
-        return [found.get(item.name, torch.zeros_like(item.parameter)) for item in moving]
-
-
-def _zero(moving: Sequence[Moving]) -> Tensor:
-    return torch.zeros((), device=moving[0].parameter.device)
+        return with_merged_pull(plan, self.label, strong, self.mode, self.anneal)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from conservtl.compat import BatchNormBase
 from conservtl.errors import SelectorError, SpecError
-from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
+from conservtl.layers import Layer, layer_of, matches, unwrap
+from conservtl.layers.attention import outside_attention
 from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import glob_hint
@@ -45,7 +46,7 @@ def find_hidden_units(
         SpecError: the model has none.
         SelectorError: a glob matches none.
     """
-    scalable = {name: module for name, module in _outside_attention(unwrap(model)) if unit_count(module) is not None}
+    scalable = {name: module for name, module in outside_attention(unwrap(model)) if unit_count(module) is not None}
     if example is not None:
         scalable = _by_use(scalable, first_use(unwrap(model), example))
     units = _units(scalable, layers)
@@ -120,10 +121,3 @@ def _units(scalable: Mapping[str, nn.Module], layers: Sequence[Layer]) -> dict[s
             units[name] = layer.name
             before = None
     return units
-
-
-def _outside_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules by canonical name, without those inside attention: torch never calls its projection's forward."""
-    attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
-    inside = {id(part) for attention in attentions for part in attention.modules()}
-    return ((canonical(name), module) for name, module in model.named_modules() if id(module) not in inside)

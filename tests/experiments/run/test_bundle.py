@@ -39,6 +39,7 @@ def saved(fields, folder, strategies):
     ("strategies", "left"),
     [
         ([LHUC], set()),
+        ([{"kind": "lora", "rank": 2}, {"kind": "l2_sp"}], set()),
         ([{**TRANSFORM, "bias": False}], set()),
         ([TRANSFORM], {"input_transform.weight", "input_transform.bias"}),
         ([TRANSFORM, LHUC], {"input_transform.weight", "input_transform.bias"}),

@@ -1,0 +1,5 @@
+"""``LoRA``."""
+
+from conservtl.methods.lora.strategy import LoRA
+
+__all__ = ["LoRA"]
