@@ -67,9 +67,7 @@ def finish(
     def measure(sets: Mapping[str, Holdout]) -> Evaluation:
         return {name: evaluate(session.model, data, functions, session.device) for name, data in sets.items()}
 
-    chooses = target is not None and (
-        keep == "path" or any(type(decision).scored for decision in adaptation.plan.after)
-    )
+    chooses = keep == "path" or any(type(decision).scored for decision in adaptation.plan.after)
     margin = _margin(session, target, functions, select) if target is not None and chooses else 0.0
     points: dict[float, Evaluation] = {}
     after: dict[str, Any] = {}
@@ -81,20 +79,10 @@ def finish(
             points[t] = measure(shown)
         line.move(1.0)
         if keep == "path":
-            evaluations: list[Evaluation] = []
-
-            def judge() -> float:
-                evaluations.append(measure(valid))
-                return score(evaluations[-1], keep, select)
-
-            t, scores = line.choose(_POINTS, judge, margin)
-            after["path"] = {
-                "t": t,
-                "points": [{"t": t, **metrics} for t, metrics in zip(scores, evaluations, strict=True)],
-            }
-            best = scores[t]
+            after["path"], best = _chosen(
+                line, lambda: measure(valid), lambda found: score(found, keep, select), margin
+            )
         del line  # frees its copy of the weights
-    target = valid.get("target")
     adaptation.bound.endings.done = {}  # of an earlier run
     after |= adaptation.finish(
         Contents(batches),
@@ -109,6 +97,21 @@ def finish(
     if shown and kept is not None and kept < 1:
         points[kept] = measure(shown)  # the model as it is now, with its statistics
     return Ended(after, tuple({"t": t, **points[t], "kept": t == kept} for t in sorted(points)), best)
+
+
+def _chosen(
+    line: WeightPath, measure: Callable[[], Evaluation], scored: Callable[[Evaluation], float], margin: float
+) -> tuple[dict[str, Any], float]:
+    """Move the model to the best point of a path; return the facts, and the point's score."""
+    evaluations: list[Evaluation] = []
+
+    def judge() -> float:
+        evaluations.append(measure())
+        return scored(evaluations[-1])
+
+    t, scores = line.choose(_POINTS, judge, margin)
+    points = [{"t": at, **found} for at, found in zip(scores, evaluations, strict=True)]
+    return {"t": t, "points": points}, scores[t]
 
 
 def _margin(session: Session, target: Holdout, functions: Functions, select: Criterion | None) -> float:

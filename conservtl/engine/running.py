@@ -11,7 +11,7 @@ from torch import Tensor
 from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.epoch import Learner
 from conservtl.engine.epoch_end import close_epoch, continues
-from conservtl.engine.interruption import interruptible
+from conservtl.engine.interruption import Interruption, interruptible
 from conservtl.engine.lost_workers import between_steps, worker_error
 from conservtl.engine.preparation import Sets
 from conservtl.engine.processes import lost_processes
@@ -29,6 +29,72 @@ _PERIOD = 600.0  # seconds after which many processes write a checkpoint within 
 Tell = Callable[[Mapping[str, Any]], None]
 
 
+class _Saving:
+    """Checkpoints of a run, of one process or many.
+
+    Args:
+        learner: the run's.
+        store: its files.
+        begun: when the run would have begun without interruptions.
+    """
+
+    def __init__(self, learner: Learner, store: Checkpoints, begun: float) -> None:
+        self.learner, self.store, self.begun = learner, store, begun
+        self._session, self._state, self._processes = learner.session, learner.state, learner.session.processes
+        self._periodic = time.perf_counter() + _PERIOD
+
+    def save(self, generators: Mapping[str, Any], gathered: Sequence[Mapping[str, Any]] = (), *, now: bool) -> None:
+        """Write a checkpoint with these states of the generators, of this process and of all."""
+        state, cut = self._state, self.learner.batches.cut
+        state.seconds = time.perf_counter() - self.begun
+        self.store.save(lambda: snapshot(self._session, state, generators, gathered, cut), now=now)
+
+    def together(self, *, now: bool) -> None:
+        """Write a checkpoint of all processes, if they agree that it is due."""
+        session, state, processes, learner = self._session, self._state, self._processes, self.learner
+        if not processes.many:
+            return self.save(generator_states(learner.generators), now=now)
+        if self.store.folder is None or not (now or processes.first(self.store.due)):
+            return None
+        session.average_statistics()
+        gathered = gather_generators(session, learner.generators)
+        own = state.total, state.seen
+        state.total, state.seen = session.summed(*own)
+        if processes.main:
+            self.save(gathered[0], gathered, now=True)
+        elif session.sharded:
+            snapshot(session, state, gathered[processes.rank], (), learner.batches.cut)
+        state.total, state.seen = own
+        return processes.wait()  # a process that leaves earlier would seem lost
+
+    def alone(self) -> None:
+        """Write what this process has: the weights and generators after the last step that all have made."""
+        if self.store.folder is not None and not self._session.sharded and self._state.step:
+            self.save(self.learner.settled, now=True)
+
+    def within_epoch(self, stop: Interruption) -> None:
+        """Write a checkpoint after a step if the run is asked to stop, or many processes have written none for long."""
+        late = self._processes.many and time.perf_counter() >= self._periodic
+        if self.store.folder is not None:
+            late = stop.agree(self._processes, late=late)
+        if not (stop.asked or late):
+            return
+        self.learner.check()
+        self.together(now=True)
+        self._periodic = time.perf_counter() + _PERIOD
+        if stop.asked:
+            stop.stop()
+
+    def after_failure(self, error: Exception) -> None:
+        """Write a checkpoint if a process was lost, of data's workers or of the run; raise that the latter was."""
+        if worker_error(error) is not None and not self._processes.many and self._state.step:
+            self.save(self.learner.states(), now=True)
+        if isinstance(error, RuntimeError) and (lost := lost_processes(self._processes, error)) is not None:
+            if self._processes.rank == lost.first:
+                self.alone()
+            raise lost from error
+
+
 def run_epochs(
     learner: Learner,
     phases: Sequence[int],
@@ -44,36 +110,7 @@ def run_epochs(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         Terminated: after SIGTERM, likewise.
     """
-    session, state, processes = learner.session, learner.state, learner.session.processes
-    cut = learner.batches.cut
-
-    def save(generators: Mapping[str, Any], gathered: Sequence[Mapping[str, Any]], *, now: bool) -> None:
-        state.seconds = time.perf_counter() - begun
-        store.save(lambda: snapshot(session, state, generators, gathered, cut), now=now)
-
-    def save_together(*, now: bool) -> None:
-        """Write a checkpoint of all processes, if they agree that it is due."""
-        if not processes.many:
-            return save(generator_states(learner.generators), (), now=now)
-        if store.folder is None or not (now or processes.first(store.due)):
-            return None
-        session.average_statistics()
-        gathered = gather_generators(session, learner.generators)
-        own = state.total, state.seen
-        state.total, state.seen = session.summed(*own)
-        if processes.main:
-            save(gathered[0], gathered, now=True)
-        elif session.sharded:
-            snapshot(session, state, gathered[processes.rank], (), cut)
-        state.total, state.seen = own
-        return processes.wait()  # a process that leaves earlier would seem lost
-
-    def save_alone() -> None:
-        """Write what this process has: the weights and generators after the last step that all have made."""
-        if store.folder is not None and not session.sharded and state.step:
-            save(learner.settled, (), now=True)
-
-    periodic = time.perf_counter() + _PERIOD
+    state, processes, saving = learner.state, learner.session.processes, _Saving(learner, store, begun)
     try:
         with bar, interruptible(store.folder is not None, shared=processes.many) as stop:
             try:
@@ -81,39 +118,21 @@ def run_epochs(
                     learner.begin(phases[state.epoch])
                     for _ in learner.epoch():
                         bar.advance()
-                        late = processes.many and time.perf_counter() >= periodic
-                        if store.folder is not None:
-                            late = stop.agree(processes, late=late)
-                        if stop.asked:
-                            learner.check()
-                            save_together(now=True)
-                            stop.stop()
-                        if late:
-                            learner.check()
-                            save_together(now=True)
-                            periodic = time.perf_counter() + _PERIOD
+                        saving.within_epoch(stop)
                     with between_steps():
                         close_epoch(learner, sets, time.perf_counter() - begun)
                     bar.show(state.history[-1])
                     store.write_history(state.history)
                     if store.folder is not None:
                         stop.agree(processes)
-                    save_together(now=stop.asked or not continues(learner, phases))
+                    saving.together(now=stop.asked or not continues(learner, phases))
                     if stop.asked:
                         stop.stop()
                     for tell in tells:
                         tell(state.history[-1])
             except Exception as error:
-                if worker_error(error) is not None and not processes.many and state.step:
-                    save(learner.states(), (), now=True)
-                if not isinstance(error, RuntimeError):
-                    raise
-                lost = lost_processes(processes, error)
-                if lost is None:
-                    raise
-                if processes.rank == lost.first:
-                    save_alone()
-                raise lost from error
+                saving.after_failure(error)
+                raise
     finally:
         learner.forget()
 

@@ -13,7 +13,7 @@ import torch
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.data import length_of
-from conservtl.engine import Holdout
+from conservtl.engine import FitResult, Holdout
 from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
 from conservtl.engine.processes import Processes, connected, restarted
 from conservtl.errors import MissingExtraError, SpecError
@@ -137,26 +137,37 @@ def _run(
             return processes.first(RunReport({}, result.history))
         report = RunReport(_report(setting, source, adaptation, before, after), result.history)
         report["seconds"] = {"source": ready - begun, "adapt": result.seconds, "total": time.perf_counter() - begun}
-        report["environment"] = _environment(result.device, result.precision) | {"execution": result.execution}
+        report |= _of_fit(result, path)
         if speech := sum(getattr(setting.domains.target_test, "seconds", ())):
             report["real_time_factor"] = after["target"].seconds / speech
-        report["kept_outputs"] = result.kept_outputs
-        report["finished"] = result.after
-        report["path"] = list(result.path)
-        report["path_examples"] = {
-            name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
-        }
         report["sentence"] = sentence(report)
-        write_text(dump_spec(setting.spec), folder / "spec.yaml")
-        save_bundle(folder, adaptation, setting)
-        save_measured(folder, adaptation.measured)
-        write_text(run_card(setting, adaptation, report), folder / CARD)
-        write_json(report, folder / "report.json")
-        try:
-            write_html(report, result.history, folder / "report.html")
-        except MissingExtraError as error:
-            report["note"] = str(error)
+        _write(report, folder, setting, adaptation)
         return processes.first(report)
+
+
+def _write(report: RunReport, folder: Path, setting: Setting, adaptation: Adaptation) -> None:
+    """Write the model and all that is said of it."""
+    write_text(dump_spec(setting.spec), folder / "spec.yaml")
+    save_bundle(folder, adaptation, setting)
+    save_measured(folder, adaptation.measured)
+    write_text(run_card(setting, adaptation, report), folder / CARD)
+    write_json(report, folder / "report.json")
+    try:
+        write_html(report, report.history, folder / "report.html")
+    except MissingExtraError as error:
+        report["note"] = str(error)
+
+
+def _of_fit(result: FitResult, path: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "environment": _environment(result.device, result.precision) | {"execution": result.execution},
+        "kept_outputs": result.kept_outputs,
+        "finished": result.after,
+        "path": list(result.path),
+        "path_examples": {
+            name: length_of(data.data if isinstance(data, Holdout) else data) for name, data in path.items()
+        },
+    }
 
 
 def _report(

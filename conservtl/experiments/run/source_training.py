@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,19 +152,7 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
             f"source.labels must name the outputs of {weights}, which has no head ({head[0]!r}), and so no outputs. "
             "Leave source.labels out, or give weights with a head."
         )
-    network = f"model {setting.spec.model.model_dump(mode='json')}"
-    for name, tensor in needed.items():
-        if name not in tensors and not name.endswith("num_batches_tracked") and not (headless and name in head):
-            part = f" If it is part of the head, name the whole head in model.head, with {head[0]!r}." * headless
-            raise SourceError(
-                f"{weights} has no tensor {name!r}, which {network} needs."
-                f"{_fitting(matched, needed)} Choose the model that the weights were trained with.{part}"
-            )
-        if name in tensors and tensors[name].shape != tensor.shape:
-            raise SourceError(
-                f"{weights}: {name!r} has shape {tuple(tensors[name].shape)}, but {network} "
-                f"needs {tuple(tensor.shape)}. Choose the model that the weights were trained with."
-            )
+    _check_tensors(setting, matched, tensors, needed, head if headless else ())
     with torch.no_grad():  # no load_state_dict: the model's hooks have already run
         for name, tensor in needed.items():
             if name in tensors:
@@ -176,6 +164,34 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
     notes = (*notes, "it has no head, so no labels of its own: its outputs are neither scored nor compared with")
     read = replace(read_source(model), tensors=tensors, module=None, notes=notes, run=matched.run)
     return SourceModel(model.eval(), outputs, "given", notes, matched.run, read, headless=True)
+
+
+def _check_tensors(
+    setting: Setting,
+    matched: Source,
+    tensors: Mapping[str, Tensor],
+    needed: Mapping[str, Tensor],
+    lacking: Sequence[str],
+) -> None:
+    """Raise unless the weights fill the network, but for the parameters of a head that they may lack."""
+    weights = f"source.weights {setting.spec.source.shown!r}"
+    network = f"model {setting.spec.model.model_dump(mode='json')}"
+    for name, tensor in needed.items():
+        if name not in tensors and not name.endswith("num_batches_tracked") and name not in lacking:
+            head = (
+                f" If it is part of the head, name the whole head in model.head, with {lacking[0]!r}."
+                if lacking
+                else ""
+            )
+            raise SourceError(
+                f"{weights} has no tensor {name!r}, which {network} needs."
+                f"{_fitting(matched, needed)} Choose the model that the weights were trained with.{head}"
+            )
+        if name in tensors and tensors[name].shape != tensor.shape:
+            raise SourceError(
+                f"{weights}: {name!r} has shape {tuple(tensors[name].shape)}, but {network} "
+                f"needs {tuple(tensor.shape)}. Choose the model that the weights were trained with."
+            )
 
 
 def _named(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
