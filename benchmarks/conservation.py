@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 import torchvision
+from engine_measuring import summary
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -435,11 +435,6 @@ def cached_outputs(name: str, place: Place, rounds: int) -> dict[str, Any]:
 
 def quotients(values: list[float], bases: list[float]) -> list[float]:
     return [a / b for a, b in zip(values, bases, strict=True)]
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "low": low, "high": high}
 
 
 def formatted(row: dict[str, float], digits: int = 2) -> str:

@@ -111,10 +111,10 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def owner(name: str) -> str:
-    """Return the module that holds a parameter, parametrised or not.
+    """Return the module that holds a parameter or buffer, parametrised or not.
 
     Args:
-        name: The canonical name of a parameter.
+        name: Its canonical name.
     """
     return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -10,6 +9,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from conservtl.errors import SourceError
+from conservtl.storage.files import file_digest
 
 __all__ = ["announce", "checkpoints", "download", "one_line"]
 
@@ -45,7 +45,7 @@ def download(url: str, path: Path, digest: str | None, name: str) -> Path:
         SourceError: the file cannot be downloaded, or has another hash.
     """
     if path.is_file():
-        if digest is not None and not (found := _sha256(path)).startswith(digest):
+        if digest is not None and not (found := file_digest(path)).startswith(digest):
             raise SourceError(
                 f"source {name}: {path} must have the SHA-256 {digest}; it has {found[: len(digest)]}. Delete it, so "
                 "that it is downloaded again."
@@ -80,11 +80,6 @@ def _size(url: str) -> int | None:
     with urlopen(Request(url, method="HEAD"), timeout=_PATIENCE) as answer:  # nosec B310 # noqa: S310
         length = answer.headers.get("Content-Length")
     return None if length is None else int(length)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shown(size: int | None) -> str:

@@ -10,6 +10,7 @@ from conservtl.compat import BatchNormBase
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, matches, unwrap
 from conservtl.layers.extended import extended_modules
+from conservtl.layers.names import owner
 from conservtl.layers.units import is_norm
 from conservtl.plan.plan import Plan
 
@@ -84,13 +85,8 @@ def _name_in_model(name: str, module: nn.Module, names: Mapping[str, str], renam
     if not own and not renamed:
         return name
     tensors = [canonical(f"{name}.{key}" if name else key) for key in own]
-    owners = {_owner(names[tensor]) for tensor in tensors if tensor in names}
+    owners = {owner(names[tensor]) for tensor in tensors if tensor in names}
     return owners.pop() if len(owners) == 1 else None
-
-
-def _owner(name: str) -> str:
-    """Return the module of a tensor, also of one that is parametrised."""
-    return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
 
 
 def _difference(module: nn.Module, source: nn.Module) -> str | None:

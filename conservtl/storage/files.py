@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from conservtl.errors import ConservtlError, WriteError
 
-__all__ = ["TEMPORARY", "atomic_path", "remove_temporary", "write_bytes", "write_text"]
+__all__ = ["TEMPORARY", "atomic_path", "file_digest", "remove_temporary", "write_bytes", "write_text"]
 
 TEMPORARY = ".conservtl-tmp"
 """End of the names of unfinished files and folders."""
@@ -111,3 +112,9 @@ def write_text(text: str, path: str | Path) -> None:
         WriteError: the disk is full, or the folder is read-only or gone; the old file is unchanged.
     """
     write_bytes(text.encode("utf-8"), path)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

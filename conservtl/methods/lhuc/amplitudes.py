@@ -128,11 +128,6 @@ class _ScaledSteps(nn.Module):
         return results[0] * amplitude(self.lhuc).to(results[0].dtype), results[1]
 
 
-def _own(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a module's own parameters; a parametrised weight is none."""
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
-
-
 def _begin(model: nn.Module, _: Any) -> None:
     """Scale the weights of all norms when the model's forward pass begins: a forward pre-hook at module level."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -168,7 +163,7 @@ def _fold(module: nn.Module, _: Any) -> None:
 
 def _scaled_alone(module: nn.Module) -> dict[str, Tensor]:
     """Return the scaled tensors of a module; none if its output is scaled instead."""
-    own = _own(module)
+    own = own_parameters(module)
     weight = own.get("weight")
     if weight is None or is_recurrent(module):
         return {}
@@ -208,7 +203,7 @@ def _scaled_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weight = _own(module).get("weight")
+    weight = own_parameters(module).get("weight")
     return weight is not None and weight.ndim == 1
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from conservtl.errors import DataError
+from conservtl.storage.files import file_digest
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.utterances import Utterance
 
@@ -49,9 +49,4 @@ def _contents(files: Iterable[Path]) -> dict[Path, str]:
     of_size: dict[int, list[Path]] = defaultdict(list)
     for file in files:
         of_size[file.stat().st_size].append(file)
-    return {file: _digest(file) for same in of_size.values() if len(same) > 1 for file in same}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return {file: file_digest(file) for same in of_size.values() if len(same) > 1 for file in same}
