@@ -25,6 +25,7 @@ __all__ = [
     "classes_of",
     "cross_entropy",
     "forward",
+    "inputs_of",
     "labels_of",
     "logits_of",
 ]
@@ -79,6 +80,11 @@ def forward(model: nn.Module, batch: Any) -> Any:
     Labels in a dictionary reach a model that needs them (``conservtl.labels``), and no other.
     """
     return call(model, batch) if isinstance(batch, Mapping) else model(batch[0])
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what a model is called with: the first of a tuple, or a dictionary without its ``labels``."""
+    return {key: one for key, one in batch.items() if key != "labels"} if isinstance(batch, Mapping) else batch[0]
 
 
 def cross_entropy(outputs: Any, batch: Any) -> Tensor:

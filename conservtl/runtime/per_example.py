@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 from conservtl.batches import replace_tensors, row_count, tensors_of
 
-__all__ = ["PerExample"]
+__all__ = ["ModelValue", "PerExample"]
 
 _ELEMENTS = 1 << 26  # most elements of gradients at once
 _MOST = 64  # most examples at once; more bring nothing on a CPU
@@ -37,7 +37,7 @@ class PerExample:
         self._model, self._parameters, self._value = model, dict(parameters), value
         raw = {id(parameter): name for name, parameter in model.named_parameters()}
         self._raw = {f"model.{raw[id(parameter)]}": name for name, parameter in self._parameters.items()}
-        self._whole = _Whole(model, value)
+        self._whole = ModelValue(model, value)
         elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._chunk = max(1, min(_MOST, _ELEMENTS // max(1, elements)))
         self._batched = self._chunk > 1
@@ -113,8 +113,13 @@ class PerExample:
         return total
 
 
-class _Whole(nn.Module):
-    """The model and a function of its outputs, to be called with other parameters."""
+class ModelValue(nn.Module):
+    """A function of a model and a batch as a module, whose parameters can be replaced for one call.
+
+    Args:
+        model: its parameters are named ``model.NAME``.
+        value: (model, batch) -> scalar.
+    """
 
     def __init__(self, model: nn.Module, value: Value) -> None:
         super().__init__()
@@ -122,5 +127,5 @@ class _Whole(nn.Module):
         self._value = value
 
     def forward(self, batch: Any) -> Tensor:
-        """Return the value of a batch of one."""
+        """Return the value of a batch."""
         return self._value(self.model, batch)

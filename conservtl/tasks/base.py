@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
-from conservtl.functions import MetricValue, forward, logits_of
+from conservtl.functions import MetricValue, forward, inputs_of, logits_of
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
 from conservtl.tasks._report_hooks import ReportHooks
@@ -203,9 +203,7 @@ class Task(ReportHooks, SourceHooks, ABC):
 
     def inputs(self, batch: Any) -> Any:
         """Return what the model is called with: the first of a tuple, or a dictionary without its labels."""
-        if isinstance(batch, Mapping):
-            return {key: value for key, value in batch.items() if key != "labels"}
-        return batch[0]
+        return inputs_of(batch)
 
     def labels(self, batch: Any) -> Tensor | None:  # noqa: ARG002
         """Return the class of each example, (N,), or None where the task has no classes."""

@@ -39,7 +39,7 @@ from conservtl.experiments.run.source_labels import check_shots
 from conservtl.experiments.run.source_training import SourceModel
 from conservtl.experiments.spec.source_section import SourceSection
 from conservtl.experiments.spec.spec import Held
-from conservtl.functions import accuracy, cross_entropy, labels_of
+from conservtl.functions import accuracy, cross_entropy, inputs_of, labels_of
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
 from conservtl.layers.copying import deep_copy
@@ -167,21 +167,15 @@ def hold(
     batch = first_batch(next(iter(sets.values())), _BATCH)
     example = options.get("example")
     if example is None and functions.forward is plain_forward:
-        example = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch[0]
+        example = inputs_of(batch)
+    allow = tuple(options.get("allow", ()))
     with preserve_rng():
         make = Maker(model)
         bare = make()
         read, missing = read_given(bare, source, options)
         fresh = missing | declared(options.get("fresh", ()))
-        known = {name: options.get(name) for name in ("layers", "head")} | {"allow": tuple(options.get("allow", ()))}
-        plan = adapt(
-            deep_copy(bare),
-            read,
-            fresh=fresh,
-            labels=options.get("labels"),
-            example=example,
-            **known,  # type: ignore[arg-type]
-        ).plan
+        known: Any = {name: options.get(name) for name in ("layers", "head", "labels")}
+        plan = adapt(deep_copy(bare), read, fresh=fresh, allow=allow, example=example, **known).plan
         if isinstance(source, nn.Module) and source is model:
             check_own(plan, replace(read, module=unwrap(source)), source)
         head = [row for row in plan.rows if row.name in plan.possible_head]
@@ -217,7 +211,7 @@ def hold(
         start=replace(start, outputs=len(labels[1])),
         fresh=fresh,
         headless=headless,
-        allow=tuple(options.get("allow", ())),
+        allow=allow,
         example=example,
         optimizer=options.get("optimizer"),
     )

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from conservtl.bounds import Count, Positive
@@ -17,6 +17,7 @@ from conservtl.kernels.dtensor import place_like
 from conservtl.layers import canonical
 from conservtl.plan.after import After, FinishContext
 from conservtl.runtime.measuring import Placed
+from conservtl.runtime.per_example import ModelValue
 from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["LearnedProjection"]
@@ -66,7 +67,7 @@ class LearnedProjection(After):
 
         shares = torch.zeros(len(weights), device=weights[0].device, requires_grad=True)
         optimizer = torch.optim.Adam([shares], lr=self.rate)
-        model = _ModelLoss(ending.model, ending.objective)
+        model = ModelValue(ending.model, ending.objective)
         with torch.enable_grad(), eval_mode(ending.model):
             for batch in _endless(Placed(ending.valid, shares.device), self.steps):
                 loss = functional_call(model, dict(zip(keys, projected(shares), strict=True)), (batch,))
@@ -77,19 +78,6 @@ class LearnedProjection(After):
             weight.copy_(value)
         radii = (shares.detach() * torch.stack(furthest)).tolist()
         return {"radii": dict(zip(self.names, radii, strict=True)), "shares": shares.detach().tolist()}
-
-
-class _ModelLoss(nn.Module):
-    """Loss of a model on a batch, as a module whose parameters can be replaced for one call."""
-
-    def __init__(self, model: nn.Module, loss: Any) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        loss: Tensor = self._loss(self.model, batch)
-        return loss
 
 
 def _endless(batches: Iterable[Any], count: int) -> Iterator[Any]:
