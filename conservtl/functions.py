@@ -242,6 +242,19 @@ def logits_of(outputs: Any) -> Tensor:
     return logits
 
 
+def check_blank(by: str, blank: int | None, outputs: Any) -> None:
+    """Raise if a class is called the blank of outputs that have none: those whose attribute ``blank`` is None.
+
+    Raises:
+        SpecError: names the strategy.
+    """
+    if blank is not None and getattr(outputs, "blank", blank) is None:
+        raise SpecError(
+            f"{by}: blank is an output of CTC, and a decoder has none; received {blank}. Set it to null, or name the "
+            "strategy by its kind where a short name presets it."
+        )
+
+
 def labels_of(batch: Any) -> Tensor:
     """Return the labels of a batch."""
     return batch["labels"] if isinstance(batch, Mapping) else batch[1]  # type: ignore[no-any-return]

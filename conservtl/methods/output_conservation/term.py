@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative, NonNegativeInt, Positive
 from conservtl.errors import SpecError
-from conservtl.functions import logits_of
+from conservtl.functions import check_blank, logits_of
 from conservtl.methods.output_conservation.divergence import cross_entropy_to_source, kl_to_source, squared_to_source
 from conservtl.plan.term import OutputForm, Term, View
 
@@ -75,6 +75,7 @@ class OutputConservationTerm(Term):
         form = self._form(adapted)
         axis = self._axis(adapted, logits, form)
         mask = adapted.counted(logits, axis, padding=self.padding == "leave_out")
+        check_blank(self.by, self.blank, adapted.outputs)
         if self.blank is not None:
             spoken = self._spoken(target, form, axis)
             mask = spoken if mask is None else mask & spoken

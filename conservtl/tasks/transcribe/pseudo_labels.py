@@ -14,7 +14,7 @@ from conservtl.errors import DataError, SpecError
 from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode
 from conservtl.tasks.transcribe.decoding import confidence, greedy, tokens_of
-from conservtl.tasks.transcribe.recognizers import Decoder
+from conservtl.tasks.transcribe.recognizers import Decoder, answered
 
 __all__ = ["pseudo_labelled"]
 
@@ -80,18 +80,19 @@ def pseudo_labelled(
                     labels.append(torch.tensor(heard[number], dtype=torch.long))
     if not kept:
         looser = "" if augment is None else ", leave agreement (augment) out"
+        lower = f"Lower pseudo_labels.least{looser}, or give texts." if least or augment else "Give texts."
         raise DataError(
             f"pseudo-labels: at least one of {len(data)} hypotheses must be left; the surest has a mean posterior of "
-            f"{surest:.2f}, and least is {least:g}. Lower pseudo_labels.least{looser}, or give texts."
+            f"{surest:.2f}, and least is {least:g}. {lower}"
         )
     return replace(data.take(kept), labels=tuple(labels), labelled=())
 
 
 def _heard(model: nn.Module, batch: dict[str, Any], device: torch.device) -> tuple[list[list[int]], list[float]]:
     """Return the tokens heard in each utterance, and their mean posterior."""
-    inputs, lengths, bare = batch["inputs"].to(device), batch["lengths"].to(device), unwrap(model)
-    if isinstance(bare, Decoder):
-        heard, sure = bare.generate(inputs, lengths)
-        return tokens_of(heard), sure.tolist()
+    inputs, lengths = batch["inputs"].to(device), batch["lengths"].to(device)
+    if isinstance(unwrap(model), Decoder):
+        found: Any = answered(model, inputs, lengths, {}, {})
+        return tokens_of(found.heard), found.posteriors.tolist()
     outputs = model(inputs, lengths)
     return greedy(outputs), confidence(outputs).tolist()

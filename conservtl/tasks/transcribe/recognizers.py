@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from conservtl.errors import SpecError
 from conservtl.functions import IGNORED
+from conservtl.layers import unwrap
 from conservtl.tasks.transcribe.decoding import check_frames, confidence, fault_of, frames_of, greedy, tokens_of
 
-__all__ = ["CTC", "Decoded", "Decoder", "Recognizer", "SequenceToSequence", "recognizer_of"]
+__all__ = ["CTC", "Decoded", "Decoder", "Recognizer", "SequenceToSequence", "answered", "recognizer_of"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,15 @@ class Decoded:
         mask: (N, positions), false where padded.
         heard: (N, tokens) generated, -100 behind the end; None: none was.
         posteriors: (N,), the mean posterior of the tokens generated.
+        encoded: outputs of the encoder, for ``generate``; None: they were not asked for.
     """
 
     logits: Tensor
     mask: Tensor
     heard: Tensor | None = None
     posteriors: Tensor | None = None
+    encoded: Any = None
+    blank: ClassVar[int | None] = None
 
 
 @runtime_checkable
@@ -40,6 +46,10 @@ class Decoder(Protocol):
 
     It is called with ``inputs``, ``lengths`` and the arguments that ``teacher`` returns. Without those its decoder
     reads the beginning alone, and there is one position.
+
+    With an attribute ``keeps_encoded`` that is true, it also takes ``keep_encoded`` and then returns
+    ``Decoded.encoded``, which ``generate`` takes as ``encoded``: its encoder runs once for the loss and the text. A
+    ``generate`` that takes ``beams`` and ``length_penalty`` serves a beam search of ``data.decoding``.
     """
 
     def teacher(self, labels: Tensor) -> dict[str, Tensor]:
@@ -49,6 +59,34 @@ class Decoder(Protocol):
     def generate(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``heard`` and ``posteriors``."""
         ...
+
+
+def answered(
+    model: nn.Module, inputs: Tensor, lengths: Tensor, taught: Mapping[str, Tensor], search: Mapping[str, Any]
+) -> Decoded:
+    """Return the outputs of a decoder, with the text that it generates.
+
+    Args:
+        model: wrapped or not.
+        inputs: as it takes them.
+        lengths: (N,).
+        taught: arguments by which it reads texts.
+        search: further arguments of ``generate``.
+
+    Raises:
+        SpecError: its ``generate`` does not take them.
+    """
+    decoder: Any = unwrap(model)
+    if unknown := [name for name in search if name not in inspect.signature(decoder.generate).parameters]:
+        raise SpecError(
+            f"data.decoding is a beam search, for which generate of {type(decoder).__name__} must take {unknown[0]}; "
+            "it does not. Set it to greedy."
+        )
+    kept = {"keep_encoded": True} if getattr(decoder, "keeps_encoded", False) else {}
+    outputs: Decoded = model(inputs=inputs, lengths=lengths, **taught, **kept)
+    known = {} if outputs.encoded is None else {"encoded": outputs.encoded}
+    heard, posteriors = decoder.generate(inputs, lengths, **known, **search)
+    return replace(outputs, heard=heard, posteriors=posteriors, encoded=None)
 
 
 class Recognizer(ABC):

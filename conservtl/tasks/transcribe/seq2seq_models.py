@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +26,19 @@ _BANDS = {"whisper": "num_mel_bins", "speech_to_text": "input_feat_per_channel"}
 
 
 class TransformersSeq2Seq(nn.Module):
-    """An encoder and a decoder of transformers, trained by the tokens before and read greedily.
+    """An encoder and a decoder of transformers, trained by the tokens before.
 
     Args:
         network: of ``AutoModelForSpeechSeq2Seq``.
         tokens: by which its decoder begins and ends.
     """
 
+    keeps_encoded: ClassVar[bool] = True
+
     def __init__(self, network: Any, tokens: DecoderTokens) -> None:
         super().__init__()
         self.network, self.tokens = network, tokens
         self._is_whisper = network.config.model_type == "whisper"
-        names = inspect.signature(type(network).forward).parameters
-        self._cache = "cache" if "cache" in names else "past_key_values"
         if not self._is_whisper:
             convs = network.model.encoder.conv.conv_layers
             for place, conv in enumerate(convs):
@@ -69,6 +68,7 @@ class TransformersSeq2Seq(nn.Module):
         lengths: Tensor,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        keep_encoded: bool = False,
     ) -> Decoded:
         """Return logits of each next token behind the beginning, and which positions count.
 
@@ -77,6 +77,7 @@ class TransformersSeq2Seq(nn.Module):
             lengths: (N,) frames that are no padding; Whisper takes silence for speech, as it was trained.
             decoder_input_ids: (N, start + tokens); None: the beginning alone.
             decoder_attention_mask: their mask; the decoder needs none, for it sees the tokens before alone.
+            keep_encoded: whether to return the encoder's outputs too, for ``generate``.
         """
         start = len(self.tokens.start)
         if decoder_input_ids is None:
@@ -84,43 +85,70 @@ class TransformersSeq2Seq(nn.Module):
         if decoder_attention_mask is None:
             decoder_attention_mask = torch.ones_like(decoder_input_ids, dtype=torch.bool)
         arguments = self._arguments(inputs, lengths)
-        logits = self.network(**arguments, decoder_input_ids=decoder_input_ids, use_cache=False).logits
-        return Decoded(logits[:, start - 1 :], decoder_attention_mask[:, start - 1 :])
+        found = self.network(**arguments, decoder_input_ids=decoder_input_ids, use_cache=False)
+        encoded = found.encoder_last_hidden_state if keep_encoded else None
+        return Decoded(found.logits[:, start - 1 :], decoder_attention_mask[:, start - 1 :], encoded=encoded)
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the most probable next token again and again, to the end or the decoder's last position.
+    def generate(
+        self,
+        inputs: Tensor,
+        lengths: Tensor,
+        encoded: Tensor | None = None,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the most probable text that transformers' ``generate`` finds.
 
         Args:
             inputs: (N, frames, bands).
             lengths: (N,).
+            encoded: outputs of the encoder, (N, positions, width); None: it is run.
+            beams: hypotheses that are kept at each token; 1: the most probable next token again and again.
+            length_penalty: exponent of the length by which the log probability of a hypothesis is divided.
 
         Returns:
             (N, tokens), -100 behind the end, and the mean posterior of the tokens of each text, (N,).
         """
         arguments = self._arguments(inputs, lengths)
-        encoded = self.network.get_encoder()(**arguments)
-        rest = {"encoder_outputs": encoded, "use_cache": True}
-        rest |= {name: value for name, value in arguments.items() if name == "attention_mask"}
-        ids = torch.tensor(self.tokens.start, device=inputs.device).expand(len(inputs), -1)
-        silent = torch.tensor(self.tokens.silent, dtype=torch.long, device=inputs.device)
-        done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        heard: list[Tensor] = []
-        sums = torch.zeros(len(inputs), device=inputs.device)
-        cache = None
-        for _ in range(self._positions - ids.shape[1]):
-            outputs = self.network(decoder_input_ids=ids, **rest, **{self._cache: cache})
-            cache = outputs[self._cache]
-            scores = outputs.logits[:, -1].float().index_fill(1, silent, -torch.inf)
-            best, token = scores.softmax(-1).max(-1)
-            done = done | (token == self.tokens.end)
-            if bool(done.all()):
-                break
-            heard.append(token.masked_fill(done, IGNORED))
-            sums = sums + best.masked_fill(done, 0.0)
-            ids = token.masked_fill(done, self.tokens.end).unsqueeze(1)
-        found = torch.stack(heard, 1) if heard else ids.new_empty(len(inputs), 0)
-        return found, sums / (found >= 0).sum(1).clamp_min(1)
+        if encoded is None:
+            encoded = self.network.get_encoder()(**arguments)[0]
+        valid = arguments.get("attention_mask", encoded.new_ones(encoded.shape[:2], dtype=torch.long))
+        library, by = require("transformers", "transformers"), self.tokens
+        config = library.GenerationConfig(
+            num_beams=beams,
+            length_penalty=length_penalty,
+            early_stopping="never" if beams > 1 else False,  # else a search may end before its best text
+            max_length=self._positions,
+            suppress_tokens=list(by.silent) or None,
+            decoder_start_token_id=by.start[0],
+            bos_token_id=by.start[0],
+            eos_token_id=by.end,
+            pad_token_id=self._padding,
+        )
+        start = torch.tensor(by.start, device=inputs.device).expand(len(inputs), -1)
+        # The method of all models: Whisper's own cuts recordings and writes marks of time.
+        ids = library.GenerationMixin.generate(
+            self.network, generation_config=config, decoder_input_ids=start, **_known(encoded, valid)
+        )
+        text = ids[:, len(by.start) :]
+        written = (text == by.end).cumsum(1) == 0
+        heard = text.masked_fill(~written, IGNORED)[:, : int(written.sum(1).max())]
+        return heard, self._posteriors(heard, _known(encoded, valid))
+
+    def _posteriors(self, heard: Tensor, encoded: dict[str, Any]) -> Tensor:
+        """Return the mean posterior of the tokens of each text among all that may be written, (N,)."""
+        if not heard.shape[1]:
+            return torch.zeros(len(heard), device=heard.device)
+        ids = self.teacher(heard)["decoder_input_ids"]
+        logits = self.network(decoder_input_ids=ids, use_cache=False, **encoded).logits[
+            :, len(self.tokens.start) - 1 : -1
+        ]
+        silent = torch.tensor(self.tokens.silent, dtype=torch.long, device=heard.device)
+        posteriors = logits.float().index_fill(2, silent, -torch.inf).softmax(-1)
+        each = posteriors.gather(2, heard.clamp_min(0).unsqueeze(2)).squeeze(2).masked_fill(heard < 0, 0.0)
+        mean: Tensor = each.sum(1) / (heard >= 0).sum(1).clamp_min(1)
+        return mean
 
     def _arguments(self, inputs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the encoder."""
@@ -140,6 +168,12 @@ class TransformersSeq2Seq(nn.Module):
     @property
     def _positions(self) -> int:
         return int(self.network.config.max_target_positions)
+
+
+def _known(encoded: Tensor, valid: Tensor) -> dict[str, Any]:
+    """Return the arguments of a network whose encoder has run; ``generate`` changes them in place."""
+    outputs = require("transformers.modeling_outputs", "transformers").BaseModelOutput(encoded)
+    return {"encoder_outputs": outputs, "attention_mask": valid}
 
 
 def build_seq2seq(kind: str, args: dict[str, Any], features: Features, tokens: Any, outputs: int) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.long_recordings import joined_frames, joined_words
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
 from conservtl.tasks.transcribe.processors import with_processor
-from conservtl.tasks.transcribe.recognizers import Decoded, Decoder, recognizer_of
+from conservtl.tasks.transcribe.recognizers import Decoded, Decoder, answered, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 from conservtl.tasks.transcribe.unlabelled import completed
@@ -90,21 +89,13 @@ class Transcribe(Task):
         Raises:
             DataError: a text is too long for the decoder.
         """
-        bare, labels = unwrap(model), batch.get("labels")
-        try:
-            taught = bare.teacher(labels) if isinstance(bare, Decoder) and labels is not None else {}
-        except DataError as error:
-            longest = int((labels >= 0).sum(1).argmax())
-            raise DataError(f"{batch['names'][longest]}: {error}") from error
-        return model(inputs=batch["inputs"], lengths=batch["lengths"], **taught)
+        return model(inputs=batch["inputs"], lengths=batch["lengths"], **_taught(model, batch))
 
     def answer(self, model: nn.Module, batch: Any) -> Any:
         """Return the outputs, with the text that a decoder generates."""
-        outputs, bare = self.forward(model, batch), unwrap(model)
-        if not isinstance(bare, Decoder):
-            return outputs
-        heard, posteriors = bare.generate(batch["inputs"], batch["lengths"])
-        return replace(outputs, heard=heard, posteriors=posteriors)
+        if not isinstance(unwrap(model), Decoder):
+            return self.forward(model, batch)
+        return answered(model, batch["inputs"], batch["lengths"], _taught(model, batch), self._decoding.search)
 
     def reads_labels(self, model: nn.Module) -> bool:
         """Return whether the model has a decoder."""
@@ -242,3 +233,15 @@ class Transcribe(Task):
         fields = preprocessing.model_dump(mode="json")
         conversion = {name: fields[name] for name in fields if name not in TranscribePreprocessing.of_outputs}
         return [data.kind, list(names), labels, digest_of_files(files), conversion]
+
+
+def _taught(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """Return the arguments by which a decoder reads the batch's texts; none for CTC, or without texts."""
+    bare, labels = unwrap(model), batch.get("labels")
+    if not isinstance(bare, Decoder) or labels is None:
+        return {}
+    try:
+        return bare.teacher(labels)
+    except DataError as error:
+        longest = int((labels >= 0).sum(1).argmax())
+        raise DataError(f"{batch['names'][longest]}: {error}") from error

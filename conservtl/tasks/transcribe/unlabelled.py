@@ -10,7 +10,6 @@ from torch import nn
 from conservtl.bounds import Count, Share
 from conservtl.data import Domains
 from conservtl.data.sequences import Sequences, joined
-from conservtl.errors import SpecError
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
 from conservtl.tasks.transcribe.recognizers import Decoder
@@ -35,7 +34,8 @@ class Unlabelled(FrozenModel):
     """Their number: those that have no text first, then others that are neither shots nor tested on. all: those that
     have no text."""
     pseudo_labels: PseudoLabels | None = PseudoLabels()
-    """Hypotheses to train on; null: none, and a strategy such as `entropy_minimisation` learns from the utterances."""
+    """Hypotheses to train on; null: none, and a strategy such as `entropy_minimisation` learns from the utterances. A
+    decoder then reads the source model's hypothesis of each, whatever its posterior."""
     balance: bool = True
     """Whether the shots are repeated in each epoch until they are about as many as these."""
 
@@ -49,15 +49,16 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
         source: the source model; takes inputs and lengths.
         seed: of the augmentation under which hypotheses must agree.
 
+    Without pseudo-labels a decoder reads the source model's hypotheses, whose tokens no loss counts: a strategy learns
+    from what it answers to them.
+
     Raises:
         DataError: the source model is sure of no hypothesis.
-        SpecError: the model has a decoder, and there are to be no hypotheses.
+
+    Reference:
+        Kim et al. 2023, "SGEM: Test-time adaptation for automatic speech recognition via sequential-level generalized
+        entropy minimization", section 2 (an entropy over the tokens of one hypothesis).
     """
-    if section.pseudo_labels is None and isinstance(source, Decoder):
-        raise SpecError(
-            "data.unlabelled.pseudo_labels must be settings for a model with a decoder, which reads the text before "
-            "each token, so that an utterance without any says nothing; received null. Leave it out for the defaults."
-        )
     data: Any = domains.shots
     told = data.take([place for place, known in enumerate(data.labelled) if known])
     bare = data.take([place for place, known in enumerate(data.labelled) if not known])
@@ -67,6 +68,10 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
         augment = None if rule.agreement is None else rule.agreement.of_batch
         heard = pseudo_labelled(source, bare, least=rule.least, augment=augment, seed=seed)
         note += f", of which {len(heard)} have hypotheses to train on"
+    elif isinstance(source, Decoder):
+        heard = pseudo_labelled(source, bare, least=0.0, seed=seed)
+        heard = replace(heard, labelled=(False,) * len(heard))
+        note += f", of which the decoder reads {len(heard)} hypotheses"
     times = max(1, round(len(heard) / len(told))) if section.balance and len(told) else 1
     note += f"; the {len(told)} with texts {times} times in an epoch" if times > 1 else ""
     copies = [replace(told, names=tuple(f"{name} ({number})" for name in told.names)) for number in range(2, times + 1)]

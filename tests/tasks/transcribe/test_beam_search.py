@@ -207,9 +207,13 @@ def test_a_source_model_with_fewer_tokens_hears_the_words_that_it_can_spell(lexi
     assert beam.texts(values, TOKENS, VOCABULARY)[0][0] == "ab"
 
 
-def test_a_decoder_is_refused():
+def test_files_are_refused_for_a_decoder_and_a_length_penalty_for_ctc(lexicon):
     outputs = Decoded(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
-    assert "must be a recognizer by CTC, because data.decoding is beam" in Beam().fault(outputs)
+    assert "must be a recognizer by CTC, because data.decoding has lexicon" in Beam(lexicon=lexicon).fault(outputs)
+    assert "must be a recognizer by CTC, because data.decoding has lm" in Beam(lm=lexicon).fault(outputs)
+    assert Beam(length_penalty=0.5).fault(outputs) is None
+    fault = Beam(length_penalty=0.5).fault((torch.zeros(1, 2, 4), torch.tensor([2])))
+    assert "must have a decoder, because data.decoding has length_penalty" in fault
     assert Greedy().fault(outputs) is None
     assert Beam().fault((torch.zeros(1, 2, 4), torch.tensor([2]))) is None
 
@@ -227,7 +231,8 @@ def test_weights_without_their_files_are_refused_in_a_spec(tmp_path):
     for fields, message in (
         ({"lm_weight": 1.0}, "lm_weight needs lm"),
         ({"word_score": 1}, "word_score needs lexicon"),
+        ({"lm": "a.arpa", "length_penalty": 2}, "length_penalty is for decoders, .* received 2 beside a file"),
     ):
         content["data"]["decoding"] = {"kind": "beam", **fields}
-        with pytest.raises(ctl.SpecError, match=rf"data\.manifest\.decoding.*{message}"):
+        with pytest.raises(ctl.SpecError, match=rf"data\.(manifest\.)?decoding.*{message}"):
             parse_spec(content)

@@ -94,6 +94,8 @@ def test_the_example_takes_two_steps_and_its_model_predicts(root, weights, tmp_p
     (found,) = adapted.predict(root / "clips" / "0.wav")
     assert 0 <= found.probability <= 1
     assert "<|" not in found.label
+    searching = ctl.load_adapted(tmp_path, decoding={"kind": "beam", "beam": 2})
+    assert 0 <= searching.predict(root / "clips" / "0.wav")[0].probability <= 1
 
 
 def test_features_that_the_weights_were_not_trained_with_are_refused(root, weights):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import conservtl as ctl
+from conservtl.data import Domains, Sequences
 from conservtl.experiments.run.scoring import in_order, on_source_head
 from conservtl.experiments.run.source_labels import check_reader
 from conservtl.layers import find_layers
@@ -138,9 +139,43 @@ def test_sources_texts_of_unknown_tokens_are_not_read(kind, model, batch):
         on_source_head(Transcribe(), None, None).forward(model, batch)
 
 
-def test_utterances_without_texts_need_hypotheses(kind, model):
-    with pytest.raises(ctl.SpecError, match=r"pseudo_labels must be settings for a model with a decoder"):
-        completed(Unlabelled(pseudo_labels=None), None, model, 0)
+def test_utterances_without_texts_are_learned_from_by_the_entropy_over_their_hypotheses(model, batch):
+    """SUTA over the tokens of each hypothesis and its end, written out; the loss counts none of them."""
+    inputs = tuple(row[:length] for row, length in zip(batch["inputs"], batch["lengths"].tolist(), strict=True))
+    bare = tuple(torch.empty(0, dtype=torch.long) for _ in inputs)
+    data = Sequences(inputs, bare, ("a", "b"), (), (1.0, 1.0), labelled=(False, False))
+    parts = dict.fromkeys(("validation", "target_test", "source_train", "source_test", "preprocessing"))
+    domains = Domains(labels=(), source_labels=(), shots=data, **parts)
+    found = completed(Unlabelled(pseudo_labels=None), domains, model, 0)
+    heard = model.generate(batch["inputs"], batch["lengths"])[0]
+    assert found.shots.labelled == (False, False)
+    assert [one.tolist() for one in found.shots.labels] == [row[row >= 0].tolist() for row in heard]
+    assert "the decoder reads 2 hypotheses" in found.notes[0]
+    given, task = found.shots.batch([0, 1]), Transcribe()
+    outputs = task.forward(model, given)
+    loss = task.loss(outputs, given)
+    assert loss.item() == 0
+    adaptation = ctl.adapt(
+        copy.deepcopy(model), model, [ctl.EntropyMinimisation(weight=0.5, entropy=0.4, temperature=2)]
+    )
+    values = []
+    for logits, row in zip(outputs.logits, heard, strict=True):
+        p = (logits[: len(row[row >= 0]) + 1] / 2).softmax(-1)
+        shared = p.T @ p
+        confused = 1 - (shared.diagonal() / shared.sum(1)).mean()
+        values.append(0.4 * -(p * p.log()).sum(1).mean() + 0.6 * confused)
+    expected = 0.5 * torch.stack(values).mean()
+    torch.testing.assert_close(adaptation.loss(loss, outputs, batch=given), expected)
+
+
+@pytest.mark.parametrize("strategy", [ctl.EntropyMinimisation(blank=0), ctl.OutputConservation(weight=1.0, blank=0)])
+def test_a_decoder_has_no_blank(model, batch, strategy):
+    adaptation = ctl.adapt(copy.deepcopy(model), model, [strategy])
+    task = Transcribe()
+    outputs = task.forward(adaptation.model, batch)
+    view = adaptation.source_view(batch, task.forward)
+    with pytest.raises(ctl.SpecError, match=r"blank is an output of CTC, and a decoder has none; received 0"):
+        adaptation.loss(task.loss(outputs, batch), outputs, source=view, batch=batch)
 
 
 def test_it_learns_four_texts_by_heart(kind, bands, network):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 import conservtl as ctl
+from conservtl.tasks.transcribe.beam_search import Beam
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.models import ModelSpec, build
 from conservtl.tasks.transcribe.recognizers import Decoded, SequenceToSequence
@@ -59,6 +61,79 @@ def test_the_text_generated_is_that_of_the_most_probable_tokens(model, batch):
         assert heard[row][heard[row] >= 0].tolist() == text
         assert float(posteriors[row]) == pytest.approx(sum(best) / max(1, len(best)), abs=1e-4)
     assert model(batch["inputs"], batch["lengths"]).logits.shape == (2, 1, 7)
+
+
+@torch.no_grad()
+def test_the_encoder_runs_once_for_the_loss_and_the_text(model, batch):
+    expected, calls = model.generate(batch["inputs"], batch["lengths"]), []
+    encoder = model.network.get_encoder()
+    handle = encoder.register_forward_hook(lambda *_: calls.append(None))
+    found = Transcribe().answer(model, batch)
+    handle.remove()
+    assert len(calls) == 1
+    assert found.encoded is None
+    assert torch.equal(found.heard, expected[0])
+    assert torch.equal(found.posteriors, expected[1])
+    torch.testing.assert_close(found.logits, Transcribe().forward(model, batch).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_beam_of_all_texts_finds_the_best_by_its_probability_and_length(kind, batch, network, penalty):
+    """Texts of up to three tokens, scored one by one; n counts the end, which a text that fills the decoder lacks."""
+    model = network(kind, tokens=4, max_target_positions=4)
+    texts = [list(text) for size in range(4) for text in product((1, 2, 3), repeat=size)]
+    for row in range(2):
+        one = {name: batch[name][row : row + 1] for name in ("inputs", "lengths")}
+        scores = {}
+        for text in texts:
+            known = torch.tensor([text], dtype=torch.long)
+            logs = model(**one, **model.teacher(known)).logits[0].log_softmax(-1)
+            told = text if len(text) == 3 else [*text, 0]
+            total = sum(float(logs[place, token]) for place, token in enumerate(told))
+            scores[tuple(text)] = total / len(told) ** penalty
+        heard = model.generate(**one, beams=60, length_penalty=penalty)[0]
+        assert tuple(heard[0].tolist()) == max(scores, key=scores.__getitem__)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_is_searched_as_its_utterances_one_by_one(model, batch, beams):
+    task = Transcribe(("<blank>", *"|abcde"), TranscribePreprocessing(decoding=Beam(beam=beams)))
+    found = task.answer(model, batch)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        one = {"inputs": batch["inputs"][row : row + 1, :length], "lengths": batch["lengths"][row : row + 1]}
+        alone = task.answer(model, {**one, "labels": batch["labels"][row : row + 1]})
+        assert task.heard(alone) == task.heard(found)[row : row + 1]
+        torch.testing.assert_close(alone.posteriors[0], found.posteriors[row])
+
+
+@torch.no_grad()
+def test_the_text_is_generated_behind_what_was_added_at_the_input(kind, batch, network):
+    model, plain = network(kind), network(kind)
+    example = {name: batch[name] for name in ("inputs", "lengths")}
+    ctl.adapt(model, network(kind), [ctl.InputTransform()], example=example)
+    model.input_transform.bias.fill_(3.0)
+    moved = batch["inputs"] + 3.0
+    expected = plain.generate(moved, batch["lengths"])
+    found = Transcribe().answer(model, batch)
+    torch.testing.assert_close(found.posteriors, expected[1])
+    assert not torch.allclose(found.posteriors, plain.generate(batch["inputs"], batch["lengths"])[1], rtol=1e-3)
+
+
+def test_a_decoder_that_cannot_search_is_refused(batch):
+    class Own(torch.nn.Module):
+        def teacher(self, labels):
+            return {"known": labels}
+
+        def generate(self, inputs, lengths):
+            raise AssertionError
+
+    task = Transcribe(("<blank>", "a"), TranscribePreprocessing(decoding=Beam()))
+    with pytest.raises(
+        ctl.SpecError, match=r"data.decoding is a beam search, for which generate of Own must take beams"
+    ):
+        task.answer(Own(), batch)
 
 
 @torch.no_grad()
