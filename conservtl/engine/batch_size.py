@@ -7,23 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
-from conservtl.engine.batching import as_batches
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
+from conservtl.engine.resizing import resized, sizes_of
 from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
-from conservtl.engine.workers import number_of_workers
 from conservtl.errors import MemoryLimitError, SpecError
 from conservtl.runtime.preserve import preserve_buffers, preserve_modes
 
 __all__ = ["find_batch_size", "is_out_of_memory", "largest", "out_of_memory"]
 
-_ON_CPU = 64  # largest size that is tried on a CPU, which swaps long before it runs out of memory
 _SPARE = 0.1  # share of a GPU's memory that must stay free: later batches may be longer, and memory in pieces
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -44,48 +41,39 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
         The batches, of the size that was found.
 
     Raises:
-        SpecError: the data has batches of its own, or many processes train.
+        SpecError: the data has batches of its own, or parameters are sharded.
         MemoryLimitError: a step does not fit even with the smallest size.
     """
-    training = session.training
+    training, processes = session.training, session.processes
     if training.batch_size != "auto":
         return batches
-    if not batches.sized:
+    if session.shards:
         raise SpecError(
-            "training.batch_size is auto, but the data comes in batches of its own. Pass tensors or a dataset, or name "
-            "a number."
+            "training.batch_size is auto, but the parameters are sharded once training begins, so a step takes less "
+            "memory then. Name a number, or set distributed to ddp."
         )
-    if session.processes.many:
-        raise SpecError(
-            f"training.batch_size is auto, which one process finds; there are {session.processes.world}. Find it with "
-            "one, and name the number."
-        )
-    length = batches.length if isinstance(batches, Held) else _length(train)
-    candidates = _candidates(length, training.global_batch_size, cuda=session.device.type == "cuda")
+    sizes = sizes_of(session, train, batches)
     adaptation, phase = session.adaptation, session.adaptation.phase
     frozen = [adaptation.plan.frozen_in(number) for number in range(len(adaptation.plan.phases))]
     adaptation.start_phase(min(range(len(frozen)), key=lambda number: len(frozen[number])))
 
     def fits(size: int) -> bool:
-        return _fits(session, functions, lambda: _content(session, train, batches, size), reserve=True)
+        return all(_fits(session, functions, make, reserve=True) for make in sizes.largest(size))
 
     try:
-        size = largest(candidates, fits)
-        if size is None and candidates[0] > 1 and fits(1):
-            size = 1
+        found = largest(sizes.candidates, fits)
+        if found is None and sizes.candidates[0] > 1 and fits(1):
+            found = 1
     finally:
         adaptation.start_phase(phase)
-    if size is None:
+    size = min(processes.gathered(found or 0))  # the least of all processes
+    if not size:
         raise MemoryLimitError(
-            f"training.batch_size is auto, but a step runs out of memory on {session.device} with one "
-            "example already. Freeze more layers, or use a smaller model."
+            f"training.batch_size is auto, but a step runs out of memory on {session.device} with one {sizes.unit} "
+            "already. Freeze more layers, or use a smaller model."
         )
-    accumulate = training.accumulate if training.global_batch_size is None else training.global_batch_size // size
-    session.training = training.model_copy(update={"batch_size": size, "accumulate": accumulate})
-    if isinstance(batches, Held):
-        return batches.resized(size)
-    workers = number_of_workers(training.num_workers, session.device)
-    return as_batches(train, size, session.device, shuffle=True, workers=workers)
+    session.training = training.model_copy(update=dict(sizes.settings(size)))
+    return resized(session, train, batches)
 
 
 def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -139,27 +127,6 @@ def out_of_memory(session: Session, functions: Functions, content: Any, first: s
     )
 
 
-def _candidates(length: int | None, together: int | None, *, cuda: bool) -> list[int]:
-    """Return the sizes to try: powers of two, or divisors of the examples per step."""
-    most = min(length or _ON_CPU, 2**20 if cuda else _ON_CPU)
-    if together is not None:
-        sizes = [number for number in range(1, min(most, together) + 1) if together % number == 0]
-    else:
-        sizes = [2**power for power in range(21) if 2**power <= most]
-    return sizes[1:] or sizes  # one example, on which batch norm cannot train, is the last resort
-
-
-def _length(train: Any) -> int | None:
-    return len(train) if isinstance(train, Dataset) and hasattr(train, "__len__") else None
-
-
-def _content(session: Session, train: Any, batches: Held | Streamed, size: int) -> Any:
-    if isinstance(batches, Held):
-        return batches.take(torch.arange(size) % batches.length)
-    loaded = as_batches(train, size, session.device, shuffle=False)
-    return next(loaded.epoch()).content
-
-
 def _fits(session: Session, functions: Functions, make: Callable[[], Any], *, reserve: bool) -> bool:
     """Return whether forward and backward pass of a batch fit into memory; everything is restored."""
     model, cuda = session.adaptation.model, session.device.type == "cuda"
@@ -173,7 +140,8 @@ def _fits(session: Session, functions: Functions, make: Callable[[], Any], *, re
                 raise
             failed = True
         model.zero_grad()
-    gc.collect()  # tensors of the failed step hang on frames
+    if failed:
+        gc.collect()  # tensors of the step hang on frames
     if cuda:
         torch.cuda.empty_cache()
     return not failed

@@ -84,6 +84,16 @@ class BucketedBatches:
         """Number of optimizer steps in an epoch; None if they are not made here."""
         return None if self.step is None else len(self._steps)
 
+    def largest(self) -> list[list[int]]:
+        """Return the positions of the batches that take most memory: of the longest, of the most, of the most seconds.
+
+        Which sequences of a bucket come together changes from epoch to epoch; these are the longest.
+        """
+        whole = [places[len(places) * (count - 1) // count :] for places, count in self._buckets]
+        seconds = self.data.seconds
+        chosen = (whole[-1], max(whole, key=len), max(whole, key=lambda places: len(places) * seconds[places[-1]]))
+        return list({places[-1]: places for places in chosen}.values())
+
     def plain(self) -> BucketedBatches:
         """Return the same batches of inputs that do not change."""
         other = copy.copy(self)

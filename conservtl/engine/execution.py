@@ -36,6 +36,7 @@ class Execution:
         tf32: whether matrix products and convolutions in fp32 round their inputs to TF32; None: as torch is set.
         batch_size: examples per batch and process; None: the data came in batches.
         accumulate: batches per step.
+        batch_seconds: duration of a batch at most; None: not bounded.
     """
 
     device: str
@@ -47,11 +48,14 @@ class Execution:
     batch_size: int | None = None
     accumulate: int = 1
     checkpointing: bool = False
+    batch_seconds: float | None = None
 
     def __str__(self) -> str:
         """Return the decisions in words: device, layout, fused, compiled, precision and batches."""
         mode = "" if isinstance(self.compile, bool) else f" ({self.compile})"
         batches = "" if self.batch_size is None else f"batches of {self.batch_size}"
+        if self.batch_size is not None and self.batch_seconds is not None:
+            batches = f"batches of at most {self.batch_seconds:.4g} s and {self.batch_size} examples"
         spread = f"{self.accumulate} batches a step" if self.accumulate > 1 else ""
         parts = (
             self.device,
@@ -69,7 +73,7 @@ class Execution:
     def with_batches(self, training: Training, *, made_here: bool) -> Execution:
         """Return the decisions with the sizes of batches, once these are known."""
         size = training.batch_size if made_here and isinstance(training.batch_size, int) else None
-        return replace(self, batch_size=size, accumulate=training.accumulate)
+        return replace(self, batch_size=size, accumulate=training.accumulate, batch_seconds=training.batch_seconds)
 
 
 def decide(training: Training, model: nn.Module, device: torch.device, precision: str, made: Made) -> Execution:

@@ -35,6 +35,7 @@ from conservtl.engine.preparation import (
 )
 from conservtl.engine.progress import Progress, ShowMetric, show_plainly
 from conservtl.engine.randomness import seed_all
+from conservtl.engine.resizing import resized
 from conservtl.engine.running import Tell, load_selected, run_epochs
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
@@ -161,7 +162,10 @@ def fit(
         saved = store.load() if resume else None
         if saved is not None:
             session.training = with_sizes(settings, saved["settings"])
-        batches = training_batches(session, train, None if saved is None else saved.get("batch"))
+        if saved is not None and settings.batch_size == "auto":
+            batches = resized(session, train)
+        else:
+            batches = training_batches(session, train, None if saved is None else saved.get("batch"))
         if saved is not None:
             adaptation.load_state_dict(saved["adaptation"])  # with its measurements and choices
         sets = place_sets(session, valid, watch, path)
@@ -171,7 +175,8 @@ def fit(
         measured = train if session.processes.many else batches
         make_measurements(session, functions, measured, source)
         if adaptation.plan.searches:
-            trial = trial_of(batches, sets.valid, functions, augment, accelerator, optimizer)
+            again = train if settings.batch_size == "auto" and isinstance(batches, Streamed) else batches
+            trial = trial_of(again, sets.valid, functions, augment, accelerator, optimizer)
             run_searches(adaptation, sets.valid, settings, batches.generators, trial)
             make_measurements(session, functions, measured, source)  # those that the choice needs
         if not adaptation.plan.trained:

@@ -101,7 +101,8 @@ def with_sizes(training: Training, saved: Mapping[str, Any]) -> Training:
     """Return the settings of a resumed run: a batch size that is found is the one that was found when it began."""
     if training.batch_size != "auto" or saved.get("global_batch_size") != training.global_batch_size:
         return training
-    return training.model_copy(update={name: saved[name] for name in ("batch_size", "accumulate")})
+    names = [name for name in ("batch_size", "accumulate", "batch_seconds") if name in saved]
+    return training.model_copy(update={name: saved[name] for name in names})
 
 
 def training_batches(session: Session, train: Any, together: int | None = None) -> Held | Streamed:

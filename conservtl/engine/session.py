@@ -54,7 +54,7 @@ class Session:
         self.device: torch.device = accelerator.device
         self.processes = current() if accelerator.num_processes > 1 else ALONE
         self.sharded = False
-        self._shards = shards(training, accelerator, adaptation.model)
+        self.shards = shards(training, accelerator, adaptation.model)
         self.execution = decide(training, adaptation.model, self.device, self.precision, self.made)
         if self.execution.fused:
             self.made = self.made[0], {**self.made[1], "fused": True}
@@ -71,7 +71,7 @@ class Session:
         cls, options = self.made
         if self.processes.many:
             check_divisible(self.adaptation.plan)
-        if self._shards:
+        if self.shards:
             shard(self.adaptation, self.device)
             self.sharded = True
         self.raw = self.adaptation.optimizer(cls, **options)

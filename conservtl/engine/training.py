@@ -24,10 +24,12 @@ class Training(FrozenModel):
     """Passes over the training data, all phases together."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     """Examples per batch and process, for data that ``fit`` batches; a DataLoader has its own. auto: the largest power
-    of two whose step fits into memory, on a CPU at most 64; the result says which."""
+    of two whose step fits into the memory of each process, on a CPU at most 64; a DataLoader is made anew in batches of
+    that size, and of data of different lengths the ``batch_seconds`` are found that fit. The result says which."""
     global_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Examples per optimizer step, for a ``batch_size`` of auto: the largest divisor of it that fits is the size of the
-    batches, and ``accumulate`` follows. None: one batch, or as many as ``accumulate`` says."""
+    """Examples per optimizer step of all processes, for a ``batch_size`` of auto: the largest divisor of a process's
+    share of it that fits is the size of the batches, and ``accumulate`` follows. None: one batch, or as many as
+    ``accumulate`` says."""
     batch_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Duration of a batch in seconds at most, its padding included, for data of different lengths, which is batched by
     length; a longer example is a batch alone. None: batch_size alone bounds a batch."""
