@@ -56,7 +56,7 @@ def sizes_of(session: Session, train: Any, batches: Held | Streamed) -> Sizes:
     Raises:
         SpecError: the data has batches of its own, or the settings do not fit it or the number of processes.
     """
-    if isinstance(train, Sequences) and isinstance(batches, Streamed):
+    if isinstance(batches, Streamed) and isinstance(batches.loader, BucketedBatches):
         return _of_sequences(session, batches.loader)
     training, world, cuda = session.training, session.processes.world, session.device.type == "cuda"
     together = training.global_batch_size
@@ -151,7 +151,7 @@ def _reloaded(train: Any, size: int, *, alone: bool = False) -> Any:
     """
     if isinstance(train, Dataset):
         return train
-    batches = getattr(train, "batch_sampler", None)
+    batches: Any = getattr(train, "batch_sampler", None)
     reason = ""
     if not isinstance(train, DataLoader):
         reason = f"a {type(train).__name__} yields batches of its own. Pass tensors, a dataset or a DataLoader"
