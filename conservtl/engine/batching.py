@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,60 +79,82 @@ def as_batches(
     cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
     if isinstance(data, (Held, Streamed)):
         return data
-    names: tuple[str, ...] | None = None
-    if isinstance(data, Examples):
-        names, data = data.names, (data.inputs, data.labels)
     if isinstance(data, Sequences):
-        if not data:
-            raise DataError("data: the sequences hold no examples.")
-        bound = min(_MOST_SECONDS, step_seconds or _MOST_SECONDS) if seconds is None else seconds
-        part = (cut.processes.rank, cut.processes.world) if cut.shuffle else (0, 1)
-        most = max(1, cut.size // cut.processes.world)
-        data = data.on(device, (holding or Holding()).place)
-        return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part, step=step_seconds), device)
+        return _by_length(data, cut, device, seconds, step_seconds, holding)
     if step_seconds is not None:
         raise SpecError(
             f"training.step_seconds is {step_seconds:g}, but data of type {type(data).__name__} has no durations. Set "
             "training.accumulate, or pass Sequences."
         )
+    if isinstance(data, Examples):
+        return Held(_rows((data.inputs, data.labels)), cut, device, holding=holding, names=data.names)
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, (tuple, list)) and data and any(isinstance(one, (Tensor, np.ndarray)) for one in data):
-        tensors = tuple(map(as_tensor, data))
-        if kinds := _no_tensors(enumerate(tensors)):
-            raise DataError(
-                f"data: a {type(data).__name__} must hold tensors or arrays with one row per example; received "
-                f"{kinds}. For a list of batches, put each batch into a tuple of its own."
-            )
-        return Held(tensors, cut, device, holding=holding, names=names)
+    if isinstance(data, (tuple, list)) and any(isinstance(one, (Tensor, np.ndarray)) for one in data):
+        return Held(_rows(data), cut, device, holding=holding)
     if isinstance(data, Mapping):
-        content = {key: as_tensor(value) for key, value in data.items()}
-        if (kinds := _no_tensors(content.items())) or not data:
-            raise DataError(
-                f"data: a dictionary must hold tensors or arrays with one row per example; received {kinds}. Convert "
-                "or leave out the others."
-            )
-        return Held(content, cut, device, holding=holding)
-    pinned = device.type == "cuda"
-    sized = isinstance(data, Dataset)
-    if isinstance(data, IterableDataset):
-        data = DataLoader(data, batch_size=-(-cut.size // cut.processes.world), pin_memory=pinned)
-    elif isinstance(data, Dataset):
-        if not len(data):  # type: ignore[arg-type]
-            raise DataError("data: the dataset has no examples.")
-        order = Order(len(data), cut)  # type: ignore[arg-type]
-        loader: Any
-        if workers is None:
-            loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, generator=cut.generator)
-        else:
-            loader = WorkerLoader(data, order, workers, pinned=pinned, generator=cut.generator)
-        return Streamed(loader, device, order)
+        return Held(_named(data), cut, device, holding=holding)
+    if isinstance(data, Dataset):
+        return _loaded(data, cut, device, workers)
     if isinstance(data, (Iterator, str, bytes)) or not isinstance(data, Iterable):
         raise DataError(
             "data must be Examples, tensors, a dataset or an iterable of batches that can be iterated repeatedly "
             f"(a DataLoader, a list); received {type(data).__name__}."
         )
-    return Streamed(data, device, sized=sized)
+    return Streamed(data, device)
+
+
+def _by_length(
+    data: Sequences,
+    cut: Cut,
+    device: torch.device,
+    seconds: float | None,
+    step_seconds: float | None,
+    holding: Holding | None,
+) -> Streamed:
+    if not data:
+        raise DataError("data: the sequences hold no examples.")
+    bound = min(_MOST_SECONDS, step_seconds or _MOST_SECONDS) if seconds is None else seconds
+    part = (cut.processes.rank, cut.processes.world) if cut.shuffle else (0, 1)
+    most = max(1, cut.size // cut.processes.world)
+    data = data.on(device, (holding or Holding()).place)
+    return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part, step=step_seconds), device)
+
+
+def _rows(data: Sequence[Any]) -> tuple[Tensor, ...]:
+    tensors = tuple(map(as_tensor, data))
+    if kinds := _no_tensors(enumerate(tensors)):
+        raise DataError(
+            f"data: a {type(data).__name__} must hold tensors or arrays with one row per example; received "
+            f"{kinds}. For a list of batches, put each batch into a tuple of its own."
+        )
+    return tensors
+
+
+def _named(data: Mapping[Any, Any]) -> dict[Any, Tensor]:
+    content = {key: as_tensor(value) for key, value in data.items()}
+    if (kinds := _no_tensors(content.items())) or not data:
+        raise DataError(
+            f"data: a dictionary must hold tensors or arrays with one row per example; received {kinds}. Convert "
+            "or leave out the others."
+        )
+    return content
+
+
+def _loaded(data: Any, cut: Cut, device: torch.device, workers: int | None) -> Streamed:
+    """Return the batches of a dataset, loaded by a DataLoader or by so many workers."""
+    pinned = device.type == "cuda"
+    if isinstance(data, IterableDataset):
+        loader: Any = DataLoader(data, batch_size=-(-cut.size // cut.processes.world), pin_memory=pinned)
+        return Streamed(loader, device, sized=True)
+    if not len(data):
+        raise DataError("data: the dataset has no examples.")
+    order = Order(len(data), cut)
+    if workers is None:
+        loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, generator=cut.generator)
+    else:
+        loader = WorkerLoader(data, order, workers, pinned=pinned, generator=cut.generator)
+    return Streamed(loader, device, order)
 
 
 def undivided(batches: Held | Streamed) -> Held | Streamed:

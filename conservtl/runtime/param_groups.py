@@ -23,6 +23,9 @@ from conservtl.runtime.model_check import check_precision
 
 __all__ = ["build_optimizer"]
 
+_Group = tuple[float, bool, str | None]
+"""Rate; whether weight decay is off; layer, None unless an update sets its rate."""
+
 
 def build_optimizer(
     cls: Callable[..., torch.optim.Optimizer],
@@ -71,17 +74,7 @@ def build_optimizer(
     for update in plan.updates:
         _check_precision(update, parameters)
     groups = _groups(plan, rows, base, scale, decays=_decays(cls, options))
-    specs = [
-        {
-            "params": [(name, parameters[name]) for name in names],
-            "name": title,
-            "lr": lr,
-            "initial_lr": lr,
-            "phase_scale": scale,
-            **({"layer": layer} if layer else {}),
-        }
-        for title, ((lr, _, layer), names) in zip(_titles(plan, groups.values()), groups.items(), strict=True)
-    ]
+    specs = _specs(plan, groups, parameters, scale)
     optimizer: Any = _made(cls, specs, options)
     inner = inner_optimizer(optimizer, name)
     rates: dict[Tensor, tuple[str, float]] = {
@@ -127,19 +120,37 @@ def _decays(cls: Callable[..., torch.optim.Optimizer], options: Mapping[str, Any
     return bool(options.get("weight_decay", default) != 0)
 
 
-def _groups(
-    plan: Plan, rows: Sequence[Row], base: float, scale: float, *, decays: bool
-) -> dict[tuple[float, bool, str | None], list[str]]:
-    """Return (rate, without weight decay, layer) -> parameters; the layer is None unless an update sets its rate."""
+def _groups(plan: Plan, rows: Sequence[Row], base: float, scale: float, *, decays: bool) -> dict[_Group, list[str]]:
+    """Return the parameters of each group."""
     layered = {name for update in plan.updates if update.layered for name in update.names}
     covered = plan.covered
-    groups: dict[tuple[float, bool, str | None], list[str]] = {}
+    groups: dict[_Group, list[str]] = {}
     for row in rows:
         # Biases and norms share the weights' groups if that makes no difference.
         bare = row.name in covered or (not row.weight_decay and (decays or "weight_decay" in row.chosen))
         key = (row.rate(base) * scale, bare, row.layer if row.name in layered else None)
         groups.setdefault(key, []).append(row.name)
     return groups
+
+
+def _specs(
+    plan: Plan,
+    groups: Mapping[_Group, Sequence[str]],
+    parameters: Mapping[str, nn.Parameter],
+    scale: float,
+) -> list[dict[str, Any]]:
+    """Return the groups as an optimizer takes them."""
+    return [
+        {
+            "params": [(name, parameters[name]) for name in names],
+            "name": title,
+            "lr": lr,
+            "initial_lr": lr,
+            "phase_scale": scale,
+            **({"layer": layer} if layer else {}),
+        }
+        for title, ((lr, _, layer), names) in zip(_titles(plan, groups.values()), groups.items(), strict=True)
+    ]
 
 
 def _titles(plan: Plan, groups: Iterable[Sequence[str]]) -> list[str]:

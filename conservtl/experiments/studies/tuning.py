@@ -62,6 +62,33 @@ def tune(
     """
     check_executor(executor, processes)
     search = Search(content, Path(out), imported_modules())
+    section, trial = search.section, _judged(search, executor)
+    skipped = skipped_report(trial.domains().skipped)
+    runs = section.trials * section.seeds
+    if dry_run:
+        return {**estimate([trial], 1), "runs": runs}
+    say = say or (lambda _: None)
+    check_folder(search.folder)
+    search.folder.mkdir(parents=True, exist_ok=True)
+    with search.study() as (study, storage):
+        if processes > 1 or not is_local(executor):
+            works = [OneTrial(search, number) for number in range(section.trials)]
+            list(finish(works, workers_of(executor, processes), say))
+        else:
+            search.run(study, storage, section.trials, say)
+        result = _result(study, search.ranges, section, content) | {
+            "metric": search.judge.headline.as_json(),
+            "skipped": skipped,
+        }
+    for place, number in enumerate(result["best"]):
+        name = "best.yaml" if len(result["best"]) == 1 else f"best-{place}.yaml"
+        params = next(one["params"] for one in result["trials"] if one["number"] == number)
+        write_text(dump_spec(parse_spec(with_values(result["spec"], params))), search.folder / name)
+    return result
+
+
+def _judged(search: Search, executor: str | Executor) -> Trial:
+    """Return a trial of the spec as it stands; raise unless trials can be judged as the section says."""
     first, section = search.first, search.section
     if first.data.validation == 0 or not may_validate(first.data.shots):
         raise SpecError(
@@ -83,28 +110,7 @@ def tune(
             "source has no labels of its own. Set tune.objective to target."
         )
     _check_domains(trial.domains(), section)
-    skipped = skipped_report(trial.domains().skipped)
-    runs = section.trials * section.seeds
-    if dry_run:
-        return {**estimate([trial], 1), "runs": runs}
-    say = say or (lambda _: None)
-    check_folder(search.folder)
-    search.folder.mkdir(parents=True, exist_ok=True)
-    with search.study() as (study, storage):
-        if processes > 1 or not is_local(executor):
-            works = [OneTrial(search, number) for number in range(section.trials)]
-            list(finish(works, workers_of(executor, processes), say))
-        else:
-            search.run(study, storage, section.trials, say)
-        result = _result(study, search.ranges, section, content) | {
-            "metric": search.judge.headline.as_json(),
-            "skipped": skipped,
-        }
-    for number, trial in enumerate(result["best"]):
-        name = "best.yaml" if len(result["best"]) == 1 else f"best-{number}.yaml"
-        params = next(one["params"] for one in result["trials"] if one["number"] == trial)
-        write_text(dump_spec(parse_spec(with_values(result["spec"], params))), search.folder / name)
-    return result
+    return trial
 
 
 def _check_domains(domains: Domains, section: TuneSection) -> None:
