@@ -159,6 +159,8 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     Raises:
         DataError: why it cannot be used, without its name.
     """
+    if line.fault is not None:
+        raise DataError(line.fault)
     if not line.path:
         raise DataError("has no recording")
     text = data.text(line.text or "")
@@ -203,7 +205,7 @@ def _seconds(value: Any, field: str) -> float | None:
     if value is None:
         return None
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or number < 0:

@@ -3,62 +3,25 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conservtl.errors import DataError
 from conservtl.tasks.bad_files import shown_name
+from conservtl.tasks.transcribe.kaldi import kaldi_lines
+from conservtl.tasks.transcribe.lists import PARTS, Line, lines_in, text_of
 from conservtl.tasks.transcribe.utterances import Part
 
 __all__ = ["LAYOUTS", "Line", "lines_of"]
 
-_PARTS: dict[str, Part] = {
-    "train": "train",
-    "training": "train",
-    "validated": "train",
-    "dev": "dev",
-    "valid": "dev",
-    "validation": "dev",
-    "val": "dev",
-    "test": "test",
-    "testing": "test",
-}
 _PATHS = ("path", "audio_filepath", "file_name", "audio", "file", "wav")
 _TEXTS = ("text", "sentence", "transcript", "transcription", "normalized_text")
 _SPEAKERS = ("speaker", "speaker_id", "client_id", "spk_id")
 _SHOWN = 8  # names in a message
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a list, as it is written.
-
-    Args:
-        where: file and line, for messages.
-        path: of the recording, relative to ``base`` unless absolute.
-        base: folder of the list.
-        text: of the utterance; None: missing.
-        speaker: None: missing.
-        offset: in seconds, as written.
-        duration: in seconds, as written; None: to the end of the recording.
-        part: the official part.
-        name: of the utterance, if the list names it.
-        fields: all columns, where the list has any.
-    """
-
-    where: str
-    path: str | None
-    base: Path
-    text: str | None
-    speaker: str | None
-    offset: Any = 0.0
-    duration: Any = None
-    part: Part | None = None
-    name: str | None = None
-    fields: Mapping[str, Any] | None = None
 
 
 def lines_of(layout: str, root: Path, files: Sequence[str]) -> list[Line]:
@@ -96,7 +59,7 @@ def _manifests(root: Path, files: Sequence[str]) -> Iterator[Line]:
 
 
 def _json_lines(file: Path, root: Path) -> Iterator[Line]:
-    for number, text in enumerate(_lines(file), 1):
+    for number, text in enumerate(lines_in(file), 1):
         if not text.strip():
             continue
         try:
@@ -113,17 +76,28 @@ def _json_lines(file: Path, root: Path) -> Iterator[Line]:
 def _table(file: Path, root: Path) -> Iterator[Line]:
     tabs = file.suffix.lower() == ".tsv"
     rows = csv.DictReader(
-        _lines(file), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        io.StringIO(text_of(file), newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        skipinitialspace=not tabs,
     )
-    columns = rows.fieldnames or ()
+    columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
     for names, what in ((_PATHS, "path"), (_TEXTS, "text")):
         if not set(names) & set(columns):
             raise DataError(
                 f"{shown_name(file)} must have a column for the {what} ({', '.join(names)}); it has "
                 f"{', '.join(list(columns)[:_SHOWN]) or 'none'}. Rename one."
             )
-    for row in rows:
-        yield _line(file, rows.line_num, row, root)
+    try:
+        for row in rows:
+            more = len(row.pop(None, ()))  # type: ignore[call-overload]
+            line = _line(file, rows.line_num, row, root)
+            fault = f"has {len(columns) + more} cells for {len(columns)} columns; put a text with commas in quotes"
+            yield replace(line, fault=fault) if more else line
+    except csv.Error as error:
+        raise DataError(
+            f"{shown_name(file)}, line {rows.line_num} must be a row of a table: {error}. Correct its quotes."
+        ) from error
 
 
 def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part: Part | None = None) -> Line:
@@ -131,9 +105,10 @@ def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part:
         return next((content[name] for name in names if content.get(name) not in (None, "")), None)
 
     said = str(content.get("split") or content.get("part") or "").lower()
-    named = next((_PARTS[piece] for piece in file.stem.lower().replace("-", "_").split("_") if piece in _PARTS), None)
+    named = next((PARTS[piece] for piece in file.stem.lower().replace("-", "_").split("_") if piece in PARTS), None)
     path, text, speaker = of(_PATHS), of(_TEXTS), of(_SPEAKERS)
     base = root if file.parent == root or (root / str(path)).exists() else file.parent
+    told = isinstance(text, str | int | float | None) and not isinstance(text, bool)
     return Line(
         where=f"{file.name}, line {number}",
         path=None if path is None else str(path),
@@ -142,62 +117,23 @@ def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part:
         speaker=None if speaker is None else str(speaker),
         offset=content.get("offset") or 0.0,
         duration=content.get("duration") if content.get("duration") not in (None, "") else None,
-        part=part or _PARTS.get(said) or named,
+        part=part or PARTS.get(said) or named,
         fields=content,
+        fault=None if told else f"has a text that is none, {text!r:.40}",
     )
-
-
-def _kaldi(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
-    """Read ``wav.scp``, ``text`` and ``utt2spk``, with ``segments`` if there are; in the folder or its parts."""
-    folders = [root] if (root / "wav.scp").is_file() else sorted(file.parent for file in root.glob("*/wav.scp"))
-    for folder in folders:
-        waves, texts, speakers = (_pairs(folder / name) for name in ("wav.scp", "text", "utt2spk"))
-        segments = _pairs(folder / "segments") if (folder / "segments").is_file() else {}
-        part = _PARTS.get(folder.name.lower().partition("_")[0]) if folder != root else None
-        for name in dict.fromkeys([*texts, *(segments or waves)]):
-            recording, offset, duration = name, 0.0, None
-            if name in segments:
-                recording, *times = segments[name].split()
-                try:
-                    offset, end = (float(time) for time in times)
-                except ValueError as error:
-                    raise DataError(
-                        f"{shown_name(folder / 'segments')}: {name!r} must have a recording, a start and an end; "
-                        f"received {segments[name]!r}. Correct it."
-                    ) from error
-                duration = end - offset
-            path = waves.get(recording)
-            if path is not None and path.rstrip().endswith("|"):
-                raise DataError(
-                    f"{shown_name(folder / 'wav.scp')}: {recording!r} must be a file; a command is never run. Write "
-                    "its output to a file, and name that."
-                )
-            yield Line(
-                f"{folder.name}, {name}", path, root, texts.get(name) or None, speakers.get(name), offset, duration,
-                part, name,
-            )  # fmt: skip
-
-
-def _pairs(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        raise DataError(
-            f"data.root: the layout 'kaldi' needs wav.scp, text and utt2spk; {shown_name(file)} is missing."
-        )
-    pairs = [line.split(maxsplit=1) for line in _lines(file) if line.strip()]
-    return {pair[0]: pair[1].strip() if len(pair) > 1 else "" for pair in pairs}
 
 
 def _librispeech(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
     """Read SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt; a subset is train-*, dev-* or test-*."""
     for file in sorted(root.rglob("*.trans.txt")):
-        subset = next((each for each in reversed(file.relative_to(root).parts) if each.partition("-")[0] in _PARTS), "")
-        if not subset and root.name.partition("-")[0] in _PARTS:
+        subset = next((each for each in reversed(file.relative_to(root).parts) if each.partition("-")[0] in PARTS), "")
+        if not subset and root.name.partition("-")[0] in PARTS:
             subset = root.name
-        for line in _lines(file):
+        for line in lines_in(file):
             name, _, text = line.strip().partition(" ")
             if name:
                 path = str((file.parent / f"{name}.flac").relative_to(root))
-                part = _PARTS.get(subset.partition("-")[0])
+                part = PARTS.get(subset.partition("-")[0])
                 yield Line(
                     f"{file.name}, {name}", path, root, text or None, name.partition("-")[0], part=part, name=name
                 )
@@ -215,32 +151,21 @@ def _common_voice(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: 
             )
         for line in _table(file, root):
             path = None if line.path is None else f"clips/{line.path}"
-            part = _PARTS[name] if name != "validated" else None
+            part = PARTS[name] if name != "validated" else None
             yield replace(line, path=path, base=root, part=part)
 
 
 def _audiofolder(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
     """Read metadata.csv (or .jsonl) in the folder or in its parts train/, validation/ and test/."""
     for file in sorted({*root.rglob("metadata.csv"), *root.rglob("metadata.jsonl")}):
-        part = next((_PARTS[each.lower()] for each in file.relative_to(root).parts if each.lower() in _PARTS), None)
+        part = next((PARTS[each.lower()] for each in file.relative_to(root).parts if each.lower() in PARTS), None)
         for line in (_table if file.suffix == ".csv" else _json_lines)(file, file.parent):
             yield replace(line, base=file.parent, part=part)
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown_name(file)} must be text in UTF-8; {error.reason} at byte {error.start}. Convert it."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{shown_name(file)} cannot be read: {error.strerror}.") from error
-
-
 LAYOUTS: dict[str, Callable[[Path, Sequence[str]], Iterator[Line]]] = {
     "manifest": _manifests,
-    "kaldi": _kaldi,
+    "kaldi": kaldi_lines,
     "librispeech": _librispeech,
     "common_voice": _common_voice,
     "audiofolder": _audiofolder,

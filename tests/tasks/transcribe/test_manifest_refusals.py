@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import conservtl as ctl
+from conservtl.tasks.transcribe import CorpusData, load
 from conservtl.tasks.transcribe.manifests import lines_of
 
 
@@ -79,3 +80,61 @@ def test_text_of_another_encoding_names_the_byte(tmp_path):
     kaldi(tmp_path)
     (tmp_path / "text").write_bytes("u gr\u00fcn\n".encode("latin-1"))
     refused("kaldi", tmp_path, r"text must be text in UTF-8; .* at byte 4\. Convert it")
+
+
+@pytest.mark.parametrize("name", ["wav.scp", "text", "utt2spk", "segments"])
+def test_a_list_of_kaldi_that_names_one_twice(tmp_path, name):
+    row = {"wav.scp": "r a.wav", "text": "u hello", "utt2spk": "u ann", "segments": "u r 0 1"}[name]
+    kaldi(tmp_path, **{name: f"{row}\n{row}\n"})
+    refused("kaldi", tmp_path, rf"{name} must name '{row[0]}' once; it does twice. Remove one of the lines")
+
+
+def test_a_command_of_kaldi_is_never_run(tmp_path):
+    kaldi(tmp_path, **{"wav.scp": "u touch evil |\n"})
+    refused("kaldi", tmp_path, r"wav\.scp: 'u' must be a file; a command is never run")
+
+
+def test_marks_and_ends_of_lines_are_no_part_of_a_text(tmp_path):
+    """A byte order mark, CRLF, spaces behind commas, a quoted text over two lines; U+2028 is part of a text."""
+    (tmp_path / "a.csv").write_bytes(
+        b'\xef\xbb\xbfpath, text, speaker\r\na.wav, "hello,\r\nyou", ann\r\nb.wav,yes,bo\r\n'
+    )
+    (tmp_path / "b.jsonl").write_text(
+        '{"audio_filepath": "c.wav", "text": "one\u2028two", "speaker": "ann"}\n', "utf-8"
+    )
+    found = lines_of("manifest", tmp_path, [])
+    assert [(one.path, one.text, one.speaker) for one in found] == [
+        ("a.wav", "hello,\nyou", "ann"),
+        ("b.wav", "yes", "bo"),
+        ("c.wav", "one\u2028two", "ann"),
+    ]
+    assert [one.where for one in found] == ["a.csv, line 3", "a.csv, line 4", "b.jsonl, line 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.csv", "path,text,speaker\na.wav,hello, you,ann\n", r"has 4 cells for 3 columns; put a text with commas"),
+        ("a.tsv", "path\ttext\nb.wav\thello\tyou\n", r"has 3 cells for 2 columns"),
+        ("a.json", '{"audio_filepath": "a.wav", "text": ["a"], "speaker": "b"}', r"has a text that is none, \['a'\]"),
+        ("a.json", '{"audio_filepath": "a.wav", "text": true, "speaker": "b"}', r"has a text that is none, True"),
+        ("a.json", '{"audio_filepath": "a.wav", "text": "a", "speaker": "b", "duration": NaN}', r"duration that is no"),
+        (
+            "a.json",
+            '{"audio_filepath": "a.wav", "text": "a", "speaker": "b", "duration": true}',
+            r"duration that is no",
+        ),
+        ("a.json", '{"audio_filepath": "a.wav", "text": "a", "speaker": "b", "offset": -1}', r"offset that is no"),
+        ("a.json", '{"audio_filepath": "/etc/passwd", "text": "a", "speaker": "b"}', r"leads out of"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, name, content, fault):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "a.wav").write_text("")
+    with pytest.raises(ctl.DataError, match=rf"(?s)line \d.*{fault}"):
+        load(CorpusData(root=tmp_path, target="b"), seed=0)
+
+
+def test_a_quote_that_never_ends(tmp_path):
+    (tmp_path / "a.csv").write_text('path,text\na.wav,"' + "hello\n" * 30_000)
+    refused("manifest", tmp_path, r"a\.csv, line \d+ must be a row of a table: field larger .* Correct its quotes")
