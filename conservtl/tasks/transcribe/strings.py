@@ -106,6 +106,16 @@ class StringInputs(Inputs):
         super().__init__(utterances, features)
         self._strung = strung
 
+    @property
+    def files(self) -> list[Path]:
+        """The recordings of all strings, in order."""
+        return [Path(one.name) for utterance in self.utterances for one in self._strung[utterance].recordings]
+
+    @property
+    def gaps(self) -> list[tuple[float, ...]]:
+        """The gaps of each string in seconds."""
+        return [self._strung[utterance].gaps for utterance in self.utterances]
+
     def wave(self, place: int) -> tuple[Tensor, int]:
         """Return the samples of a string at the rate of the features."""
         return joined(self._strung[self.utterances[place]], self.features.sample_rate)

@@ -27,6 +27,7 @@ from conservtl.tasks.transcribe.processors import with_processor
 from conservtl.tasks.transcribe.recognizers import Decoded, Decoder, answered, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
+from conservtl.tasks.transcribe.strings import StringInputs
 from conservtl.tasks.transcribe.unlabelled import completed
 from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
 
@@ -225,14 +226,17 @@ class Transcribe(Task):
         return augment.of_batch
 
     def fingerprint(self, data: Any, train: Data, preprocessing: Preprocessing) -> Any:
-        """Return names and texts of the source's utterances, and sizes and times of their files."""
+        """Return names and texts of the source's utterances, sizes and times of their files, and gaps of strings."""
         names, labels = getattr(train, "names", ()), [one.tolist() for one in getattr(train, "labels", ())]
         files = [data.root / name.partition("@")[0] for name in names] if isinstance(data, CorpusData) else []
+        inputs = getattr(train, "inputs", None)
+        gaps = inputs.gaps if isinstance(inputs, StringInputs) else []
+        files += inputs.files if isinstance(inputs, StringInputs) else []
         waves = None if data.source_augment is None else data.source_augment.waves
         files += waves.files if waves else []
         fields = preprocessing.model_dump(mode="json")
         conversion = {name: fields[name] for name in fields if name not in TranscribePreprocessing.of_outputs}
-        return [data.kind, list(names), labels, digest_of_files(files), conversion]
+        return [data.kind, list(names), labels, digest_of_files(files), conversion, *gaps]
 
 
 def _taught(model: nn.Module, batch: Any) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ import conservtl as ctl
 from conservtl.tasks.transcribe import Features, GrammarData, StringsData, load, speakers
 from conservtl.tasks.transcribe.grammar import sentences
 from conservtl.tasks.transcribe.strings import Strung, joined, strings_of
+from conservtl.tasks.transcribe.task import Transcribe
 from conservtl.tasks.transcribe.text import Normalisation
 
 soundfile = pytest.importorskip("soundfile")
 
 RATE = 2000
 FEATURES = Features(sample_rate=RATE, n_mels=8, hop=0.02)
+_OTHER_TAKES = r"(?P<label>\d+)_(?P<speaker>[^_]+)_(?P<take>[013])\.wav"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,21 @@ def test_shots_change_with_the_seed_and_the_test_part_does_not(root):
     assert first.target_test.names == second.target_test.names
     assert load(section(root), seed=0).shots.names == first.shots.names
     assert len(load(section(root, validation=0.4), seed=0).validation) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"held_out_takes": (2, 3)}, {"gap": (0.05, 0.2)}, {"words": (3, 6)}, {"pattern": _OTHER_TAKES}], ids=str
+)
+def test_a_source_model_is_trained_anew_if_its_strings_have_other_recordings_or_gaps(root, change):
+    """Names of strings and texts may be the same: words are drawn before their recordings."""
+
+    def fingerprint(data):
+        domains = load(data, seed=0)
+        return Transcribe().fingerprint(data, domains.source_train, domains.preprocessing)
+
+    usual = fingerprint(section(root))
+    assert fingerprint(section(root, shots=2)) == usual
+    assert fingerprint(section(root, **change)) != usual
 
 
 def test_no_recording_is_in_a_training_string_and_a_test_string(root):
