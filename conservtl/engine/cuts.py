@@ -1,4 +1,4 @@
-"""How a set of examples is cut into batches, in which order, and which part of each is a process's own."""
+"""Cuts of a set of examples into batches: their order, and the part of each that is a process's own."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _IMAGES = (nn.Conv2d, nn.ConvTranspose2d)
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run computes.
+    """Choices by which a run computes.
 
     Args:
         device: of the model and the batches.

@@ -1,4 +1,4 @@
-"""How the processes of a launcher find each other, whether they are started for the first time or anew."""
+"""Connection of a launcher's processes, whether they are started for the first time or anew."""
 
 from __future__ import annotations
 

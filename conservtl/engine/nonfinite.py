@@ -73,7 +73,7 @@ def where_not_finite(
 
 @dataclass(frozen=True)
 class Glance:
-    """What is kept of a batch whose loss is read later.
+    """Facts kept of a batch whose loss is read later.
 
     Args:
         index: positions of its examples in held data; None: it is streamed.

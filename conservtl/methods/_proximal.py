@@ -58,7 +58,7 @@ class Proximal(Update):
         return f"{self.kind}:{self.penalty}"
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         threshold = "soft threshold" if self.penalty == "l1" else "soft threshold of each output channel"
         return f"{threshold} of w - w0 by rate × {self.alpha:g}, {len(self.names)} parameters"
 

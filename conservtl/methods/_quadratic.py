@@ -84,7 +84,7 @@ class L2Decay(Quadratic):
     anchors: ClassVar[bool] = False
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"plain L2 on {len(self.names)} fresh parameters"
 
 

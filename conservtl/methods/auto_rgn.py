@@ -92,7 +92,7 @@ class AutoRGNUpdate(Update):
     shards: ClassVar[bool] = True
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"learning rate × relative gradient norm of each layer, decided every {self.every} steps"
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:

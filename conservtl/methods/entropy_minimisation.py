@@ -115,7 +115,7 @@ class EntropyTerm(Term):
     unlabelled: ClassVar[bool] = True
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         of = "" if self.blank is None else f" without class {self.blank}"
         return (
             f"{self.weight:g} × ({self.entropy:g} × entropy{of} + {1 - self.entropy:g} × class confusion) at "

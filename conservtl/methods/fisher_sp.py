@@ -151,7 +151,7 @@ class FisherMeasure(Measure):
     """Largest F, after that. None: no limit."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return (
             f"{self.fisher} Fisher information of {len(self.names)} parameters on {self.data} data, example by example"
         )
@@ -241,5 +241,5 @@ class FisherPenalty(Quadratic):
     column: ClassVar[Literal["pull", "decay"] | None] = "pull"
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"pull of {len(self.names)} parameters to the source, weighed by {', '.join(self.reads)}{self._rhythm}"

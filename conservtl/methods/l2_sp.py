@@ -136,5 +136,5 @@ class L2Penalty(Quadratic):
     column: ClassVar[Literal["pull", "decay"] | None] = "pull"
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"pull of {len(self.names)} parameters to the source{self._rhythm}"

@@ -44,7 +44,7 @@ class MergedL2Penalty(Penalty):
     anchors: ClassVar[bool] = False
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"pull of {len(self.factors)} weights to the source, by the adapter's factors"
 
     def value(self, moving: Sequence[Moving]) -> Tensor:

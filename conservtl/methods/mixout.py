@@ -103,7 +103,7 @@ class MixoutUpdate(Update):
     forward: ClassVar[bool] = True
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"{self.p:g} of the elements of {len(self.names)} parameters at source values, drawn for each step"
 
     def prepare(self, step: Step, state: dict[str, Tensor], training: bool) -> None:

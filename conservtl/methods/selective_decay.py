@@ -87,7 +87,7 @@ class SelectiveDecayUpdate(Update):
     """lambda."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"{len(self.names)} parameters decay to the source by {self.strength:g} if going further raises the loss"
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:

@@ -89,7 +89,7 @@ class SpectralShrinkageTerm(Term):
     source: ClassVar[bool] = False
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         where = self.taps[0] if self.taps else f"the input of {' and '.join(self.enters)}"
         return f"{self.eta:g} × the {self.k} smallest squared singular values of a batch's features at {where}"
 

@@ -145,10 +145,10 @@ class BestBlock(Search):
         return "Call conservtl.best_block(adaptation, train, valid) before optimizer(...), or name the block."
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         length = "a fifth of the epochs" if self.epochs is None else f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
         return f"each of {len(self.candidates)} blocks trained alone for {length}; the best on validation is chosen"
 
     def trials(self) -> dict[str, dict[str, str]]:
-        """Each block with the fact that chooses it."""
+        """Return each block with the fact that chooses it."""
         return {block: {FACT: block} for block in self.candidates}

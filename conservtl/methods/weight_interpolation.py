@@ -83,7 +83,7 @@ class FixedInterpolation(After):
     """Treatment of running means and variances."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"weights at {self.t:g} of the way from the start to the trained weights (statistics: {self.batch_norm})"
 
     def finish(self, ending: FinishContext) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class BestInterpolation(After):
         return "weight_interpolation"
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return (
             f"weights at the best of {self.points} points from the start to the trained weights, by the validation "
             f"part (statistics: {self.batch_norm})"

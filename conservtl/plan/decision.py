@@ -52,7 +52,7 @@ class Decision(FrozenModel, ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
 
     def check(self, model: nn.Module) -> None:
         """Raise, before anything is changed, if the decision cannot be carried out on a model; by default never."""

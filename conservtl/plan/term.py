@@ -24,7 +24,7 @@ numbers."""
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """How the task's loss takes the model's outputs.
+    """Form in which the task's loss takes the model's outputs.
 
     Args:
         form: what it takes them as; None: not known.

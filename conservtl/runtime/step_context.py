@@ -16,12 +16,12 @@ __all__ = ["StepContext"]
 
 
 class StepContext(Protocol):
-    """What steps read; ``revision`` tells them when to read it again."""
+    """Attributes that steps read; they read them again if ``revision`` has changed."""
 
     penalty_in_gradients: bool
     """Whether the gradients hold that of ``penalty()`` already."""
     endings: Endings
-    """What is to be done at the end of training."""
+    """Work at the end of training."""
 
     @property
     def revision(self) -> int:

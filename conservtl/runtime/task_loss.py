@@ -1,4 +1,4 @@
-"""How the task's loss takes the model's outputs, read from the graph of operations between the two."""
+"""Form in which the task's loss takes the model's outputs, read from the graph of operations between the two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a model the source gives: too little means wrong names or another model, and is refused."""
+"""Share of a model that the source gives: too little means wrong names or another model, and is refused."""
 
 from __future__ import annotations
 

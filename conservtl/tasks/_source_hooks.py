@@ -1,4 +1,4 @@
-"""What a task may take from the source's weights, or from its model; most tasks take nothing."""
+"""Settings that a task may take from the source's weights, or from its model; most tasks take none."""
 
 from __future__ import annotations
 

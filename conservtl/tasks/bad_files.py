@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 OnBad = Literal["error", "skip"]
-"""What a bad file does: ends the run before training, or is left out and listed."""
+"""Whether a bad file ends the run before training, or is left out and listed."""
 
 _LISTED = 3  # files that a message names
 _REPORTED = 100  # files that a report lists

@@ -64,7 +64,7 @@ class Task(ReportHooks, SourceHooks, ABC):
     headline: ClassVar[Headline] = Headline()
     """The metric that runs are selected and compared by."""
     example: ClassVar[str] = "example"
-    """What a person calls one example: recording, image."""
+    """A person's word for one example: recording, image."""
     pipeline: ClassVar[str | None] = None
     """The Hugging Face Hub's name of the task, for a model's card."""
     has_classes: ClassVar[bool] = False
@@ -76,7 +76,7 @@ class Task(ReportHooks, SourceHooks, ABC):
     shift: ClassVar[Shift] = "input"
     """How the target differs where source and target share their labels."""
     takes: ClassVar[str] = ""
-    """What a model must do, for a message about one that cannot be called: take ... and return .... Empty: not said."""
+    """The call that a model must answer, for messages: take ... and return .... Empty: not said."""
     usual_lr: ClassVar[float] = 3e-4
     """A learning rate that fits the task's networks, for ``recommend``."""
 

@@ -35,7 +35,7 @@ class FolderWalk:
         follow_links: bool,
     ) -> None:
         self.bad: dict[Path, str] = {}
-        """What is left out -> why."""
+        """Path that is left out -> reason."""
         self._home = os.path.realpath(root)
         self._is_wanted, self._is_hidden, self._follow = is_wanted, is_hidden, follow_links
         self._seen: set[str] = set()  # the folders listed, and all that hold them

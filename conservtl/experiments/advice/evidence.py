@@ -147,7 +147,7 @@ def gather(setting: Setting, source: SourceModel) -> Evidence:
 def _distances(
     setting: Setting, source: SourceModel, target: LayerFeatures, layers: Any, body: list[str], left_out: list[str]
 ) -> dict[str, float]:
-    """The proxy A-distance of each layer's features, given source data and enough target data."""
+    """Return the proxy A-distance of each layer's features, given source data and enough target data."""
     data, what = setting.domains.source_train, "proxy A-distance"
     if data is None:
         left_out.append(f"{what}: the spec gives no source data")

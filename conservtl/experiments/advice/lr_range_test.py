@@ -176,7 +176,7 @@ def _check_range(lowest: Any, highest: Any, steps: Any, seed: Any) -> None:
 
 
 def _reach(plan: Plan, highest: float) -> float:
-    """The highest rate at which no decoupled pull overshoots the source."""
+    """Return the highest rate at which no decoupled pull overshoots the source."""
     largest = max(phase.scale for phase in plan.phases)
     for name in plan.trained:
         row = plan[name]
@@ -228,7 +228,10 @@ def _losses(
     augment: Augment | None,
     seed: int,
 ) -> list[float]:
-    """The loss at each rate, up to a few steps after it diverges; functions of the first step and of the others."""
+    """Return the loss at each rate, up to a few steps after it diverges.
+
+    ``functions`` are those of the first step and of the others.
+    """
     generator = torch.Generator(session.device)
     generator.manual_seed(seed)
     waiting: list[Tensor] = []

@@ -95,7 +95,7 @@ def diverges(losses: Sequence[float]) -> bool:
 
 
 def _end(losses: Sequence[float], smoothed: Sequence[float]) -> int | None:
-    """The number of steps before the divergence; None: there is none."""
+    """Return the number of steps before the divergence; None: there is none."""
     best = math.inf
     for number, (loss, mean) in enumerate(zip(losses, smoothed, strict=True)):
         best = min(best, mean)
@@ -129,7 +129,7 @@ def read_curve(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
 
 
 def _end_of_minimum(losses: Sequence[float], smoothed: Sequence[float]) -> int:
-    """The last step before the loss rises from its minimum by more than chance."""
+    """Return the last step before the loss rises from its minimum by more than chance."""
     # A median, since the few steps of the rise itself do not measure chance.
     spread = 1.5 * statistics.median(abs(loss - mean) for loss, mean in zip(losses, smoothed, strict=True))
     chance = 2 * spread / math.sqrt(2 * math.sqrt(math.pi) * _WIDTH)  # over the steps that the Gaussian averages

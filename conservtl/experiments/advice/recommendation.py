@@ -273,7 +273,7 @@ def _read(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
 
 
 def _short(spec: Spec) -> str:
-    """The chosen fields, as a person would write them in a spec."""
+    """Return the chosen fields, as a person would write them in a spec."""
     strategies = [{"kind": one.kind, **one.model_dump(mode="json", exclude_defaults=True)} for one in spec.strategies]
     training = spec.training.model_dump(mode="json", exclude_defaults=True)
     return yaml.safe_dump({"strategies": strategies, "training": training}, sort_keys=False, allow_unicode=True)

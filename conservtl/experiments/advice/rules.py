@@ -87,7 +87,7 @@ def advise(evidence: Evidence) -> Advice:
 
 
 def _frozen_features(evidence: Evidence, amount: Size, where: str, apart: str) -> Advice:
-    """A classifier on frozen features: with little data, or if they are good enough."""
+    """Return a classifier on frozen features: with little data, or if they are good enough."""
     layers = evidence.best_layers
     names = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else layers[0]
     best = max(evidence.log_me[layer] for layer in layers)
@@ -111,7 +111,7 @@ def _frozen_features(evidence: Evidence, amount: Size, where: str, apart: str) -
 
 
 def _in_stages(evidence: Evidence) -> dict[str, Any]:
-    """The head, then the upper half of the body too, then everything."""
+    """Return phases: the head, then the upper half of the body too, then everything."""
     upper = evidence.layers[len(evidence.layers) // 2 :]
     stages = [{"train": [*below, evidence.head], "epochs": _stage(evidence)} for below in ((), upper)]
     return {"kind": "gradual_unfreezing", "phases": [*stages, {}]}
@@ -135,7 +135,7 @@ def _features_suffice(evidence: Evidence) -> bool:
 
 
 def _epochs(evidence: Evidence) -> int:
-    """The spec's epochs, or as many as make the fewest steps."""
+    """Return the spec's epochs, or as many as make the fewest steps."""
     return max(evidence.epochs, -(-STEPS // evidence.steps))
 
 

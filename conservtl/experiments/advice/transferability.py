@@ -147,7 +147,7 @@ def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: 
 
 
 def _held_out_guesses(features: Any, domain: Any, folds: int, seed: int) -> Any:
-    """The domain of each example, guessed by a classifier that did not see it."""
+    """Return the domain of each example, guessed by a classifier that did not see it."""
     selection = require("sklearn.model_selection", "experiments")
     linear = require("sklearn.linear_model", "experiments")
     scaler = require("sklearn.preprocessing", "experiments").StandardScaler()

@@ -208,7 +208,7 @@ def _fitting(matched: Source, needed: Mapping[str, Tensor]) -> str:
 
 
 def _key(setting: Setting, data: Data) -> str:
-    """A name for everything that the trained source model depends on; reads no example."""
+    """Return a name for everything that the trained source model depends on; reads no example."""
     from conservtl import __version__
 
     spec, domains = setting.spec, setting.domains

@@ -213,7 +213,7 @@ def schema() -> str:
 
 
 def _adapter() -> TypeAdapter[Spec]:
-    """The validator of a spec of any task known so far."""
+    """Return the validator of a spec of any task known so far."""
     return _adapter_of(tuple(type(task) for task in tasks().values()))
 
 
@@ -241,7 +241,7 @@ def _restore(modules: tuple[str, ...], content: dict[str, Any]) -> Spec:
 
 
 def _override(text: str) -> tuple[str, Any]:
-    """The dotted name and the value of ``field.field=value``."""
+    """Return the dotted name and the value of ``field.field=value``."""
     field, equals, raw = text.partition("=")
     name = field.strip()
     if not equals or not all(name.split(".")):

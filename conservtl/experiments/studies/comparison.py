@@ -129,7 +129,7 @@ def _table(judge: Judge, shots: Any, variants: Mapping[str, Runs]) -> dict[str, 
 
 
 def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
-    """The figures of a variant's runs, and their paired differences from those of the best baseline."""
+    """Return the figures of a variant's runs, and their paired differences from those of the best baseline."""
     sourced = [run for run in runs if run["after"]["source"] is not None]
     quadruples = [
         (run["before"]["target"], run["after"]["target"], run["before"]["source"], run["after"]["source"])
@@ -160,7 +160,7 @@ def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
 
 
 def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
-    """One sentence, plain where nothing wins."""
+    """Return one sentence, plain where nothing wins."""
     where = f"At {shots_text(table['shots'], classes=classes, taken=taken_of(table))}"
     methods = [row for row in table["rows"] if not row["baseline"]]
     if table["best_baseline"] is None or not methods:

@@ -68,5 +68,5 @@ class Judge:
         return constrained(right)
 
     def _right(self, share: float) -> float:
-        """The share that is right."""
+        """Return the share that is right."""
         return share if self.headline.better == "higher" else 1 - share

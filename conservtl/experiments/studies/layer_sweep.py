@@ -218,7 +218,7 @@ def transferable_layers(spec: Spec) -> TransferableLayers:
 
 
 def _strengths(spec: Spec, section: SweepSection) -> tuple[dict[str, Any], str, tuple[float, ...]]:
-    """The method whose strength is swept, the field that holds it, and its values."""
+    """Return the method whose strength is swept, the field that holds it, and its values."""
     given = [section.strategy] if section.strategy else [one.model_dump(mode="json") for one in spec.strategies]
     for fields in given:
         field = next((name for name in _STRENGTHS if name in fields), None)
@@ -249,7 +249,7 @@ def _within_reach(strengths: tuple[float, ...], spec: Spec, mode: Any) -> tuple[
 
 
 def _curves(by_point: Mapping[Point, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One curve for each side and form, its points by the number of layers."""
+    """Return one curve for each side and form, its points by the number of layers."""
     curves: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for point, runs in by_point.items():
         if isinstance(point, LayerPoint):
@@ -268,7 +268,7 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _path(runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """The mean over runs of plain fine-tuning at each point between the source's and the trained weights."""
+    """Return the mean over runs of plain fine-tuning at each point between the source's and the trained weights."""
     points: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for entry in run["path"]:

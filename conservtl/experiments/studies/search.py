@@ -183,7 +183,7 @@ def _suggest(trial: Any, name: str, field: SearchRange) -> Any:
 
 
 def _study(storage: Any, shown: str, section: TuneSection, content: Mapping[str, Any], judge: Judge) -> Any:
-    """The study in the storage, or a new one.
+    """Return the study in the storage, or a new one.
 
     Raises:
         SpecError: the storage holds a study of another spec.

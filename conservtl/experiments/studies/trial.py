@@ -201,7 +201,7 @@ def _shared(place: _Place) -> tuple[Setting, SourceModel, dict[str, float | None
 
 
 def _headlines(setting: Setting, source: SourceModel, adaptation: Adaptation | None) -> dict[str, float | None]:
-    """The headline metric on both test parts; of the source model if nothing is adapted yet."""
+    """Return the headline metric on both test parts; of the source model if nothing is adapted yet."""
     if adaptation is not None:
         scores = score_on_tests(setting, source, adaptation.model)
     else:
@@ -219,7 +219,7 @@ def _adaptation(how: How, setting: Setting, source: SourceModel) -> Adaptation:
 
 @lru_cache(maxsize=2)
 def _control(place: _Place, training: str) -> nn.Module:
-    """A network trained from scratch on the target's shots, once for all trials that start from it."""
+    """Return a network trained from scratch on the target's shots, once for all trials that start from it."""
     setting = _shared(place)[0]
     adaptation = setting.scratch()
     setting.fit(adaptation, setting.domains.shots, training=_unlogged(Training.model_validate_json(training)))
@@ -227,7 +227,7 @@ def _control(place: _Place, training: str) -> nn.Module:
 
 
 def _training_data(how: How, setting: Setting) -> Data:
-    """The shots; for joint training also the source's data, each domain as often as the other."""
+    """Return the shots; for joint training also the source's data, each domain as often as the other."""
     shots, source = setting.domains.shots, setting.domains.source_train
     if how != "joint":
         return shots
@@ -247,7 +247,7 @@ def _unlogged(training: Training) -> Training:
 
 
 def _training(setting: Setting) -> Training:
-    """The spec's training, not logged; without a validation part nothing is evaluated before the last epoch."""
+    """Return the spec's training, not logged; without a validation part nothing is evaluated before the last epoch."""
     training = _unlogged(setting.spec.training)
     if setting.domains.validation is not None:
         return training

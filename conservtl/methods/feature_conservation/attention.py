@@ -30,7 +30,7 @@ class AttentionMeasure(Measure):
     """Layers to measure."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"rise of the loss with each channel zeroed, at {', '.join(self.layers)}, on {self.data} data"
 
     def verify(self, found: Mapping[str, Tensor]) -> None:

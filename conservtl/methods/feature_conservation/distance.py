@@ -31,7 +31,7 @@ class FeatureConservationTerm(Term):
     """count: padding is compared too."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         name = "feature maps" if self.metric == "delta" else "normalised features"
         weighted = ", channels weighted by attention" if self.reads else ""
         return f"{self.alpha:g} × distance of {name} to the source's at {', '.join(self.taps)}{weighted}"

@@ -47,7 +47,7 @@ class FittedHead(After):
     """Name of the head's module."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         names = {"svm": "a linear SVM", "logistic": "a logistic regression", "ncm": "the nearest class mean"}
         strength = "" if self.C is None else f" (C = {self.C:g})"
         return f"{self.head} becomes {names[self.classifier]}{strength}, fitted to the features of the training data"

@@ -69,7 +69,7 @@ class ProbeHead(nn.Linear):
 
 @dataclass(frozen=True)
 class Seen:
-    """How the last output of a layer was read.
+    """Places in the last output of a layer that were read.
 
     Args:
         depth: of the tensor in nested tuples.

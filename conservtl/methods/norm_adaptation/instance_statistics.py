@@ -35,7 +35,7 @@ class InstanceStatistics(Extension):
     """count: an example's statistics are those of its padding too."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"statistics {1 - self.share:.0%} as kept, {self.share:.0%} of each example, in batch norms"
 
     def check(self, model: nn.Module) -> None:

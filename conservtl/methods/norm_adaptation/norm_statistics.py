@@ -40,7 +40,7 @@ class NormStatisticsMeasure(Measure):
     """count: padding is measured too."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         share = f", mixed with the source's at the weight of {self.prior} examples" if self.prior else ""
         return f"statistics of the norms on the target{share}"
 

@@ -31,7 +31,7 @@ class OutputConservationTerm(Term):
     divergence: Literal["cross_entropy", "kl"] = "kl"
     """The two differ by the entropy of the source's outputs, which has no gradient."""
     form: OutputForm | None = None
-    """What the outputs are; None: what the task's loss takes them as."""
+    """Form of the outputs; None: as the task's loss takes them."""
     class_axis: int | None = None
     """Axis of the classes; None: by the layout."""
     padding: Literal["leave_out", "count"] = "leave_out"
@@ -42,7 +42,7 @@ class OutputConservationTerm(Term):
     heads: ClassVar[bool] = True
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         task = f"{self.task:g} × task + " if self.task < 1 else ""
         if self.form == "squared":
             return f"{task}{self.weight:g} × squared distance to the source's outputs"

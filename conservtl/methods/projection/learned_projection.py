@@ -42,7 +42,7 @@ class LearnedProjection(After):
     shards: ClassVar[bool] = False  # functional_call cannot replace the weights of a sharded module
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         return f"{len(self.names)} parameters projected to radii learned on validation, {self.steps} steps"
 
     def finish(self, ending: FinishContext) -> dict[str, Any]:

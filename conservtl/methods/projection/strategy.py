@@ -131,7 +131,7 @@ class ProjectionUpdate(Update):
     """Norm of the distance."""
 
     def describe(self) -> str:
-        """One line for the plan's table."""
+        """Return one line for the plan's table."""
         size = f"{self.radius:g} × |w0|" if self.relative else f"{self.radius:g}"
         return f"{len(self.names)} parameters held within {size} of the source, for each {self.each} ({self.norm} norm)"
 

@@ -20,7 +20,7 @@ class Reference(ABC):
     """
 
     schemes: ClassVar[tuple[str, ...]]
-    """What the text of this kind begins with, before the first colon."""
+    """Beginnings of texts of this kind, before the first colon."""
     bare: ClassVar[re.Pattern[str] | None] = None
     """Texts of this kind without a scheme."""
 

@@ -1,4 +1,4 @@
-"""What a report says of transcripts: errors by kind and speaker, words that changed most, the worst utterances."""
+"""Details of transcripts for a report: errors by kind and speaker, words that changed most, the worst utterances."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _corruption(data: Any) -> Corruption | None:
 
 
 def _files(data: Any, train: Data) -> Iterable[Path]:
-    """The files of a folder; of a torchvision set what stands directly in its folder, archives and parts."""
+    """Return the files of a folder; of a torchvision set what stands directly in its folder, archives and parts."""
     if isinstance(data, ImageFolderData):
         root = data.source_root or data.root
         return [root / name for name in getattr(train, "names", ())]
