@@ -29,6 +29,7 @@ from conservtl.experiments.studies.executors.names import workers_of
 from conservtl.experiments.studies.result_store import ResultStore
 
 ROOT = Path(__file__).parents[3]
+KILL = signal.raise_signal, signal.SIGKILL
 TASK = ROOT / "examples" / "extend" / "toy_task"
 
 
@@ -215,7 +216,7 @@ class TestDispatch:
 
     def test_a_broken_executor_that_the_caller_keeps(self, tmp_path):
         with ProcessPoolExecutor(1) as pool:
-            pool.submit(os._exit, 1).exception()
+            pool.submit(*KILL).exception()
             error = self.run_all([Noted(tmp_path, ("a",))], pool)[2]
         assert isinstance(error, LostWorkerError)
         assert "ProcessPool" in str(error)
@@ -252,7 +253,7 @@ def test_local_processes_are_apart():
     """The kernel ends one process; the other one's work goes on, and a new process takes the place."""
     with Processes(2) as pool:
         other = pool.submit(time.sleep, 1.0)
-        lost = pool.submit(os._exit, 1)
+        lost = pool.submit(*KILL)
         assert "terminated abruptly" in str(lost.exception(120))
         assert other.result(120) is None
         assert pool.submit(os.getpid).result(120) != os.getpid()
