@@ -4,16 +4,21 @@ Tests mean the CPU, whose results are the same everywhere, unless they carry the
 ``device``: where there is a GPU it is hidden from all others, and from the processes that they start.
 """
 
+import gc
 import importlib.util
+import itertools
+import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 
 torch.set_num_threads(1)  # the models here are so small that a second thread only waits
 
@@ -61,6 +66,62 @@ def device(request: pytest.FixtureRequest, _gpu: None) -> torch.device:
     return torch.device(request.param)
 
 
+def pytest_collection_finish() -> None:
+    """Let later collections of garbage pass over all that imports have made, which takes a fifth of a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+class ForkedPython:
+    """Python for commands that need a process of their own: a fork of one that has imported conservtl already.
+
+    Args:
+        folder: temporary files, for what the commands print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = (folder / str(number) for number in itertools.count())
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "forked_python.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+
+    def __call__(self, *words: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run ``python *words`` in a folder, with more names in its environment."""
+        out, err = next(self._files), next(self._files)
+        command = {"words": list(map(str, words)), "folder": str(folder), "environment": environment}
+        print(json.dumps({**command, "out": str(out), "err": str(err)}), file=self._process.stdin, flush=True)
+        code = int(self._process.stdout.readline())
+        return subprocess.CompletedProcess(command["words"], code, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedPython]:
+    """Run a command of Python in a process that knows nothing of other tests."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    made = ForkedPython(tmp_path_factory.mktemp("printed"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def side_by_side() -> Callable[..., None]:
+    """Run ``function(rank, *arguments)`` in processes forked from one that has imported what they need."""
+    multiprocessing.set_forkserver_preload(["conservtl", "accelerate", "torch.distributed.fsdp"])
+
+    def run(function: Callable[..., None], arguments: tuple[object, ...], count: int = 2) -> None:
+        torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def humming(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soundfile = pytest.importorskip("soundfile")
@@ -76,15 +137,27 @@ def humming(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of source models for all tests: each is trained once."""
+    return tmp_path_factory.mktemp("sources")
+
+
 @pytest.fixture
-def speech_fields(humming: Path, tmp_path: Path) -> dict:
+def untrained(speech_fields: dict, tmp_path: Path) -> dict:
+    """The spec ``speech_fields``, whose source model is not trained yet."""
+    return {**speech_fields, "source": {**speech_fields["source"], "cache": str(tmp_path / "cache")}}
+
+
+@pytest.fixture
+def speech_fields(humming: Path, sources: Path) -> dict:
     """A spec of a run that takes a second or two."""
     return {
         "task": "speech",
         "data": {"kind": "folder", "root": str(humming), "target": "cleo", "shots": 2},
         "source": {
             "training": {"device": "cpu", "epochs": 3, "lr": 3e-3, "evaluate_every": 100},
-            "cache": str(tmp_path / "cache"),
+            "cache": str(sources),
         },
         "strategies": [{"kind": "l2_sp", "mode": "decoupled"}],
         "training": {"device": "cpu", "epochs": 3, "lr": 1e-3},  # compared with what a CPU computes

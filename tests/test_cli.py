@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import yaml
 
 from conservtl import cli
 from conservtl.cli._studies import _print_estimate
+from conservtl.engine.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,8 @@ def test_run_then_predict(spec, humming, tmp_path, monkeypatch, capsys):
 
 def test_of_several_processes_the_first_writes_and_prints(spec, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    code, out, _ = call(monkeypatch, capsys, "run", spec, "--out", tmp_path / "out")
+    own = ("--set", f"source.cache={tmp_path / 'cache'}")
+    code, out, _ = call(monkeypatch, capsys, "run", spec, "--out", tmp_path / "out", *own)
     assert (code, out) == (0, "")
     assert not [
         name for name in ("report.json", "model.safetensors", "spec.yaml") if (tmp_path / "out" / name).exists()
@@ -190,42 +192,35 @@ def test_an_unforeseen_failure_is_not_bad_input(spec, tmp_path, monkeypatch, cap
         cli.main()
 
 
-INTERRUPT = """
-import signal
-from conservtl.engine.checkpoint import Checkpoints
-
-write_history = Checkpoints.write_history
-
-def interrupted(self, history):
-    write_history(self, history)
-    if len(history) == {epoch}:
-        signal.raise_signal(signal.SIGINT)
-
-Checkpoints.write_history = interrupted
-"""
-
-
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_does(spec, tmp_path):
+def test_interrupted_exits_with_130_and_resume_ends_where_an_uninterrupted_run_does(
+    spec, tmp_path, monkeypatch, capsys
+):
     """The process sends itself SIGINT at the end of an epoch, so that a busy machine changes nothing."""
+    write_history, stop = Checkpoints.write_history, None
+
+    def interrupted(self, history):
+        write_history(self, history)
+        if len(history) == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Checkpoints, "write_history", interrupted)
 
     def run(out, *more):
-        command = [sys.executable, "-m", "conservtl.cli", "run", str(spec), "--set", "training.epochs=10"]
-        command += ["--out", str(tmp_path / out), *more]
-        return subprocess.run(command, check=False, capture_output=True, timeout=300)
+        return call(monkeypatch, capsys, "run", spec, "--set", "training.epochs=10", "--out", tmp_path / out, *more)
 
-    assert run("whole").returncode == 0
+    assert run("whole")[0] == 0
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for epoch in (1, 7):
-        interrupt = tmp_path / f"interrupt_{epoch}.py"
-        interrupt.write_text(INTERRUPT.format(epoch=epoch))
-        cut = run(f"cut_{epoch}", "--import", str(interrupt))
-        assert cut.returncode == 130, cut.stderr.decode()
-        assert b"--resume" in cut.stderr
-        assert b"Traceback" not in cut.stderr
+        stop = epoch
+        code, _, err = run(f"cut_{epoch}")
+        assert code == 130, err
+        assert "--resume" in err
+        assert "Traceback" not in err
         assert len((tmp_path / f"cut_{epoch}" / "history.jsonl").read_text().splitlines()) == epoch
         assert not (tmp_path / f"cut_{epoch}" / "model.safetensors").exists()
-        assert run(f"cut_{epoch}", "--resume").returncode == 0
+        stop = None
+        assert run(f"cut_{epoch}", "--resume")[0] == 0
         assert (tmp_path / f"cut_{epoch}" / "model.safetensors").read_bytes() == whole
 
 

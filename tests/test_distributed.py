@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import conservtl as ctl
@@ -226,10 +225,10 @@ def in_process(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(side_by_side, tmp_path_factory):
     """What each process has at the end of each case."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(in_process, (folder,), nprocs=2)
+    side_by_side(in_process, (folder,))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

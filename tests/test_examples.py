@@ -1,8 +1,6 @@
 """What the examples promise: short scripts over the import API, and READMEs that name what is there."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,20 +24,18 @@ def test_a_readme_names_every_file_beside_it(folder):
     )
 
 
-def test_the_speech_script_adapts_to_a_folders_speaker(humming):
-    script = EXAMPLES / "speech" / "adapt_speaker.py"
-    command = [sys.executable, str(script), str(humming), "cleo"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+def test_the_speech_script_adapts_to_a_folders_speaker(python, humming):
+    done = python(EXAMPLES / "speech" / "adapt_speaker.py", humming, "cleo")
+    assert done.returncode == 0, done.stderr
     assert "after:  target" in done.stdout
     assert "frozen" in done.stdout
 
 
-def test_the_recognizer_adapts_with_its_outputs_conserved(humming):
+def test_the_recognizer_adapts_with_its_outputs_conserved(python, humming):
     """Too few steps to hear a word: it runs, and says what became of both domains."""
     pytest.importorskip("torchaudio")
-    script = EXAMPLES / "speech" / "transcribe_speaker.py"
-    command = [sys.executable, str(script), str(humming), "cleo", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    done = python(EXAMPLES / "speech" / "transcribe_speaker.py", humming, "cleo", 10)
+    assert done.returncode == 0, done.stderr
     names = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert names == ["before", "plain", "outputs conserved"]
     assert done.stdout.count("% of words wrong") == 6

@@ -31,17 +31,20 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(PACKAGE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "-q"]
-    python("-m", "pip", "install", *options, "--target", folder / "site", folder / "source", check=True)
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", folder / "source"]
+    subprocess.run(command, capture_output=True, timeout=300, check=True)
     return folder / "site"
 
 
-def python(*words, site=None, check=False):
-    """Run Python with this source tree, and with an installed package."""
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
-    paths = os.pathsep.join([str(ROOT), *([str(site)] if site else []), *others])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=check)
+@pytest.fixture
+def beside_it(python, installed):
+    """Call a function without arguments, given by its place, where the package is installed."""
+
+    def run(module, name, *words):
+        code = f"import sys; sys.path.append(sys.argv.pop(1)); from {module} import {name}; sys.exit({name}())"
+        return python("-c", code, installed, *words)
+
+    return run
 
 
 def test_it_is_one_module_of_30_lines():
@@ -49,7 +52,7 @@ def test_it_is_one_module_of_30_lines():
     assert list(MODULE.parent.glob("*.py")) == [MODULE]
 
 
-def test_a_spec_names_its_kind_once_it_is_installed(installed, tmp_path):
+def test_a_spec_names_its_kind_once_it_is_installed(beside_it, tmp_path):
     """Without the package the kind is unknown; with it a run trains norms at a quarter of the rate."""
     pytest.importorskip("sklearn")
     with pytest.raises(ctl.SpecError, match="slow_norms"):
@@ -57,14 +60,14 @@ def test_a_spec_names_its_kind_once_it_is_installed(installed, tmp_path):
     settings = [STRATEGY, "source.training.epochs=1", "training.epochs=1", "training.evaluate_every=1"]
     settings += [f"source.cache={tmp_path / 'cache'}"]
     words = [word for text in settings for word in ("--set", text)]
-    done = python("-m", "conservtl.cli", "run", SPEC, *words, "--out", tmp_path / "out", site=installed)
+    done = beside_it("conservtl.cli", "main", "run", SPEC, *words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "report.json").read_text())["plan"]["rows"]
     assert {row["kind"] == "norm": row["scale"] for row in rows} == {True: 0.25, False: 1.0}
 
 
-def test_its_own_test_holds_it_to_the_contract(installed):
+def test_its_own_test_holds_it_to_the_contract(beside_it, installed):
     tests = installed.with_name("source") / "tests"
-    done = python("-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, tests, site=installed)
+    done = beside_it("pytest", "main", "-p", "no:cacheprovider", "-c", os.devnull, tests)
     assert done.returncode == 0, done.stdout
     assert "3 passed" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,27 +9,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def rows_of(tmp_path, *parts):
+def rows_of(python, tmp_path, *parts):
     """Return the cells of all rows of the tables that these parts print."""
     pytest.importorskip("torchvision")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--check", "--minutes", "0.002", "--only", *parts]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
-    )
+    words = ("--check", "--minutes", 0.002, "--only", *parts, "--out", tmp_path)
+    done = python(ROOT / "benchmarks" / "gpu.py", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(tmp_path.iterdir())
     return [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
 
 
-def test_every_row_is_measured(tmp_path):
-    rows = rows_of(tmp_path, "weights", "bus", "steps")
+def test_every_row_is_measured(python, tmp_path):
+    rows = rows_of(python, tmp_path, "weights", "bus", "steps")
     assert [len(row) for row in rows] == [6] * 22 + [5] * (len(rows) - 22)
     assert {"LHUC, all else frozen", "Mixout", "coupled"} <= {row[0].strip() for row in rows}
 
 
 @pytest.mark.slow
-def test_the_engine_is_compared_with_other_loops(tmp_path):
-    rows = rows_of(tmp_path, "engine")
+def test_the_engine_is_compared_with_other_loops(python, tmp_path):
+    rows = rows_of(python, tmp_path, "engine")
     assert {len(row) for row in rows} == {7}
     compared = {row[0].strip(): row[3].strip() for row in rows}
     assert compared["fit, held"] == "by hand, channels-last and fused"
@@ -40,6 +36,6 @@ def test_the_engine_is_compared_with_other_loops(tmp_path):
 
 
 @pytest.mark.slow
-def test_recipes_are_run_on_each_device(tmp_path):
-    rows = rows_of(tmp_path, "recipes")
+def test_recipes_are_run_on_each_device(python, tmp_path):
+    rows = rows_of(python, tmp_path, "recipes")
     assert [row[:2] for row in rows[2:]] == [[" speaker ", " target "], [" speaker ", " source "]]

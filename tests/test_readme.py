@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -154,13 +152,13 @@ def test_the_two_commands_install_and_do_what_they_say():
     assert "&& pytest" in commands[1]
 
 
-def test_the_first_command_adapts_to_the_voice(tmp_path):
+def test_the_first_command_adapts_to_the_voice(python, tmp_path):
     pytest.importorskip("espeakng_loader")
     line = next(line for block in blocks(README, "sh") for line in block.splitlines() if "conservtl run" in line)
     words = shlex.split(line.partition("&& conservtl ")[2])
     words[words.index("--out") + 1] = str(tmp_path / "out")
-    command = [sys.executable, "-m", "conservtl.cli", *words, "--set", f"source.cache={tmp_path}"]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=600)
+    done = python("-m", "conservtl.cli", *words, "--set", f"source.cache={tmp_path}")
+    assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     before, after = report["before"], report["after"]
     assert before["target"]["accuracy"] < 0.6
@@ -168,9 +166,8 @@ def test_the_first_command_adapts_to_the_voice(tmp_path):
     assert after["source"]["accuracy"] > 0.9
 
 
-def test_the_plan_is_shown_as_it_prints():
-    command = [sys.executable, "-m", "conservtl.cli", "plan", "examples/vision/spec.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+def test_the_plan_is_shown_as_it_prints(python):
+    done = python("-m", "conservtl.cli", "plan", "examples/vision/spec.yaml")
     assert done.stdout.strip() in README
 
 

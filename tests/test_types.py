@@ -42,9 +42,9 @@ print(pydoc.plain(pydoc.render_doc(ctl.Training)))
 """
 
 
-def test_signatures_and_help_show_fields_before_first_use():
+def test_signatures_and_help_show_fields_before_first_use(python):
     """In a process of its own: classes are built at first use, and those of other tests are built already."""
-    done = subprocess.run([sys.executable, "-c", SIGNATURES], capture_output=True, text=True, check=True, timeout=60)
+    done = python("-c", SIGNATURES)
     classes, _, page = done.stdout.partition("Python Library Documentation")
     lines = classes.splitlines()
     assert len(lines) > 20

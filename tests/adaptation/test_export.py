@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
@@ -273,7 +271,7 @@ def sequence() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
 
 
-def test_it_loads_where_conservtl_is_not_installed(tmp_path):
+def test_it_loads_where_conservtl_is_not_installed(python, tmp_path):
     kept = {}
     cases = {
         "merged": [ctl.LHUC(), ctl.L2SP(on="all")],
@@ -289,7 +287,8 @@ def test_it_loads_where_conservtl_is_not_installed(tmp_path):
     torch.save((IMAGES, kept), tmp_path / "outputs.pt")
     code = """
         import sys, torch
-        sys.modules["conservtl"] = None
+        names = {"conservtl", *(name for name in sys.modules if name.startswith("conservtl."))}
+        sys.modules.update(dict.fromkeys(names))
         x, kept = torch.load("outputs.pt")
         for name, expected in kept.items():
             model = torch.load(f"{name}.pt", weights_only=False)
@@ -297,14 +296,7 @@ def test_it_loads_where_conservtl_is_not_installed(tmp_path):
                 torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         print(len(kept), "loaded")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = python("-c", textwrap.dedent(code), folder=tmp_path)
     assert done.stdout.strip() == f"{len(cases)} loaded", done.stderr
 
 

@@ -2,8 +2,6 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,10 +25,10 @@ def test_public_names_and_signatures_are_those_in_the_file(section):
     assert WRITTEN["described"](section) == SECTIONS[section], RULE
 
 
-def test_the_schema_of_a_spec_is_that_in_the_file():
+def test_the_schema_of_a_spec_is_that_in_the_file(python):
     """In a process of its own, because other tests register strategies and tasks."""
     code = f"import json, runpy; print(json.dumps(runpy.run_path({str(WRITER)!r})['schema']()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = python("-c", code)
     assert json.loads(done.stdout) == json.loads(WRITTEN["SCHEMA"].read_text(encoding="utf-8")), RULE
 
 

@@ -91,11 +91,11 @@ def _draw(rank, port, folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_each_process_goes_on_with_its_own_augmentations(tmp_path):
+def test_each_process_goes_on_with_its_own_augmentations(side_by_side, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_draw, (port, str(tmp_path)), nprocs=2)
+    side_by_side(_draw, (port, str(tmp_path)))
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for whole, begun, rest, anew in parts:
         assert begun + rest == whole
@@ -107,12 +107,12 @@ def test_each_process_goes_on_with_its_own_augmentations(tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(side_by_side, tmp_path):
     """Each process gets its part of one order; the pull and the phases act in both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    side_by_side(_process, (port, str(tmp_path)))
     alone = _adaptation()
     result = _train(alone, 8)
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]

@@ -223,13 +223,12 @@ def _process(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(side_by_side, tmp_path):
     """Steps of unequal numbers of batches: a process without one makes its pass on a stand-in that does not count."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    side_by_side(_process, (port, str(tmp_path)))
     alone = trained([ctl.L2SP(alpha=0.5)], step_seconds=9.0, clip=0.5).state_dict()
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"rank{rank}.pt").items():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -205,13 +203,11 @@ def test_sequences_of_any_length_fit_the_protocol():
     assert len(join([data, data])) == 600
 
 
-def test_the_command_line_takes_it_by_import(tmp_path):
+def test_the_command_line_takes_it_by_import(python, tmp_path):
     """In a process that knows nothing of it: plan, run and predict."""
 
     def conservtl(*words):
-        command = [sys.executable, "-m", "conservtl", *map(str, words), "--import", str(FOLDER)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[2])}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        done = python("-m", "conservtl", *words, "--import", FOLDER)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

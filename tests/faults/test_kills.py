@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,9 @@ SCRIPT = Path(__file__).with_name("kills.py")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs Optuna")
-def test_every_killed_run_is_resumed_bit_for_bit():
-    command = [sys.executable, str(SCRIPT), "--chains", "1", "--kills", "4", "--comparisons", "1"]
-    ended = subprocess.run(
-        command, check=False, capture_output=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert ended.returncode == 0, ended.stderr.decode()
+def test_every_killed_run_is_resumed_bit_for_bit(python):
+    ended = python(SCRIPT, "--chains", 1, "--kills", 3, "--comparisons", 1)
+    assert ended.returncode == 0, ended.stderr
     counts = json.loads(ended.stdout)
     assert [counts[kind]["equal"] for kind in ("run", "compare", "sweep", "tune")] == [1, 1, 1, 1]
     assert counts["run"]["kills"] + counts["compare"]["kills"] > 0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +20,11 @@ CODES = {
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(python):
     if not hasattr(os, "fork") or not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs fork and gloo")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT)]
-    ended = subprocess.run(command, check=False, capture_output=True, timeout=600, env=environment)
-    assert ended.returncode == 0, ended.stderr.decode()
+    ended = python(SCRIPT)
+    assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 
 

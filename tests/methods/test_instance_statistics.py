@@ -420,11 +420,11 @@ def train(model, optimizer, x, y):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_train_what_one_does(side_by_side, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    side_by_side(_process, (port, str(tmp_path)))
     alone = ctl.adapt(network(), source(), [INSTANCE])
     train(alone.model, alone.optimizer(torch.optim.SGD, lr=0.1), X, Y)
     for rank in (0, 1):

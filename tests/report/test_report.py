@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from enum import StrEnum
 from html.parser import HTMLParser
 from pathlib import Path
@@ -345,11 +343,6 @@ class TestPage:
         with pytest.raises(MissingExtraError, match=re.escape("conservtl[report]")):
             write_html(a_report(), a_history(), tmp_path / "report.html")
         assert list(tmp_path.iterdir()) == []
-
-    def test_importing_loads_neither(self):
-        code = "import conservtl.report, sys; print({'matplotlib', 'jinja2'} & set(sys.modules))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "set()"
 
 
 def a_path(kept=0.7):

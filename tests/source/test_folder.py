@@ -1,7 +1,6 @@
 """Folders as ``save_pretrained`` writes them, in one file or in shards; read without a second copy in memory."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -143,14 +142,14 @@ for folder in ("warm", *sys.argv[1:]):  # the first call imports
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_weights_are_not_in_memory_twice(tmp_path):
+def test_weights_are_not_in_memory_twice(python, tmp_path):
     """Of 80 MB, the source takes nothing of its own, and the anchors as much as the model: 80 MB."""
     folders = [tmp_path / "safetensors", tmp_path / "bin"]
     for folder in folders:
         folder.mkdir()
         write(folder, {f"{i}.weight": torch.rand(625, 1000) for i in range(32)}, folder.name)
-    command = [sys.executable, "-c", MEMORY, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = python("-c", MEMORY, *folders)
+    assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines()[1:]:
         read, after = map(float, line.split())
         assert read < 20, line

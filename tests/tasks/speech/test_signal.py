@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -72,8 +69,8 @@ print((peak() - before) / 1024)
 """
 
 
-def test_the_memory_of_resampling_is_bounded():
+def test_the_memory_of_resampling_is_bounded(python):
     """44,099 and 16,000 have no common divisor: a table of all weights would have 700 million of them."""
     pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    done = python("-c", MEMORY)
     assert float(done.stdout) < 100  # MiB
