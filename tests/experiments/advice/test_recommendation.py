@@ -14,14 +14,14 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture
-def digits_fields(tmp_path):
+def digits_fields(sources):
     pytest.importorskip("torchvision")
     return {
         "task": "vision",
         "model": {"name": "cifar_resnet20"},
         "source": {
             "training": {"device": "cpu", "epochs": 1, "lr": 3e-3, "evaluate_every": 9},
-            "cache": str(tmp_path / "cache"),
+            "cache": str(sources),
         },
         "data": {"kind": "digits", "shots": 2},
         "strategies": [{"kind": "l2_sp"}],

@@ -96,12 +96,12 @@ def test_weights_of_another_task_are_refused(first, speech_fields):
         prepare(parse_spec(after(speech_fields, first[0])))
 
 
-def test_image_settings_are_adopted_or_refused(tmp_path):
+def test_image_settings_are_adopted_or_refused(tmp_path, sources):
     data = {"kind": "digits", "shots": 2}
     training = {"epochs": 1, "evaluate_every": 9}
     fields = {"task": "vision", "data": data, "training": training}
     settings = {"size": 16, "mean": [0.1, 0.1, 0.1], "std": [0.2, 0.2, 0.2]}
-    source = {"training": {"epochs": 1, "lr": 1e-3}, "cache": str(tmp_path)}
+    source = {"training": {"epochs": 1, "lr": 1e-3}, "cache": str(sources)}
     run(parse_spec({**fields, "data": {**data, "images": settings}, "source": source}), tmp_path / "first")
     onward = after(fields, tmp_path / "first", data=None)
     images = prepare(parse_spec(onward)).domains.preprocessing.images

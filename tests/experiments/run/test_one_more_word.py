@@ -17,7 +17,7 @@ from conservtl.report import write_compare, write_sweep
 
 
 @pytest.fixture
-def one_more(humming, tmp_path):
+def one_more(humming, sources, tmp_path):
     """A spec whose target says a word more than the other speakers, which sorts before theirs."""
     soundfile = pytest.importorskip("soundfile")
     root = tmp_path / "recordings"
@@ -31,7 +31,7 @@ def one_more(humming, tmp_path):
         "task": "speech",
         "data": {"kind": "folder", "root": str(root), "target": "cleo", "shots": 3, "validation": 0.3}
         | {"follow_links": True},
-        "source": {"training": {"epochs": 12, "lr": 3e-3, "evaluate_every": 100}, "cache": str(tmp_path / "cache")},
+        "source": {"training": {"epochs": 12, "lr": 3e-3, "evaluate_every": 100}, "cache": str(sources)},
         "strategies": [{"kind": "l2_sp", "on": "all", "alpha": 1.0}],
         "training": {"epochs": 8, "lr": 3e-3},
     }

@@ -73,11 +73,11 @@ def test_the_same_spec_gives_the_same_model_and_finds_the_source_in_the_cache(do
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_other_data_or_training_is_another_cached_source(speech_fields):
-    first = obtain_source(prepare(parse_spec(speech_fields)))
-    other = {**speech_fields, "data": {**speech_fields["data"], "target": "ben"}}
+def test_other_data_or_training_is_another_cached_source(untrained):
+    first = obtain_source(prepare(parse_spec(untrained)))
+    other = {**untrained, "data": {**untrained["data"], "target": "ben"}}
     assert (first.origin, obtain_source(prepare(parse_spec(other))).origin) == ("trained", "trained")
-    assert obtain_source(prepare(parse_spec(speech_fields))).origin == "cached"
+    assert obtain_source(prepare(parse_spec(untrained))).origin == "cached"
 
 
 def test_the_test_part_selects_nothing(speech_fields, tmp_path):
@@ -232,8 +232,8 @@ DIGITS = {
 }
 
 
-def test_changed_labels_make_the_head_fresh_and_keep_the_sources_head_aside(tmp_path):
-    source = {"training": {"device": "cpu", "epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(tmp_path)}
+def test_changed_labels_make_the_head_fresh_and_keep_the_sources_head_aside(tmp_path, sources):
+    source = {"training": {"device": "cpu", "epochs": 1, "lr": 3e-3, "evaluate_every": 9}, "cache": str(sources)}
     spec = parse_spec({**DIGITS, "source": source, "strategies": [{"kind": "feature_extraction"}]})
     report = run(spec, tmp_path / "out")
     plan = ctl.Plan(**report["plan"])
@@ -252,8 +252,8 @@ def test_output_side_transfer_between_label_lists_is_refused():
         plan_of(spec)
 
 
-def test_planning_trains_nothing(speech_fields, tmp_path):
-    plan = plan_of(parse_spec(speech_fields))
+def test_planning_trains_nothing(untrained, tmp_path):
+    plan = plan_of(parse_spec(untrained))
     assert plan.totals()["fresh"] == 0
     assert not (tmp_path / "cache").exists()
 

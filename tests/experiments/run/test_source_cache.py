@@ -32,8 +32,8 @@ def copied(root: Path, to: Path) -> Path:
     return to
 
 
-def test_another_seed_is_another_source(speech_fields):
-    spec = parse_spec(speech_fields)
+def test_another_seed_is_another_source(untrained):
+    spec = parse_spec(untrained)
     first = obtain_source(prepare(spec))
     second = obtain_source(prepare(with_fields(spec, {"seed": 1})))
     assert (first.origin, second.origin) == ("trained", "trained")
