@@ -211,3 +211,17 @@ def test_amplitudes_scale_channels():
     with torch.no_grad():
         adaptation.model.stem[2].lhuc.copy_(torch.logit(factor / 2))
     torch.testing.assert_close(adaptation.model.stem(x), source.stem(x) * factor)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axis"),
+    [
+        (nn.Conv2d(3, 8, 3), (2, 5, 6, 7), 1),
+        (nn.Conv2d(3, 8, 3), (2, 5, 6), 2),
+        (nn.Linear(3, 8), (2, 5, 6), 2),
+        (nn.ReLU(), (2, 5, 6, 7), 3),
+    ],
+)
+def test_no_axis_has_a_declared_size(module, shape, axis):
+    """Rule 3: second behind a convolution of as many dimensions, and last otherwise."""
+    assert Channels(module).axis(torch.zeros(shape)) == axis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import conservtl as ctl
+from conservtl.source import positions
 from conservtl.testing.weights import random_weights
 
 
@@ -256,3 +258,38 @@ def test_hugging_face():
     with torch.no_grad():
         expected = source(x, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(model(x).last_hidden_state, expected)
+
+
+class TestTablesThatDoNotFit:
+    """A table of another form is left alone, and then refused by its shape."""
+
+    class Grid:
+        grid_size = (4, 4)
+
+    @pytest.mark.parametrize(
+        ("module", "value", "shape"),
+        [
+            (SimpleNamespace(), (1, 17, 8), (1, 17, 8)),
+            (SimpleNamespace(patch_embed=Grid), (1, 17, 8), (1, 17, 9)),
+            (SimpleNamespace(patch_embed=Grid), (1, 6 + 1, 8), (1, 17, 8)),
+            (SimpleNamespace(patch_embed=Grid), (1, 5, 8), (1, 15, 8)),
+        ],
+        ids=["no grid", "another width", "no square", "fewer tokens than patches"],
+    )
+    def test_tokens_of_timm(self, module, value, shape):
+        assert positions._by_timm(module, torch.zeros(value), shape) is None
+
+    @pytest.mark.parametrize(
+        ("module", "value"),
+        [(SimpleNamespace(), (28, 2)), (SimpleNamespace(window_size=(4, 4)), (50 + 3, 2))],
+        ids=["no window", "no square"],
+    )
+    def test_biases_of_timm(self, module, value):
+        assert positions._biases_by_timm(module, torch.zeros(value), (52, 2)) is None
+
+    @pytest.mark.parametrize(("value", "shape"), [((1, 7, 8), (1, 17, 8)), ((1, 17, 9), (1, 26, 8))])
+    def test_tokens_of_torchvision(self, value, shape):
+        assert positions._by_torchvision(None, torch.zeros(value), shape) is None
+
+    def test_parameters_outside_all_modules(self):
+        assert positions._resample("encoder.tokens", {}, torch.zeros(1, 17, 8), (1, 26, 8)) is None

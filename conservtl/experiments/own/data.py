@@ -44,9 +44,9 @@ def as_data(value: Any, name: str) -> Data:
         if tensors and all(isinstance(each, Tensor) and each.ndim for each in tensors.values()):
             _check_rows({key: len(each) for key, each in tensors.items()}, name)
             return tensors
-    elif isinstance(value, (tuple, list)) and value:
+    elif isinstance(value, (tuple, list)):
         parts = tuple(as_tensor(each) for each in value)
-        if all(isinstance(each, Tensor) and each.ndim for each in parts):
+        if parts and all(isinstance(each, Tensor) and each.ndim for each in parts):
             _check_rows({str(place): len(each) for place, each in enumerate(parts)}, name)
             return Examples(*parts, tuple(map(str, range(len(parts[0]))))) if len(parts) == 2 else Rows(parts)
         if isinstance(value, tuple) and tensors_of(parts):
