@@ -14,10 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401 - what most commands need, as the modules below
 import torch
-
-import conservtl.cli
-import conservtl.experiments.run.runner  # noqa: F401 - what most commands need
 
 
 def python(words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.engine.distribution import shards
+from conservtl.engine.distribution import plain_environment, shards
 
 
 class Kind(Enum):
@@ -102,3 +103,31 @@ def test_fit_refuses_before_the_first_step(monkeypatch):
     with pytest.raises(ctl.SpecError, match="leaves layers out at random"):
         ctl.fit(adaptation, (torch.randn(8, 4), torch.arange(8) % 2), training=training)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in adaptation.model.state_dict().items())
+
+
+def test_processes_that_nobody_started_are_refused(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ctl.SpecError, match=r"distributed is ddp, which takes processes that a launcher starts"):
+        shards(ctl.Training(distributed="ddp"), accelerator(), Dropping(0.0))
+
+
+def test_another_kind_of_distribution_is_refused(asked):
+    other = SimpleNamespace(distributed_type=SimpleNamespace(value="XLA"), num_processes=2, scaler=None)
+    if asked["distributed"] == "auto":
+        assert not shards(ctl.Training(**asked), other, Dropping(0.0))
+    else:
+        with pytest.raises(ctl.SpecError, match=r"distributed is fsdp2, but the accelerator is of type XLA"):
+            shards(ctl.Training(**asked), other, Dropping(0.0))
+
+
+def test_what_accelerate_launch_says_is_hidden_for_a_while_or_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with plain_environment():
+        assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with (
+        pytest.raises(ctl.SpecError, match="configured for DeepSpeed, which fit does not support"),
+        plain_environment(),
+    ):
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,6 @@ import conservtl as ctl
 transformers = pytest.importorskip("transformers")
 
 from conservtl.integrations.transformers import ConservingCallback, ConservingTrainer  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collection():
-    """A Trainer collects garbage before it trains: let that pass over what the libraries hold."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Trainer(ConservingTrainer, transformers.Trainer):

@@ -109,6 +109,10 @@ class TestInvariants:
             ((row(decay=0.1),), "beta acts on fresh parameters only"),
             ((row(source_shape=(3, 2)),), r"shape \(2, 3\), its source \(3, 2\)"),
             ((row(source_shape=None),), "its source None"),
+            ((row(source_rows=(None, None)),), "0 of its rows are copied from the source"),
+            ((row(source_rows=(0, 0)),), r"must copy each row from one .* received \(0, 0\)"),
+            ((row(source_rows=(0, 5)),), r"must copy each row from one .* received \(0, 5\)"),
+            ((row(source_rows=(0,)),), r"must copy each row from one .* received \(0,\)"),
         ],
     )
     def test_rows(self, rows, message):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import conservtl as ctl
+from conservtl.weights import checkpoints
 from conservtl.weights.checkpoints import open_checkpoint
 
 STATE = {"a.weight": torch.ones(2, 3), "b.weight": torch.zeros(2)}
@@ -71,3 +72,16 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
 def test_two_names_that_differ_by_a_wrapper_s_prefix_alone(tmp_path):
     save_file({"a._orig_mod.w": torch.ones(1), "a.w": torch.zeros(1)}, tmp_path / "w.safetensors")
     refused(tmp_path / "w.safetensors", "a._orig_mod.w")
+
+
+def test_a_type_that_cannot_be_mixed(tmp_path, monkeypatch):
+    monkeypatch.delitem(checkpoints._TYPES, "F32")
+    save_file(STATE, tmp_path / "model.safetensors")
+    refused(tmp_path, r"'a\.weight' has the type F32, which cannot be mixed")
+
+
+def test_a_folder_with_one_file(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as found:
+        assert found.folder == tmp_path
+        assert torch.equal(found.read("a.weight"), STATE["a.weight"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import conservtl as ctl
 from conservtl.source.read import read_source
 from conservtl.storage.tensor_files import load_tensors, read_header, save_tensors
+from conservtl.weights import merge_rules
 
 NAMES = {"embed.weight": (5, 3), "layers.0.weight": (3, 3), "layers.0.bias": (3,), "head.weight": (5, 3)}
 
@@ -248,12 +249,46 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         ctl.merge(state(0), state(1), out, t=1)
     ctl.merge(state(0), state(1), out, t=1, overwrite=True)
     assert torch.equal(read_source(out).tensors["head.weight"], state(1)["head.weight"])
+    for name in ("model.pt", "one.safetensors"):
+        ctl.merge(state(0), state(1), tmp_path / "one.safetensors", t=0, overwrite=True)
+        with pytest.raises(ctl.SpecError, match=r"must be a folder or end in|exists\. Give another name"):
+            ctl.merge(state(0), state(1), tmp_path / name, t=1)
+    (tmp_path / "one.safetensors").unlink()
     (out / "thesis.docx").write_text("")
     with pytest.raises(ctl.SpecError, match=r"holds thesis.docx too"):
         ctl.merge(state(0), state(1), out, t=1, overwrite=True)
     with pytest.raises(ctl.SpecError, match="none of the checkpoints"):
         ctl.merge(out, state(1), out, t=1, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("out", [None, 3])
+def test_the_result_needs_a_path(out):
+    with pytest.raises(ctl.SpecError, match="out must be the path of a file"):
+        ctl.merge(state(0), state(1), out, t=0.5)
+
+
+@pytest.mark.parametrize(("batch_norm", "t"), [("source", 0.0), ("adapted", 1.0), ("interpolate", 0.25)])
+def test_running_statistics_of_an_end(tmp_path, batch_norm, t):
+    start, end = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 1.0])
+    source, model = ({"norm.running_mean": one, "w": one} for one in (start, end))
+    ctl.merge(source, model, tmp_path / "out.safetensors", t=0.25, batch_norm=batch_norm)
+    found = load_file(tmp_path / "out.safetensors")
+    assert found["norm.running_mean"].tolist() == (start + t * (end - start)).tolist()
+    assert found["w"].tolist() == [2.0, 2.5]
+
+
+@pytest.mark.parametrize(("density", "kept"), [(0.5, [0.0, -4.0, 3.0, 0.0]), (1.0, [1.0, -4.0, 3.0, 2.0])])
+def test_the_largest_changes(density, kept):
+    assert merge_rules._largest(torch.tensor([1.0, -4.0, 3.0, 2.0]), density).tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "cosine"), [([1, 0], [1, 1], 0.5**0.5), ([0, 0], [1, 0], 0.0), ([0, 0], [0, 0], 1.0)]
+)
+def test_the_angle_between_changes(one, other, cosine):
+    found = merge_rules._cosine(*(torch.tensor(each, dtype=torch.float64) for each in (one, other)))
+    assert found == pytest.approx(cosine)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):

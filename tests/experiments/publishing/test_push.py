@@ -3,13 +3,15 @@
 import base64
 import json
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from torch import nn
 
 import conservtl as ctl
-from conservtl.experiments.publishing.push import push
+from conservtl.experiments.publishing.licence import _stated
+from conservtl.experiments.publishing.push import _texts, push
 
 hub = pytest.importorskip("huggingface_hub")
 
@@ -157,3 +159,25 @@ def test_refusals(folder, tmp_path):
     saved = ctl.save(adaptation, tmp_path / "other", metadata={"data": {"root": "/home/me/data"}})
     with pytest.raises(ctl.SpecError, match=r"header\.metadata\.data\.root must name no folder .* '/home/me/data'"):
         push(saved, "me/words")
+    (folder / "README.md").rename(tmp_path / "card.md")
+    (folder / "README.md").symlink_to(tmp_path / "card.md")
+    with pytest.raises(ctl.SpecError, match=r"'README\.md' must be a file; it is a link"):
+        push(folder, "me/words")
+
+
+def test_texts_are_found_in_lists_and_dictionaries_but_for_labels():
+    header = {"labels": ["/yes"], "run": {"files": ["a", {"labels": ["/b"]}], "steps": 3, "note": None}}
+    assert list(_texts(header, "header")) == [("header.run.files", "a"), ("header.run.files.labels", "/b")]
+
+
+@pytest.mark.parametrize(
+    ("reference", "licence"),
+    [
+        (types.SimpleNamespace(config=types.SimpleNamespace(license="apache-2.0")), "apache-2.0"),
+        (types.SimpleNamespace(weights=types.SimpleNamespace(meta={"license": "bsd"})), "bsd"),
+        (types.SimpleNamespace(weights=types.SimpleNamespace(meta={})), None),
+        (types.SimpleNamespace(), None),
+    ],
+)
+def test_licences_that_libraries_state(reference, licence):
+    assert _stated(reference) == licence

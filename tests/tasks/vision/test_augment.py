@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from conservtl.tasks.vision import VisionAugment
+from conservtl.tasks.vision.augment import usual_augment
 
 
 @given(st.integers(1, 5), st.integers(4, 12), st.integers(4, 12), st.integers(0, 9))
@@ -83,3 +84,8 @@ def test_a_shift_moves_rows_by_one_draw_and_columns_by_the_other():
 def test_bounds_that_fall_are_refused():
     with pytest.raises(ValidationError, match="Swap the two"):
         VisionAugment(scale=(0.9, 0.1))
+
+
+@pytest.mark.parametrize(("size", "fields"), [(32, {"shift": 4}), (64, {"shift": 8}), (224, {"scale": (0.08, 1.0)})])
+def test_the_usual_augmentation(size, fields):
+    assert usual_augment(size, flip=False) == VisionAugment(flip=False, **fields)

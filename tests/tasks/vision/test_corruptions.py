@@ -173,3 +173,8 @@ def test_one_name_an_image():
 def test_what_is_not_defined_is_refused(fields):
     with pytest.raises(ValidationError):
         Corruption.model_validate(fields)
+
+
+def test_no_images_stay_none():
+    found = corrupt(torch.zeros(0, 3, 8, 8, dtype=torch.float64), Corruption(name="contrast"), ())
+    assert (found.shape, found.dtype) == ((0, 3, 8, 8), torch.float32)

@@ -17,6 +17,7 @@ from conservtl.tasks.vision import (
     load,
     published_settings,
 )
+from conservtl.tasks.vision.models import _build_torchvision, _timm_settings
 
 SMALL = VisionPreprocessing(images=ImageSettings(size=32))
 _BESIDE = Path(__file__).parents[4] / "shared" / "data"
@@ -180,3 +181,31 @@ def test_preprocessing_survives_json():
 def test_a_crop_larger_than_the_resized_image_is_refused():
     with pytest.raises(ValidationError, match=r"resize 20 and size 32"):
         ImageSettings(size=32, resize=20)
+
+
+def test_fields_that_torchvisions_builders_need(monkeypatch):
+    """Of transformers the size; without auxiliary outputs, which would make a tuple of the logits."""
+    models = pytest.importorskip("torchvision.models")
+    monkeypatch.setattr(models, "get_model", lambda name, **given: (name, given))
+    usual = {"weights": None, "num_classes": 3}
+    assert _build_torchvision("resnet18", 64, 3, {}) == ("resnet18", usual)
+    assert _build_torchvision("vit_b_16", 64, 3, {}) == ("vit_b_16", {**usual, "image_size": 64})
+    fitting = {"aux_logits": True, "init_weights": True}
+    assert _build_torchvision("googlenet", 64, 3, {"aux_logits": True}) == ("googlenet", {**usual, **fitting})
+
+
+def test_settings_of_a_network_of_ones_own_and_of_one_without_weights():
+    timm = pytest.importorskip("timm")
+    own = published_settings(ModelSpec.model_validate({"import": "conservtl.tasks.vision.cifar_resnet:CifarResNet"}))
+    assert (own.size, own.resize) == (224, 256)
+    assert timm.get_pretrained_cfg("no_such_network") is None
+    assert _timm_settings("no_such_network") == own
+
+
+def test_networks_for_other_channels_are_refused(monkeypatch):
+    timm = pytest.importorskip("timm")
+    config = timm.get_pretrained_cfg("resnet18")
+    monkeypatch.setattr(config, "input_size", (1, 32, 32))
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: config)
+    with pytest.raises(SpecError, match="must take RGB images; gray takes 1 channels"):
+        _timm_settings("gray")
