@@ -114,7 +114,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedPython]:
 @pytest.fixture(scope="session")
 def side_by_side() -> Callable[..., None]:
     """Run ``function(rank, *arguments)`` in processes forked from one that has imported what they need."""
-    multiprocessing.set_forkserver_preload(["conservtl", "accelerate", "torch.distributed.fsdp"])
+    modules = ["conservtl.adaptation", "torch._dynamo", "accelerate", "torch.distributed.fsdp"]
+    multiprocessing.set_forkserver_preload(modules)
 
     def run(function: Callable[..., None], arguments: tuple[object, ...], count: int = 2) -> None:
         torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")

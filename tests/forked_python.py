@@ -11,11 +11,14 @@ import json
 import os
 import runpy
 import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import accelerate  # noqa: F401 - what most commands need, as the modules below
-import torch
+MODULES = ("torch._dynamo", "accelerate", "conservtl.cli", "conservtl.experiments.run.runner", "conservtl.tasks.speech")
+MODULES += ("conservtl.tasks.transcribe", "conservtl.tasks.vision", "matplotlib.figure")
+"""What most commands need."""
 
 
 def python(words: list[str]) -> None:
@@ -47,7 +50,9 @@ def become(command: dict[str, Any]) -> None:
 
 def main() -> None:
     """Fork for each command, one after the other."""
-    torch.set_num_threads(1)
+    for module in MODULES:
+        with suppress(ImportError):  # of an extra
+            import_module(module)
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -6,7 +6,8 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.data import Examples
-from conservtl.experiments.advice.layer_features import features_of, statistics_shift
+from conservtl.experiments.advice.layer_features import _pooling, features_of, statistics_shift
+from conservtl.layers import Layer
 
 
 def network():
@@ -71,3 +72,44 @@ def test_statistics_that_were_learned_on_the_data_have_no_shift():
     model[1].running_mean += (model[1].running_var + model[1].eps).sqrt()
     assert statistics_shift(model, data) == pytest.approx(1, abs=1e-3)
     assert statistics_shift(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), data) is None
+
+
+class Branches(nn.Module):
+    """A norm that never runs, and a layer that returns a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.unused, self.last = nn.BatchNorm1d(3), nn.BatchNorm1d(3), Named()
+
+    def forward(self, x):
+        return self.last(self.norm(x))["out"]
+
+
+class Named(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def forward(self, x):
+        return {"out": super().forward(x), "mean": x.mean()}
+
+
+def test_a_norm_that_never_runs_has_no_shift():
+    """The other one's: mean 2 and deviation 0 against 0 and 1 give sqrt(4 + 1)."""
+    data = Examples(torch.full((8, 3), 2.0), torch.arange(8) % 2, tuple("abcdefgh"))
+    found = statistics_shift(Branches(), data)
+    assert found == pytest.approx(5**0.5, rel=1e-4)
+
+
+def test_the_first_tensor_of_a_layers_outputs_is_pooled():
+    model, x = Branches().eval(), torch.randn(5, 3)
+    with _pooling(model, [Layer("last", (), ("last",))]) as caught:
+        model(x)
+    assert torch.allclose(caught["last"], model(x))
+    with _pooling(model, [Layer("bare", (), ())]) as caught:
+        model(x)
+    assert caught == {}
+    with (
+        pytest.raises(ctl.SelectorError, match="the model has no layer 'x'"),
+        _pooling(model, [Layer("x", (), ("x",))]),
+    ):
+        pass

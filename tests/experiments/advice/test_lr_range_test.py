@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.experiments.advice.lr_range_test import lr_find
+from conservtl.experiments.advice.range_curve import RangeTest
 
 
 def quadratic(strategies=()):
@@ -95,3 +97,22 @@ def test_data_that_is_not_finite_is_named():
     inputs, labels = data()
     with pytest.raises(ctl.SpecError, match="not finite"):
         lr_find(quadratic(), (torch.full_like(inputs, torch.nan), labels))
+
+
+def test_the_table_of_rates_read_off():
+    found = RangeTest((1e-3, 1e-2, 1e-1), (3.0, 2.0, 9.0), (2.9, 2.1, 8.0), 1e-3, 1e-2, diverged=True)
+    shown = found.table()._repr_html_()
+    for text in (
+        "suggested",
+        "1.0e-03",
+        "2.9",
+        "steepest",
+        "1.0e-02",
+        "2.1",
+        "last",
+        "1.0e-01",
+        "8",
+        "diverged at the",
+    ):
+        assert text in shown
+    assert "did not diverge" in replace(found, diverged=False).table()._repr_html_()

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import conservtl as ctl
@@ -17,6 +18,7 @@ from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import parse_spec
 from conservtl.runtime.source_head import SourceHead
+from conservtl.storage.tensor_files import save_tensors
 from conservtl.testing.weights import random_weights
 
 LHUC = {"kind": "lhuc"}
@@ -168,3 +170,23 @@ class TestPredictionInBatches:
 
         with pytest.raises(ctl.SpecError, match="batch_size must be at least 1; received 0"):
             Adapted(torch.nn.Linear(1, 1), ("a",), self.Reading(), self.Naming()).predict([__file__], batch_size=0)
+
+
+class TestOtherFolders:
+    def test_without_a_model(self, tmp_path):
+        with pytest.raises(ctl.SourceError, match=r"there is no model in .*Give the folder that"):
+            load_adapted(tmp_path)
+
+    def test_with_weights_of_another_origin(self, tmp_path):
+        save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+        with pytest.raises(ctl.SourceError, match="was not written by a run: it carries no labels"):
+            load_adapted(tmp_path)
+
+    def test_a_model_of_ones_own_is_handed_in_for_such_folders_alone(self, tmp_path):
+        saved = ctl.save(ctl.adapt(nn.Linear(3, 2), nn.Linear(3, 2)), tmp_path / "own", ["a", "b"])
+        with pytest.raises(ctl.SpecError, match="decoding is for tasks that write texts"):
+            load_adapted(saved, nn.Linear(3, 2), decoding={"kind": "greedy"})
+        header = {"task": "speech", "labels": ["a"], "model": {}, "preprocessing": {}}
+        save_tensors({"w": torch.ones(2)}, tmp_path / "model.safetensors", header)
+        with pytest.raises(ctl.SpecError, match="was written by a run, which knows its network; received Linear"):
+            load_adapted(tmp_path, nn.Linear(3, 2))
