@@ -90,7 +90,7 @@ def _table(file: Path, root: Path) -> Iterator[Line]:
             )
     try:
         for row in rows:
-            more = len(row.pop(None, ()))  # type: ignore[call-overload]
+            more = len(row.pop(None, ()))
             line = _line(file, rows.line_num, row, root)
             fault = f"has {len(columns) + more} cells for {len(columns)} columns; put a text with commas in quotes"
             yield replace(line, fault=fault) if more else line

@@ -338,3 +338,22 @@ def test_lora_on_a_recognizer():
     torch.testing.assert_close(view.outputs[0], theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, theirs, atol=1e-4)
     torch.testing.assert_close(merged, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_lora_from_a_spec_on_a_recognizer():
+    """Two kinds of projections by globs; the source is compared with, the head stays, and the change is merged."""
+    base, batch = recognizer("transformers/wav2vec2"), batch_of()
+    before = copy.deepcopy(base.eval())
+    lora = {"kind": "lora", "rank": 2, "on": ["*.q_proj", "*.v_proj"]}
+    strategies = [lora, {"kind": "l2_sp", "alpha": 0.1}, {"kind": "output_conservation", "weight": 0.4}]
+    adaptation = ctl.adapt(base, before, strategies, example=example_of(batch))
+    assert len(adaptation.plan.trained) == 8
+    training = ctl.Training(device="cpu", epochs=2, batch_size=2, lr=0.02, checkpointing=True)
+    ctl.fit(adaptation, sequences_of(batch), training=training, forward=TASK.forward, loss=TASK.loss, seed=0)
+    merged = adaptation.merged()
+    moved = {name for name, value in before.state_dict().items() if not torch.equal(merged.state_dict()[name], value)}
+    attention = "network.wav2vec2.encoder.layers.{}.attention.{}_proj.weight"
+    assert moved == {attention.format(block, name) for block in (0, 1) for name in "qv"}
+    with torch.no_grad():
+        ours, plain = TASK.forward(base.eval(), batch)[0], TASK.forward(merged.eval(), batch)[0]
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)
