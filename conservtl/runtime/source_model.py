@@ -14,10 +14,10 @@ from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
+from conservtl.runtime.layer_outputs import all_tensors_of
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.preserve import eval_mode
 from conservtl.runtime.source_head import SourceHead
-from conservtl.runtime.taps import all_tensors_of
 from conservtl.source.read import Source
 from conservtl.source.shared import SharedModel
 

@@ -16,10 +16,11 @@ from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.term import numbered
 from conservtl.runtime.channels import Channels
+from conservtl.runtime.layer_outputs import all_tensors_of, tensor_of
 from conservtl.runtime.model_hooks import remove_hooks
 from conservtl.runtime.recomputing import is_recomputing
 
-__all__ = ["Taken", "Taps", "all_tensors_of", "tensor_of"]
+__all__ = ["Taken", "Taps"]
 
 _PASSES = 4
 """Forward passes to remember until the first loss shows how many make a batch."""
@@ -215,45 +216,6 @@ class Taps:
 
 def _since(first: int, records: list[tuple[int, list[Tensor]]]) -> list[Tensor]:
     return [tensor for number, tensors in records if number >= first for tensor in tensors]
-
-
-def all_tensors_of(output: Any, layer: str, module: nn.Module | None = None) -> list[Tensor]:
-    """Return all parts of a layer's output that are features.
-
-    Of a list (of maps at several resolutions) these are all its tensors. Of a tuple, as of recurrent and transformer
-    layers, it is the first, with others of its kind: the same examples, number of dimensions and channels.
-
-    Raises:
-        SpecError: the output has no tensor where one is expected.
-    """
-    if isinstance(output, list) and output:
-        return [tensor for part in output for tensor in all_tensors_of(part, layer)]
-    if isinstance(output, tuple) and output and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-        first, *rest = output
-        tensors = all_tensors_of(first, layer)
-        return tensors + [part for part in rest if len(tensors) == 1 and _alike(part, tensors[0])]
-    return [tensor_of(output, layer)]
-
-
-def _alike(part: Any, first: Tensor) -> bool:
-    """Whether a part of a tuple is of the kind of the first: not an attention map, a length or a state."""
-    if not isinstance(part, Tensor) or not part.is_floating_point() or part.ndim != first.ndim or first.ndim < 2:
-        return False
-    same = [part.shape[axis] == first.shape[axis] for axis in ((1, -1) if first.ndim > 3 else (-1,))]
-    return len(part) == len(first) and any(same)
-
-
-def tensor_of(output: Any, layer: str) -> Tensor:
-    """Return a layer's output: a tensor, or the first part of a tuple, as of recurrent and transformer layers.
-
-    Raises:
-        SpecError: the output is no tensor.
-    """
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise SpecError(f"layer {layer!r} returns a {type(output).__name__}, no tensor to compare. Tap another layer.")
-    return output
 
 
 def _in_checkpoint() -> bool:
