@@ -25,6 +25,7 @@ from conservtl.layers import unwrap
 from conservtl.losses import counted
 from conservtl.plan.term import View
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.taps import ChangedOutputError
 
 __all__ = ["Session"]
 
@@ -169,6 +170,16 @@ class Session:
                 as it is. A loss that is a mean over positions is weighed by these instead.
             terms: factor on the plan's terms in a loss that is not shared.
         """
+        try:
+            return self._loss(functions, content, source, share, terms)
+        except ChangedOutputError:
+            if self.processes.many:  # they make their passes together
+                raise
+            return self._loss(functions, content, source, share, terms)  # it is copied now
+
+    def _loss(
+        self, functions: Functions, content: Any, source: View | None, share: float | None, terms: float
+    ) -> Tensor:
         if self.device.type == "cuda" and self.execution.compile in GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with self.recomputation:

@@ -14,7 +14,7 @@ from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
-from conservtl.runtime.layer_outputs import all_tensors_of
+from conservtl.runtime.layer_outputs import all_tensors_of, version
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.preserve import eval_mode
 from conservtl.runtime.source_head import SourceHead
@@ -43,6 +43,7 @@ class SourceModelRunner:
         self._layers = dict(layers)
         self._heads = {name: SourceHead(self.model, name) for name in heads}
         self._watch = PaddingWatch(self.model)
+        self._written: set[str] = set()  # layers whose outputs the model writes into, as ReLU(inplace=True) does
         if missing := [layer for layer, name in layers.items() if name not in self._modules]:
             raise SourceError(
                 f"the source model has no layer {missing[0]!r} to compare with. Tap layers that both models have."
@@ -75,11 +76,16 @@ class SourceModelRunner:
         caught: dict[str, list[Any]] = {layer: [] for layer in self._layers}
         of_heads: dict[str, list[Any]] = {name: [] for name in self._heads}
         passes: list[None] = []
+        watched: list[tuple[str, Tensor, int]] = []
 
         def catch(layer: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, _: Any, output: Any) -> None:
-                # A copy: the next module may write into it, as ReLU(inplace=True) does.
-                caught[layer] += [tensor.clone() for tensor in all_tensors_of(output, layer, module)]
+                for tensor in all_tensors_of(output, layer, module):
+                    if layer in self._written or tensor.is_inference():
+                        caught[layer].append(tensor.clone())
+                    else:
+                        caught[layer].append(tensor)
+                        watched.append((layer, tensor, version(tensor)))
 
             return hook
 
@@ -93,6 +99,9 @@ class SourceModelRunner:
         finally:
             for hook in hooks:
                 hook.remove()
+        if written := {layer for layer, tensor, before in watched if version(tensor) != before}:
+            self._written |= written
+            return self.view(run)
         if of_heads:
             outputs = _single([output for found in of_heads.values() for output in found])
         return View(outputs, numbered(caught), padding=self._watch.padding, passes=max(1, len(passes)))

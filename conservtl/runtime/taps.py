@@ -2,115 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conservtl.compat import guard_hooks, hooks_are_guarded
 from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.term import numbered
 from conservtl.runtime.channels import Channels
-from conservtl.runtime.layer_outputs import all_tensors_of, tensor_of
 from conservtl.runtime.model_hooks import remove_hooks
-from conservtl.runtime.recomputing import is_recomputing
+from conservtl.runtime.tap_hooks import End, Passes, Start, Tap
 
-__all__ = ["Taken", "Taps"]
-
-_PASSES = 4
-"""Forward passes to remember until the first loss shows how many make a batch."""
+__all__ = ["ChangedOutputError", "Taken", "Taps"]
 
 
-@dataclass
-class _Passes:
-    """Forward passes of the whole model since the last loss."""
-
-    count: int = 0
-    """Passes with gradients."""
-    running: bool = False
-    """Whether one is being made."""
-    keep: int = _PASSES
-
-
-class _Start:
-    """Forward pre-hook of the whole model. A copy, in a copied model, does nothing."""
-
-    def __init__(self, passes: _Passes, taps: Iterable[_Tap]) -> None:
-        self.passes, self.taps, self.live = passes, list(taps), True
-
-    def __call__(self, *_: Any) -> None:
-        if self.live and torch.is_grad_enabled():
-            if not torch.compiler.is_compiling() and not hooks_are_guarded():
-                guard_hooks()  # the compiler was loaded after the taps were registered
-            self.passes.count += 1
-            self.passes.running = True
-            first = max(1, self.passes.count - self.passes.keep + 1)
-            for tap in self.taps:
-                tap.records = [record for record in tap.records if record[0] >= first]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"passes": _Passes(), "taps": [], "live": False}
-
-
-class _End:
-    """Forward hook of the whole model; runs after an error, too."""
-
-    def __init__(self, passes: _Passes) -> None:
-        self.passes = passes
-
-    def __call__(self, *_: Any) -> None:
-        self.passes.running = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"passes": _Passes()}
-
-
-class _Tap:
-    """Forward hook that records outputs, or pre-hook that records inputs, with the number of the forward pass.
-
-    A copy, in a copied model, records nothing.
-    """
-
-    def __init__(self, layer: str, passes: _Passes) -> None:
-        self.layer, self.passes = layer, passes
-        self.live = True
-        self.records: list[tuple[int, list[Tensor]]] = []
-        self.checkpointed = False
-
-    def output(self, module: nn.Module, _: Any, output: Any) -> None:
-        """Record an output, as a forward hook."""
-        if self._wanted():
-            self._record(all_tensors_of(output, self.layer, module))
-
-    def input(self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Record an input, as a forward pre-hook."""
-        if self._wanted():
-            self._record([tensor_of(inputs or tuple(keywords.values()), self.layer)])
-
-    def _wanted(self) -> bool:
-        if not self.live:
-            return False
-        if torch.is_grad_enabled():  # what a checkpoint computes again is no further pass
-            return torch.compiler.is_compiling() or not is_recomputing()
-        if not self.passes.running or torch.compiler.is_compiling():
-            return False
-        # Without gradients inside a pass that has them: a part that the model does not train, or a checkpoint.
-        self.checkpointed = self.checkpointed or _in_checkpoint()
-        return not self.checkpointed
-
-    def _record(self, tensors: list[Tensor]) -> None:
-        if not self.passes.running:
-            self.records = []  # called by itself, outside the whole model: the last call counts
-        # A copy: the next module may write into it, as ReLU(inplace=True) does.
-        self.records.append((self.passes.count, [tensor.clone() for tensor in tensors]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "passes": _Passes(), "live": False, "records": [], "checkpointed": False}
+class ChangedOutputError(SpecError):
+    """An output was written into where none had been before, so it was not copied."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +56,9 @@ class Taps:
         modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
         if unknown := [name for name in enters if name not in modules]:
             raise SelectorError(f"the model has no module {unknown[0]!r} whose input could be taken.")
-        self._passes = _Passes()
-        self._taps = {layer: _Tap(layer, self._passes) for layer in layers}
-        self._inputs = {name: _Tap(name, self._passes) for name in enters}
+        self._passes = Passes()
+        self._taps = {layer: Tap(layer, self._passes) for layer in layers}
+        self._inputs = {name: Tap(name, self._passes) for name in enters}
         self._channels = {layer: Channels(modules[name]) for layer, name in layers.items()}
         for name in (*layers.values(), *enters):
             if isinstance(modules[name], torch.jit.ScriptModule):
@@ -157,10 +67,10 @@ class Taps:
                     "other layers, or script the model after training."
                 )
         self._tapped = {name: modules[name] for name in (*layers.values(), *enters)}
-        start = _Start(self._passes, (*self._taps.values(), *self._inputs.values()))
+        start = Start(model, self._passes, (*self._taps.values(), *self._inputs.values()))
         self._handles = [
             model.register_forward_pre_hook(start, prepend=True),
-            model.register_forward_hook(_End(self._passes), always_call=True),
+            model.register_forward_hook(End(self._passes), always_call=True),
         ]
         self._handles += [modules[layers[layer]].register_forward_hook(tap.output) for layer, tap in self._taps.items()]
         self._handles += [
@@ -177,6 +87,7 @@ class Taps:
 
         Raises:
             SpecError: there was no forward pass since the last call, or a layer ran in a reentrant checkpoint.
+            ChangedOutputError: an output was written into that never was before.
         """
         taps = [*self._taps.values(), *self._inputs.values()]
         if checkpointed := [tap.layer for tap in taps if tap.checkpointed]:
@@ -193,11 +104,15 @@ class Taps:
                 "gradients since the last loss. Call model(inputs) first, then adaptation.loss(...), once for each."
             )
         first = self._passes.count - passes + 1 if self._passes.count else 0
-        features = {layer: _since(first, tap.records) for layer, tap in self._taps.items()}
-        entering = {name: _since(first, tap.records) for name, tap in self._inputs.items()}
-        for tap in taps:
-            tap.records = []
         self._passes.count, self._passes.keep = 0, passes
+        taken = [tap.taken(first) for tap in taps]
+        if lost := [tap.layer for tap, (_, is_lost) in zip(taps, taken, strict=True) if is_lost]:
+            raise ChangedOutputError(
+                f"the output of {lost[0]!r} was written into after the layer had run, which no pass before did. It "
+                "will be copied from now on: call the model again, then adaptation.loss(...)."
+            )
+        features = {layer: tensors for layer, (tensors, _) in zip(self._taps, taken, strict=False)}
+        entering = {name: tensors for name, (tensors, _) in zip(self._inputs, taken[len(features) :], strict=True)}
         return Taken(
             numbered(features),
             numbered(entering),
@@ -212,17 +127,3 @@ class Taps:
     def remove(self) -> None:
         """Remove the hooks."""
         remove_hooks(self._handles)
-
-
-def _since(first: int, records: list[tuple[int, list[Tensor]]]) -> list[Tensor]:
-    return [tensor for number, tensors in records if number >= first for tensor in tensors]
-
-
-def _in_checkpoint() -> bool:
-    """Whether a reentrant checkpoint is running: torch's, or a library's of the same name."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if "CheckpointFunction" in frame.f_code.co_qualname:
-            return True
-        frame = frame.f_back
-    return False

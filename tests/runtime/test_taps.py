@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -311,3 +312,90 @@ def test_an_input_given_by_name():
     taps = Taps(model, {}, ["head"])
     model(X)
     assert torch.equal(taps.take().entering["head"], X)
+
+
+class Writing(nn.Module):
+    """A layer whose output is written into: always, by dropout in training mode, if told so, or never."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.stem, self.drop, self.head = nn.Linear(4, 4), nn.Dropout(0.5, inplace=True), nn.Linear(4, 3)
+        self.drop.train(how == "in training mode")
+        self.writes = how == "always"
+
+    def forward(self, x):
+        self.seen = self.stem(x)
+        before, x = self.seen.detach().clone(), self.drop(self.seen)
+        self.was = before
+        return self.head(x.relu_() if self.writes else x.relu())
+
+
+class TestCopies:
+    @pytest.mark.parametrize(("how", "copied"), [("always", True), ("in training mode", True), ("never", False)])
+    def test_are_made_of_what_is_written_into_and_of_nothing_else(self, how, copied):
+        model = make(lambda: Writing(how), 0)
+        taps = Taps(model, {"stem": "stem"}, ["head"])
+        for number in range(4):
+            model(X + number)
+            taken = taps.take()
+            assert torch.equal(taken.features["stem"], model.was)
+            assert (taken.features["stem"] is not model.seen) == (copied or number == 0)
+
+    def test_a_change_of_modes_between_steps(self):
+        """Dropout in place acts in training mode: each mode is learned by itself, and none is forgotten."""
+        model = make(lambda: Writing("never"), 0)
+        taps = Taps(model, {"stem": "stem"})
+        copies = []
+        for training in (False, False, True, True, False, True):
+            model.train(training)
+            model(X)
+            found = taps.take().features["stem"]
+            assert torch.equal(found, model.was)
+            copies.append(found is not model.seen)
+        assert copies == [True, False, True, True, False, True]
+
+    def test_what_is_written_into_for_the_first_time_is_not_used(self):
+        model = make(lambda: Writing("never"), 0)
+        taps = Taps(model, {"stem": "stem"})
+        for _ in range(2):
+            model(X)
+            taps.take()
+        model.writes = True
+        model(X)
+        with pytest.raises(ctl.SpecError, match=r"'stem' was written into after .* call the model again"):
+            taps.take()
+        model(X)
+        assert torch.equal(taps.take().features["stem"], model.was)
+
+    def test_fit_makes_that_pass_again(self):
+        source = make(lambda: Writing("never"), 2)
+        adaptation = ctl.adapt(make(lambda: Writing("never"), 1), source, [ctl.FeatureConservation()], example=X)
+        passes = []
+
+        def forward(model, batch):
+            passes.append(model.training and torch.is_grad_enabled())
+            model.writes = sum(passes) > 3
+            return model(batch[0])
+
+        training = ctl.Training(epochs=4, batch_size=6, batch_norm="eval", device="cpu")
+        result = ctl.fit(adaptation, (X, Y), training=training, forward=forward)
+        assert result.steps == 4
+
+    def test_the_source_model_is_run_again_where_it_writes(self):
+        """By hand: the features of a source with a ReLU in place are those before it."""
+        source = make(lambda: Writing("always"), 2)
+        adaptation = ctl.adapt(make(lambda: Writing("always"), 1), source, [ctl.FeatureConservation()], example=X)
+        runs = []
+        for _ in range(2):
+            view = adaptation.source_view(X, lambda model, batch: runs.append(0) or model(batch))
+            torch.testing.assert_close(view.features["stem"], source.stem(X))
+        assert len(runs) == 3
+
+    def test_a_model_with_taps_is_freed_when_it_is_dropped(self):
+        model = make(lambda: Writing("never"), 0)
+        taps, seen = Taps(model, {"stem": "stem"}), weakref.ref(model)
+        model(X)
+        taps.take()
+        taps.remove()
+        del model, taps
+        assert seen() is None
