@@ -449,3 +449,27 @@ class TestInATrainer:
             assert name not in base or torch.equal(one, base[name])
         drifted = [layer for layer, moved in found.drift().items() if moved > 0]
         assert drifted == ["base_model.model.transformer.h.0", "base_model.model.transformer.h.1"]
+
+
+class TestStrategy:
+    """The strategy ``LoRA``, which needs no PEFT."""
+
+    def test_its_outputs_are_those_of_pefts_own(self):
+        model, tokens = network(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+        strategy = ctl.LoRA(rank=2, alpha=3, on=["convolution", "body.0"])
+        adaptation = ctl.adapt(model, network(), [strategy], example=tokens)
+        move(model)
+        theirs = wrapped(target_modules=["convolution", "body.0"])
+        inside = theirs.base_model.model
+        with torch.no_grad():
+            for own, layer in ((model.convolution, inside.convolution), (model.body[0], inside.body[0])):
+                for name in ("lora_A", "lora_B"):
+                    weight = getattr(layer, name)["default"].weight
+                    weight.copy_(getattr(own, name).view_as(weight))
+        torch.testing.assert_close(model(tokens), theirs(tokens))
+        assert not torch.allclose(model(tokens), network()(tokens))
+        assert adaptation.plan.totals()["trained"] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+    def test_a_model_with_an_adapter_is_refused(self):
+        with pytest.raises(ctl.SpecError, match=r"must have no adapter yet; it has one of PEFT"):
+            ctl.adapt(wrapped(), wrapped(), [ctl.LoRA(rank=2)])

@@ -1,4 +1,4 @@
-"""Low-rank adaptation: changes of weights against dense ones, PEFT's own, and what follows the merged weights."""
+"""Low-rank adaptation: changes of weights against dense ones, and what follows the merged weights."""
 
 from __future__ import annotations
 
@@ -74,23 +74,6 @@ def test_outputs_are_those_of_the_merged_weight(name):
     assert list(merged.state_dict()) == [f"0.{key}" for key in module.state_dict()]
     torch.testing.assert_close(merged[0].weight, plain.weight, rtol=1e-12, atol=1e-14)
     assert not merged[0]._forward_hooks
-
-
-def test_factors_and_outputs_are_those_of_peft():
-    peft = pytest.importorskip("peft")
-    model = network()
-    adaptation = adapted(model=model)
-    theirs = peft.get_peft_model(
-        network(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["conv", "body"], bias="none")
-    ).double()
-    with torch.no_grad():
-        for name in ("conv", "body"):
-            layer = getattr(theirs.base_model.model, name)
-            for factor in ("lora_A", "lora_B"):
-                own = getattr(getattr(model, name), factor)
-                getattr(layer, factor)["default"].weight.copy_(own.view_as(getattr(layer, factor)["default"].weight))
-    torch.testing.assert_close(model(X), theirs(X), rtol=1e-10, atol=1e-12)
-    assert adaptation.plan.totals()["trained"] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
 
 
 def test_training_moves_the_factors_alone():
@@ -226,10 +209,3 @@ def test_two_strategies_on_one_module(other, message):
 def test_a_fresh_weight_is_trained_itself_and_its_factors_are_not():
     plan = ctl.adapt(network(), network(), [ctl.LoRA(rank=2)], fresh=["body"]).plan
     assert set(plan.trained) == {"conv.lora_A", "conv.lora_B", "body.weight", "body.bias"}
-
-
-def test_a_model_with_an_adapter_of_peft_is_refused():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["body"]))
-    with pytest.raises(ctl.SpecError, match=r"must have no adapter yet; it has one of PEFT"):
-        adapted(model=model)
