@@ -22,6 +22,7 @@ __all__ = [
     "Terminated",
     "TrainingDivergedError",
     "WriteError",
+    "counted",
     "did_you_mean",
     "hint",
     "wrong_tag",
@@ -119,6 +120,15 @@ class WriteError(ConservtlError, OSError):
             f"{str(path)!r} must be writable; received: {reason}. Earlier files are unchanged. Free space, or give a "
             "folder that can be written to."
         )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with a noun, which is in the plural unless there is one.
+
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

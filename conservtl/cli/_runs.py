@@ -47,7 +47,8 @@ def run(
     from conservtl.engine.processes import is_main_process
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
-    from conservtl.report.text.summary import left_out_notes, rows_notes, skipped_notes
+    from conservtl.report.text.examples import skipped_notes
+    from conservtl.report.text.summary import left_out_notes, rows_notes
 
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal

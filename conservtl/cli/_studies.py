@@ -105,7 +105,8 @@ def _counted(number: int, noun: str) -> str:
 def _write(result: dict[str, Any], out: Path, name: str, write_page: Callable[[Any, Path], None]) -> None:
     """Write the results as JSON and, if the extra is installed, as a page; print the path."""
     from conservtl.report import write_json
-    from conservtl.report.text.summary import rows_notes, skipped_notes
+    from conservtl.report.text.examples import skipped_notes
+    from conservtl.report.text.summary import rows_notes
 
     sys.stdout.writelines(f"{note}\n" for note in [*rows_notes(result), *skipped_notes(result)])
     write_json(result, out / f"{name}.json")

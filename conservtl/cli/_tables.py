@@ -8,9 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.intervals import MeanInterval, difference_span, metric_span
 from conservtl.report.text.metrics import headline, pair
-from conservtl.report.text.summary import shots_text, taken_of
 
 __all__ = ["comparison_tables", "run_table", "trial_line"]
 

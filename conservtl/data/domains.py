@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from conservtl.data.examples import Data
+from conservtl.data.examples import Data, length_of
 
 __all__ = ["Augmentation", "Domains", "Preprocessing"]
 
@@ -58,6 +58,9 @@ class Domains:
         source_augmentation: for training a source model, or None.
         notes: remarks on the data for the plan: what was left out.
         skipped: names of the files that were left out because they cannot be used -> why.
+        counts: numbers of examples where the parts' lengths do not tell them, for the report: ``shots``, those with
+            labels; ``unlabelled``, those without; ``accepted`` and ``rejected``, labels that the source model gave
+            them.
     """
 
     labels: tuple[str, ...]
@@ -72,3 +75,11 @@ class Domains:
     source_augmentation: Augmentation | None = None
     notes: tuple[str, ...] = ()
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples of each part that there is, and those of ``counts``."""
+        names = ("shots", "validation", "target_test", "source_train", "source_test")
+        parts = {name: part for name in names if (part := getattr(self, name)) is not None}
+        return {name: length_of(part) for name, part in parts.items()} | dict(self.counts)

@@ -190,6 +190,7 @@ def _report(
         "target": setting.target,
         "shots": spec.model_dump(mode="json")["data"]["shots"],
         "taken": setting.taken,
+        "examples": domains.sizes,
         "skipped": skipped_report(domains.skipped),
         "metric": task.headline.as_json(),
         "example": task.example,

@@ -293,7 +293,7 @@ def prepare(spec: Spec) -> Setting:
     check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
     setting = Setting(spec, domains, example, domains.labels == domains.source_labels)
-    note = shots_note(task, setting.taken, spec.data.shots) + (
+    note = shots_note(task, domains, setting.taken, spec.data.shots) + (
         (skipped_text(domains.skipped),) if domains.skipped else ()
     )
     return replace(setting, domains=replace(domains, notes=(*domains.notes, *note))) if note else setting

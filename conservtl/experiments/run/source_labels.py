@@ -13,7 +13,7 @@ from conservtl.batches import map_tensors
 from conservtl.data import Data, Domains, Examples, length_of
 from conservtl.data.sequences import Sequences
 from conservtl.data.shots import UpTo, taken_text
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
@@ -126,14 +126,19 @@ def check_shots(task: Task, domains: Domains, names: Mapping[str, str] | None = 
             )
 
 
-def shots_note(task: Task, taken: Mapping[str, int] | None, shots: Any) -> tuple[str, ...]:
-    """Say how many examples of each class are taken, if a spec gives no number.
+def shots_note(task: Task, domains: Domains, taken: Mapping[str, int] | None, shots: Any) -> tuple[str, ...]:
+    """Say how many examples of each class are taken, if a spec gives no number, and how many have no labels.
 
     Args:
         task: calls its examples by their name.
+        domains: as loaded.
         taken: name of each class -> examples; None: not known.
         shots: of the spec's section ``data``.
     """
+    sizes = domains.sizes
+    if bare := sizes.get("unlabelled"):
+        tested = counted(sizes["target_test"], task.example)
+        return (f"{counted(sizes['shots'], task.example)} with labels and {bare:,} without; {tested} to test on",)
     if isinstance(shots, int) or not taken:
         return ()
     text = f"{taken_text(taken.values())} {task.example}s of each class are taken, {sum(taken.values())} in all"

@@ -20,7 +20,8 @@ from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
 from conservtl.experiments.studies.trial import Trial, over_all, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, variants_of
-from conservtl.report.text.summary import NO_LABELS, shots_text, taken_of
+from conservtl.report.text.examples import shots_text, taken_of
+from conservtl.report.text.summary import NO_LABELS
 
 __all__ = ["compare", "plan_trials", "summarise"]
 

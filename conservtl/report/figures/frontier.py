@@ -7,8 +7,8 @@ from typing import Any
 
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
+from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.metrics import ACCURACY, Metric
-from conservtl.report.text.summary import shots_text, taken_of
 from conservtl.report.text.variants import VariantResult, variants
 
 __all__ = ["frontier"]

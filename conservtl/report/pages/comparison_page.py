@@ -11,10 +11,11 @@ from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
 from conservtl.report.pages.rendering import render_study
+from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import Metric, Verdict, headline
-from conservtl.report.text.summary import duration, left_out_notes, rows_notes, shots_text, taken_of
+from conservtl.report.text.summary import duration, left_out_notes, rows_notes
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
 __all__ = ["comparison_parts", "comparison_table", "write_compare"]

@@ -12,10 +12,10 @@ import yaml
 
 from conservtl.extras import require
 from conservtl.report.figures.canvas import Picture
+from conservtl.report.text.examples import skipped_rows
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import Verdict
 from conservtl.report.text.report_json import plain
-from conservtl.report.text.summary import skipped_rows
 from conservtl.storage.files import write_text
 
 __all__ = ["as_yaml", "render", "render_study"]

@@ -8,9 +8,10 @@ from typing import Any
 
 from conservtl.report.pages.rendering import as_yaml, render
 from conservtl.report.run_report import run_figures
+from conservtl.report.text.examples import examples_notes, skipped_rows
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.metrics import Verdict, number
-from conservtl.report.text.summary import costly, duration, left_out_notes, sentence, skipped_rows, verdict
+from conservtl.report.text.summary import costly, duration, left_out_notes, sentence, verdict
 from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
 
 __all__ = ["write_html"]
@@ -42,7 +43,7 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         agreement=agreement_rows(report),
         details=_details(report),
         examples=(report.get("details") or {}).get("examples") or [],
-        left_out=left_out_notes(report),
+        left_out=[*examples_notes(report), *left_out_notes(report)],
         **skipped_rows(report),
         spec=as_yaml(report.get("spec")),
         environment=_environment(report),

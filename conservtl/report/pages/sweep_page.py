@@ -17,10 +17,11 @@ from conservtl.report.figures.strengths import (
     swept_method,
 )
 from conservtl.report.pages.rendering import render_study
+from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
-from conservtl.report.text.summary import rows_notes, shots_text, taken_of
+from conservtl.report.text.summary import rows_notes
 
 __all__ = ["free_layers", "layers_table", "strengths_table", "sweep_parts", "sweep_sentences", "write_sweep"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from conservtl.data.shots import taken_text
 from conservtl.plan.plan import Plan
+from conservtl.report.text.examples import target_text
 from conservtl.report.text.metrics import Verdict, headline, number, pair
-from conservtl.tasks.bad_files import shown_name, skipped_text
 
 __all__ = [
     "NO_LABELS",
@@ -19,11 +18,6 @@ __all__ = [
     "read_plan",
     "rows_notes",
     "sentence",
-    "shots_text",
-    "skipped_notes",
-    "skipped_rows",
-    "taken_of",
-    "target_text",
     "verdict",
 ]
 
@@ -77,16 +71,6 @@ def costly(report: Mapping[str, Any]) -> bool:
     return round(gain + kept, 3) < 0
 
 
-def target_text(report: Mapping[str, Any]) -> str:
-    """Return the name of the target and the number of examples adapted to."""
-    target, shots = report.get("target") or "the target", report.get("shots")
-    if shots is None:
-        return str(target)
-    example = str(report.get("example") or "example")
-    taken = (report.get("taken") or {}).values()
-    return f"{target} from {shots_text(shots, example, classes=bool(report.get('classes')), taken=taken)}"
-
-
 def left_out_notes(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence on each thing that a run or a study could not measure."""
     return [f"Not measured: {text}." for text in result.get("left_out") or ()]
@@ -95,47 +79,6 @@ def left_out_notes(result: Mapping[str, Any]) -> list[str]:
 def rows_notes(result: Mapping[str, Any]) -> list[str]:
     """Return sentences on rows of a head that a run, or some runs of a study, copied by label."""
     return [f"Rows copied by label, {said}." for said in result.get("rows_by_label") or ()]
-
-
-def skipped_notes(report: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on the files that a run or a study skipped, if there are any."""
-    skipped = report.get("skipped") or {}
-    named = {str(entry["file"]): str(entry["reason"]) for entry in skipped.get("files") or ()}
-    return [f"{skipped_text(named, int(skipped['count']))}."] if named else []
-
-
-def skipped_rows(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the files that a report lists as skipped, name and reason, and the count of all, for a page."""
-    skipped = report.get("skipped") or {}
-    rows = [(shown_name(entry["file"]), shown_name(entry["reason"])) for entry in skipped.get("files") or ()]
-    return {"skipped": rows, "skipped_count": int(skipped.get("count", 0))}
-
-
-def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:
-    """Return the shots of a spec in words, of each class if there are classes.
-
-    Args:
-        shots: a number, "all" or {"up_to": a number}.
-        example: name of one shot.
-        classes: whether shots are counted a class.
-        taken: numbers of examples that classes had; said where ``shots`` is no number.
-
-    Example:
-        >>> shots_text(5), shots_text({"up_to": 5}, "recording", taken=[5, 3, 4])
-        ('5 shots a class', 'up to 5 recordings a class (3 to 5)')
-    """
-    most = shots["up_to"] if isinstance(shots, Mapping) else shots
-    words = f"{most} {example}{'' if most == 1 else 's'}{' a class' if classes else ''}"
-    if isinstance(shots, int):
-        return words
-    words = f"up to {words}" if isinstance(shots, Mapping) else words
-    return f"{words} ({taken_text(taken)})" if taken else words
-
-
-def taken_of(study: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the fewest and the most examples that a class had in a study, or in one of its tables."""
-    taken = study.get("taken")
-    return (taken["fewest"], taken["most"]) if taken else ()
 
 
 def duration(seconds: float) -> str:

@@ -153,6 +153,7 @@ def domains_of(
         augmentation=data.augment,
         source_augmentation=data.source_augment,
         skipped=skipped or {},
+        counts={"shots": len(split.shots), "unlabelled": len(split.unlabelled)} if split.unlabelled else {},
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from conservtl.bounds import Count, Share
 from conservtl.data import Domains
 from conservtl.data.sequences import Sequences, joined
+from conservtl.errors import counted
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
 from conservtl.tasks.transcribe.recognizers import Decoder
@@ -62,12 +63,13 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     data: Any = domains.shots
     told = data.take([place for place, known in enumerate(data.labelled) if known])
     bare = data.take([place for place, known in enumerate(data.labelled) if not known])
-    note = f"{len(bare)} utterances without their texts"
-    heard = bare
+    note = f"{counted(len(bare), 'utterance')} without their texts"
+    heard, counts = bare, {"shots": len(told), "unlabelled": len(bare)}
     if (rule := section.pseudo_labels) is not None:
         augment = None if rule.agreement is None else rule.agreement.of_batch
         heard = pseudo_labelled(source, bare, least=rule.least, augment=augment, seed=seed)
         note += f", of which {len(heard)} have hypotheses to train on"
+        counts |= {"accepted": len(heard), "rejected": len(bare) - len(heard)}
     elif isinstance(source, Decoder):
         heard = pseudo_labelled(source, bare, least=0.0, seed=seed)
         heard = replace(heard, labelled=(False,) * len(heard))
@@ -76,4 +78,4 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     note += f"; the {len(told)} with texts {times} times in an epoch" if times > 1 else ""
     copies = [replace(told, names=tuple(f"{name} ({number})" for name in told.names)) for number in range(2, times + 1)]
     parts: list[Sequences] = [told, *copies, heard] if len(told) else [heard]  # a copy's name draws its own changes
-    return replace(domains, shots=joined(parts), notes=(*domains.notes, note))
+    return replace(domains, shots=joined(parts), notes=(*domains.notes, note), counts=counts)

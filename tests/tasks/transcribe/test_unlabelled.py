@@ -210,6 +210,17 @@ class TestRuns:
         notes = [note for note in report["plan"]["notes"] if "without their texts" in note]
         assert len(notes) == 1
         assert "4 utterances without their texts, of which" in notes[0]
+        assert "data: 2 utterances with labels and 4 without; 4 utterances to test on" in report["plan"]["notes"]
+        found = json.loads((tmp_path / "report.json").read_text())["examples"]
+        assert found.pop("accepted") + found.pop("rejected") == 4
+        heard = 4 - report["examples"]["rejected"]
+        assert heard
+        assert found == {"shots": 2, "unlabelled": 4, "target_test": 4, "source_train": 7, "source_test": 3}
+        page = (tmp_path / "report.html").read_text()
+        labels = f"({heard} pseudo-label{'s' * (heard > 1)} accepted, {4 - heard} rejected)"
+        assert f"to cid from 2 utterances and 4 unlabelled utterances {labels}" in page
+        said = f"Utterances: 2 to adapt with, 4 unlabelled utterances {labels}, 4 of the target to test on, 7 of the"
+        assert said in page
 
     def test_entropy_alone(self, spec, tmp_path):
         """No text of the target is needed at all."""
@@ -217,6 +228,9 @@ class TestRuns:
         report = run(with_fields(spec, changes), tmp_path)
         assert report["agreement"]["after"]["kl"] > 0
         assert [line["by"] for line in report["plan"]["terms"]] == ["EntropyMinimisation"]
+        assert " cid from 4 unlabelled utterances" in report["sentence"]
+        assert "accepted" not in report["sentence"]
+        assert report["examples"]["shots"] == 0
 
     @pytest.mark.parametrize("shots", [0, 2])
     def test_utterances_that_nothing_learns_from_are_refused(self, spec, shots, tmp_path):
