@@ -266,7 +266,7 @@ def test_merge_writes_a_file_or_says_one_line(tmp_path, monkeypatch, capsys):
         save_file({"w": torch.full((2, 2), value)}, tmp_path / f"{name}.safetensors")
     files = [tmp_path / f"{name}.safetensors" for name in ("source", "one", "two")]
     code, out, _ = call(monkeypatch, capsys, "merge", *files, "--t", "0.5", "--out", tmp_path / "out")
-    assert (code, out) == (0, f"{tmp_path / 'out'}: 1 tensors mixed\n")
+    assert (code, out) == (0, f"{tmp_path / 'out'}: 1 tensor mixed\n")
     assert load_file(tmp_path / "out/model.safetensors")["w"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
     code, _, err = call(monkeypatch, capsys, "merge", *files, "--out", tmp_path / "more")
     assert code == 2

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from conservtl.cli._options import DryRun, Executor, Imports, Out, Overrides, Processes, SpecFile
-from conservtl.errors import MissingExtraError
+from conservtl.errors import MissingExtraError, counted
 
 __all__ = ["compare", "sweep", "tune"]
 
@@ -90,16 +90,12 @@ def _progress(text: str) -> None:
 
 def _print_estimate(estimate: dict[str, Any]) -> None:
     minutes = round(estimate["seconds"] / 60)
-    duration = f"about {_counted(minutes, 'minute')}" if minutes else "less than a minute"
+    duration = f"about {counted(minutes, 'minute')}" if minutes else "less than a minute"
     sources = estimate["sources"]
     sys.stdout.write(
-        f"{_counted(estimate['runs'], 'run')}, {duration} on this machine, and the training of up to "
-        f"{_counted(sources, 'source model')}, which {'is' if sources == 1 else 'are'} kept for later runs\n"
+        f"{counted(estimate['runs'], 'run')}, {duration} on this machine, and the training of up to "
+        f"{counted(sources, 'source model')}, which {'is' if sources == 1 else 'are'} kept for later runs\n"
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _write(result: dict[str, Any], out: Path, name: str, write_page: Callable[[Any, Path], None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from conservtl.data.shots import Shots, number_of_shots
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 
 __all__ = ["carve", "draw_shots"]
 
@@ -31,7 +31,7 @@ def draw_shots(labels: Sequence[int], shots: Shots, seed: int, spare: int = 1) -
         if isinstance(shots, int) and len(places) < shots + spare:
             left = f"{shots} to adapt with leave none to test on" if spare else f"{shots} were asked for"
             raise DataError(
-                f"data.shots: label {label} has {len(places)} examples; {left}. Ask for at most "
+                f"data.shots: label {label} has {counted(len(places), 'example')}; {left}. Ask for at most "
                 f"{len(places) - spare}, or {{up_to: {shots}}}."
             )
         count = number_of_shots(shots, len(places), spare)

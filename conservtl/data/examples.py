@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from conservtl.batches import as_tensor
 from conservtl.data.sequences import Sequences, joined
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 
 __all__ = ["Data", "Examples", "first_batch", "join", "length_of", "spread", "take"]
 
@@ -40,7 +40,11 @@ class Examples:
         for field in ("inputs", "labels"):
             value: Any = getattr(self, field)
             if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(self.names):
-                count = f"{len(value)} rows" if isinstance(value, Tensor) and value.ndim else type(value).__name__
+                count = (
+                    f"{counted(len(value), 'row')}"
+                    if isinstance(value, Tensor) and value.ndim
+                    else type(value).__name__
+                )
                 raise DataError(
                     f"Examples.{field} must be a tensor or an array with one row for each of {len(self.names)} names; "
                     f"received {count}. Give as many names as rows."

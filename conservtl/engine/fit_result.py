@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.fragments import fragment, html_table
 
 __all__ = ["FitResult"]
@@ -48,7 +49,7 @@ class FitResult:
     def _repr_html_(self) -> str:
         best = "" if self.best is None else f", best validation score {self.best:.4g}"
         how = self.execution or f"{self.device}, {self.precision}"
-        title = f"{self.steps} steps in {self.seconds:.1f} s on {how}{best}"
+        title = f"{counted(self.steps, 'step')} in {self.seconds:.1f} s on {how}{best}"
         sets = dict.fromkeys(
             (name, metric)
             for line in self.history

@@ -42,6 +42,7 @@ from conservtl.engine.search import Trial, run_searches
 from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session
 from conservtl.engine.snapshot import State, restore
+from conservtl.engine.source_precision import unused_half
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.trackers import Tracker, tracking
 from conservtl.engine.training import Training
@@ -259,6 +260,8 @@ def _result(
     session: Session, batches: Held | Streamed, state: State, ended: Ended, begun: float, *, kept_outputs: bool
 ) -> FitResult:
     """Return the result of a run that began at ``begun``."""
+    execution = str(session.execution.with_batches(session.training, made_here=batches.sized))
+    unused = unused_half(session.training, session.precision, session.adaptation.bound.terms.source_model)
     return FitResult(
         after=ended.after,
         path=ended.path,
@@ -269,5 +272,5 @@ def _result(
         precision=session.precision,
         device=str(session.device),
         kept_outputs=kept_outputs,
-        execution=str(session.execution.with_batches(session.training, made_here=batches.sized)),
+        execution=", ".join([execution, unused] if unused else [execution]),
     )

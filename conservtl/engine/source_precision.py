@@ -14,12 +14,29 @@ from conservtl.layers.names import holder_counts
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import SourceModelRunner
 
-__all__ = ["source_in"]
+__all__ = ["source_in", "unused_half"]
 
 _CASTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def unused_half(training: Training, precision: str, runner: SourceModelRunner | None) -> str:
+    """Return why ``source_precision: half`` changes nothing in a run; empty if it does, or is not set.
+
+    Args:
+        training: the settings.
+        precision: of the run.
+        runner: the source model; None: there is none.
+    """
+    if training.source_precision != "half":
+        return ""
+    if precision not in _HALF:
+        return f"source_precision half unused: the run computes in {precision}"
+    if runner is None:
+        return "source_precision half unused: no strategy runs the source model"
+    return "source_precision half unused: the source shares the model's modules" if runner.shared is not None else ""
 
 
 @contextmanager
@@ -36,8 +53,7 @@ def source_in(training: Training, precision: str, runner: SourceModelRunner | No
         runner: the source model; None: there is none.
         plan: names the head's modules, which may run outside autocast.
     """
-    wanted = training.source_precision == "half" and precision in _HALF
-    if not wanted or runner is None or runner.shared is not None:
+    if training.source_precision != "half" or unused_half(training, precision, runner) or runner is None:
         yield
         return
     holders, heads = holder_counts(runner.model), plan.head_modules

@@ -77,7 +77,7 @@ class Training(FrozenModel):
     source_precision: Literal["fp32", "half"] = "fp32"
     """Precision in which the source model's linear maps and convolutions are held, if strategies compare with it. half:
     that of ``precision`` if it is bf16 or fp16, in which they compute anyway: half of the memory, nothing to convert in
-    each step, and the same results."""
+    each step, and the same results. The result's ``execution`` says if it had no effect."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     distributed: Literal["auto", "ddp", "fsdp2"] = "auto"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.compat import foreach_abs_, foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_reciprocal_
+from conservtl.errors import counted
 from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs
 from conservtl.methods._quadratic import with_decay
@@ -60,7 +61,7 @@ class Proximal(Update):
     def describe(self) -> str:
         """Return one line for the plan's table."""
         threshold = "soft threshold" if self.penalty == "l1" else "soft threshold of each output channel"
-        return f"{threshold} of w - w0 by rate × {self.alpha:g}, {len(self.names)} parameters"
+        return f"{threshold} of w - w0 by rate × {self.alpha:g}, {counted(len(self.names), 'parameter')}"
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Move each element, or each row, by its threshold toward the source and no further."""

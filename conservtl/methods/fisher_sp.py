@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from conservtl.batches import row_count
 from conservtl.bounds import Count, NonNegative
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SourceError, SpecError, counted
 from conservtl.functions import logits_of
 from conservtl.layers import named_parameters
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
@@ -153,7 +153,8 @@ class FisherMeasure(Measure):
     def describe(self) -> str:
         """Return one line for the plan's table."""
         return (
-            f"{self.fisher} Fisher information of {len(self.names)} parameters on {self.data} data, example by example"
+            f"{self.fisher} Fisher information of {counted(len(self.names), 'parameter')} on {self.data} data, "
+            "example by example"
         )
 
     def check(self, model: nn.Module) -> None:
@@ -242,4 +243,7 @@ class FisherPenalty(Quadratic):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"pull of {len(self.names)} parameters to the source, weighed by {', '.join(self.reads)}{self._rhythm}"
+        return (
+            f"pull of {counted(len(self.names), 'parameter')} to the source, weighed by "
+            f"{', '.join(self.reads)}{self._rhythm}"
+        )

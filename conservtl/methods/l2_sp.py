@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from conservtl.bounds import Count, NonNegative
+from conservtl.errors import counted
 from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
 from conservtl.methods._rows import Coverage, covered_rows, fresh_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
@@ -137,4 +138,4 @@ class L2Penalty(Quadratic):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"pull of {len(self.names)} parameters to the source{self._rhythm}"
+        return f"pull of {counted(len(self.names), 'parameter')} to the source{self._rhythm}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegativeInt, ProperShare
 from conservtl.compat import foreach_copy_
+from conservtl.errors import counted
 from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import placed
 from conservtl.kernels.philox import identity, words
@@ -104,7 +105,10 @@ class MixoutUpdate(Update):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"{self.p:g} of the elements of {len(self.names)} parameters at source values, drawn for each step"
+        return (
+            f"{self.p:g} of the elements of {counted(len(self.names), 'parameter')} at source values, drawn for "
+            "each step"
+        )
 
     def prepare(self, step: Step, state: dict[str, Tensor], training: bool) -> None:
         """Mix the weights for a pass in train mode, unless they are mixed; restore them for any other."""

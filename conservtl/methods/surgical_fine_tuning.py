@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from conservtl.bounds import Count
-from conservtl.errors import PlanError, SpecError
+from conservtl.errors import PlanError, SpecError, counted
 from conservtl.methods._rows import names_something, train_named
 from conservtl.methods.base import Order, Strategy, TestFields
 from conservtl.plan.plan import Plan
@@ -111,7 +111,7 @@ class SurgicalFineTuning(Strategy):
         body = self._body(plan)
         if not -len(body) <= place < len(body):
             raise SpecError(
-                f"{self.label}: block={place} must be a position in the body of {len(body)} layers "
+                f"{self.label}: block={place} must be a position in the body of {counted(len(body), 'layer')} "
                 f"({', '.join(body)}), {-len(body)} to {len(body) - 1}."
             )
         return frozenset({body[place]})
@@ -146,7 +146,7 @@ class BestBlock(Search):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        length = "a fifth of the epochs" if self.epochs is None else f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        length = "a fifth of the epochs" if self.epochs is None else counted(self.epochs, "epoch")
         return f"each of {len(self.candidates)} blocks trained alone for {length}; the best on validation is chosen"
 
     def trials(self) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from conservtl.bounds import Count, NonNegative, Positive, Share
-from conservtl.errors import PlanError
+from conservtl.errors import PlanError, counted
 from conservtl.spec_model import FrozenModel
 
 __all__ = ["COLUMNS", "Anneal", "Choice", "Length", "LowRank", "Phase", "Row", "changed", "like_bias"]
@@ -213,7 +213,7 @@ class Phase(FrozenModel):
             return "to the end"
         if isinstance(self.epochs, float):
             return f"{100 * self.epochs:g} % of the epochs"
-        return f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        return counted(self.epochs, "epoch")
 
 
 def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:

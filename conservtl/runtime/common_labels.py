@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 
 __all__ = ["CommonLabels"]
 
@@ -41,7 +41,8 @@ class CommonLabels:
         found = next((one for one in axes if one is not None and self._fits(adapted.shape, source.shape, one)), None)
         if found is None:
             raise SpecError(
-                f"labels: outputs must have one axis of {self._size} labels, the target's, and be like the source's on "
+                f"labels: outputs must have one axis of {counted(self._size, 'label')}, the target's, and be "
+                "like the source's on "
                 f"all others; received shape {tuple(adapted.shape)}, and {tuple(source.shape)} of the source."
             )
         places, numbers = (one.to(adapted.device) for one in (self._adapted, self._source))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.kernels.dtensor import by_rows, sharded
 from conservtl.plan.after import After
 from conservtl.plan.penalty import Penalty
@@ -196,7 +196,7 @@ def _check_weight_decay(name: str, plan: Plan, options: Mapping[str, Any]) -> No
     if covered and float(options.get("weight_decay", 0.0)) != 0.0:
         first, by = covered[0], plan.penalties_on(covered[0])[0].by
         raise SpecError(
-            f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {len(covered)} parameters that "
+            f"{name}: weight_decay={options['weight_decay']:g} pulls to zero {counted(len(covered), 'parameter')} that "
             f"{by} already pulls ({first!r}, …). Leave weight_decay out, or leave {by} out."
         )
 

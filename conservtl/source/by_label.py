@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SourceError, SpecError, counted
 from conservtl.layers import canonical
 from conservtl.plan.plan import Plan
 
@@ -96,14 +96,15 @@ class HeadLabels:
             columns = _by_columns(modules.get(row.name.rpartition(".")[0]))
             if row.shape[:1] != (ours,) or columns:
                 raise SpecError(
-                    f"labels: the head must have a row for each of the target's {ours} labels; {row.name!r} "
+                    f"labels: the head must have a row for each of the target's {counted(ours, 'label')}; {row.name!r} "
                     f"has shape {row.shape}{', with the outputs on another axis' * columns}. Correct the list or the "
                     "model, or declare the head fresh (fresh=['head'])."
                 )
         other = [row for row in weights if row.source_shape is not None and row.source_shape[:1] != (theirs,)]
         if other:
             raise SpecError(
-                f"labels: the source's head must have a row for each of its {theirs} labels; {other[0].name!r} has "
+                f"labels: the source's head must have a row for each of its {counted(theirs, 'label')}; "
+                f"{other[0].name!r} has "
                 f"shape {other[0].source_shape} there. List the labels of the source's outputs."
             )
         if self.shared or not self.common:

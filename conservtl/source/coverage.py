@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from conservtl.errors import SourceError
+from conservtl.errors import SourceError, counted
 from conservtl.layers import matches
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
@@ -61,11 +61,12 @@ def check_coverage(
     if not better and values >= MIN_SHARE * every and len(found) >= MIN_SHARE * len(wanted):
         return
     message = (
-        f"{source.where}: most of what the plan takes from the source must be found there; of {len(wanted)} tensors "
+        f"{source.where}: most of what the plan takes from the source must be found there; of "
+        f"{counted(len(wanted), 'tensor')} "
         f"with {every:,} values it gives {len(found)} with {values:,}{_reason(wanted)}."
     )
     if fit is not None and fit.values > values:
-        message += f" With {fit}, {len(fit.names)} tensors with {fit.values:,} values fit."
+        message += f" With {fit}, {counted(len(fit.names), 'tensor')} with {counted(fit.values, 'value')} fit."
     raise SourceError(
         f"{message} Rename the source's tensors (prefix=..., rename={{...}}; in a spec source.prefix, source.rename), "
         "declare what it does not have (fresh=[...]), or allow it (allow=['*'])."
@@ -82,7 +83,9 @@ def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str 
     """
     left = list(unused)
     where = f" in {file}" if file else ""
-    return (f"not used{where}: {len(left)} of {len(tensors)} tensors, {amount(left, tensors)}",) if left else ()
+    return (
+        (f"not used{where}: {len(left)} of {counted(len(tensors), 'tensor')}, {amount(left, tensors)}",) if left else ()
+    )
 
 
 def kept_note(kept: Sequence[str], model: Mapping[str, Tensor]) -> tuple[str, ...]:

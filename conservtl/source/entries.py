@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conservtl.errors import SourceError, hint
+from conservtl.errors import SourceError, counted, hint
 from conservtl.layers import canonical
 from conservtl.source.kinds import has_values
 
@@ -97,7 +97,7 @@ def amount(names: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
     left = sorted(names, key=lambda name: -tensors[name].numel())
     count, every = (sum(tensors[name].numel() for name in chosen) for chosen in (left, tensors))
     largest = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in left[:3])
-    return f"{count:,} of {every:,} values ({'the largest ' * (len(left) > 3)}{largest})"
+    return f"{count:,} of {counted(every, 'value')} ({'the largest ' * (len(left) > 3)}{largest})"
 
 
 def some(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from conservtl.errors import SourceError
+from conservtl.errors import SourceError, counted
 from conservtl.source.renaming import Shapes, cuts, known_prefixes
 
 __all__ = ["Placement", "find_placement"]
@@ -99,7 +99,8 @@ def find_placement(
         if len(other.fits) >= _AS_WELL * len(best.fits) and _differ(best, other, source, same):
             raise SourceError(
                 f"{where}: its names must fit the model in one way; {best} they give {len(best.fits)} of the model's "
-                f"{len(own)} tensors, and {other} {len(other.fits)}. Choose: {best.option}, or {other.option} (in a "
+                f"{counted(len(own), 'tensor')}, and {other} {len(other.fits)}. Choose: {best.option}, or "
+                f"{other.option} (in a "
                 "spec, source.prefix and source.rename)."
             )
     names = best.names(theirs, plain)

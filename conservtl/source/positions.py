@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.errors import counted
 from conservtl.layers import canonical, unwrap
 
 __all__ = ["resample_positions"]
@@ -61,10 +62,12 @@ def resample_positions(
         if (found := _resample(name, modules, value, tuple(parameter.shape))) is not None:
             resampled[name] = found.value.to(value.dtype)
             old, new = ("×".join(map(str, grid)) for grid in (found.old, found.new))
-            notes.append(f"resampled {name} from {old} to {new} positions with {found.function}")
+            notes.append(f"resampled {name} from {old} to {counted(new, 'position')} with {found.function}")
         elif (cut := _cut(name, modules, value, parameter)) is not None:
             resampled[name] = cut
-            notes.append(f"took the first {len(cut)} of {len(value)} positions of {name}, for shorter recordings")
+            notes.append(
+                f"took the first {len(cut)} of {counted(len(value), 'position')} of {name}, for shorter recordings"
+            )
     return resampled, notes
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.compat import metadata_of
-from conservtl.errors import SourceError
+from conservtl.errors import SourceError, counted
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.source.entries import amount, some, tensors_of, weights_in
 from conservtl.source.kinds import check_model_kinds, has_values
@@ -112,10 +112,11 @@ class Source:
         if matches <= 0:
             fit = best_fit(self.tensors, own)
             raise SourceError(
-                f"{self.where}: its {len(self.tensors)} tensors must share names with the model; none does, so nothing "
+                f"{self.where}: its {counted(len(self.tensors), 'tensor')} must share names with the model; "
+                "none does, so nothing "
                 f"would be loaded. The source has {some(self.tensors)}; the model has {some(own)}. "
                 + (
-                    f"With {fit}, {len(fit.names)} of the model's {len(own)} tensors are found (in a spec, "
+                    f"With {fit}, {len(fit.names)} of the model's {counted(len(own), 'tensor')} are found (in a spec, "
                     "source.prefix and source.rename)."
                     if fit
                     else "Rename the keys (rename={...}), or load the file into the model it was saved from and pass "
@@ -145,7 +146,7 @@ class Source:
     def _without(self, names: Collection[str]) -> str:
         """Return a remark on the tensors that are not among these names; empty if all are."""
         left = [name for name in self.tensors if name not in names]
-        return f", left out {len(left)} tensors without it, {amount(left, self.tensors)}" if left else ""
+        return f", left out {counted(len(left), 'tensor')} without it, {amount(left, self.tensors)}" if left else ""
 
     def _under(self, names: Mapping[str, str], notes: tuple[str, ...], versions: Mapping[str, Any]) -> Source:
         """Return the source with other names: old name -> new name."""
@@ -194,7 +195,8 @@ class Source:
             if not torch.isfinite(tensor).all():
                 count = int((~torch.isfinite(tensor)).sum())
                 raise SourceError(
-                    f"{self.where}: values must be finite; tensor {name!r} holds {count} values that are NaN or "
+                    f"{self.where}: values must be finite; tensor {name!r} holds {counted(count, 'value')} "
+                    "that are NaN or "
                     "infinite. Save the source again from a run that did not diverge."
                 )
 

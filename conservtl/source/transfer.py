@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.compat import NormBase, reset_method
+from conservtl.errors import counted
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
@@ -38,7 +39,10 @@ class TransferReport:
     kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        out = [f"copied {len(self.copied)} tensors, fresh {len(self.fresh)}, unused {len(self.unused)}", *self.notes]
+        out = [
+            f"copied {counted(len(self.copied), 'tensor')}, fresh {len(self.fresh)}, unused {len(self.unused)}",
+            *self.notes,
+        ]
         out += [f"fresh  {name}: {reason}" for name, reason in self.fresh.items()]
         out += [f"unused {name}" for name in self.unused]
         return "\n".join(out)

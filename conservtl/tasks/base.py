@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from conservtl.data import Augmentation, Data, Domains, Preprocessing, renumber
+from conservtl.errors import counted
 from conservtl.functions import MetricValue, forward, inputs_of, logits_of
 from conservtl.spec_model import FrozenModel, register
 from conservtl.tasks._declaration import check_declaration
@@ -178,7 +179,8 @@ class Task(ReportHooks, SourceHooks, ABC):
         if logits is None or logits.ndim <= 1 or logits.shape[1] == labels:
             return None
         return (
-            f"must have an output for each of {labels} labels; it has {logits.shape[1]}. Leave the number of outputs "
+            f"must have an output for each of {counted(labels, 'label')}; it has {logits.shape[1]}. Leave the "
+            "number of outputs "
             "out of the section model, or correct the data's labels."
         )
 

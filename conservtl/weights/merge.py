@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from conservtl.errors import SourceError, SpecError, hint
+from conservtl.errors import SourceError, SpecError, counted, hint
 from conservtl.layers import select
 from conservtl.source.read import SourceLike
 from conservtl.weights.alignment import aligned, check_quantised, is_quantised, without_wrapper
@@ -41,7 +41,7 @@ class Merged:
     def __str__(self) -> str:
         shown = ", ".join(self.taken[:4]) + (", …" if len(self.taken) > 4 else "")
         rest = f"; {len(self.taken)} are the first model's: {shown}" if self.taken else ""
-        return f"{self.path}: {self.mixed} tensors mixed{rest}"
+        return f"{self.path}: {counted(self.mixed, 'tensor')} mixed{rest}"
 
 
 def merge(

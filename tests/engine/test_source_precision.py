@@ -59,3 +59,18 @@ def test_tied_weights_and_runs_in_full_precision_stay():
     assert types[0].count(torch.bfloat16) == 4  # the convolution's, and two biases
     _, types = trained("half", precision="fp32")
     assert set(types[0]) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "strategy", "said"),
+    [
+        ("fp32", ctl.OutputConservation(), "source_precision half unused: the run computes in fp32"),
+        ("bf16", ctl.L2SP(), "source_precision half unused: no strategy runs the source model"),
+        ("bf16", ctl.OutputConservation(), ""),
+    ],
+)
+def test_a_run_says_where_half_changes_nothing(precision, strategy, said):
+    settings = {"epochs": 1, "batch_size": 12, "precision": precision, "device": "cpu", "source_precision": "half"}
+    found = ctl.fit(ctl.adapt(network(), network(), [strategy]), DATA, training=ctl.Training(**settings))
+    assert found.execution.endswith(said)
+    assert ("source_precision" in found.execution) == bool(said)

@@ -109,7 +109,7 @@ def test_the_description_of_a_picture_holds_any_name(tmp_path, name):
     write_html(a_report() | {"drift": {name: 0.5}}, [], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     Page(html)
-    assert f"1 layers; {escape(name)} moved most" in html
+    assert f"1 layer; {escape(name)} moved most" in html
 
 
 @pytest.fixture(scope="module")

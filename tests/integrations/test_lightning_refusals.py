@@ -89,7 +89,14 @@ def test_a_copy_of_the_model(adapted, net, refused):
 def test_no_adaptation(net, refused, given):
     message = refused(Conserve(given, optimizer=SGD), Module(net(0)))
     assert message.startswith("Conserve takes the result of adapt(model, source, ...)")
-    assert message.endswith("received NoneType." if given is None else "received int." if given == 3 else "Net.")
+    missing = "Module has no such attribute. Set it before fit begins."
+    assert message.endswith(missing if given is None else "received int." if given == 3 else "Net.")
+
+
+def test_an_adaptation_under_another_name(adapted, refused):
+    module = Module((adaptation := adapted()).model)
+    module.adaption = adaptation
+    assert refused(Conserve(optimizer=SGD), module).endswith("Its self.adaption is one: rename it.")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class TestSource:
         assert model["spectrum"][0] == 1 + 2j
         ctl.adapt(model, {"spectrum": torch.ones(3)})
         assert model["spectrum"][0] == 1
-        with pytest.raises(ctl.SourceError, match="holds 1 values that are NaN"):
+        with pytest.raises(ctl.SourceError, match="holds 1 value that are NaN"):
             ctl.adapt(model, {"spectrum": torch.tensor([1, complex("nan"), 0])})
 
 

@@ -35,7 +35,7 @@ class TestPrefix:
         adaptation = ctl.adapt(model, source, prefix=prefix)
         assert equal(model.state_dict(), plain)
         assert not adaptation.transfer.unused
-        assert f"source  removed the prefix {prefix!r}, left out 1 tensors without it" in str(adaptation.plan)
+        assert f"source  removed the prefix {prefix!r}, left out 1 tensor without it" in str(adaptation.plan)
         every = sum(tensor.numel() for tensor in source.values())
         assert f"without it, 9 of {every:,} values (projector.weight (3, 3))" in str(adaptation.plan)
 

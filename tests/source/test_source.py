@@ -243,7 +243,7 @@ class TestFinite:
         source[name].view(-1)[0] = value
         model = network()
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(ctl.SourceError, match=rf"tensor '{name}' holds 1 values that are NaN or infinite"):
+        with pytest.raises(ctl.SourceError, match=rf"tensor '{name}' holds 1 value that are NaN or infinite"):
             adapted_from(source, model)
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 

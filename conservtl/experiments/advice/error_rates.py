@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from conservtl.data import length_of, spread
 from conservtl.data.sequences import Sequences
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.experiments.advice.reason import Advice, Reason
 from conservtl.experiments.run.scoring import score_model
 from conservtl.experiments.run.setting import Setting, prepare
@@ -164,7 +164,7 @@ def advise_by_errors(evidence: ErrorEvidence) -> Advice:
         evidence: the measurements.
     """
     amount, distance = evidence.size, evidence.distance
-    where = f"{amount} data ({evidence.utterances} utterances with texts, {evidence.seconds:.0f} s)"
+    where = f"{amount} data ({counted(evidence.utterances, 'utterance')} with texts, {evidence.seconds:.0f} s)"
     strategies: list[dict[str, Any]] = []
     choices = [Reason("distance", f"The domains are {evidence.apart}.")]
     if distance == "near":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import SpecError
-from conservtl.experiments.studies.executors.names import check_executor, is_local
+from conservtl.errors import SpecError, counted
+from conservtl.experiments.studies.executors.names import check_executor, check_main, is_local
 from conservtl.experiments.studies.result_store import ResultStore
 from conservtl.experiments.studies.trial import Trial, forget_shared, run_trial
 from conservtl.report import write_json
@@ -43,11 +42,7 @@ class Place:
                 f"{type(executor).__name__}. Give an object with submit and shutdown that is a subclass of it."
             )
         check_executor(executor, processes)
-        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
-            raise SpecError(
-                "processes: each process imports the script that started it, and this one would begin the study again. "
-                'Put the call under `if __name__ == "__main__":`.'
-            )
+        check_main()
         if out is None and not is_local(executor):
             raise SpecError(
                 f"out: workers of executor {executor!r:.80} write their results to a folder that they and this process "
@@ -88,7 +83,7 @@ class Place:
         results: dict[str, dict[str, Any]] = {}
         for key, trial in distinct.items():
             results[key] = run_trial(trial)
-            self._say(f"{len(results)} of {len(distinct)} runs")
+            self._say(f"{len(results)} of {counted(len(distinct), 'run')}")
         return [results[trial.key] | {"variant": trial.variant, "target": trial.target} for trial in trials]
 
     def _say(self, text: str) -> None:

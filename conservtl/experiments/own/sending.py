@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import pickle  # nosec B403 - of a problem, sent from a study to its own workers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from conservtl.errors import SpecError
 from conservtl.experiments.studies.executors.work import dumps
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
     from conservtl.experiments.own.problem import OwnProblem
 
 __all__ = ["sent"]
+
+_DEPTH = 6  # attributes within each other that are looked into
+_NOT_SENT = (
+    "Leave out what belongs to this process alone, such as a lock, an open file or a connection: make it when it is "
+    "first used, or drop it in __getstate__"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,19 +86,34 @@ def _packed(problem: OwnProblem) -> bytes:
     try:
         return dumps(problem)
     except Exception as error:
-        part, reason = next(_unsendable(problem), ("the problem", error))
+        part, reason = next(_unsendable(_parts(problem)), ("the problem", error))
+        by_code = find_spec("cloudpickle") is not None
+        fix = _NOT_SENT if by_code else "Define functions and classes at the top level of a module, install cloudpickle"
         raise SpecError(
             f"executor: workers get model, data and functions as pickles, and {part} cannot be pickled: "
-            f"{str(reason).splitlines()[0]:.200}. Define functions and classes at the top level of a module, install "
-            "cloudpickle, or leave executor and processes out."
+            f"{str(reason).splitlines()[0]:.200}. {fix}, or leave executor and processes out."
         ) from error
 
 
-def _unsendable(problem: OwnProblem) -> Iterator[tuple[str, Exception]]:
-    """Yield the parts that cannot be pickled, with the errors."""
+def _unsendable(parts: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Exception]]:
+    """Yield the names of what cannot be pickled, of the innermost attributes first, with the errors."""
+    for name, part in parts.items():
+        try:
+            dumps(part)
+        except Exception as error:  # noqa: BLE001 - of any class
+            inner = {f"{name}.{key}": value for key, value in getattr(part, "__dict__", {}).items()}
+            if isinstance(part, nn.Module):
+                inner |= {f"{name}.{key}": value for key, value in part.named_children()}
+                inner = {key: value for key, value in inner.items() if not key.endswith("._modules")}
+            yield from _unsendable(inner, depth + 1) if depth < _DEPTH else ()
+            yield name, error
+
+
+def _parts(problem: OwnProblem) -> dict[str, Any]:
+    """Return the parts of a problem by the names of the arguments that gave them."""
     functions, sets = problem.task.functions, problem.task.sets
-    parts = {
-        "model": problem.make,
+    return {
+        "model": problem.make.given,
         "source": problem.start,
         "train": sets.train,
         "held_out": [sets.test, sets.source_test],
@@ -102,11 +126,6 @@ def _unsendable(problem: OwnProblem) -> Iterator[tuple[str, Exception]]:
         "optimizer": problem.optimizer,
         "example": problem.example,
     }
-    for name, part in parts.items():
-        try:
-            dumps(part)
-        except Exception as error:  # noqa: BLE001 - of any class
-            yield name, error
 
 
 @lru_cache(maxsize=1)

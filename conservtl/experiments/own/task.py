@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conservtl.data import Augmentation, Data, Domains, carve, draw_shots, take
 from conservtl.engine.evaluation import Functions
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.experiments.own.data import class_numbers
 from conservtl.experiments.own.settings import OwnData, OwnModel
 from conservtl.functions import MetricValue
@@ -32,7 +32,9 @@ class _AsHeld(FrozenModel):
 
     def read(self, files: Sequence[Path]) -> Any:
         """Raise: the inputs are in memory."""
-        raise SpecError(f"the inputs are held in memory; received {len(files)} files. Give tensors to the model.")
+        raise SpecError(
+            f"the inputs are held in memory; received {counted(len(files), 'file')}. Give tensors to the model."
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 
 __all__ = ["batches_by_length", "durations", "read_ahead", "speed_text"]
 
@@ -60,7 +60,7 @@ def speed_text(preprocessing: Any, files: Sequence[Path], elapsed: float) -> str
     total = sum(durations(preprocessing, files) or ())
     if not total:
         return ""
-    return f"{len(files):,} files, {total:,.1f} s, in {elapsed:,.1f} s: real-time factor {elapsed / total:.3g}"
+    return f"{counted(len(files), 'file')}, {total:,.1f} s, in {elapsed:,.1f} s: real-time factor {elapsed / total:.3g}"
 
 
 def _duration(measure: Callable[[Path], float], file: Path) -> float:

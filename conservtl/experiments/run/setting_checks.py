@@ -11,7 +11,7 @@ from conservtl.batches import to_device
 from conservtl.data import Domains, Sequences
 from conservtl.engine import Training
 from conservtl.engine.selection import deciders
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SourceError, SpecError, counted
 from conservtl.experiments.spec.spec import Spec
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
@@ -44,7 +44,7 @@ def check_validation(data: Any, domains: Domains, training: Training, plan: Plan
         verb, them = ("choose", "them") if len(names) > 1 else ("chooses", "it")
         raise SpecError(
             f"{' and '.join(names)} {verb} by a validation set, but data.validation={data.validation:g} of "
-            f"{data.shots} shot{'' if data.shots == 1 else 's'} leaves none. Ask for more shots, or leave {them} "
+            f"{counted(data.shots, 'shot')} leaves none. Ask for more shots, or leave {them} "
             "out."
         )
 

@@ -121,7 +121,7 @@ def check_shots(task: Task, domains: Domains, names: Mapping[str, str] | None = 
         classes = classes_of(data)
         if classes is not None and labels and classes.numel() and int(classes.max()) >= len(labels):
             raise DataError(
-                f"{subject}: the labels must be positions in a list of {len(labels)} labels "
+                f"{subject}: the labels must be positions in a list of {counted(len(labels), 'label')} "
                 f"({listed(labels)}); received {int(classes.max())}. Number the examples by that list."
             )
 

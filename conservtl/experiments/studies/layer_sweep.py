@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import SweepSection
@@ -201,7 +201,7 @@ def plan_trials(spec: Spec, layers: TransferableLayers) -> list[tuple[Trial, Poi
 
 def _transferring(spec: Spec, target: str, side: str, layers: int | tuple[str, ...], form: _Form) -> Trial:
     number = layers if isinstance(layers, int) else len(layers)
-    name = f"{form.name} from the {side} side, {number} layers"
+    name = f"{form.name} from the {side} side, {counted(number, 'layer')}"
     if number == 0:
         return Trial(name, target, spec, "scratch")
     strategy = {"kind": "layer_transfer", "side": side, "layers": layers, "rest": "fresh", "freeze": form.freeze}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.experiments.spec.spec import with_fields
 from conservtl.experiments.studies.executors.dispatch import finish
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor, is_local, workers_of
@@ -57,14 +58,14 @@ class ResultStore:
         distinct = {trial.key: trial for trial in trials}
         missing = [trial for trial in distinct.values() if self._read(trial) is None]
         done = len(distinct) - len(missing)
-        self.say(f"{len(distinct)} runs, {done} of them done")
+        self.say(f"{counted(len(distinct), 'run')}, {done} of them done")
         with self._sent(missing, processes, executor) as trials_to_run:
             groups: dict[str, list[Trial]] = defaultdict(list)
             for trial in trials_to_run:
                 groups[trial.place].append(trial)
             for count in self._run([_Group(group, self.folder) for group in groups.values()], processes, executor):
                 done += count
-                self.say(f"{done} of {len(distinct)} runs")
+                self.say(f"{done} of {counted(len(distinct), 'run')}")
         return [{**(self._read(trial) or {}), "variant": trial.variant, "target": trial.target} for trial in trials]
 
     def _run(self, groups: Sequence[_Group], processes: int, executor: str | Executor) -> Iterable[int]:

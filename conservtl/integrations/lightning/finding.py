@@ -28,10 +28,15 @@ def find_adaptation(given: Any, pl_module: Any, known: Adaptation | None) -> Ada
     elif not isinstance(found, Adaptation) and callable(found):
         found = known or found(pl_module)
     if not isinstance(found, Adaptation):
+        owner = type(pl_module).__name__
+        received = f"received {type(found).__name__}"
+        if found is None and given is None:
+            others = [name for name, value in vars(pl_module).items() if isinstance(value, Adaptation)]
+            fix = f"Its self.{others[0]} is one: rename it" if others else "Set it before fit begins"
+            received = f"{owner} has no such attribute. {fix}"
         raise SpecError(
             "Conserve takes the result of adapt(model, source, ...), a function of the LightningModule that "
-            f"returns it, or nothing if {type(pl_module).__name__} has it as self.adaptation; received "
-            f"{type(found).__name__}."
+            f"returns it, or nothing if {owner} has it as self.adaptation; {received}."
         )
     if outermost(pl_module, found.model) is None:
         raise SpecError(

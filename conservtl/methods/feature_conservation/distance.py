@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conservtl.bounds import NonNegative
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.methods.feature_conservation.squares import squared_distance, unit_distance
 from conservtl.plan.term import Term, View, all_of
 
@@ -63,7 +63,8 @@ class FeatureConservationTerm(Term):
         """Return the distance of one output of a layer."""
         if features.shape[1:] == target.shape[1:] and len(features) != len(target):
             raise SpecError(
-                f"{self.by}: the model's features are of {len(features)} examples, the source's of {len(target)}. Give "
+                f"{self.by}: the model's features are of {counted(len(features), 'example')}, the source's of "
+                f"{len(target)}. Give "
                 f"loss(..., inputs) the inputs that the outputs came from; if {layer!r} is an expert, which sees some "
                 "examples only, tap the layer that contains it."
             )

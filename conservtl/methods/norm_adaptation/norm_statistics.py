@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conservtl.batches import batch_size
 from conservtl.bounds import NonNegativeInt
 from conservtl.compat import InstanceNormBase
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
@@ -41,7 +41,7 @@ class NormStatisticsMeasure(Measure):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        share = f", mixed with the source's at the weight of {self.prior} examples" if self.prior else ""
+        share = f", mixed with the source's at the weight of {counted(self.prior, 'example')}" if self.prior else ""
         return f"statistics of the norms on the target{share}"
 
     def check(self, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from conservtl.bounds import Count, Positive
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.kernels.deviation import TINY, By, Norm, norms
 from conservtl.kernels.dtensor import place_like
 from conservtl.layers import canonical
@@ -43,7 +43,10 @@ class LearnedProjection(After):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"{len(self.names)} parameters projected to radii learned on validation, {self.steps} steps"
+        return (
+            f"{counted(len(self.names), 'parameter')} projected to radii learned on validation, "
+            f"{counted(self.steps, 'step')}"
+        )
 
     def finish(self, ending: FinishContext) -> dict[str, Any]:
         """Learn the radii, and project the weights."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import Count, Fraction, NonNegative
 from conservtl.compat import foreach_clamp_min_, foreach_div, foreach_mul, foreach_sub
+from conservtl.errors import counted
 from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, By, Norm, deviations, move_toward, norms, runs
 from conservtl.methods._rows import Coverage, source_parameters
@@ -133,7 +134,10 @@ class ProjectionUpdate(Update):
     def describe(self) -> str:
         """Return one line for the plan's table."""
         size = f"{self.radius:g} × |w0|" if self.relative else f"{self.radius:g}"
-        return f"{len(self.names)} parameters held within {size} of the source, for each {self.each} ({self.norm} norm)"
+        return (
+            f"{counted(len(self.names), 'parameter')} held within {size} of the source, for each {self.each} "
+            f"({self.norm} norm)"
+        )
 
     def after(self, step: Step, state: dict[str, Tensor]) -> None:  # noqa: ARG002
         """Project the weights; those inside their ball keep every bit."""

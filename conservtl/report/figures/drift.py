@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, shorten
 from conservtl.report.text.metrics import number
 from conservtl.report.text.summary import read_plan
@@ -33,7 +34,7 @@ def drift_by_layer(report: Mapping[str, Any]) -> Picture | None:
     if not moved:
         return None
     most = max(moved, key=lambda bar: bar.drift or 0)
-    alt = f"Drift by layer, {len(bars)} layers; {most.layer} moved most, by {most.drift:.2g} %."
+    alt = f"Drift by layer, {counted(len(bars), 'layer')}; {most.layer} moved most, by {most.drift:.2g} %."
     if len(bars) <= _ROWS:
         svg = draw("drift", alt, 0.27 * len(bars) + 0.75, lambda figure: _horizontal(figure.subplots(), bars))
     else:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import GREY, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
 from conservtl.report.figures.plane import PlanePoint, Window, metric_axis, paint_plane, window_of
 from conservtl.report.text.intervals import single
@@ -143,7 +144,7 @@ def over_time(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> Pictu
         metric_axis(axes.yaxis, metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    alt = f"Best {score_name(result)} over {len(trials)} trials."
+    alt = f"Best {score_name(result)} over {counted(len(trials), 'trial')}."
     caption = f"Up is better: if the line still rises at the end, more trials may find better settings. {_SINGLE}"
     return Picture("The search", caption, draw("search", alt, 2.7, paint))
 
@@ -163,7 +164,7 @@ def front(trials: Sequence[SearchTrial], metric: Metric = ACCURACY) -> Picture |
         "Up and to the right is better. Blue, with their numbers: trials that no other beats in both domains. "
         f"Thin lines: equal {metric.with_unit(metric.combination)}. {_SINGLE} Arrows at the edge: beyond it."
     )
-    alt = f"Target against source {metric.name} of {len(measured)} trials, {len(best)} on the Pareto front."
+    alt = f"Target against source {metric.name} of {counted(len(measured), 'trial')}, {len(best)} on the Pareto front."
     return Picture("What the target gains, what the source keeps", caption, draw("front", alt, 4.6, paint))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.depths import FORMS, Points, by_depth, curve
 from conservtl.report.figures.strengths import (
@@ -89,11 +90,7 @@ def _better_side(result: Mapping[str, Any]) -> str:
     if not common:
         return ""
     means = {side: sum(points[n].mean for n in common) / len(common) for side, points in held.items()}
-    over = (
-        f"{common[0]} layer{'s' if common[0] > 1 else ''}"
-        if len(common) == 1
-        else f"{common[0]} to {common[-1]} layers"
-    )
+    over = counted(common[0], "layer") if len(common) == 1 else f"{common[0]} to {common[-1]} layers"
     good, poor = sorted(_SIDES, key=lambda side: -metric.rank(means[side]))
     shown = {side: metric.show_scaled(mean) for side, mean in means.items()}
     if metric.rank(means[good]) - metric.rank(means[poor]) < _least(means[good], metric):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.trials import SearchTrial, against_fields, front, over_time, score_name, trials_of
 from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
@@ -57,21 +58,18 @@ def tune_sentence(result: Mapping[str, Any]) -> str:
     first, score = best[0], metric.show_scaled(best[0].score)
     if result["objective"] == "both":
         ends = [choose(best, key=lambda trial: trial.target or 0) for choose in (min, max)]
-        text = f"Of {_many(len(trials), 'trial')}, {len(best)} {'is' if len(best) == 1 else 'are'} on the Pareto front"
+        are = "is" if len(best) == 1 else "are"
+        text = f"Of {counted(len(trials), 'trial')}, {len(best)} {are} on the Pareto front"
         if len(best) > 1:
             text += f", from {_pair(ends[0])} to {_pair(ends[1])}"
         return f"{text}; the best {metric.combination}, {score}, is that of trial {first.number}."
     also = f" ({_pair(first)})" if result["objective"] == "harmonic" and first.target is not None else ""
-    return f"Of {_many(len(trials), 'trial')}, number {first.number} is the best: {score_name(result)} {score}{also}."
+    return f"Of {counted(len(trials), 'trial')}, number {first.number} is the best: {score_name(result)} {score}{also}."
 
 
 def _pair(trial: SearchTrial) -> str:
     show = trial.metric.show_scaled
     return f"target {show(trial.target or 0)}" + ("" if trial.source is None else f", source {show(trial.source)}")
-
-
-def _many(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _notes(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> list[str]:
@@ -91,7 +89,7 @@ def _notes(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> list[str
         )
         notes.append(f"Not complete: {counts}.")
     why = Counter(trial.why for trial in trials if trial.state == "failed" and trial.why)
-    notes += [f"{_many(count, 'trial')} failed: {reason}" for reason, count in why.most_common(2)]
+    notes += [f"{counted(count, 'trial')} failed: {reason}" for reason, count in why.most_common(2)]
     if best is None:
         return notes
     return [*notes, "Results are on validation parts, which the search has used: expect a little less on test data."]

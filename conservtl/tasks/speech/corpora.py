@@ -18,6 +18,7 @@ from conservtl.data.shots import Shots
 from conservtl.errors import SpecError
 from conservtl.tasks.audio.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.audio.speakers import check_target
 from conservtl.tasks.bad_files import FileData, FolderFiles, check_files, explained, names_below, refuse
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.speech.augment import SpeechAugment
@@ -162,6 +163,7 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
     if isinstance(data, EspeakData):
         return _load_espeak(data, seed, source=source)
     recordings, notes, bad = _recordings(data)
+    check_target(data.target, {r.speaker for r in recordings}, bad)
     if data.on_bad == "error":
         refuse(bad)
     else:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 from conservtl.data.shots import Shots
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
+from conservtl.tasks.audio.speakers import check_target
 from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["Protocol", "Recording", "domains", "find_copies"]
@@ -86,11 +87,7 @@ def domains(
             no other speaker; a word has no recording to train the source on.
     """
     target = [r for r in recordings if r.speaker == protocol.target]
-    if not target:
-        raise DataError(
-            f"data.target must be a speaker of the recordings; received {protocol.target!r}. Choose one of: "
-            f"{_listed({r.speaker for r in recordings})}."
-        )
+    check_target(protocol.target, {r.speaker for r in recordings})
     source = _of_source(recordings, protocol)
     labels, source_labels = _labels(target, source)
     _check_shots(target, protocol.shots)
@@ -196,7 +193,8 @@ def _check_shots(target: Sequence[Recording], shots: Shots) -> None:
         count = sum(r.label == label for r in target)
         if count <= shots:
             raise DataError(
-                f"data.shots: {target[0].speaker!r} has {count} recordings of {label!r}; {shots} shots leave none "
+                f"data.shots: {target[0].speaker!r} has {counted(count, 'recording')} of {label!r}; "
+                f"{counted(shots, 'shot')} leave none "
                 f"for testing. Set data.shots to at most {count - 1} or to {{up_to: {shots}}}, or record more."
             )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from conservtl.bounds import Count, Place, Positive
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.ctc_search import decoder, ended, inner, libraries, probability, spellings
@@ -105,7 +105,7 @@ class Beam(FrozenModel):
         if self.lexicon is not None and (tokens.kind != "characters" or SPACE not in vocabulary):
             raise DataError(
                 f"decoding.lexicon needs tokens with a space, as characters have it; data.tokens is {tokens.kind} with "
-                f"{len(vocabulary)} tokens. Leave lexicon out; lm may be a language model of these tokens."
+                f"{counted(len(vocabulary), 'token')}. Leave lexicon out; lm may be a language model of these tokens."
             )
         if self.lexicon is None and self.lm is None:
             return

@@ -14,6 +14,7 @@ from conservtl.data import Domains
 from conservtl.errors import DataError
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import header_of, read_audio
+from conservtl.tasks.audio.speakers import check_target
 from conservtl.tasks.bad_files import check_files, explained, refuse, shown_name
 from conservtl.tasks.speech.folder import search
 from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_strings
@@ -42,7 +43,8 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
         return load_grammar(data, seed, source=source)
     if isinstance(data, StringsData):
         return load_strings(data, seed, source=source)
-    utterances, bad = _utterances(data)
+    utterances, bad, known = _utterances(data)
+    check_target(data.target, known)  # before bad lines are named: those of another speaker may not be wanted at all
     wanted = [one for one in utterances if one.speaker == data.target or (source and _is_source(one, data))]
     labels = data.tokens.vocabulary(one.text for one in wanted)
     bad |= _unencodable(wanted, data.tokens, labels)
@@ -117,8 +119,8 @@ def _unencodable(utterances: Sequence[Utterance], tokens: Any, labels: tuple[str
     return bad
 
 
-def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str]]:
-    """Return the utterances that can be used, and the names of the others -> why.
+def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str], set[str]]:
+    """Return the utterances that can be used, the names of the others -> why, and the speakers of all of them.
 
     Raises:
         DataError: a list is missing, or two lines are the same utterance.
@@ -150,7 +152,13 @@ def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str]]:
         first[key] = where[one.name] = line.where
         found[one.name] = one
     check_shared(list(found.values()), where)
-    return list(found.values()), bad
+    return list(found.values()), bad, {_speaker(line, data) for line in lines} - {""}
+
+
+def _speaker(line: Line, data: CorpusData) -> str:
+    """Return the speaker of a line, or the value of ``data.group``; empty: it has none."""
+    said = line.speaker if data.group is None else (line.fields or {}).get(data.group)
+    return normalize("NFC", str(said)) if said else ""
 
 
 def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
@@ -164,10 +172,8 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
     if not line.path:
         raise DataError("has no recording")
     text = data.text(line.text or "")
-    said = line.speaker if data.group is None else (line.fields or {}).get(data.group)
-    if not said:
+    if not (speaker := _speaker(line, data)):
         raise DataError(f"has no {data.group or 'speaker'}")
-    speaker = normalize("NFC", str(said))
     if not text and (data.unlabelled is None or speaker != data.target):
         raise DataError("has no text")
     file = line.base / line.path

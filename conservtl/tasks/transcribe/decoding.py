@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.functions import logits_of
 from conservtl.padding import padding_of_outputs
 
@@ -47,12 +47,16 @@ def fault_of(outputs: Any, tokens: int) -> str | None:
     if logits.ndim != 3:
         return f"must return logits of (N, frames, tokens); it returns {tuple(logits.shape)}. {fix}"
     if padding is None or padding.lengths.shape != logits.shape[:1]:
-        return f"must return the frames of each of {len(logits)} utterances beside its logits; it does not. {fix}"
+        return (
+            f"must return the frames of each of {counted(len(logits), 'utterance')} beside its logits; it does "
+            f"not. {fix}"
+        )
     if padding.lengths.is_floating_point():
         return f"must return lengths in frames; it returns {padding.lengths.tolist()}. {fix}"
     if logits.shape[2] != tokens:
         return (
-            f"must have an output for each of {tokens} tokens, the blank among them; it has {logits.shape[2]}. Leave "
+            f"must have an output for each of {counted(tokens, 'token')}, the blank among them; it has "
+            f"{logits.shape[2]}. Leave "
             "the number of outputs out of the section model, or correct data.tokens."
         )
     return None

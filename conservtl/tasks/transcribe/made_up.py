@@ -11,6 +11,7 @@ from conservtl.data import Domains
 from conservtl.errors import DataError, SpecError
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.audio.speakers import check_target
 from conservtl.tasks.audio.waves import WaveChange
 from conservtl.tasks.bad_files import check_files, explained, names_below, refuse
 from conservtl.tasks.speech.folder import search
@@ -63,11 +64,7 @@ def load_strings(data: StringsData, seed: int, *, source: bool) -> Domains:
     """
     recordings, notes, bad = search(data.root, data.pattern, data.held_out_takes, follow_links=data.follow_links)
     names = sorted({one.speaker for one in recordings})
-    if data.target not in names:
-        raise DataError(
-            f"data.target must be a speaker of the recordings; received {data.target!r}. Choose one of: "
-            f"{', '.join(map(repr, names))}."
-        )
+    check_target(data.target, names, bad)
     others = tuple(name for name in names if name != data.target)
     wanted = others if data.source_speakers is None else data.source_speakers
     if unknown := [name for name in wanted if name not in others]:

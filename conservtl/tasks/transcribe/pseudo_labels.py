@@ -80,7 +80,8 @@ def pseudo_labelled(
                     labels.append(torch.tensor(heard[number], dtype=torch.long))
     if not kept:
         looser = "" if augment is None else ", leave agreement (augment) out"
-        lower = f"Lower pseudo_labels.least{looser}, or give texts." if least or augment else "Give texts."
+        lower = f"Lower least (data.unlabelled.pseudo_labels.least){looser}, or give texts."
+        lower = lower if least or augment else "Give texts."
         raise DataError(
             f"pseudo-labels: at least one of {len(data)} hypotheses must be left; the surest has a mean posterior of "
             f"{surest:.2f}, and least is {least:g}. {lower}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.functions import IGNORED
 from conservtl.layers import unwrap
 from conservtl.tasks.transcribe.decoding import check_frames, confidence, fault_of, frames_of, greedy, tokens_of
@@ -191,7 +191,8 @@ class SequenceToSequence(Recognizer):
             )
         if logits.shape[2] != tokens:
             return (
-                f"must have an output for each of {tokens} tokens, the end among them; it has {logits.shape[2]}. "
+                f"must have an output for each of {counted(tokens, 'token')}, the end among them; it has "
+                f"{logits.shape[2]}. "
                 "Leave the number of outputs out of the section model, or correct data.tokens."
             )
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from conservtl.errors import DataError, SpecError, hint
+from conservtl.errors import DataError, SpecError, counted, hint
 from conservtl.extras import require
 from conservtl.functions import IGNORED
 from conservtl.tasks.transcribe.features import Features
@@ -57,7 +57,7 @@ class TransformersSeq2Seq(nn.Module):
         ids = torch.cat([start, torch.where(labels < 0, self._padding, labels)], 1)
         if (most := self._positions - start.shape[1]) < labels.shape[1]:
             raise DataError(
-                f"a text must have at most {most} tokens, for which the decoder has positions; received "
+                f"a text must have at most {counted(most, 'token')}, for which the decoder has positions; received "
                 f"{labels.shape[1]}. Leave the utterance out, or cut it."
             )
         return {"decoder_input_ids": ids, "decoder_attention_mask": F.pad(labels >= 0, (start.shape[1], 0), value=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,7 +70,13 @@ class Transcribe(Task):
         data = with_alphabet_of(data, model)
         tokens = data.tokens.embedded()  # its files are read once
         domains = load(data.model_copy(update={"tokens": tokens}), seed=seed, source=source)
-        data.decoding.check(tokens, domains.labels)
+        try:
+            data.decoding.check(tokens, domains.labels)
+        except DataError as error:
+            named = re.sub(
+                r"(?<!data\.)\bdecoding\.", "data.decoding.", str(error)
+            )  # a saved model has no section data
+            raise DataError(named) from error
         return domains
 
     def beside(self, data: Any, weights: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field, model_validator
 from torch import nn
 
 from conservtl.bounds import Count, Share
@@ -16,7 +17,28 @@ from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
 from conservtl.tasks.transcribe.recognizers import Decoder
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 
-__all__ = ["PseudoLabels", "Unlabelled", "completed"]
+__all__ = ["Agreement", "PseudoLabels", "Unlabelled", "completed"]
+
+
+class Agreement(SpecAugment):
+    """Changes of the features of an utterance, of which two copies are made; only those that are set."""
+
+    time_masks: Annotated[int, Field(ge=0, le=20)] = 0
+    """Number of spans of frames (or samples) that are masked."""
+    frequency_masks: Annotated[int, Field(ge=0, le=20)] = 0
+    """Number of spans of mel bands that are masked. Log-mel inputs only."""
+
+    @model_validator(mode="after")
+    def _changes(self) -> Self:
+        if self.waves is not None:
+            raise ValueError("waves must be left out: the copies are made of features, not of recordings")
+        masks = self.time_masks * self.time_mask + self.frequency_masks * self.frequency_mask
+        if not (masks or self.speed or self.noise):
+            raise ValueError(
+                "agreement must change something, or the copies always agree: set speed, noise, time_masks or "
+                "frequency_masks"
+            )
+        return self
 
 
 class PseudoLabels(FrozenModel):
@@ -24,8 +46,9 @@ class PseudoLabels(FrozenModel):
 
     least: Share = 0.9
     """Smallest mean posterior of a hypothesis, over the frames of its best path that are no blank."""
-    agreement: SpecAugment | None = None
-    """An augmentation: two copies of an utterance that it changes must give the same hypothesis; null: not asked."""
+    agreement: Agreement | None = None
+    """Changes under which two copies of an utterance must give the same hypothesis, such as `{speed: 0.1}`; null: not
+    asked. Nothing else changes: masks are made only if their number is set."""
 
 
 class Unlabelled(FrozenModel):

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from conservtl.data.sequences import Sequences
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
+from conservtl.tasks.audio.speakers import check_target, listed
 
 __all__ = ["Part", "Split", "Utterance", "in_share", "split_utterances"]
 
 Part = Literal["train", "dev", "test"]
-
-_SHOWN = 12  # speakers in a message
 
 
 @dataclass(frozen=True)
@@ -102,18 +101,15 @@ def split_utterances(
         DataError: a speaker is unknown, or has too few utterances.
     """
     known = sorted({one.speaker for one in utterances})
+    check_target(target, known)
     own = [one for one in utterances if one.speaker == target]
-    if not own:
-        raise DataError(
-            f"data.target must be a speaker of the data; received {target!r}. Choose one of: {_listed(known)}."
-        )
     named = {"data.source_speakers": source_speakers or (), "data.held_out_speakers": held_out_speakers}
     for name, speakers in named.items():
         if target in speakers:
             raise DataError(f"{name} must not contain data.target; received {target!r} in both. Remove it.")
         if missing := sorted(set(speakers) - set(known)):
             raise DataError(
-                f"{name} must be speakers of the data; received {_listed(missing)}. Choose from: {_listed(known)}."
+                f"{name} must be speakers of the data; received {listed(missing)}. Choose from: {listed(known)}."
             )
     texted = [one for one in own if one.text]
     trained, tested = _of_target(target, texted, shots, seed)
@@ -163,7 +159,8 @@ def _of_target(target: str, own: list[Utterance], shots: int, seed: int) -> tupl
         most = len(pool) if fixed else len(pool) - 1
         part = " in its training part" if fixed else ", of which one must be left to test on"
         raise DataError(
-            f"data.shots: {target!r} has {len(pool)} utterances{part}; received {shots}. Set data.shots to at "
+            f"data.shots: {target!r} has {counted(len(pool), 'utterance')}{part}; received {shots}. Set "
+            "data.shots to at "
             f"most {most}."
         )
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -220,8 +217,3 @@ def _of_source(
         else [one for one in others if not is_tested(one)]
     )
     return train, test
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more

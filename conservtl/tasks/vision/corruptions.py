@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from conservtl.bounds import NonNegativeInt
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.spec_model import FrozenModel
 
 __all__ = ["SEVERITIES", "Corruption", "Name", "corrupt", "strength_of"]
@@ -113,7 +113,9 @@ def corrupt(images: Tensor, corruption: Corruption, names: Sequence[str]) -> Ten
         SpecError: the numbers of names and images differ.
     """
     if len(names) != len(images):
-        raise SpecError(f"names must have one name for each image; received {len(names)} for {len(images)} images.")
+        raise SpecError(
+            f"names must have one name for each image; received {len(names)} for {counted(len(images), 'image')}."
+        )
     if len(images) == 0:
         return images.to(torch.float32)
     size = min(images.shape[-2:])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.tasks.bad_files import check_files, explained, names_below, refuse, shown_name, skipped_text
 from conservtl.tasks.file_listing import FolderWalk
 from conservtl.tasks.vision.datasets import ImageFolderData
@@ -106,7 +106,7 @@ def _files_by_class(folder: Path, walk: FolderWalk, field: str) -> dict[Path, li
     classes = _folders(folder, walk)
     if len(classes) < 2:
         loose = sum(_is_image(file.name) for file in folder.iterdir())
-        content = f"{len(classes)} folder{'' if len(classes) == 1 else 's'} and {loose} loose images"
+        content = f"{counted(len(classes), 'folder')} and {counted(loose, 'loose image')}"
         if walk.bad:
             content += f" ({len(walk.bad)} bad files or folders apart: {skipped_text(names_below(folder, walk.bad))})"
         raise DataError(f"{field} must have at least 2 classes; {folder} has {content}. {_LAYOUTS}.")

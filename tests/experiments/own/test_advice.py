@@ -34,7 +34,7 @@ def test_a_sweep_counts_from_the_output_side_below_a_head_that_is_new(held_out, 
     total = 8 * 12 + 12 + 12 * 12 + 12 + 12 * 3 + 3
     assert layers == {
         "AnB from the output side, 0 layers": total,
-        "AnB from the output side, 1 layers": total - (12 * 12 + 12),
+        "AnB from the output side, 1 layer": total - (12 * 12 + 12),
     }
 
 

@@ -169,6 +169,19 @@ def test_functions_that_are_made_anew_count_by_their_code(tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+def test_a_script_without_a_guard_ends_at_the_first_worker(tmp_path):
+    script = tmp_path / "study.py"
+    arguments = "import sys\nsys.argv = ['study.py', 'out', '1', 'shared']\n"
+    script.write_text(arguments + SCRIPT.split("if __name__", maxsplit=1)[0] + "main()\n")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == ended.stderr.count('Put the call under `if __name__ == "__main__":`') == 1
+    assert "taken up again" not in ended.stderr
+
+
+@pytest.mark.slow
 def test_another_process_finds_the_results_of_the_same_script(tmp_path):
     """Lambdas and functions of the script included; processes of this machine compute what is missing."""
     pytest.importorskip("cloudpickle")
@@ -249,10 +262,24 @@ def test_parts_that_cannot_be_pickled_are_named_before_a_run(study, tmp_path, co
         with lock:
             return network() if not arguments else torch.nn.functional.cross_entropy(arguments[0], arguments[1][1])
 
-    with ThreadPoolExecutor(1) as executor, pytest.raises(ctl.SpecError, match=f"{name} cannot be pickled: .*lock"):
+    said = rf"{name} cannot be pickled: .*lock.*\. Leave out what belongs to this process alone, such as a lock"
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ctl.SpecError, match=said):
         study(out=tmp_path, executor=executor, **{name: held})
     assert not counted
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_the_attribute_that_cannot_be_pickled_is_named(study, tmp_path):
+    class Loss:
+        def __init__(self):
+            self.inner = torch.nn.Sequential(torch.nn.ReLU())
+            self.inner[0].guard = threading.Lock()
+
+        def __call__(self, outputs, batch):
+            return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ctl.SpecError, match=r"and loss\.inner\.0\.guard cannot be"):
+        study(out=tmp_path, executor=executor, loss=Loss())
 
 
 def test_functions_of_a_test_need_cloudpickle(study, tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def test_weights_under_other_names(done, speech_fields, tmp_path):
     text = str(plan_of(spec))
     for note in (
         "took the entry 'ema'",
-        "removed the prefix 'encoder', left out 1 tensors without it",
+        "removed the prefix 'encoder', left out 1 tensor without it",
         r"renamed '\\bw$' to 'weight'",
     ):
         assert f"source  {note}" in text

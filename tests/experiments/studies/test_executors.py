@@ -257,6 +257,8 @@ def test_local_processes_are_apart():
         assert "terminated abruptly" in str(lost.exception(120))
         assert other.result(120) is None
         assert pool.submit(os.getpid).result(120) != os.getpid()
+        unguarded = pool.submit(os._exit, 87).result(120)  # as a process whose script begins the study again
+        assert isinstance(unguarded, ctl.SpecError)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")

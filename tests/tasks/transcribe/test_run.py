@@ -144,8 +144,10 @@ def test_a_saved_recognizer_decodes_as_it_is_told(done, spec, root, tmp_path):
     again = ctl.load_adapted(tmp_path / "again").predict(files)
     assert {word for one in again for word in one.label.split()} <= {"ab", "ca"}
     words.unlink()
-    with pytest.raises(ctl.DataError, match=r"decoding\.lexicon: there is no file .* kind: greedy"):
+    with pytest.raises(ctl.DataError, match=r"^decoding\.lexicon: there is no file .* kind: greedy"):
         ctl.load_adapted(tmp_path / "again")
+    with pytest.raises(ctl.DataError, match=r"^data\.decoding\.lexicon: there is no file"):
+        prepare(with_fields(spec, {"data.decoding": decoding}))
     assert ctl.load_adapted(tmp_path / "again", decoding={"kind": "greedy"}).predict(files)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -260,6 +261,41 @@ class TestRecommended:
         assert found.numbers["size"] == "little"
         found.write(tmp_path / "found.yaml")
         assert load_spec(tmp_path / "found.yaml").strategies == found.strategies
+
+
+class TestAgreement:
+    def test_only_what_is_set_changes(self):
+        inputs = torch.ones(2, 30, 4)
+        found = PseudoLabels(agreement={"noise": 0.5}).agreement
+        assert (found.time_masks, found.frequency_masks, found.speed) == (0, 0, 0)
+        assert (found(inputs, torch.Generator().manual_seed(0)) != 0).all()
+        assert PseudoLabels(agreement={"time_masks": 2}).agreement.time_mask == 0.08
+
+    @pytest.mark.parametrize(
+        ("agreement", "message"),
+        [
+            ({}, "agreement must change something, or the copies always agree: set speed"),
+            ({"time_masks": 3, "time_mask": 0}, "must change something"),
+            ({"speed": 0.1, "waves": {}}, "waves must be left out: the copies are made of features"),
+            ({"sped": 0.1}, r"agreement\.sped: there is no such field. Did you mean 'speed'"),
+        ],
+    )
+    def test_what_changes_nothing_is_refused(self, fields, agreement, message):
+        section = {"pseudo_labels": {"agreement": agreement}}
+        with pytest.raises(ctl.SpecError, match=rf"data\.unlabelled\.pseudo_labels\.{message}|{message}"):
+            parse_spec({**fields, "data": {**fields["data"], "unlabelled": section}})
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_a_misspelt_target_is_named_before_a_bad_line(root, fields, on_bad):
+    (root / "bad.json").write_text('{"audio_filepath": "nowhere.wav", "speaker": "bob", "text": "a"}')
+    changed = {**fields["data"], "target": "cidd", "on_bad": on_bad}
+    said = "data.target must be a speaker of the data; received 'cidd'. Did you mean 'cid'? Choose one of: 'ann'"
+    try:
+        with pytest.raises(ctl.DataError, match=f"^{re.escape(said)}"):
+            prepare(parse_spec({**fields, "data": changed}))
+    finally:
+        (root / "bad.json").unlink()
 
 
 def test_strings_need_a_number(root):

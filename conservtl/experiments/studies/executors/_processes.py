@@ -7,11 +7,54 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
-__all__ = ["Processes"]
+from conservtl.errors import SpecError
+
+__all__ = ["Processes", "check_main"]
+
+_WORKER = "conservtl worker"
+_UNGUARDED = 87  # exit code of a process whose script begins the study again
+_GUARD = (
+    "processes: each process imports the script that started it, and this one would begin the study again. Put the "
+    'call under `if __name__ == "__main__":`.'
+)
+
+
+def check_main() -> None:
+    """Raise if this process is still importing the script that started it; a worker of ``Processes`` ends silently.
+
+    Raises:
+        SpecError: it is, and the script would begin the study again.
+    """
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False):  # as multiprocessing itself asks
+        if process.name == _WORKER:
+            os._exit(_UNGUARDED)  # the study's process says why, once for all workers
+        raise SpecError(_GUARD)
+
+
+class _Context(SpawnContext):
+    """Starts processes that know that they are workers; keeps the last one."""
+
+    last: BaseProcess | None = None
+
+    def Process(self, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]  # noqa: N802
+        """Return a new process."""
+        self.last = SpawnProcess(*arguments, **named | {"name": _WORKER})
+        return self.last
+
+    @property
+    def refused(self) -> bool:
+        """Whether the last process ended because its script is not guarded."""
+        if self.last is None:
+            return False
+        self.last.join()
+        return self.last.exitcode == _UNGUARDED
 
 
 class Processes(Executor):
@@ -40,13 +83,15 @@ class Processes(Executor):
         """Call a function in the process of this thread; the next call after one that died has a new process."""
         pool = getattr(self._own, "pool", None)
         if pool is None:
-            context = multiprocessing.get_context("spawn")
-            pool = self._own.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start)
+            self._own.context = _Context()
+            pool = self._own.pool = ProcessPoolExecutor(1, mp_context=self._own.context, initializer=_start)
             self._pools.append(pool)
         try:
             return pool.submit(function, *arguments, **named).result()
         except BrokenExecutor:
             self._own.pool = None
+            if self._own.context.refused:
+                return SpecError(_GUARD)  # work returns its errors; what is raised is the loss of a worker
             raise
 
 

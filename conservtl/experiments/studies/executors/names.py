@@ -9,12 +9,12 @@ from functools import partial
 
 from conservtl.errors import SpecError, hint
 from conservtl.experiments.studies.executors._dask import dask_executor
-from conservtl.experiments.studies.executors._processes import Processes
+from conservtl.experiments.studies.executors._processes import Processes, check_main
 from conservtl.experiments.studies.executors._submitit import submitit_executor
 from conservtl.experiments.studies.executors.dispatch import Workers
 from conservtl.plugins import is_imported
 
-__all__ = ["PROCESSES", "check_executor", "is_local", "workers_of"]
+__all__ = ["PROCESSES", "check_executor", "check_main", "is_local", "workers_of"]
 
 PROCESSES = "processes"
 

@@ -1,0 +1,41 @@
+"""The target speaker, looked for among the speakers of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from conservtl.errors import DataError, did_you_mean
+from conservtl.tasks.bad_files import shown_name
+
+__all__ = ["check_target", "listed"]
+
+_SHOWN = 12  # speakers in a message
+
+
+def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | None = None) -> None:
+    """Raise unless the target is a speaker of the data; before anything is said about bad files, it is named first.
+
+    Args:
+        target: ``data.target``.
+        known: the speakers of what can be used.
+        bad: what cannot be used -> why; all of the target may be there.
+
+    Raises:
+        DataError: it is not.
+    """
+    if target in known:
+        return
+    first = min(bad) if bad else None
+    left = "" if not bad else f" What cannot be used is not counted: {shown_name(first)} {bad[min(bad)]}."
+    raise DataError(
+        f"data.target must be a speaker of the data; received {target!r}.{did_you_mean(target, known)} Choose one of: "
+        f"{listed(sorted(known))}.{left}"
+    )
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names for a message, the first of many."""
+    first = list(names)[:_SHOWN]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, first)) + more
