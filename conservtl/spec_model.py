@@ -129,7 +129,7 @@ def checked(cls: type[Model], fields: Any, where: str, end: str = "") -> Model:
     try:
         return cls.model_validate(fields)
     except ValidationError as error:
-        raise SpecError("\n".join(_sentences(error, cls, where)) + end) from error
+        raise SpecError("\n".join(_sentences(error, cls, where)) + end) from None
 
 
 def _sentences(error: ValidationError, cls: type[BaseModel], where: str, *, python: bool = False) -> list[str]:

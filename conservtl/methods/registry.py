@@ -65,8 +65,9 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
     except PydanticCustomError as error:
         raise SpecError(f"strategies: {error.message()}") from error
     except ValidationError as error:
-        schema = _all_kinds().json_schema()
-        raise SpecError("\n".join(sentences(error.errors(), schema, "strategies", python=True))) from error
+        found = error.errors()
+        where = f"strategies: {Strategy.named[str(found[0]['loc'][0])].__name__}" if found[0]["loc"] else "strategies"
+        raise SpecError("\n".join(sentences(found, _all_kinds().json_schema(), where, python=True))) from None
 
 
 def _registered() -> tuple[type[Strategy], ...]:

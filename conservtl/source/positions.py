@@ -62,7 +62,7 @@ def resample_positions(
         if (found := _resample(name, modules, value, tuple(parameter.shape))) is not None:
             resampled[name] = found.value.to(value.dtype)
             old, new = ("×".join(map(str, grid)) for grid in (found.old, found.new))
-            notes.append(f"resampled {name} from {old} to {counted(new, 'position')} with {found.function}")
+            notes.append(f"resampled {name} from {old} to {new} positions with {found.function}")
         elif (cut := _cut(name, modules, value, parameter)) is not None:
             resampled[name] = cut
             notes.append(

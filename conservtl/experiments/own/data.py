@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from conservtl.batches import as_tensor, map_tensors, row_count, tensors_of
 from conservtl.data import Data, Examples, length_of
-from conservtl.errors import DataError, counted
+from conservtl.errors import DataError
 from conservtl.experiments.own.options import ProblemOptions
 from conservtl.experiments.run.source_labels import classes_of
 
@@ -138,7 +138,7 @@ def sets_of(
 def _check_rows(rows: Mapping[str, int], name: str) -> None:
     if len(set(rows.values())) > 1:
         found = ", ".join(f"{key}: {count}" for key, count in rows.items())
-        raise DataError(f"{name}: every tensor must have a row for each example; received {counted(found, 'row')}.")
+        raise DataError(f"{name}: every tensor must have a row for each example; received {found} rows.")
 
 
 class Rows(Dataset[Any]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conservtl.errors import counted
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
 from conservtl.report.text.examples import shots_text, taken_of
@@ -56,7 +55,7 @@ def _intervals(rows: Sequence[VariantResult]) -> str:
     if counts == [1]:
         return "One run each, so there are no intervals."
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Bars: 95 % intervals of the mean over {counted(runs, 'run')}."
+    return f"Bars: 95 % intervals of the mean over {runs} runs."
 
 
 def _marks(rows: Sequence[VariantResult]) -> list[PlanePoint]:
