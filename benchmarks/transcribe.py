@@ -8,14 +8,14 @@ of takes that no training string has. For each speaker a compact Conformer is tr
 draws the strings to adapt with, so that all methods of a case have the same. Every adaptation runs on one thread, with
 at most as many steps as 20 strings give in batches of ten.
 
-The recipe is ``recognizer``, one set of settings for all speakers. Its training was chosen among CANDIDATES by the
-harmonic mean for the first two speakers, george and jackson, on strings to adapt with of another seed (TUNING) and
-strings to test on of other takes (TUNING_DATA), with source models trained without those takes: no string and no
-recording that is tested on in the reported tables. The other two speakers had no part in it. The point between source
-and trained weights was not chosen there: 0.4 was taken over from an earlier recipe, chosen on the first two speakers
-by the rule that the source's word error rate rises by at most a point; on the strings for tuning 0.5 is 0.2 points
-better for the harmonic mean, and the rise is 2.2 points at 0.4. Further settings were tried on the same strings and
-are not listed: KL by frame, changes of the frequency axis, both beside the speed. Baselines have fixed settings, plain
+The recipe is ``recognizer``, one set of settings for all speakers. It was chosen among CANDIDATES on the first two
+speakers, george and jackson, with strings of other seeds (TUNING) made of recordings without the takes that the
+reported tables test on (TUNING_DATA); source models for it are trained without those too. The other two speakers had
+no part in it. Each candidate is scored at POINTS between the source and the trained weights. The harmonic mean decides;
+of the points within half a point of the best, the one nearest to the source is taken, for the sake of the source. No
+candidate is ahead of the plainest training, 60 steps at 1e-3 with changes of speed, whose point is then 0.5. The rule
+was written down when the first candidate's values were known, and before the recipe ran on the reported strings. An
+earlier choice of t = 0.4 had been run on these; nothing of that is in the tables. Baselines have fixed settings, plain
 fine-tuning three rates. Unlabelled strings are of the training takes; nothing of their texts is read, and their
 settings were not tuned.
 
@@ -41,11 +41,13 @@ import torch
 from transcribe_tables import BEFORE, RECIPE, SUTA, TUNED_ON, TUNING, UNLABELLED, tables
 
 from conservtl import __version__
+from conservtl.adaptation.adaptation import Adaptation
 from conservtl.experiments.run.scoring import score_model
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel, obtain_source
 from conservtl.experiments.spec.recipes import recipe
 from conservtl.experiments.spec.spec import load_spec, with_fields
+from conservtl.weights.path import WeightPath
 
 HERE = Path(__file__).parent
 SPEC = HERE.parent / "examples" / "speech" / "digit_strings.yaml"
@@ -62,8 +64,13 @@ SMALL = [
     "data.augment.speed=0",
 ]
 """A smaller network and fewer strings than the example's: an adaptation takes seconds of one core."""
-TUNING_DATA = {"data.held_out_takes": [5, 6, 7, 8, 9], "data.held_out": 40, "data.target_strings": 120}
-"""Other takes to test on, and more strings of them."""
+TUNING_DATA = {
+    "data.pattern": r"(?P<label>\d+)_(?P<speaker>[^_/]+)_(?P<take>[5-9]|[1-4]\d)\.wav",
+    "data.held_out_takes": [5, 6, 7, 8, 9],
+    "data.held_out": 40,
+    "data.target_strings": 120,
+}
+"""Recordings without takes 0 to 4, of which the reported strings to test on are; others to test on, more of them."""
 Method = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]
 """(strategies, fields of the training section, fields of the data section)."""
 
@@ -83,19 +90,25 @@ METHODS: dict[str, Method] = {
     "input side held": ([INPUT_SIDE], {}, {}),
 }
 """Baselines; rate 5e-4 where none is said."""
-NEAR, SPEED = {**INTERPOLATION, "t": 0.4}, {"augment": {"speed": 0.1}}
+QUICK, SPEED = {"lr": 1e-3, "epochs": 60}, {"augment": {"speed": 0.1}}
 CANDIDATES: dict[str, Method] = {
-    "60 steps at 1e-3, speed (the recipe)": ([NEAR], {"lr": 1e-3, "epochs": 60}, SPEED),
-    "120 steps at a constant 1e-3, averaged, speed": (
-        [NEAR],
-        {"lr": 1e-3, "epochs": 120, "schedule": "constant", "ema": 0.97},
+    "60 steps at 1e-3, speed": ([], QUICK, SPEED),
+    "60 steps at 1e-3, KL by frame, speed": ([KL], QUICK, SPEED),
+    "60 steps at 1e-3, Mixout, speed": ([{"kind": "mixout", "p": 0.5}], QUICK, SPEED),
+    "60 steps at 1e-3, rates falling toward the output, speed": (
+        [{"kind": "discriminative_lr", "decay": 0.7, "toward": "input"}],
+        QUICK,
         SPEED,
     ),
-    "60 steps at 1e-3, Mixout, speed": ([{"kind": "mixout", "p": 0.5}, NEAR], {"lr": 1e-3, "epochs": 60}, SPEED),
-    "120 steps at 5e-4, speed": ([NEAR], {"lr": 5e-4, "epochs": 120}, SPEED),
-    "30 steps at 5e-4": ([NEAR], {}, {}),
+    "60 epochs at 1e-3 in batches of 5, speed": ([], {**QUICK, "batch_size": 5}, SPEED),
+    "60 steps at 1e-3, speed of recordings": (
+        [],
+        QUICK,
+        {"augment": {"waves": {"speeds": [0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15]}}},
+    ),
 }
-"""Of the recipe; all end 0.4 of the way from the source."""
+"""Trainings of the recipe that are compared, each at all POINTS between the source and the trained weights."""
+POINTS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 def recipe_method() -> Method:
@@ -132,33 +145,49 @@ class Bench:
         self.base = load_spec(SPEC, [f"data.root={root}", f"source.cache={cache}", *SMALL])
         self.speakers = speakers or sorted({path.stem.split("_")[1] for path in root.glob("*.wav")})
 
-    @lru_cache(maxsize=1)  # noqa: B019
+    @lru_cache(maxsize=8)  # noqa: B019
     def source(self, speaker: str, *, tuning: bool = False) -> tuple[Setting, SourceModel, dict[str, Any]]:
         """Return the setting without this speaker, its source model, and the scores of that."""
         setting = prepare(with_fields(self.base, {"data.target": speaker, **(TUNING_DATA if tuning else {})}))
         source = obtain_source(setting)
         return setting, source, scores(setting, source.model)
 
-    def run(self, speaker: str, shots: int, seed: int, method: Method) -> dict[str, Any]:
-        """Adapt once; return the scores of both domains and the seconds."""
-        setting, source, _ = self.source(speaker, tuning=seed == TUNING)
-        strategies, chosen, data = method
+    def adapted(self, speaker: str, shots: int, seed: int, method: Method) -> tuple[Setting, Adaptation, float]:
+        """Adapt once; return the setting, the adaptation and the seconds."""
+        setting, source, _ = self.source(speaker, tuning=seed in TUNING)
+        strategies, own_training, data = method
         training = {"epochs": 30, "batch_size": 10, "lr": 5e-4, "schedule": "cosine", "warmup": 0.1, "clip": 1.0}
-        training |= {**chosen, "evaluate_every": 1000}
-        count = max(shots, 50 if "unlabelled" in data else 0)
-        training["epochs"] = math.ceil(training["epochs"] * min(1, 20 / count))  # twice the steps of 10 strings
+        training |= {**own_training, "evaluate_every": 1000}
         fields = {f"training.{name}": value for name, value in training.items()}
         fields |= {f"data.{name}": value for name, value in data.items()}
         given = {"data.target": speaker, "data.shots": shots, "seed": seed, "strategies": strategies, **fields}
         own = prepare(with_fields(setting.spec, given)).completed(source.model)
+        chosen = own.domains
+        epochs = math.ceil(own.spec.training.epochs * min(1, 20 / len(chosen.shots)))  # twice the steps of 10 strings
         mine = replace(
-            own, domains=replace(setting.domains, shots=own.domains.shots, augmentation=own.domains.augmentation)
+            own,
+            spec=with_fields(own.spec, {"training.epochs": epochs}),
+            domains=replace(setting.domains, shots=chosen.shots, augmentation=chosen.augmentation),
         )
         begun = time.process_time()
         adaptation = mine.adaptation(source.with_notes())
         mine.fit(adaptation, mine.domains.shots)
-        seconds = time.process_time() - begun
-        return {**scores(mine, adaptation.model), "seconds": round(seconds, 2)}
+        return mine, adaptation, round(time.process_time() - begun, 2)
+
+    def run(self, speaker: str, shots: int, seed: int, method: Method) -> dict[str, Any]:
+        """Return the scores of both domains after an adaptation, and its seconds."""
+        mine, adaptation, seconds = self.adapted(speaker, shots, seed, method)
+        return {**scores(mine, adaptation.model), "seconds": seconds}
+
+    def path(self, speaker: str, shots: int, seed: int, method: Method) -> dict[str, Any]:
+        """Return the scores of both domains at points between the source and the trained weights."""
+        _, source, before = self.source(speaker, tuning=True)
+        mine, adaptation, seconds = self.adapted(speaker, shots, seed, method)
+        line, found = WeightPath(adaptation.model, source.model.state_dict()), {"0": before}
+        for t in POINTS:
+            line.move(t)
+            found[f"{t:g}"] = scores(mine, adaptation.model)
+        return {"path": found, "seconds": seconds}
 
 
 def scores(setting: Setting, model: torch.nn.Module) -> dict[str, float]:
@@ -170,7 +199,8 @@ def scores(setting: Setting, model: torch.nn.Module) -> dict[str, float]:
 def work(speakers: list[str], shots: list[int], seeds: int) -> Iterator[tuple[str, int, int, list[str]]]:
     """Yield (speaker, shots, seed, methods): candidates first, then all at the first number of shots, then others."""
     for speaker in (one for one in speakers if one in TUNED_ON):
-        yield speaker, shots[0], TUNING, [BEFORE, *CANDIDATES]
+        for seed in TUNING:
+            yield speaker, shots[0], seed, list(CANDIDATES)
     for count in shots:
         for seed in range(seeds):
             for speaker in speakers:
@@ -184,7 +214,7 @@ def compute(bench: Bench, shots: list[int], seeds: int, minutes: float) -> None:
     """Run what is not in the results yet, until the time is over."""
     end = time.monotonic() + 60 * minutes
     done = {key_of(line) for line in read()}
-    known = {**METHODS, **CANDIDATES, RECIPE: recipe_method(), UNLABELLED: unlabelled_method(), SUTA: ENTROPY}
+    known = {**METHODS, RECIPE: recipe_method(), UNLABELLED: unlabelled_method(), SUTA: ENTROPY}
     for speaker, count, seed, methods in work(bench.speakers, shots, seeds):
         for method in methods:
             line: dict[str, Any] = {"speaker": speaker, "shots": count, "seed": seed, "method": method}
@@ -193,7 +223,9 @@ def compute(bench: Bench, shots: list[int], seeds: int, minutes: float) -> None:
             if time.monotonic() > end:
                 return
             if method == BEFORE:
-                line |= {**bench.source(speaker, tuning=seed == TUNING)[2], "seconds": 0.0}
+                line |= {**bench.source(speaker)[2], "seconds": 0.0}
+            elif seed in TUNING:
+                line |= bench.path(speaker, count, seed, CANDIDATES[method])
             else:
                 line |= bench.run(speaker, count, seed, known[method])
             line |= {"torch": torch.__version__, "conservtl": __version__}

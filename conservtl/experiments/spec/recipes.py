@@ -80,7 +80,7 @@ RECIPES = {
     ),
     "recognizer": Recipe(
         task="transcribe",
-        strategies=(WeightInterpolation(t=0.4),),
+        strategies=(WeightInterpolation(t=0.5),),
         training=Training(
             epochs=60,
             batch_size=10,
@@ -119,8 +119,8 @@ def recipe(name: str) -> Recipe:
     other voices and rooms, and the features of four layers are kept near the source's for the same recordings (DELTA).
 
     ``recognizer``: a recognizer of utterances adapts to a new speaker from a few sentences. It is trained in all layers
-    at a large rate, on utterances masked and changed in speed, and the final weights are a point on the line between
-    the source and the trained weights, nearer to the source.
+    at a large rate, on utterances masked and changed in speed, and the final weights are half way
+    between the source and the trained weights.
 
     ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
     of each image, every layer is trained at a large rate and pulled back to the source (decoupled L2-SP), and the

@@ -48,7 +48,7 @@ def test_the_usual_case_is_the_recipe():
 
 @pytest.mark.parametrize(
     ("target", "source", "distance", "t"),
-    [(0.08, 0.03, "near", 0.4), (0.0801, 0.03, "apart", 0.4), (0.59, None, "apart", 0.4), (0.6, 0.03, "far", 0.7)],
+    [(0.08, 0.03, "near", 0.5), (0.0801, 0.03, "apart", 0.5), (0.59, None, "apart", 0.5), (0.6, 0.03, "far", 0.7)],
 )
 def test_the_error_rate_says_how_far_the_domains_are(target, source, distance, t):
     _, said, strategies = advised(target=target, source=source)
