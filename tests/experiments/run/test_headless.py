@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,21 +41,11 @@ def speech(speech_fields, tmp_path):
 
 
 @pytest.fixture
-def vision(tmp_path):
+def vision(image_folder, tmp_path):
     """A vision run on four images of each of three classes, without source data, from a trunk saved by torch."""
-    pil = pytest.importorskip("PIL.Image")
-    pytest.importorskip("torchvision")
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 4), ("test", 2)):
-        for label in "abc":
-            folder = tmp_path / "images" / part / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-                pil.fromarray(pixels).save(folder / f"{number}.png")
     fields = {
         "task": "vision",
-        "data": {"kind": "imagefolder", "root": str(tmp_path / "images"), "shots": 2, "images": {"size": 8},
+        "data": {"kind": "imagefolder", "root": image_folder("abc"), "shots": 2, "images": {"size": 8},
                  "augment": False},
         "source": {"weights": str(tmp_path / "trunk.pt")},
         "strategies": [{"kind": "l2_sp"}],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from safetensors.torch import save_file
 
@@ -15,21 +14,11 @@ pytest.importorskip("optuna")
 
 
 @pytest.fixture
-def marked(tmp_path):
+def marked(image_folder, tmp_path):
     """Images of two classes, four to train on and two to test on each; source weights, and no source images."""
-    pil = pytest.importorskip("PIL.Image")
-    pytest.importorskip("torchvision")
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 4), ("test", 2)):
-        for label in "ab":
-            folder = tmp_path / "images" / part / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-                pil.fromarray(pixels).save(folder / f"{number}.png")
     fields = {
         "task": "vision",
-        "data": {"kind": "imagefolder", "root": str(tmp_path / "images"), "shots": 4, "validation": 0.5,
+        "data": {"kind": "imagefolder", "root": image_folder("ab"), "shots": 4, "validation": 0.5,
                  "images": {"size": 8}, "augment": False},
         "source": {"weights": str(tmp_path / "source.safetensors"), "labels": ["a", "b"]},
     }  # fmt: skip
