@@ -21,6 +21,7 @@ from conservtl.spec_model import FrozenModel
 from conservtl.tasks.base import Shift
 from conservtl.tasks.classification import Classification
 from conservtl.tasks.headline import Headline
+from conservtl.tasks.named_target import NamedTarget
 
 __all__ = ["OwnSets", "OwnTask"]
 
@@ -60,7 +61,7 @@ class OwnSets:
     source_labels: tuple[str, ...]
 
 
-class OwnTask(Classification, registered=False):
+class OwnTask(NamedTarget, Classification, registered=False):
     """A problem's functions and data as a task; no spec can name it.
 
     Args:
@@ -148,14 +149,6 @@ class OwnTask(Classification, registered=False):
     def targets(self, data: Any) -> tuple[str, ...]:  # noqa: ARG002
         """Return the names of the targets."""
         return tuple(self.sets.train)
-
-    def on_target(self, data: Any, target: str) -> dict[str, Any]:  # noqa: ARG002
-        """Return the field that names a target."""
-        return {"data.target": target}
-
-    def target_name(self, data: Any, domains: Domains) -> str:  # noqa: ARG002
-        """Return the target's name."""
-        return str(data.target)
 
     def shares_labels(self, data: Any) -> bool:  # noqa: ARG002
         """Whether one head serves both domains."""

@@ -10,6 +10,7 @@ from torch import nn
 from conservtl.data import Data, Domains, Preprocessing
 from conservtl.tasks.classification import Classification
 from conservtl.tasks.fingerprint import digest_of_files, digest_of_names
+from conservtl.tasks.named_target import NamedTarget
 from conservtl.tasks.speech.corpora import DataSpec, EspeakData, load, speakers
 from conservtl.tasks.speech.features import SpeechPreprocessing
 from conservtl.tasks.speech.models import ModelSpec, build
@@ -17,7 +18,7 @@ from conservtl.tasks.speech.models import ModelSpec, build
 __all__ = ["Speech"]
 
 
-class Speech(Classification):
+class Speech(NamedTarget, Classification):
     """Recordings of words by several speakers, one of them the target."""
 
     name: ClassVar[str] = "speech"
@@ -41,14 +42,6 @@ class Speech(Classification):
     def targets(self, data: Any) -> tuple[str, ...]:
         """Return every speaker found, or the embedded voices."""
         return speakers(data)
-
-    def on_target(self, data: Any, target: str) -> dict[str, Any]:  # noqa: ARG002
-        """Return the field that names the target speaker."""
-        return {"data.target": target}
-
-    def target_name(self, data: Any, domains: Domains) -> str:  # noqa: ARG002
-        """Return the target speaker."""
-        return str(data.target)
 
     def fingerprint(self, data: Any, train: Data, preprocessing: Preprocessing) -> Any:
         """Return names and labels of the source's recordings, and sizes and times of their files."""

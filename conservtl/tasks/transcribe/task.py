@@ -18,6 +18,7 @@ from conservtl.layers import unwrap
 from conservtl.tasks.base import Prediction, Task
 from conservtl.tasks.fingerprint import digest_of_files
 from conservtl.tasks.headline import Headline
+from conservtl.tasks.named_target import NamedTarget
 from conservtl.tasks.transcribe.corpora import load, speakers
 from conservtl.tasks.transcribe.decoding import tokens_of
 from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_utterances
@@ -35,7 +36,7 @@ from conservtl.tasks.transcribe.word_errors import character_errors, word_errors
 __all__ = ["Transcribe"]
 
 
-class Transcribe(Task):
+class Transcribe(NamedTarget, Task):
     """Utterances of several speakers as texts, by CTC or a decoder; judged by the word error rate."""
 
     name: ClassVar[str] = "transcribe"
@@ -209,14 +210,6 @@ class Transcribe(Task):
     def targets(self, data: Any) -> tuple[str, ...]:
         """Return every speaker found, or the embedded voices."""
         return speakers(data)
-
-    def on_target(self, data: Any, target: str) -> dict[str, Any]:  # noqa: ARG002
-        """Return the field that names the target speaker."""
-        return {"data.target": target}
-
-    def target_name(self, data: Any, domains: Domains) -> str:  # noqa: ARG002
-        """Return the target speaker."""
-        return str(data.target)
 
     def adopt(self, data: Any, preprocessing: Mapping[str, Any]) -> Any:
         """Return the data with the vocabulary of the run that saved the source's weights, where none is given."""
