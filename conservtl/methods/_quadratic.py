@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from conservtl.errors import counted
 from conservtl.kernels.dtensor import real_parts
 from conservtl.kernels.pull import Pulled, gather
 from conservtl.plan.penalty import Penalty, PenaltyKernel
@@ -85,7 +86,7 @@ class L2Decay(Quadratic):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"plain L2 on {len(self.names)} fresh parameters"
+        return f"plain L2 on {counted(len(self.names), 'fresh parameter')}"
 
 
 def with_decay(

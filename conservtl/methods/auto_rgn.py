@@ -93,7 +93,8 @@ class AutoRGNUpdate(Update):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"learning rate × relative gradient norm of each layer, decided every {self.every} steps"
+        often = "each step" if self.every == 1 else f"every {self.every} steps"
+        return f"learning rate × relative gradient norm of each layer, decided {often}"
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
         """Add this step's ratios to their sums, unless one is not finite."""

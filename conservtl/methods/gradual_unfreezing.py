@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from conservtl.bounds import Positive
+from conservtl.errors import counted
 from conservtl.methods._rows import names_something, train_named
 from conservtl.methods.base import Order, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
@@ -98,9 +99,7 @@ class GradualUnfreezing(Strategy):
         order = [layer for layer in plan.layers if layer in free]
         order = order[::-1] if self.at == "output" else order
         stages = [
-            self._phase(
-                plan, "1 layer" if n == 1 else f"{n} layers", [row.name for row in plan.rows if row.layer in order[:n]]
-            )
+            self._phase(plan, counted(n, "layer"), [row.name for row in plan.rows if row.layer in order[:n]])
             for n in range(1, len(order))
         ]
         return plan.with_phases(self.label, [*stages, self._last()])

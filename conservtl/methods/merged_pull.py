@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from conservtl.bounds import NonNegative
+from conservtl.errors import counted
 from conservtl.kernels.low_rank import squared_change
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
@@ -45,7 +46,7 @@ class MergedL2Penalty(Penalty):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"pull of {len(self.factors)} weights to the source, by the adapter's factors"
+        return f"pull of {counted(len(self.factors), 'weight')} to the source, by the adapter's factors"
 
     def value(self, moving: Sequence[Moving]) -> Tensor:
         """Return the penalty on the pairs that are trained now."""

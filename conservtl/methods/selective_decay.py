@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conservtl.bounds import NonNegative
+from conservtl.errors import counted
 from conservtl.kernels.backend import split
 from conservtl.kernels.deviation import TINY, deviations, move_toward, norms, runs, together, totals
 from conservtl.kernels.dtensor import local, real_parts
@@ -88,7 +89,7 @@ class SelectiveDecayUpdate(Update):
 
     def describe(self) -> str:
         """Return one line for the plan's table."""
-        return f"{len(self.names)} parameters decay to the source by {self.strength:g} if going further raises the loss"
+        return f"decay of {counted(len(self.names), 'parameter')} by {self.strength:g} if going further raises the loss"
 
     def gradients(self, step: Step, state: dict[str, Tensor]) -> None:
         """Compute |w - w0| and <g, w - w0> of each tensor, for this step alone."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.file_listing import is_text
 
@@ -59,7 +59,8 @@ def refuse(bad: Mapping[Path, str]) -> None:
     """
     if bad:
         file = min(bad)
-        more = f"; {len(bad) - 1:,} others are bad too" if len(bad) > 1 else ""
+        others = f"{counted(len(bad) - 1, 'other')} {'is' if len(bad) == 2 else 'are'}"
+        more = f"; {others} bad too" if len(bad) > 1 else ""
         raise DataError(
             f"{shown_name(file)} {bad[file]}{more}. Replace or remove it, or leave bad files out with data.on_bad: "
             "skip."

@@ -189,7 +189,7 @@ def test_links_stay_in_the_root_unless_asked(folder, tmp_path):
         picture(elsewhere / f"{number}.png", 90 + number)
     (folder / "eel").symlink_to(elsewhere)
     (folder / "dog/9.png").symlink_to(elsewhere / "0.png")
-    with pytest.raises(ctl.DataError, match=r"dog/9\.png is a link that leads out of .*; 1 others are bad too"):
+    with pytest.raises(ctl.DataError, match=r"dog/9\.png is a link that leads out of .*; 1 other is bad too"):
         loaded(folder)
     skipping = loaded(folder, on_bad="skip")
     assert sorted(skipping.skipped) == ["dog/9.png", "eel"]
@@ -233,7 +233,7 @@ def test_a_link_from_the_test_part_to_the_training_part_is_found(folder, tmp_pat
     (root / "test").mkdir()
     for name in ("cat", "dog"):
         (root / "test" / name).symlink_to(root / "train" / name)
-    with pytest.raises(ctl.DataError, match=r"test/cat is a link to a folder that is listed already, .*; 1 others"):
+    with pytest.raises(ctl.DataError, match=r"test/cat is a link to a folder that is listed already, .*; 1 other is"):
         loaded(root)
 
 

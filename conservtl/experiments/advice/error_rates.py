@@ -203,15 +203,14 @@ def advise_by_errors(evidence: ErrorEvidence) -> Advice:
 def _without_texts(evidence: ErrorEvidence, strategies: list[dict[str, Any]]) -> list[Reason]:
     """Return what utterances without texts are good for; those there already are learnt from by their entropy."""
     heard = evidence.target is not None and evidence.target <= HEARD
+    count = counted(evidence.unlabelled, "utterance")
     if evidence.unlabelled and evidence.hypotheses:
         good = "most of them right" if heard else "most of them wrong: collect texts instead"
         good = "how good ones is not known without texts" if evidence.target is None else good
-        return [Reason("unlabelled", f"{evidence.unlabelled} utterances without texts have hypotheses, {good}.")]
+        return [Reason("unlabelled", f"There are hypotheses of {count} without texts, {good}.")]
     if evidence.unlabelled:
         strategies.insert(0, {"kind": "entropy_minimisation", "blank": 0})
-        return [
-            Reason("unlabelled", f"{evidence.unlabelled} utterances without texts are learnt from by their entropy.")
-        ]
+        return [Reason("unlabelled", f"The entropy of {count} without texts is learnt from.")]
     if evidence.size == "much" or not heard:
         return []
     reason = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from conservtl.errors import SpecError
-from conservtl.spec_model import FrozenModel
+from conservtl.spec_model import FrozenModel, checked
 
 __all__ = ["SearchRange", "ranges_of"]
 
@@ -67,10 +67,7 @@ def _walk(value: Any, place: str) -> list[tuple[str, SearchRange]]:
         and value.keys() & {"range", "choices"}
         and value.keys() <= {"range", "choices", "log"}
     ):
-        try:
-            return [(place, SearchRange(**value))]
-        except ValidationError as error:
-            raise SpecError(f"{place}: {error.errors()[0]['msg']}; received {dict(value)}.") from error
+        return [(place, checked(SearchRange, value, place))]
     if isinstance(value, Mapping):
         items: Any = value.items()
     else:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.extras import require
 from conservtl.tasks.audio.listing import audio_files
 from conservtl.tasks.bad_files import refuse, shown_name
@@ -115,10 +115,10 @@ def search(
     expression = re.compile(rf"(?:.*/)?(?:{normalize('NFC', pattern)})")
     matches = [(file, match) for file in files if (match := _match(expression, paths[file]))]
     if not matches:
-        also = f" ({len(bad)} bad files apart)" if bad else ""
+        also = f" ({counted(len(bad), 'bad file')} apart)" if bad else ""
         example = f"one of them is {paths[files[0]]!r}" if files else "there are no audio files"
         raise DataError(
-            f"data.pattern: {pattern!r} matches none of the {len(files)} audio files under {root}; "
+            f"data.pattern: {pattern!r} matches none of {counted(len(files), 'audio file')} under {root}; "
             f"{example}{also}. "
             f"Write a pattern with the groups 'label', 'speaker' and optionally 'take'."
         )

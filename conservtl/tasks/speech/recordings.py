@@ -146,13 +146,13 @@ def find_copies(recordings: Sequence[Recording], digests: Mapping[str, str], tar
     ]
     if harmful:
         first, second = harmful[0][:2]
-        more = f" ({len(harmful) - 1} more recordings are there several times)" if len(harmful) > 1 else ""
+        more = f" ({counted(len(harmful) - 1, 'further recording')} too)" if len(harmful) > 1 else ""
         raise DataError(
             f"data: every recording must be there once, or a model is tested on what it is trained on; "
             f"{shown_name(second.name)} has the same samples as {shown_name(first.name)}{more}. Remove the copies."
         )
     count = sum(len(group) - 1 for group in copies)
-    return (f"{count} recordings of the source's training part are copies of others",) if count else ()
+    return (f"copies in the source's training part: {counted(count, 'recording')}",) if count else ()
 
 
 def _of_source(recordings: Sequence[Recording], protocol: Protocol) -> list[Recording]:

@@ -11,7 +11,7 @@ from typing import Any
 from unicodedata import normalize
 
 from conservtl.data import Domains
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import header_of, read_audio
 from conservtl.tasks.audio.speakers import check_target
@@ -98,7 +98,8 @@ def _resampled(utterances: Sequence[Utterance], rate: int) -> list[str]:
     """Say which recordings have another sample rate than the network."""
     others = Counter(one.rate for one in utterances if one.rate not in (None, rate))
     return [
-        f"{count:,} of {len(utterances):,} utterances are resampled from {other:,} Hz to {rate:,} Hz"
+        f"{count:,} of {counted(len(utterances), 'utterance')} {'is' if count == 1 else 'are'} resampled from "
+        f"{other:,} Hz to {rate:,} Hz"
         f"{f', with nothing above {other // 2:,} Hz' * (other < rate)}"
         for other, count in sorted(others.items())
         if other is not None

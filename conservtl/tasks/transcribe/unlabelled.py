@@ -96,7 +96,7 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     elif isinstance(source, Decoder):
         heard = pseudo_labelled(source, bare, least=0.0, seed=seed)
         heard = replace(heard, labelled=(False,) * len(heard))
-        note += f", of which the decoder reads {len(heard)} hypotheses"
+        note += f", of which the decoder reads {len(heard)} hypothes{'i' if len(heard) == 1 else 'e'}s"
     times = max(1, round(len(heard) / len(told))) if section.balance and len(told) else 1
     note += f"; the {len(told)} with texts {times} times in an epoch" if times > 1 else ""
     copies = [replace(told, names=tuple(f"{name} ({number})" for name in told.names)) for number in range(2, times + 1)]

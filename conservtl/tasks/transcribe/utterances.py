@@ -190,9 +190,11 @@ def _unlabelled(
     rest = [one for one in rest if one.text and one not in set(shots)]
     most = len(bare) + len(rest) - (not fixed)
     if count > most:
+        are = "is" if most == 1 else "are"
         raise DataError(
-            f"data.unlabelled.utterances: {own[0].speaker!r} has {most} utterances that are neither shots nor tested "
-            f"on; received {count}. Set it to at most {most}."
+            f"data.unlabelled.utterances: {own[0].speaker!r} has {counted(most, 'utterance')} that {are} "
+            "neither shots nor "
+            f"tested on; received {count}. Set it to at most {most}."
         )
     generator = torch.Generator().manual_seed(seed)
     order = [[part[place] for place in torch.randperm(len(part), generator=generator)] for part in (bare, rest)]

@@ -281,7 +281,7 @@ def test_copies_of_the_target_in_the_source_are_refused(digits):
 def test_copies_that_are_only_trained_on_are_counted(digits):
     (digits / "1_s1_66.wav").write_bytes((digits / "1_s1_7.wav").read_bytes())
     got = load(folder(digits), seed=0)
-    assert got.notes == ("1 recordings of the source's training part are copies of others",)
+    assert got.notes == ("copies in the source's training part: 1 recording",)
 
 
 @pytest.mark.parametrize("name", ["0_s0_77.WAV", "0_s0_77.Wav", "0_s0_77.FLAC"])
