@@ -11,6 +11,7 @@ from torch import Tensor
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError, counted
 from conservtl.methods.feature_conservation.squares import squared_distance, unit_distance
+from conservtl.padding.masked import comparable, masked_mean
 from conservtl.plan.term import Term, View, all_of
 
 __all__ = ["FeatureConservationTerm", "delta", "ldifs"]
@@ -98,11 +99,11 @@ def delta(
     """
     if weights is None and mask is None:
         return squared_distance(features, source) / (2 * _positions(features, axis))
-    adapted, target = _unpadded(features, source, axis, mask)
+    adapted, target = comparable(features, source, mask, axis)
     squares = (adapted - target).square().movedim(axis, -1)
     if weights is not None:
         squares = squares * weights.to(squares)
-    return _mean(squares.sum(-1), mask) / 2
+    return masked_mean(squares.sum(-1), mask) / 2
 
 
 def ldifs(features: Tensor, source: Tensor, axis: int, mask: Tensor | None = None) -> Tensor:
@@ -112,17 +113,8 @@ def ldifs(features: Tensor, source: Tensor, axis: int, mask: Tensor | None = Non
     """
     if mask is None:
         return unit_distance(features, source, axis) / _positions(features, axis)
-    adapted, target = _unpadded(features, source, axis, mask)
-    return _mean((_unit(adapted, axis) - _unit(target, axis)).square().sum(axis), mask)
-
-
-def _unpadded(features: Tensor, source: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return both in single precision or more, 0 at padding: its values may be anything, NaN included."""
-    adapted, target = _wide(features), _wide(source.detach())
-    if mask is None:
-        return adapted, target
-    wide = mask.unsqueeze(axis)
-    return torch.where(wide, adapted, 0.0), torch.where(wide, target, 0.0)
+    adapted, target = comparable(features, source, mask, axis)
+    return masked_mean((_unit(adapted, axis) - _unit(target, axis)).square().sum(axis), mask)
 
 
 def _positions(features: Tensor, axis: int) -> int:
@@ -130,16 +122,6 @@ def _positions(features: Tensor, axis: int) -> int:
     return features.numel() // max(1, features.shape[axis])
 
 
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
 def _unit(features: Tensor, axis: int) -> Tensor:
     # Added under the root, so that features that are all 0 have a finite gradient.
     return features / (features.square().sum(axis, keepdim=True) + _EPSILON).sqrt()
-
-
-def _wide(features: Tensor) -> Tensor:
-    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

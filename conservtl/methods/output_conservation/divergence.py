@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from conservtl.padding.masked import comparable, masked_mean
 
 __all__ = ["cross_entropy_to_source", "kl_to_source", "squared_to_source"]
 
@@ -31,14 +32,14 @@ def cross_entropy_to_source(
         sigmoid: whether each logit is a label of its own: the mean over labels of T² × the cross-entropy of
             sigmoid(logit / T) against sigmoid(source / T).
     """
-    logits, source = _counted(logits, source, mask, axis)
+    logits, source = comparable(logits, source, mask, axis)
     if sigmoid:
         target = (source / temperature).sigmoid()
         values = F.binary_cross_entropy_with_logits(logits / temperature, target, reduction="none")
-        return temperature**2 * _mean(_over_labels(values, axis), mask)
+        return temperature**2 * masked_mean(_over_labels(values, axis), mask)
     classes = -1 if axis is None else axis
     target = (source / temperature).softmax(classes)
-    return temperature**2 * _mean(-(target * (logits / temperature).log_softmax(classes)).sum(classes), mask)
+    return temperature**2 * masked_mean(-(target * (logits / temperature).log_softmax(classes)).sum(classes), mask)
 
 
 def kl_to_source(
@@ -51,41 +52,25 @@ def kl_to_source(
     sigmoid: bool = False,
 ) -> Tensor:
     """Return T² × KL(softmax(source / T) || softmax(logits / T)); arguments as for ``cross_entropy_to_source``."""
-    logits, source = _counted(logits, source, mask, axis)
+    logits, source = comparable(logits, source, mask, axis)
     if sigmoid:
         target, adapted = source / temperature, logits / temperature
         chosen = target.sigmoid() * (F.logsigmoid(target) - F.logsigmoid(adapted))
         rejected = (-target).sigmoid() * (F.logsigmoid(-target) - F.logsigmoid(-adapted))
-        return temperature**2 * _mean(_over_labels(chosen + rejected, axis), mask)
+        return temperature**2 * masked_mean(_over_labels(chosen + rejected, axis), mask)
     classes = -1 if axis is None else axis
     target = (source / temperature).log_softmax(classes)
     adapted = (logits / temperature).log_softmax(classes)
-    return temperature**2 * _mean((target.exp() * (target - adapted)).sum(classes), mask)
+    return temperature**2 * masked_mean((target.exp() * (target - adapted)).sum(classes), mask)
 
 
 def squared_to_source(
     outputs: Tensor, source: Tensor, mask: Tensor | None = None, *, axis: int | None = None
 ) -> Tensor:
     """Return the mean of (outputs - source)² over elements; arguments as for ``cross_entropy_to_source``."""
-    outputs, source = _counted(outputs, source, mask, axis)
-    return _mean(_over_labels((outputs - source).square(), axis), mask)
-
-
-def _counted(logits: Tensor, source: Tensor, mask: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor]:
-    """Return both in single precision or more, 0 where the mask is false: padding may be anything, NaN included."""
-    adapted, target = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (logits, source.detach()))
-    if mask is None:
-        return adapted, target
-    wide = mask if axis is None else mask.unsqueeze(axis)
-    return torch.where(wide, adapted, 0.0), torch.where(wide, target, 0.0)
+    outputs, source = comparable(outputs, source, mask, axis)
+    return masked_mean(_over_labels((outputs - source).square(), axis), mask)
 
 
 def _over_labels(values: Tensor, axis: int | None) -> Tensor:
     return values if axis is None else values.mean(axis)
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over the mask; 0 if nothing counts."""
-    if mask is None:
-        return values.mean()
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
