@@ -22,6 +22,7 @@ SEQ2SEQ = {"whisper": "whisper", "speech_to_text": "fbank"}
 """Types of AutoModelForSpeechSeq2Seq -> kind of their features."""
 
 _FRAMES = 100  # of Whisper's features in a second; its encoder keeps every second one
+_POSITIONS = 16  # at once
 _BANDS = {"whisper": "num_mel_bins", "speech_to_text": "input_feat_per_channel"}
 
 
@@ -141,12 +142,16 @@ class TransformersSeq2Seq(nn.Module):
         if not heard.shape[1]:
             return torch.zeros(len(heard), device=heard.device)
         ids = self.teacher(heard)["decoder_input_ids"]
-        logits = self.network(decoder_input_ids=ids, use_cache=False, **encoded).logits[
-            :, len(self.tokens.start) - 1 : -1
-        ]
+        states = self.network.base_model(decoder_input_ids=ids, use_cache=False, **encoded)[0]
         silent = torch.tensor(self.tokens.silent, dtype=torch.long, device=heard.device)
-        posteriors = logits.float().index_fill(2, silent, -torch.inf).softmax(-1)
-        each = posteriors.gather(2, heard.clamp_min(0).unsqueeze(2)).squeeze(2).masked_fill(heard < 0, 0.0)
+        before, parts = len(self.tokens.start) - 1, []
+        # A few positions at a time: scores of all tokens at all positions of a long text would fill the memory.
+        for place in range(0, heard.shape[1], _POSITIONS):
+            tokens = heard[:, place : place + _POSITIONS]
+            state = states[:, before + place : before + place + tokens.shape[1]]
+            scores = self.network.get_output_embeddings()(state).float().index_fill(2, silent, -torch.inf).softmax(-1)
+            parts.append(scores.gather(2, tokens.clamp_min(0).unsqueeze(2)).squeeze(2).masked_fill(tokens < 0, 0.0))
+        each = torch.cat(parts, 1)
         mean: Tensor = each.sum(1) / (heard >= 0).sum(1).clamp_min(1)
         return mean
 
