@@ -81,7 +81,7 @@ class Copy:
             if failed not in self._sound and "::" in failed:
                 again = self._tried([failed])
                 if "failed" in again or not again["passed"]:
-                    self._unsound.add(failed)
+                    self._unsound.add(failed.split("[")[0])  # with all its parameters
                     continue
                 self._sound.add(failed)
             return failed, told["passed"] + 1
