@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -152,28 +151,35 @@ class Learner:
         """Make the step of a group of batches."""
         state, session, size = self.state, self.session, len(group)
         session.rate(schedule_factor(self.settings, state.step, self.steps))
-        timed: AbstractContextManager[list[int]] = nullcontext([]) if self._timer is None else self._timer.step()
-        with timed as sizes:
-            for number in range(1, size + 1):
-                batch = group.pop(0)()
-                sizes.append(batch.size)
-                if number == size:
-                    self._backward(batch, number, size)
-                else:
-                    with session.no_sync():
-                        self._backward(batch, number, size)
-                del batch  # before the next is put on the device
-            try:
-                session.step(strict=True)
-            except RuntimeError as error:
-                named = gradient_error(error, self._parameters, state.step + 1)
-                if named is None:
-                    raise
-                raise named from error
+        if self._timer is None:
+            self._compute(group, [])
+        else:
+            with self._timer.step() as sizes:
+                self._compute(group, sizes)
         state.batch += size
         state.step += 1
         if state.step == 1 and self._own_penalties:  # their gradient at w = w0, the only step that begins there
             self.check()
+
+    def _compute(self, group: list[Waiting], sizes: list[int]) -> None:
+        """Make the gradients of a group of batches and the optimizer's step; add the sizes of the batches to a list."""
+        session, size = self.session, len(group)
+        for number in range(1, size + 1):
+            batch = group.pop(0)()
+            sizes.append(batch.size)
+            if number == size:
+                self._backward(batch, number, size)
+            else:
+                with session.no_sync():
+                    self._backward(batch, number, size)
+            del batch  # before the next is put on the device
+        try:
+            session.step(strict=True)
+        except RuntimeError as error:
+            named = gradient_error(error, self._parameters, self.state.step + 1)
+            if named is None:
+                raise
+            raise named from error
 
     def _settle(self) -> None:
         """Note the generators' states between two steps: a step that a lost process breaks off is made again."""
@@ -223,9 +229,11 @@ class Learner:
 
     def _loss(self, batch: Batch, content: Any, functions: Functions) -> Tensor:
         source = self._source.of(batch) if self._source is not None else None
-        with nullcontext() if self._prefix is None else self._prefix.serving(batch.index):
-            share = None if batch.together is None else batch.share
-            terms = 1.0 if batch.of_step is None else self._factors(batch.of_step)[1]
+        share = None if batch.together is None else batch.share
+        terms = 1.0 if batch.of_step is None else self._factors(batch.of_step)[1]
+        if self._prefix is None:
+            return self.session.loss(functions, content, source, share, terms)
+        with self._prefix.serving(batch.index):
             return self.session.loss(functions, content, source, share, terms)
 
     def _factors(self, share: StepShare) -> tuple[float, float]:

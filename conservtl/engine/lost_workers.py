@@ -13,6 +13,7 @@ from conservtl.errors import ConservtlError, DataError, LostWorkerError
 
 __all__ = ["between_steps", "named_worker_errors", "worker_error"]
 
+_CHILD: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
 _DIED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.|exited unexpectedly)"
 )
@@ -21,32 +22,31 @@ _MEMORY = "If memory ran out, lower training.num_workers, or the size of a batch
 _GO_ON = "The last good checkpoint is kept: continue with resume"
 
 
-@contextmanager
-def between_steps() -> Iterator[None]:
+class between_steps:  # noqa: N801 - a context
     """Hold back, until the block ends, that a process which loads data has died.
 
     Torch raises wherever the main thread is when it hears of that, in the middle of an optimizer's step too. Held back,
     it leaves the run in a state to continue from.
     """
-    number = getattr(signal, "SIGCHLD", None)
-    main = threading.current_thread() is threading.main_thread()
-    handler: Any = signal.getsignal(number) if number is not None and main else None
-    if number is None or not callable(handler):
-        yield
-        return
-    heard: list[int] = []
 
-    def hear(received: int, _: Any) -> None:
-        heard.append(received)
+    def __enter__(self) -> None:
+        self._handler: Any = None if _CHILD is None else signal.getsignal(_CHILD)
+        self._heard = False
+        if not callable(self._handler) or threading.current_thread() is not threading.main_thread():
+            self._handler = None
+        else:
+            signal.signal(_CHILD, self._hear)
 
-    signal.signal(number, hear)
-    try:
-        yield
-    finally:
-        if signal.getsignal(number) is hear:  # torch may have put its own handler over it meanwhile
-            signal.signal(number, handler)
-    if heard:
-        handler(number, None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._handler is None:
+            return
+        if signal.getsignal(_CHILD) == self._hear:  # torch may have put its own handler over it meanwhile
+            signal.signal(_CHILD, self._handler)
+        if self._heard and kind is None:
+            self._handler(_CHILD, None)
+
+    def _hear(self, *_: Any) -> None:
+        self._heard = True
 
 
 def worker_error(error: BaseException) -> ConservtlError | None:

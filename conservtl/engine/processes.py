@@ -46,16 +46,13 @@ class Processes:
 
     def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
         self.rank, self.world, self._group = rank, world, group
+        self.many = world > 1
+        """Whether there are others."""
 
     @property
     def main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
-
-    @property
-    def many(self) -> bool:
-        """Whether there are others."""
-        return self.world > 1
 
     def gathered(self, value: _Value) -> list[_Value]:
         """Return the values of all processes, by rank; all of them call this together."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from conservtl.compat import (
@@ -84,7 +83,6 @@ class Pull:
         unbuffered = self._group is not None and items[0].importance is None and whole.ready
         self._parts = [whole] if unbuffered else list(cut(items, buffer_for(items[0], buffers)))
 
-    @torch.no_grad()
     def add_gradients(self, factor: float = 1.0, scale: Tensor | None = None) -> None:
         """Add factor × scale × strength × (w - anchor) to each gradient, as the penalty in the loss would have.
 
@@ -109,7 +107,6 @@ class Pull:
             else:
                 foreach_add_(gradients, differences, alpha=strength)
 
-    @torch.no_grad()
     def move_weights(self, factor: float = 1.0, skip: Tensor | None = None) -> None:
         """Move each weight by rate × factor × strength × (anchor - w), before the gradient step.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -38,7 +37,8 @@ class ParameterIndex:
         self._revision = -1
         self._seen: tuple[list[Any], list[int], list[bool]] = ([], [], [])
         self._memory: list[Tensor] = []  # kept, so that no other tensor comes to lie there: equal places, equal types
-        self._held = False
+        self.held = False
+        """Whether changes are not looked for."""
         self.places = 0
         """A number that grows whenever a group, a parameter or its memory changes, its type included."""
         self._kernels: dict[str, Sequence[PenaltyKernel]] = {}
@@ -51,19 +51,14 @@ class ParameterIndex:
             for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
                 yield name, parameter, group
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Look for changes now, and for no others inside the block."""
+    def hold(self) -> _Hold:
+        """Look for changes now, and return a context in which no others are looked for."""
         self._refresh()
-        held, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = held
+        return _Hold(self)
 
     def kernels(self, penalty: Penalty) -> Sequence[PenaltyKernel]:
         """Return the kernels of a penalty, for the parameters it acts on that are trained now."""
-        if not self._held:
+        if not self.held:
             self._refresh()
         if penalty.name not in self._kernels:
             self._kernels[penalty.name] = self._build(penalty)
@@ -71,7 +66,7 @@ class ParameterIndex:
 
     def moving(self, update: Update) -> list[Moving]:
         """Return the parameters that an update acts on."""
-        if not self._held:
+        if not self.held:
             self._refresh()
         moving = self._moving.get(update.name)
         if moving is None:
@@ -83,7 +78,7 @@ class ParameterIndex:
 
     def frozen(self) -> list[Tensor]:
         """Return the parameters that this phase does not train."""
-        if not self._held:
+        if not self.held:
             self._refresh()
         if self._frozen is None:
             frozen = self._context.frozen
@@ -133,6 +128,19 @@ class ParameterIndex:
         anchors = self._context.anchors
         anchor = anchors.of(row.name, parameter, storage or "fp32")
         return Moving(row, parameter, anchor.to(parameter.device), group, new=anchors.mask_of_new(row.name, parameter))
+
+
+class _Hold:
+    """Context in which an index does not look for changes."""
+
+    def __init__(self, index: ParameterIndex) -> None:
+        self._index, self._held = index, index.held
+
+    def __enter__(self) -> None:
+        self._index.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self._index.held = self._held
 
 
 _requires_grad = attrgetter("requires_grad")

@@ -121,28 +121,29 @@ class StepHook:
             self._context.check_model((name, parameter) for name, parameter, _ in self.index)
             self._checked = True
 
-    @torch.no_grad()
     def _act(self) -> None:
         with self.index.hold():
             self._act_once()
         begin_momentum(self._inner)
 
     def _act_once(self) -> None:
+        context = self._context
         self._check_model()
         self.rates.check()
         self.drop_frozen()
-        if self._context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
-            self._context.check_terms()
+        if context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
+            context.check_terms()
         added, self._added = self._added, None
-        self._context.anchors.follow()
-        skip, scale = (getattr(self._inner, name, None) for name in ("found_inf", "grad_scale"))
-        if added is None or added[0] is not self._state():  # not yet, or in a step that the scaler skipped
-            self._couple(scale)
-        self._context.updates.act(
-            "before", self.index.moving, skip, scale
-        )  # before the decoupled penalties: it may set their rate
-        if self._penalties is not None:
-            self._penalties.move_weights(skip)
+        context.anchors.follow()
+        if not context.plan.penalties and not context.updates.updates:
+            return
+        skip, scale = getattr(self._inner, "found_inf", None), getattr(self._inner, "grad_scale", None)
+        with torch.no_grad():
+            if added is None or added[0] is not self._state():  # not yet, or in a step that the scaler skipped
+                self._couple(scale)
+            context.updates.act("before", self.index.moving, skip, scale)  # it may set the decoupled penalties' rate
+            if self._penalties is not None:
+                self._penalties.move_weights(skip)
 
     def _after_step(self, *_: Any) -> None:
         self._context.anchors.follow()

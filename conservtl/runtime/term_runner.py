@@ -49,6 +49,8 @@ class TermRunner:
         heads: Sequence[str],
     ) -> None:
         self.terms: tuple[Term, ...] = plan.terms
+        self.needs_source = any(term.source for term in plan.terms)
+        """Whether the source model must be run on each batch."""
         for term in self.terms:
             if bare := [layer for layer in term.taps if layer not in layers]:
                 raise SpecError(
@@ -63,11 +65,6 @@ class TermRunner:
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
         self.added = 0  # losses since the last step that the terms were added to
         self.attach(model)
-
-    @property
-    def needs_source(self) -> bool:
-        """Whether the source model must be run on each batch."""
-        return any(term.source for term in self.terms)
 
     def attach(self, model: nn.Module) -> None:
         """Register the taps on a model: the one of the constructor, or its copy."""

@@ -15,7 +15,7 @@ from conservtl.engine.threads import ThreadTimer
 from conservtl.plan.term import View
 from conservtl.runtime.common_labels import CommonLabels
 from conservtl.runtime.endings import Endings, ExportHook
-from conservtl.runtime.taps import tensor_of
+from conservtl.runtime.layer_outputs import tensor_of
 from conservtl.runtime.task_loss import read_task_loss
 from conservtl.source.by_label import _normalised_together
 from conservtl.source.downloads import _shown
