@@ -46,7 +46,6 @@ def features_of(
     layers: Sequence[Layer],
     *,
     batch_size: int = 256,
-    device: torch.device | None = None,
     forward: Forward = plain_forward,
     labels: Callable[[Any], Tensor | None] = labels_of,
 ) -> LayerFeatures:
@@ -57,7 +56,6 @@ def features_of(
         data: examples, or a dataset of (input, label).
         layers: from ``find_layers`` for this model; the features of a layer are the outputs of its last module.
         batch_size: examples a forward pass.
-        device: device of the passes; None: the model's.
         forward: as for ``fit``.
         labels: batch -> class of each example.
 
@@ -65,7 +63,7 @@ def features_of(
         SelectorError: the model has no such layer.
         DataError: there is no data.
     """
-    place = device or next(model.parameters()).device
+    place = next(model.parameters()).device
     taken: dict[str, list[Tensor]] = {layer.name: [] for layer in layers if layer.modules}
     outputs: list[Tensor] = []
     classes: list[Tensor] = []

@@ -105,7 +105,7 @@ def leep(source_probabilities: Tensor, labels: Tensor) -> float:
     return float(likelihood.log().mean())
 
 
-def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: int = 0) -> float:
+def proxy_a_distance(source_features: Tensor, target_features: Tensor) -> float:
     r"""Return the proxy A-distance: how well a linear classifier separates two domains.
 
     .. math:: 2 (1 - 2 \epsilon)
@@ -117,7 +117,6 @@ def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: 
     Args:
         source_features: (n, D).
         target_features: (m, D).
-        seed: draws the folds.
 
     Returns:
         0 to 2.
@@ -141,24 +140,24 @@ def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: 
     if not both.isfinite().all():
         raise DataError("proxy_a_distance: the features must be finite. Check the model's outputs.")
     domain = torch.cat([torch.zeros(len(source_features)), torch.ones(len(target_features))]).long().numpy()
-    guessed = _held_out_guesses(both.numpy(), domain, min(_FOLDS, fewest), seed)
+    guessed = _held_out_guesses(both.numpy(), domain, min(_FOLDS, fewest))
     error = sum(float((guessed[domain == which] != which).mean()) for which in (0, 1)) / 2
     return min(2.0, max(0.0, 2 * (1 - 2 * error)))
 
 
-def _held_out_guesses(features: Any, domain: Any, folds: int, seed: int) -> Any:
+def _held_out_guesses(features: Any, domain: Any, folds: int) -> Any:
     """Return the domain of each example, guessed by a classifier that did not see it."""
     selection = require("sklearn.model_selection", "experiments")
     linear = require("sklearn.linear_model", "experiments")
     scaler = require("sklearn.preprocessing", "experiments").StandardScaler()
     classifier = linear.LogisticRegression(class_weight="balanced", max_iter=1000)
     chain = require("sklearn.pipeline", "experiments").make_pipeline(scaler, classifier)
-    splits = selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
+    splits = selection.StratifiedKFold(folds, shuffle=True, random_state=0)
     return selection.cross_val_predict(chain, features, domain, cv=splits)
 
 
 def _checked(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Features in double precision, and labels as positions among the values that occur."""
+    """Return features in double precision, and labels as positions among the values that occur."""
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise DataError(
             f"{what}: features must be (n, D) and labels (n,); received {tuple(features.shape)} and "

@@ -46,13 +46,12 @@ def merged_model(adaptation: Adaptation, structure: Structure) -> tuple[nn.Modul
     return model, {"extended": described}
 
 
-def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: bool = True) -> dict[str, Tensor]:
+def extend_model(model: nn.Module, header: Mapping[str, Any]) -> dict[str, Tensor]:
     """Extend a model in place as the run did that wrote a header.
 
     Args:
         model: built as the header says.
         header: what ``read_header`` returned.
-        strategies: whether parameters that strategies added are added too.
 
     Returns:
         Name of each added parameter -> its tensor at the identity, as after a merge.
@@ -63,9 +62,8 @@ def extend_model(model: nn.Module, header: Mapping[str, Any], *, strategies: boo
     if (extended := header.get("extended")) is None:
         return {}
     example = saved_example(header)
-    chosen = saved_strategies(header) if strategies else ()
     extensions = saved_extensions(header)
-    added, cut = extend_all(model, chosen, example, extended.get("layers"), extended.get("head"))
+    added, cut = extend_all(model, saved_strategies(header), example, extended.get("layers"), extended.get("head"))
     if extensions:
         apply_extensions(model, extensions, find_layers(model, example, cut))
     tensors = model.state_dict()

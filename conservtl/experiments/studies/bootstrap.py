@@ -12,6 +12,9 @@ from conservtl.extras import require
 
 __all__ = ["Interval", "bootstrap", "constrained", "interval", "mean_interval"]
 
+_DRAWS = 10_000  # resamples
+_KAPPA = 0.03
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -49,7 +52,7 @@ def interval(values: Sequence[float]) -> dict[str, float] | None:
     return asdict(mean_interval(values)) if values else None
 
 
-def bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed: int = 0) -> Interval:
+def bootstrap(differences: Sequence[Sequence[float]]) -> Interval:
     """Return the mean of paired differences with its 95 % bootstrap interval (percentiles).
 
     A cluster bootstrap, since runs on one target are more alike than runs on several: it draws targets first, then
@@ -57,15 +60,12 @@ def bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed:
 
     Args:
         differences: for each target, the differences of its runs.
-        draws: number of resamples.
-        seed: seeds the draws.
     """
     groups = [torch.tensor(list(group), dtype=torch.float64) for group in differences if len(group)]
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.zeros(draws, dtype=torch.float64)
-    counts = torch.zeros(draws, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    means, counts = torch.zeros(2, _DRAWS, dtype=torch.float64)
     for _ in groups:
-        chosen = torch.randint(len(groups), (draws,), generator=generator)
+        chosen = torch.randint(len(groups), (_DRAWS,), generator=generator)
         for number, group in enumerate(groups):
             places = chosen == number
             rows = torch.randint(len(group), (int(places.sum()), len(group)), generator=generator)
@@ -77,21 +77,21 @@ def bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed:
     return Interval(float(values.mean()), low, high, len(values))
 
 
-def constrained(runs: Sequence[tuple[float, float, float, float]], kappa: float = 0.03) -> float:
+def constrained(runs: Sequence[tuple[float, float, float, float]]) -> float:
     """Return the mean over runs of max(0, kappa - source degradation) / kappa times the share of target errors mended.
 
-    1: every target error is mended and the source loses nothing. A run whose source loses kappa or more counts 0.
+    Kappa is 3 points, absolute. 1: every target error is mended and the source loses nothing. A run whose source loses
+    kappa or more counts 0.
 
     Args:
         runs: accuracies in [0, 1]: target before, target after, source before, source after.
-        kappa: the degradation that is too much, absolute.
 
     Reference:
         Mantena et al. 2022, arXiv 2210.03255.
     """
     values = []
     for target_before, target_after, source_before, source_after in runs:
-        weight = max(0.0, kappa - max(0.0, source_before - source_after)) / kappa
+        weight = max(0.0, _KAPPA - max(0.0, source_before - source_after)) / _KAPPA
         errors = 1 - target_before
         values.append(weight * ((target_after - target_before) / errors if errors > 0 else 0.0))
     return statistics.fmean(values)

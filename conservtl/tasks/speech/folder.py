@@ -12,14 +12,13 @@ from unicodedata import normalize
 from conservtl.errors import DataError, SpecError, counted
 from conservtl.extras import require
 from conservtl.tasks.audio.listing import audio_files
-from conservtl.tasks.bad_files import refuse, shown_name
+from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.speech.recordings import Recording
 
 __all__ = [
     "FREE_SPOKEN_DIGITS",
     "SPEECH_COMMANDS",
     "check_pattern",
-    "find_recordings",
     "in_held_out_part",
     "search",
     "speech_commands_recordings",
@@ -56,24 +55,6 @@ def check_pattern(pattern: str) -> None:
             f"data.pattern may have the named groups 'label', 'speaker' and 'take' only; received {sorted(unknown)}. "
             f"Write (?:...) for a group without a name."
         )
-
-
-def find_recordings(
-    root: Path,
-    pattern: str,
-    held_out_takes: Collection[int],
-    words: Collection[str] | None = None,
-) -> list[Recording]:
-    """Return every recording below ``root`` whose path matches, in the order of words, speakers and takes.
-
-    As ``search``, without its remarks.
-
-    Raises:
-        DataError: as ``search``, or a file is bad.
-    """
-    recordings, _, bad = search(root, pattern, held_out_takes, words)
-    refuse(bad)
-    return recordings
 
 
 def search(

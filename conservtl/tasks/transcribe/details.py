@@ -112,17 +112,16 @@ def worst_utterances(transcripts: Sequence[Transcript], data: Any) -> list[dict[
     ]
 
 
-def interval(groups: Any, seed: int = 0) -> tuple[float | None, float | None]:
+def interval(groups: Any) -> tuple[float | None, float | None]:
     """Return the 95 % interval of a pooled error rate, by a bootstrap over groups; None with fewer than two.
 
     Args:
         groups: errors of each group.
-        seed: of the draws.
     """
     wrong, count = zip(*((one.wrong, one.count) for one in groups), strict=True) if groups else ((), ())
     if len(wrong) < 2:
         return None, None
-    drawn = torch.randint(len(wrong), (_RESAMPLED, len(wrong)), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(len(wrong), (_RESAMPLED, len(wrong)), generator=torch.Generator().manual_seed(0))
     rates = torch.tensor(wrong)[drawn].sum(1) / torch.tensor(count)[drawn].sum(1).clamp_min(1)
     low, high = rates.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

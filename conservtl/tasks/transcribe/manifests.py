@@ -14,7 +14,6 @@ from conservtl.errors import DataError
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.kaldi import kaldi_lines
 from conservtl.tasks.transcribe.lists import PARTS, Line, lines_in, text_of
-from conservtl.tasks.transcribe.utterances import Part
 
 __all__ = ["LAYOUTS", "Line", "lines_of"]
 
@@ -100,7 +99,7 @@ def _table(file: Path, root: Path) -> Iterator[Line]:
         ) from error
 
 
-def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part: Part | None = None) -> Line:
+def _line(file: Path, number: int, content: Mapping[str, Any], root: Path) -> Line:
     def of(names: Sequence[str]) -> Any:
         return next((content[name] for name in names if content.get(name) not in (None, "")), None)
 
@@ -117,7 +116,7 @@ def _line(file: Path, number: int, content: Mapping[str, Any], root: Path, part:
         speaker=None if speaker is None else str(speaker),
         offset=content.get("offset") or 0.0,
         duration=content.get("duration") if content.get("duration") not in (None, "") else None,
-        part=part or PARTS.get(said) or named,
+        part=PARTS.get(said) or named,
         fields=content,
         fault=None if told else f"has a text that is none, {text!r:.40}",
     )

@@ -14,8 +14,9 @@ from conservtl.errors import DataError, SpecError
 from conservtl.tasks.audio.noise import RecordedNoise, SyntheticNoise
 from conservtl.tasks.audio.rooms import SyntheticRoom
 from conservtl.tasks.audio.waves import WaveAugment
+from conservtl.tasks.bad_files import refuse
 from conservtl.tasks.speech import SPEECH_COMMANDS, DataSpec, EspeakData, FolderData, SpeechCommandsData, load
-from conservtl.tasks.speech.folder import find_recordings, in_held_out_part
+from conservtl.tasks.speech.folder import in_held_out_part, search
 from conservtl.tasks.speech.recordings import Protocol, Recording, domains
 
 soundfile = pytest.importorskip("soundfile")
@@ -125,7 +126,7 @@ def test_without_held_out_takes_nothing_measures_what_is_kept(digits):
 def test_pattern_without_takes_numbers_them_by_name(tmp_path):
     for name in ("c", "a", "b"):
         tone(tmp_path / "yes" / f"ann-{name}.wav")
-    found = find_recordings(tmp_path, r"(?P<label>\w+)/(?P<speaker>\w+)-\w\.wav", held_out_takes=[0])
+    found, _, _ = search(tmp_path, r"(?P<label>\w+)/(?P<speaker>\w+)-\w\.wav", held_out_takes=[0])
     assert [(Path(r.name).stem, r.held_out) for r in found] == [
         ("ann-a", True),
         ("ann-b", False),
@@ -136,14 +137,14 @@ def test_pattern_without_takes_numbers_them_by_name(tmp_path):
 def test_pattern_of_speech_commands(tmp_path):
     tone(tmp_path / "deep" / "seven" / "0a7c_nohash_3.wav")
     tone(tmp_path / "deep" / "_background_noise_" / "hum.wav")
-    (only,) = find_recordings(tmp_path, SPEECH_COMMANDS, held_out_takes=[3])
+    ((only,), _, _) = search(tmp_path, SPEECH_COMMANDS, held_out_takes=[3])
     assert (only.label, only.speaker, only.held_out) == ("seven", "0a7c", True)
 
 
 def test_pattern_must_match_a_whole_name(tmp_path):
     tone(tmp_path / "x7_theo_1.wav")
     with pytest.raises(DataError, match=r"x7_theo_1\.wav"):
-        find_recordings(tmp_path, FolderData.model_fields["pattern"].default, [])
+        refuse(search(tmp_path, FolderData.model_fields["pattern"].default, [])[2])
 
 
 @pytest.mark.parametrize(
