@@ -23,9 +23,10 @@ class Draws:
     """Notices whether code draws random numbers, and gives generators their states back.
 
     Every generator of NumPy and Python that is alive is compared before and after ``watching``, whether the model holds
-    it, a closure or another module. New generators are noticed by what seeds them (Python's generators and the
-    operating system's entropy), torch's by being passed to its functions. Draws from torch's global generators do not
-    count, nor those of a generator of NumPy that the code makes from a fixed seed.
+    it, a closure or another module; those that were there at a ``gc.freeze()`` are not known. New generators are
+    noticed by what seeds them (Python's generators and the operating system's entropy), torch's by being passed to its
+    functions. Draws from torch's global generators do not count, nor those of a generator of NumPy that the code makes
+    from a fixed seed.
 
     Example:
         >>> with Draws() as draws, draws.watching():

@@ -231,6 +231,14 @@ def _vision(name):
 
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _unfrozen(monkeypatch):
+    """Make the generator anew: what was there when tests were collected is frozen, and hidden from ``gc``."""
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(0))
+
+
 GENERATOR = torch.Generator()
 
 

@@ -15,6 +15,12 @@ EPOCHS = 3
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def _unfrozen(monkeypatch):
+    """Make the generator anew: what was there when tests were collected is frozen, and hidden from ``gc``."""
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(0))
+
+
 class Source(nn.Module):
     """Counts the examples that it is run on."""
 
