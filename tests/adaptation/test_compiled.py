@@ -141,7 +141,7 @@ def test_a_compiled_function_that_calls_the_model(name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which inductor imports
-@pytest.mark.parametrize("name", ["layers", "mixout in phases"])
+@pytest.mark.parametrize("name", ["probe and pull", "mixout in phases"])
 def test_inductor(name):
     """The default backend, where there is a compiler of C++."""
     if shutil.which("g++") is None:
