@@ -20,25 +20,20 @@ triton = pytest.importorskip("triton")
 METHODS = "l2_sp or fisher or projection or selective or l1_sp or lasso or mixout or auto_rgn"
 
 
-def interpreted(*arguments):
-    """Run tests in a process in which programs act on CPU tensors: Triton reads its settings when imported."""
+def test_programs_compute_what_their_formulas_say():
+    """And keep the contract of all methods: a step in float64 by the formula, and the law of resuming.
+
+    Tests of a process in which programs act on CPU tensors: Triton reads its settings when it is imported.
+    """
+    laws = "what_the_formula_says or (resuming and laws_of_a_step)"
+    chosen = f"fused_pulls or fused_calls or fused_moves or (({METHODS}) and ({laws}))"
+    places = [*sorted((HERE / "interpreted").glob("fused_*.py")), HERE.parent / "test_conservation.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CONSERVTL_TRITON": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *map(str, places), "-k", chosen]
     command += ["-W", "ignore::RuntimeWarning"]  # NumPy, which interprets them, warns of each overflow and NaN
     how = {"capture_output": True, "text": True, "timeout": 600}
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], check=False, **how)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-
-
-@pytest.mark.parametrize("files", [("fused_pulls.py", "fused_calls.py"), ("fused_moves.py",)])
-def test_programs_compute_what_their_formulas_say(files):
-    interpreted(*(HERE / "interpreted" / file for file in files))
-
-
-def test_the_contract_of_all_methods_holds_with_programs():
-    """A step in float64 by the formula, and the law of resuming."""
-    laws = "what_the_formula_says or (resuming and laws_of_a_step)"
-    interpreted(HERE.parent / "test_conservation.py", "-k", f"({METHODS}) and ({laws})")
 
 
 def test_torch_acts_on_the_cpu():
