@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from conservtl import cli
+from conservtl.cli import _main
 from conservtl.cli._studies import _print_estimate
 from conservtl.engine.checkpoint import Checkpoints
 
@@ -244,6 +245,15 @@ def test_many_runs_from_the_command_line(spec, tmp_path, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "compare", spec, *asked, "--dry-run")
     assert (code, out[:7]) == (0, "2 runs,")
     assert not (tmp_path / "compare").exists()
+    rate = "training.lr={choices: [1.0e-3]}"
+    for name, section, more, runs in (
+        ("sweep", f"{only}, layers: [0], strengths: [1.0]", "seed=0", "10 runs,"),
+        ("tune", "trials: 3", rate, "3 runs,"),
+    ):
+        words = ["--set", f"{name}={{{section}}}", "--set", "data.validation=0.5", "--set", more, "--dry-run"]
+        code, out, _ = call(monkeypatch, capsys, name, spec, *words, "--out", tmp_path / name)
+        assert (code, out[: len(runs)]) == (0, runs)
+        assert not (tmp_path / name).exists()
     code, out, _ = call(monkeypatch, capsys, "compare", spec, *asked)
     assert code == 0
     assert "source as it is" in out
@@ -271,3 +281,10 @@ def test_merge_writes_a_file_or_says_one_line(tmp_path, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "merge", *files, "--out", tmp_path / "more")
     assert code == 2
     assert err.startswith("conservtl: t must say how far interpolate goes")
+
+
+def test_many_processes_share_a_run_alone(spec, monkeypatch, capsys):
+    monkeypatch.setattr(_main, "_WORLD", 2)
+    code, _, err = call(monkeypatch, capsys, "plan", spec)
+    assert code == 2
+    assert "many processes share the command run; received 'plan'" in err

@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import conservtl as ctl
+from conservtl.experiments.own.sending import _read
+from conservtl.experiments.run.long_recordings import predict_long
 from conservtl.experiments.studies.executors._submitit import _Jobs
 from conservtl.experiments.studies.executors.dispatch import Workers
+from conservtl.experiments.studies.result_store import _run_and_store
 from conservtl.experiments.studies.trial_claims import Claims
 
 
@@ -111,3 +115,28 @@ def test_trials_of_no_process_or_of_another_folder_are_left_alone(tmp_path):
     claims._release = lambda trial: released.append(trial.number)
     claims._release_killed()
     assert released == [3]
+
+
+def test_a_result_that_is_there_stays(tmp_path):
+    (tmp_path / "a.json").write_text("kept")
+    _run_and_store(SimpleNamespace(key="a"), tmp_path)
+    assert (tmp_path / "a.json").read_text() == "kept"
+
+
+def test_a_problem_that_is_another_than_the_studys_is_refused(tmp_path):
+    (tmp_path / "problem").write_bytes(b"other")
+    with pytest.raises(ctl.SpecError, match="must be the file that the study wrote; it has changed"):
+        _read(str(tmp_path / "problem"), "0" * 64)
+
+
+def test_windows_of_a_file_that_cannot_be_read():
+    def windows(file):
+        raise ctl.DataError(f"{file} is cut short")
+        yield
+
+    adapted = SimpleNamespace(preprocessing=SimpleNamespace(windows=windows))
+    with pytest.raises(ctl.DataError, match=r"a\.wav is cut short"):
+        predict_long(adapted, {0: "a.wav"}, None)
+    skipped = {}
+    assert predict_long(adapted, {0: "a.wav"}, skipped) == {}
+    assert skipped == {"a.wav": "a.wav is cut short"}
