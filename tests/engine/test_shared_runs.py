@@ -81,6 +81,8 @@ STRATEGIES = {
     "auto_rgn": [ctl.AutoRGN()],
     "mixout": [ctl.Mixout(p=0.5)],
     "lhuc": [ctl.LHUC()],
+    "lora": [ctl.LoRA(rank=2)],
+    "lora, pulled": [ctl.LoRA(rank=2), ctl.L2SP(alpha=0.5)],
     "input_transform": [ctl.InputTransform()],
     "norm_adaptation": [ctl.NormAdaptation()],
     "output_conservation": [ctl.OutputConservation()],
@@ -102,9 +104,19 @@ REFUSED = {
     "spectral_shrinkage": "acts on all examples of a batch together",
     "entropy_minimisation": "acts on all examples of a batch together",
     "mixout": "acts on whole tensors",
+    "lora, pulled": "acts on whole tensors",
 }
 BOTH = ("spectral_shrinkage", "entropy_minimisation")  # refused however the model is shared
-ONLY_TWO = {*OPTIONS, "dataset", "l2_sp, decoupled", "l2_sp, on the CPU", "feature_extraction, ncm", "lp_ft", "resumed"}
+ONLY_TWO = {
+    *OPTIONS,
+    "dataset",
+    "l2_sp, decoupled",
+    "l2_sp, on the CPU",
+    "feature_extraction, ncm",
+    "lora, pulled",
+    "lp_ft",
+}
+ONLY_TWO |= {"resumed"}
 CASES = [*STRATEGIES, *OPTIONS, "dataset"]
 
 
