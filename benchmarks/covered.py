@@ -14,6 +14,7 @@ import argparse
 import datetime as dt
 import json
 import platform
+import re
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 COUNTS = ("num_statements", "covered_lines", "num_branches", "covered_branches")
 LOW = 90.0  # per cent, below which a module is listed
+ON_A_GPU = re.compile(r"cuda|GRAPHS|self\._side|pinned|_recurrent")
+"""Conditions that hold where there is a GPU alone: of CUDA and its graphs, side streams and pinned memory."""
+PROGRAMS = "kernels/fused/programs/"  # Triton's, of which the interpreter executes some of the variants
 
 
 def main() -> None:
@@ -40,8 +44,10 @@ def main() -> None:
         measured.json_report(outfile=f"{folder}/report.json")
         report = json.loads(Path(folder, "report.json").read_text())
     modules = {name: {key: entry["summary"][key] for key in COUNTS} for name, entry in report["files"].items()}
+    on_a_gpu = {name: lines for name, entry in report["files"].items() if (lines := _on_a_gpu(name, entry))}
     machine = f"{platform.system()} {platform.machine()}; python {platform.python_version()}, torch {torch.__version__}"
     found = {"machine": f"{machine}; {dt.datetime.now(dt.UTC):%F}", "note": options.note, "modules": modules}
+    found |= {"on a GPU alone": on_a_gpu}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "covered.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "covered.md").write_text(table(found))
@@ -77,7 +83,17 @@ def table(found: dict[str, Any]) -> str:
     low = {name: both for name, both in low.items() if both[1] and 100 * both[0] / both[1] < LOW}
     lines += ["", f"Modules below {LOW:g} %:", ""]
     lines += [f"- {name}: {_share(*both)} of {both[1]}" for name, both in sorted(low.items())] or ["- none"]
+    missed = folders["all"]["num_branches"] - folders["all"]["covered_branches"]
+    lines += ["", f"Branches not taken: {missed}. Those of these lines are taken on a GPU alone:", ""]
+    lines += [f"- {name}: {', '.join(map(str, places))}" for name, places in found["on a GPU alone"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _on_a_gpu(name: str, entry: dict[str, Any]) -> list[int]:
+    """Return the lines of a module from which a branch is taken on a GPU alone."""
+    source = Path(name).read_text(encoding="utf-8").splitlines()
+    missed = dict.fromkeys(line for line, _ in entry["missing_branches"])
+    return [line for line in missed if PROGRAMS in name or ON_A_GPU.search(source[line - 1])]
 
 
 def _both(counts: dict[str, int]) -> tuple[int, int]:
