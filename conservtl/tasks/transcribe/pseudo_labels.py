@@ -33,7 +33,7 @@ def pseudo_labelled(
     ``conservtl.data.sequences.joined([shots, pseudo_labelled(...)])`` trains on a few texts and many hypotheses.
 
     Args:
-        model: the source model; takes inputs and lengths.
+        model: the source model, or better one adapted to what texts there are; takes inputs and lengths.
         data: utterances; whatever labels they have are dropped.
         least: smallest mean posterior of the best path over its frames that are no blank, or of a decoder's tokens.
         augment: of a batch, such as ``SpecAugment().of_batch``. Where given, two augmented copies of an utterance must
