@@ -92,7 +92,9 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
         augment = None if rule.agreement is None else rule.agreement.of_batch
         heard = pseudo_labelled(source, bare, least=rule.least, augment=augment, seed=seed)
         note += f", of which {len(heard)} have hypotheses to train on"
-        counts |= {"accepted": len(heard), "rejected": len(bare) - len(heard)}
+        rejected = len(bare) - len(heard)
+        note += f"; {rejected} rejected" if rejected else ""
+        counts |= {"accepted": len(heard), "rejected": rejected}
     elif isinstance(source, Decoder):
         heard = pseudo_labelled(source, bare, least=0.0, seed=seed)
         heard = replace(heard, labelled=(False,) * len(heard))
