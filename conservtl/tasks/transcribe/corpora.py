@@ -44,7 +44,8 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
     if isinstance(data, StringsData):
         return load_strings(data, seed, source=source)
     utterances, bad, known = _utterances(data)
-    check_target(data.target, known)  # before bad lines are named: those of another speaker may not be wanted at all
+    if known:  # before bad lines are named, which may be of others
+        check_target(data.target, known, bad)
     wanted = [one for one in utterances if one.speaker == data.target or (source and _is_source(one, data))]
     labels = data.tokens.vocabulary(one.text for one in wanted)
     bad |= _unencodable(wanted, data.tokens, labels)
