@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def calls_of(run):
         run(model)
     finally:
         sys.setprofile(None)
-    return min(later - earlier for earlier, later in zip(stamps[6:], stamps[7:], strict=False))
+    return min(later - earlier for earlier, later in pairwise(stamps[6:]))
 
 
 def by_hand(model, batches):
