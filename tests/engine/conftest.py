@@ -67,6 +67,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a DataLoader and its workers look twice a second whether the other is there, not every five seconds."""
+    for module in ("torch.utils.data._utils", "torch.utils.data._utils.worker"):
+        monkeypatch.setattr(f"{module}.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,)
+    )
+
+
 @pytest.fixture
 def net() -> Callable[..., nn.Module]:
     """Return a function that makes a network; the same seed gives the same weights."""
