@@ -22,7 +22,9 @@ from conservtl.labels import labels_for_loss
 from conservtl.losses import as_loss, counted
 from conservtl.runtime.preserve import eval_mode
 
-__all__ = ["Functions", "Holdout", "check_metrics", "evaluate"]
+__all__ = ["NO_EXAMPLES", "Functions", "Holdout", "check_metrics", "evaluate"]
+
+NO_EXAMPLES = "a set to evaluate on has no examples. Leave it out, or give it some."
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def evaluate(
             pool.add(totals, 0)
         fault = next((one for _, one in parts if one is not None), None)
     if not (result := pool.result()):
-        raise DataError("a set to evaluate on has no examples. Leave it out, or give it some.")
+        raise DataError(NO_EXAMPLES)
     if fault is not None:
         raise TrainingDivergedError(fault)
     return result

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from conservtl.batches import map_tensors, tensors_of
 from conservtl.compat import without_graphs
-from conservtl.engine.evaluation import Functions, Holdout
+from conservtl.engine.evaluation import NO_EXAMPLES, Functions, Holdout
 from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
@@ -28,7 +28,6 @@ from conservtl.runtime.preserve import eval_mode, preserve_buffers
 __all__ = ["check_first_batches", "check_gradient", "checked"]
 
 _FEW = 2  # examples of held data: enough for shapes, and little memory with gradients
-_EMPTY = "a set to evaluate on has no examples. Leave it out, or give it some."
 _SAME_SHAPE = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
 
 
@@ -93,7 +92,7 @@ def check_gradient(loss: Tensor, model: nn.Module) -> None:
 def _check(session: Session, functions: Functions, data: Held | Streamed) -> None:
     """Try the loss on a few examples if no function of the user's own is called."""
     if data.count() == 0:
-        raise DataError(_EMPTY)
+        raise DataError(NO_EXAMPLES)
     _check_signature(functions.metrics)
     known = functions.loss is cross_entropy or (isinstance(functions.loss, LabelLoss) and functions.loss.of_labels)
     if functions.forward is not plain_forward or not known:
@@ -111,7 +110,7 @@ def _check(session: Session, functions: Functions, data: Held | Streamed) -> Non
                 return run(map_tensors(data.content, lambda tensor: tensor[:_FEW].to(data.device)))
         batch = next(data.epoch(), None)
         if batch is None:
-            raise DataError(_EMPTY)
+            raise DataError(NO_EXAMPLES)
         return run(batch.content)
 
 

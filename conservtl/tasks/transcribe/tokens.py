@@ -15,7 +15,7 @@ from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens, Pretrained
 
-__all__ = ["BLANK", "SPACE", "Characters", "Pretrained", "SentencePiece", "Tokenizer", "vocabulary_of"]
+__all__ = ["BLANK", "SPACE", "Characters", "Pretrained", "SentencePiece", "Tokenizer"]
 
 BLANK = "<blank>"
 """Name of output 0, CTC's blank."""
@@ -151,11 +151,6 @@ Tokenizer = Annotated[Characters | SentencePiece | Pretrained, Field(discriminat
 def named(tokens: Iterable[int], vocabulary: Sequence[str]) -> Iterator[str]:
     """Yield the name of each token; U+FFFD for one that a smaller vocabulary, such as the source's, does not have."""
     return (vocabulary[token] if token < len(vocabulary) else _UNKNOWN for token in tokens)
-
-
-def vocabulary_of(tokens: Any, texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of a tokenizer's outputs, the blank first, for these texts."""
-    return tokens.vocabulary(texts)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=8)
