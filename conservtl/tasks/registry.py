@@ -62,10 +62,15 @@ def unfinished_task(name: str, otherwise: str) -> str:
     if (cls := task_classes(unfinished=True).get(name)) is not None:
         lacks = ", ".join(sorted(cls.__abstractmethods__))
         return f" {name!r} is imported, but {cls.__module__}.{cls.__qualname__} does not implement {lacks}."
-    nameless = [cls for cls in _subclasses(Task) if not hasattr(cls, "name") and not inspect.isabstract(cls)]
+    nameless = [cls for cls in _subclasses(Task) if not hasattr(cls, "name") and _is_a_users(cls)]
     listed = ", ".join(sorted({f"{cls.__module__}.{cls.__qualname__}" for cls in nameless}))
     more = f" {listed} is imported, but has no name: declare it in the class, name = {name!r}." if listed else ""
     return otherwise + more
+
+
+def _is_a_users(cls: type[Task]) -> bool:
+    """Return whether a class is complete, and none of this package's, which need no name."""
+    return not inspect.isabstract(cls) and cls.__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
 def _subclasses(cls: Any) -> list[type[Task]]:

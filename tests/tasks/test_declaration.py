@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
@@ -127,6 +128,13 @@ def test_an_imported_task_that_lacks_a_method_is_named(without):
     assert "--import" not in str(raised.value)
     with pytest.raises(ctl.SpecError, match=missing):
         task_named("declared")
+
+
+def test_no_class_of_the_library_is_taken_for_a_task_without_a_name():
+    importlib.import_module("conservtl.experiments.run.own_model")
+    with pytest.raises(ctl.SpecError, match=r"'visoin' is none of .*Did you mean 'vision'") as raised:
+        parse_spec({"task": "visoin"})
+    assert "conservtl." not in str(raised.value)
 
 
 def test_an_imported_task_without_a_name_is_named():
