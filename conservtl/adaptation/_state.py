@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from conservtl.errors import PlanError
 from conservtl.plan.plan import Plan
 from conservtl.plan.upgrade import decayed_by_default
 from conservtl.runtime.anchors import differs
+from conservtl.spec_model import FrozenModel
 
 __all__ = ["load_state_dict", "state_dict"]
 
@@ -47,7 +49,7 @@ def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
     plan, expected = _without_reasons(plan), _without_reasons(now)
     if plan != expected:
         raise PlanError(
-            f"this state belongs to another plan: {_difference(plan, expected)} differs. Load it into an adaptation "
+            f"this state belongs to another plan: {_difference(plan, expected)}. Load it into an adaptation "
             "made from the same model, source and strategies."
         )
     if not bound.anchors.fits(state):
@@ -87,7 +89,30 @@ def _without_reasons(plan: Plan) -> Plan:
 
 
 def _difference(plan: Plan, expected: Plan) -> str:
-    """Return the first row, or else the first field, in which two plans differ."""
-    rows = {row.name: row for row in expected.rows}
-    fields = (name for name in Plan.model_fields if getattr(plan, name) != getattr(expected, name))
-    return next((repr(row.name) for row in plan.rows if rows.get(row.name) != row), f"its {next(fields)}")
+    """Return the first row, or else the first field, in which two plans differ, with the values of both."""
+    theirs, own = ({row.name: row for row in one.rows} for one in (plan, expected))
+    for name in (*theirs, *own):
+        if (name in own) != (name in theirs):
+            return f"{name!r} differs: {'the state' if name in theirs else 'this adaptation'} alone has it"
+    for name in theirs:
+        if theirs[name] != own[name]:
+            return f"{name!r} differs: {_values(theirs[name], own[name])}"
+    field = _first(plan, expected)
+    pair = getattr(plan, field), getattr(expected, field)
+    if isinstance(pair[0], tuple):
+        pair = next((one, other) for one, other in zip_longest(*pair) if one != other)
+    return f"its {field} differs: {_values(*pair)}"
+
+
+def _values(one: Any, other: Any) -> str:
+    """Return both values, of the first field in which they differ if they are of one kind."""
+    if isinstance(one, FrozenModel) and type(one) is type(other):
+        field = _first(one, other)
+        return f"{field} is {_values(getattr(one, field), getattr(other, field))}"
+    return f"{one!r:.120} in the state and {other!r:.120} here"
+
+
+def _first(one: FrozenModel, other: FrozenModel) -> str:
+    """Return the first field in which two models of one class differ, ``chosen`` last."""
+    fields = sorted(type(one).model_fields, key=lambda name: name == "chosen")
+    return next(name for name in fields if getattr(one, name) != getattr(other, name))

@@ -603,6 +603,20 @@ class TestState:
         with pytest.raises(ctl.PlanError, match=r"'0\.weight' differs"):
             ctl.adapt(network(), network().state_dict()).load_state_dict(adapted().state_dict())
 
+    @pytest.mark.parametrize(
+        ("here", "saved", "said"),
+        [
+            ([ctl.L2SP(alpha=2)], [ctl.L2SP()], r"'0\.weight' differs: pull is 0\.1 in the state and 2\.0 here"),
+            ([], [ctl.LoRA(rank=2)], r"'0\.lora_\w+' differs: the state alone has it"),
+            ([ctl.LoRA(rank=2)], [], r"'0\.lora_\w+' differs: this adaptation alone has it"),
+            ([ctl.Mixout(p=0.7)], [ctl.Mixout(p=0.9)], r"its updates differs: p is 0\.9 in the state and 0\.7 here"),
+        ],
+    )  # fmt: skip
+    def test_of_another_plan_with_both_values(self, here, saved, said):
+        state = ctl.adapt(network(), network().state_dict(), saved).state_dict()
+        with pytest.raises(ctl.PlanError, match=said):
+            ctl.adapt(network(), network().state_dict(), here).load_state_dict(state)
+
     def test_of_a_plan_that_explains_itself_in_other_words(self):
         """Version 0.1.0 said "not asked for" of a parameter that is declared fresh."""
         ours, twin = adapted(off=0.3), adapted(off=0.3)
