@@ -127,10 +127,9 @@ def _choice(entries: Mapping[str, Any], where: str) -> str | None:
     for key in KNOWN_KEYS:
         if isinstance(entries.get(key), Mapping):
             return key
-    # Scalars, such as the best accuracy, are no weights.
-    if any(isinstance(value, Tensor) and value.ndim for value in entries.values()):
+    if any(_is_weight(value) for value in entries.values()):
         return None
-    candidates = [name for name, value in entries.items() if _holds_tensors(value)]
+    candidates = [name for name, value in entries.items() if _holds_weights(value)]
     if len(candidates) > 1:
         raise SourceError(
             f"{where}: one dictionary of weights must be chosen; it holds {len(candidates)}: "
@@ -140,20 +139,25 @@ def _choice(entries: Mapping[str, Any], where: str) -> str | None:
 
 
 def _paths(entries: Mapping[str, Any]) -> list[str]:
-    """Return the keys, also those of nested entries, that hold dictionaries of named tensors."""
+    """Return the keys, also those of nested entries, that hold dictionaries of weights."""
     found = []
     for key, value in entries.items():
-        if _holds_tensors(value):
+        if _holds_weights(value):
             found.append(str(key))
         elif isinstance(value, Mapping):
-            found += [f"{key}.{inner}" for inner, nested in value.items() if _holds_tensors(nested)]
+            found += [f"{key}.{inner}" for inner, nested in value.items() if _holds_weights(nested)]
     return found
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Return whether a value is a dictionary of named tensors, itself or in an entry of a known key."""
-    if not isinstance(value, Mapping):
+def _holds_weights(value: Any, within: tuple[int, ...] = ()) -> bool:
+    """Return whether a value is a dictionary of named weights, itself or in an entry of a known key."""
+    if not isinstance(value, Mapping) or id(value) in within:
         return False
-    if any(isinstance(value.get(key), Mapping) for key in KNOWN_KEYS):
+    if any(isinstance(name, str) and _is_weight(tensor) for name, tensor in value.items()):
         return True
-    return any(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    return any(_holds_weights(value.get(key), (*within, id(value))) for key in KNOWN_KEYS)
+
+
+def _is_weight(value: Any) -> bool:
+    """Return whether a value is a tensor of some dimension: scalars, such as the best accuracy, are no weights."""
+    return isinstance(value, Tensor) and value.ndim > 0

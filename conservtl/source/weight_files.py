@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -16,6 +17,8 @@ from conservtl.source.run_header import weights_file
 from conservtl.storage.tensor_files import load_tensors
 
 __all__ = ["load_weights"]
+
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")  # of torch.load with weights_only=True
 
 
 def load_weights(path: Path) -> Mapping[str, Any]:
@@ -42,6 +45,12 @@ def load_weights(path: Path) -> Mapping[str, Any]:
     except SourceError:
         raise
     except Exception as error:
+        if (found := _REFUSED.search(str(error))) is not None:
+            raise SourceError(
+                f"source {str(path)!r} must hold tensors and plain values; it holds an object of {found[1]}, whose "
+                "code would have to be executed. Save the state dict alone, with torch.save(model.state_dict(), path) "
+                "or as safetensors."
+            ) from error
         raise SourceError(
             f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. The file is damaged, of another "
             "kind, or holds objects whose code would have to be executed. Save the state dict alone, with "

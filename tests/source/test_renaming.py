@@ -295,6 +295,17 @@ class TestSeveralDictionaries:
         ctl.adapt(model, entries, key="ema.shadow")
         assert equal(model.state_dict(), self.plain(2))
 
+    def test_a_trainers_state_beside_is_not_offered(self):
+        """As Lightning writes it: states without tensors, scores."""
+        loop = {"state_dict": {}, "epoch_progress": {"current": {"ready": 1}}}
+        beside = {
+            "loops": {"fit_loop": loop},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        }
+        text = str(ctl.adapt(network(), {"state_dict": self.plain(1), **beside}).plan)
+        assert "took the entry 'state_dict', ignored callbacks, loops" in text
+        assert "key=" not in text
+
     def test_the_documented_order(self):
         order = ["state_dict", "model_state_dict", "model", "module"]
         for place, first in enumerate(order):

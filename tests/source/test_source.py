@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,13 @@ class TestFiles:
         with pytest.raises(ctl.SourceError, match="code would have to be executed"):
             adapted_from(tmp_path / "b.pt")
         assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_the_class_of_a_settings_object_is_named(self, tmp_path, zipped):
+        entries = {"model": saved(), "args": Namespace(lr=1)}
+        torch.save(entries, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ctl.SourceError, match=r"it holds an object of argparse\.Namespace, whose code"):
+            adapted_from(tmp_path / "a.pt")
 
     def test_a_whole_model_is_refused(self, tmp_path):
         torch.save(network(), tmp_path / "a.pt")
