@@ -39,6 +39,10 @@ def merge(
         list[str] | None,
         typer.Option("--fresh", metavar="GLOB", help="Tensors that are the first model's. Repeatable."),
     ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="Entry to take of each checkpoint that has it, such as ema."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Mix a source's weights with those of models adapted from it, without training."""
@@ -54,6 +58,7 @@ def merge(
         density=density,
         batch_norm=statistics,
         fresh=fresh or (),
+        key=key,
         overwrite=overwrite,
     )
     sys.stdout.write(f"{merged}\n")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conservtl.errors import SourceError
+from conservtl.errors import InputError, SourceError
 from conservtl.storage.files import atomic_path
 
 __all__ = [
@@ -74,9 +74,12 @@ def opened(path: str | Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
+    except InputError:  # about the content, in the block
+        raise
     except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
+        said = str(error).rstrip(".")
         raise SourceError(
-            f"{str(path)!r} cannot be read as weights: {error}. The file is damaged, or no safetensors file. Make or "
+            f"{str(path)!r} cannot be read as weights: {said}. The file is damaged, or no safetensors file. Make or "
             "download it again."
         ) from error
 

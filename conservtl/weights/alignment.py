@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,13 @@ __all__ = ["aligned", "check_quantised", "is_quantised", "without_wrapper"]
 
 
 def without_wrapper(first: Checkpoint, start: Checkpoint) -> Checkpoint:
-    """Return the first model without the prefix of DataParallel and its like, if the source does not have it."""
+    """Return the first model without a prefix that hides the source's names: of DataParallel, of a trainer.
+
+    The names of a folder go with its configuration: there, only ``module.`` before all of them is removed.
+    """
     prefix = "module."
+    if first.folder is None:
+        return first.matched(start.entries)
     wrapped = all(name.startswith(prefix) for name in first.entries)
     if not wrapped or any(name.startswith(prefix) for name in start.entries):
         return first
@@ -46,7 +51,7 @@ def aligned(other: Checkpoint, first: Checkpoint, fresh: set[str] | tuple[()]) -
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise SourceError(
                 f"all checkpoints must have each tensor; {found[0]!r}{more} of {owner.where} is not in {lacks.where}. "
-                f"Merge models of one structure, or keep the first model's: fresh=[{found[0]!r}] (--fresh)."
+                f"Merge models of one structure{_kept(found, owner.entries.keys() - set(found))}."
             )
     for name, old in names.items():
         shapes = first.entries[name].shape, other.entries[old].shape
@@ -56,6 +61,17 @@ def aligned(other: Checkpoint, first: Checkpoint, fresh: set[str] | tuple[()]) -
                 f"{shapes[1]} in {other.where}. Keep the first model's: fresh=[{name!r}] (--fresh)."
             )
     return other.renamed({name: old for name, old in names.items() if old in other.entries})
+
+
+def _kept(names: Sequence[str], others: Iterable[str]) -> str:
+    """Return the advice to keep the first model's tensors; empty for many names that no glob has alone."""
+    if len(names) <= 4:
+        return f", or keep the first model's: fresh={list(names)} (--fresh)"
+    stem = names[0].rpartition(".")[0]
+    while stem and not all(name.startswith(f"{stem}.") for name in names):
+        stem = stem.rpartition(".")[0]
+    alone = stem and not any(name.startswith(f"{stem}.") for name in others)
+    return f", or keep the first model's: fresh=['{stem}.*'] (--fresh)" if alone else ""
 
 
 def _partner(name: str, owner: Checkpoint, other: Checkpoint) -> str | None:

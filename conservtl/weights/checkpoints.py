@@ -42,6 +42,7 @@ class Checkpoint:
         index: name of the index, if there is one.
         metadata: texts of each file of safetensors by its name.
         run: header of the run that saved it, or None.
+        notes: remarks on the entry that was taken of a file with several.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Checkpoint:
     index: str | None = None
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     run: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -87,17 +89,18 @@ class Checkpoint:
 
 
 @contextmanager
-def open_checkpoint(source: SourceLike) -> Iterator[Checkpoint]:
+def open_checkpoint(source: SourceLike, key: str | None = None) -> Iterator[Checkpoint]:
     """Open a checkpoint; no tensor is in memory before it is read, but those of torch's oldest file format.
 
     Args:
         source: a path of a file or a folder, a name as ``adapt`` takes it, a state dict or a model.
+        key: the entry to take of a file that has it; dots lead to nested entries.
 
     Raises:
         SourceError: it cannot be read, or a tensor has a type that safetensors cannot hold.
     """
     with ExitStack() as files:
-        found = _opened(source, files)
+        found = _opened(source, files, key)
         for name, entry in found.entries.items():
             if entry.dtype not in CODES:
                 raise SourceError(
@@ -107,15 +110,15 @@ def open_checkpoint(source: SourceLike) -> Iterator[Checkpoint]:
         yield found
 
 
-def _opened(source: SourceLike, files: ExitStack) -> Checkpoint:
+def _opened(source: SourceLike, files: ExitStack, key: str | None) -> Checkpoint:
     if (reference := reference_of(source)) is not None:
         pinned = reference.pinned()
-        return replace(_opened(pinned.read(), files), where=f"source {pinned}")
+        return replace(_opened(pinned.read(), files, key), where=f"source {pinned}")
     if isinstance(source, nn.Module):
         model = unwrap(source)
         return _in_memory(dict(model.state_dict()), f"source {type(model).__name__}")
     if isinstance(source, Mapping):
-        return _in_memory(source, "source state dict")
+        return _in_memory(source, "source state dict", key)
     if not isinstance(source, str | Path):
         raise SourceError(
             f"a checkpoint must be a path, a name, a state dict or a model; received {type(source).__name__}."
@@ -123,16 +126,16 @@ def _opened(source: SourceLike, files: ExitStack) -> Checkpoint:
     path = Path(source)
     where = f"source {path.name or str(path)}"
     if not path.is_dir():
-        return replace(_file(path, where, files), run=read_header(path))
+        return replace(_file(path, where, files, key), run=read_header(path))
     chosen = weights_in_folder(path)
     if chosen.suffix != ".json":
-        return replace(_file(chosen, where, files), folder=path, run=read_header(chosen))
-    return replace(_shards(chosen, where, files), folder=path, index=chosen.name)
+        return replace(_file(chosen, where, files, key), folder=path, run=read_header(chosen))
+    return replace(_shards(chosen, where, files, key), folder=path, index=chosen.name)
 
 
-def _file(path: Path, where: str, files: ExitStack) -> Checkpoint:
+def _file(path: Path, where: str, files: ExitStack, key: str | None) -> Checkpoint:
     if path.suffix != ".safetensors" or not path.is_file():
-        found = _in_memory(load_weights(path), where)
+        found = _in_memory(load_weights(path), where, key)
         return replace(found, files=dict.fromkeys(found.entries, path.name))
     check_digest(path)
     file = files.enter_context(opened(path))
@@ -154,13 +157,13 @@ def _file(path: Path, where: str, files: ExitStack) -> Checkpoint:
     )
 
 
-def _shards(index: Path, where: str, files: ExitStack) -> Checkpoint:
+def _shards(index: Path, where: str, files: ExitStack, key: str | None) -> Checkpoint:
     listed = files_by_tensor(index)
     parts = {}
     for file in dict.fromkeys(listed.values()):
         if not (index.parent / file).is_file():
             raise SourceError(f"{where}: {file} is missing, which {index.name} lists. Put it beside the index.")
-        parts[file] = _file(index.parent / file, where, files)
+        parts[file] = _file(index.parent / file, where, files, key)
     owner = {canonical(name): file for name, file in listed.items()}
     if missing := [name for name, file in owner.items() if name not in parts[file].entries]:
         raise SourceError(
@@ -177,14 +180,17 @@ def _shards(index: Path, where: str, files: ExitStack) -> Checkpoint:
     )
 
 
-def _in_memory(entries: Mapping[str, Any], where: str) -> Checkpoint:
+def _in_memory(entries: Mapping[str, Any], where: str, key: str | None = None) -> Checkpoint:
     """Return a state dict, whose tensors may be mapped from a file, as a checkpoint."""
-    tensors = tensors_of(weights_in(entries, where)[0], where, [])
+    has_key = key is not None and (key in entries or key.partition(".")[0] in entries)
+    weights, notes = weights_in(entries, where, key if has_key else None)
+    tensors = tensors_of(weights, where, [])
     return Checkpoint(
         where,
         {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
         {name: partial(_on_cpu, tensor) for name, tensor in tensors.items()},
         memory={name: _place(tensor) for name, tensor in tensors.items() if tensor.numel()},
+        notes=tuple(notes),
     )
 
 

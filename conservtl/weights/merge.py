@@ -32,16 +32,18 @@ class Merged:
         path: the file or folder that was written.
         mixed: number of tensors that were mixed.
         taken: names of the tensors that are the first model's: integers, and those in ``fresh``.
+        notes: the entries that were taken of checkpoints with several.
     """
 
     path: Path
     mixed: int
     taken: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shown = ", ".join(self.taken[:4]) + (", …" if len(self.taken) > 4 else "")
         rest = f"; {len(self.taken)} are the first model's: {shown}" if self.taken else ""
-        return f"{self.path}: {counted(self.mixed, 'tensor')} mixed{rest}"
+        return "\n".join([f"{self.path}: {counted(self.mixed, 'tensor')} mixed{rest}", *self.notes])
 
 
 def merge(
@@ -54,6 +56,7 @@ def merge(
     density: float = 0.2,
     batch_norm: Statistics = "interpolate",
     fresh: Sequence[str] = (),
+    key: str | None = None,
     overwrite: bool = False,
 ) -> Merged:
     r"""Mix checkpoints of one architecture into a new one, with one tensor of each in memory at a time.
@@ -68,10 +71,12 @@ def merge(
     - ``ties``: the changes keep the share ``density`` of their largest values in each tensor; t times the mean of those
       that have the sign of their sum is added to the source.
 
-    The result has the first model's names (without ``module.`` of a wrapper), types, files and metadata. Integers
-    (counts of batches, positions) are the first model's too, whatever the method; weights of 8 bits must be equal. A
-    tensor that two names share in one checkpoint may have one of the names in another. Files of torch are read without
-    executing code; the result is always safetensors. A folder gets the first model's configuration and tokenizer.
+    The result has the first model's names, types, files and metadata. A prefix of a wrapper (``module.``) or a
+    trainer (``model.``, but in a folder, whose configuration goes with its names) is removed if the source has none.
+    Integers (counts of batches, positions) are the first model's too, whatever the method; weights of 8 bits must be
+    equal. A tensor that two names share in one checkpoint may have one of the names in another. Files of torch are read
+    without executing code; the result is always safetensors. A folder gets the first model's configuration and
+    tokenizer.
 
     Args:
         source: w0: a file, a folder with shards too, a name as ``adapt`` takes it, a state dict or a model.
@@ -83,6 +88,7 @@ def merge(
         density: for ``ties``: share of each tensor's values to keep.
         batch_norm: running means and variances: mixed like weights, or those of the first model or the source.
         fresh: globs of tensors that are the first model's, such as a head that the source does not have.
+        key: the entry to take of each checkpoint that has it, such as ``"ema"``; without it, as ``adapt`` chooses.
         overwrite: whether an earlier result may be replaced.
 
     Raises:
@@ -114,7 +120,12 @@ def merge(
     target = Path(out)
     check_target(target, [source, *listed], overwrite=overwrite)
     with ExitStack() as files:
-        start, first, *others = (files.enter_context(open_checkpoint(one)) for one in (source, *listed))
+        start, first, *others = (files.enter_context(open_checkpoint(one, key)) for one in (source, *listed))
+        notes = [f"{one.where}: {note}" for one in (start, first, *others) for note in one.notes]
+        if key is not None and not any(f"took the entry {key!r}" in one.notes for one in (start, first, *others)):
+            raise SourceError(
+                f"key must name an entry of a checkpoint; received {key!r}, which none has. Leave it out."
+            )
         for other in (start, *others):
             check_same_labels(other, first)
         first = without_wrapper(first, start)
@@ -150,7 +161,7 @@ def merge(
         described |= {"density": density} if method == "ties" else {}
         with torch.no_grad():
             write_merged(target, first, mixed, json.dumps(described))
-    return Merged(target, len(first.entries) - len(taken), tuple(sorted(taken)))
+    return Merged(target, len(first.entries) - len(taken), tuple(sorted(taken)), tuple(notes))
 
 
 def _checked(method: str, t: float | None, count: int, density: float, batch_norm: str) -> tuple[Rule, float]:

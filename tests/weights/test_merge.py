@@ -130,6 +130,44 @@ def test_prefixes_of_wrappers_are_matched_and_dropped(tmp_path):
     assert all(torch.equal(found[name], model[name]) for name in model)
 
 
+def test_a_trainers_prefix_is_dropped_and_what_is_beside_the_model_named(tmp_path):
+    source, model = state(0), state(1)
+    trained = {f"model.{name}": value for name, value in model.items()} | {"criterion.weight": torch.ones(2)}
+    torch.save({"state_dict": trained, "epoch": 1}, tmp_path / "a.ckpt")
+    with pytest.raises(ctl.SourceError, match=r"'criterion.weight' of source a.ckpt is not in .*'criterion.weight'\]"):
+        ctl.merge(source, tmp_path / "a.ckpt", tmp_path / "out.safetensors", t=1)
+    said = ctl.merge(source, tmp_path / "a.ckpt", tmp_path / "out.safetensors", t=1, fresh=["criterion.weight"])
+    assert "source a.ckpt: took the entry 'state_dict', ignored epoch" in str(said)
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == model.keys() | {"criterion.weight"}
+    assert all(torch.equal(found[name], model[name]) for name in model)
+
+
+def test_the_entry_that_is_mixed_is_said_and_chosen(tmp_path):
+    source, model, ema = state(0), state(1), state(2)
+    torch.save({"model": model, "ema": ema}, tmp_path / "a.pt")
+    for key, end in ((None, model), ("ema", ema)):
+        said = ctl.merge(source, tmp_path / "a.pt", tmp_path / f"{key}.safetensors", t=1, key=key)
+        assert f"source a.pt: took the entry {key or 'model'!r}" in str(said)
+        assert torch.equal(load_file(tmp_path / f"{key}.safetensors")["head.weight"], end["head.weight"])
+    with pytest.raises(ctl.SourceError, match="key must name an entry of a checkpoint; received 'emma'"):
+        ctl.merge(source, tmp_path / "a.pt", tmp_path / "out.safetensors", t=1, key="emma")
+
+
+@pytest.mark.parametrize(
+    ("extra", "advice"),
+    [
+        (["head.a", "tail.b"], r"keep the first model's: fresh=\['head.a', 'tail.b'\]"),
+        ([f"tail.{number}.w" for number in range(6)], r"keep the first model's: fresh=\['tail\.\*'\]"),
+        ([f"w{number}" for number in range(6)], r"Merge models of one structure\.$"),
+    ],
+)
+def test_advice_for_tensors_of_one_model_names_them_all(tmp_path, extra, advice):
+    model = change(**{name: torch.ones(2) for name in extra})
+    with pytest.raises(ctl.SourceError, match=advice):
+        ctl.merge(state(0), model, tmp_path / "out.safetensors", t=1)
+
+
 @pytest.mark.parametrize("whole", ["source", "model"])
 @pytest.mark.parametrize("by", ["storage", "value"])
 def test_tied_tensors_under_one_name_or_two(tmp_path, whole, by):
@@ -234,6 +272,12 @@ def test_a_head_of_the_models_own(tmp_path):
     report = ctl.merge(state(0), model, tmp_path / "out.safetensors", t=0.5, fresh=["head"])
     assert torch.equal(load_file(tmp_path / "out.safetensors")["head.weight"], model["head.weight"])
     assert report.taken == ("head.weight", "steps")
+
+
+def test_an_error_about_the_content_of_a_file_is_not_one_of_the_file(tmp_path):
+    save_file(change(**{"head.weight": torch.ones(4, 3)}), tmp_path / "a.safetensors")
+    with pytest.raises(ctl.SourceError, match=r"^all checkpoints must have one shape .*\(--fresh\)\.$"):
+        ctl.merge(state(0), tmp_path / "a.safetensors", tmp_path / "out", t=0.5)
 
 
 def test_overflow_is_named(tmp_path):
