@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from conservtl.errors import SpecError
 
-__all__ = ["all_tensors_of", "tensor_of", "version"]
+__all__ = ["all_tensors_of", "tensor_of"]
 
 
 def all_tensors_of(output: Any, layer: str, module: nn.Module | None = None) -> list[Tensor]:
@@ -48,8 +48,3 @@ def tensor_of(output: Any, layer: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise SpecError(f"layer {layer!r} returns a {type(output).__name__}, no tensor to compare. Tap another layer.")
     return output
-
-
-def version(tensor: Tensor) -> int:
-    """Return a number that grows with each operation that writes into a tensor's memory."""
-    return tensor._version  # noqa: SLF001 - as PyTorch's notes on autograd name it

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.compat import version_of
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
-from conservtl.runtime.layer_outputs import all_tensors_of, version
+from conservtl.runtime.layer_outputs import all_tensors_of
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.preserve import eval_mode
 from conservtl.runtime.source_head import SourceHead
@@ -85,7 +86,7 @@ class SourceModelRunner:
                         caught[layer].append(tensor.clone())
                     else:
                         caught[layer].append(tensor)
-                        watched.append((layer, tensor, version(tensor)))
+                        watched.append((layer, tensor, version_of(tensor)))
 
             return hook
 
@@ -99,7 +100,7 @@ class SourceModelRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        if written := {layer for layer, tensor, before in watched if version(tensor) != before}:
+        if written := {layer for layer, tensor, before in watched if version_of(tensor) != before}:
             self._written |= written
             return self.view(run)
         if of_heads:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.compat import guard_hooks, hooks_are_guarded
-from conservtl.runtime.layer_outputs import all_tensors_of, tensor_of, version
+from conservtl.compat import guard_hooks, hooks_are_guarded, version_of
+from conservtl.runtime.layer_outputs import all_tensors_of, tensor_of
 from conservtl.runtime.recomputing import is_recomputing
 
 __all__ = ["End", "Passes", "Start", "Tap"]
@@ -52,7 +52,7 @@ class Record:
     @property
     def written(self) -> bool:
         """Whether something has written into the tensors since."""
-        return any(version(tensor) != before for tensor, before in self.watched)
+        return any(version_of(tensor) != before for tensor, before in self.watched)
 
 
 class Start:
@@ -142,7 +142,7 @@ class Tap:
             self.records.append(Record(number, [one.clone() for one in tensors], _UNKNOWN, [], copied=True))
             return
         copied = self.written.get(modes, True)
-        watched = [] if self.written.get(modes) else [(one, version(one)) for one in tensors]
+        watched = [] if self.written.get(modes) else [(one, version_of(one)) for one in tensors]
         kept = [one.clone() for one in tensors] if copied else tensors
         self.records.append(Record(number, kept, modes, watched, copied=copied))
 
