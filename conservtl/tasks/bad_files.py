@@ -15,6 +15,7 @@ __all__ = [
     "FileData",
     "FolderFiles",
     "OnBad",
+    "bad_among",
     "check_files",
     "explained",
     "fault_of",
@@ -40,8 +41,7 @@ class FileData(FrozenModel):
 
     on_bad: OnBad = "error"
     """Files that cannot be used (damaged, empty, silent, a decompression bomb, a link out of the folder): `error`
-    refuses the run, `skip` reads every file before the split, leaves bad ones out, and lists them in plan and report.
-    """
+    refuses the run, `skip` leaves them out and lists them in plan and report. Every file is read before the split."""
 
 
 class FolderFiles(FileData):
@@ -65,6 +65,27 @@ def refuse(bad: Mapping[Path, str]) -> None:
             f"{shown_name(file)} {bad[file]}{more}. Replace or remove it, or leave bad files out with data.on_bad: "
             "skip."
         )
+
+
+def bad_among(
+    data: FileData, listed: Mapping[Path, str], files: Iterable[Path], read: Callable[[Path], object], kind: str
+) -> dict[Path, str]:
+    """Return the files to leave out and why: those known to be bad, and those that reading finds, whatever the draw.
+
+    Args:
+        data: decides whether bad files are refused.
+        listed: bad already by their names and links -> why.
+        files: what may be used.
+        read: raises ``DataError`` for a bad file.
+        kind: everything that ``read`` depends on but the file.
+
+    Raises:
+        DataError: a file is bad, and ``on_bad`` is error.
+    """
+    bad = {**listed, **check_files(files, read, kind)}
+    if data.on_bad == "error":
+        refuse(bad)
+    return bad
 
 
 def check_files(files: Iterable[Path], read: Callable[[Path], object], kind: str | None = None) -> dict[Path, str]:

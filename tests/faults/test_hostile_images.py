@@ -142,6 +142,8 @@ def test_bad_images_are_refused_unless_the_spec_skips_them(folder):
     with pytest.raises(ctl.DataError, match=r"(1|2)\.png must"):
         loaded(folder, shots="all")
     for seed in range(3):
+        with pytest.raises(ctl.DataError, match=r"cat/1\.png must .*; 1 other is bad too\. .* data\.on_bad: skip"):
+            loaded(folder, seed)  # whatever is drawn
         domains = loaded(folder, seed, on_bad="skip")
         assert list(domains.skipped) == ["cat/1.png", "dog/2.png"]
         assert domains.skipped["dog/2.png"] == "must have one image; it has 3"
@@ -153,6 +155,8 @@ def test_bad_images_are_skipped_where_images_are_opened_on_access(folder, monkey
     monkeypatch.setattr("conservtl.tasks.vision.parts.IN_MEMORY", 0)
     monkeypatch.setitem(load.__globals__["read"].__kwdefaults__, "in_memory", 0)
     (folder / "cat/1.png").write_text("text")
+    with pytest.raises(ctl.DataError, match=r"cat/1\.png must"):
+        loaded(folder)
     domains = loaded(folder, on_bad="skip", shots="all")
     parts = (domains.shots, domains.target_test)
     assert sum(len(part) for part in parts) == 7

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from conservtl.errors import DataError
-from conservtl.extras import require
-from conservtl.tasks.bad_files import shown_name
+from conservtl.tasks.audio.reading import read_audio
+from conservtl.tasks.bad_files import check_files, shown_name
 from conservtl.tasks.file_listing import FolderWalk
 
 __all__ = ["audio_files", "usable_recordings"]
@@ -32,7 +32,7 @@ def audio_files(root: Path, *, follow_links: bool) -> tuple[list[Path], dict[Pat
 
 
 def usable_recordings(root: Path, field: str, *, follow_links: bool) -> list[Path]:
-    """Return the audio files in a folder and its subfolders, in order; their headers are read.
+    """Return the audio files in a folder and its subfolders, in order; they are read.
 
     Args:
         root: the folder.
@@ -47,12 +47,7 @@ def usable_recordings(root: Path, field: str, *, follow_links: bool) -> list[Pat
     files, bad = audio_files(root, follow_links=follow_links)
     if not files and not bad:
         raise DataError(f"{field} must hold recordings; there is none below {shown_name(root)}. Correct the path.")
-    soundfile = require("soundfile", "speech")
-    for file in files:
-        try:
-            soundfile.info(str(file))
-        except (OSError, RuntimeError, TypeError, ValueError):
-            bad[file] = "cannot be read as audio"
+    bad |= check_files(files, read_audio, "audio")
     if bad:
         first = min(bad)
         reason = bad[first].replace("data.follow_links", f"{field.rpartition('.')[0]}.follow_links")

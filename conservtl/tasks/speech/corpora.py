@@ -19,7 +19,7 @@ from conservtl.errors import SpecError
 from conservtl.tasks.audio.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.audio.speakers import check_target
-from conservtl.tasks.bad_files import FileData, FolderFiles, check_files, explained, names_below, refuse
+from conservtl.tasks.bad_files import FileData, FolderFiles, bad_among, explained, names_below
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.speech.augment import SpeechAugment
 from conservtl.tasks.speech.features import Features, SpeechPreprocessing
@@ -164,12 +164,9 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
         return _load_espeak(data, seed, source=source)
     recordings, notes, bad = _recordings(data)
     check_target(data.target, {r.speaker for r in recordings}, bad)
-    if data.on_bad == "error":
-        refuse(bad)
-    else:
-        used = [r for r in recordings if r.speaker == data.target or _is_source(r, data, source=source)]
-        bad |= check_files((Path(r.name) for r in used), read_audio, "speech")
-        recordings = [r for r in recordings if Path(r.name) not in bad]
+    used = [r for r in recordings if r.speaker == data.target or _is_source(r, data, source=source)]
+    bad = bad_among(data, bad, (Path(r.name) for r in used), read_audio, "audio")
+    recordings = [r for r in recordings if Path(r.name) not in bad]
     skipped = names_below(data.root, bad)
     preprocessing = SpeechPreprocessing(features=data.features)
     digests: dict[str, str] = {}

@@ -49,12 +49,10 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
     wanted = [one for one in utterances if one.speaker == data.target or (source and _is_source(one, data))]
     labels = data.tokens.vocabulary(one.text for one in wanted)
     bad |= _unencodable(wanted, data.tokens, labels)
+    damaged = check_files(dict.fromkeys(one.file for one in wanted if one.file is not None), read_audio, "audio")
+    bad |= {Path(one.name): damaged[one.file] for one in wanted if one.file in damaged}
     if data.on_bad == "error":
         refuse(bad)
-    else:
-        files = dict.fromkeys(one.file for one in wanted if one.file is not None)
-        damaged = check_files(files, read_audio, "transcribe")
-        bad |= {Path(one.name): damaged[one.file] for one in wanted if one.file in damaged}
     used = [one for one in wanted if Path(one.name) not in bad]
     skipped = {str(name): reason for name, reason in sorted(bad.items())}
     with explained(skipped):

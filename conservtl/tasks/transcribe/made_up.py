@@ -13,7 +13,7 @@ from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.audio.speakers import check_target
 from conservtl.tasks.audio.waves import WaveChange
-from conservtl.tasks.bad_files import check_files, explained, names_below, refuse
+from conservtl.tasks.bad_files import bad_among, explained, names_below
 from conservtl.tasks.speech.folder import search
 from conservtl.tasks.transcribe.grammar import sentences
 from conservtl.tasks.transcribe.recordings import Inputs, SpokenInputs
@@ -72,12 +72,9 @@ def load_strings(data: StringsData, seed: int, *, source: bool) -> Domains:
             f"data.source_speakers must be speakers of the recordings other than data.target; received {unknown[0]!r}. "
             f"Choose from: {', '.join(map(repr, others))}."
         )
-    if data.on_bad == "error":
-        refuse(bad)
-    else:
-        used = [one for one in recordings if one.speaker in {data.target, *wanted}]
-        bad |= check_files((Path(one.name) for one in used), read_audio, "speech")
-        recordings = [one for one in recordings if Path(one.name) not in bad]
+    used = [one for one in recordings if one.speaker in {data.target, *wanted}]
+    bad = bad_among(data, bad, (Path(one.name) for one in used), read_audio, "audio")
+    recordings = [one for one in recordings if Path(one.name) not in bad]
     strung: dict[Utterance, Strung] = {}
 
     bare = data.unlabelled.utterances if data.unlabelled is not None else 0

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from conservtl.errors import DataError, hint
 from conservtl.extras import require
@@ -18,8 +21,7 @@ from conservtl.tasks.vision.preprocessing import VisionPreprocessing
 
 __all__ = ["torchvision_parts"]
 
-Check = Callable[[Any, str], object]
-"""Function of an image and its name that raises ``DataError`` for a bad one."""
+_sound: set[tuple[str, str]] = set()  # parts of sets in which this process found no bad image
 
 _one_at_a_time = threading.Lock()  # what a block changes of Pillow and of warnings holds for all threads
 
@@ -28,19 +30,18 @@ def torchvision_parts(data: TorchvisionData, preprocessing: VisionPreprocessing 
     """Return the training and test parts of a set, or split the whole set by ``split_seed``.
 
     Args:
-        data: the spec; with ``on_bad: skip`` every image is read, and bad ones are left out.
+        data: the spec. Every image is read; bad ones are refused, or left out with ``on_bad: skip``.
         preprocessing: that must be able to convert an image; None: of the usual size.
 
     Raises:
         DataError: the name is unknown, the set is not on this disk, it does not have one class an image, or an image
-            that must be opened for its class is bad.
+            is bad.
         MissingExtraError: torchvision is not installed.
     """
     skipped: dict[str, str] = {}
     converts = preprocessing or VisionPreprocessing(images=data.images or ImageSettings())
-    check = converts.pixels if data.on_bad == "skip" else None
     with explained(skipped):
-        train, test = _parts_of(data, check, skipped)
+        train, test = _parts_of(data, _Checking(data, converts), skipped)
     if data.corruption is None:
         return Parts(train, test, skipped=skipped)
     return Parts(train, test, train.classes, train, test, data.corruption, skipped)
@@ -72,7 +73,43 @@ class _SetOpener:
                 postscript.gs_binary = ghostscript
 
 
-def _parts_of(data: TorchvisionData, check: Check | None, skipped: dict[str, str]) -> tuple[ImagePart, ImagePart]:
+class _Checking:
+    """Search for the bad images of a set.
+
+    Args:
+        data: the set, and whether a bad image is refused.
+        converts: must be able to convert an image.
+    """
+
+    def __init__(self, data: TorchvisionData, converts: VisionPreprocessing) -> None:
+        self._skips, self._converts = data.on_bad == "skip", converts
+        fields = {"name", "root", "args", "train_split", "test_split"}
+        self._key = data.model_dump_json(include=fields) + converts.model_dump_json()
+
+    def faults(self, opener: _SetOpener, names: Sequence[str], part: str) -> dict[int, str]:
+        """Return the numbers of bad images -> why; none is looked for where the set holds decoded pixels.
+
+        Raises:
+            DataError: an image is bad, and the spec does not skip such.
+        """
+        if (self._key, part) in _sound or isinstance(getattr(opener.images, "data", None), (np.ndarray, Tensor)):
+            return {}
+
+        def check(number: int) -> None:
+            self._converts.pixels(opener(number), names[number])
+
+        found = {}
+        for number in range(len(names)):
+            if not self._skips:
+                check(number)
+            elif (fault := fault_of(number, check)) is not None:
+                found[number] = fault
+        if not found:
+            _sound.add((self._key, part))
+        return found
+
+
+def _parts_of(data: TorchvisionData, check: _Checking, skipped: dict[str, str]) -> tuple[ImagePart, ImagePart]:
     sets = require("torchvision.datasets", "vision")
     if data.name not in sets.__all__:
         raise DataError(
@@ -116,15 +153,13 @@ def _open(kind: Any, data: TorchvisionData, args: dict[str, Any]) -> Any:
         ) from error
 
 
-def _part(images: Any, name: str, part: str, check: Check | None, skipped: dict[str, str]) -> ImagePart:
-    """Return a part of a set; add to ``skipped`` the images that it leaves out because ``check`` raises."""
+def _part(images: Any, name: str, part: str, check: _Checking, skipped: dict[str, str]) -> ImagePart:
+    """Return a part of a set; add to ``skipped`` the images that it leaves out because they are bad."""
     opener = _SetOpener(images, name)
     names = [f"{part}_{number:06d}" for number in range(len(images))]
-    good = list(range(len(images)))
-    if check is not None:
-        faults = {number: fault_of(number, lambda number: check(opener(number), names[number])) for number in good}
-        skipped |= {names[number]: fault for number, fault in faults.items() if fault is not None}
-        good = [number for number in good if faults[number] is None]
+    faults = check.faults(opener, names, part)
+    skipped |= {names[number]: fault for number, fault in faults.items()}
+    good = [number for number in range(len(images)) if number not in faults]
     labels = _labels(opener, good)
     values = sorted(set(labels))
     classes = getattr(images, "classes", None)

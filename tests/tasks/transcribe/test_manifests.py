@@ -151,6 +151,7 @@ BAD = [
     ({"duration": 1.5}, "must lie within its recording of 0.50 s"),
     ({"audio_filepath": "long.wav"}, "longer than data.longest"),
     ({"text": "\u00fcber"}, "outside the vocabulary"),
+    ({"audio_filepath": "silent.wav"}, "is silent"),
 ]
 
 
@@ -162,6 +163,7 @@ def test_a_line_that_cannot_be_used_is_refused_or_skipped_with_a_list(change, re
     record(tmp_path / "outside.wav")
     record(root / "long.wav", 3)
     record(root / "new.wav")
+    soundfile.write(root / "silent.wav", torch.zeros(RATE // 2).numpy(), RATE)
     line = {"audio_filepath": "new.wav", "text": "say", "speaker": "ann"} | change
     with (root / "all.json").open("a") as file:
         file.write("\n" + json.dumps(line))

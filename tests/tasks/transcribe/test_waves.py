@@ -269,13 +269,15 @@ def test_a_source_model_is_trained_anew_if_a_noise_changes(root):
         ({"room": {"kind": "files", "root": "{root}/cache"}}, r"waves.room.root must hold recordings; there is none"),
         ({"noise": {"kind": "files", "root": "{root}/links"}}, r"leads out of .*data.augment.waves.noise.follow_links"),
         ({"noise": {"kind": "files", "root": "{root}/broken"}}, r"bad.wav cannot be read as audio"),
+        ({"noise": {"kind": "files", "root": "{root}/still"}}, r"quiet.wav is silent"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused(root, waves, message):
     (root / "cache").mkdir(exist_ok=True)
-    for folder in ("links", "broken"):
+    for folder in ("links", "broken", "still"):
         (root / folder).mkdir(exist_ok=True)
     (root / "broken" / "bad.wav").write_text("no audio")
+    soundfile.write(root / "still" / "quiet.wav", tone(60).numpy() * 0, RATE)
     if not (root / "links" / "out.wav").is_symlink():
         (root / "links" / "out.wav").symlink_to(root / "ann0.wav")
     filled = json.loads(json.dumps(waves).replace("{root}", str(root)))
