@@ -89,6 +89,7 @@ def _progress(text: str) -> None:
 
 
 def _print_estimate(estimate: dict[str, Any]) -> None:
+    sys.stdout.writelines(f"Left out: {text}\n" for text in estimate.get("left_out", ()))
     minutes = round(estimate["seconds"] / 60)
     duration = f"about {counted(minutes, 'minute')}" if minutes else "less than a minute"
     sources = estimate["sources"]

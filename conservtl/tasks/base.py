@@ -224,7 +224,7 @@ class Task(ReportHooks, SourceHooks, ABC):
         return "the target"
 
     def shares_labels(self, data: Any) -> bool:  # noqa: ARG002
-        """Whether source data has the target's labels by construction, so that both can be trained on together."""
+        """Whether every label of the source's data is one of the target's, so that both can be trained on together."""
         return True
 
     def renumbered(self, data: Data, numbers: Sequence[int]) -> Data:

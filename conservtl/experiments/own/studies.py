@@ -19,6 +19,7 @@ from conservtl.experiments.results import Comparison, Sweep
 from conservtl.experiments.spec.study_sections import BASELINES, Baseline, CompareSection, SweepSection
 from conservtl.experiments.studies import comparison, layer_sweep
 from conservtl.experiments.studies.executors.names import PROCESSES
+from conservtl.experiments.studies.variants import left_out
 from conservtl.methods import Strategy
 from conservtl.source.itself import Itself
 from conservtl.source.read import SourceLike
@@ -116,15 +117,16 @@ def compare(
     place = Place(out, processes, executor, progress=progress)
     with preserve_rng():
         problem = hold(model, source, train, held_out, training, options)
-        left_out = []
-        if "from scratch" in section.baselines and (reason := _no_scratch(problem)):
-            rest = tuple(name for name in section.baselines if name != "from scratch")
-            section = section.model_copy(update={"baselines": rest})
-            left_out.append(f"from scratch: {reason}")
         spec = settings_of(problem, training, seed=seed, stored=place.stores, options=options)
+        absent = left_out(spec, section) if section.baselines == BASELINES else {}
+        if "from scratch" in section.baselines and (reason := _no_scratch(problem)):
+            absent["from scratch"] = reason
+        rest = tuple(name for name in section.baselines if name not in absent)
+        section = section.model_copy(update={"baselines": rest})
         spec = spec.model_copy(update={"compare": section})
         result = comparison.summarise(spec, place.results(comparison.plan_trials(spec)))
-    return Comparison(place.kept(_shown(result | {"left_out": [*result["left_out"], *left_out]}), "compare"))
+    left = [f"{name}: {reason.rstrip('.')}" for name, reason in absent.items()]
+    return Comparison(place.kept(_shown(result | {"left_out": [*result["left_out"], *left]}), "compare"))
 
 
 def sweep(

@@ -18,7 +18,16 @@ from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
-__all__ = ["check_outputs", "check_reader", "check_shots", "classes_of", "listed", "shots_note", "with_source_labels"]
+__all__ = [
+    "check_outputs",
+    "check_reader",
+    "check_shots",
+    "classes_of",
+    "labels_used",
+    "listed",
+    "shots_note",
+    "with_source_labels",
+]
 
 _SHOWN = 12  # labels in a message
 
@@ -46,7 +55,7 @@ def with_source_labels(
     parts = {"source_train": domains.source_train, "source_test": domains.source_test}
     if all(part is None for part in parts.values()) or labels == old:
         return replace(domains, source_labels=labels)
-    if unknown := [old[number] for number in _used(parts.values(), len(old)) if old[number] not in labels]:
+    if unknown := [old[number] for number in labels_used(parts.values(), len(old)) if old[number] not in labels]:
         raise SpecError(
             f"{field} must list every label of the source's data, to number its examples; received {listed(labels)}, "
             f"without {listed(unknown)}. {fix}"
@@ -66,12 +75,14 @@ def with_source_labels(
     return replace(domains, source_labels=labels, **new)
 
 
-def _used(parts: Iterable[Data | None], count: int) -> list[int]:
-    """Return the labels that data may have: those of sequences, of other data all."""
+def labels_used(parts: Iterable[Data | None], count: int) -> list[int]:
+    """Return the labels that data has, by their places in a list of ``count``; all of them where it is not known."""
     found: set[int] = set()
     for part in parts:
         if isinstance(part, Sequences):
             found.update(*(one.tolist() for one in part.labels))
+        elif (classes := classes_of(part)) is not None:
+            found.update(classes[classes >= 0].tolist())
         elif part is not None:
             return list(range(count))
     return sorted(found)

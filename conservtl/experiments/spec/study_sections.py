@@ -66,7 +66,8 @@ class CompareSection(_Section):
     """Name -> fields of the spec that differ, by dotted name: {"strong": {"strategies.0.alpha": 30}}. Empty:
     the spec unchanged."""
     baselines: Annotated[tuple[Baseline, ...], Distinct] = BASELINES
-    """The baselines to run. By default joint training is left out where the source has no data, or other labels."""
+    """The baselines to run. By default joint training is left out where the source has no data, or labels that the
+    target lacks."""
     rates: Annotated[tuple[Positive, Positive, Positive], AfterValidator(_rising)] = (1e-4, 3e-4, 1e-3)
     """Low, middle and high rate of plain fine-tuning. With two shots or more each stops early on a part of the shots
     and keeps its best weights: by the spec's ``training.keep`` and ``data.validation`` if it selects, else by the

@@ -19,7 +19,7 @@ from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.targets import on_target, targets_of
 from conservtl.experiments.studies.trial import Trial, over_all, taken_over
-from conservtl.experiments.studies.variants import Role, baseline_ids, variants_of
+from conservtl.experiments.studies.variants import Role, baseline_ids, left_out, variants_of
 from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.summary import NO_LABELS
 
@@ -59,9 +59,11 @@ def compare(
     """
     check_executor(executor, processes)
     trials = plan_trials(spec)
+    left = [f"{name}: {why}" for name, why in left_out(spec, spec.compare or CompareSection()).items()]
     if dry_run:
-        return estimate(trials, processes)
-    return summarise(spec, ResultStore(Path(out), say).results(trials, processes, executor))
+        return estimate(trials, processes) | {"left_out": left}
+    result = summarise(spec, ResultStore(Path(out), say).results(trials, processes, executor))
+    return result | {"left_out": [*left, *result["left_out"]]}
 
 
 def plan_trials(spec: Spec) -> list[Trial]:
@@ -95,11 +97,11 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
         by_shots[json.dumps(run["shots"])][run["variant"]].append(run)
     tables = [_table(judge, json.loads(shots), variants) for shots, variants in by_shots.items()]
     tables.sort(key=lambda table: table["shots"] if table["taken"] is None else table["taken"]["mean"])
-    left_out = []
+    lacking = []
     if any(run["after"]["source"] is None for run in runs):
         headless = any(run.get("headless") for run in runs)
         reason = NO_LABELS if headless else "the source has no data to measure them on"
-        left_out.append(f"source kept, {judge.combination} and constrained score: {reason}")
+        lacking.append(f"source kept, {judge.combination} and constrained score: {reason}")
     return {
         "kind": "compare",
         "metric": judge.headline.as_json(),
@@ -107,7 +109,7 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
         "classes": spec.problem.has_classes,
         "tables": tables,
         "verdict": [_verdict(judge, table, classes=spec.problem.has_classes) for table in tables],
-        "left_out": left_out,
+        "left_out": lacking,
         **over_all(runs),
         "spec": spec.model_dump(mode="json"),
     }

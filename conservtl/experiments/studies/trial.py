@@ -26,6 +26,7 @@ from conservtl.experiments.run.evaluation_sets import (
     sets_to_watch,
 )
 from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.source_labels import labels_used
 from conservtl.experiments.run.source_training import SourceModel, prepare_source
 from conservtl.experiments.spec.spec import Spec
 from conservtl.experiments.studies.judge import Judge
@@ -234,10 +235,11 @@ def _training_data(how: How, setting: Setting) -> Data:
     labels, own = setting.domains.labels, setting.domains.source_labels
     if source is not None and setting.headless:  # numbered by the target's labels
         own = labels
-    if source is not None and set(own) <= set(labels) and not setting.shared:
-        source = setting.task.renumbered(source, [labels.index(label) for label in own])
-    elif source is None or not setting.shared:
+    if source is None or any(own[place] not in labels for place in labels_used([source], len(own))):
         raise SpecError("joint training needs source data with the target's labels. Leave it out of the baselines.")
+    if own != labels:
+        places = {label: place for place, label in enumerate(labels)}
+        source = setting.task.renumbered(source, [places.get(label, -1) for label in own])
     return join([source, *[shots] * max(1, length_of(source) // length_of(shots))])
 
 

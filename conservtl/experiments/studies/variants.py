@@ -12,7 +12,7 @@ from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
 from conservtl.experiments.studies.trial import How
 
-__all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "variants_of"]
+__all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "left_out", "variants_of"]
 
 Role = Literal["source", "baseline", "bound", "method"]
 """source: the source model itself; baseline: what methods are compared with; bound: a baseline that uses source data,
@@ -51,15 +51,26 @@ def variants_of(spec: Spec, section: CompareSection) -> list[Variant]:
         raise SpecError(f"compare.variants: {sorted(clash)} are names of baselines. Give them other names.")
     known = {variant.label: variant for variant in _baselines(section)}
     chosen = [known[str(label)] for label in section.baselines]
-    joint = spec.source.data is not None and spec.problem.shares_labels(spec.data)
-    if not joint and section.baselines != BASELINES and "joint training" in section.baselines:
-        lack = "there are none" if spec.source.data is None else "the source has other labels"
+    lack = _lack_for_joint(spec)
+    if lack and section.baselines != BASELINES and "joint training" in section.baselines:
         raise SpecError(
             f"baselines: 'joint training' needs source data with the target's labels, and {lack}. Give some "
             "(source.data in a spec, source_data= in Python), or leave it out."
         )
-    chosen = [variant for variant in chosen if variant.how != "joint" or joint]
+    chosen = [variant for variant in chosen if variant.how != "joint" or not lack]
     return chosen + [Variant(label, label, "method", "adapt", _changes(fields)) for label, fields in methods.items()]
+
+
+def left_out(spec: Spec, section: CompareSection) -> dict[str, str]:
+    """Return the baselines of a comparison that do not apply to a spec -> why."""
+    lack = _lack_for_joint(spec) if "joint training" in section.baselines else ""
+    return {"joint training": f"it needs source data with the target's labels, and {lack}"} if lack else {}
+
+
+def _lack_for_joint(spec: Spec) -> str:
+    if spec.source.data is None:
+        return "there are none"
+    return "" if spec.problem.shares_labels(spec.data) else "the source has labels that the target lacks"
 
 
 def baseline_ids() -> dict[str, tuple[str, Role]]:

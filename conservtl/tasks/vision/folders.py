@@ -8,14 +8,14 @@ from typing import Any
 from unicodedata import normalize
 
 from conservtl.errors import DataError, counted
-from conservtl.tasks.bad_files import check_files, explained, names_below, refuse, shown_name, skipped_text
+from conservtl.tasks.bad_files import bad_among, explained, names_below, shown_name, skipped_text
 from conservtl.tasks.file_listing import FolderWalk
 from conservtl.tasks.vision.datasets import ImageFolderData
 from conservtl.tasks.vision.image_settings import ImageSettings
 from conservtl.tasks.vision.parts import ImagePart, Parts, split
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing, open_image
 
-__all__ = ["folder_parts"]
+__all__ = ["class_names", "folder_parts"]
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _TRAINS = ("train", "training")
@@ -27,7 +27,7 @@ def folder_parts(data: ImageFolderData, preprocessing: VisionPreprocessing | Non
     """Return the images of the target's folder and of the source's, if there is one.
 
     Args:
-        data: the spec; with ``on_bad: skip`` every image is read, and bad ones are left out.
+        data: the spec. Every image is read; bad ones are refused, or left out with ``on_bad: skip``.
         preprocessing: that must be able to convert an image; None: of the usual size.
 
     Raises:
@@ -44,6 +44,14 @@ def folder_parts(data: ImageFolderData, preprocessing: VisionPreprocessing | Non
     else:
         return Parts(train, test, skipped=skipped)
     return Parts(train, test, source_train.classes, source_train, source_test, data.corruption, skipped)
+
+
+def class_names(root: Path, data: ImageFolderData) -> tuple[str, ...]:
+    """Return the names of the classes in a folder, in order, from the names of its folders alone."""
+    walk = _walk(root, data)
+    folders = _folders(root, walk)
+    trains = _named(folders, _TRAINS)
+    return tuple(_folders(folders[trains[0]], walk) if trains else folders)
 
 
 class _FileOpener:
@@ -63,7 +71,7 @@ def _parts_of(
     if not root.is_dir():
         kind = "a file" if root.exists() else "nothing"
         raise DataError(f"{field} must be a folder of images; {root} is {kind}. Correct the path.")
-    walk = FolderWalk(root, is_wanted=_is_image, is_hidden=_is_hidden, follow_links=data.follow_links)
+    walk = _walk(root, data)
     folders = _folders(root, walk)
     trains, tests = _named(folders, _TRAINS), _named(folders, _TESTS)
     if len(trains) > 1:
@@ -75,12 +83,8 @@ def _parts_of(
     belows = [trains[0], tests[0]] if trains else [""]
     trees = [_files_by_class(folders[below] if below else root, walk, field) for below in belows]
     walk.finish()
-    bad = walk.bad
-    if data.on_bad == "error":
-        refuse(bad)
-    else:
-        files = [file for tree in trees for images in tree.values() for file in images]
-        bad |= check_files(files, preprocessing.check, f"vision {preprocessing.model_dump_json()}")
+    files = [file for tree in trees for images in tree.values() for file in images]
+    bad = bad_among(data, walk.bad, files, preprocessing.check, f"vision {preprocessing.model_dump_json()}")
     skipped = names_below(root, bad)
     with explained(skipped):
         parts = [_part(root, tree, bad, field) for tree in trees]
@@ -94,6 +98,10 @@ def _parts_of(
                 f"two only: {unmatched}. Add or remove these folders."
             )
     return train, test, skipped
+
+
+def _walk(root: Path, data: ImageFolderData) -> FolderWalk:
+    return FolderWalk(root, is_wanted=_is_image, is_hidden=_is_hidden, follow_links=data.follow_links)
 
 
 def _named(folders: Mapping[str, Path], names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from conservtl.tasks.classification import Classification
 from conservtl.tasks.fingerprint import digest_of_files, digest_of_names
 from conservtl.tasks.vision.corruptions import Corruption
 from conservtl.tasks.vision.datasets import DataSpec, DigitsData, ImageFolderData, TorchvisionData
+from conservtl.tasks.vision.folders import class_names
 from conservtl.tasks.vision.loading import load
 from conservtl.tasks.vision.models import ModelSpec, build
 from conservtl.tasks.vision.preprocessing import VisionPreprocessing
@@ -66,8 +67,11 @@ class Vision(Classification):
         return data.model_copy(update={"images": VisionPreprocessing.model_validate(preprocessing).images})
 
     def shares_labels(self, data: Any) -> bool:
-        """Return whether the source is the target's images without the corruption."""
-        return not isinstance(data, DigitsData) and getattr(data, "source_root", None) is None
+        """Return whether every class of the source is one of the target's, by name."""
+        if isinstance(data, DigitsData):
+            return False
+        root = getattr(data, "source_root", None)
+        return root is None or {*class_names(root, data)} <= {*class_names(data.root, data)}
 
     def fingerprint(self, data: Any, train: Data, preprocessing: Preprocessing) -> Any:
         """Return names and labels of the source's images, and sizes and times of their files."""

@@ -89,6 +89,25 @@ def test_all_baselines_are_added_and_joint_training_needs_source_data(source, he
     assert labels() == [name for name in BASELINES if name != "joint training"] + ["a"]
 
 
+def test_default_baselines_that_do_not_apply_are_left_out_with_a_line_each(source, held_out, quick, network, examples):
+    """A model whose values cannot be drawn anew, and no source data."""
+
+    class Shifted(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.shift = inner, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, inputs):
+            return self.inner(inputs) + self.shift
+
+    pair = (Shifted(network()), Shifted(source))
+    found = ctl.compare(*pair, {"a": []}, examples(24, 1.0), held_out, quick, seeds=1)
+    assert not {"joint training", "from scratch"} & {row["variant"] for row in found.rows}
+    joint, scratch = found.result["left_out"]
+    assert joint == "joint training: it needs source data with the target's labels, and there are none"
+    assert scratch.startswith("from scratch: ")
+
+
 def test_test_parts_select_nothing(source, held_out, network, examples):
     """With the target's test labels permuted, every weight that is kept is the same: the source's score shows it."""
     training = ctl.Training(epochs=4, lr=1e-2, device="cpu", keep="harmonic", patience=1)

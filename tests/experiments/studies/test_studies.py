@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from conservtl.experiments.studies.result_store import ResultStore
 from conservtl.experiments.studies.targets import targets_of
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.experiments.studies.tuning import tune
+from conservtl.experiments.studies.variants import left_out
 
 
 @pytest.fixture
@@ -83,6 +85,47 @@ class TestTrial:
         assert len(both) == len(both.labels) == len(domains.source_train) + times * len(domains.shots)
         assert module._training_data("adapt", setting) is domains.shots
         assert run_trial(Trial("x", "cleo", setting.spec, "joint"))["steps"] > 0
+
+    def test_joint_training_needs_the_labels_that_the_source_s_examples_have(self, speech_fields):
+        """Those of a source model's further outputs, which no example has, do not matter."""
+        setting = prepare(parse_spec(speech_fields))
+        domains, labels = setting.domains, setting.domains.labels
+        other = replace(domains, source_labels=(*domains.source_labels, "more"))
+        both = module._training_data("joint", replace(setting, domains=other, shared=False))
+        assert torch.equal(both.labels, module._training_data("joint", setting).labels)
+        other = replace(domains, source_labels=("more", *labels[1:]))
+        with pytest.raises(ctl.SpecError, match="joint training needs source data with the target's labels"):
+            module._training_data("joint", replace(setting, domains=other, shared=False))
+
+    @pytest.mark.parametrize(
+        ("layout", "classes", "shares"),
+        [
+            ("", ("cat", "dog"), True),
+            ("", ("cat", "dog", "eel"), True),
+            ("train", ("cat", "dog"), True),
+            ("", ("cat", "eel", "fox"), False),
+            ("train", ("cat", "fox"), False),
+        ],
+    )
+    def test_joint_training_is_run_where_the_source_s_classes_are_the_target_s_by_name(
+        self, layout, classes, shares, tmp_path
+    ):
+        for folder, names in (("target", ("cat", "dog", "eel")), ("source", classes)):
+            for name in names:
+                for part in [layout, "test"] if layout and folder == "source" else [""]:
+                    (tmp_path / folder / part / name).mkdir(parents=True)
+        fields = {
+            "task": "vision",
+            "data": {"kind": "imagefolder", "root": tmp_path / "target", "source_root": tmp_path / "source"},
+        }
+        labels = [trial.variant for trial in plan_trials(parse_spec(fields))]
+        assert ("joint training" in labels) is shares
+        named = parse_spec({**fields, "compare": {"baselines": ["joint training"]}})
+        if shares:
+            assert left_out(named, named.compare) == {}
+            return
+        with pytest.raises(ctl.SpecError, match=r"and the source has labels that the target lacks\. Give some"):
+            plan_trials(named)
 
     def test_its_key_names_all_it_depends_on(self, speech_fields):
         spec = parse_spec(speech_fields)
