@@ -21,7 +21,7 @@ from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import canonical, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
-from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, retract_all
+from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, record_all, retract_all
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.source.by_label import HeadLabels
@@ -133,7 +133,8 @@ def adapt(
         _check_merged(read, added)
         parts = find_layers(model, example, layers, head)
         draft = draw(model, read, parts, missing | declared_fresh(parts, fresh), added, head_labels)
-        plan = apply_all(draft.plan, chosen, saved)
+        drawn = record_all(draft.plan, chosen)
+        plan = apply_all(drawn, chosen, saved)
         check_extensions_agree(plan, saved, read.where)
         _check_trained(plan)
         _check_source_rows(plan)
@@ -166,7 +167,7 @@ def adapt(
         *missed_note(read, known),
     ]
     plan = plan.with_notes(notes)
-    origin = Origin(draft.plan, chosen, source_model, heads, inherited, saved, training, structure, named_source(read))
+    origin = Origin(drawn, chosen, source_model, heads, inherited, saved, training, structure, named_source(read))
     return Adaptation(model, plan, report, parts, origin)
 
 

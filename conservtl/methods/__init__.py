@@ -15,7 +15,7 @@ Example:
 """
 
 from conservtl.methods.base import Order, Strategy
-from conservtl.methods.composition import apply_all, extend_all, retract_all
+from conservtl.methods.composition import apply_all, extend_all, record_all, retract_all
 from conservtl.methods.registry import AnyStrategy, as_strategy, builtin_strategies, import_builtin
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "as_strategy",
     "builtin_strategies",
     "extend_all",
+    "record_all",
     "retract_all",
 ]
 

@@ -28,8 +28,8 @@ def covered_rows(plan: Plan, on: Coverage) -> tuple[Row, ...]:
 
 
 def fresh_rows(plan: Plan, on: Coverage) -> tuple[Row, ...]:
-    """Return the covered rows that hold values which do not come from the source: all of them, or new rows."""
-    return tuple(row for row in covered_rows(plan, on) if row.fresh)
+    """Return the covered rows of ``plan.fresh``: those with values that do not come from the source."""
+    return tuple(row for row in covered_rows(plan, on) if row.fresh and row.name not in plan.factors)
 
 
 def source_parameters(plan: Plan, on: Coverage) -> tuple[str, ...]:
@@ -38,8 +38,11 @@ def source_parameters(plan: Plan, on: Coverage) -> tuple[str, ...]:
 
 
 def freeze_all_but(plan: Plan, by: str, free: Collection[str]) -> Plan:
-    """Return the plan with everything frozen except these parameters; one that has no gradient stays frozen."""
-    rows = [row for row in plan.rows if "frozen" in row.chosen or not row.frozen]
+    """Return the plan with everything frozen except these parameters; one that has no gradient stays frozen.
+
+    Factors of low rank stay as they are: they are the way in which frozen weights change.
+    """
+    rows = [row for row in plan.rows if ("frozen" in row.chosen or not row.frozen) and row.name not in plan.factors]
     return plan.choose(by, "frozen", {row.name: {"frozen": row.name not in free} for row in rows}, explicit=False)
 
 

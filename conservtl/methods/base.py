@@ -106,6 +106,14 @@ class Strategy(FrozenModel, ABC):
         """
         raise NotImplementedError(f"{self.label} sets extends, so it needs extend().")
 
+    def record(self, plan: Plan) -> Plan:
+        """Return the plan with facts about what ``extend`` added, before any strategy is applied.
+
+        A strategy whose parameters change weights by a product of low rank chooses the column ``low_rank`` here, so
+        that all strategies take these parameters as parts of their weights (``plan.factors``).
+        """
+        return plan
+
     def retract(self, model: nn.Module) -> None:
         """Remove what ``extend`` added, whatever its values; do nothing if there is nothing to remove."""
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from conservtl.errors import SelectorError
+from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import find_layers, matches
 from conservtl.methods.base import Strategy
 from conservtl.plan.extension import Extension
 from conservtl.plan.plan import Plan
 
-__all__ = ["apply_all", "extend_all", "retract_all"]
+__all__ = ["apply_all", "extend_all", "record_all", "retract_all"]
 
 
 def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[Extension] = ()) -> Plan:
@@ -37,6 +37,42 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[E
     for extension in extensions:
         if extension.name not in decided:
             plan = plan.with_extension(extension)
+    _check_factors(plan)
+    return plan
+
+
+def _check_factors(plan: Plan) -> None:
+    """Raise if factors of low rank, or what acts on weights beside them, come to nothing.
+
+    Raises:
+        SpecError: a strategy freezes all factors; or one acts on trained weights, and factors are trained instead.
+    """
+    factors, trained = plan.factors.keys(), set(plan.trained)
+    if not factors:
+        return
+    choices = {name: plan[name].chosen.get("frozen") for name in factors}
+    freezing = next((choice.by for choice in choices.values() if choice is not None), None)
+    if freezing is not None and trained.isdisjoint(factors):
+        raise SpecError(
+            f"{freezing} freezes all factors of low rank, so that no weight changes by them. Leave one of the two "
+            "strategies out, or name in on a layer that is trained."
+        )
+    on_factors = {penalty.by for penalty in plan.penalties if not factors.isdisjoint(penalty.names)}
+    for decision in (*plan.updates, *plan.penalties, *plan.after):
+        names = getattr(decision, "names", None)
+        decays = getattr(decision, "column", None) == "decay"
+        if names is not None and trained.isdisjoint(names) and not decays and decision.by not in on_factors:
+            raise SpecError(
+                f"{decision.by} acts on trained weights from the source, and under an adapter they are frozen: factors "
+                "of low rank (LoRA) are trained instead. Leave one of the two out, or use L2SP, which acts on the "
+                "merged weights."
+            )
+
+
+def record_all(plan: Plan, strategies: Iterable[Strategy]) -> Plan:
+    """Return the plan, before any strategy, with the facts that strategies record about what they added."""
+    for strategy in strategies:
+        plan = strategy.record(plan)
     return plan
 
 

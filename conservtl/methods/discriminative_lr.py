@@ -29,7 +29,8 @@ class DiscriminativeLR(Strategy):
     - ``source`` and ``fresh``: absolute rates by origin (common values are 1e-5 and 1e-3).
 
     The first four are ratios of the optimizer's rate, unless ``lr`` is given: they are absolute then, and ``lr`` is
-    the full rate. Fresh layers take the full rate at any depth. The rates are written into the optimizer's groups as
+    the full rate. Fresh layers take the full rate at any depth; factors of low rank (``LoRA``) that of the weight which
+    they change. The rates are written into the optimizer's groups as
     ``lr``, so every scheduler sees them. ``adaptation.scheduler(...)`` makes one that keeps their ratios: by itself, a
     scheduler with one absolute bound (OneCycleLR) makes them all equal.
 
@@ -100,7 +101,8 @@ class DiscriminativeLR(Strategy):
         """Choose rates, and the parameters on which weight decay may act."""
         values = {name: self._fields(rate) for name, rate in self._by_depth(plan).items()}
         if self.source is not None:
-            values = {row.name: {"lr": self.source} for row in plan.rows if row.origin == "source"}
+            copied = [row.name for row in plan.rows if row.origin == "source"]
+            values = {name: {"lr": self.source} for name in (*copied, *plan.factors)}
         if self.fresh is not None:
             values |= {name: {"lr": self.fresh} for name in plan.fresh}
         plan = plan.choose(self.label, "rate", values, explicit=False)
@@ -130,7 +132,8 @@ class DiscriminativeLR(Strategy):
         full, last = self._full, len(plan.layers) - 1
         steps = {layer: last - i if self.toward == "output" else i for i, layer in enumerate(plan.layers)}
         decay = self.decay if self.decay is not None else ((self.lowest or full) / full) ** (1 / max(1, last))
-        return {row.name: full if row.fresh else full * decay ** steps[row.layer] for row in plan.rows}
+        fresh = set(plan.fresh)
+        return {row.name: full if row.name in fresh else full * decay ** steps[row.layer] for row in plan.rows}
 
     @staticmethod
     def _by_third(plan: Plan, thirds: tuple[float, float, float]) -> dict[str, float]:

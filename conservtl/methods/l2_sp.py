@@ -103,14 +103,14 @@ class L2SP(Strategy):
         """Add the pull on rows from the source, or on the factors that change them, and plain L2 on fresh ones."""
         copied = [row for row in covered_rows(plan, self.on) if row.origin == "source"]
         factors = changed_weights(plan)
-        within = {name for pair in factors.values() for name in (pair.a, pair.b)}
-        fresh = [row for row in fresh_rows(plan, self.on) if row.name not in within]
+        fresh = fresh_rows(plan, self.on)
         divisor = self._divisor(row.size - row.copied_size for row in fresh)
         plan = with_decay(plan, self.label, {row.name: self.beta / divisor for row in fresh}, self.mode)
         penalty = L2Penalty(
             by=self.label, names=(), mode=self.mode, anchor=self.anchors, anneal=self.anneal, every=self.every
         )
-        divisor = self._divisor(row.copied_size for row in copied)
+        pulled = [row for row in copied if not factors or row.name in factors or not row.frozen]
+        divisor = self._divisor(row.copied_size for row in pulled)
         strengths = {row.name: self._alpha_at(row) / divisor for row in copied}
         strong = [
             pair.model_copy(update={"strength": strengths[weight]})

@@ -63,15 +63,19 @@ class LayerTransfer(Strategy):
         chosen = self.transferred(plan)
         for row in plan.rows:
             # A row that another strategy made fresh does fit its source; ``choose`` decides between the two.
-            if row.layer in chosen and row.origin == "fresh" and not row.added and "origin" not in row.chosen:
+            misfit = row.origin == "fresh" and not row.added and row.name not in plan.factors
+            if row.layer in chosen and misfit and "origin" not in row.chosen:
                 raise SourceError(
                     f"{self.label}(side={self.side!r}): layer {row.layer!r} is to be transferred, but {row.name!r} "
                     f"cannot be: {row.reason}. Transfer fewer layers, or name those that fit."
                 )
-        inside = [row.name for row in plan.rows if row.layer in chosen and not row.added]
+        factors = [name for name in plan.factors if plan[name].layer in chosen]
+        inside = [row.name for row in plan.rows if row.layer in chosen and not row.added and row.name not in factors]
         plan = plan.choose(self.label, "origin", {name: {"origin": "source", "reason": None} for name in inside})
         kept = set() if self.freeze else self._kept_as_found(plan)
         frozen = {name: {"frozen": self.freeze} for name in inside if name not in kept}
+        if self.freeze:
+            frozen |= {name: {"frozen": True} for name in factors}
         plan = plan.choose(self.label, "frozen", frozen)
         if self.rest == "fresh":
             fields = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}

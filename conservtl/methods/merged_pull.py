@@ -14,7 +14,7 @@ from conservtl.errors import counted
 from conservtl.kernels.low_rank import squared_change
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
-from conservtl.plan.row import Anneal
+from conservtl.plan.row import Anneal, Row
 from conservtl.plan.update import Moving
 from conservtl.spec_model import FrozenModel
 
@@ -43,6 +43,10 @@ class MergedL2Penalty(Penalty):
     factors: tuple[Factors, ...]
     """The factors of each weight."""
     anchors: ClassVar[bool] = False
+
+    def pull_on(self, row: Row) -> float | None:
+        """Return the strength on the weight that a factor changes."""
+        return next((pair.strength for pair in self.factors if row.name in (pair.a, pair.b)), None)
 
     def describe(self) -> str:
         """Return one line for the plan's table."""

@@ -63,6 +63,25 @@ class PlanFields(FrozenModel):
         """Names of the layers that the model had before a strategy added any, input side first."""
         return tuple(dict.fromkeys(row.layer for row in self.rows if not row.added))
 
+    @property
+    def factors(self) -> dict[str, str]:
+        """Factor A or B of a change of low rank -> the weight from the source that it changes.
+
+        A factor counts as a part of that weight, not as fresh: it takes the rate of its layer and of the source, is
+        frozen with its layer, and no phase for new parameters trains it.
+        """
+        return self._changed_weights
+
+    @cached_property
+    def _changed_weights(self) -> dict[str, str]:
+        changes = [(row.name, row.low_rank) for row in self.rows if row.low_rank is not None]
+        return {
+            name: change.weight
+            for b, change in changes
+            if change.weight in self and self[change.weight].origin == "source"
+            for name in (change.a, b)
+        }
+
     def __getitem__(self, name: str) -> Row:
         """Return the row of a parameter."""
         return self._rows_by_name[name]

@@ -124,6 +124,10 @@ class Penalty(Decision):
         """Return the strength on a parameter: rate × strength above 1 is refused if decoupled. None: unknown."""
         return None if self.column is None else getattr(row, self.column)
 
+    def pull_on(self, row: Row) -> float | None:  # noqa: ARG002
+        """Return the strength that the plan's table shows as the pull on a parameter without one in its row."""
+        return None
+
     def kernels(self, moving: Sequence[Moving]) -> Sequence[PenaltyKernel] | None:  # noqa: ARG002
         """Return kernels that apply the penalty to ``moving``; None: the generic kernel, which calls ``gradient``.
 

@@ -64,8 +64,8 @@ class Plan(PlanWithHead, FillablePlan):
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Parameters that do not come from the source, or have rows that do not."""
-        return tuple(row.name for row in self.rows if row.fresh)
+        """Parameters that do not come from the source, or have rows that do not; factors of low rank do not count."""
+        return tuple(row.name for row in self.rows if row.fresh and row.name not in self.factors)
 
     @property
     def new(self) -> tuple[str, ...]:

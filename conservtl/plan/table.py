@@ -148,10 +148,14 @@ def _rate(row: Row) -> str:
 
 def _strength(plan: Plan, row: Row, column: Literal["pull", "decay"]) -> str:
     """Return the strength in a column, the measurements that weigh it, its mode, and how often it acts."""
+    acting = plan.penalties_on(row.name)
+    penalty = next((one for one in acting if one.column == column), None)
     value: float | None = getattr(row, column)
+    if value is None and column == "pull":
+        shown = [(strength, one) for one in acting if (strength := one.pull_on(row)) is not None]
+        value, penalty = shown[0] if shown else (None, None)
     if value is None:
         return ""
-    penalty = next((one for one in plan.penalties_on(row.name) if one.column == column), None)
     cell = " × ".join((f"{value:.3g}", *(penalty.reads if penalty else ())))
     if penalty is None:
         return cell

@@ -82,7 +82,7 @@ def check_own(plan: Plan, source: Source, model: nn.Module) -> None:
     Raises:
         SourceError: the message says how to tell what is new.
     """
-    if source.module is unwrap(model) and not plan.fresh and not any(row.new_rows for row in plan.rows):
+    if source.module is unwrap(model) and not any(row.fresh for row in plan.rows):
         raise SourceError(
             "the source is the model itself, and nothing in it is fresh: a head that no weights were loaded into would "
             "be taken for the source's. Name what is new (fresh=['head']), or give source=ctl.itself(), which asks the "

@@ -11,7 +11,7 @@ from torch import nn
 from conservtl.errors import InputError
 from conservtl.layers import find_layers
 from conservtl.layers.copying import deep_copy
-from conservtl.methods import Strategy, apply_all, builtin_strategies, extend_all
+from conservtl.methods import Strategy, apply_all, builtin_strategies, extend_all, record_all
 from conservtl.plan.plan import Plan
 from conservtl.testing.fields import FieldRanges, instances_within
 
@@ -77,7 +77,8 @@ def whole_plan(model: nn.Module, example: Any = None, strategies: Sequence[Strat
     added, _ = extend_all(model, extending, example)
     layers = find_layers(model, example)
     infos = [info for layer in layers for info in layer.parameters]
-    return Plan.draw(layers, {info.name: info.shape for info in infos if info.name not in added}, added, (), added)
+    shapes = {info.name: info.shape for info in infos if info.name not in added}
+    return record_all(Plan.draw(layers, shapes, added, (), added), extending)
 
 
 def _any(plan: Plan, classes: Sequence[type[Strategy]]) -> st.SearchStrategy[Strategy]:

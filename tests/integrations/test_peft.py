@@ -411,6 +411,39 @@ class TestRefusals:
         assert adaptation.plan.penalties == ()
 
 
+class TestFactorsCountAsTheirWeights:
+    def rates(self, strategy, **fields):
+        plan = adapt(wrapped(**fields), [strategy]).plan
+        return {name.removeprefix("base_model.model."): plan[name].rate(0.1) for name in plan.trained}
+
+    def test_rates_are_those_of_the_layer_and_of_the_source(self):
+        fields = {"target_modules": ["convolution", "body.0"], "modules_to_save": ["head"]}
+        found = self.rates(ctl.DiscriminativeLR(decay=0.5), **fields)
+        assert {name: rate for name, rate in found.items() if "lora_A" in name} == {
+            "convolution.lora_A.default.weight": 0.025,
+            "body.0.lora_A.default.weight": 0.05,
+        }
+        found = self.rates(ctl.DiscriminativeLR(source=1e-5, fresh=1e-3), **fields)
+        assert found == {name: 1e-3 if name.startswith("head") else 1e-5 for name in found}
+
+    @pytest.mark.parametrize("strategy", [ctl.LPFT(epochs=1), ctl.GradualUnfreezing()])
+    def test_a_phase_for_the_head_leaves_the_adapter_as_it_is(self, strategy):
+        plan = adapt(wrapped(modules_to_save=["head"]), [strategy]).plan
+        assert all(".head." in row.name for row in plan.rows if row.name not in plan.frozen_in(0))
+        assert any("lora_" in row.name for row in plan.rows if row.name not in plan.frozen_in(1))
+
+    def test_layers_that_are_kept_do_not_move(self):
+        plan = adapt(wrapped(), [ctl.LayerTransfer(layers=["*.convolution", "*.embedding"])]).plan
+        assert plan.trained == tuple(f"base_model.model.body.0.lora_{one}.default.weight" for one in "AB")
+        with pytest.raises(ctl.SpecError, match=r"FeatureExtraction freezes all factors of low rank"):
+            adapt(wrapped(modules_to_save=["head"]), [ctl.FeatureExtraction()])
+
+    def test_the_vectors_of_ia3_are_parameters_of_their_own(self):
+        config = peft.IA3Config(target_modules=["body.0"], feedforward_modules=[])
+        plan = adapt(peft.get_peft_model(network(), config), [ctl.DiscriminativeLR(source=1e-5, fresh=1e-3)]).plan
+        assert [plan[name].lr for name in plan.trained] == [1e-3]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT reads it
 class TestInATrainer:
     """A language model with a LoRA in Hugging Face's Trainer."""

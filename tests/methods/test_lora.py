@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import conservtl as ctl
+from conservtl.plan import Penalty
+from conservtl.plan.table import lines
 
 MODULES = {
     "linear": (nn.Linear(5, 4), (3, 2, 5)),
@@ -31,6 +34,31 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(self.conv(x).mean(2)).tanh())
+
+
+class OwnPenalty(Penalty):
+    """A penalty that has no column of the plan."""
+
+    kind: Literal["own_penalty_beside_lora"] = "own_penalty_beside_lora"
+
+    def describe(self):
+        return "own"
+
+    def pull_on(self, row):
+        return 0.7 if row.kind == "weight" else None
+
+    def value(self, moving):
+        return sum((item.parameter - item.anchor).abs().sum() for item in moving)
+
+
+class OwnPull(ctl.Strategy):
+    """A pull on what is trained of the source."""
+
+    kind: Literal["own_pull_beside_lora"] = "own_pull_beside_lora"
+
+    def apply(self, plan):
+        names = tuple(row.name for row in plan.rows if row.origin == "source" and not row.frozen)
+        return plan.with_penalty(OwnPenalty(by=self.label, names=names))
 
 
 X = torch.randn(4, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -209,3 +237,112 @@ def test_two_strategies_on_one_module(other, message):
 def test_a_fresh_weight_is_trained_itself_and_its_factors_are_not():
     plan = ctl.adapt(network(), network(), [ctl.LoRA(rank=2)], fresh=["body"]).plan
     assert set(plan.trained) == {"conv.lora_A", "conv.lora_B", "body.weight", "body.bias"}
+
+
+def planned(*strategies, fresh=("head",)):
+    return ctl.adapt(network(), network(), [*strategies, ctl.LoRA(rank=2)], fresh=fresh).plan
+
+
+def layers_trained(plan, phase=0):
+    return list(dict.fromkeys(row.layer for row in plan.rows if row.name not in plan.frozen_in(phase)))
+
+
+class TestFactorsCountAsTheirWeights:
+    @pytest.mark.parametrize(
+        ("fields", "rates"),
+        [
+            ({"decay": 0.5}, (0.025, 0.05, 0.1)),
+            ({"decay": 0.5, "toward": "input"}, (0.1, 0.05, 0.1)),  # a fresh head takes the full rate
+            ({"lowest": 0.01}, (0.001, 0.01, 0.1)),
+            ({"thirds": (0.1, 0.3, 1.0)}, (0.01, 0.03, 0.1)),
+            ({"source": 1e-5, "fresh": 1e-3}, (1e-5, 1e-5, 1e-3)),
+            ({"groups": {"conv": 0.2}}, (0.02, 0.1, 0.1)),
+        ],
+    )
+    def test_rates_are_those_of_the_layer_and_of_the_source(self, fields, rates):
+        plan = planned(ctl.DiscriminativeLR(**fields))
+        for name in ("lora_A", "lora_B"):
+            found = [plan[f"{layer}.{name}"].rate(0.1) for layer in ("conv", "body")]
+            assert [*found, plan["head.weight"].rate(0.1)] == pytest.approx(rates)
+
+    @pytest.mark.parametrize("strategy", [ctl.LPFT(epochs=1), ctl.GradualUnfreezing()])
+    def test_a_phase_for_the_head_leaves_the_body_as_it_is(self, strategy):
+        model = network()
+        adaptation = ctl.adapt(model, network(), [strategy, ctl.LoRA(rank=2)], fresh=["head"])
+        assert layers_trained(adaptation.plan) == ["head"]
+        assert layers_trained(adaptation.plan, 1) == ["conv", "body", "head"]
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        for _ in range(2):
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert {name: adaptation.drift()[name] for name in ("conv", "body")} == {"conv": 0.0, "body": 0.0}
+
+    @pytest.mark.parametrize(
+        ("strategy", "trained"),
+        [
+            (ctl.LayerTransfer(side="input", layers=1), ["body", "head"]),
+            (ctl.LayerTransfer(side="input", layers=1, rest="fresh"), []),
+            (ctl.SurgicalFineTuning(block="conv"), ["conv", "head"]),
+            (ctl.SurgicalFineTuning(block=-1), ["body", "head"]),
+            (ctl.GradualUnfreezing(by="layer", at="input"), ["conv"]),
+            (ctl.FeatureExtraction(), []),
+            (ctl.FeatureExtraction(classifier="svm"), []),
+            (ctl.LayerTransfer(side="input", layers=2), []),
+        ],
+    )
+    def test_frozen_layers_do_not_move_and_factors_that_are_all_frozen_are_refused(self, strategy, trained):
+        if trained:
+            assert layers_trained(planned(strategy)) == trained
+        else:
+            with pytest.raises(ctl.SpecError, match=rf"{strategy.label} freezes all factors .* Leave one of the two"):
+                planned(strategy)
+
+    def test_candidates_for_the_best_block_are_layers_with_factors(self):
+        assert planned(ctl.SurgicalFineTuning(block="best")).searches[0].candidates == ("conv", "body")
+
+    @pytest.mark.parametrize("fresh", [("head",), ()])
+    @pytest.mark.parametrize(
+        "strategy",
+        [
+            *(ctl.L1SP(), ctl.GroupLassoSP(), ctl.FisherSP(), ctl.Mixout(), ctl.AutoRGN(), ctl.SelectiveDecay()),
+            *(ctl.Projection(), ctl.Projection(radius="learn")),
+        ],
+        ids=repr,
+    )
+    def test_pulls_on_weights_that_are_not_trained_are_refused(self, strategy, fresh):
+        with pytest.raises(ctl.SpecError, match=rf"^{strategy.label} acts on trained weights .*frozen.* or use L2SP"):
+            planned(strategy, fresh=fresh)
+
+    def test_a_penalty_of_ones_own_on_no_trained_weight_is_refused_and_else_shows_its_strength(self):
+        with pytest.raises(ctl.SpecError, match=r"^OwnPull acts on trained weights"):
+            planned(OwnPull())
+        plan = ctl.adapt(network(), network(), [OwnPull()]).plan
+        assert [line[5] for line in lines(plan)] == ["0.7"] * 3
+
+    @pytest.mark.parametrize(("mode", "cell"), [("coupled", "0.3"), ("decoupled", "0.3 decoupled")])
+    def test_the_plan_shows_the_pull_on_the_merged_weights_and_no_decay_of_factors(self, mode, cell):
+        plan = planned(ctl.L2SP(alpha=0.3, beta=0.2, mode=mode))
+        assert [line[5:] for line in lines(plan)] == [(cell, "–"), (cell, "–"), ("–", cell.replace("3", "2"))]
+        assert plan["conv.lora_A"].decay is None
+
+    def test_per_parameter_divides_by_the_weights_that_change(self):
+        plan = planned(ctl.L2SP(alpha=10.0, normalize="per_parameter"), ctl.LayerTransfer(side="input", layers=1))
+        assert plan["body.weight"].pull == pytest.approx(10 / (6 * 6 * 3 + 6 * 8))
+
+    def test_plans_are_read_back(self):
+        plan = planned(ctl.DiscriminativeLR(decay=0.5))
+        again = ctl.Plan.model_validate_json(plan.model_dump_json())
+        assert again == plan
+        assert again.fresh == ("head.weight", "head.bias")
+
+
+def test_amplitudes_and_transforms_are_parameters_of_their_own():
+    """They scale or shift what layers compute, change no weight by a product, and so count as fresh: full rates."""
+    others = [ctl.LHUC(on=["conv"]), ctl.LoRA(rank=2, on=["body"]), ctl.InputTransform(dim=1)]
+    rates = ctl.DiscriminativeLR(source=1e-5, fresh=1e-3)
+    plan = ctl.adapt(network(), network(), [*others, rates, ctl.LPFT(epochs=1)], fresh=["head"], example=X).plan
+    found = {name: plan[name].lr for name in plan.trained}
+    own = {"conv.lhuc", "input_transform.weight", "input_transform.bias", "head.weight", "head.bias"}
+    assert found == dict.fromkeys(own, 1e-3) | dict.fromkeys(("body.lora_A", "body.lora_B"), 1e-5)
+    assert {row.name for row in plan.rows} - plan.frozen_in(0) == own

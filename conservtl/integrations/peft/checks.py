@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import SpecError
 from conservtl.integrations.peft.lora import Pair
-from conservtl.integrations.peft.merged_l2_sp import MergedL2Penalty
 from conservtl.methods.l2_sp import L2Penalty
+from conservtl.methods.merged_pull import MergedL2Penalty
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update

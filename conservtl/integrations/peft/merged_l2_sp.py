@@ -21,7 +21,8 @@ class MergedL2SP(Strategy):
               = \frac{\alpha}{2} \sum_l s_l^2 \sum (B_l^\top B_l) \circ (A_l A_l^\top)
 
     with s the adapter's scale. It is the penalty of ``L2SP`` on the merged weights, with the gradients that it has in A
-    and B. ``conservtl.integrations.peft.adapt`` puts it in the place of ``L2SP`` and fills in the factors.
+    and B. For factors that are named by hand; after ``conservtl.integrations.peft.adapt``, ``L2SP`` does the same by
+    itself.
 
     Cost: two products of rank × rank for each weight a step; no weight of the base is read.
 

@@ -13,12 +13,13 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt as plain_adapt
 from conservtl.errors import SpecError
 from conservtl.integrations.peft.checks import check_plan
+from conservtl.integrations.peft.factors import AdapterFactors
 from conservtl.integrations.peft.lora import Pair, change, lora_pairs
-from conservtl.integrations.peft.merged_l2_sp import Factors, MergedL2SP
 from conservtl.integrations.peft.names import BASE_LAYER, LORA_ATTENTION, PEFT_MODEL, SAVED_MODULES
 from conservtl.layers import canonical, unwrap
 from conservtl.methods import Strategy, as_strategy
 from conservtl.methods.l2_sp import L2SP
+from conservtl.plan.row import LowRank
 from conservtl.source.read import Source
 from conservtl.source.shared import SharedModel
 
@@ -39,8 +40,10 @@ def adapt(
     The base keeps ``requires_grad`` as ``get_peft_model`` left it, and its weights are neither copied nor kept twice:
     terms that compare with the source run the model itself without its adapter (``disable_adapter``).
 
-    - ``L2SP`` pulls the weights that a LoRA changes (``MergedL2SP``): alpha/2 of the squared norm of scale × B A, which
-      is its penalty on the merged weights. beta acts on other fresh parameters (``modules_to_save``).
+    - Factors of a LoRA count as parts of the weights that they change, as those of ``ctl.LoRA`` do: they take the rates
+      of their layers and of the source, and are frozen and unfrozen with them. Parameters of other adapters are fresh.
+    - ``L2SP`` pulls the weights that a LoRA changes: alpha/2 of the squared norm of scale × B A, which is its penalty
+      on the merged weights. beta acts on other fresh parameters (``modules_to_save``).
     - ``WeightInterpolation`` scales each change, by scaling B: position t on the way from the base to the adapted
       model. ``drift`` measures the change of the merged weights.
     - Rates, phases, terms on features and outputs act as on any model.
@@ -99,9 +102,11 @@ def adapt(
     state = {canonical(name): tensor for name, tensor in bare.state_dict().items()}
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(added)}
     source = Source(tensors, "the model without its adapter", shared=AdapterOff(bare))
-    adaptation = plain_adapt(
-        model, source, _translated(chosen, pairs or ()), example=example, layers=layers, fresh=fresh, head=head
-    )
+    if pairs is not None:
+        chosen.append(
+            AdapterFactors(changes={one.b: LowRank(a=one.a, weight=one.weight, scale=one.scale) for one in pairs})
+        )
+    adaptation = plain_adapt(model, source, chosen, example=example, layers=layers, fresh=fresh, head=head)
     try:
         check_plan(adaptation, pairs, reason)
     except BaseException:
@@ -185,23 +190,3 @@ def _of_adapters(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, SAVED_MODULES):
             prefixes.append(f"{where}modules_to_save.")
     return tuple(prefixes)
-
-
-def _translated(strategies: Sequence[Strategy], pairs: Sequence[Pair]) -> list[Strategy]:
-    """Return the strategies, each ``L2SP`` with one on the changes beside it."""
-    chosen: list[Strategy] = []
-    for strategy in strategies:
-        chosen.append(strategy)
-        if isinstance(strategy, L2SP):
-            alpha = strategy.alpha if strategy.alpha is not None else {"coupled": 0.1, "decoupled": 10.0}[strategy.mode]
-            chosen.append(
-                MergedL2SP(
-                    alpha=alpha,
-                    mode=strategy.mode,
-                    depth=strategy.depth,
-                    normalize=strategy.normalize,
-                    anneal=strategy.anneal,
-                    factors=tuple(Factors(a=one.a, b=one.b, scale=one.scale, size=one.size) for one in pairs),
-                )
-            )
-    return chosen

@@ -99,12 +99,12 @@ class FeatureExtraction(Strategy):
         copied = [name for name in head if plan[name].origin == "source"]
         fresh = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
         plan = plan.choose(self.label, "origin", dict.fromkeys(copied, fresh))
-        body = {row.name: {"frozen": True} for row in plan.rows if row.origin == "source"}
-        plan = plan.choose(self.label, "frozen", body, explicit=False)
+        body = [row.name for row in plan.rows if row.origin == "source" or row.name in plan.factors]
+        plan = plan.choose(self.label, "frozen", {name: {"frozen": True} for name in body}, explicit=False)
         others = [
             row.name
             for row in plan.rows
-            if row.name not in head and not row.as_found and (row.origin == "fresh" or not row.frozen)
+            if row.name not in head and not row.as_found and (not row.frozen or row.name not in body)
         ]
         # Other trained parameters need a head to be trained under; a fitted head replaces it afterwards.
         fitted = self.classifier != "linear"

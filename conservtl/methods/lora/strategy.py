@@ -83,30 +83,31 @@ class LoRA(Strategy):
         return True
 
     def apply(self, plan: Plan) -> Plan:
-        """Freeze everything but the factors and other fresh parameters, and record what each pair changes.
+        """Freeze everything but the factors and other fresh parameters.
 
         Raises:
             PlanError: the model has no factors, or another strategy adds to their module or trains their weight.
         """
-        pairs = [row.name for row in plan.rows if row.added and row.name.rpartition(".")[2] == FACTORS[1]]
+        pairs = [(row.low_rank.a, row.name) for row in plan.rows if row.added and row.low_rank is not None]
         if not pairs:
             raise PlanError(f"{self.label}: the plan's model has no factors. Let adapt(model, ...) add them.")
-        idle: set[str] = set()
-        changes, changed = {}, []
-        for module in map(owner, pairs):
-            a, b, weight = (f"{module}.{name}".removeprefix(".") for name in (*FACTORS, "weight"))
-            self._check_alone(plan, module, (a, b))
-            if plan[weight].origin == "fresh":  # all of it is trained anyway
-                idle |= {a, b}
-            else:
-                changed.append(weight)
-                changes[b] = {"low_rank": {"a": a, "weight": weight, "scale": self.alpha / self.rank}}
+        for pair in pairs:
+            self._check_alone(plan, owner(pair[0]), pair)
+        idle = {name for pair in pairs for name in pair} - plan.factors.keys()  # all of a fresh weight is trained
         plan = freeze_all_but(plan, self.label, {*plan.fresh} - idle)
-        if moving := [name for name in changed if not plan[name].frozen]:
+        if moving := [name for name in plan.factors.values() if not plan[name].frozen]:
             raise PlanError(
                 f"{self.label} trains a change of {moving[0]!r}, but {plan[moving[0]].chosen['frozen'].by} trains the "
                 "weight itself. Leave one of the two out there."
             )
+        return plan
+
+    def record(self, plan: Plan) -> Plan:
+        """Record which weight each pair of factors changes."""
+        changes = {}
+        for module in (owner(row.name) for row in plan.rows if row.added and row.name.rpartition(".")[2] == FACTORS[1]):
+            a, b, weight = (f"{module}.{name}".removeprefix(".") for name in (*FACTORS, "weight"))
+            changes[b] = {"low_rank": {"a": a, "weight": weight, "scale": self.alpha / self.rank}}
         return plan.choose(self.label, "low_rank", changes)
 
     def _check_alone(self, plan: Plan, module: str, own: tuple[str, str]) -> None:
