@@ -200,3 +200,10 @@ def test_what_triton_tells_apart_is_told_apart(gpu):
         _, told, _ = binder(*[tensor] * 4, number, 3, "ACC", True, "sum", 256)
         key = dtype, place % 16 == 0, calls._kind(number)
         assert program.setdefault(key, told) == told
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_words_are_read_only_if_all_tensors_begin_at_one(which):
+    parts = [tensors(FP32, aligned=part != which, shapes=SHAPES) for part in range(3)]
+    assert not Members(*parts).aligned
+    assert Members(*(tensors(FP32, aligned=True, shapes=SHAPES) for _ in range(3))).aligned

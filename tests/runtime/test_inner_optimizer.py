@@ -326,6 +326,23 @@ def test_mixout_between_two_parts_of_a_step_is_refused():
         adapted(ctl.Mixout(p=0.1)).optimizer(SAM, lr=LR)
 
 
+def test_one_parameter_is_enough_for_steps_on_trial():
+    model, source = (torch.nn.Linear(3, 2, bias=False) for _ in range(2))
+    adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=ALPHA)])
+    assert adaptation.optimizer(lookahead, lr=LR).param_groups[0]["params"] == [model.weight]
+
+
+def test_an_optimizer_with_one_of_train_and_eval_keeps_no_second_weights():
+    """Schedule-free ones have both, because they put another version of the weights into the model."""
+
+    class Noted(torch.optim.SGD):
+        def train(self):
+            pass
+
+    for strategy in (ctl.L2SP(mode="decoupled"), ctl.Projection()):
+        assert adapted(strategy).optimizer(Noted, lr=LR)
+
+
 def test_a_scaler_unscales_for_the_outer_optimizer_once():
     adaptation = adapted()
     plain = copy.deepcopy(adaptation)
