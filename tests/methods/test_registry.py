@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import torch
@@ -199,7 +199,7 @@ class TestEntryPoints:
 
 NEW_METHOD = '''
 """A method that is new."""
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
@@ -329,3 +329,23 @@ class TestFieldsThatJsonCannotDescribe:
 
         assert Described.named["described"] is Described
         del Described.named["described"]
+
+
+def _specs(cls=FrozenModel):
+    for one in cls.__subclasses__():
+        if one.__module__.startswith("conservtl."):
+            yield one
+            yield from _specs(one)
+
+
+def test_defaults_are_values_that_their_fields_take():
+    """Pydantic does not look at them."""
+    assert {*builtin_strategies().values()} <= {*_specs()}
+    seen = 0
+    for cls in {*_specs()}:
+        for name, field in cls.model_fields.items():
+            if not field.is_required() and field.default is not None:
+                value = field.get_default(call_default_factory=True)
+                assert TypeAdapter(Annotated[field.annotation, field]).validate_python(value) == value, (cls, name)
+                seen += 1
+    assert seen > 200
