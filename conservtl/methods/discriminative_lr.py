@@ -36,8 +36,8 @@ class DiscriminativeLR(Strategy):
 
     Cost: none but one optimizer group for each rate.
 
-    Hurts: where the target differs at the input side, whose layers then train too slowly: ``decay`` above 1 turns
-    the order round.
+    Hurts: where the target differs at the input side, whose layers then train too slowly:
+    ``toward="input"`` turns the order round.
 
     Reference:
         Howard and Ruder 2018, "Universal language model fine-tuning for text classification", 3.2.
