@@ -21,7 +21,7 @@ from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import canonical, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
-from conservtl.methods import Strategy, apply_all, as_strategy, extend_all, record_all, retract_all
+from conservtl.methods import Strategy, apply_all, as_strategies, extend_all, record_all, retract_all
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.source.by_label import HeadLabels
@@ -107,12 +107,10 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
-    if isinstance(strategies, (Strategy, str)):
-        raise SpecError(f"strategies must be a list: write [{strategies!r}].")
     head_labels = None if labels is None else HeadLabels(labels)
     training = strategies.training if isinstance(strategies, Preset) else None
     given = strategies.strategies if isinstance(strategies, Preset) else strategies
-    chosen = tuple(strategy for strategy in map(as_strategy, given) if strategy.concerns(unwrap(model)))
+    chosen = tuple(strategy for strategy in as_strategies(given) if strategy.concerns(unwrap(model)))
     check_model_kinds(model)
     read, missing = _read(model, source, key, prefix, rename)
     structure = Structure(example, None if layers is None else tuple(layers), head)

@@ -16,13 +16,14 @@ Example:
 
 from conservtl.methods.base import Order, Strategy
 from conservtl.methods.composition import apply_all, extend_all, record_all, retract_all
-from conservtl.methods.registry import AnyStrategy, as_strategy, builtin_strategies, import_builtin
+from conservtl.methods.registry import AnyStrategy, as_strategies, as_strategy, builtin_strategies, import_builtin
 
 __all__ = [
     "AnyStrategy",
     "Order",
     "Strategy",
     "apply_all",
+    "as_strategies",
     "as_strategy",
     "builtin_strategies",
     "extend_all",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Union
 
@@ -22,7 +22,7 @@ from conservtl.methods.base import Strategy
 from conservtl.plugins import load_entry_points
 from conservtl.wrong_fields import sentences
 
-__all__ = ["AnyStrategy", "as_strategy", "builtin_strategies", "import_builtin"]
+__all__ = ["AnyStrategy", "as_strategies", "as_strategy", "builtin_strategies", "import_builtin"]
 
 _PACKAGE = __name__.rpartition(".")[0]
 _ENTRY_POINTS = "conservtl.methods"
@@ -59,7 +59,9 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     if not isinstance(strategy, Mapping):
-        raise SpecError(f"strategies: each must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r}.")
+        rule = "each must be a Strategy, such as L2SP(alpha=0.1)"
+        fix = f" Write {meant}." if (meant := _meant(strategy)) else ""
+        raise SpecError(f"strategies: {rule}; received {strategy!r}.{fix}")
     try:
         return _validate(dict(strategy))
     except PydanticCustomError as error:
@@ -68,6 +70,29 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
         found = error.errors()
         where = f"strategies: {Strategy.named[str(found[0]['loc'][0])].__name__}" if found[0]["loc"] else "strategies"
         raise SpecError("\n".join(sentences(found, _all_kinds().json_schema(), where, python=True))) from None
+
+
+def as_strategies(given: Any) -> tuple[Strategy, ...]:
+    """Return a list of strategies, each as ``as_strategy`` takes it.
+
+    Raises:
+        SpecError: it is no list, or one of them is wrong.
+    """
+    if isinstance(given, (Strategy, Mapping, str)) or not isinstance(given, Iterable):
+        meant = _meant(given) or repr(given)
+        fix = meant if meant.startswith("ctl.recipe") else f"[{meant}]"
+        raise SpecError(f"strategies must be a list; received {given!r}. Write {fix}.")
+    return tuple(map(as_strategy, given))
+
+
+def _meant(given: Any) -> str:
+    """Return how a strategy that is no instance and no fields of one is written; empty if nothing is meant."""
+    if isinstance(given, Mapping):
+        return f"ctl.recipe({given['recipe']!r})" if set(given) == {"recipe"} else ""
+    load_entry_points(_ENTRY_POINTS)
+    name = given if isinstance(given, str) else str(getattr(given, "__name__", ""))
+    cls = Strategy.named.get(name) or builtin_strategies().get(name)
+    return "" if cls is None else f"{{'kind': {name!r}}}" if name in Strategy.named else f"{name}()"
 
 
 def _registered() -> tuple[type[Strategy], ...]:
@@ -98,6 +123,8 @@ def _validate(value: Any) -> Strategy:
         if first["loc"] or first["type"] not in ("union_tag_invalid", "union_tag_not_found"):
             raise
         message = "kind is missing. Name the strategy, such as {kind: l2_sp}."
+        if isinstance(value, Mapping) and set(value) == {"recipe"}:
+            message = f"a recipe is not one of a list. Write strategies: {{recipe: {value['recipe']}}}."
         if first["type"] == "union_tag_invalid":
             aliases = [name for name, cls in Strategy.named.items() if name in cls.aliases]
             message = wrong_tag(first, aliases) + _OWN

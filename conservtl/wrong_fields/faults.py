@@ -13,6 +13,7 @@ __all__ = ["sentences"]
 
 _LONGEST, _RULE, _CONTAINER = 500, 4000, 120  # characters of a name or a value; of a rule; of a list or fields
 _WANTS_FIELDS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
+_PARSING = ("_parsing", "_from_float")  # ends of types of errors about numbers and booleans
 _OF_VALIDATORS = ("value_error", "assertion_error")
 
 
@@ -141,9 +142,14 @@ def _sentence(name: str, fault: _Fault, schema: Schema) -> str:
         message = f"must have the form {examples[0]}"
     elif kind == "union":
         message = f"must be {schema.words(node)}"
+    elif kind == "path_type":
+        message = "must be a path"
+    elif kind.endswith(_PARSING):
+        message = message.partition(", ")[0]
     elif kind in _WANTS_FIELDS:
         kinds = schema.kinds(node)
-        names = [schema.pair("kind", one) for one in kinds] or [f"{name}.{one}" for one in schema.fields(node)]
+        fields = sorted(schema.fields(node), key=lambda one: one != "name")
+        names = [schema.pair("kind", one) for one in kinds] or [f"{name}.{one}" for one in fields]
         rule = f"must hold fields of its own, such as {names[0]}" if names else f"must be {schema.words(node)}"
         message = rule + schema.or_nothing(node) * bool(names)
     message = message.replace("valid tuple", "list").replace("Tuple should", "List should")
@@ -153,7 +159,10 @@ def _sentence(name: str, fault: _Fault, schema: Schema) -> str:
         or (kind in _OF_VALIDATORS and isinstance(received, (dict, list)))
     ):
         return message
-    return f"{message}; received {_shown(received)}{_fix(received, node, schema)}"
+    fix = _fix(received, node, schema)
+    if not fix and node and kind.endswith((*_PARSING, "_type")) and not kind.endswith(_WANTS_FIELDS):
+        fix = f". Give {schema.words(node)}."
+    return f"{message}; received {schema.null if received is None else _shown(received)}{fix}"
 
 
 def _elsewhere(fault: _Fault, schema: Schema) -> str:
@@ -168,12 +177,20 @@ def _fix(received: Any, node: Node, schema: Schema) -> str:
     inner, kinds = schema.resolved(node), schema.kinds(node)
     if received is True and inner.get("type") == "object" and not inner.get("required"):
         return ". Write {} for the defaults."
+    if isinstance(received, Mapping) and received.keys() & {"range", "choices"}:
+        return ". A range is searched by `conservtl tune` alone; give one value."
+    listed = schema.resolved(schema.member(node, "array") or node)
+    each = schema.kinds(listed.get("items", {}))
     if not isinstance(received, str):
         return ""
     if kinds and received in kinds:
         return f". Write {schema.pair('kind', received)}."
+    if each:
+        return f". Write [{schema.pair('kind', received if received in each else '...')}]."
     if holding := [name for name, one in inner.get("properties", {}).items() if received in schema.names(one)]:
         return f". Write {schema.pair(holding[0], received)}."
+    if schema.words(inner.get("properties", {}).get("name", {})) == "text":
+        return f". Write {schema.pair('name', received)}."
     if inner.get("type") == "array" and schema.words(inner.get("items", {})) == "text":
         return f". Write {schema.listed(received)}."
     nearest = did_you_mean(received, schema.names(node))

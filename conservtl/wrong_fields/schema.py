@@ -11,7 +11,8 @@ Node = Mapping[str, Any]
 SWITCHES = ("kind", "task")
 """Fields that tell the members of a union apart."""
 
-_LARGEST = 2**63 - 1
+_HIGH = ("maximum", "exclusiveMaximum")
+_LARGEST = 2**31  # bounds from here on are those of a type, which no message needs
 
 
 class Schema:
@@ -24,7 +25,8 @@ class Schema:
 
     def __init__(self, root: Node, *, python: bool = False) -> None:
         self.root, self._python = root, python
-        self._words = {"null": "None" if python else "null", "boolean": "True or False" if python else "true or false"}
+        self.null = "None" if python else "null"
+        self._words = {"null": self.null, "boolean": "True or False" if python else "true or false"}
 
     def resolved(self, node: Node) -> Node:
         """Return a node without references, and without null where it stands beside a single type."""
@@ -105,7 +107,7 @@ class Schema:
     def or_nothing(self, node: Node) -> str:
         """Return ", or be null" if a node takes that."""
         nothing = any(one.get("type") == "null" for one in node.get("anyOf", ()))
-        return f", or be {self._words['null']}" if nothing else ""
+        return f", or be {self.null}" if nothing else ""
 
     def names(self, node: Node) -> list[str]:
         """Return the texts among the values that a node takes: those of literals, the kinds of a union."""
@@ -117,8 +119,8 @@ class Schema:
 
 
 def _bounds(node: Node) -> str:
+    node = {name: value for name, value in node.items() if not (name in _HIGH and value >= _LARGEST)}
     low, high = node.get("minimum"), node.get("maximum")
-    high = None if high is not None and high >= _LARGEST else high
     if low is not None and high is not None:
         return f" from {low:g} to {high:g}"
     limits = {

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError, create_model
 import conservtl as ctl
 from conservtl import plugins
 from conservtl.experiments.spec.spec import parse_spec, schema
-from conservtl.methods import AnyStrategy, as_strategy, builtin_strategies
+from conservtl.methods import AnyStrategy, as_strategies, as_strategy, builtin_strategies
 from conservtl.methods.base import Aliases
 from conservtl.spec_model import FrozenModel
 
@@ -154,6 +154,23 @@ class TestAnyStrategy:
     def test_a_spec_says_where_it_is_wrong(self, speech_fields, fields, message):
         with pytest.raises(ctl.SpecError, match=message):
             parse_spec({**speech_fields, "strategies": [{"kind": "l2_sp"}, fields]})
+
+    @pytest.mark.parametrize(
+        ("given", "fix"),
+        [
+            ({"kind": "l2sp"}, r"Write \[{'kind': 'l2sp'}\]\."),
+            ("l2sp", r"Write \[{'kind': 'l2sp'}\]\."),
+            (ctl.L2SP(), r"Write \[L2SP\(.*\)\]\."),
+            ({"recipe": "vision"}, r"Write ctl\.recipe\('vision'\)\."),
+            (["l2sp"], r"received 'l2sp'\. Write {'kind': 'l2sp'}\."),
+            ([ctl.L2SP], r"received .*\. Write L2SP\(\)\."),
+            (["l3"], "received 'l3'\\.$"),
+            (None, r"must be a list; received None"),
+        ],
+    )
+    def test_what_is_no_list_of_strategies_says_how_it_is_written(self, given, fix):
+        with pytest.raises(ctl.SpecError, match=f"^strategies.*{fix}"):
+            as_strategies(given)
 
     def test_the_schema_tells_kinds_apart_and_describes_fields(self):
         found = self.ADAPTER.json_schema()

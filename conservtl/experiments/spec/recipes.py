@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conservtl.engine import Training
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, did_you_mean
 from conservtl.methods import AnyStrategy
 from conservtl.methods.feature_conservation.strategy import FeatureConservation
 from conservtl.methods.l2_sp import L2SP
@@ -147,7 +147,8 @@ def recipe(name: str) -> Recipe:
         ['norm_adaptation', 'l2_sp', 'weight_interpolation']
     """
     if not isinstance(name, str) or name not in RECIPES:
-        raise SpecError(f"recipe must be one of {', '.join(RECIPES)}; received {name!r}.")
+        near = did_you_mean(str(name), RECIPES)
+        raise SpecError(f"recipe must be one of {', '.join(RECIPES)}; received {name!r}.{near}")
     return RECIPES[name]
 
 
@@ -160,6 +161,9 @@ def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
     section = content.get("strategies")
     if not isinstance(section, Mapping):
         return content
+    if "kind" in section:
+        shown = ", ".join(f"{name}: {value}" for name, value in section.items())
+        raise SpecError(f"strategies: must be a list; received the fields of one. Write [{{{shown}}}].")
     if set(section) != {"recipe"}:
         raise SpecError(
             f"strategies: a list, or a recipe by name alone, {{recipe: {' | '.join(RECIPES)}}}; "

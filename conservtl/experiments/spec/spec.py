@@ -38,6 +38,7 @@ __all__ = [
     "spec_class",
     "validated",
     "with_fields",
+    "with_variant",
 ]
 
 Checked = TypeVar("Checked")
@@ -135,7 +136,30 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: the file cannot be read, or a field is wrong; the message names it and the fix.
     """
-    return parse_spec(read_content(path, overrides), str(path))
+    spec = parse_spec(read_content(path, overrides), str(path))
+    alone = spec.model_copy(update={"compare": None})
+    for name, fields in ({} if spec.compare is None else spec.compare.variants).items():
+        # A target may bring what fields of the data need.
+        kept = {field: value for field, value in fields.items() if field.partition(".")[0] != "data"}
+        try:
+            with_variant(alone, name, kept)
+        except SpecError as error:
+            raise SpecError(f"{path}:\n  {error}") from None
+    return spec
+
+
+def with_variant(spec: Spec, name: str, fields: Mapping[str, Any]) -> Spec:
+    """Return the spec of a comparison's variant.
+
+    Raises:
+        SpecError: a field is wrong; the message names the variant.
+    """
+    try:
+        return with_fields(spec, fields)
+    except SpecError as error:
+        section = "compare.variants" if spec.held is None else "variants"
+        said = str(error).removeprefix("spec:").removeprefix("settings:").strip()
+        raise SpecError(f"{section}.{name}: {said}") from None
 
 
 def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

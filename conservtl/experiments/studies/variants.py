@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from conservtl.data.shots import may_validate
 from conservtl.errors import SpecError
-from conservtl.experiments.spec.spec import Spec, with_fields
+from conservtl.experiments.spec.spec import Spec, with_fields, with_variant
 from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
 from conservtl.experiments.studies.trial import How
 
@@ -58,7 +59,10 @@ def variants_of(spec: Spec, section: CompareSection) -> list[Variant]:
             "(source.data in a spec, source_data= in Python), or leave it out."
         )
     chosen = [variant for variant in chosen if variant.how != "joint" or not lack]
-    return chosen + [Variant(label, label, "method", "adapt", _changes(fields)) for label, fields in methods.items()]
+    return chosen + [
+        Variant(label, label, "method", "adapt", partial(with_variant, name=label, fields=fields))
+        for label, fields in methods.items()
+    ]
 
 
 def left_out(spec: Spec, section: CompareSection) -> dict[str, str]:

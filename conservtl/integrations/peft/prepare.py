@@ -17,7 +17,7 @@ from conservtl.integrations.peft.factors import AdapterFactors
 from conservtl.integrations.peft.lora import Pair, change, lora_pairs
 from conservtl.integrations.peft.names import BASE_LAYER, LORA_ATTENTION, PEFT_MODEL, SAVED_MODULES
 from conservtl.layers import canonical, unwrap
-from conservtl.methods import Strategy, as_strategy
+from conservtl.methods import Strategy, as_strategies
 from conservtl.methods.l2_sp import L2SP
 from conservtl.plan.row import LowRank
 from conservtl.source.read import Source
@@ -89,7 +89,7 @@ def adapt(
                 f"{name!r}: LoRA on torch's MultiheadAttention makes its weights anew whenever they are listed, so no "
                 "optimizer can be sure of them. Target other modules, or a model with linear maps for its attention."
             )
-    chosen = [as_strategy(strategy) for strategy in strategies]
+    chosen = as_strategies(strategies)
     pairs: tuple[Pair, ...] | None = None
     reason: SpecError | None = None
     try:

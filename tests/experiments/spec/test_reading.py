@@ -59,7 +59,7 @@ class TestWords:
             assert load("", f"data.target={word}").data.target == word
 
     def test_null_is_nothing_where_one_text_is_wanted(self, load):
-        with pytest.raises(SpecError, match=r"data\.target: Input should be a valid string; received None"):
+        with pytest.raises(SpecError, match=r"data\.target: Input should be a valid string; received null\. Give text"):
             load(target="target: null")
         assert load("words: null").data.words is None
 

@@ -1,6 +1,7 @@
 """Specs: read, overridden, validated, with messages that name the field and the fix."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from conservtl import SpecError
 from conservtl.experiments.spec.source_section import SourceSection
-from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema
+from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema, with_variant
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SPECS = sorted(path for name in ("speech", "vision") for path in (EXAMPLES / name).glob("*.yaml"))
@@ -78,6 +79,17 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path, text):
     path = written(tmp_path, {**FOLDER, "strategies": [{"kind": "l2_sp"}]})
     with pytest.raises(SpecError, match="--set"):
         load_spec(path, [text])
+
+
+@pytest.mark.parametrize("fields", [{"strategies.0.aplha": 3}, {"strategies.4.alpha": 3}, {"trainin": 3}])
+def test_a_wrong_field_of_a_variant_is_named_with_variant_and_file(tmp_path, fields):
+    variants = {"good": {"seed": 1}, "a": fields}
+    compared = {**FOLDER, "strategies": [{"kind": "l2_sp"}], "compare": {"variants": variants}}
+    with pytest.raises(SpecError, match=rf"spec\.yaml:\n  compare\.variants\.a: {re.escape(*fields)}: there is no"):
+        load_spec(written(tmp_path, compared))
+    spec = parse_spec(compared)
+    with pytest.raises(SpecError, match=rf"^compare\.variants\.a: {re.escape(*fields)}: there is no"):
+        with_variant(spec, "a", fields)
 
 
 @pytest.mark.parametrize("content", ["task: [", "- a list", ""])
