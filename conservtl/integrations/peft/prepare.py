@@ -89,7 +89,7 @@ def adapt(
                 f"{name!r}: LoRA on torch's MultiheadAttention makes its weights anew whenever they are listed, so no "
                 "optimizer can be sure of them. Target other modules, or a model with linear maps for its attention."
             )
-    chosen = as_strategies(strategies)
+    chosen = [*as_strategies(strategies)]
     pairs: tuple[Pair, ...] | None = None
     reason: SpecError | None = None
     try:
