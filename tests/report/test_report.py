@@ -12,7 +12,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import conservtl as ctl
 from conservtl import extras
 from conservtl.errors import MissingExtraError
 from conservtl.experiments.run.runner import run
@@ -376,6 +378,12 @@ class TestPath:
         """The plan of this report has a fresh head."""
         assert "New parameters keep their trained values" in weight_path(a_report(path=a_path())).caption
         assert "New parameters" not in weight_path(a_report(path=a_path(), plan=None)).caption
+
+    def test_factors_of_low_rank_are_no_new_parameters(self):
+        """They go back with the weights that they change."""
+        model, source = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(2))
+        plan = ctl.adapt(model, source, [ctl.LoRA(rank=1)]).plan.model_dump(mode="json")
+        assert "New parameters" not in weight_path(a_report(path=a_path(), plan=plan)).caption
 
     def test_the_curves_say_that_the_weights_were_taken_back(self, tmp_path):
         """They end at the trained weights, the table does not."""
