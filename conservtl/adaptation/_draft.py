@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import Layer, matches, named_parameters, select, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.runtime.freezing import found_frozen
@@ -127,5 +127,8 @@ def declared_fresh(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, 
         inside["head"] = list(Plan.draw(layers, {}, {}).head)
     globs = [glob for glob in reasons if glob not in inside]
     aliases = {info.name: info.aliases for layer in layers for info in layer.parameters}
-    matched = inside | select(globs, list(aliases), aliases=aliases)
+    try:
+        matched = inside | select(globs, list(aliases), aliases=aliases)
+    except SelectorError as error:
+        raise SelectorError(f"fresh: {error}") from None
     return {name: reason for glob, reason in reasons.items() for name in matched[glob]}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conservtl.errors import SourceError, counted, hint
+from conservtl.errors import SourceError, counted, did_you_mean
 from conservtl.layers import canonical
 from conservtl.source.kinds import has_values
 
@@ -115,9 +115,10 @@ def _entry(entries: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
             value = value.get(part) if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping):
         known = [name for name in map(str, entries) if isinstance(entries.get(name), Mapping)]
+        near = did_you_mean(key, known, count=3)
         raise SourceError(
             f"{where}: key must name an entry that holds a dictionary; received {key!r}."
-            f"{hint(key, known, count=3) or ' The source has none: leave key out.'}"
+            + (f"{near} The source has {some(known)}." if known else " The source has none: leave key out.")
         )
     return value
 

@@ -408,7 +408,7 @@ class TestRefused:
             ctl.adapt(model, model.state_dict(), ["l2_sp"])
         with pytest.raises(ctl.SpecError, match="strategies: "):
             ctl.adapt(model, model.state_dict(), [{"kind": "l2_ps"}])
-        with pytest.raises(ctl.SelectorError, match=r"'headd'"):
+        with pytest.raises(ctl.SelectorError, match=r"fresh: 'headd'"):
             ctl.adapt(model, model.state_dict(), fresh=["headd"])
         with pytest.raises(ctl.SpecError, match=r"fresh=\['head'\]"):
             ctl.adapt(model, model.state_dict(), fresh="head")

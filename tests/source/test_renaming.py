@@ -331,6 +331,8 @@ class TestSeveralDictionaries:
     def test_no_such_entry(self):
         with pytest.raises(ctl.SourceError, match=r"received 'model_em'\. Did you mean 'model_ema' or 'model'"):
             ctl.adapt(network(), {"model": self.plain(1), "model_ema": self.plain(2)}, key="model_em")
+        with pytest.raises(ctl.SourceError, match=r"Did you mean 'model'\? The source has 'ema', 'model'\."):
+            ctl.adapt(network(), {"model": self.plain(1), "ema": self.plain(2)}, key="ema_model")
         with pytest.raises(ctl.SourceError, match=r"received 'ema'\. The source has none"):
             ctl.adapt(network(), self.plain(1), key="ema")
         with pytest.raises(ctl.SourceError, match="the source is none"):

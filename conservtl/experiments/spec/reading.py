@@ -15,13 +15,14 @@ import yaml
 from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.error import MarkedYAMLError
 from yaml.events import AliasEvent, Event
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
 from conservtl.errors import SpecError
 from conservtl.spec_scalars import Decimal, SwitchWord, Whole, written
 
-__all__ = ["as_written", "changeable", "read_fields", "read_yaml"]
+__all__ = ["as_written", "changeable", "fault", "read_fields", "read_yaml"]
 
 _PREFIX = "tag:yaml.org,2002:"
 _SWITCH = "!switch"
@@ -144,6 +145,16 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # nosec B506 # noqa: S506 - a subclass of the safe loader
 
 
+def fault(error: yaml.YAMLError) -> str:
+    """Return a sentence with the place for an error of ``read_yaml``."""
+    if not isinstance(error, MarkedYAMLError):
+        return str(error)
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    said = " ".join(part for part in (error.context, error.problem) if part)
+    return f"{place}{said.rstrip('.')}."
+
+
 def read_fields(text: str, where: str) -> dict[str, Any]:
     """Return fields that are written on one line, as in ``{kind: beam, beam: 20}``.
 
@@ -153,7 +164,7 @@ def read_fields(text: str, where: str) -> dict[str, Any]:
     try:
         content = read_yaml(text)
     except yaml.YAMLError as error:
-        raise SpecError(f"{where} is not valid YAML: {error}") from error
+        raise SpecError(f"{where} is not valid YAML: {fault(error)}") from error
     if not isinstance(content, dict):
         raise SpecError(f"{where} must hold fields, such as '{{kind: greedy}}'; received {text[:80]!r}.")
     return content

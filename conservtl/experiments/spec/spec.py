@@ -17,7 +17,7 @@ from conservtl.engine import Training
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.messages import explanations
-from conservtl.experiments.spec.reading import MAX_CHARACTERS, as_written, changeable, read_yaml
+from conservtl.experiments.spec.reading import MAX_CHARACTERS, as_written, changeable, fault, read_yaml
 from conservtl.experiments.spec.recipes import fill, offer
 from conservtl.experiments.spec.source_section import SourceSection
 from conservtl.experiments.spec.study_sections import CompareSection, SweepSection, TuneSection
@@ -175,7 +175,7 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"spec {str(path)!r} cannot be read: {error}. Give the path of a YAML or JSON file.") from error
     except yaml.YAMLError as error:
-        raise SpecError(f"spec {str(path)!r} is not valid YAML: {error}") from error
+        raise SpecError(f"spec {str(path)!r} is not valid YAML: {fault(error)}") from error
     if not isinstance(content, dict):
         raise SpecError(f"spec {str(path)!r} must hold fields (task, data, ...); received {type(content).__name__}.")
     try:
@@ -273,4 +273,4 @@ def _override(text: str) -> tuple[str, Any]:
     try:
         return name, read_yaml(raw) if raw.strip() else ""
     except yaml.YAMLError as error:
-        raise SpecError(f"{text!r}: the value is not valid YAML: {error}") from error
+        raise SpecError(f"{text!r}: the value is not valid YAML: {fault(error)}") from error

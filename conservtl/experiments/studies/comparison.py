@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.spec.study_sections import CompareSection
 from conservtl.experiments.studies.bootstrap import bootstrap, interval
@@ -176,7 +177,8 @@ def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     if best["wins"]:
         return f"{where} {best['variant']} beats the best baseline, {table['best_baseline']}: {figures}."
     if gap["count"] < _ENOUGH:
-        return f"{where} {gap['count']} paired runs are too few to tell: {best['variant']} is nearest, {figures}."
+        few = f"{counted(gap['count'], 'paired run')} {'is' if gap['count'] == 1 else 'are'} too few to tell"
+        return f"{where} {few}: {best['variant']} is nearest, {figures}."
     return (
         f"{where} nothing beats the best baseline, {table['best_baseline']}, beyond chance: the nearest is "
         f"{best['variant']}, {figures}."

@@ -144,7 +144,8 @@ def draw_from_pool(pool: ImagePart, shots: Shots, seed: int) -> ImagePart:
         if isinstance(shots, int) and len(members) < shots:
             raise DataError(
                 f"data.shots must not exceed the number of images of a class; received {shots}, and class {name!r} "
-                f"has {len(members)}. Set data.shots to at most {len(members)}, or to {{up_to: {shots}}}."
+                f"has {len(members)} beside the test part. Set data.shots to at most {len(members)}, or to "
+                f"{{up_to: {shots}}}."
             )
         count = number_of_shots(shots, len(members))
         chosen += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]

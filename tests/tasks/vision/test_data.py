@@ -169,7 +169,7 @@ class TestFolderErrors:
             _load(_spec(folder))
 
     def test_fewer_images_than_shots(self, folder):
-        with pytest.raises(DataError, match=r"received 7, and class 'ant' has 6.*at most 6"):
+        with pytest.raises(DataError, match=r"received 7, and class 'ant' has 6 beside the test part.*at most 6"):
             _load(_spec(folder, shots=7))
 
     def test_a_single_image_cannot_be_split(self, tmp_path):
