@@ -298,6 +298,11 @@ class TestFactorsCountAsTheirWeights:
             with pytest.raises(ctl.SpecError, match=rf"{strategy.label} freezes all factors .* Leave one of the two"):
                 planned(strategy)
 
+    @pytest.mark.parametrize("others", [(), (ctl.FeatureExtraction(),)])
+    def test_factors_of_a_fresh_head_alone_are_refused(self, others):
+        with pytest.raises(ctl.PlanError, match=r"must change a weight .* are fresh, such as that of 'head'"):
+            ctl.adapt(network(), network(), [ctl.LoRA(on=["head"], rank=2), *others], fresh=["head"])
+
     def test_candidates_for_the_best_block_are_layers_with_factors(self):
         assert planned(ctl.SurgicalFineTuning(block="best")).searches[0].candidates == ("conv", "body")
 

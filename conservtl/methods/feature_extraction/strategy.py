@@ -104,7 +104,7 @@ class FeatureExtraction(Strategy):
         others = [
             row.name
             for row in plan.rows
-            if row.name not in head and not row.as_found and (not row.frozen or row.name not in body)
+            if row.name not in head and not row.as_found and (row.origin == "fresh" or not row.frozen)
         ]
         # Other trained parameters need a head to be trained under; a fitted head replaces it afterwards.
         fitted = self.classifier != "linear"

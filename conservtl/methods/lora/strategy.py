@@ -31,7 +31,8 @@ class LoRA(Strategy):
 
     with A (r, inputs) and B (outputs, r), of linear maps and of convolutions; B = 0 at the start, so that the model's
     outputs do not change. The weights keep their names and values; A and B are the new parameters ``lora_A`` and
-    ``lora_B`` beside them. Heads from the source stay as they are, fresh ones are trained.
+    ``lora_B`` beside them. Heads from the source stay as they are, fresh ones are trained. For other strategies A and B
+    are parts of the weight: they take its layer's rate, and are frozen with its layer.
 
     ``merge`` (``adaptation.merged()``) adds the product to the weight, exact to rounding, so that the adapted model
     costs nothing more. ``L2SP`` beside it pulls the merged weights, alpha/2 of the squared norm of s B A, and
@@ -94,6 +95,11 @@ class LoRA(Strategy):
         for pair in pairs:
             self._check_alone(plan, owner(pair[0]), pair)
         idle = {name for pair in pairs for name in pair} - plan.factors.keys()  # all of a fresh weight is trained
+        if not plan.factors:
+            raise PlanError(
+                f"{self.label} must change a weight from the source; those that it names are fresh, such as that of "
+                f"{owner(pairs[0][0])!r}, and are trained themselves. Name others in on, or leave it out."
+            )
         plan = freeze_all_but(plan, self.label, {*plan.fresh} - idle)
         if moving := [name for name in plan.factors.values() if not plan[name].frozen]:
             raise PlanError(
