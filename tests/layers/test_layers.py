@@ -516,6 +516,22 @@ class TestWrappers:
         assert unwrap(torch.compile(wrapped, backend="eager")) is model
         assert unwrap(model) is model
 
+    def test_averages_of_models_are_wrappers_by_their_class_and_their_child(self):
+        model = HeadFirst()
+
+        class EMA(nn.Module):
+            def __init__(self, **children):
+                super().__init__()
+                for name, child in children.items():
+                    self.add_module(name, child)
+
+        average = torch.optim.swa_utils.AveragedModel(model)
+        assert unwrap(average) is average.module
+        assert unwrap(EMA(module=model)) is model
+        assert unwrap(EMA(ema_model=model, online_model=HeadFirst())) is model
+        other = EMA(encoder=model)
+        assert unwrap(other) is other
+
     def test_an_attribute_called_module_is_kept(self):
         model = nn.ModuleDict({"module": nn.Linear(2, 2)})
         assert unwrap(model) is model

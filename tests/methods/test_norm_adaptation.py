@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
+from conservtl.methods.norm_adaptation.norm_statistics import _Moments
 from conservtl.runtime.freezing import tracks_statistics
 
 
@@ -97,6 +98,18 @@ def test_instance_norms_keep_what_torch_would():
     adaptation.measure(batches(7))
     assert torch.allclose(model[1].running_mean, first[1].running_mean)
     assert torch.allclose(model[1].running_var, first[1].running_var)
+
+
+@torch.no_grad()
+def test_moments_of_instances_without_their_padding():
+    """The average of each example's own, over its positions alone."""
+    x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    moments = _Moments(instances=True)
+    moments.take(x, mask)
+    parts = [x[0], x[1, :, :3]]
+    assert torch.allclose(moments.mean, sum(part.mean(1) for part in parts) / 2)
+    assert torch.allclose(moments.variance, sum(part.var(1) for part in parts) / 2)
 
 
 @torch.no_grad()

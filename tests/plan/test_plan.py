@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -68,6 +70,12 @@ class TestTable:
 
     def test_as_text(self):
         assert str(self.plan()) == TABLE
+
+    def test_more_than_three_layers_of_a_phase_are_named_by_the_ends(self):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+        plan = ctl.adapt(model, copy.deepcopy(model), [ctl.GradualUnfreezing(by="layer")]).plan
+        told = [line.rpartition("trains ")[2] for line in str(plan).splitlines() if line.startswith("phase ")]
+        assert told == ["4", "3, 4", "2, 3, 4", "1 … 4 (4 layers)", "0 … 4 (5 layers)"]
 
     def test_on_a_terminal(self):
         console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
