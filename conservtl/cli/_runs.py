@@ -55,6 +55,7 @@ def run(
     report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard)
     if not is_main_process():
         return
+    sys.stdout.writelines(f"data  {note[6:]}\n" for note in report["plan"]["notes"] if note.startswith("data: "))
     Console().print(run_table(report))
     sys.stdout.write(
         "\n".join([report["sentence"], *left_out_notes(report), *rows_notes(report), *skipped_notes(report)]) + "\n"

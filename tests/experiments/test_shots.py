@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from conservtl.data import draw_shots
 from conservtl.data.shots import UpTo, may_validate, number_of_shots
 from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.run.source_labels import data_line, none_held_out
 from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, with_fields
 from conservtl.experiments.studies.comparison import compare
 from conservtl.experiments.studies.layer_sweep import sweep
@@ -21,6 +24,7 @@ from conservtl.experiments.studies.tuning import tune
 from conservtl.experiments.studies.variants import early_stopping
 from conservtl.report import write_compare, write_sweep
 
+NONE = "nothing of it was held out"
 LABELS = [0] * 8 + [1] * 2 + [2]
 
 
@@ -149,6 +153,7 @@ class TestSpeech:
         spec = parse_spec(fields)
         note = "data  1 to 3 recordings of each class are taken, 5 in all; fewer than 3 of '1', '2'"
         assert note in str(plan_of(spec))
+        assert "data  3 classes, '0', '1', '2': 5 recordings (1 to 3 a class) to adapt with, " in str(plan_of(spec))
         report = run(spec, tmp_path / "out")
         assert report["taken"] == {"0": 3, "1": 1, "2": 1}
         assert "cleo from up to 3 recordings a class (1 to 3)" in report["sentence"]
@@ -214,6 +219,21 @@ class TestVision:
         setting = prepare(spec({"up_to": 2}))
         assert setting.taken == {"a": 2, "b": 2, "c": 1}
         assert setting.domains.notes == ("1 to 2 images of each class are taken, 5 in all; fewer than 2 of 'c'",)
+
+    def test_a_line_names_classes_and_counts_examples(self, spec):
+        setting = prepare(spec("all"))
+        line = "3 classes, 'a', 'b', 'c': 8 images (1 to 5 a class) to adapt with, 6 images (2 a class) to test on"
+        assert data_line(setting.task, setting.domains, setting.spec.data) == line
+        trained = replace(setting.domains, source_train=setting.domains.shots, source_labels=("a", "b", "c"))
+        assert data_line(setting.task, trained, setting.spec.data) == f"{line}, none of the source: {NONE}"
+        tested = replace(trained, source_test=setting.domains.shots)
+        assert data_line(setting.task, tested, setting.spec.data) == f"{line}, 8 images (1 to 5 a class) of the source"
+        assert none_held_out(SimpleNamespace(held_out=0.1)) == f"{NONE} (data.held_out)"
+
+    def test_a_plan_needs_a_source_as_a_run_does(self, spec):
+        bare = with_fields(spec(1), {"source": {}})
+        with pytest.raises(ctl.SpecError, match=r"names no source .* source\.weights or data\.source_root or data\.c"):
+            plan_of(bare)
 
     def test_a_number(self, spec):
         with pytest.raises(ctl.DataError, match=r"class 'b' has 2.* at most 2, or to \{up_to: 3\}"):

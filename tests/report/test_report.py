@@ -140,6 +140,8 @@ class TestSentence:
         said = sentence(a_report(**measured(0.7, 0.9)))
         assert "without source data, agreement with the source model 100.0 % → 80.0 % (KL 0.31)" in said
         assert "source not measured" in sentence(a_report(**measured(0.7, 0.9), agreement=None))
+        said = sentence(a_report(**measured(0.7, 0.9), examples={"source_train": 3}))
+        assert "with nothing of the source held out, agreement with" in said
 
     def test_a_lower_word_error_rate_is_better(self):
         """A task without classes counts its shots as a whole."""

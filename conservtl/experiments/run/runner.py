@@ -30,7 +30,7 @@ from conservtl.experiments.run.evaluation_sets import (
 from conservtl.experiments.run.scoring import Scores, agreement
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.setting_checks import check_labels
-from conservtl.experiments.run.source_training import SourceModel, prepare_source
+from conservtl.experiments.run.source_training import SourceModel, prepare_source, source_data
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
 from conservtl.plan.plan import Plan
@@ -60,6 +60,7 @@ def plan_of(spec: Spec) -> Plan:
         setting, source = prepare_source(spec)
         return setting.adaptation(source.with_notes()).plan
     setting = prepare(spec)
+    source_data(setting)
     return setting.adaptation(setting.model(len(setting.domains.source_labels))).plan
 
 

@@ -23,6 +23,7 @@ from conservtl.experiments.run.source_labels import (
     check_reader,
     check_shots,
     classes_of,
+    data_line,
     shots_note,
     with_source_labels,
 )
@@ -126,9 +127,11 @@ class Setting:
         if not self.shared and not overlap:
             reason = "the source has no head" if self.headless else "its labels differ from the source's"
             fresh |= dict.fromkeys(self.head(model), reason)
-        if self.domains.notes:  # the plan shows them
+        if spec.held is None:
+            line = () if self.domains.sizes.get("unlabelled") else (data_line(self.task, self.domains, spec.data),)
+            said = [f"data: {note}" for note in (*line, *self.domains.notes)]  # the plan shows them
             read = read_source(source)
-            source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in self.domains.notes)))
+            source = replace(read, notes=(*read.notes, *said))
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             chosen = labels if overlap else None

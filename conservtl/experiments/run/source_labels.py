@@ -23,6 +23,7 @@ __all__ = [
     "check_reader",
     "check_shots",
     "classes_of",
+    "data_line",
     "labels_used",
     "listed",
     "shots_note",
@@ -135,6 +136,42 @@ def check_shots(task: Task, domains: Domains, names: Mapping[str, str] | None = 
                 f"{subject}: the labels must be positions in a list of {counted(len(labels), 'label')} "
                 f"({listed(labels)}); received {int(classes.max())}. Number the examples by that list."
             )
+
+
+def none_held_out(data: Any) -> str:
+    """Return that nothing of a source was held out, with the fields of the section ``data`` that decide it."""
+    fields = [f"data.{name}" for name in ("held_out", "held_out_takes", "held_out_speakers") if hasattr(data, name)]
+    return "nothing of it was held out" + (f" ({', '.join(fields)})" if fields else "")
+
+
+def data_line(task: Task, domains: Domains, data: Any) -> str:
+    """Return the classes of the target, and how many examples there are to adapt with and to test on.
+
+    Args:
+        task: calls its examples by their name.
+        domains: as loaded.
+        data: the spec's section ``data``.
+    """
+
+    def text(*names: str) -> str:
+        parts = [part for name in names if (part := getattr(domains, name)) is not None]
+        found = [classes_of(part) for part in parts] if task.has_classes else [None]
+        said = counted(sum(map(length_of, parts)), task.example)
+        if any(classes is None for classes in found):
+            return said
+        labels = domains.source_labels if names == ("source_test",) else domains.labels
+        classes = torch.cat([one for one in found if one is not None])
+        return f"{said} ({taken_text(classes[classes >= 0].bincount(minlength=len(labels)).tolist())} a class)"
+
+    line = f"{text('shots', 'validation')} to adapt with, {text('target_test')} to test on"
+    if domains.source_test is not None:
+        line += f", {text('source_test')} of the source"
+    elif domains.source_train is not None:
+        line += ", none of the source: " + none_held_out(data)
+    if not task.has_classes:
+        return line
+    count = len(domains.labels)
+    return f"{count:,} {'class' if count == 1 else 'classes'}, {listed(domains.labels)}: {line}"
 
 
 def shots_note(task: Task, domains: Domains, taken: Mapping[str, int] | None, shots: Any) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from conservtl.source.read import Source, own_tensors, read_source, tensor_numbe
 from conservtl.source.renaming import best_fit
 from conservtl.tasks.own_network import NetworkSection
 
-__all__ = ["SourceModel", "obtain_source", "prepare_source"]
+__all__ = ["SourceModel", "obtain_source", "prepare_source", "source_data"]
 
 _FORMAT = 2  # of the cache's keys
 
@@ -89,11 +89,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
         return held
     if spec.source.weights is not None:
         return _given(setting, spec.source.weights)
-    data = setting.domains.source_train
-    if data is None:
-        raise SpecError(
-            "source: the data names no source to train a model on. Give source.weights, or data with a source part."
-        )
+    data = source_data(setting)
     outputs = len(setting.domains.source_labels)
     model = setting.model(outputs)
     with SourceCache(spec.source.cache).entry(f"{spec.task}-{_key(setting, data)}") as entry:
@@ -114,6 +110,21 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
         model = model.cpu().eval()
         entry.store(model.state_dict())
     return SourceModel(model, outputs, "trained")
+
+
+def source_data(setting: Setting) -> Data:
+    """Return the examples that a source model is trained on.
+
+    Raises:
+        SpecError: there are none.
+    """
+    if (data := setting.domains.source_train) is not None:
+        return data
+    fields = [f"data.{name}" for name in ("source_root", "corruption") if hasattr(setting.spec.data, name)]
+    raise SpecError(
+        "source: the data names no source to train a model on. Give "
+        f"{' or '.join(('source.weights', *(fields or ['data with a source part'])))}."
+    )
 
 
 def _given(setting: Setting, given: Path | str) -> SourceModel:

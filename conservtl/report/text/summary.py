@@ -142,7 +142,8 @@ def _agreement(report: Mapping[str, Any]) -> str:
     start = number(before.get("agreement"))
     shares = f"{100 * share:.1f} %" if start is None else f"{100 * start:.1f} % → {100 * share:.1f} %"
     divergence = "" if kl is None else f" (KL {kl:.2f})"
-    return f"without source data, agreement with the source model {shares}{divergence}"
+    held = "with nothing of the source held out" if (report.get("examples") or {}).get("source_train") else ""
+    return f"{held or 'without source data'}, agreement with the source model {shares}{divergence}"
 
 
 def _drift(report: Mapping[str, Any]) -> str:

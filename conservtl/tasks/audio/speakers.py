@@ -8,7 +8,7 @@ from pathlib import Path
 from conservtl.errors import DataError, did_you_mean
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["check_target", "listed"]
+__all__ = ["check_sources", "check_target", "listed"]
 
 _SHOWN = 12  # speakers in a message
 
@@ -32,6 +32,26 @@ def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | 
         f"data.target must be a speaker of the data; received {target!r}.{did_you_mean(target, known)} Choose one of: "
         f"{listed(sorted(known))}.{left}"
     )
+
+
+def check_sources(named: Mapping[str, Collection[str]], target: str, known: Collection[str]) -> None:
+    """Raise unless all that fields name are speakers of the data other than the target.
+
+    Args:
+        named: field -> the speakers that it names.
+        target: ``data.target``.
+        known: the speakers of the data.
+
+    Raises:
+        DataError: they are not.
+    """
+    others = sorted({*known} - {target})
+    for name, speakers in named.items():
+        if target in speakers:
+            raise DataError(f"{name} must not contain data.target; received {target!r} in both. Remove it.")
+        if missing := sorted({*speakers} - {*known}):
+            choice = f"Choose from: {listed(others)}" if others else "The data has no other than data.target"
+            raise DataError(f"{name} must be speakers of the data; received {listed(missing)}. {choice}.")
 
 
 def listed(names: Collection[str]) -> str:

@@ -14,7 +14,7 @@ from conservtl.data import Domains
 from conservtl.errors import DataError, counted
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import header_of, read_audio
-from conservtl.tasks.audio.speakers import check_target
+from conservtl.tasks.audio.speakers import check_sources, check_target
 from conservtl.tasks.bad_files import check_files, explained, refuse, shown_name
 from conservtl.tasks.speech.folder import search
 from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_strings
@@ -46,6 +46,12 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
     utterances, bad, known = _utterances(data)
     if known:  # before bad lines are named, which may be of others
         check_target(data.target, known, bad)
+        if source:  # before utterances are chosen by them
+            named = {
+                "data.source_speakers": data.source_speakers or (),
+                "data.held_out_speakers": data.held_out_speakers,
+            }
+            check_sources(named, data.target, known)
     wanted = [one for one in utterances if one.speaker == data.target or (source and _is_source(one, data))]
     labels = data.tokens.vocabulary(one.text for one in wanted)
     bad |= _unencodable(wanted, data.tokens, labels)

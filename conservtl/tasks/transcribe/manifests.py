@@ -37,6 +37,11 @@ def lines_of(layout: str, root: Path, files: Sequence[str]) -> list[Line]:
     if not root.is_dir():
         raise DataError(f"data.root must be a folder; {shown_name(root)} is not one. Correct the path.")
     found = list(LAYOUTS[layout](root, files))
+    if not found and layout == "manifest":
+        names = ", ".join(map(shown_name, files)) or f"those in {shown_name(root)}"
+        raise DataError(
+            f"data.files must be lists with a line for each utterance; received {names} without any. Fill them."
+        )
     if not found:
         raise DataError(f"data.root {shown_name(root)} holds no utterance in the layout {layout!r}. Correct data.kind.")
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conservtl.data.sequences import Sequences
 from conservtl.errors import DataError, counted
-from conservtl.tasks.audio.speakers import check_target, listed
+from conservtl.tasks.audio.speakers import check_sources, check_target
 
 __all__ = ["Part", "Split", "Utterance", "in_share", "split_utterances"]
 
@@ -104,13 +104,7 @@ def split_utterances(
     check_target(target, known)
     own = [one for one in utterances if one.speaker == target]
     named = {"data.source_speakers": source_speakers or (), "data.held_out_speakers": held_out_speakers}
-    for name, speakers in named.items():
-        if target in speakers:
-            raise DataError(f"{name} must not contain data.target; received {target!r} in both. Remove it.")
-        if missing := sorted(set(speakers) - set(known)):
-            raise DataError(
-                f"{name} must be speakers of the data; received {listed(missing)}. Choose from: {listed(known)}."
-            )
+    check_sources(named, target, known)
     texted = [one for one in own if one.text]
     trained, tested = _of_target(target, texted, shots, seed)
     bare = _unlabelled(own, trained, tested, unlabelled, seed) if unlabelled else []

@@ -34,6 +34,8 @@ def test_a_folder_without_manifests_and_a_name_that_is_none(tmp_path):
     (tmp_path / "notes.txt").write_text("no list")
     refused("manifest", tmp_path, r"data\.files must name a manifest; .* has no \.json, \.jsonl, \.csv or \.tsv")
     refused("manifest", tmp_path, r"data\.files: there is no file .*a\.json\. Correct the name", ["a.json"])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused("manifest", tmp_path, r"with a line for each utterance; received empty\.jsonl without any", ["empty.jsonl"])
 
 
 def test_empty_lines_of_a_manifest_are_passed_over(tmp_path):

@@ -176,6 +176,17 @@ def test_a_line_that_cannot_be_used_is_refused_or_skipped_with_a_list(change, re
     assert len(domains.source_train) + len(domains.source_test or ()) == 6
 
 
+@pytest.mark.parametrize("field", ["source_speakers", "held_out_speakers"])
+def test_speakers_that_are_not_there_are_answered_with_the_others(field, tmp_path):
+    write_nemo(tmp_path)
+    for name, message in (
+        ("dan", "received 'dan'. Choose from: 'ann', 'bob'."),
+        ("cid", "must not contain data.target"),
+    ):
+        with pytest.raises(ctl.DataError, match=message):
+            load(CorpusData(root=tmp_path, target="cid", **{field: (name,)}, **QUICK), seed=0)
+
+
 def test_two_manifests_that_share_an_utterance_are_refused(tmp_path):
     write_nemo(tmp_path)
     first = (tmp_path / "all.json").read_text().splitlines()[0]
