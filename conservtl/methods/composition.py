@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from conservtl.errors import SelectorError, SpecError
+from conservtl.errors import PlanError, SelectorError, SpecError
 from conservtl.layers import find_layers, matches
 from conservtl.methods.base import Strategy
 from conservtl.plan.extension import Extension
@@ -26,13 +26,16 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[E
 
     Raises:
         SelectorError: a glob of a strategy matches nothing; the message names the strategy.
-        PlanError: two strategies contradict each other.
+        PlanError: two strategies contradict each other, or are equal.
     """
+    strategies = list(strategies)
     for strategy in sorted(strategies, key=lambda strategy: (strategy.order, strategy.kind, repr(strategy))):
         try:
             plan = strategy.apply(plan)
         except SelectorError as error:
             raise SelectorError(f"{strategy.label}: {error}") from None
+    if twice := [strategy for place, strategy in enumerate(strategies) if strategy in strategies[:place]]:
+        raise PlanError(f"{twice[0].label} stands twice with the same fields. Leave one of the two out.")
     decided = {extension.name for extension in plan.extensions}
     for extension in extensions:
         if extension.name not in decided:

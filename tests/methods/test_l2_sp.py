@@ -81,6 +81,8 @@ def test_zero_covers_too():
 def test_two_are_refused():
     with pytest.raises(ctl.PlanError, match="L2SP and L2SP both choose the pull"):
         apply_all(whole_plan(deep()), [ctl.L2SP(), ctl.L2SP(alpha=1.0, on="all")])
+    with pytest.raises(ctl.PlanError, match="L2SP stands twice with the same fields"):
+        apply_all(whole_plan(deep()), [ctl.L2SP(), ctl.L2SP()])
 
 
 @pytest.mark.parametrize(
