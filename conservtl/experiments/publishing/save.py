@@ -122,9 +122,17 @@ def save(
         if report:
             write_json(report, place / "report.json")
         if callable(config):
-            write_text(config(), place / "config.json")
+            write_text(_with_labels(config(), names, model), place / "config.json")
         write_text(text, place / CARD)
     return target
+
+
+def _with_labels(config: str, labels: tuple[str, ...], model: nn.Module) -> str:
+    """Return a configuration of transformers, JSON, with the labels where it counts as many."""
+    if not labels or getattr(model.config, "num_labels", None) != len(labels):
+        return config
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: place for place, label in enumerate(labels)}}
+    return json.dumps(json.loads(config) | named, indent=2) + "\n"
 
 
 def _check_base(base: str | None) -> None:

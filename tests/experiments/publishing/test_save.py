@@ -253,6 +253,8 @@ def test_a_transformers_model_loads_without_conservtl(tmp_path):
     adaptation = ctl.adapt(model, source)
     folder = ctl.save(adaptation, tmp_path / "out")
     again = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    labelled = ctl.save(ctl.adapt(model, source), tmp_path / "labelled", ["no", "yes"])
+    assert transformers.AutoConfig.from_pretrained(labelled).id2label == {0: "no", 1: "yes"}
     x = torch.arange(6)[None]
     torch.testing.assert_close(again(x).logits, model.eval()(x).logits)
     assert front_matter(folder / "README.md")["library_name"] == "transformers"
