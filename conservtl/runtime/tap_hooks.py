@@ -143,7 +143,9 @@ class Tap:
             return
         copied = self.written.get(modes, True)
         watched = [] if self.written.get(modes) else [(one, version_of(one)) for one in tensors]
-        kept = [one.clone() for one in tensors] if copied else tensors
+        # Views, so that gradients are summed in the order in which copies would have them: a resumed run equals its
+        # uninterrupted one bit for bit, although it copies once more.
+        kept = [one.clone() if copied else one.view_as(one) for one in tensors]
         self.records.append(Record(number, kept, modes, watched, copied=copied))
 
     def taken(self, first: int) -> tuple[list[Tensor], bool]:
