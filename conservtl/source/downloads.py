@@ -77,7 +77,7 @@ def one_line(error: Exception) -> str:
 def _size(url: str) -> int | None:
     """Return the length of the file that a server announces; None if it tells none."""
     # references/url.py checks the scheme.
-    with urlopen(Request(url, method="HEAD"), timeout=_PATIENCE) as answer:  # nosec B310 # noqa: S310
+    with urlopen(Request(url, method="HEAD"), timeout=_PATIENCE) as answer:  # noqa: S310 # nosec B310
         length = answer.headers.get("Content-Length")
     return None if length is None else int(length)
 

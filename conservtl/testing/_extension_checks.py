@@ -34,7 +34,7 @@ def check_extension(strategy: Strategy, case: Case) -> None:
     new = [*added, *(_head(model, case.example) if strategy.replaces_head else ())]
     same = strategy.replaces_head or _same(outputs, outputs_of(model, case.example))
     require(same, strategy, "extend changed what the model computes.")
-    reloaded = pickle.loads(pickle.dumps(model))  # nosec B301 # noqa: S301 - made here
+    reloaded = pickle.loads(pickle.dumps(model))  # noqa: S301 - made here # nosec B301
     for one in (model, deep_copy(model), reloaded):
         _disturb(one, new)
         changed = outputs_of(one, case.example)
@@ -63,7 +63,7 @@ def check_extended_modules(strategy: Strategy, case: Case) -> None:
     extended = extended_modules(model)
     require(bool(extended), strategy, "its extension extends no module of the model.")
     outputs = outputs_of(model, case.example)
-    for twin in (deep_copy(model), pickle.loads(pickle.dumps(model))):  # nosec B301 # noqa: S301 - made here
+    for twin in (deep_copy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - made here # nosec B301
         rule = "a copy of the model computes something else; keep the settings of an extended module in its settings."
         require(_same(outputs, outputs_of(twin, case.example)), strategy, rule)
     for module in extended.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle  # nosec B403 - of a problem, sent from a study to its own workers
+import pickle  # of a problem, sent from a study to its own workers # nosec B403
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,5 +133,5 @@ def _read(path: str, digest: str) -> _Sent:
     content = Path(path).read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
         raise SpecError(f"executor: {path!r} must be the file that the study wrote; it has changed. Repeat the call.")
-    problem: OwnProblem = pickle.loads(content)  # noqa: S301  # nosec B301 - compared with the study's digest
+    problem: OwnProblem = pickle.loads(content)  # noqa: S301 - compared with the study's digest # nosec B301
     return _Sent(Path(path), digest, problem)

@@ -142,7 +142,7 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"it must have at most {MAX_CHARACTERS:,} characters; it has {len(text):,}.")
-    return yaml.load(text, _Loader)  # nosec B506 # noqa: S506 - a subclass of the safe loader
+    return yaml.load(text, _Loader)  # noqa: S506 - a subclass of the safe loader # nosec B506
 
 
 def fault(error: yaml.YAMLError) -> str:

@@ -118,7 +118,7 @@ def _in_new_process(utterances: Sequence[Utterance], library: str, data: Path) -
         "utterances": [[u.voice, u.word, u.rate, u.pitch, u.pitch_range] for u in utterances],
     }
     worker = Path(__file__).with_name("_espeak_worker.py")
-    done = subprocess.run(  # nosec B603 # noqa: S603 - a file of this package, run by this interpreter
+    done = subprocess.run(  # noqa: S603 - a file of this package, run by this interpreter # nosec B603
         [sys.executable, "-I", str(worker)],
         input=json.dumps(request).encode(),
         capture_output=True,

@@ -97,7 +97,7 @@ def test_a_dask_worker_that_is_killed_loses_its_run_only(toy, tmp_path):
         host = ("--scheduler-file", str(file), "--no-dashboard")
         stack.enter_context(child(*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", *host, cwd=tmp_path))
         deadline = time.monotonic() + 120
-        while not file.is_file() and time.monotonic() < deadline:
+        while not (file.is_file() and file.read_text().endswith("}")) and time.monotonic() < deadline:
             time.sleep(0.05)
         own = (*dask, "worker", *host, "--nthreads", "1", "--no-nanny", "--name")
         workers = {name: stack.enter_context(child(*own, name, cwd=tmp_path)) for name in ("first", "second")}

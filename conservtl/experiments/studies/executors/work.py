@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import pickle  # nosec B403 - of work, sent from a study to its own workers
+import pickle  # of work, sent from a study to its own workers # nosec B403
 import platform
 import threading
 import traceback
@@ -71,7 +71,7 @@ def carry_out(content: bytes, folder: str, versions: Mapping[str, str]) -> Excep
         with _ONE_AT_A_TIME:
             _check(folder, versions)
             with contextlib.chdir(folder):
-                work: Work = pickle.loads(content)  # noqa: S301  # nosec B301 - from the process that started the study
+                work: Work = pickle.loads(content)  # noqa: S301 - from the process that started the study # nosec B301
                 work.run()
     except Exception as error:  # noqa: BLE001 - raised again in the study's process
         return _portable(error)
@@ -112,7 +112,7 @@ def _portable(error: Exception) -> Exception:
     trace = "".join(traceback.format_exception(error))
     try:
         error.add_note(trace)
-        pickle.loads(pickle.dumps(error))  # noqa: S301  # nosec B301 - made on this line
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - made on this line # nosec B301
     except Exception:  # noqa: BLE001 - a class of any library
         return RuntimeError(trace)
     return error
