@@ -19,7 +19,7 @@ from conservtl.runtime.layer_outputs import tensor_of
 from conservtl.runtime.task_loss import read_task_loss
 from conservtl.source.by_label import _normalised_together
 from conservtl.source.downloads import _shown
-from conservtl.source.entries import _holds_tensors
+from conservtl.source.entries import _holds_weights
 from conservtl.spec_model import FrozenModel, check_describable
 
 
@@ -91,15 +91,17 @@ def test_sizes_in_words(size, shown):
 @pytest.mark.parametrize(
     ("value", "holds"),
     [
-        ({"state_dict": {}}, True),
+        ({"state_dict": {}}, False),
+        ({"state_dict": {"w": torch.ones(1)}}, True),
+        ({"best": torch.tensor(1.0)}, False),
         ({"w": torch.ones(1)}, True),
         ({1: torch.ones(1)}, False),
         ({"w": 1}, False),
         (1, False),
     ],
 )
-def test_what_holds_named_tensors(value, holds):
-    assert _holds_tensors(value) is holds
+def test_what_holds_named_weights(value, holds):
+    assert _holds_weights(value) is holds
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")

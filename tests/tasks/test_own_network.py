@@ -101,7 +101,10 @@ def test_a_wrong_function_is_named(package, tmp_path, model, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"import": "own_networks.small"}, r"model\.import: String should match"),
+        (
+            {"import": "own_networks.small"},
+            r"model\.import: must have the form package\.module:build; received 'own_networks\.small'",
+        ),
         ({"import": "own_networks.small:build", "name": "resnet18"}, r"model\.name: .*a model has one network"),
         ({"own": "own_networks.small:build"}, r"model\.own: there is no such field"),
     ],
