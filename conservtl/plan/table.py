@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from conservtl.plan.plan import Plan
     from conservtl.plan.row import Row
 
-__all__ = ["HEADER", "as_html", "as_rich", "as_text", "beside", "lines", "rows_by_label", "summary"]
+__all__ = ["HEADER", "as_html", "as_rich", "as_text", "beside", "lines", "named", "rows_by_label", "summary"]
 
 HEADER = ("layer", "parameters", "origin", "state", "rate", "pull", "decay")
 
@@ -50,8 +50,8 @@ def summary(plan: Plan) -> list[str]:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)
             names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
-            shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-            text.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {shown}")
+            trains = named(names, 3)
+            text.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {trains}")
     text += [f"{moment}  {description}" for moment, description in beside(plan)]
     return text
 
@@ -134,11 +134,16 @@ def _state(plan: Plan, rows: Sequence[Row], trained: set[str]) -> str:
     return state if first == 0 else f"{state} from phase {first + 1}"
 
 
+def named(layers: Sequence[str], most: int) -> str:
+    """Return the names of layers, or of the first and the last with their number if there are more than ``most``."""
+    return ", ".join(layers) if len(layers) <= most else f"{layers[0]} … {layers[-1]} ({len(layers)} layers)"
+
+
 def _as_found(plan: Plan) -> str:
     """Return how much is frozen because it asked for no gradient when handed in, and where."""
     rows = [row for row in plan.rows if row.as_found]
     layers = list(dict.fromkeys(row.layer for row in rows))
-    where = ", ".join(layers) if len(layers) <= 3 else f"{layers[0]} … {layers[-1]} ({len(layers)} layers)"
+    where = named(layers, 3)
     return f"{sum(row.size for row in rows):,} parameters in {where}: no gradient was asked for when handed in"
 
 

@@ -112,9 +112,8 @@ class Source:
         if matches <= 0:
             fit = best_fit(self.tensors, own)
             raise SourceError(
-                f"{self.where}: its {counted(len(self.tensors), 'tensor')} must share names with the model; "
-                "none does, so nothing "
-                f"would be loaded. The source has {some(self.tensors)}; the model has {some(own)}. "
+                f"{self.where}: its {counted(len(self.tensors), 'tensor')} must share names with the model; none "
+                f"does, so nothing would be loaded. The source has {some(self.tensors)}; the model has {some(own)}. "
                 + (
                     f"With {fit}, {len(fit.names)} of the model's {counted(len(own), 'tensor')} are found (in a spec, "
                     "source.prefix and source.rename)."

@@ -14,10 +14,15 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
-from conservtl.errors import SpecError
 from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
 from conservtl.experiments.run.scoring import answered, in_order, on_source_head
-from conservtl.experiments.run.setting_checks import check_densest, check_headless, check_labels, check_validation
+from conservtl.experiments.run.setting_checks import (
+    check_densest,
+    check_headless,
+    check_labels,
+    check_source,
+    check_validation,
+)
 from conservtl.experiments.run.source_labels import (
     check_outputs,
     check_reader,
@@ -264,17 +269,7 @@ def prepare(spec: Spec) -> Setting:
     if spec.held is not None:
         found: Setting = spec.held.setting(spec)
         return found
-    source = spec.source.data is not None
-    if not source and spec.source.weights is None:
-        raise SpecError(
-            "source: with data null there is nothing to train a source model on. Give source.weights, "
-            "or leave source.data at auto."
-        )
-    named = [name for name in ("key", "prefix", "rename") if getattr(spec.source, name)]
-    if named and spec.source.weights is None:
-        raise SpecError(
-            f"source.{named[0]} says how to read source.weights, which is null. Give the file, or leave it out."
-        )
+    check_source(spec)
     spec = spec.model_copy(update={"source": spec.source.pinned()})
     task = spec.problem
     data, weights, header = spec.data, spec.source.weights, earlier_run(spec)
@@ -283,7 +278,7 @@ def prepare(spec: Spec) -> Setting:
     elif weights is not None:
         data = task.beside(data, weights)
     spec = spec if data is spec.data else spec.model_copy(update={"data": data})
-    domains = task.load(spec.data, spec.model, seed=spec.seed, source=source)
+    domains = task.load(spec.data, spec.model, seed=spec.seed, source=spec.source.data is not None)
     if header is not None:
         check_preprocessing(spec, header, domains.preprocessing)
         field = "the labels of the run that saved source.weights"

@@ -1,4 +1,4 @@
-"""Checks of a setting with a plan: what decides, measures or learns has what it needs."""
+"""Checks of a spec's source, and of a setting with a plan: what decides, measures or learns has what it needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,23 @@ from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
-__all__ = ["check_densest", "check_headless", "check_labels", "check_validation"]
+__all__ = ["check_densest", "check_headless", "check_labels", "check_source", "check_validation"]
 
 _DENSEST = 8  # sequences that the loss is tried on
+
+
+def check_source(spec: Spec) -> None:
+    """Raise if neither weights nor data give a source model, or weights are to be read that are not there."""
+    if spec.source.data is None and spec.source.weights is None:
+        raise SpecError(
+            "source: with data null there is nothing to train a source model on. Give source.weights, "
+            "or leave source.data at auto."
+        )
+    named = [name for name in ("key", "prefix", "rename") if getattr(spec.source, name)]
+    if named and spec.source.weights is None:
+        raise SpecError(
+            f"source.{named[0]} says how to read source.weights, which is null. Give the file, or leave it out."
+        )
 
 
 def check_headless(spec: Spec, plan: Plan) -> None:

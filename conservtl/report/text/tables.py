@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.plan.plan import Plan
-from conservtl.plan.table import HEADER, beside, lines, rows_by_label
+from conservtl.plan.table import HEADER, beside, lines, named, rows_by_label
 from conservtl.report.text.metrics import Verdict, metrics_of, number, pair, signed
 from conservtl.report.text.summary import read_plan
 
@@ -118,6 +118,5 @@ def _phases(plan: Plan) -> list[tuple[str, str, str, str]]:
     for place, phase in enumerate(plan.phases):
         frozen = plan.frozen_in(place)
         names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
-        trains = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-        rows.append((phase.name, phase.lasts, f"× {phase.scale:g}", trains))
+        rows.append((phase.name, phase.lasts, f"× {phase.scale:g}", named(names, 4)))
     return rows
