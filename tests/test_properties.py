@@ -86,6 +86,18 @@ def trained(adaptation):
     return {name: p for name, p in named_parameters(adaptation.model).items() if name not in adaptation.frozen}
 
 
+def pull_factors(adaptation, rates, alpha):
+    """Move factors of low rank by their rate times the gradient of alpha / 2 times the squared norm of s B A."""
+    plan, weights = adaptation.plan, trained(adaptation)
+    for row in (row for row in plan.rows if row.low_rank is not None and row.name in plan.factors.keys() & weights):
+        a, b = weights[row.low_rank.a], weights[row.name]
+        change = row.low_rank.scale * torch.einsum("or,r...->o...", b, a)
+        gradients = torch.autograd.grad(alpha / 2 * change.square().sum(), (a, b))
+        with torch.no_grad():
+            for name, p, gradient in zip((row.low_rank.a, row.name), (a, b), gradients, strict=True):
+                p.sub_(rates[name] * gradient)
+
+
 def snapshot(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -163,6 +175,7 @@ class TestPull:
                         p.add_(rates[name] * row.pull * (start[name] - p))
                     elif row.decay is not None:
                         p.sub_(rates[name] * row.decay * p)
+            pull_factors(twin, rates, alpha)
             b.step()
         for name, p in trained(ours).items():
             torch.testing.assert_close(p, trained(twin)[name], rtol=1e-9, atol=1e-9)
