@@ -50,10 +50,6 @@ def as_tensor(value: Any) -> Any:
 def check_batches(batches: Iterable[Any], subject: str) -> None:
     """Raise unless ``batches`` can be iterated repeatedly.
 
-    Args:
-        batches: a list of batches, a DataLoader or another collection of batches.
-        subject: the subject of the error message.
-
     Raises:
         DataError: it is a single batch, or an iterator, which is empty after the first pass.
     """
@@ -74,10 +70,6 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
 
     Tuples, named tuples, lists, dictionaries, dataclasses and the types registered with torch's pytree may nest in any
     way and keep their types; another mapping becomes a dictionary. Everything else is returned as it is.
-
-    Args:
-        batch: the batch, of any nesting.
-        function: is called with each tensor, in order.
 
     >>> map_tensors({"inputs": [torch.ones(2)], "names": ["a", "b"]}, lambda tensor: tensor + 1)
     {'inputs': [tensor([2., 2.])], 'names': ['a', 'b']}

@@ -357,8 +357,7 @@ ACCELERATE_ATTRIBUTES = ("_original_forward", "_is_accelerate_prepared")
 def accelerate_states(*, process: bool) -> list[dict[str, Any]]:
     """Return the dictionaries that all Accelerators of a process share: their public reset cannot be undone.
 
-    Args:
-        process: whether to include the state of the process group.
+    ``process``: with the state of the process group.
     """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

@@ -134,11 +134,6 @@ def counted(number: int, noun: str) -> str:
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
     """Return a sentence with the known words most like a misspelt one, whatever their case; empty if none is close.
 
-    Args:
-        word: the word received.
-        known: the words that are valid.
-        count: how many to name at most, best first.
-
     >>> did_you_mean("Shotz", ["shots", "seed"])
     " Did you mean 'shots'?"
     """
@@ -158,12 +153,7 @@ def hint(word: str, known: Sequence[str], count: int = 1) -> str:
 
 
 def wrong_tag(error: Mapping[str, Any], also: Sequence[str] = ()) -> str:
-    """Return the message for a section of a spec whose kind is unknown.
-
-    Args:
-        error: Pydantic's error, of type ``union_tag_invalid``.
-        also: further valid names.
-    """
+    """Return the message for a section of a spec whose kind is unknown."""
     tag = str(error["ctx"]["tag"])
     tag = tag if len(tag) <= 200 else f"{tag[:200]}…"
     known = [*(word.strip(" '") for word in str(error["ctx"]["expected_tags"]).split(",")), *also]

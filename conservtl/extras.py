@@ -15,10 +15,6 @@ _TESTED = "torch 2.11.0, torchvision 0.26.0 and torchaudio 2.11.0 are compatible
 def require(module: str, extra: str) -> Any:
     """Import and return ``module``.
 
-    Args:
-        module: dotted name of the module to import.
-        extra: the extra of this package that installs it.
-
     Raises:
         MissingExtraError: the module is not installed, or cannot be loaded with the installed torch (binary packages
             of torch's family then raise OSError or RuntimeError).

@@ -18,13 +18,7 @@ _MARKS = {"": "", "strong": "font-weight:bold", "quiet": "opacity:0.8"}
 
 
 def fragment(*parts: str, title: str = "", notes: Sequence[str] = ()) -> str:
-    """Return pieces of HTML under a title, with notes beneath.
-
-    Args:
-        parts: HTML.
-        title: text; empty: none.
-        notes: lines of text; empty ones are left out.
-    """
+    """Return pieces of HTML under a title, with notes beneath, of which empty ones are left out."""
     head = [f'<div style="font-weight:bold">{escape(title)}</div>'] if title else []
     foot = [f'<div style="font-size:0.85em;opacity:0.8">{escape(note)}</div>' for note in notes if note]
     return f'<div style="color:inherit;margin:0.4em 0">{"".join([*head, *parts, *foot])}</div>'
@@ -65,13 +59,7 @@ def html_table(
 
 
 def figure_html(title: str, caption: str, svg: str) -> str:
-    """Return a drawing with its title and caption on a light card.
-
-    Args:
-        title: text.
-        caption: text.
-        svg: an ``<svg>`` element, escaped already.
-    """
+    """Return a drawing, an ``<svg>`` element that is escaped already, with title and caption on a light card."""
     return (
         f'<figure style="{_CARD}"><div style="font-weight:bold;color:#222">{escape(title)}</div>{svg}'
         f'<figcaption style="font-size:0.85em;color:#555">{escape(caption)}</figcaption></figure>'

@@ -110,17 +110,7 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_loss(loss: Callable[[Tensor, Tensor], Tensor], outputs: Any, batch: Any, *, ignored: int = IGNORED) -> Tensor:
-    """Return a loss of classes in torch's layout: logits (N, classes, ...) and labels (N, ...), padding ignored.
-
-    Args:
-        loss: (logits, labels) -> scalar.
-        outputs: of the model.
-        batch: with labels, and perhaps what tells its padding.
-        ignored: label of positions that the loss leaves out.
-
-    Raises:
-        SpecError: the labels are no classes of the logits.
-    """
+    """Return a loss of classes in torch's layout: logits (N, classes, ...) and labels (N, ...), padding ignored."""
     return loss(*classes_of(outputs, batch, ignored))
 
 
@@ -146,11 +136,7 @@ def classes_of(outputs: Any, batch: Any, ignored: int = IGNORED) -> tuple[Tensor
 
 
 def _class_labels(logits: Tensor, labels: Any) -> Tensor:
-    """Return labels as torch's cross-entropy takes them: int64 indices, or probabilities of the logits' type.
-
-    Raises:
-        SpecError: they are no classes of the logits.
-    """
+    """Return labels as torch's cross-entropy takes them: int64 indices, or probabilities of the logits' type."""
     if not isinstance(labels, Tensor):
         raise SpecError(
             f"labels must be a tensor of classes; received {type(labels).__name__}. Pass tensors or NumPy arrays."
@@ -243,11 +229,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def check_blank(by: str, blank: int | None, outputs: Any) -> None:
-    """Raise if a class is called the blank of outputs that have none: those whose attribute ``blank`` is None.
-
-    Raises:
-        SpecError: names the strategy.
-    """
+    """Raise if a class is called the blank of outputs that have none: those whose attribute ``blank`` is None."""
     if blank is not None and getattr(outputs, "blank", blank) is None:
         raise SpecError(
             f"{by}: blank is an output of CTC, and a decoder has none; received {blank}. Set it to null, or name the "

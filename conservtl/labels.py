@@ -76,11 +76,7 @@ def labels_for_loss(
 ) -> None:
     """Give a model its labels from now on if the loss of a batch cannot be computed without them.
 
-    Args:
-        model: in eval mode, without gradients.
-        batch: a batch on the model's device.
-        forward: (model, batch) -> outputs.
-        loss: (outputs, batch) -> scalar.
+    The model is in eval mode, without gradients.
     """
     if not isinstance(batch, Mapping) or "labels" not in batch or not takes_labels(model):
         return

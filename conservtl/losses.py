@@ -58,11 +58,7 @@ def as_loss(loss: Any) -> Loss:
 
 
 def check_trained(loss: Any, trained: Iterable[nn.Parameter]) -> None:
-    """Raise unless every parameter of a loss that asks for a gradient belongs to the model.
-
-    Raises:
-        SpecError: nothing would train it.
-    """
+    """Raise unless every parameter of a loss that asks for a gradient belongs to the model."""
     module = loss.loss if isinstance(loss, LabelLoss) else None
     if not isinstance(module, nn.Module):
         return

@@ -103,9 +103,6 @@ def named_callable(reference: str, field: str) -> Callable[..., Any]:
 def load_entry_points(group: str) -> None:
     """Import everything that installed packages declare in an entry point group, once a process.
 
-    Args:
-        group: ``conservtl.tasks`` or ``conservtl.methods``.
-
     Raises:
         SpecError: an entry point cannot be imported; the message names its package.
     """

@@ -42,9 +42,6 @@ class Draft:
         """Return whether the target has labels of its own: a head of another shape, or declared fresh.
 
         A head whose rows are copied by label is not of its own, unless a strategy made it fresh.
-
-        Args:
-            plan: with the decisions of the strategies.
         """
         for row in (plan[name] for name in plan.possible_head):
             by_label = self.plan[row.name].source_rows is not None
@@ -62,16 +59,7 @@ def draw(
     added: dict[str, str],
     labels: HeadLabels | None,
 ) -> Draft:
-    """Draw up the plan of a model's parameters, before any strategy.
-
-    Args:
-        model: not changed.
-        source: under the model's names.
-        layers: of the model.
-        declared: parameter to start fresh -> reason.
-        added: parameter that a strategy added -> reason.
-        labels: of target and source; None: not known.
-    """
+    """Draw up the plan of a model's parameters, before any strategy; ``declared`` and ``added`` give reasons."""
     parameters = named_parameters(model)
     values = source.values_of(layers)
     wanted = {name: parameter for name, parameter in parameters.items() if name not in declared}
@@ -101,12 +89,8 @@ def compared_model(
 ) -> nn.Module | SharedModel | None:
     """Return the source model, or None if the plan compares nothing with it.
 
-    Args:
-        model: to adapt, before strategies add to it.
-        source: as a model of the target's names and image size needs it.
-        plan: with the decisions of the strategies.
-        headless: parameters of a head that the source lacks.
-        own_labels: whether the target has labels of its own.
+    ``model`` is the one to adapt, before strategies add to it; ``headless`` are parameters of a head that the source
+    lacks.
     """
     if not any(term.source for term in plan.terms) and all(one.data != "source" for one in plan.measures):
         return None

@@ -33,11 +33,7 @@ def state_dict(bound: BoundPlan) -> dict[str, Any]:
 
 
 def load_state_dict(bound: BoundPlan, state: Mapping[str, Any]) -> None:
-    """Restore a state that ``state_dict`` returned.
-
-    Raises:
-        PlanError: the state belongs to another plan, other parameters or another source model.
-    """
+    """Restore a state that ``state_dict`` returned."""
     try:
         plan, phase, start = Plan(**state["plan"]), state["phase"], state["start"]
     except (KeyError, TypeError, ValidationError) as error:

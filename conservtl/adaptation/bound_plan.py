@@ -90,14 +90,7 @@ class BoundPlan:
         self.start_phase(0)
 
     def replan(self, **facts: str) -> None:
-        """Draw up the plan again with new facts, before an optimizer is made.
-
-        Args:
-            facts: name -> value that strategies read in ``plan.facts``.
-
-        Raises:
-            PlanError: the new plan copies other layers than were copied.
-        """
+        """Draw up the plan again with new facts, before an optimizer is made."""
         drawn = self.origin.drawn.with_facts({**self.plan.facts, **facts}).with_notes(self.plan.notes)
         plan = apply_all(drawn, self.origin.strategies, self.origin.extensions)
         if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
@@ -114,11 +107,7 @@ class BoundPlan:
         return (*self.unmeasured(), *self.plan.searches)
 
     def check_measured(self) -> None:
-        """Raise unless every measurement and search of the plan has been made.
-
-        Raises:
-            SpecError: one is missing; the message says how to make it.
-        """
+        """Raise unless every measurement and search of the plan has been made."""
         if outstanding := self.outstanding():
             first = outstanding[0]
             kind = "search" if isinstance(first, Search) else "measurement"
@@ -162,19 +151,11 @@ class BoundPlan:
         return PlanScheduler(self.hook.optimizer, cls, args, options)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's parameters by name.
-
-        Raises:
-            SpecError: they are no longer those of the plan.
-        """
+        """Return the model's parameters by name; raise if they are no longer those of the plan."""
         return checked_parameters(self.plan, self.model)
 
     def check_model(self, members: Iterable[tuple[str, Tensor]]) -> None:
-        """Raise if the model has changed since the optimizer was made; called at its first step.
-
-        Args:
-            members: names and parameters in the optimizer.
-        """
+        """Raise if the model has changed since the optimizer was made; called at its first step."""
         check_members(members, self.parameters())
         self.terms.check_taps(self.model)
         held = any(holds(rows, self._frozen) for rows in self._norms().values())
@@ -196,11 +177,7 @@ class BoundPlan:
         return self._frozen
 
     def start_phase(self, phase: int) -> None:
-        """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates.
-
-        Raises:
-            SpecError: the plan has no such phase.
-        """
+        """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates."""
         phases = self.plan.phases
         if not 0 <= phase < len(phases):
             raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase}.")
@@ -241,10 +218,8 @@ class BoundPlan:
     def source_view(self, inputs: Any, forward: Forward | None = None, outputs: Any = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.
 
-        Args:
-            inputs: as the model takes them, or a batch that ``forward`` takes.
-            forward: (model, batch) -> outputs; None calls the model with ``inputs``.
-            outputs: of the adapted model, whose shape the source's must have; None: not checked.
+        Arguments as for ``Adaptation.source_view``. ``outputs`` are the adapted model's, whose shape the source's must
+        have; None: not checked.
         """
         device = next(iter(named_parameters(self.model).values())).device
         return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device, inputs, outputs)

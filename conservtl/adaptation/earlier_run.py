@@ -35,9 +35,6 @@ _VALUES = 10**8  # of an example
 def saved_strategies(run: Mapping[str, Any] | None) -> tuple[Strategy, ...]:
     """Return the strategies whose additions a run left in its model; none without a header.
 
-    Args:
-        run: the header of the saved model, or None.
-
     Raises:
         SourceError: one of a user's own is not imported; the message names its module.
         SpecError: one has fields that it cannot have.
@@ -66,12 +63,7 @@ def saved_extensions(run: Mapping[str, Any] | None) -> tuple[Extension, ...]:
 
 
 def inherited_strategies(source: Source, model: nn.Module) -> tuple[Strategy, ...]:
-    """Return the strategies whose additions to a saved model the model does not have yet.
-
-    Args:
-        source: matched to the model's names.
-        model: to adapt; not changed.
-    """
+    """Return the strategies whose additions to a saved model the model does not have yet."""
     saved = saved_strategies(source.run)
     if not saved:
         return ()
@@ -92,16 +84,7 @@ def describe_example(example: Any) -> Any:
 
 
 def check_extensions_agree(plan: Plan, extensions: Collection[Extension], where: str) -> None:
-    """Raise unless the plan's extensions have the settings of an earlier run's of their kind.
-
-    Args:
-        plan: with the decisions of the strategies.
-        extensions: of the earlier run.
-        where: name of the source in messages.
-
-    Raises:
-        SourceError: a setting differs; the message gives both values.
-    """
+    """Raise unless the plan's extensions have the settings of an earlier run's of their kind."""
     planned = {extension.name: extension for extension in plan.extensions}
     for saved in extensions:
         here = planned.get(saved.name, saved)
@@ -126,10 +109,7 @@ def run_note(source: Source) -> tuple[str, ...]:
 def _has_additions(model: nn.Module, strategy: Strategy, *, default: bool) -> bool:
     """Return whether a model has what a strategy adds: taking it away would change a module or its parameters.
 
-    Args:
-        model: not changed.
-        strategy: of an earlier run.
-        default: the answer for a strategy that cannot take away what it adds.
+    ``default`` is the answer for a strategy that cannot take away what it adds.
     """
     if type(strategy).retract is Strategy.retract:
         return default
@@ -144,11 +124,7 @@ def _structure(model: nn.Module) -> tuple[list[str], list[type]]:
 
 
 def _example(described: Any) -> Any:
-    """Return an example of the described shape; None without one, or for one of more values than any example has.
-
-    Raises:
-        SourceError: it is no shape.
-    """
+    """Return an example of the described shape; None without one, or for one of more values than any example has."""
     try:
         if isinstance(described, Mapping):
             if set(described) == {"values"}:

@@ -44,11 +44,7 @@ class Preset(Protocol):
 def optimizer_of(
     training: TrainingSettings | None, options: Mapping[str, Any]
 ) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
-    """Return the settings' optimizer class and its options, of which those given here win.
-
-    Raises:
-        SpecError: there are no settings.
-    """
+    """Return the settings' optimizer class and its options, of which those given here win."""
     cls, usual = _checked(training, "optimizer(torch.optim.AdamW, lr=1e-3)").make()
     return cls, {**usual, **options}
 
@@ -56,15 +52,7 @@ def optimizer_of(
 def schedule_of(
     training: TrainingSettings | None, options: Mapping[str, Any]
 ) -> tuple[Callable[..., LambdaLR], dict[str, Any]]:
-    """Return a scheduler class and its options that follow the settings' schedule.
-
-    Args:
-        training: the settings.
-        options: ``steps``, the number of optimizer steps of the whole training.
-
-    Raises:
-        SpecError: there are no settings, or not that number alone.
-    """
+    """Return a scheduler class and its options that follow the settings' schedule over ``steps`` optimizer steps."""
     settings = _checked(training, "scheduler(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=100)")
     steps = options.get("steps")
     if options.keys() != {"steps"} or not isinstance(steps, int) or steps < 1:

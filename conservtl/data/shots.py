@@ -35,12 +35,9 @@ Shots = Annotated[Count | Literal["all"] | UpTo, WrapValidator(_checked)]
 
 
 def number_of_shots(shots: Any, available: int, spare: int = 0) -> int:
-    """Return how many examples of a class are taken.
+    """Return how many of the available examples of a class are taken.
 
-    Args:
-        shots: a number, "all" or ``UpTo``.
-        available: examples of the class.
-        spare: examples that "all" and ``UpTo`` leave to test on; they take at least one.
+    "all" and ``UpTo`` leave ``spare`` of them to test on, and take at least one.
 
     >>> number_of_shots(UpTo(up_to=5), 3, spare=1), number_of_shots("all", 30)
     (2, 30)

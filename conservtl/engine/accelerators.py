@@ -59,11 +59,7 @@ def _precision(training: Training) -> tuple[str, bool]:
 
 
 def checked_accelerator(accelerator: Any) -> Any:
-    """Return the accelerator unless it accumulates gradients itself, or computes otherwise than it says.
-
-    Raises:
-        SpecError: it does.
-    """
+    """Return the accelerator unless it accumulates gradients itself, or computes otherwise than it says."""
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise SpecError(
             f"accelerator.gradient_accumulation_steps is {steps}, but fit accumulates itself. Leave it at 1 and "

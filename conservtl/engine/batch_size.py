@@ -31,15 +31,6 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
     A step is made of forward pass, loss with the plan's terms and backward pass, beside memory as large as the
     optimizer's state, in the phase that trains most. Weights, buffers and random generators stay.
 
-    Args:
-        session: before ``begin``.
-        functions: forward and loss.
-        train: the training data, as handed to ``fit``.
-        batches: the same in batches of any size.
-
-    Returns:
-        The batches, of the size that was found.
-
     Raises:
         SpecError: the data has batches of its own, or parameters are sharded.
         MemoryLimitError: a step does not fit even with the smallest size.
@@ -77,12 +68,7 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
 
 
 def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest size that fits, by doubling and then bisection; None if none does.
-
-    Args:
-        candidates: sizes, ascending.
-        fits: size -> whether it fits; if one does, smaller ones do.
-    """
+    """Return the largest of ascending sizes that fits, by doubling and then bisection; None if none does."""
     good, bad = -1, len(candidates)
     while bad == len(candidates) and good < bad - 1:
         wanted = 2 * candidates[good] if good >= 0 else 0
@@ -102,14 +88,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(session: Session, functions: Functions, content: Any, first: str) -> MemoryLimitError:
-    """Return the error for a batch that did not fit: it names the batch size and ``accumulate`` that would.
-
-    Args:
-        session: after ``begin``, without the failed step's tensors.
-        functions: forward and loss.
-        content: the batch; parts of it are tried.
-        first: the first line of torch's message.
-    """
+    """Return the error for a batch that did not fit: it names the batch size and ``accumulate`` that would."""
     size, accumulate = size_of(content), session.training.accumulate
     divisors = [number for number in range(1, size) if size % number == 0]
 

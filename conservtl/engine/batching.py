@@ -30,11 +30,7 @@ _MOST_SECONDS = 600.0  # of a batch of sequences without a bound of its own
 
 
 class Contents:
-    """Iterable over the contents of batches as they are, without advancing the random generators of training.
-
-    Args:
-        batches: from ``as_batches``.
-    """
+    """Iterable over the contents of batches as they are, without advancing the random generators of training."""
 
     def __init__(self, batches: Held | Streamed) -> None:
         self._batches = batches.plain() if isinstance(batches, Streamed) else batches

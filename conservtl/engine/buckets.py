@@ -198,11 +198,6 @@ def cut_buckets(seconds: Sequence[float], most: int, bound: float | None) -> lis
     """Return buckets of similar durations: the positions in each, and the number of batches it is dealt to.
 
     A bucket that would not fill one batch is joined to the next longer one.
-
-    Args:
-        seconds: durations.
-        most: sequences of a batch at most.
-        bound: duration of a batch with padding at most; None: none.
     """
 
     def size(longest: float) -> int:

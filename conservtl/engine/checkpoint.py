@@ -25,12 +25,7 @@ _OVERHEAD = 20  # least time between checkpoints, as a multiple of the time that
 
 
 class Checkpoints:
-    """A folder's ``checkpoint.pt``, the one before it, and ``history.jsonl``.
-
-    Args:
-        folder: where they are; None writes nothing.
-        main: whether this process writes.
-    """
+    """A folder's ``checkpoint.pt``, the one before it, and ``history.jsonl``; without a folder nothing is written."""
 
     def __init__(self, folder: Path | None, main: bool = True) -> None:
         self.folder = folder
@@ -43,12 +38,7 @@ class Checkpoints:
         return self.folder is not None and time.perf_counter() >= self._due
 
     def save(self, content: Callable[[], Mapping[str, Any]], *, now: bool = False) -> None:
-        """Write a checkpoint, unless the last one is so recent that writing would slow the run down.
-
-        Args:
-            content: returns the content; called only if it is written.
-            now: whether to write in any case, whatever this process is.
-        """
+        """Write a checkpoint if this process writes and the last one is old enough, or in any case if ``now``."""
         if self.folder is None or not (now or (self._writes and self.due)):
             return
         begun = time.perf_counter()
@@ -63,11 +53,7 @@ class Checkpoints:
         return self.folder is not None and any(self._path(name).is_file() for name in CHECKPOINTS)
 
     def load(self) -> dict[str, Any]:
-        """Return the checkpoint to resume from: the last one, or with a warning the one before if that is damaged.
-
-        Raises:
-            SpecError: there is no checkpoint, or none can be read.
-        """
+        """Return the checkpoint to resume from: the last one, or with a warning the one before if that is damaged."""
         if self.folder is None:
             raise SpecError("resume: the checkpoint is read from out, which is None. Pass the folder of the run.")
         paths = [path for path in map(self._path, CHECKPOINTS) if path.is_file()]
@@ -100,11 +86,7 @@ class Checkpoints:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint.
-
-    Raises:
-        SpecError: it cannot be read, or the checksum of a part differs.
-    """
+    """Return the content of a checkpoint, whose checksums are compared."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not compare the checksums

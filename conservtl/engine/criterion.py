@@ -123,11 +123,7 @@ def harmonic_mean(values: list[float]) -> float:
 
 
 def check_metric(criterion: Criterion, metrics: Collection[str], name: str) -> None:
-    """Raise unless a metric is among those of a set.
-
-    Raises:
-        SpecError: the metric is missing; the message lists the others.
-    """
+    """Raise unless a metric is among those of a set."""
     if criterion.metric not in metrics:
         other = next((metric for metric in metrics if metric != "loss"), "loss")
         raise SpecError(

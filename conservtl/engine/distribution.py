@@ -25,13 +25,7 @@ _OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM"
 def shards(training: Training, accelerator: Any, model: nn.Module) -> bool:
     """Return whether parameters are to be sharded over the processes.
 
-    Args:
-        training: its ``distributed``; auto: what ``accelerate launch`` was configured for, or else replicas.
-        accelerator: as it was made.
-        model: the model.
-
-    Raises:
-        SpecError: the settings ask for processes, and there are none; or for what these do not support.
+    ``training.distributed`` of auto means what ``accelerate launch`` was configured for, or else replicas.
     """
     asked, kind = training.distributed, str(accelerator.distributed_type.value)
     if asked == "auto":
@@ -52,12 +46,7 @@ def shards(training: Training, accelerator: Any, model: nn.Module) -> bool:
 
 
 def _check_shardable(training: Training, accelerator: Any, model: nn.Module) -> None:
-    """Raise unless a model can be trained in shards.
-
-    Raises:
-        SpecError: the precision or the compiler is not supported, or layers of the model are left out at random: each
-            process would wait for the shards of layers that others left out.
-    """
+    """Raise unless a model can be trained in shards: processes would wait for shards of layers that others left out."""
     if accelerator.scaler is not None:
         raise SpecError("training.precision is fp16, which fsdp2 does not support. Set it to bf16 or fp32, or use ddp.")
     if training.compile:
@@ -75,11 +64,7 @@ def _check_shardable(training: Training, accelerator: Any, model: nn.Module) -> 
 
 
 def check_divisible(plan: Plan) -> None:
-    """Raise unless all terms of a plan may be computed on each process's part of a batch.
-
-    Raises:
-        SpecError: a term is no mean over the examples of a batch.
-    """
+    """Raise unless all terms of a plan may be computed on each process's part of a batch."""
     for term in plan.terms:
         if not type(term).mean_over_batch:
             raise SpecError(
@@ -90,11 +75,7 @@ def check_divisible(plan: Plan) -> None:
 
 @contextmanager
 def plain_environment() -> Iterator[None]:
-    """Hide in the block what ``accelerate launch`` says about FSDP: an Accelerator would take it over.
-
-    Raises:
-        SpecError: it says DeepSpeed or Megatron-LM.
-    """
+    """Hide in the block what ``accelerate launch`` says about FSDP: an Accelerator would take it over."""
     if other := [name for variable, name in _OTHERS.items() if _set(variable)]:
         raise SpecError(
             f"accelerate launch is configured for {other[0]}, which fit does not support. Choose DDP (multi-GPU or "

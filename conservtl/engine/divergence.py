@@ -38,13 +38,9 @@ class _Added:
 
 
 class Losses:
-    """Sums up an epoch's losses, and stops the run at one that is not finite.
+    """Sums up an epoch's losses in its state, and stops the run at one that is not finite.
 
-    Args:
-        state: its ``total`` and ``seen`` are updated at each read.
-        device: on a GPU the losses of many steps are read together.
-        batches: the training data.
-        parameters: name -> parameter of the model, as they are before the step of a loss.
+    On a GPU the losses of many steps are read together.
     """
 
     def __init__(
@@ -60,15 +56,7 @@ class Losses:
         self._batches, self._parameters = batches, parameters or {}
 
     def add(self, loss: Tensor, batch: Batch, number: int, step: int, content: Any = None) -> None:
-        """Add the mean loss of a batch.
-
-        Args:
-            loss: scalar, with the batch's share in it.
-            batch: its size and index are kept.
-            number: position of the batch in its epoch, from 1.
-            step: the step that the batch is a part of, from 1.
-            content: the batch as the model got it, augmented; None: as it was.
-        """
+        """Add the mean loss of the ``number``-th batch of an epoch, from 1; ``content`` is the batch as augmented."""
         content = batch.content if content is None else content
         if self._every == 1:
             value = loss.float().item()
@@ -82,11 +70,7 @@ class Losses:
             self.look()
 
     def look(self) -> None:
-        """Read and sum up the losses that were added since the last read.
-
-        Raises:
-            TrainingDivergedError: a loss is NaN or infinite.
-        """
+        """Read and sum up the losses that were added since the last read."""
         waiting, self._waiting = self._waiting, []
         values = torch.stack([one.loss.float() for one in waiting]).tolist() if waiting else []
         for value, one in zip(values, waiting, strict=True):
@@ -116,16 +100,7 @@ class Losses:
 
 @torch.no_grad()
 def check_weights(parameters: Mapping[str, nn.Parameter], step: int, penalised: Container[str] = ()) -> None:
-    """Raise unless all trained parameters are finite: an infinite gradient shows in them before it shows in a loss.
-
-    Args:
-        parameters: name -> parameter.
-        step: number of steps done.
-        penalised: names of the parameters with a penalty of the user's own.
-
-    Raises:
-        TrainingDivergedError: a parameter is not finite; the message names it.
-    """
+    """Raise unless all trained parameters are finite: an infinite gradient shows in them before it shows in a loss."""
     for name, parameter in parameters.items():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             starts = step == 1 and name in penalised
@@ -140,15 +115,7 @@ def _of_weight(name: str, step: int, more: str = "") -> str:
 
 
 def check_scale(scaler: Any, step: int) -> None:
-    """Raise if fp16 has skipped so many steps in a row that no gradient is finite at any scale.
-
-    Args:
-        scaler: torch's ``GradScaler``, which halves its scale with each step that it skips; None: there is none.
-        step: number of steps done.
-
-    Raises:
-        TrainingDivergedError: its scale is below 1/1024.
-    """
+    """Raise if fp16 has skipped so many steps in a row that no gradient is finite at any scale."""
     if scaler is not None and (scale := scaler.get_scale()) < _LEAST_SCALE:
         raise TrainingDivergedError(
             f"fp16 skips each step: the gradients are not finite even at a loss scale of {scale:g} (step {step}). "
@@ -159,13 +126,7 @@ def check_scale(scaler: Any, step: int) -> None:
 def gradient_error(
     error: RuntimeError, parameters: Mapping[str, nn.Parameter], step: int
 ) -> TrainingDivergedError | None:
-    """Return an error that names the first gradient that is not finite, if torch refused their norm; else None.
-
-    Args:
-        error: raised in the step.
-        parameters: name -> parameter, with its gradient.
-        step: the step that they are for, from 1.
-    """
+    """Return an error that names the first gradient that is not finite, if torch refused their norm; else None."""
     if "non-finite" not in str(error):  # torch has no class for it
         return None
     wrong = (name for name, one in parameters.items() if one.grad is not None and not _finite(one.grad))

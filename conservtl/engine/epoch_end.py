@@ -16,25 +16,14 @@ __all__ = ["close_epoch", "continues", "evaluate_sets"]
 
 
 def continues(learner: Learner, phases: Sequence[int]) -> bool:
-    """Whether epochs are left, and the last phase has not exhausted the patience.
-
-    Args:
-        learner: its state counts epochs and evaluations without a better score.
-        phases: the phase of each epoch.
-    """
+    """Whether epochs are left, and the last phase has not exhausted the patience."""
     state, patience = learner.state, learner.settings.patience
     stale = patience is not None and state.selection.stale >= patience and phases[state.epoch - 1] == phases[-1]
     return state.epoch < len(phases) and not stale
 
 
 def close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
-    """Append the epoch's line to the history, with evaluations if they are due.
-
-    Args:
-        learner: its state is brought to the beginning of the next epoch.
-        sets: evaluated on.
-        seconds: wall clock since the run began.
-    """
+    """Append the epoch's line to the history, with evaluations if they are due."""
     session, settings, state = learner.session, learner.settings, learner.state
     epoch = state.epoch + 1
     total, seen = session.summed(state.total, state.seen)

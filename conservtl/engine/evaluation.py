@@ -98,9 +98,6 @@ def evaluate(
         batch_size: examples per batch, for data that is not batched yet.
         selects: name of the set if weights are selected on it, so that its loss must be finite; None: they are not.
 
-    Returns:
-        Name of each metric, and ``loss`` -> value.
-
     Raises:
         DataError: the set is empty.
         SpecError: metrics are no numbers by name.
@@ -140,11 +137,7 @@ def evaluate(
 
 
 def check_metrics(metrics: Any) -> None:
-    """Raise unless metrics are numbers, or pairs (sum, count), by name.
-
-    Raises:
-        SpecError: one is not; the message names it.
-    """
+    """Raise unless metrics are numbers, or pairs (sum, count), by name."""
     if not isinstance(metrics, Mapping):
         raise SpecError(
             f"metrics must return a dictionary, name -> value; received {type(metrics).__name__}. Return, say, "

@@ -82,16 +82,6 @@ def decide(training: Training, model: nn.Module, device: torch.device, precision
     ``auto`` is off on a CPU, where results stay those of a loop written by hand, bit for bit. On CUDA it is on where
     torch supports it: the layout for models with 2-D convolutions, the fused step for optimizers that have one, TF32
     under bf16 and fp16, whose rounding is coarser.
-
-    Args:
-        training: the settings.
-        model: the model that is trained.
-        device: its device.
-        precision: fp32, bf16 or fp16.
-        made: the optimizer's class and arguments.
-
-    Raises:
-        SpecError: model, optimizer or device do not support a setting.
     """
     cuda = device.type == "cuda"
     return Execution(

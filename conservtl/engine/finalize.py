@@ -53,12 +53,7 @@ def finish(
 ) -> Ended:
     """Evaluate the path, keep its best point if the settings say so, and carry out the plan's ``after`` decisions.
 
-    Args:
-        session: the model, with its last or its selected weights.
-        functions: the run's functions.
-        batches: the training data.
-        valid: sets to choose on.
-        shown: sets to evaluate along the path, never chosen on.
+    Points are chosen on the ``valid`` sets; the ``shown`` ones are evaluated, and nothing is chosen on them.
     """
     adaptation, keep, select = session.adaptation, session.training.keep, session.training.select
     adaptation.restore_weights()

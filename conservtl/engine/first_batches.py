@@ -38,16 +38,6 @@ def check_first_batches(
 
     Losses of torch and the default one are tried on the first examples of each set. Functions of the user's own are
     called as often as there are batches, and no more: the loss is checked in the first batch of training (``checked``).
-
-    Args:
-        session: the model on its device.
-        functions: the run's functions.
-        batches: the training data.
-        sets: ``valid``, ``watch`` and ``path``.
-
-    Raises:
-        SpecError: outputs, labels, loss or metrics do not fit each other; the message names the set.
-        DataError: a set is empty, or its inputs are of another type than the weights.
     """
     model = session.adaptation.model
     with eval_mode(model), preserve_buffers(model), preserve_rng(batches.generators), without_graphs():
@@ -77,11 +67,7 @@ def checked(functions: Functions, batches: Held | Streamed) -> Functions:
 
 
 def check_gradient(loss: Tensor, model: nn.Module) -> None:
-    """Raise unless a loss has a gradient for a parameter that is trained.
-
-    Raises:
-        SpecError: it has none.
-    """
+    """Raise unless a loss has a gradient for a parameter that is trained."""
     if not loss.requires_grad and any(one.requires_grad for one in model.parameters()):
         raise SpecError(
             "loss must have a gradient; none of the trained parameters reaches it. Compute it from the outputs, "

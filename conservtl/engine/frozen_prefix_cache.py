@@ -124,9 +124,6 @@ def cache_frozen_prefix(
         frozen: parameters that the current phase does not train.
         batches: the training data, without augmentation.
         compiled: whether the model is compiled for training.
-
-    Returns:
-        The cache, or None if nothing can be cached.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     prefix, rest = _split(layers, frozen, modules)

@@ -24,11 +24,7 @@ class Holding:
         self.hold, self.memory, self.taken = hold, memory, 0
 
     def place(self, size: int, device: torch.device) -> torch.device:
-        """Return where to hold tensors of so many bytes, and count them.
-
-        Raises:
-            SpecError: they must be held on the device, and exceed the budget.
-        """
+        """Return where to hold tensors of so many bytes, and count them; raise if they must be there and do not fit."""
         host = torch.device("cpu")
         if device.type == "cpu" or self.hold in ("host", "never"):
             return host

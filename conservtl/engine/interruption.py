@@ -28,14 +28,9 @@ class Interruption:
         return self.received is not None
 
     def agree(self, processes: Processes, *, late: bool = False) -> bool:
-        """Take over a signal that another process received: all of them stop after the same step.
+        """Take over a signal that another process received; return whether one of them is ``late``.
 
-        Args:
-            processes: all call this together.
-            late: whether this process finds that a checkpoint is due.
-
-        Returns:
-            Whether one of them does.
+        All processes call this together and stop after the same step. ``late``: this process finds a checkpoint due.
         """
         if processes.many:
             received, due = processes.largest(self.received or self._pending or 0, int(late))
@@ -53,12 +48,7 @@ class Interruption:
         return True
 
     def stop(self) -> None:
-        """Raise the exception of the signal received.
-
-        Raises:
-            KeyboardInterrupt: it is SIGINT.
-            Terminated: it is SIGTERM.
-        """
+        """Raise KeyboardInterrupt if the signal received is SIGINT, Terminated if it is SIGTERM."""
         raise Terminated if self.received == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -66,9 +56,8 @@ class Interruption:
 def interruptible(active: bool, *, shared: bool = False) -> Iterator[Interruption]:
     """Record a first signal inside the block; a second one acts at once, as it did before the block.
 
-    Args:
-        active: whether to do so; any thread but the main one leaves signals as they are.
-        shared: whether there are other processes, which must ``agree`` before a signal counts.
+    Unless ``active``, and in any thread but the main one, signals stay as they are. With other processes (``shared``) a
+    signal counts once they ``agree``.
     """
     interruption = Interruption(shared=shared)
     if not active or threading.current_thread() is not threading.main_thread():

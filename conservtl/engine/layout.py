@@ -16,10 +16,6 @@ def channels_last(models: Iterable[nn.Module], *, active: bool = True) -> Iterat
     """Hold the weights of models in the layout (N, H, W, C) inside the block, if ``active``.
 
     Names, shapes and values stay; strides are restored at the end, because files and other programs expect them.
-
-    Args:
-        models: their parameters and buffers with four dimensions are laid out anew, in place.
-        active: False leaves them as they are.
     """
     models = list(models) if active else []
     before = [{name: tensor.stride() for name, tensor in _images(model)} for model in models]
@@ -35,11 +31,7 @@ def channels_last(models: Iterable[nn.Module], *, active: bool = True) -> Iterat
 
 
 def follow_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay out an optimizer's state as its parameters are: fused steps take both as flat memory.
-
-    Args:
-        optimizer: its state may come from a run in another layout.
-    """
+    """Lay out an optimizer's state as its parameters are: fused steps take both as flat memory."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -50,11 +50,7 @@ class between_steps:  # noqa: N801 - a context
 
 
 def worker_error(error: BaseException) -> ConservtlError | None:
-    """Return the error to raise in the place of torch's for a process that loads data; None for any other error.
-
-    Args:
-        error: raised while a batch was fetched.
-    """
+    """Return the error to raise in the place of torch's for a process that loads data; None for any other error."""
     text = str(error)
     if (died := _DIED.search(text)) is not None:
         pid, by = died[1], died[2]
@@ -79,12 +75,7 @@ def worker_error(error: BaseException) -> ConservtlError | None:
 
 @contextmanager
 def named_worker_errors() -> Iterator[None]:
-    """Turn torch's errors for processes that load data into one sentence.
-
-    Raises:
-        LostWorkerError: such a process was killed, or its memory ran out.
-        DataError: it raised.
-    """
+    """Turn torch's errors for processes that load data into one sentence."""
     try:
         yield
     except ConservtlError:

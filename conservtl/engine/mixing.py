@@ -30,16 +30,7 @@ def with_mixing(
 ) -> Augment | None:
     """Return the augmentation of a run: the given one, then the settings' mixup or CutMix, by torchvision.
 
-    Args:
-        session: the model on its device, and the settings.
-        functions: the run's functions; they are tried on one mixed batch, because its labels are probabilities.
-        batches: the training data; its first batch says how many classes the outputs have.
-        augment: the run's augmentation; None: none.
-
-    Raises:
-        SpecError: ``augment`` is no function, the batches are no images with a class each, or the loss takes no
-            probabilities.
-        MissingExtraError: torchvision is not installed.
+    The functions are tried on one mixed batch, because its labels are probabilities.
     """
     if augment is not None and not callable(augment):
         raise SpecError(f"augment must be a function (batch, generator) -> batch; received {augment!r:.60}. Pass one.")
@@ -92,11 +83,7 @@ def _mixer(settings: Training, classes: int) -> Callable[[Tensor, Tensor], tuple
 
 
 def _images_and_labels(content: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a batch: of (images, labels), or of a dictionary with ``labels``.
-
-    Raises:
-        SpecError: it has no images, several, or labels that are not one class each.
-    """
+    """Return the images and labels of a batch: of (images, labels), or of a dictionary with ``labels``."""
     parts = list(content.values()) if isinstance(content, Mapping) else list(content)
     images = [part for part in parts if isinstance(part, Tensor) and part.ndim == 4 and part.is_floating_point()]
     labels = content.get("labels") if isinstance(content, Mapping) else parts[1] if len(parts) == 2 else None

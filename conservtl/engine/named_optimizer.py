@@ -33,11 +33,7 @@ class NamedOptimizer(FrozenModel):
         return {"import": self.own, "args": self.args}
 
     def load(self) -> functools.partial[Any]:
-        """Return the class with its arguments.
-
-        Raises:
-            SpecError: its package was not imported by hand, or has no such class.
-        """
+        """Return the class with its arguments."""
         return functools.partial(named_callable(self.own, "training.optimizer"), **self.args)
 
 

@@ -25,9 +25,6 @@ def finite_rows(content: Any) -> dict[str, Tensor]:
 
     Nothing is read from a GPU. A tensor without a row for each example has one value.
 
-    Args:
-        content: the batch, of any nesting.
-
     >>> finite_rows((torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([0, 1])))
     {'batch[0]': tensor([ True, False])}
     """
@@ -46,13 +43,7 @@ def finite_rows(content: Any) -> dict[str, Tensor]:
 def where_not_finite(
     rows: Mapping[str, Tensor], index: Tensor | None = None, names: Sequence[str] | None = None
 ) -> str | None:
-    """Return the parts and examples with NaN or infinite values, for a message; None if there are none.
-
-    Args:
-        rows: result of ``finite_rows``.
-        index: positions of the batch's examples in the data; None: they are counted within the batch.
-        names: of the batch's examples, such as files.
-    """
+    """Return the parts and examples with NaN or infinite values, for a message; None if there are none."""
     said = []
     for part, finite in rows.items():
         if bool(finite.all()):
@@ -86,12 +77,7 @@ class Glance:
     names: Sequence[str] | None
 
     def wrong(self, batches: Held | Streamed | None, content: Any = None) -> str | None:
-        """Return the parts of the batch that are not finite, for a message.
-
-        Args:
-            batches: the data that it is from.
-            content: the batch, if it is at hand.
-        """
+        """Return the parts of the batch that are not finite, for a message."""
         rows, names = self.rows, self.names
         if content is not None:
             rows = finite_rows(content)
@@ -103,13 +89,7 @@ class Glance:
 
 
 def glance(batch: Batch, content: Any, *, at_hand: bool = False) -> Glance:
-    """Look at a batch on its device: its memory is free again when its loss is read.
-
-    Args:
-        batch: the batch.
-        content: as the model got it.
-        at_hand: whether the content is still there when the loss is read.
-    """
+    """Look at a batch on its device: its memory is free when its loss is read, unless it is still ``at_hand`` then."""
     again = at_hand or (batch.index is not None and content is batch.content)
     return Glance(batch.index, {} if again else finite_rows(content), _names(content))
 

@@ -27,17 +27,7 @@ __all__ = ["open_session"]
 def open_session(
     adaptation: Adaptation, training: Training, accelerator: Any = None, made: Made | None = None
 ) -> Iterator[Session]:
-    """Open a session; restore the model's methods and modes, and the settings of the process, at its end.
-
-    Args:
-        adaptation: its model is moved to the device, and stays there.
-        training: device, precision, optimizer.
-        accelerator: an ``accelerate.Accelerator`` that decides device and precision; None: one made from ``training``.
-        made: the optimizer's class and arguments; None: the settings'.
-
-    Raises:
-        SpecError: this machine or this accelerator does not support the settings.
-    """
+    """Open a session; restore the model's methods and modes, and the settings of the process, at its end."""
     machine = own_accelerator(training) if accelerator is None else nullcontext(checked_accelerator(accelerator))
     with (
         machine as ready,

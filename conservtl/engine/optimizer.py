@@ -21,14 +21,7 @@ Made = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
 def choose_optimizer(training: Training, given: Any, *, recommended: bool = False) -> Made:
     """Return the optimizer class of a run, and its keyword arguments.
 
-    Args:
-        training: its ``lr``, ``weight_decay`` and ``fused`` are the arguments; its ``optimizer`` the class if none is
-            given.
-        given: an optimizer class, or a ``functools.partial`` of one with its other arguments; None: the settings'.
-        recommended: whether the settings are a recipe's, whose optimizer another may replace.
-
-    Raises:
-        SpecError: it is no class, both name one, or it cannot be called as the settings say.
+    ``recommended`` settings are a recipe's, whose optimizer another may replace.
     """
     if given is None:
         return training.make()
@@ -46,11 +39,7 @@ def choose_optimizer(training: Training, given: Any, *, recommended: bool = Fals
 
 
 def made_of(training: Training, given: Any) -> Made:
-    """Return an optimizer class, or a partial of one, with the settings as its keyword arguments.
-
-    Raises:
-        SpecError: it cannot be called as the settings say.
-    """
+    """Return an optimizer class, or a partial of one, with the settings as its keyword arguments."""
     name = class_name(given)
     options: dict[str, Any] = {"lr": training.lr}
     if training.weight_decay is not None:

@@ -62,11 +62,7 @@ class Sets:
 
 
 def check_arguments(adaptation: Any, training: Any, sets: Mapping[str, Any]) -> None:
-    """Raise unless the arguments of ``fit`` have the right types.
-
-    Raises:
-        SpecError: one has not; the message names it.
-    """
+    """Raise unless the arguments of ``fit`` have the right types."""
     if not isinstance(adaptation, Adaptation):
         raise SpecError(f"fit trains the result of adapt(model, source, ...); received {type(adaptation).__name__}.")
     if not isinstance(training, Training):
@@ -108,10 +104,8 @@ def with_sizes(training: Training, saved: Mapping[str, Any]) -> Training:
 def training_batches(session: Session, train: Any, together: int | None = None) -> Held | Streamed:
     """Return the batches of the training data, of this process's part if there are many.
 
-    Args:
-        session: knows the processes.
-        train: as for ``fit``.
-        together: examples per step of all processes together, as a run that is resumed began; None: by the settings.
+    ``together`` examples make a step of all processes, as when the run that is resumed began; None: as the settings
+    say.
     """
     processes, settings = session.processes, session.training
     size = settings.known_batch_size
@@ -195,11 +189,7 @@ def learn_labels(session: Session, functions: Functions, batches: Held | Streame
 
 
 def check_compiler(session: Session, functions: Functions, batches: Held | Streamed) -> None:
-    """Raise unless the model can be compiled, if the settings ask for that; everything is restored.
-
-    Raises:
-        SpecError: a module of it cannot be traced; the message names it.
-    """
+    """Raise unless the model can be compiled, if the settings ask for that; everything is restored."""
     mode = session.execution.compile
     if not mode:
         return
@@ -217,11 +207,7 @@ def check_compiler(session: Session, functions: Functions, batches: Held | Strea
 
 
 def make_measurements(session: Session, functions: Functions, target: Any, source: Any) -> None:
-    """Make the measurements that the plan needs before an optimizer; each process measures on all of the data.
-
-    Raises:
-        SpecError: a measurement needs source data, and there is none.
-    """
+    """Make the measurements that the plan needs before an optimizer; each process measures on all of the data."""
     adaptation = session.adaptation
     for measure in adaptation.bound.unmeasured():
         if measure.data == "source" and source is None:

@@ -146,15 +146,7 @@ def restarted(processes: Processes) -> bool:
 
 @contextmanager
 def connected(device: str) -> Iterator[Processes]:
-    """Connect the processes that a launcher started for the block; leave a connection that is there as it is.
-
-    Args:
-        device: cpu or cuda: where the model is trained.
-
-    Raises:
-        ProcessLostError: another process has stopped.
-        SpecError: the launcher's environment is not complete.
-    """
+    """Connect the processes that a launcher started for the block; leave a connection that is there as it is."""
     if mine := must_join():
         join(device)
     try:
@@ -173,11 +165,7 @@ def connected(device: str) -> Iterator[Processes]:
 
 @contextmanager
 def names_lost(processes: Processes) -> Iterator[None]:
-    """Turn the error of a connection that broke inside the block into one that names the lost processes.
-
-    Raises:
-        ProcessLostError: another process has stopped.
-    """
+    """Turn the error of a connection that broke inside the block into one that names the lost processes."""
     try:
         yield
     except RuntimeError as error:

@@ -48,11 +48,6 @@ class Sizes:
 def sizes_of(session: Session, train: Any, batches: Held | Streamed) -> Sizes:
     """Return the sizes that training data can be batched by.
 
-    Args:
-        session: its settings and processes.
-        train: the training data, as handed to ``fit``.
-        batches: the same in batches of any size.
-
     Raises:
         SpecError: the data has batches of its own, or the settings do not fit it or the number of processes.
     """
@@ -81,13 +76,7 @@ def sizes_of(session: Session, train: Any, batches: Held | Streamed) -> Sizes:
 
 
 def resized(session: Session, train: Any, batches: Held | Streamed | None = None) -> Held | Streamed:
-    """Return the training data in batches of the size that was found and is in the session's settings.
-
-    Args:
-        session: its settings and processes.
-        train: the training data, as handed to ``fit``.
-        batches: the same in batches of any size; None: they were not made yet.
-    """
+    """Return the training data in batches of the size that was found and is in the session's settings."""
     size = session.training.known_batch_size
     if isinstance(batches, Held):
         return batches.resized(size)
@@ -141,13 +130,7 @@ def _length(train: Any) -> int | None:
 def _reloaded(train: Any, size: int, *, alone: bool = False) -> Any:
     """Return a DataLoader like this one with batches of another size; a dataset as it is.
 
-    Args:
-        train: the training data.
-        size: examples of a batch.
-        alone: whether to load without further processes, and without pinned memory.
-
-    Raises:
-        SpecError: the data has batches of its own.
+    ``alone`` leaves out further processes and pinned memory.
     """
     if isinstance(train, Dataset):
         return train

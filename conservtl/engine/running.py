@@ -30,13 +30,7 @@ Tell = Callable[[Mapping[str, Any]], None]
 
 
 class _Saving:
-    """Checkpoints of a run, of one process or many.
-
-    Args:
-        learner: the run's.
-        store: its files.
-        begun: when the run would have begun without interruptions.
-    """
+    """Checkpoints of a run, of one process or many; ``begun`` is when it would have begun without interruptions."""
 
     def __init__(self, learner: Learner, store: Checkpoints, begun: float) -> None:
         self.learner, self.store, self.begun = learner, store, begun
@@ -104,12 +98,7 @@ def run_epochs(
     begun: float,
     tells: Sequence[Tell],
 ) -> None:
-    """Train until the last epoch, or until the patience is exhausted.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
-        Terminated: after SIGTERM, likewise.
-    """
+    """Train until the last epoch, or until the patience is exhausted."""
     state, processes, saving = learner.state, learner.session.processes, _Saving(learner, store, begun)
     try:
         with bar, interruptible(store.folder is not None, shared=processes.many) as stop:

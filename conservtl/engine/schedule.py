@@ -16,11 +16,6 @@ def schedule_factor(training: Training, step: int, steps: int) -> float:
 
     one_cycle rises over 30 % of the steps from 1/25 to 1 and then falls to 0, both along a cosine, as in fastai.
 
-    Args:
-        training: schedule and warm-up.
-        step: 0 to ``steps`` - 1.
-        steps: steps of the run.
-
     Reference:
         Smith and Topin 2018, "Super-convergence: very fast training of neural networks using large learning rates".
     """
@@ -64,16 +59,7 @@ def total_steps(training: Training, batches: int | None, *, steps: int | None = 
 
 
 def phase_of_epoch(plan: Plan, epochs: int, setting: str = "training.epochs") -> list[int]:
-    """Return the phase of each epoch.
-
-    Args:
-        plan: the plan with its phases.
-        epochs: of the run.
-        setting: name of the setting that holds them, for the message.
-
-    Raises:
-        SpecError: the phases take more or fewer epochs than the run.
-    """
+    """Return the phase of each epoch; raise if the phases take more or fewer epochs than the run."""
     lengths = [phase.length(epochs) for phase in plan.phases]
     order = [n for n, length in enumerate(lengths) for _ in range(length or 0)]
     if lengths[-1] is None:

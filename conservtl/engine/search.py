@@ -38,19 +38,8 @@ def run_searches(
 
     All candidates of a search start from the same weights and see the same batches in the same order.
 
-    Args:
-        adaptation: its plan is drawn up again; its weights are not changed.
-        valid: sets that trials are scored on.
-        training: the run's settings, from which those of a trial are derived.
-        generators: of the training data, restored after each trial like the global ones.
-        trial: (copy, settings) -> the validation score after training the copy.
-
     Returns:
         Name of each search -> candidate -> its score.
-
-    Raises:
-        SpecError: there is a search and no validation part.
-        PlanError: a search is still in the plan after it was decided.
     """
     results: Scores = {}
     while adaptation.plan.searches:

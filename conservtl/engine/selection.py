@@ -48,15 +48,6 @@ class Selection:
         """Compare an evaluation with the best one, and copy the weights if they are to be kept.
 
         Metrics without an accuracy are passed over if the settings name no metric and nothing is decided.
-
-        Args:
-            evaluation: set -> metrics.
-            model: the model.
-            training: the settings.
-            decides: whether the score decides anything.
-
-        Raises:
-            SpecError: the metric to select on is not among those of a set.
         """
         sets = judged(evaluation, training.keep)
         metric = (training.select or default_criterion(evaluation, training.keep)).metric
@@ -87,14 +78,7 @@ def deciders(training: Training, plan: Plan) -> list[str]:
 def check_selection(training: Training, valid: Mapping[str, object], plan: Plan, metrics: Metrics) -> None:
     """Raise unless the validation sets and metrics that decide are there.
 
-    Args:
-        training: settings.
-        valid: the validation sets.
-        plan: decisions that choose by a validation score among them.
-        metrics: the run's metrics; checked here if they are the default ones, else at the first evaluation.
-
-    Raises:
-        SpecError: a set or a metric is missing; the message says where to get it.
+    Metrics are checked here if they are the default ones, else at the first evaluation.
     """
     missing = [name for name in ("target", "source")[: 2 if training.keep == "harmonic" else 1] if name not in valid]
     if missing and (selecting := _selecting(training)):

@@ -22,10 +22,6 @@ def shard(adaptation: Adaptation, device: torch.device) -> None:
 
     The blocks among the plan's layers are gathered one at a time; everything else (embeddings, head) is one more unit.
     A block that shares a parameter with the rest is left to that unit.
-
-    Args:
-        adaptation: its model is whole, the same in all processes.
-        device: of the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -72,12 +68,7 @@ def unshard(adaptation: Adaptation) -> None:
 
 
 def whole_on_cpu(state: Any, *, keep: bool) -> Any:
-    """Return a state with its tensors whole and on the CPU; all processes call it together.
-
-    Args:
-        state: nested dictionaries, lists and tuples of tensors.
-        keep: False drops each tensor once it has been put together, for the processes that do not write.
-    """
+    """Return a state with whole tensors on the CPU, None for each unless ``keep``; all processes call it together."""
 
     def gathered(tensor: Any) -> Any:
         if not sharded(tensor):
@@ -89,24 +80,14 @@ def whole_on_cpu(state: Any, *, keep: bool) -> Any:
 
 
 def load_whole(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of a model by name, sharded or not.
-
-    Args:
-        live: tensors of the model.
-        saved: of the same names.
-    """
+    """Copy whole tensors into those of a model by name, sharded or not."""
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(place_like(saved[name], tensor) if sharded(tensor) else saved[name])
 
 
 def with_placed_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's saved state with tensors of its parameters' shapes sharded like these.
-
-    Args:
-        optimizer: whose parameters are sharded.
-        state: of its ``state_dict``, whole.
-    """
+    """Return an optimizer's saved state with tensors of its parameters' shapes sharded like these."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     by_number = dict(zip(numbers, parameters, strict=True))

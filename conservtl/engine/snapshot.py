@@ -56,12 +56,7 @@ class State:
 
 
 def gather_generators(session: Session, generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:
-    """Return the states of the random generators of each of many processes; all of them call this together.
-
-    Args:
-        session: knows the processes.
-        generators: generators that the run draws from beside the global ones.
-    """
+    """Return the states of the random generators of each of many processes; all of them call this together."""
     return session.processes.gathered(generator_states(generators)) if session.processes.many else []
 
 
@@ -74,12 +69,8 @@ def snapshot(
 ) -> dict[str, Any]:
     """Return everything that ``restore`` needs; if parameters are sharded, all processes call it together.
 
-    Args:
-        session: the model and its optimizer.
-        state: progress of the run.
-        generators: states of the random generators of this process.
-        gathered: those of every process; empty: only those of this process are known.
-        cut: the batches of the training data; None: a DataLoader's.
+    ``generators`` are this process's states, ``gathered`` those of every process if they are known. ``cut`` is None for
+    batches of a DataLoader.
     """
     scaler, model = session.accelerator.scaler, unwrap(session.adaptation.model)
     selection = dict(vars(state.selection))
@@ -124,19 +115,8 @@ def restore(
     was lost, or by another number of processes), the other processes draw from new seeds, so that no two processes draw
     the same. The order of the data goes on as it was in any case.
 
-    Args:
-        session: the model and its optimizer.
-        saved: what ``snapshot`` returned.
-        generators: generators that the run draws from beside the global ones; with many processes the first is that of
-            the order of the data, if there is one.
-        augmenting: the generator among them that augmentations are drawn from.
-
-    Returns:
-        The progress of the run.
-
-    Raises:
-        SpecError: the snapshot was made with other settings.
-        PlanError: the snapshot was made with another plan.
+    With many processes, the first of ``generators`` is that of the order of the data, if there is one; ``augmenting``
+    is one of them.
     """
     settings = session.training.model_dump(mode="json")
     previous = Training().model_dump(mode="json") | saved["settings"]  # an older version may not have had all of them

@@ -74,11 +74,6 @@ def cache_source_outputs(
     other outputs, since a draw may be for layerdrop that eval mode leaves out. A cache that does not fit into memory is
     written to a temporary file and mapped.
 
-    Args:
-        needs_source: whether a term compares with the source model.
-        view: batch content -> the source model's view of it.
-        batches: the training data, without augmentation.
-
     Returns:
         The cache; None if no term needs it, if outputs are random, or if outputs or features are not tensors with one
         row per example.

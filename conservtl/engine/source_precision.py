@@ -23,13 +23,7 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def unused_half(training: Training, precision: str, runner: SourceModelRunner | None) -> str:
-    """Return why ``source_precision: half`` changes nothing in a run; empty if it does, or is not set.
-
-    Args:
-        training: the settings.
-        precision: of the run.
-        runner: the source model; None: there is none.
-    """
+    """Return why ``source_precision: half`` changes nothing in a run; empty if it does, or is not set."""
     if training.source_precision != "half":
         return ""
     if precision not in _HALF:
@@ -44,14 +38,8 @@ def source_in(training: Training, precision: str, runner: SourceModelRunner | No
     """Hold the weights of the source model's linear maps and convolutions in half precision inside the block, if asked.
 
     Under autocast these modules round their weights to that precision in each pass, so no result changes. Norms,
-    embeddings, tied weights and classes of the user's own stay as they are, and so does a model that the source shares
-    with the adapted one. The weights wait in the host's memory, and are put back at the end.
-
-    Args:
-        training: says whether to.
-        precision: of the run: fp32, bf16 or fp16.
-        runner: the source model; None: there is none.
-        plan: names the head's modules, which may run outside autocast.
+    embeddings, tied weights, the head and classes of the user's own stay as they are, and so does a model that the
+    source shares with the adapted one. The weights wait in the host's memory, and are put back at the end.
     """
     if training.source_precision != "half" or unused_half(training, precision, runner) or runner is None:
         yield

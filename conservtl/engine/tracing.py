@@ -23,12 +23,7 @@ Run = Callable[[nn.Module], Any]
 
 
 def compiled(model: nn.Module, mode: bool | str) -> nn.Module:
-    """Return a model compiled as ``training.compile`` says; itself if not at all.
-
-    Args:
-        model: the model, prepared for the run.
-        mode: False, True, or a mode of ``torch.compile``.
-    """
+    """Return a model compiled as ``training.compile`` says; itself if not at all."""
     if not mode:
         return model
     made: nn.Module = torch.compile(model, mode=None if mode is True else mode)  # type: ignore[assignment]
@@ -41,14 +36,7 @@ def check_traceable(model: nn.Module, run: Run, mode: bool | str, *, whole: bool
 
     It is tried in eval mode without gradients, in which layers are not left out at random. Weights and gradients stay.
 
-    Args:
-        model: the model, not compiled.
-        run: model -> outputs for a batch, under the run's autocast.
-        mode: ``training.compile``, for the message.
-        whole: False lets several graphs be enough, between which a strategy's extensions run.
-
-    Raises:
-        SpecError: it does not; the message names the innermost module that stops it.
+    Unless ``whole``, several graphs are enough, between which a strategy's extensions run.
     """
     with eval_mode(model), torch.no_grad():
         reason = _reason(model, lambda: run(model), whole=whole)

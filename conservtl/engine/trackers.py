@@ -28,15 +28,7 @@ def tracking(
 ) -> Iterator[Tell | None]:
     """Yield a function that sends a line of the history to the trackers of a run; None if there are none.
 
-    Args:
-        session: its accelerator starts the trackers.
-        log: trackers to start with the run and to finish at its end; None: those of the given accelerator.
-        folder: where trackers write files; None: nowhere.
-        given: the accelerator that the caller made; None: the session made its own.
-
-    Raises:
-        SpecError: a tracker is unknown or needs a folder, or the caller's accelerator says where to log.
-        MissingExtraError: a tracker's package is not installed.
+    ``log`` None means the trackers of the accelerator that the caller made (``given``).
     """
     accelerator = session.accelerator
     chosen = [] if log is None else [log] if isinstance(log, str) or not isinstance(log, Sequence) else list(log)

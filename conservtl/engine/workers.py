@@ -19,12 +19,7 @@ _MOST = 8  # workers that are started unless the settings say otherwise
 
 
 def number_of_workers(setting: int | str, device: torch.device) -> int | None:
-    """Return the number of processes to load with; None: the examples are loaded as in a loop written by hand.
-
-    Args:
-        setting: ``training.num_workers``.
-        device: device of the batches.
-    """
+    """Return the number of processes to load with; None: the examples are loaded as in a loop written by hand."""
     if isinstance(setting, int):
         return setting
     # Where processes are started anew, a dataset must be picklable, which nobody asked for.

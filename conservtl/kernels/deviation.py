@@ -90,12 +90,7 @@ def _row_norms(tensor: Tensor, norm: Norm) -> Tensor:
 
 
 def totals(scalars: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
-    """Return sums over whole parameters, (parameters,), given those over this process's parts.
-
-    Args:
-        scalars: a sum for each parameter; the result is on the device of the first.
-        of: the parameters.
-    """
+    """Return sums over whole parameters, (parameters,), given those over this process's parts."""
     return over_parts(together(scalars), of)
 
 
@@ -105,12 +100,6 @@ def together(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def move_toward(weights: Sequence[Tensor], anchors: Sequence[Tensor], amounts: Sequence[Tensor]) -> None:
-    """Replace w by w + amount (w0 - w): exactly w at an amount of 0, exactly w0 at 1.
-
-    Args:
-        weights: changed in place.
-        anchors: w0, of the weights' shapes.
-        amounts: in [0, 1], of shapes that broadcast to the weights' shapes.
-    """
+    """Replace w by w + amount (w0 - w), where amounts broadcast: exactly w at an amount of 0, exactly w0 at 1."""
     if weights:
         foreach_lerp_(list(weights), list(anchors), list(amounts))

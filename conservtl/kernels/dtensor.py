@@ -63,13 +63,7 @@ def over_parts(values: Tensor, parameters: Sequence[Any], *, largest: bool = Fal
 
 
 def place_like(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor with a parameter's device, memory format and sharding. Nothing is sent between processes.
-
-    Args:
-        tensor: the whole tensor, which every process has, on any device.
-        parameter: the parameter.
-        dtype: type of the result; None: the parameter's.
-    """
+    """Return a whole tensor with a parameter's device, memory format and sharding. Processes exchange nothing."""
     if dtype is None or parameter.is_complex():  # half precision has no complex numbers
         dtype = parameter.dtype
     tensor = tensor.to(parameter.device, dtype)
@@ -89,13 +83,7 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 def from_part(part: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the tensor of which every process has such a part, placed like a parameter. Nothing is sent.
-
-    Args:
-        part: cut like the parameter, as ``part_of`` returns it; the whole tensor if the parameter is not sharded.
-        parameter: gives device and sharding.
-        dtype: type of the result; None: the parameter's.
-    """
+    """Return the tensor of which every process has such a part (``part_of``), placed like a parameter."""
     if not sharded(parameter):
         return place_like(part, parameter, dtype)
     from torch.distributed.tensor import DTensor

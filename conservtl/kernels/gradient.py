@@ -19,12 +19,7 @@ __all__ = ["GradientKernel", "as_handed"]
 
 
 class GradientKernel:
-    """A ``PenaltyKernel`` for any penalty.
-
-    Args:
-        penalty: the penalty.
-        moving: the parameters it acts on that are trained now.
-    """
+    """A ``PenaltyKernel`` for any penalty."""
 
     def __init__(self, penalty: Penalty, moving: Sequence[Moving]) -> None:
         self._penalty = penalty
@@ -72,12 +67,7 @@ def _detached_part(tensor: Tensor) -> Tensor:
 
 
 def as_handed(item: Moving, tensor_of: Callable[[Tensor], Tensor] = _detached_part) -> Moving:
-    """Return a parameter as ``value`` and ``gradient`` receive it: plain tensors on one device, in one type.
-
-    Args:
-        item: the parameter, sharded or not, with its anchor as it is stored.
-        tensor_of: tensor -> the plain tensor to hand over; by default this process's part, without gradient.
-    """
+    """Return a parameter as ``value`` and ``gradient`` receive it: plain tensors on one device, in one type."""
     parameter = tensor_of(item.parameter)
     anchor = None if item.anchor is None else placed(tensor_of(item.anchor), parameter)
     measured = {name: tensor_of(tensor) for name, tensor in item.measured.items()}

@@ -25,11 +25,7 @@ __all__ = ["Pull", "Pulled", "gather"]
 
 
 def gather(pulled: Iterable[Pulled]) -> list[PenaltyKernel]:
-    """Return pulls for parameters, one for all that can be pulled together; valid until a tensor is moved or replaced.
-
-    Args:
-        pulled: parameters with their targets.
-    """
+    """Return pulls for parameters, one for all that can be pulled together; valid as long as no tensor moves."""
     alike: dict[Any, list[Pulled]] = {}
     at_once: dict[Any, list[Pulled]] = {}
     for item in pulled:
@@ -88,10 +84,6 @@ class Pull:
 
         A parameter without a gradient gets one. The difference is computed first and scaled while it is added: alpha w
         and -alpha w0 in two additions would cancel (relative error 1.7e-5 instead of 2e-8).
-
-        Args:
-            factor: of the annealing, negative if the optimizer maximises.
-            scale: factor that the gradients carry and a fused optimizer divides out; scalar tensor. None: 1.
         """
         strength = factor * self._every * self._strength
         if not strength:
@@ -108,13 +100,7 @@ class Pull:
                 foreach_add_(gradients, differences, alpha=strength)
 
     def move_weights(self, factor: float = 1.0, skip: Tensor | None = None) -> None:
-        """Move each weight by rate × factor × strength × (anchor - w), before the gradient step.
-
-        Args:
-            factor: of the annealing.
-            skip: scalar tensor, non-zero if the step will be skipped (a scaler's ``found_inf``); read on the device.
-                None: the step will not be skipped.
-        """
+        """Move each weight by rate × factor × strength × (anchor - w), before the gradient step."""
         strength = factor * self._strength
         if self._group is None or not strength:
             return

@@ -51,11 +51,6 @@ class Replayed:
     changes in each step, and gradients that are missing, sparse or elsewhere in each step, are never captured. Anchors
     on the CPU and sharded parameters are not either, nor is anything after a capture has failed, which a warning says.
     In a graph that the caller captures, the pull takes part itself. The graph keeps memory for the differences.
-
-    Args:
-        pull: the pull.
-        items: its parameters.
-        capturing: work, device -> graph.
     """
 
     def __init__(

@@ -11,10 +11,6 @@ def kept(share: Any, every: int) -> Any:
     r"""Return the share of ``every`` steps in one, :math:`1 - (1 - s)^k`.
 
     By squaring, s_2k = s_k (2 - s_k) and s_(a + b) = s_a + s_b - s_a s_b, so that small shares lose no digits.
-
-    Args:
-        share: s, a number or a tensor.
-        every: k.
     """
     result, power = None, share
     while every:

@@ -59,11 +59,6 @@ class ExtendedModule(nn.Module):
 def extend_module(module: nn.Module, extension: type[ExtendedModule], **settings: Any) -> None:
     """Extend a module in place, or change the settings of its extension.
 
-    Args:
-        module: a module of any class.
-        extension: a subclass of ``ExtendedModule``.
-        settings: a value for each of the extension's ``settings``.
-
     Raises:
         SpecError: the module has another extension.
     """

@@ -52,11 +52,6 @@ def trace(model: nn.Module, example: Any) -> Trace:
     of sequences) stay on their device; if that fails too, a real copy of the model runs. The model itself is never
     called.
 
-    Args:
-        model: The model, unwrapped.
-        example: A tensor, a tuple or list of arguments, a dictionary of keyword arguments, or a batch of
-            (inputs, labels).
-
     Raises:
         SpecError: The model cannot be called with the example.
     """

@@ -25,17 +25,7 @@ _SINGLE = (nn.Linear, ConvBase)
 def mark_head(
     model: nn.Module, layers: tuple[Layer, ...], record: Trace | None, head: Sequence[str] | None
 ) -> tuple[Layer, ...]:
-    """Return the layers with the head's parameters marked, or with all that may be the head.
-
-    Args:
-        model: unwrapped.
-        layers: its layers.
-        record: of a forward pass, or None.
-        head: globs of the head's parameters or modules; None: found.
-
-    Raises:
-        SelectorError: a glob matches nothing, or ``head`` is one string.
-    """
+    """Return the layers with the head's parameters marked, or with all that may be the head."""
     infos = {info.name: info for layer in layers for info in layer.parameters}
     outputs = _modules_of(record.outputs, infos) if record is not None and not record.main else []
     named = _named(head, infos) if head is not None else _asked(model, infos, record)

@@ -34,9 +34,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     Wrappers are DistributedDataParallel, DataParallel, torch.compile, and models of averaged weights: torch's
     AveragedModel, and classes that name themselves EMA (timm's ModelEmaV3) and hold the model as ``module`` or
     ``ema_model``.
-
-    Args:
-        model: The model, wrapped or not.
     """
     while True:
         children = dict(model.named_children())
@@ -59,9 +56,6 @@ def canonical(name: str) -> str:
 
     A leading `module.` stays, because a model may have an attribute of that name; use `unwrap` to remove the wrapper.
 
-    Args:
-        name: The name of a parameter or module.
-
     Examples:
         >>> canonical("_orig_mod.encoder._checkpoint_wrapped_module.weight")
         'encoder.weight'
@@ -70,29 +64,17 @@ def canonical(name: str) -> str:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return canonical name -> parameter, in registration order; a tied parameter once, under its first name.
-
-    Args:
-        model: The model, wrapped or not.
-    """
+    """Return canonical name -> parameter of a model, wrapped or not, in registration order; a tied one once."""
     return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a module holds itself, without its children's; a tied one under each name.
-
-    Args:
-        module: Any module.
-    """
+    """Return the parameters that a module holds itself, without its children's; a tied one under each name."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def holder_counts(model: nn.Module) -> Counter[int]:
-    """Return id of a parameter -> how many modules hold it; more than 1 for a tied parameter.
-
-    Args:
-        model: The model, wrapped or not.
-    """
+    """Return id of a parameter -> how many modules hold it; more than 1 for a tied parameter."""
     return Counter(id(parameter) for module in model.modules() for parameter in own_parameters(module).values())
 
 
@@ -111,11 +93,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def owner(name: str) -> str:
-    """Return the module that holds a parameter or buffer, parametrised or not.
-
-    Args:
-        name: Its canonical name.
-    """
+    """Return the module that holds a parameter or buffer, parametrised or not."""
     return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
 
 
@@ -161,10 +139,6 @@ def select(
 
 def glob_hint(pattern: str, names: Iterable[str]) -> str:
     """Return a sentence with the names, or the modules that contain them, most like a glob that matches nothing.
-
-    Args:
-        pattern: The glob.
-        names: Names of parameters, modules or layers.
 
     Examples:
         >>> glob_hint("layr2.*", ["layer1.0.weight", "layer2.0.weight"])

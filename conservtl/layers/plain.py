@@ -24,8 +24,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 
     It is a ``torch.fx.GraphModule``, which holds its own code, so that a pickle of it needs torch only.
 
-    Args:
-        module: its ``forward`` has no control flow that depends on tensors.
+    Its ``forward`` has no control flow that depends on tensors.
     """
     graph = portable(_Tracer().trace(module))
     found = fx.GraphModule(module, graph, type(module).__name__.lstrip("_"))
@@ -43,13 +42,7 @@ def portable(graph: fx.Graph) -> fx.Graph:
 
 
 def behind(first: nn.Module, name: str, model: nn.Module) -> nn.Module:
-    """Return a model that applies a module to its first input, and has the arguments of another.
-
-    Args:
-        first: applied to the first argument.
-        name: of ``first`` in the result; the other is ``model`` there.
-        model: takes the result and all further arguments.
-    """
+    """Return a model that applies a module to its first input, and has the arguments of another."""
     graph = fx.Graph()
     arguments: list[fx.Node] = []
     named: dict[str, Any] = {}

@@ -93,9 +93,7 @@ def is_norm(module: nn.Module) -> bool:
 def tree(model: nn.Module, first: dict[int, str]) -> Node | None:
     """Return the module tree of an unwrapped model.
 
-    Args:
-        model: The model.
-        first: id of a parameter -> its canonical name; further names of a tied parameter are skipped.
+    ``first``: id of a parameter -> its canonical name; further names of a tied parameter are skipped.
     """
     return _node("", "", model, first, set())
 
@@ -211,11 +209,7 @@ def _ends(node: Node) -> tuple[int, int] | None:
 
 
 def units(root: Node) -> list[Unit]:
-    """Return the units in registration order; together they contain every parameter once.
-
-    Args:
-        root: The module tree of the model. It is divided, unless it is a leaf.
-    """
+    """Return the units in registration order; together they contain every parameter once."""
     if not root.children:
         return list(_leaf(root))
     composites = [node for node in _walk(root) if node is not root and node.children and not _is_exact_list(node)]

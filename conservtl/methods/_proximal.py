@@ -22,17 +22,7 @@ __all__ = ["Proximal", "with_proximal"]
 
 
 def with_proximal(plan: Plan, update: Proximal, beta: float | None, on: Coverage) -> Plan:
-    """Return the plan with an update on parameters from the source, plain L2 on fresh ones, weight decay on neither.
-
-    Args:
-        plan: to add to.
-        update: without names.
-        beta: strength on fresh parameters; None: no plain L2.
-        on: the parameters covered.
-
-    Raises:
-        PlanError: another strategy gives fresh parameters another strength.
-    """
+    """Return the plan with an update on parameters from the source, plain L2 on fresh ones, weight decay on neither."""
     fresh = [row.name for row in fresh_rows(plan, on)]
     if beta is not None:
         plan = with_decay(plan, update.by, dict.fromkeys(fresh, beta))

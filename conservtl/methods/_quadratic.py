@@ -95,30 +95,12 @@ def with_decay(
     """Return the plan with plain L2 on fresh parameters.
 
     Strategies that give the same strength share one penalty. It is decoupled if one of them is.
-
-    Args:
-        plan: to add to.
-        by: the strategy.
-        beta: parameter -> strength.
-        mode: part of the gradient or a step of its own.
-
-    Raises:
-        PlanError: another strategy gives another strength.
     """
     return with_quadratic(plan, L2Decay(by=by, names=(), mode=mode), beta)
 
 
 def with_quadratic(plan: Plan, penalty: Quadratic, strengths: Mapping[str, float]) -> Plan:
-    """Return the plan with strengths in the penalty's column, and the penalty on their rows.
-
-    Args:
-        plan: to add to.
-        penalty: without names.
-        strengths: parameter -> strength.
-
-    Raises:
-        PlanError: another strategy gives another strength, or acts on the same rows in another way.
-    """
+    """Return the plan with strengths in a penalty's column, and the penalty, given without names, on their rows."""
     if not strengths or penalty.column is None:
         return plan
     chosen: dict[str, dict[str, Any]] = {name: {penalty.column: strength} for name, strength in strengths.items()}

@@ -55,11 +55,6 @@ def train_named(plan: Plan, by: str, names: Iterable[str]) -> Plan:
     """Return the plan in which these parameters are trained although they were frozen when the model was handed in.
 
     Those that another strategy decides about by name stay as they are, and so do parameters without a gradient.
-
-    Args:
-        plan: to add to.
-        by: the strategy.
-        names: parameters that the strategy names.
     """
     rows = [plan[name] for name in dict.fromkeys(names) if plan[name].found == "frozen"]
     free = [row.name for row in rows if "frozen" not in row.chosen or not row.chosen["frozen"].explicit]

@@ -183,12 +183,6 @@ def _norms(moving: Sequence[Moving]) -> tuple[Tensor, Tensor]:
 
 
 def _layer_norms(tensors: Sequence[Tensor], parameters: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Return the norm of each layer.
-
-    Args:
-        tensors: weights or gradients, one for each parameter, layer by layer.
-        parameters: which of them are sharded over processes is read from these.
-        sizes: number of tensors in each layer.
-    """
+    """Return the norm of each layer, given tensors layer by layer, their parameters and the number of each layer's."""
     each = together(norms(tensors, of=parameters))
     return torch.stack(foreach_norm(torch.split_with_sizes(each, sizes)))

@@ -45,11 +45,7 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[E
 
 
 def _check_factors(plan: Plan) -> None:
-    """Raise if factors of low rank, or what acts on weights beside them, come to nothing.
-
-    Raises:
-        SpecError: a strategy freezes all factors; or one acts on trained weights, and factors are trained instead.
-    """
+    """Raise if factors of low rank, or what acts on weights beside them, come to nothing."""
     factors, trained = plan.factors.keys(), set(plan.trained)
     if not factors:
         return

@@ -123,11 +123,7 @@ class EntropyTerm(Term):
         )
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
-        """Return the term.
-
-        Raises:
-            SpecError: the outputs are no logits of classes, or there is no class ``blank``.
-        """
+        """Return the term."""
         check_blank(self.by, self.blank, adapted.outputs)
         logits = logits_of(adapted.outputs)
         axis = _AXES.get(logits.ndim) if self.class_axis is None else self.class_axis % max(1, logits.ndim)
@@ -166,9 +162,7 @@ def entropy_of(logits: Tensor, counted: Tensor) -> Tensor:
 def class_confusion(logits: Tensor, counted: Tensor) -> Tensor:
     """Return the mean over examples of how much probability each class shares with the others, (K - trace) / K.
 
-    Args:
-        logits: (N, positions, classes).
-        counted: (N, positions), whether a position counts.
+    Arguments as for ``entropy_of``.
 
     >>> sure = 100 * torch.eye(2).unsqueeze(0)
     >>> class_confusion(sure, torch.ones(1, 2, dtype=torch.bool)).item()

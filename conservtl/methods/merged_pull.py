@@ -96,15 +96,7 @@ def with_merged_pull(
     mode: Literal["coupled", "decoupled"] = "coupled",
     anneal: Anneal | None = None,
 ) -> Plan:
-    """Return the plan with the pull of weights by their factors.
-
-    Args:
-        plan: to add to.
-        by: the strategy.
-        factors: with the strength on each weight; none: the plan stays as it is.
-        mode: part of the gradient or a step of its own.
-        anneal: factor over the optimizer's steps.
-    """
+    """Return the plan with the pull of weights by their factors."""
     pulled = tuple(factors)
     if not pulled:
         return plan

@@ -176,11 +176,7 @@ def _from_lengths(lengths: Tensor, name: str, inputs: Sequence[Tensor]) -> Paddi
 
 
 def _checked(lengths: Tensor, rows: int, subject: str) -> Tensor:
-    """Return lengths as integers, or as shares in (0, 1].
-
-    Raises:
-        SpecError: there is not one for each example, or one is no length.
-    """
+    """Return lengths as integers, or as shares in (0, 1]."""
     if lengths.shape != (rows,):
         raise SpecError(
             f"{subject} must hold one length for each example; received shape {tuple(lengths.shape)} for {rows} "

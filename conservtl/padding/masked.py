@@ -25,12 +25,7 @@ def comparable(adapted: Tensor, source: Tensor, mask: Tensor | None, axis: int |
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean of values over the mask; 0 if nothing counts.
-
-    Args:
-        values: one a position.
-        mask: their shape; None: all count.
-    """
+    """Return the mean of values over the mask; 0 if nothing counts."""
     if mask is None:
         return values.mean()
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

@@ -32,11 +32,6 @@ def like_bias(name: str, kind: str, shape: Sequence[int]) -> bool:
 
     Biases and norms are; and what acts as they do under another shape: tables of relative position biases, scales of
     channels (C, 1, 1), tokens (1, 1, C).
-
-    Args:
-        name: of the parameter.
-        kind: as in a row.
-        shape: of the parameter.
     """
     owner, _, last = name.rpartition(".")
     named = "bias" in last or owner.endswith("bias")
@@ -218,11 +213,6 @@ class Phase(FrozenModel):
 
 def changed(row: Row, by: str, fields: dict[str, Any]) -> Row:
     """Return the row with other fields, validated.
-
-    Args:
-        row: the row.
-        by: the strategy that changes it, for the error message.
-        fields: field -> value.
 
     Raises:
         PlanError: a row cannot hold a value.

@@ -63,10 +63,6 @@ class NamingFresh:
 
     A class, because a generator would cost some of the microseconds that a step has.
 
-    Args:
-        decision: the update or penalty that runs.
-        moving: its parameters.
-
     Raises:
         SpecError: an attribute or a type is wrong, and an anchor is None.
     """

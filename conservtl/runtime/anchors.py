@@ -27,9 +27,6 @@ class Anchors:
 
     New rows of a parameter whose others are copied (a label that the source does not know) have no starting value.
     Their anchor follows the parameter, so that they deviate from it by nothing: no penalty and no update pulls them.
-
-    Args:
-        model: right after the transfer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,12 +39,7 @@ class Anchors:
         self.revision = 0
 
     def keep(self, model: nn.Module, plan: Plan) -> None:
-        """Keep the starting values of what a plan trains in some phase, and no others.
-
-        Args:
-            model: at its starting point, but for parameters whose values are kept already.
-            plan: the origin of each parameter, and the phases that train it.
-        """
+        """Keep the starting values of what a plan trains in some phase, and no others."""
         parameters = named_parameters(model)
         names = [name for name in plan.trained if plan[name].origin == "source"]
         kept = self.parameters
@@ -92,13 +84,7 @@ class Anchors:
         return start | {row.name: torch.zeros(row.shape, dtype=parameters[row.name].dtype) for row in factors}
 
     def of(self, name: str, parameter: Tensor, storage: str) -> Tensor:
-        """Return the starting value of a parameter: on the CPU, or placed like the parameter.
-
-        Args:
-            name: of the parameter.
-            parameter: as the model holds it.
-            storage: fp32, bf16 or cpu, as in ``Penalty.anchor``.
-        """
+        """Return the starting value of a parameter, on the CPU or placed like it, as ``storage`` says."""
         start = self.parameters[name]
         if name in self.new:  # whatever the storage: rounded values would not follow exactly
             return self._follow("w0", name, start, parameter, row_mask(parameter.shape, self.new[name]))
@@ -224,13 +210,7 @@ class Anchors:
 
 
 def differs(source: nn.Module, start: Mapping[str, Tensor], plan: Plan) -> str | None:
-    """Return the first parameter of a source model that differs from the starting values by more than rounding.
-
-    Args:
-        source: the source model.
-        start: name -> starting value.
-        plan: says which parameters were copied by label.
-    """
+    """Return the first parameter of a source model that differs from the starting values by more than rounding."""
     for name, parameter in named_parameters(source).items():
         value, given = start.get(name), parameter.detach().cpu()
         if value is not None and name in plan and (numbers := plan[name].source_rows) is not None:

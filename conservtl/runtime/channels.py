@@ -32,9 +32,6 @@ class Channels:
        input: a block of ConvNeXt begins with a convolution, ends with a linear map and has its channels second.
     3. If none has it, channels are second if the last such module is a convolution for outputs of as many dimensions,
        and last otherwise.
-
-    Args:
-        module: the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -74,10 +71,6 @@ class Channels:
 def channel_axis(module: nn.Module, features: Tensor) -> int:
     """Return the channel axis of a module's output.
 
-    Args:
-        module: the module.
-        features: its output, (N, ...).
-
     Example:
         >>> import torch
         >>> channel_axis(nn.Conv2d(3, 8, 3), torch.zeros(2, 8, 5, 5))
@@ -96,15 +89,7 @@ def output_size(module: nn.Module) -> int | None:
 
 
 def pooled(features: Tensor, axis: int) -> Tensor:
-    """Return the means over all positions.
-
-    Args:
-        features: (N, ...), of at least two dimensions.
-        axis: axis of the channels.
-
-    Returns:
-        (N, channels).
-    """
+    """Return the means over all positions of features (N, ...), as (N, channels)."""
     return features.movedim(axis, 1).flatten(2).mean(2) if features.ndim > 2 else features
 
 

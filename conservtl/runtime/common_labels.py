@@ -27,16 +27,7 @@ class CommonLabels:
         self._adapted, self._source = (torch.tensor(one) for one in zip(*pairs, strict=True))
 
     def of(self, adapted: Tensor, source: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return both models' outputs for these labels, in one order.
-
-        Args:
-            adapted: outputs of the adapted model.
-            source: outputs of the source model.
-            axis: the class axis, if the task's loss says it.
-
-        Raises:
-            SpecError: no axis of the outputs has the labels.
-        """
+        """Return both models' outputs for these labels, in one order."""
         axes = [axis, _CLASS_AXIS.get(adapted.ndim), *range(1, adapted.ndim)]
         found = next((one for one in axes if one is not None and self._fits(adapted.shape, source.shape, one)), None)
         if found is None:

@@ -14,13 +14,7 @@ __all__ = ["apply_extensions"]
 
 
 def apply_extensions(model: nn.Module, extensions: Iterable[Extension], layers: Sequence[Layer]) -> None:
-    """Extend the modules that these extensions name, and restore all others.
-
-    Args:
-        model: unwrapped; changed in place.
-        extensions: of a plan, or of a saved model.
-        layers: the model's layers.
-    """
+    """Extend the modules that these extensions name, and restore all others."""
     for module in model.modules():
         restore_module(module)
     for extension in extensions:

@@ -38,9 +38,6 @@ class ForeignSteps:
 
     One hook after the steps of all optimizers of the process sees them: a hook on the model's forward pass would sit in
     compiled graphs, and could not tell a step from an accumulated batch.
-
-    Args:
-        adapted: held by a weak reference.
     """
 
     def __init__(self, adapted: Adapted) -> None:

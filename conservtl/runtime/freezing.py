@@ -112,9 +112,6 @@ def found_frozen(model: nn.Module) -> frozenset[str]:
     """Return the parameters that ask for no gradient by the user's choice, and not because a plan froze them.
 
     If no parameter asks for a gradient, that is the user's choice for all, unless a plan froze all of them.
-
-    Args:
-        model: wrapped or not, as handed to ``adapt``.
     """
     owners = parameter_owners(model)
     still = {name: owner for name, owner in owners.items() if not own_parameters(owner[0])[owner[1]].requires_grad}
@@ -123,12 +120,7 @@ def found_frozen(model: nn.Module) -> frozenset[str]:
 
 
 def let_train(model: nn.Module, names: Collection[str]) -> None:
-    """Leave it to ``freeze`` whether these parameters are trained, although the user froze them before.
-
-    Args:
-        model: wrapped or not.
-        names: parameters that asked for no gradient, and that a strategy names.
-    """
+    """Leave it to ``freeze`` whether these parameters are trained, although the user froze them before."""
     for name, (module, key) in parameter_owners(model).items():
         if name in names and not own_parameters(module)[key].requires_grad:
             _mark(module, key)
@@ -204,11 +196,6 @@ def hold_statistics(norms: Iterable[nn.Module], held: Collection[nn.Module], tra
 
     A held norm cannot be reset either: ``update_bn`` of ``torch.optim.swa_utils`` and Lightning's weight averaging set
     statistics to 0 and 1, and expect the passes in train mode that follow to compute them.
-
-    Args:
-        norms: all norms that track statistics.
-        held: those whose layers are frozen.
-        training: mode of the model, which a released norm takes.
     """
     for norm in norms:
         if norm in held:

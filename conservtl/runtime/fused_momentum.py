@@ -12,9 +12,6 @@ def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
     Without dampening a step from zero equals the first step, which copies the gradient. Other optimizers are left
     alone.
-
-    Args:
-        optimizer: before its step.
     """
     if type(optimizer) is not torch.optim.SGD:
         return

@@ -21,10 +21,6 @@ _STEPS = 4  # of a trial: a wrapper that averages weights differs from its inner
 def inner_optimizer(optimizer: Any, name: str) -> torch.optim.Optimizer:
     """Return the optimizer inside all wrappers, in whose step penalties and updates act; itself if there is none.
 
-    Args:
-        optimizer: the optimizer, or an object that holds one.
-        name: of its class, for messages.
-
     Raises:
         SpecError: it holds several, it is none, or its steps have two parts that only an inner optimizer could unite.
     """
@@ -48,17 +44,7 @@ def inner_optimizer(optimizer: Any, name: str) -> torch.optim.Optimizer:
 def check_groups(
     optimizer: Any, inner: torch.optim.Optimizer, rates: Mapping[Tensor, tuple[str, float]], count: int
 ) -> None:
-    """Raise unless the groups hold the plan's rates, and an inner optimizer has the same ones; complete their names.
-
-    Args:
-        optimizer: as made.
-        inner: the one that moves the weights.
-        rates: parameter -> its name and rate.
-        count: number of groups that it was given.
-
-    Raises:
-        SpecError: a group, a parameter or a rate is missing, or groups were copied.
-    """
+    """Raise unless the groups hold the plan's rates, and an inner optimizer has the same ones; complete their names."""
     name = type(optimizer).__name__
     found: set[Tensor] = set()
     for group in inner.param_groups:
@@ -89,14 +75,6 @@ def check_steps(make: Callable[[nn.Parameter], Any], name: str, device: torch.de
     """Raise unless the inner optimizer steps once in a step of the outer one, from the weights that it began with.
 
     Tried on a small tensor: by ``step(closure)``, and by the two parts of a step where the class has them.
-
-    Args:
-        make: tensor -> a new optimizer of it.
-        name: of the class, for messages.
-        device: of the tensor.
-
-    Raises:
-        SpecError: it does not, or it fails.
     """
     parameter = nn.Parameter(torch.ones(3, device=device))
     outer = make(parameter)
@@ -146,11 +124,6 @@ def check_steps(make: Callable[[nn.Parameter], Any], name: str, device: torch.de
 
 def check_moves(optimizer: Any, plan: Plan, name: str) -> None:
     """Raise if a decision of the plan moves weights that the optimizer keeps in several versions.
-
-    Args:
-        optimizer: as made.
-        plan: the decisions.
-        name: of the optimizer's class, for messages.
 
     Raises:
         SpecError: a decoupled penalty or an update moves weights of a schedule-free optimizer, or an update replaces

@@ -16,9 +16,6 @@ def all_tensors_of(output: Any, layer: str, module: nn.Module | None = None) -> 
 
     Of a list (of maps at several resolutions) these are all its tensors. Of a tuple, as of recurrent and transformer
     layers, it is the first, with others of its kind: the same examples, number of dimensions and channels.
-
-    Raises:
-        SpecError: the output has no tensor where one is expected.
     """
     if isinstance(output, list) and output:
         return [tensor for part in output for tensor in all_tensors_of(part, layer)]
@@ -38,11 +35,7 @@ def _alike(part: Any, first: Tensor) -> bool:
 
 
 def tensor_of(output: Any, layer: str) -> Tensor:
-    """Return a layer's output: a tensor, or the first part of a tuple, as of recurrent and transformer layers.
-
-    Raises:
-        SpecError: the output is no tensor.
-    """
+    """Return a layer's output: a tensor, or the first part of a tuple, as of recurrent and transformer layers."""
     while isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor):

@@ -31,20 +31,7 @@ def measure(
     autocast: Callable[[], AbstractContextManager[Any]],
     left_out: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """Make one measurement; modes, gradients, buffers and random generators are restored.
-
-    Args:
-        measurement: the measurement.
-        model: on its device.
-        batches: iterated repeatedly; moved to the model's device one by one.
-        layers: layer -> name of its module.
-        forward: (model, batch) -> outputs.
-        loss: (outputs, batch) -> scalar, the mean over the batch.
-        autocast: returns the context of each forward pass.
-        left_out: as in ``MeasureContext``.
-
-    Returns:
-        Name -> tensor, on the CPU.
+    """Return one measurement, tensors by name on the CPU; modes, gradients, buffers and generators are restored.
 
     Raises:
         DataError: there are no batches, a single one, or an iterator.
@@ -80,11 +67,7 @@ def _agreed(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def check_importance(plan: Plan, measured: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise unless the measurements that penalties read fit their parameters.
-
-    Raises:
-        SpecError: a tensor is missing, of another shape, negative or not finite.
-    """
+    """Raise unless the measurements that penalties read fit their parameters."""
     read = [
         (name, plan[row])
         for penalty in plan.penalties

@@ -28,13 +28,6 @@ def checked_parameters(plan: Plan, model: nn.Module) -> dict[str, nn.Parameter]:
 
     Wrapping (DDP, FSDP2, ``torch.compile``), moving and sharding keep names and shapes; adapters and other heads do
     not.
-
-    Args:
-        plan: the plan.
-        model: wrapped or not.
-
-    Raises:
-        SpecError: a name or a shape is another.
     """
     parameters = named_parameters(model)
     gone = [row.name for row in plan.rows if row.name not in parameters]
@@ -54,15 +47,7 @@ def checked_parameters(plan: Plan, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_members(members: Iterable[tuple[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise unless an optimizer's parameters are those of the model.
-
-    Args:
-        members: names and parameters in the optimizer.
-        parameters: of the model.
-
-    Raises:
-        SpecError: a parameter of the model was replaced after the optimizer was made.
-    """
+    """Raise unless an optimizer's parameters are those of the model."""
     for name, member in members:
         if name in parameters and parameters[name] is not member:
             raise SpecError(
@@ -72,16 +57,7 @@ def check_members(members: Iterable[tuple[str, Tensor]], parameters: Mapping[str
 
 
 def check_precision(acting: Update | Penalty, name: str, parameter: Tensor) -> None:
-    """Raise if a parameter is held in half precision, in which what acts on it is lost.
-
-    Args:
-        acting: an update or a penalty of the plan.
-        name: of the parameter.
-        parameter: as the model holds it now.
-
-    Raises:
-        SpecError: it is float16 or bfloat16.
-    """
+    """Raise if a parameter is held in half precision, in which what acts on it is lost."""
     if parameter.dtype not in _HALF:
         return
     if isinstance(acting, Penalty):
@@ -93,16 +69,7 @@ def check_precision(acting: Update | Penalty, name: str, parameter: Tensor) -> N
 
 
 def check_conversion(names: Iterable[str], before: Iterable[torch.dtype], now: Iterable[torch.dtype]) -> None:
-    """Raise if a parameter was converted to half precision after the optimizer was made.
-
-    Args:
-        names: of the optimizer's parameters.
-        before: their types when the optimizer was made.
-        now: their types now.
-
-    Raises:
-        SpecError: one has become float16 or bfloat16.
-    """
+    """Raise if a parameter was converted to half precision after the optimizer was made."""
     for name, made, found in zip(names, before, now, strict=False):
         if found != made and found in _HALF:
             raise SpecError(
@@ -112,11 +79,7 @@ def check_conversion(names: Iterable[str], before: Iterable[torch.dtype], now: I
 
 
 class ModelRecord:
-    """The modules and parameters of a model at one moment, by weak references, to find out what was replaced.
-
-    Args:
-        model: wrapped or not.
-    """
+    """The modules and parameters of a model at one moment, by weak references, to find out what was replaced."""
 
     def __init__(self, model: nn.Module) -> None:
         owners = parameter_owners(model)
@@ -125,16 +88,7 @@ class ModelRecord:
         self._norms = [weakref.ref(module) for module in unwrap(model).modules() if tracks_statistics(module)]
 
     def check_copied(self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor]) -> None:
-        """Raise if a module that holds values from the source was replaced by one with other values.
-
-        Args:
-            plan: says what was copied.
-            model: wrapped or not, with the names of the plan.
-            start: starting values of the parameters that are trained.
-
-        Raises:
-            SpecError: the module of a copied parameter is another, and so is the parameter.
-        """
+        """Raise if a module that holds values from the source was replaced by one with other values."""
         for name, (module, key) in parameter_owners(model).items():
             parameter = own_parameters(module)[key]
             same = self._owners[name]() is module or self._parameters[name]() is parameter
@@ -147,11 +101,7 @@ class ModelRecord:
                 )
 
     def moved(self, model: nn.Module) -> list[str]:
-        """Return the parameters that another module holds now, as after ``convert_sync_batchnorm``.
-
-        Args:
-            model: wrapped or not.
-        """
+        """Return the parameters that another module holds now, as after ``convert_sync_batchnorm``."""
         return [
             name
             for name, (module, key) in parameter_owners(model).items()
@@ -161,15 +111,7 @@ class ModelRecord:
         ]
 
     def check_norms(self, model: nn.Module, by: Collection[str]) -> None:
-        """Raise if a norm was replaced although something was done to it.
-
-        Args:
-            model: wrapped or not.
-            by: what the plan does to norms: hold their statistics, extend them; empty: nothing.
-
-        Raises:
-            SpecError: a norm is another module.
-        """
+        """Raise if a norm was replaced although the plan does something to it, such as hold its statistics (``by``)."""
         norms = [module for module in unwrap(model).modules() if tracks_statistics(module)]
         replaced = len(norms) != len(self._norms) or any(
             old() is not new for old, new in zip(self._norms, norms, strict=False)

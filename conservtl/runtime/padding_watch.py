@@ -26,9 +26,6 @@ class PaddingWatch:
 
     Modules that change the number of positions (convolutions and pooling with strides) are recorded only if the
     arguments say what is padding.
-
-    Args:
-        model: the model, wrapped or not.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -38,13 +38,6 @@ def build_optimizer(
 
     It may be an optimizer around another, such as SAM or Lookahead.
 
-    Args:
-        cls: an optimizer class that takes groups and dense gradients.
-        plan: the decisions.
-        parameters: parameter name -> tensor, as the model holds them now.
-        scale: the current phase's factor on all rates.
-        options: keyword arguments for ``cls``.
-
     Returns:
         The optimizer, and the one inside it that moves the weights: itself, unless it wraps another.
 
@@ -154,12 +147,7 @@ def _specs(
 
 
 def _titles(plan: Plan, groups: Iterable[Sequence[str]]) -> list[str]:
-    """Return a name for each group, for monitors of rates: its layers, and its kinds of parameters if two share them.
-
-    Args:
-        plan: the decisions.
-        groups: names of the parameters in each group.
-    """
+    """Return a name for each group, for monitors of rates: its layers, and kinds of parameters if two share them."""
     members = [[plan[name] for name in names] for names in groups]
     titles = [_span([row.layer for row in rows]) for rows in members]
     for describe in (lambda rows: ", ".join(sorted({row.kind for row in rows})), lambda rows: rows[0].name):

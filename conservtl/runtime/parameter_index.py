@@ -26,10 +26,6 @@ class ParameterIndex:
 
     Kernels and lists are cached until a group, a parameter, its memory, its ``requires_grad`` or the context's
     revision changes. A step compares once (``hold``), building them anew takes a hundred times as long.
-
-    Args:
-        optimizer: its groups carry ``param_names``.
-        context: the adaptation's state.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:

@@ -20,23 +20,13 @@ __all__ = ["PenaltyRunner", "total_penalty"]
 
 
 class PenaltyRunner:
-    """The plan's penalties on the parameters of one optimizer; called without gradients.
-
-    Args:
-        index: the optimizer's parameters.
-        context: the adaptation's state.
-    """
+    """The plan's penalties on the parameters of one optimizer; called without gradients."""
 
     def __init__(self, index: ParameterIndex, context: StepContext) -> None:
         self._index, self._context = index, context
 
     def add_gradients(self, scale: Tensor | None, *, maximize: bool) -> None:
-        """Add the coupled penalties to complete gradients, once a step.
-
-        Args:
-            scale: factor that the gradients still carry, which a fused optimizer divides out; None: 1.
-            maximize: whether the optimizer maximises.
-        """
+        """Add the coupled penalties to complete gradients, once a step."""
         for penalty in self._context.plan.penalties:
             factor = self._factor_now(penalty)
             if penalty.mode == "coupled" and factor:
@@ -44,11 +34,7 @@ class PenaltyRunner:
                     kernel.add_gradients(-factor if maximize else factor, scale)
 
     def move_weights(self, skip: Tensor | None) -> None:
-        """Move weights by the decoupled penalties.
-
-        Args:
-            skip: scalar tensor, non-zero if the step will be skipped; None: it will not.
-        """
+        """Move weights by the decoupled penalties."""
         for penalty in self._context.plan.penalties:
             factor = self._factor_now(penalty)
             if penalty.mode == "decoupled" and factor:
@@ -67,10 +53,6 @@ def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) 
 
     The context is told when its gradient is added to those of the parameters. If parameters are sharded, all processes
     call it together.
-
-    Args:
-        context: the adaptation's state.
-        parameters: name -> parameter of the model.
     """
     values: list[Tensor] = []
     for penalty in context.plan.penalties:

@@ -13,11 +13,7 @@ __all__ = ["PhaseRates"]
 
 
 class PhaseRates:
-    """Scales rates for a phase; warns once if a scheduler makes rates equal, or sets those of an earlier phase again.
-
-    Args:
-        optimizer: its groups have ``initial_lr`` and ``phase_scale``.
-    """
+    """Scales rates for a phase; warns once if a scheduler makes rates equal, or restores those of an earlier phase."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

@@ -26,15 +26,6 @@ class PlanScheduler(LRScheduler):
         lr of a group = initial_lr of the group * scheduled rate / optimizer's rate
 
     ``start_phase`` scales ``initial_lr``.
-
-    Args:
-        optimizer: from ``adaptation.optimizer``.
-        cls: a scheduler class, or a function that takes an optimizer and returns a scheduler.
-        args: positional arguments for ``cls`` after the optimizer.
-        options: keyword arguments for ``cls``.
-
-    Raises:
-        SpecError: ``cls`` is no class or function.
     """
 
     def __init__(

@@ -16,12 +16,7 @@ __all__ = ["SourceHead"]
 
 
 class SourceHead:
-    """The head of a source model.
-
-    Args:
-        source: the source model; not changed.
-        name: name of its head's module.
-    """
+    """The head of a source model."""
 
     def __init__(self, source: nn.Module, name: str) -> None:
         self.name = name
@@ -43,9 +38,6 @@ class SourceHead:
         """Put the source's head into the place of a model's own for a while; yields the model, unwrapped.
 
         The whole module is replaced, not its weights alone: the model's own head may be fed from other layers.
-
-        Args:
-            model: a model with the source's body; wrapped or not.
         """
         bare = unwrap(model)
         parent, _, key = self.name.rpartition(".")

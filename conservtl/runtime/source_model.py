@@ -57,23 +57,12 @@ class SourceModelRunner:
             self.model.to(device)
 
     def head(self, entered: Mapping[str, Sequence[Tensor]]) -> Any:
-        """Return the source head's outputs for the adapted body's features, with gradient to the features.
-
-        Args:
-            entered: module of the head -> its input in each of its calls.
-
-        Returns:
-            The outputs; a list of them if there are several modules or calls.
-        """
+        """Return the source head's outputs for the inputs of its modules, with gradient; a list for several calls."""
         return _single([self._heads[name].outputs(one) for name, found in entered.items() for one in found])
 
     @torch.no_grad()
     def view(self, run: Callable[[nn.Module], Any]) -> View:
-        """Return the source model's outputs and tapped features for a batch.
-
-        Args:
-            run: model -> outputs for the batch.
-        """
+        """Return the source model's outputs and tapped features for a batch."""
         caught: dict[str, list[Any]] = {layer: [] for layer in self._layers}
         of_heads: dict[str, list[Any]] = {name: [] for name in self._heads}
         passes: list[None] = []
@@ -126,10 +115,7 @@ def _single(results: list[Any]) -> Any:
 def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -> nn.Module | SharedModel:
     """Return a model that computes the source's function: a copy of the source, or of ``model`` with its values.
 
-    Args:
-        model: the model to adapt, before strategies add to it; not changed.
-        source: the source, matched to the model's names.
-        names: canonical names of the model's parameters that must have a source value.
+    ``names`` are the parameters that must have a value in the source. The model is not changed.
 
     Raises:
         SourceError: a parameter of the model has no value in the source.

@@ -107,11 +107,7 @@ class StepHook:
         return [parameter.dtype for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _check_model(self) -> None:
-        """Raise if the model has changed since the optimizer was made: its types at each step, all else at the first.
-
-        Raises:
-            SpecError: it has changed.
-        """
+        """Raise if the model has changed since the optimizer was made: types at each step, all else at the first."""
         if self.index.places != self._places:
             types = self._parameter_types()
             if types != self._types:

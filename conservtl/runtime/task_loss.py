@@ -43,11 +43,6 @@ def read_task_loss(loss: Tensor, logits: Any, batch: Any = None) -> TaskLoss:
     labels, a squared or absolute difference. Classes are on the axis of the softmax. A position does not count if its
     label is the ignored index (-100 by default); without such a loss, if its label in the batch is -100. The labels of
     a CTC loss have positions of their own, which say nothing of the outputs'.
-
-    Args:
-        loss: the task's loss, a scalar with its graph.
-        logits: outputs in that graph.
-        batch: the batch of the loss; None: not known.
     """
     if not isinstance(logits, Tensor) or loss.grad_fn is None:
         return TaskLoss(None, "the loss is not computed from the outputs")

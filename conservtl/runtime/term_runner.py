@@ -86,11 +86,7 @@ class TermRunner:
             self.attach(model)
 
     def check_taps(self, model: nn.Module) -> None:
-        """Raise if a tapped module was replaced: it would be taken for one that does not run.
-
-        Raises:
-            SpecError: a module is another.
-        """
+        """Raise if a tapped module was replaced: it would be taken for one that does not run."""
         if self._taps is not None and (replaced := self._taps.replaced(model)):
             raise SpecError(
                 f"the module {replaced[0]!r}, whose features or inputs are compared, was replaced after "
@@ -102,11 +98,7 @@ class TermRunner:
     ) -> View | None:
         """Return the source model's view of a batch; None if no term needs it.
 
-        Args:
-            run: model -> outputs for the batch.
-            device: device of the batch.
-            batch: the batch; says what is padding where the model's arguments do not.
-            outputs: of the adapted model on the batch, whose shape the source's must have; None: not checked.
+        Arguments as for ``BoundPlan.source_view``; a dictionary as the batch may say what is padding.
         """
         if self.source_model is None or not self.needs_source:
             return None
@@ -180,11 +172,7 @@ class TermRunner:
         return total
 
     def check_added(self) -> None:
-        """Raise if the gradients of a step lack the terms.
-
-        Raises:
-            SpecError: there are terms, and none was added to a loss since the last step.
-        """
+        """Raise if the gradients of a step lack the terms."""
         if self.terms and not self.added:
             raise SpecError(
                 f"{self.terms[0].by} adds a term to the loss, but none was added since the last step. Call "

@@ -17,11 +17,7 @@ Lookup = Callable[[Update], list[Moving]]
 
 
 class UpdateRunner:
-    """Runs updates and counts steps.
-
-    Args:
-        updates: of the plan; they act by their precedence.
-    """
+    """Runs updates and counts steps."""
 
     def __init__(self, updates: tuple[Update, ...]) -> None:
         self.updates = tuple(sorted(updates, key=lambda update: (type(update).precedence, update.name)))
@@ -40,14 +36,7 @@ class UpdateRunner:
         skip: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        """Call one method of all updates, without gradients.
-
-        Args:
-            moment: name of the method.
-            moving: update -> its parameters.
-            skip: as in ``Step``.
-            scale: as in ``Step``.
-        """
+        """Call the method ``moment`` of all updates, without gradients."""
         for update in reversed(self.updates) if moment == "after" else self.updates:
             if getattr(type(update), moment) is not getattr(Update, moment):
                 step = Step(moving(update), self.number, skip, scale)

@@ -60,15 +60,7 @@ class HeadLabels:
         return tuple(place for place, number in enumerate(self.numbers) if number is not None)
 
     def check_run(self, run: Mapping[str, Any] | None, where: str) -> None:
-        """Raise unless the source's labels are those of the run that saved it.
-
-        Args:
-            run: the header of that run; None: no run saved it.
-            where: name of the source in messages.
-
-        Raises:
-            SourceError: they are others, or in another order; the message gives both lists.
-        """
+        """Raise unless the source's labels are those of the run that saved it."""
         if run is not None and list(map(str, self.source)) != list(map(str, run["labels"])):
             raise SourceError(
                 f"{where} was saved by a run with the labels {_listed(run['labels'])}, and labels gives the source "
@@ -77,11 +69,6 @@ class HeadLabels:
 
     def applied(self, plan: Plan, model: nn.Module, declared: Collection[str]) -> Plan:
         """Return the plan in which the head's rows are copied by label, before any strategy.
-
-        Args:
-            plan: drawn, with the head fresh or copied as a whole.
-            model: unwrapped.
-            declared: parameters that are fresh in any case.
 
         Raises:
             SpecError: the head, or the source's, has not one row for each of its labels.
@@ -143,12 +130,7 @@ def row_mask(shape: Sequence[int], rows: Sequence[int]) -> Tensor:
 
 
 def rows_by_label(value: Tensor, numbers: Sequence[int | None]) -> Tensor:
-    """Return a source tensor's rows in the order of the target's labels, 0 for those that the source does not know.
-
-    Args:
-        value: (source's labels, ...).
-        numbers: for each row its index in ``value``, or None.
-    """
+    """Return a source tensor's rows in the order of the target's labels, 0 for those that the source does not know."""
     rows = value.new_zeros(len(numbers), *value.shape[1:])
     known = [place for place, number in enumerate(numbers) if number is not None]
     rows[known] = value[[number for number in numbers if number is not None]]

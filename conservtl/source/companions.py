@@ -19,9 +19,6 @@ def companions(weights: str | Path, names: Sequence[str]) -> dict[str, Path]:
         weights: a folder, its ``model.safetensors`` or ``pytorch_model.bin``, or ``hf:ORG/NAME@REVISION``; others have
             no files beside them.
         names: of the files.
-
-    Raises:
-        SourceError: the Hub cannot be reached.
     """
     if isinstance(weights, str) and isinstance(reference := reference_of(weights), HuggingFace):
         return reference.repository.present(names)

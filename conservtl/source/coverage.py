@@ -32,16 +32,6 @@ def check_coverage(
     added, those allowed to differ, and a head for other labels. Refused is a source that gives less than
     ``MIN_SHARE`` of their tensors or of their values; or less than half of the values, where a prefix or renaming
     would give twice as many and more than half.
-
-    Args:
-        plan: with the decisions of the strategies.
-        source: matched to the model's names.
-        model: name -> tensor of the model.
-        declared: parameters that the user declared fresh.
-        allow: globs of parameters or modules that may lack a source.
-
-    Raises:
-        SourceError: too little is found; the message names the prefix or renaming that fits best.
     """
     head = {name for name in plan.possible_head if plan[name].source_shape is not None}
     wanted = [
@@ -74,13 +64,7 @@ def check_coverage(
 
 
 def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str | None = None) -> tuple[str, ...]:
-    """Return a remark that counts the source tensors that were not used and names the largest; none if all were.
-
-    Args:
-        unused: their names.
-        tensors: all of the source, by name.
-        file: named in the remark if given.
-    """
+    """Return a remark that counts the source tensors that were not used and names the largest; none if all were."""
     left = list(unused)
     where = f" in {file}" if file else ""
     return (
@@ -89,12 +73,7 @@ def unused_note(unused: Iterable[str], tensors: Mapping[str, Tensor], file: str 
 
 
 def kept_note(kept: Sequence[str], model: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return a remark on buffers that copied modules keep because the source lacks them; none if there are none.
-
-    Args:
-        kept: their names.
-        model: name -> tensor of the model.
-    """
+    """Return a remark on buffers that copied modules keep because the source lacks them; none if there are none."""
     if not kept:
         return ()
     shown = ", ".join(f"{name} {tuple(model[name].shape)}" for name in kept[:3]) + ", …" * (len(kept) > 3)
@@ -102,12 +81,7 @@ def kept_note(kept: Sequence[str], model: Mapping[str, Tensor]) -> tuple[str, ..
 
 
 def missed_note(source: Source, model: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return a remark on renamings that would find more of the model's tensors and lose none; none if there are none.
-
-    Args:
-        source: matched to the model's names.
-        model: name -> tensor of the model.
-    """
+    """Return a remark on renamings that would find more of the model's tensors and lose none, if there are any."""
     fit = missed(source.tensors, model)
     more = 0 if fit is None else sum(name not in source.tensors for name in fit.names)
     return (f"with {fit}, {more} more tensors would be found",) if more >= _TELLING else ()

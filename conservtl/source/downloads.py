@@ -22,24 +22,14 @@ def checkpoints() -> Path:
 
 
 def announce(name: str, size: int | None, where: Path) -> None:
-    """Tell on stderr that a download begins.
-
-    Args:
-        name: of the source.
-        size: in bytes; None: unknown.
-        where: path of the file or folder to write.
-    """
+    """Tell on stderr that a download begins."""
     sys.stderr.write(f"conservtl: downloading {name} ({_shown(size)}) to {where}\n")
 
 
 def download(url: str, path: Path, digest: str | None, name: str) -> Path:
     """Return the path of a file, downloaded if it is not there.
 
-    Args:
-        url: of the file.
-        path: of the file on this machine.
-        digest: beginning of the file's SHA-256, in hexadecimal digits; None: not known.
-        name: of the source, in messages.
+    ``digest`` is the beginning of the file's SHA-256 in hexadecimal digits, if it is known.
 
     Raises:
         SourceError: the file cannot be downloaded, or has another hash.

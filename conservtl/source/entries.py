@@ -25,11 +25,6 @@ def weights_in(entries: Mapping[str, Any], where: str, key: str | None = None) -
     Without ``key``, at each level: the first of ``KNOWN_KEYS`` that holds a dictionary; else the entries themselves if
     they are tensors; else the only dictionary of tensors among them.
 
-    Args:
-        entries: what a checkpoint holds.
-        where: name of the source in messages.
-        key: the entry to take, ``"state_dict_ema"`` or, of nested ones, ``"model.state_dict"``.
-
     Raises:
         SourceError: there is no such entry, or several dictionaries hold tensors and none is known to be preferred.
     """
@@ -88,12 +83,7 @@ def _check_size(name: str, tensor: Tensor, where: str) -> None:
 
 
 def amount(names: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
-    """Return how many values some tensors have, of those of all, and which of them are the largest.
-
-    Args:
-        names: of these tensors.
-        tensors: all of the source, by name.
-    """
+    """Return how many values some tensors have, of those of all, and which of them are the largest."""
     left = sorted(names, key=lambda name: -tensors[name].numel())
     count, every = (sum(tensors[name].numel() for name in chosen) for chosen in (left, tensors))
     largest = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in left[:3])

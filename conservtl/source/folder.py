@@ -29,10 +29,6 @@ def read_folder(folder: Path, read: Callable[[Path], Mapping[str, Any]]) -> Mapp
     Taken is the first of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index, or else the only file
     of safetensors or index of such files.
 
-    Args:
-        folder: as ``save_pretrained`` writes it.
-        read: reads one file.
-
     Raises:
         SourceError: the folder holds no weights, an adapter alone or several files without an index; a file of the
             index is missing or lacks a tensor.
@@ -42,20 +38,12 @@ def read_folder(folder: Path, read: Callable[[Path], Mapping[str, Any]]) -> Mapp
 
 
 def shards(index: Path) -> list[str]:
-    """Return the names of the files that an index lists.
-
-    Raises:
-        SourceError: it is no index.
-    """
+    """Return the names of the files that an index lists."""
     return list(dict.fromkeys(files_by_tensor(index).values()))
 
 
 def weights_in_folder(folder: Path) -> Path:
-    """Return the file of weights in a folder, or the index of such files; chosen as by ``read_folder``.
-
-    Raises:
-        SourceError: the folder holds no weights, an adapter alone or several files without an index.
-    """
+    """Return the file of weights in a folder, or the index of such files; chosen as by ``read_folder``."""
     for name in _PREFERRED:
         if (folder / name).is_file():
             return folder / name
@@ -95,11 +83,7 @@ def _sharded(index: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str
 
 
 def files_by_tensor(index: Path) -> dict[str, str]:
-    """Return tensor -> file name, as an index lists them.
-
-    Raises:
-        SourceError: it is no index.
-    """
+    """Return tensor -> file name, as an index lists them."""
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {Path(file).name for file in files.values()} - set(files.values())

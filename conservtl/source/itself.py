@@ -77,11 +77,7 @@ def own_values(model: nn.Module, source: Itself) -> tuple[Source, dict[str, str]
 
 
 def check_own(plan: Plan, source: Source, model: nn.Module) -> None:
-    """Raise if a model is given as its own source and everything in it is taken for pretrained.
-
-    Raises:
-        SourceError: the message says how to tell what is new.
-    """
+    """Raise if a model is given as its own source and everything in it is taken for pretrained."""
     if source.module is unwrap(model) and not any(row.fresh for row in plan.rows):
         raise SourceError(
             "the source is the model itself, and nothing in it is fresh: a head that no weights were loaded into would "
@@ -91,15 +87,7 @@ def check_own(plan: Plan, source: Source, model: nn.Module) -> None:
 
 
 def check_heads(plan: Plan, missing: Mapping[str, str]) -> None:
-    """Raise if a term compares outputs with a source whose head no weights were loaded into.
-
-    Args:
-        plan: with the decisions of the strategies.
-        missing: parameter that the source has no value for -> reason.
-
-    Raises:
-        SourceError: the message names strategy and head.
-    """
+    """Raise if a term compares outputs with a source whose head no weights were loaded into."""
     head = next((row.name for row in plan.rows if row.name in plan.possible_head and row.name in missing), None)
     term = next((term for term in plan.terms if term.source and type(term).heads), None)
     if head is not None and term is not None:
@@ -110,11 +98,7 @@ def check_heads(plan: Plan, missing: Mapping[str, str]) -> None:
 
 
 def _reported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """Return parameter -> reason for what the model's library says is missing.
-
-    Raises:
-        SpecError: no library says.
-    """
+    """Return parameter -> reason for what the model's library says is missing."""
     new = [name for name, parameter in parameters.items() if not filled_by_transformers(parameter)]
     if len(new) < len(parameters):
         return dict.fromkeys(new, "not among the weights that from_pretrained loaded")

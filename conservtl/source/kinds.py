@@ -21,11 +21,6 @@ _SMALL_INTEGERS = (torch.int8, torch.uint8)
 def check_kinds(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor], where: str) -> None:
     """Raise unless a source's tensors can be copied into a model's.
 
-    Args:
-        tensors: name -> source tensor; those that the model does not have are not copied, and may be of any kind.
-        model: name -> tensor of the model.
-        where: name of the source in messages.
-
     Raises:
         SourceError: a tensor is quantised, of integers or complex where the model's is not, meta, sparse or nested.
     """
@@ -39,10 +34,6 @@ def check_kinds(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor], wher
 
 def check_model_kinds(model: nn.Module, what: str = "the model") -> None:
     """Raise unless a model's parameters and buffers hold ordinary values.
-
-    Args:
-        model: to adapt, or to adapt from.
-        what: the model in messages.
 
     Raises:
         SpecError: a tensor is quantised, lazy, meta, sparse or nested, or a module is quantised.

@@ -27,9 +27,6 @@ class Migration:
     ``load_state_dict`` lets each module change the dictionary before it is loaded: ``weight_norm`` and torchvision's
     detection models rename what earlier versions saved, and a user's hooks do whatever they like. Weights that are
     copied name by name must pass through the same hooks. Nothing of the model is changed.
-
-    Args:
-        model: unwrapped.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,10 +43,6 @@ class Migration:
         """Return the tensors as the model's hooks leave them, by canonical name.
 
         A hook that fails is one that the tensors are not meant for: they are then returned unchanged, with a note.
-
-        Args:
-            tensors: canonical name -> tensor; not changed.
-            versions: of the modules that saved them, as a state dict's metadata.
         """
         self.notes = ()
         tensors = {
@@ -82,12 +75,7 @@ class Migration:
 
 
 class _LoadRecorder:
-    """Notes what each module would load, and keeps it from loading.
-
-    Args:
-        model: a copy.
-        names: canonical name -> name in the model's state dict.
-    """
+    """Notes what each module would load, and keeps it from loading."""
 
     def __init__(self, model: nn.Module, names: Mapping[str, str]) -> None:
         self.found: dict[str, Tensor] = {}

@@ -47,11 +47,6 @@ def resample_positions(
     function; other models that embed patches with a
     convolution are given bicubic interpolation, as DINO and Hugging Face's vision transformers use it. Class and
     distillation tokens stay as they are.
-
-    Args:
-        model: to adapt.
-        values: name -> source tensor.
-        wanted: name -> parameter of the model that is to come from the source.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
     resampled, notes = {}, []

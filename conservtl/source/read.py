@@ -53,16 +53,7 @@ class Source:
     shared: SharedModel | None = None
 
     def renamed(self, prefix: str | None = None, rename: Mapping[str, str] | None = None) -> Source:
-        """Return the source under other names.
-
-        Args:
-            prefix: removed; tensors whose names do not begin with it are left out.
-            rename: regular expression -> replacement, applied in order wherever it matches.
-
-        Raises:
-            SourceError: nothing begins with the prefix, an expression matches nothing, or two names become one.
-            SpecError: an expression is not valid.
-        """
+        """Return the source under other names."""
         if not prefix and not rename:
             return self
         names = names_after(self.tensors, self.where, prefix, rename)
@@ -84,9 +75,6 @@ class Source:
         Wrappers' prefixes (``module.``, ``model.``) are removed. If most names are still none of the model's, the one
         prefix is removed, or put before them, under which nearly all fit with equal shapes: an encoder that was saved
         alone fits a submodule, a full model's encoder fits a bare one.
-
-        Args:
-            model: the model, or its tensors by name; those have no hooks.
 
         Raises:
             SourceError: no name matches, names fit under two prefixes as well, or two names become one.
@@ -160,9 +148,6 @@ class Source:
         """Return the source as a model of the target's names and image size needs it.
 
         A source model under other names, or for another image size, is replaced by its tensors.
-
-        Args:
-            resampled: name -> tensor in the model's shape.
         """
         same = all(old == new for new, old in self.old_names.items())
         return replace(
@@ -179,14 +164,7 @@ class Source:
         return values
 
     def check_finite(self, other_than: Collection[str] = ()) -> None:
-        """Raise unless all values are finite.
-
-        Args:
-            other_than: names of tensors that may hold other values: an attention mask is infinite by design.
-
-        Raises:
-            SourceError: a tensor holds NaN or infinity; the message names it.
-        """
+        """Raise unless all values are finite, but those of ``other_than``: an attention mask is infinite by design."""
         for name, tensor in self.tensors.items():
             numbers = tensor.is_floating_point() or tensor.is_complex()
             if name in other_than or not numbers or not has_values(tensor):

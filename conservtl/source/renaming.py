@@ -86,15 +86,7 @@ def names_after(
 
 
 def check_unique(names: Mapping[str, str], where: str) -> None:
-    """Raise if two names become one.
-
-    Args:
-        names: old name -> new name.
-        where: name of the source in messages.
-
-    Raises:
-        SourceError: they do; the message names them.
-    """
+    """Raise if two names become one."""
     first_of: dict[str, str] = {}
     for name, new in names.items():
         if new in first_of:
@@ -116,12 +108,7 @@ def known_prefixes(names: Iterable[str]) -> list[str]:
 
 
 def missed(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Fit | None:
-    """Return renamings that find more of a model's tensors and lose none; None if there are none.
-
-    Args:
-        source: name -> tensor, as it is now.
-        model: name -> tensor of the model.
-    """
+    """Return renamings that find more of a model's tensors and lose none; None if there are none."""
     unused = {name: tensor for name, tensor in source.items() if name not in model}
     missing = {name: tensor for name, tensor in model.items() if name not in source}
     shapes = {tuple(tensor.shape) for tensor in unused.values()}
@@ -140,12 +127,7 @@ def missed(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Fit | N
 
 
 def best_fit(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Fit | None:
-    """Return the prefix or renaming under which most of a model's values would be found; None if none helps.
-
-    Args:
-        source: name -> tensor, as it is now.
-        model: name -> tensor of the model.
-    """
+    """Return the prefix or renaming under which most of a model's values would be found; None if none helps."""
     theirs = {name: tuple(tensor.shape) for name, tensor in source.items()}
     own = {name: tuple(tensor.shape) for name, tensor in model.items()}
     current = {name: name for name in theirs}
@@ -170,11 +152,7 @@ def best_fit(source: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Fit |
 
 
 def _prefix_of(names: Iterable[str], prefix: str, where: str) -> str:
-    """Return the prefix with its dot.
-
-    Raises:
-        SourceError: no name begins with it.
-    """
+    """Return the prefix with its dot."""
     names = list(names)
     dotted = prefix if prefix.endswith(".") else f"{prefix}."
     for outer in known_prefixes(names):

@@ -11,11 +11,7 @@ __all__ = ["SharedModel"]
 
 
 class SharedModel(ABC):
-    """The model to adapt, which can compute the source's function.
-
-    Args:
-        model: the model.
-    """
+    """The model to adapt, which can compute the source's function."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

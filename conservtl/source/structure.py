@@ -34,9 +34,6 @@ def check_structure(
         names: name of a tensor of the source -> name under which it is matched with the model's, if names were
             changed; modules of other tensors, which were left out or which the model's hooks turned into others, are
             not compared.
-
-    Raises:
-        SourceError: a layer with parameters, or a norm, is missing or differs; the message names it.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
     names = {} if names is None else names
@@ -66,9 +63,6 @@ def check_extensions(plan: Plan, source: nn.Module) -> None:
     """Raise unless the plan extends the modules that are extended in the source.
 
     Without the extension, the model computes another function with the source's weights.
-
-    Raises:
-        SourceError: the plan lacks an extension; the message names the strategy to add.
     """
     planned = {extension.kind for extension in plan.extensions}
     for module in extended_modules(source).values():

@@ -55,13 +55,6 @@ def transfer(
     """Copy the source's values into a model.
 
     A fresh parameter keeps the value it has in ``model``; if that is the source's value, it is initialised again.
-
-    Args:
-        model: changed in place.
-        layers: the model's layers.
-        plan: says for each parameter whether it is copied or fresh.
-        values: parameter name -> source tensor.
-        source: provides the buffers.
     """
     parameters = named_parameters(model)
     kinds = {row.name: row.kind for row in plan.rows if row.fresh}
@@ -153,12 +146,7 @@ def _copy_buffers(
 
 
 def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
-    """Initialise these parameters again, each as its module does; all others keep their values.
-
-    Args:
-        model: changed in place.
-        kinds: name of a parameter to initialise -> its kind.
-    """
+    """Initialise these parameters again, each as its module does; all others keep their values."""
     modules = {canonical(name): module for name, module in model.named_modules()}
     parameters = named_parameters(model)
     owners = {owner: modules[owner] for owner in dict.fromkeys(name.rpartition(".")[0] for name in kinds)}

@@ -27,9 +27,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     it replaces ``path``, and it gets the permissions of a normal new file. If the block raises, ``path`` stays as
     it was and the temporary file is deleted. After the block, the replacement survives a power failure.
 
-    Args:
-        path: file to create or replace.
-
     Raises:
         WriteError: the disk is full, or the folder is read-only or gone.
     """
@@ -88,29 +85,13 @@ def _flush(path: Path) -> None:
 
 
 def write_bytes(content: bytes, path: str | Path) -> None:
-    """Create or replace a file atomically.
-
-    Args:
-        content: what the file holds afterwards.
-        path: file to create or replace; its folder is created if missing.
-
-    Raises:
-        WriteError: the disk is full, or the folder is read-only or gone; the old file is unchanged.
-    """
+    """Create or replace a file atomically; its folder is created if missing. Errors are those of ``atomic_path``."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Create or replace a text file atomically: UTF-8, line endings as they are in ``text``.
-
-    Args:
-        text: what the file holds afterwards.
-        path: file to create or replace; its folder is created if missing.
-
-    Raises:
-        WriteError: the disk is full, or the folder is read-only or gone; the old file is unchanged.
-    """
+    """Create or replace a text file atomically: UTF-8, line endings as they are in ``text``."""
     write_bytes(text.encode("utf-8"), path)
 
 

@@ -19,16 +19,7 @@ __all__ = ["atomic_folder", "check_replaceable"]
 
 
 def check_replaceable(folder: Path, known: Sequence[str], *, overwrite: bool) -> None:
-    """Raise unless a folder is new or empty, or may be replaced.
-
-    Args:
-        folder: to write.
-        known: globs of the names that a writer of this kind makes.
-        overwrite: whether files of these names may be replaced.
-
-    Raises:
-        SpecError: it is a file, holds files and ``overwrite`` is off, or holds files of other names.
-    """
+    """Raise unless a folder is new or empty, or holds files of ``known`` names (globs) alone and may be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise SpecError(f"{str(folder)!r} must be a folder; it is a file. Give another name.")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -50,9 +41,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     If the block raises, ``folder`` stays as it was. Where the system can exchange two folders (Linux, on most file
     systems), a process that is killed at any moment leaves the old folder or the new one in its place.
-
-    Args:
-        folder: new, or checked by ``check_replaceable``; its old content is deleted.
 
     Raises:
         WriteError: the disk is full, or the folder above is read-only.

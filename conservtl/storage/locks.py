@@ -22,11 +22,7 @@ _LOCK, _OWNER = ".lock", ".lock.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise if an output folder is a file.
-
-    Raises:
-        SpecError: it is one.
-    """
+    """Raise if an output folder is a file."""
     if folder.exists() and not folder.is_dir():
         raise SpecError(f"out: {str(folder)!r} is a file. Give a folder.")
 
@@ -37,9 +33,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     The operating system releases the lock of a process that dies, so a killed run blocks nobody. The lock file itself
     stays: another process may just be waiting for it.
-
-    Args:
-        folder: the folder that the block writes to.
 
     Raises:
         SpecError: it is a file, or another process holds its lock; the message names that process.
@@ -69,8 +62,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def wait_for_lock(path: Path) -> Iterator[None]:
     """Wait for a lock file that processes which make the same file share, and hold it inside the block.
 
-    Args:
-        path: of the lock file; its folder is created for this user alone if missing.
+    The folder of the lock file is created for this user alone if missing.
 
     Raises:
         WriteError: the folder cannot be created or written to.

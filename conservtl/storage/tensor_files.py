@@ -37,13 +37,7 @@ DIGEST = "sha256"
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, header: Mapping[str, Any] | None = None) -> None:
     """Write tensors as safetensors, with a checksum in the header.
 
-    Args:
-        tensors: name -> tensor on any device; tensors may share memory.
-        path: file to create or replace; its folder is created if missing.
-        header: further content, which JSON can describe; ``read_header`` returns it.
-
-    Raises:
-        WriteError: the disk is full, or the folder is read-only or gone; the old file is unchanged.
+    Tensors may share memory. ``header`` is further content, which JSON can describe; ``read_header`` returns it.
     """
     # Cloned: safetensors refuses tensors that share memory.
     copies = {
@@ -94,9 +88,6 @@ def _parted(metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], str | N
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read tensors, and compare their checksum if the file has one.
-
-    Args:
-        path: a safetensors file, such as ``save_tensors`` writes.
 
     Raises:
         SourceError: it cannot be read, or its content has changed since it was written.

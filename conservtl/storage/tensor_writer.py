@@ -43,12 +43,7 @@ CODES: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in _C
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's type and shape.
-
-    Args:
-        dtype: one of ``CODES``.
-        shape: its sizes.
-    """
+    """A tensor's type and shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

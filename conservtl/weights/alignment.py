@@ -93,11 +93,7 @@ def is_quantised(tensor: Tensor) -> bool:
 
 
 def check_quantised(name: str, first: Tensor, checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise if integers of two dimensions, or floats of 8 bits, differ: quantised weights have no mean.
-
-    Raises:
-        SourceError: they differ.
-    """
+    """Raise if integers of two dimensions, or floats of 8 bits, differ: quantised weights have no mean."""
     if not is_quantised(first) and (mixes(first) or first.ndim < 2):
         return
     for other in checkpoints:

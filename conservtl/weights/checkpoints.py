@@ -61,11 +61,7 @@ class Checkpoint:
         return self.reads[name]()
 
     def matched(self, names: Mapping[str, Any]) -> Checkpoint:
-        """Return the checkpoint without the prefix (``module.``, ``model.``) that hides most of these names.
-
-        Raises:
-            SourceError: two names become one.
-        """
+        """Return the checkpoint without the prefix (``module.``, ``model.``) that hides most of these names."""
         own = names.keys()
         best = max(known_prefixes(self.entries), key=lambda prefix: len(self._without(prefix).keys() & own))
         return self.renamed(self._without(best))

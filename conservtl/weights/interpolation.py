@@ -181,11 +181,7 @@ class Saved(Protocol):
 
 
 def check_same_labels(one: Saved, other: Saved) -> None:
-    """Raise if two models that runs saved have other labels: equal rows of their heads would mean different ones.
-
-    Raises:
-        SourceError: they have; the message gives both lists.
-    """
+    """Raise if two models that runs saved have other labels: equal rows of their heads would mean different ones."""
     labels, others = ([str(label) for label in (each.run or {}).get("labels", ())] for each in (one, other))
     if labels and others and labels != others:
         raise SourceError(

@@ -165,11 +165,7 @@ def merge(
 
 
 def _checked(method: str, t: float | None, count: int, density: float, batch_norm: str) -> tuple[Rule, float]:
-    """Return the rule and its t.
-
-    Raises:
-        SpecError: an argument is wrong.
-    """
+    """Return the rule and its t."""
     if not isinstance(method, str) or method not in RULES:
         near = hint(str(method), list(RULES))
         raise SpecError(f"method must be one of {', '.join(RULES)}; received {method!r:.60}.{near}")

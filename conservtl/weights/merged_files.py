@@ -26,11 +26,7 @@ _KNOWN = (*_COPIED, "*.safetensors")
 
 
 def check_target(target: Path, inputs: Sequence[SourceLike], *, overwrite: bool) -> None:
-    """Raise unless the result can be written.
-
-    Raises:
-        SpecError: it is one of the inputs, of another type, or exists.
-    """
+    """Raise unless the result can be written: to a new file or folder, which is none of the inputs."""
     paths = [Path(one) for one in inputs if isinstance(one, str | Path)]
     if target.exists() and any(path.exists() and target.samefile(path) for path in paths):
         raise SpecError(f"out must be none of the checkpoints to merge; received {str(target)!r}. Give another name.")
@@ -45,11 +41,7 @@ def check_target(target: Path, inputs: Sequence[SourceLike], *, overwrite: bool)
 def write_merged(target: Path, first: Checkpoint, mixed: Callable[[str], Tensor], described: str) -> None:
     """Write a merged checkpoint, tensor by tensor.
 
-    Args:
-        target: a file of safetensors, or a folder, which gets the first model's shards and further files.
-        first: the first model.
-        mixed: name -> tensor.
-        described: how it was merged, for the metadata.
+    A folder gets the first model's shards and further files. ``described`` says how it was merged, for the metadata.
     """
     read: Mapping[str, Entry] = first.entries
     parts: dict[str, dict[str, Entry]] = {}

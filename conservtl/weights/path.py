@@ -56,11 +56,6 @@ class WeightPath:
         Few validation examples reach the best score at many points: at the first of these points, many test examples
         are still wrong, and the last is often the end of the line.
 
-        Args:
-            points: number of evenly spaced points to try.
-            score: () -> score of the model's current weights, higher is better.
-            margin: scores that differ by no more than this are equal.
-
         Returns:
             The chosen t, and t -> score for all points.
         """

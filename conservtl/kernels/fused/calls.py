@@ -25,12 +25,7 @@ def call(
     Triton finds a compiled program by the types and the alignment of all arguments, in a time that is a good part of a
     step on small networks. Here the few properties that can change are compared.
 
-    Args:
-        program: its arguments are tensors, numbers and constants, in this order.
-        grid: number of programs in each of up to three dimensions.
-        tensors: on one device.
-        numbers: of the host, which may differ from call to call.
-        constants: arguments that are compiled in.
+    The program takes tensors, numbers of the host and constants that are compiled in, in this order.
     """
     device = tensors[0].device
     arguments = (*tensors, *numbers, *constants)

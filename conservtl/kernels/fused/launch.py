@@ -1,4 +1,9 @@
-"""Launches of the programs on ``Members``: one for each kind of work."""
+"""Launches of the programs on ``Members``: one for each kind of work.
+
+Names mean the same in all of them: ``members`` are the parameters. ``amounts`` and ``thresholds`` hold one number for
+each. ``scale`` is a scalar tensor, None for 1; ``skip`` is one that is not zero if nothing is to move. ``parts`` are
+blocks with the addresses of their anchors, in turn; None: all blocks with the members' own.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +48,7 @@ Amounts = tuple[Tensor, float]
 def add_pull(
     members: Members, amounts: Amounts, scale: Tensor | None, parts: Iterable[tuple[Blocks, Tensor]] | None = None
 ) -> None:
-    """Add amount × scale × importance × (w - w0) to the gradients; those missing are made.
-
-    Args:
-        members: the parameters.
-        amounts: one for each parameter.
-        scale: scalar tensor; None: 1.
-        parts: blocks with the addresses of their anchors, in turn; None: all blocks with the members' own.
-    """
+    """Add amount × scale × importance × (w - w0) to the gradients; those missing are made."""
     gradients, aligned = members.gradients(made=True)
     table, factor = amounts
     carried = table if scale is None else _beside(scale, members)
@@ -67,15 +65,7 @@ def lerp(
     members: Members, amounts: Amounts, skip: Tensor | None = None, every: int = 1,
     parts: Iterable[tuple[Blocks, Tensor]] | None = None,
 ) -> None:  # fmt: skip
-    """Move the weights by shares of the way to their anchors, or to zero.
-
-    Args:
-        members: the parameters.
-        amounts: one for each parameter; times the importances, at most 1.
-        skip: scalar tensor, non-zero if nothing is to move.
-        every: number of such steps in one.
-        parts: as for ``add_pull``.
-    """
+    """Move the weights by ``every`` shares of the way to their anchors, or to zero; share × importance is at most 1."""
     table, factor = amounts
     carried = table if skip is None else _beside(skip, members)
     constants = (
@@ -88,13 +78,7 @@ def lerp(
 
 
 def soften(members: Members, thresholds: Amounts, skip: Tensor | None) -> None:
-    """Move each element by its tensor's threshold toward the anchor and no further.
-
-    Args:
-        members: the parameters.
-        thresholds: one for each parameter.
-        skip: scalar tensor, non-zero if nothing is to move.
-    """
+    """Move each element by its tensor's threshold toward the anchor and no further."""
     table, factor = thresholds
     carried = table if skip is None else _beside(skip, members)
     tensors = members.weight_table, members.anchor_table, table, carried
@@ -144,13 +128,7 @@ def decay_shares(
 ) -> Tensor:
     """Return min(1, strength × the share of its distance that a tensor has gained) where sign × product is positive.
 
-    Args:
-        members: the tensors.
-        values: squared distances of ``span_sums``.
-        before: distances before the step, (tensors,).
-        products: (tensors,).
-        strength: of the decay.
-        sign: 1 or -1.
+    ``values`` are the squared distances of ``span_sums``, ``before`` the distances before the step.
     """
     out = torch.empty_like(before)
     tensors = values, members.spans.ends, before, products, out

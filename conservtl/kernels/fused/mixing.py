@@ -16,12 +16,7 @@ __all__ = ["Mixing"]
 
 
 class Mixing:
-    """Memory for the plain weights of some parameters, and what their masks are drawn by.
-
-    Args:
-        members: the parameters with their anchors.
-        names: their names.
-    """
+    """Memory for the plain weights of some parameters, and what their masks are drawn by."""
 
     def __init__(self, members: Members, names: Sequence[str]) -> None:
         self._members = members
@@ -46,26 +41,12 @@ class Mixing:
         return self._plain.values()
 
     def mix(self, seed: int, step: int, dropped: int) -> Mapping[str, Tensor]:
-        """Mix the weights, and return the plain ones by name.
-
-        Args:
-            seed: of the masks.
-            step: number of the step.
-            dropped: number of 65,536 levels that mean the source value.
-        """
+        """Mix the weights, and return the plain ones by name; arguments as for ``launch.mix``."""
         plains = self._addresses.to(list(self._plain.values()))
         launch.mix(self._members, self._identities, plains, seed, step, dropped)
         return self._plain
 
     def unmix(self, which: Sequence[bool] | None, seed: int, step: int, dropped: int, *, restored: bool) -> None:
-        """Multiply gradients by the masks of ``mix``.
-
-        Args:
-            which: whether a parameter was mixed; None: all were.
-            seed: of the masks.
-            step: number of the step.
-            dropped: as for ``mix``.
-            restored: whether to put the plain weights back.
-        """
+        """Multiply gradients by the masks of ``mix``, and put back the plain weights if ``restored``."""
         plains = self._addresses.to(list(self._plain.values())) if restored else None
         launch.unmix(self._members, self._identities, plains, which, seed, step, dropped)

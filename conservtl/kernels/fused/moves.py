@@ -24,11 +24,7 @@ __all__ = ["Moves", "moves_of"]
 
 
 class Moves:
-    """Parameters of an update, grouped by device and type.
-
-    Args:
-        moving: the parameters that programs can act on.
-    """
+    """Parameters of an update, grouped by device and type."""
 
     def __init__(self, moving: Sequence[Moving]) -> None:
         alike: dict[Any, list[int]] = {}
@@ -51,9 +47,7 @@ class Moves:
     def sums(self, terms: launch.Terms, kind: Literal["sum", "roots", "root"] = "sum") -> tuple[Tensor, Tensor]:
         """Return two sums over each whole parameter, (parameters,) each, on the device of the first.
 
-        Args:
-            terms: of the sums.
-            kind: roots: return the roots of both; root: that of the first.
+        ``kind``: roots for those of both sums, root for that of the first.
         """
         if self.whole:
             one, two = launch.sums(self.groups[0].members, terms, kind)
@@ -66,11 +60,7 @@ class Moves:
     def decay(self, before: Tensor, products: Tensor, strength: float, sign: int) -> None:
         """Move parameters toward their anchors by strength × the share of the distance that they have gained.
 
-        Args:
-            before: distances before the step, (parameters,).
-            products: those for which sign × product is not positive stay where they are, (parameters,).
-            strength: of the decay; no parameter goes beyond its anchor.
-            sign: 1 or -1.
+        ``before`` are the distances before the step. Where sign × product is not positive nothing moves.
         """
         (members,) = (group.members for group in self.groups)
         values = launch.span_sums(members, "move, start")
@@ -80,13 +70,7 @@ class Moves:
         launch.lerp(members, (shares, 1.0))
 
     def layer_ratios(self, layers: Sequence[str], scale: Tensor | None, before: Tensor | None) -> Tensor:
-        """Return the ratio of the gradients' norm to the weights' of each layer, and 1, added to those of steps before.
-
-        Args:
-            layers: of each parameter.
-            scale: factor of the gradients; None: 1.
-            before: as returned; None: zeros.
-        """
+        """Return the ratio of each layer's norms, of gradients to weights, and 1; added to those of steps before."""
         (members,) = (group.members for group in self.groups)
         if self._spans is None or self._spans[0] != layers:
             self._spans = list(layers), *_by_layer(members, layers)
@@ -182,14 +166,7 @@ def _by_layer(members: Members, layers: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def moves_of(moving: Sequence[Moving], *, rows: bool, new: bool, short: bool) -> tuple[Moves | None, list[Moving]]:
-    """Return the parameters that programs can act on, and the rest.
-
-    Args:
-        moving: all parameters.
-        rows: whether rows are acted on, which must follow each other in memory.
-        new: whether parameters with rows of new labels can be acted on.
-        short: whether rows must be short enough for one program.
-    """
+    """Return the parameters that programs can act on, and the rest; arguments as for ``split``."""
     able = [
         item
         for item in moving

@@ -20,11 +20,6 @@ class Rates:
 
     The strengths stay on the device. A factor, or a rate that all groups share, goes to a program as a number; rates
     that differ are sent again if one has changed, and those on the device are multiplied there.
-
-    Args:
-        groups: of each parameter; None: it has no rate.
-        strengths: of each parameter.
-        device: of the parameters.
     """
 
     def __init__(

@@ -21,11 +21,7 @@ _SHAPES = ((16, 64), (128, 8), (LONGEST, 1))
 
 
 class RowBlocks:
-    """The rows of tensors, a row being a slice at one index of the first dimension.
-
-    Args:
-        members: the tensors, whose rows follow each other in memory.
-    """
+    """Rows of tensors that follow each other in memory, a row being a slice at one index of the first dimension."""
 
     def __init__(self, members: Members) -> None:
         self._members = members

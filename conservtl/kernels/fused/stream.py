@@ -36,10 +36,6 @@ class AnchorStream:
     """Anchors in pinned memory, in the order of the blocks that need them; iterating sends them.
 
     They are packed once, so that many small tensors are sent by one copy.
-
-    Args:
-        members: the parameters, without anchors.
-        anchors: for each parameter, on the CPU.
     """
 
     def __init__(self, members: Members, anchors: Sequence[Tensor]) -> None:

@@ -44,11 +44,7 @@ class Blocks:
 
 
 class Addresses:
-    """Addresses of tensors, sent to the device again only if they have changed.
-
-    Args:
-        device: of the programs that read them.
-    """
+    """Addresses of tensors, sent to the device again only if they have changed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -59,12 +59,7 @@ class AttentionMeasure(Measure):
 
 
 class _Occluded:
-    """Losses of the model with channels of one layer zeroed.
-
-    Args:
-        probe: the model and the data.
-        layer: the layer.
-    """
+    """Losses of the model with channels of one layer zeroed."""
 
     def __init__(self, probe: MeasureContext, layer: str) -> None:
         if layer not in probe.modules:

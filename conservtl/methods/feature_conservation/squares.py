@@ -26,13 +26,7 @@ def squared_distance(features: Tensor, source: Tensor) -> Tensor:
 
 
 def unit_distance(features: Tensor, source: Tensor, axis: int) -> Tensor:
-    """Return the sum of squared differences of feature vectors scaled to length 1; arguments as above.
-
-    Args:
-        features: of any shape.
-        source: alike; no gradient reaches it.
-        axis: axis of the vectors.
-    """
+    """Return the sum of squared differences of feature vectors scaled to length 1; arguments as above."""
     total: Tensor = _UnitDistance.apply(features, source.detach(), axis)  # type: ignore[no-untyped-call]
     return total
 

@@ -46,11 +46,7 @@ class ProbeHead(nn.Linear):
         self.train(head.training)
 
     def features(self, entered: Tensor) -> Tensor:
-        """Return the features (N, D) of the current forward pass.
-
-        Args:
-            entered: the input of the head that was replaced.
-        """
+        """Return the features (N, D) of the current forward pass."""
         if lost := [layer for layer in self.layers if layer not in self.caught]:
             raise SpecError(
                 f"the output of layer {lost[0]!r}, which the head is fed from, was not computed before it. Call the "
@@ -109,11 +105,7 @@ class ProbeTap:
 
 
 def refuse_tied(plan: Plan, label: str) -> None:
-    """Raise if another module holds the head's weight too: a new head would replace that module's weight.
-
-    Raises:
-        SpecError: the head is tied.
-    """
+    """Raise if another module holds the head's weight too: a new head would replace that module's weight."""
     if tied := plan.tied_head:
         names = " and ".join(map(repr, (tied[0], *plan[tied[0]].aliases)))
         raise SpecError(
@@ -123,13 +115,7 @@ def refuse_tied(plan: Plan, label: str) -> None:
 
 
 def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, globs: Sequence[str]) -> None:
-    """Replace the head by one that is fed from layers.
-
-    Args:
-        model: wrapped or not.
-        layers: its layers, input side first.
-        example: an input.
-        globs: of layers; the last layer means the head's input.
+    """Replace the head by one that is fed from the layers of ``globs``; the last layer means the head's input.
 
     Raises:
         SelectorError: a glob matches no layer.

@@ -29,14 +29,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AffineTransform(nn.Module):
-    """x + D x + b over one axis of x. It begins as the identity, to which weight decay pulls it back.
-
-    Args:
-        size: length of the axis.
-        dim: the axis.
-        bias: whether to add b.
-        like: tensor with the device and type of the parameters.
-    """
+    """x + D x + b over one axis of x. It begins as the identity, to which weight decay pulls it back."""
 
     complete = True  # a layer by itself: norms and tokens behind it do not join it
 
@@ -57,12 +50,7 @@ class AffineTransform(nn.Module):
 def add_transform(model: nn.Module, layers: Sequence[Layer], example: Any, dim: int | None, bias: bool) -> list[str]:
     """Add an identity at the model's input, and return the names of its parameters.
 
-    Args:
-        model: wrapped or not.
-        layers: its layers, input side first.
-        example: an input, or None.
-        dim: the axis of the input to transform; None: that of the features, by the example.
-        bias: whether to add a bias.
+    ``dim`` None means the axis of the features, as the example tells.
 
     Raises:
         SpecError: the model has a transform already or no children, or the length of the axis is unknown.

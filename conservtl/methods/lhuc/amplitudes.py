@@ -27,10 +27,6 @@ PARAMETER = "lhuc"
 def add_amplitudes(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Add amplitudes of 1 to modules, and return the names of the new parameters.
 
-    Args:
-        model: wrapped or not.
-        names: canonical names of modules.
-
     Raises:
         SpecError: a module has amplitudes already; none is changed.
     """
@@ -88,11 +84,7 @@ def merge_amplitudes(model: nn.Module) -> bool:
 
 
 def plain_amplitudes(model: nn.Module) -> nn.Module:
-    """Return the model with each module that still has amplitudes inside one that scales its output.
-
-    Args:
-        model: unwrapped; changed in place, unless it is such a module itself.
-    """
+    """Return the model with each module that still has amplitudes inside one that scales its output."""
     for module in _scaled_modules(model):
         parameter: Any = getattr(module, PARAMETER)
         _remove(module)

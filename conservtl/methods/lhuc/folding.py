@@ -37,10 +37,6 @@ def begin_pass(modules: Sequence[nn.Module], name: str) -> None:
     """Scale the weights and biases of modules, as long as a forward pass of the model runs.
 
     A network of many small norms would launch ten small kernels for each otherwise.
-
-    Args:
-        modules: with a weight of one dimension, perhaps a bias, and amplitudes.
-        name: of the amplitudes' parameter.
     """
     alike: dict[Any, list[tuple[nn.Module, dict[str, Tensor]]]] = {}
     for module in modules:

@@ -36,15 +36,7 @@ def find_hidden_units(
     By default each linear map, convolution and recurrent layer of every layer but the last; if a norm follows it, that
     norm instead, whose output the activation takes.
 
-    Args:
-        model: wrapped or not.
-        layers: its layers, input side first.
-        on: globs of layers (all of their units) or of modules.
-        example: an input, which shows the order of modules. None: their order of registration.
-
-    Raises:
-        SpecError: the model has none.
-        SelectorError: a glob matches none.
+    ``example`` shows the order of modules; None: their order of registration.
     """
     scalable = {name: module for name, module in outside_attention(unwrap(model)) if unit_count(module) is not None}
     if example is not None:

@@ -24,13 +24,6 @@ def add_factors(model: nn.Module, names: Sequence[str], rank: int, scale: float,
     """Add factors whose product is 0 to modules, and return the names of the new parameters.
 
     A is drawn as PEFT draws it, uniformly within 1 / sqrt(inputs).
-
-    Args:
-        model: wrapped or not.
-        names: canonical names of linear maps and convolutions.
-        rank: of the product.
-        scale: s in s × B A.
-        dropout: probability with which A reads 0 in the place of an input.
     """
     modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
     for name in names:

@@ -24,12 +24,6 @@ def find_targets(model: nn.Module, layers: Sequence[Layer], on: Sequence[str] | 
 
     By default each linear map and convolution outside the head that has no fewer inputs and outputs than the rank.
 
-    Args:
-        model: wrapped or not.
-        layers: its layers, input side first.
-        on: globs of layers (all of their linear maps and convolutions) or of modules.
-        rank: of the product.
-
     Raises:
         SpecError: the model has none, or a module that a glob names cannot be changed so.
         SelectorError: a glob matches nothing.

@@ -103,11 +103,7 @@ class PaddedModel(ExtendedModule):
         return _mixing(self)[0].remedy()
 
     def plain(self) -> nn.Module:
-        """Refuse: norms of torch alone do not see the arguments of the model.
-
-        Raises:
-            SpecError: always.
-        """
+        """Refuse: norms of torch alone do not see the arguments of the model."""
         raise SpecError(
             f"export: norms of {self.own_class.__name__} leave out the padding that its arguments name, and modules of "
             "torch alone do not see them. Say NormAdaptation(padding='count'), or save the state dict and load it with "

@@ -45,11 +45,7 @@ class NormStatisticsMeasure(Measure):
         return f"statistics of the norms on the target{share}"
 
     def check(self, model: nn.Module) -> None:
-        """Raise unless a norm of the model keeps statistics.
-
-        Raises:
-            SpecError: no norm keeps any.
-        """
+        """Raise unless a norm of the model keeps statistics."""
         if not _norms(model):
             raise SpecError(
                 f"{self.by}: no norm of {type(model).__name__} keeps running statistics that could be adapted (a layer "
@@ -82,11 +78,7 @@ class NormStatisticsMeasure(Measure):
     def _measured(self, probe: MeasureContext, norm: nn.Module, name: str, *, once: bool) -> tuple[_Moments, int]:
         """Return the moments of a norm's input over all of the data, without padding, and the number of examples.
 
-        Args:
-            probe: the model and the data.
-            norm: the norm to measure.
-            name: its name.
-            once: whether it is called once in a forward pass, which can then end there.
+        A norm that is called ``once`` in a forward pass ends it there.
         """
         moments = _Moments(isinstance(norm, InstanceNormBase))
         examples = 0

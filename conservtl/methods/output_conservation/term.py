@@ -52,11 +52,7 @@ class OutputConservationTerm(Term):
         return f"{task}{self.weight:g} × {name}{of} to the source's outputs at temperature {self.temperature:g}{blanks}"
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
-        """Return the term; of several heads, or several calls of one, the sum.
-
-        Raises:
-            SpecError: the shapes differ, or form or class axis do not follow from the task's loss and the layout.
-        """
+        """Return the term; of several heads, or several calls of one, the sum."""
         theirs = source.outputs if source is not None else None
         if isinstance(adapted.outputs, list) and isinstance(theirs, list) and len(adapted.outputs) == len(theirs) > 1:
             pairs = zip(adapted.outputs, theirs, strict=True)

@@ -32,9 +32,6 @@ def is_name(text: str) -> bool:
 def reference_of(source: object) -> Reference | None:
     """Return the reference that a text or a library's object is; None for a path, a model or a state dict.
 
-    Args:
-        source: as ``adapt`` takes it.
-
     Raises:
         SourceError: it looks like a name, and is none.
     """

@@ -50,12 +50,7 @@ class Repository:
 
         A branch or tag is looked up on the server, or on this machine if the server cannot be reached.
 
-        Args:
-            files: their names.
-            otherwise: sentence for a repository that has none of them.
-
-        Raises:
-            SourceError: it has none of them, or cannot be reached.
+        ``otherwise`` is a sentence for a repository that has none of them.
         """
         errors = require("huggingface_hub.errors", "hub")
         try:
@@ -79,11 +74,7 @@ class Repository:
         )
 
     def download(self, files: Sequence[str]) -> list[Path]:
-        """Return the paths of files on this machine, downloaded if need be.
-
-        Raises:
-            SourceError: one cannot be downloaded.
-        """
+        """Return the paths of files on this machine, downloaded if need be."""
         missing = [file for file in files if self._kept(file) is None]
         current = ""
         try:
@@ -98,11 +89,7 @@ class Repository:
             raise self._failed(error, current) from error
 
     def present(self, files: Sequence[str]) -> dict[str, Path]:
-        """Return those of these files that the repository has, downloaded if need be: name -> path.
-
-        Raises:
-            SourceError: none is on this machine, and the server cannot be reached.
-        """
+        """Return those of these files that the repository has, downloaded if need be: name -> path."""
         hub, errors = require("huggingface_hub", "hub"), require("huggingface_hub.errors", "hub")
         found = {file: kept.path for file in files if (kept := self._kept(file)) is not None and kept.path is not None}
         for file in files:
