@@ -21,7 +21,11 @@ __all__ = ["FillablePlan"]
 
 
 class FillablePlan(PlanFields):
-    """A plan that strategies fill in."""
+    """A plan that strategies fill in.
+
+    Each method returns a new plan and checks it: one with two decisions of a name, or with a decision that names what
+    the plan lacks, raises ``PlanError``.
+    """
 
     def choose(self, by: str, column: str, values: dict[str, dict[str, Any]], *, explicit: bool = True) -> Self:
         """Return the plan with one column filled in by a strategy.
@@ -66,66 +70,36 @@ class FillablePlan(PlanFields):
         return self._with(phases=tuple(phases))
 
     def with_extension(self, extension: Extension) -> Self:
-        """Return the plan with one more extension of its modules.
-
-        Raises:
-            PlanError: the plan has an extension of its name.
-        """
+        """Return the plan with one more extension of its modules."""
         return self._with(extensions=(*self.extensions, extension))
 
     def with_term(self, term: Term) -> Self:
-        """Return the plan with one more part of the loss.
-
-        Raises:
-            PlanError: the plan has a term of its name, or lacks a layer that it taps.
-        """
+        """Return the plan with one more part of the loss."""
         return self._with(terms=(*self.terms, term))
 
     def with_update(self, update: Update) -> Self:
-        """Return the plan with one more update of the weights.
-
-        Raises:
-            PlanError: the plan has an update of its name, or lacks a parameter that it names.
-        """
+        """Return the plan with one more update of the weights."""
         return self._with(updates=(*self.updates, update))
 
     def with_penalty(self, penalty: Penalty, *, replace: bool = False) -> Self:
-        """Return the plan with one more penalty on weights.
+        """Return the plan with one more penalty on weights, or with ``replace`` this one for that of its name.
 
-        Args:
-            penalty: to add.
-            replace: whether it replaces the penalty of its name.
-
-        Raises:
-            PlanError: the plan has a penalty of its name, or one of its column on the same rows; or it lacks a
-                parameter that the penalty names or a measurement that the penalty reads.
+        Two penalties of one column on the same rows are refused.
         """
         if replace:
             return self._with(penalties=tuple(penalty if one.name == penalty.name else one for one in self.penalties))
         return self._with(penalties=(*self.penalties, penalty))
 
     def with_measure(self, measure: Measure) -> Self:
-        """Return the plan with one more measurement before training.
-
-        Raises:
-            PlanError: the plan has a measurement of its name.
-        """
+        """Return the plan with one more measurement before training."""
         return self._with(measures=(*self.measures, measure))
 
     def with_search(self, search: Search) -> Self:
-        """Return the plan with one more choice to make before training by trying candidates.
-
-        Raises:
-            PlanError: the plan has a search of its name.
-        """
+        """Return the plan with one more choice to make before training by trying candidates."""
         return self._with(searches=(*self.searches, search))
 
     def with_after(self, after: After) -> Self:
-        """Return the plan with one more change of the weights once training is over.
-
-        Raises:
-            PlanError: the plan has one of its name.
-        """
+        """Return the plan with one more change of the weights once training is over."""
         return self._with(after=(*self.after, after))
 
     def with_facts(self, facts: Mapping[str, str]) -> Self:
