@@ -185,7 +185,7 @@ def fit(
         if saved is None:
             batches = find_batch_size(session, functions, train, batches)
         session.begin()
-        steps = total_steps(session.training, None, steps=batches.step_count(session.training.accumulate))
+        steps = total_steps(session.training, batches.step_count(session.training.accumulate))
         mixed = with_mixing(session, functions, batches, augment)
         learner = Learner(session, functions, batches, steps, mixed, keep_frozen_outputs)
         part_generators(session, batches)

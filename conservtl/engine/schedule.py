@@ -30,13 +30,8 @@ def schedule_factor(training: Training, step: int, steps: int) -> float:
     return 1.0 if training.schedule == "constant" else _cosine((step - warm) / max(1.0, steps - warm))
 
 
-def total_steps(training: Training, batches: int | None, *, steps: int | None = None) -> int:
-    """Return the number of optimizer steps of a run, 0 if unknown.
-
-    Args:
-        training: settings.
-        batches: batches per epoch, None if unknown.
-        steps: steps per epoch, if the data makes them; None: by ``accumulate``.
+def total_steps(training: Training, steps: int | None) -> int:
+    """Return the number of optimizer steps of a run, given that of an epoch; 0 if unknown.
 
     Raises:
         SpecError: the schedule needs the number of steps and the data has no length, or a warm-up is set for one_cycle.
@@ -48,8 +43,6 @@ def total_steps(training: Training, batches: int | None, *, steps: int | None = 
         )
     if steps is not None:
         return training.epochs * steps
-    if batches is not None:
-        return training.epochs * math.ceil(batches / training.accumulate)
     if training.schedule != "constant" or training.warmup:
         raise SpecError(
             f"training.schedule is {training.schedule}, which needs the number of steps, but the training data has no "

@@ -58,14 +58,14 @@ def test_hooks_for_exports_are_pickled_without_their_adaptation():
     assert pickle.loads(pickle.dumps(ExportHook(None)))._endings is None
 
 
-@pytest.mark.parametrize(("steps", "batches", "total"), [(5, None, 15), (None, 7, 12), (None, None, None)])
-def test_the_number_of_steps(steps, batches, total):
+@pytest.mark.parametrize(("steps", "total"), [(5, 15), (None, None)])
+def test_the_number_of_steps(steps, total):
     training = ctl.Training(epochs=3, accumulate=2, schedule="cosine")
     if total is None:
         with pytest.raises(ctl.SpecError, match="needs the number of steps"):
-            total_steps(training, batches, steps=steps)
+            total_steps(training, steps)
     else:
-        assert total_steps(training, batches, steps=steps) == total
+        assert total_steps(training, steps) == total
 
 
 def test_a_phase_is_begun_once():
