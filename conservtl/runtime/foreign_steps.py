@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -12,8 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from conservtl.errors import OmissionWarning
 from conservtl.layers import named_parameters
 from conservtl.plan.plan import Plan
-from conservtl.runtime.endings import Endings
-from conservtl.runtime.update_runner import UpdateRunner
+from conservtl.runtime.step_context import StepContext
 
 __all__ = ["ForeignSteps", "recognise"]
 
@@ -24,15 +23,6 @@ _own: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _registered: list[bool] = []  # once it is: removed in a step, it would disturb those after it
 
 
-class Adapted(Protocol):
-    """A model that is adapted by a plan."""
-
-    model: torch.nn.Module
-    plan: Plan
-    updates: UpdateRunner
-    endings: Endings
-
-
 class ForeignSteps:
     """Counts the steps in a row that other optimizers make on parameters that a plan trains, and warns once.
 
@@ -40,7 +30,7 @@ class ForeignSteps:
     compiled graphs, and could not tell a step from an accumulated batch.
     """
 
-    def __init__(self, adapted: Adapted) -> None:
+    def __init__(self, adapted: StepContext) -> None:
         self._adapted = weakref.ref(adapted)
         self._count, self._number, self._told = 0, 0, False
         self._trains: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from conservtl.plan.plan import Plan
 from conservtl.runtime.anchors import Anchors
@@ -18,6 +18,8 @@ __all__ = ["StepContext"]
 class StepContext(Protocol):
     """Attributes that steps read; they read them again if ``revision`` has changed."""
 
+    model: nn.Module
+    """The model that is trained."""
     penalty_in_gradients: bool
     """Whether the gradients hold that of ``penalty()`` already."""
     endings: Endings

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SourceError, SpecError
 from conservtl.layers import select, unwrap
-from conservtl.source.read import SourceLike, read_source
+from conservtl.source.read import Source, SourceLike, read_source
+from conservtl.weights.checkpoints import Checkpoint
 
 __all__ = [
     "RUNNING",
@@ -166,21 +167,7 @@ def _ends(source: SourceLike, adapted: SourceLike, fresh: Sequence[str]) -> tupl
     return {name: tensor for name, tensor in start.items() if name in end and name not in excluded}, end
 
 
-class Saved(Protocol):
-    """Weights that a run may have saved."""
-
-    @property
-    def where(self) -> str:
-        """Their name in messages."""
-        ...
-
-    @property
-    def run(self) -> Mapping[str, Any] | None:
-        """The header of that run."""
-        ...
-
-
-def check_same_labels(one: Saved, other: Saved) -> None:
+def check_same_labels(one: Source | Checkpoint, other: Source | Checkpoint) -> None:
     """Raise if two models that runs saved have other labels: equal rows of their heads would mean different ones."""
     labels, others = ([str(label) for label in (each.run or {}).get("labels", ())] for each in (one, other))
     if labels and others and labels != others:
