@@ -13,11 +13,9 @@ from conservtl.errors import SpecError
 from conservtl.functions import check_blank, logits_of
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
 from conservtl.plan.plan import Plan
-from conservtl.plan.term import Term, View
+from conservtl.plan.term import CLASS_AXIS, Term, View
 
 __all__ = ["EntropyMinimisation", "EntropyTerm", "class_confusion", "entropy_of"]
-
-_AXES = {2: 1, 3: 2, 4: 1, 5: 1}
 
 
 class EntropyMinimisation(Strategy):
@@ -126,7 +124,7 @@ class EntropyTerm(Term):
         """Return the term."""
         check_blank(self.by, self.blank, adapted.outputs)
         logits = logits_of(adapted.outputs)
-        axis = _AXES.get(logits.ndim) if self.class_axis is None else self.class_axis % max(1, logits.ndim)
+        axis = CLASS_AXIS.get(logits.ndim) if self.class_axis is None else self.class_axis % max(1, logits.ndim)
         if axis is None or axis == 0 or logits.shape[axis] < 2:
             raise SpecError(
                 f"{self.by}: outputs must be logits of two classes or more, (N, classes), (N, frames, classes) or (N, "

@@ -15,8 +15,10 @@ from conservtl.errors import SpecError
 from conservtl.padding import Padding, padding_of_outputs
 from conservtl.plan.decision import Decision
 
-__all__ = ["OutputForm", "TaskLoss", "Term", "Terms", "View", "all_of", "numbered"]
+__all__ = ["CLASS_AXIS", "OutputForm", "TaskLoss", "Term", "Terms", "View", "all_of", "numbered"]
 
+CLASS_AXIS = {2: 1, 3: 2, 4: 1, 5: 1}
+"""Number of axes of outputs -> the axis of the classes, unless something says it."""
 OutputForm = Literal["softmax", "sigmoid", "squared"]
 """softmax: logits of classes that exclude each other. sigmoid: logits of labels that do not, or one logit. squared:
 numbers."""

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from conservtl.errors import SpecError, counted
+from conservtl.plan.term import CLASS_AXIS
 
 __all__ = ["CommonLabels"]
-
-_CLASS_AXIS = {2: 1, 3: 2, 4: 1, 5: 1}  # by the number of axes, as terms on outputs read them
 
 
 class CommonLabels:
@@ -28,7 +27,7 @@ class CommonLabels:
 
     def of(self, adapted: Tensor, source: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
         """Return both models' outputs for these labels, in one order."""
-        axes = [axis, _CLASS_AXIS.get(adapted.ndim), *range(1, adapted.ndim)]
+        axes = [axis, CLASS_AXIS.get(adapted.ndim), *range(1, adapted.ndim)]
         found = next((one for one in axes if one is not None and self._fits(adapted.shape, source.shape, one)), None)
         if found is None:
             raise SpecError(

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError, counted
-from conservtl.methods.feature_conservation.squares import squared_distance, unit_distance
+from conservtl.methods.feature_conservation.squares import EPSILON, squared_distance, unit_distance
 from conservtl.padding.masked import comparable, masked_mean
 from conservtl.plan.term import Term, View, all_of
 
 __all__ = ["FeatureConservationTerm", "delta", "ldifs"]
-
-
-_EPSILON = 1e-10  # added to the squared norm of a feature vector, as in LPIPS
 
 
 class FeatureConservationTerm(Term):
@@ -124,4 +121,4 @@ def _positions(features: Tensor, axis: int) -> int:
 
 def _unit(features: Tensor, axis: int) -> Tensor:
     # Added under the root, so that features that are all 0 have a finite gradient.
-    return features / (features.square().sum(axis, keepdim=True) + _EPSILON).sqrt()
+    return features / (features.square().sum(axis, keepdim=True) + EPSILON).sqrt()

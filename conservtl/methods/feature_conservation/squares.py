@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["squared_distance", "unit_distance"]
+__all__ = ["EPSILON", "squared_distance", "unit_distance"]
 
-_EPSILON = 1e-10  # added to the squared norm of a feature vector, as in LPIPS
+EPSILON = 1e-10  # added to the squared norm of a feature vector, as in LPIPS
 
 
 def squared_distance(features: Tensor, source: Tensor) -> Tensor:
@@ -77,4 +77,4 @@ def _inverse_length(features: Tensor, axis: int) -> Tensor:
     """Return 1 / |z|, in single precision or more; under the root a number is added, so that z = 0 has a gradient."""
     wide = torch.promote_types(features.dtype, torch.float32)
     squares: Tensor = torch.linalg.vector_norm(features, dim=axis, keepdim=True, dtype=wide).square_()
-    return squares.add_(_EPSILON).rsqrt_()
+    return squares.add_(EPSILON).rsqrt_()

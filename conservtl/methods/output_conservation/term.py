@@ -13,7 +13,7 @@ from conservtl.bounds import NonNegative, NonNegativeInt, Positive
 from conservtl.errors import SpecError
 from conservtl.functions import check_blank, logits_of
 from conservtl.methods.output_conservation.divergence import cross_entropy_to_source, kl_to_source, squared_to_source
-from conservtl.plan.term import OutputForm, Term, View
+from conservtl.plan.term import CLASS_AXIS, OutputForm, Term, View
 
 __all__ = ["OutputConservationTerm"]
 
@@ -117,7 +117,7 @@ class OutputConservationTerm(Term):
         elif adapted.task is not None and adapted.task.axis is not None and adapted.task.axis < logits.ndim:
             axis = adapted.task.axis
         else:
-            axis = {2: 1, 3: 2, 4: 1, 5: 1}.get(logits.ndim)
+            axis = CLASS_AXIS.get(logits.ndim)
         if form != "softmax":
             if not logits.ndim:
                 raise SpecError(f"{self.by}: outputs must have one row for each example; received a scalar.")
