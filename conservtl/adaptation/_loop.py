@@ -11,10 +11,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
 from conservtl.adaptation._base import AdaptationBase
+from conservtl.adaptation.preset import schedule_of
 from conservtl.errors import SpecError
 from conservtl.functions import Forward
 from conservtl.plan.term import View
 from conservtl.runtime.penalty_runner import total_penalty
+from conservtl.runtime.plan_scheduler import PlanScheduler
 
 __all__ = ["LoopMethods"]
 
@@ -74,7 +76,11 @@ class LoopMethods(AdaptationBase):
             >>> [round(rate, 3) for rate in scheduler.get_last_lr()]
             [0.05, 0.5]
         """
-        return self.bound.make_scheduler(cls, args, options)
+        if self.bound.hook is None:
+            raise SpecError("scheduler() sets the rates of adaptation.optimizer(...): make that optimizer first.")
+        if cls is None:
+            cls, options = schedule_of(self.training, options)
+        return PlanScheduler(self.bound.hook.optimizer, cls, args, options)
 
     def loss(
         self,

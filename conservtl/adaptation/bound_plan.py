@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from conservtl.adaptation._hooks import attach_hooks
 from conservtl.adaptation.origin import Origin
-from conservtl.adaptation.preset import optimizer_of, schedule_of
-from conservtl.compat import forget_graphs
+from conservtl.adaptation.preset import optimizer_of
+from conservtl.compat import forget_graphs, guard_hooks
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
@@ -26,15 +25,14 @@ from conservtl.plan.row import Row
 from conservtl.plan.search import Search
 from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
-from conservtl.runtime.endings import Endings
+from conservtl.runtime.endings import Endings, ExportHook, SaveHook
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.foreign_steps import ForeignSteps, recognise
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
-from conservtl.runtime.model_hooks import remove_hooks
+from conservtl.runtime.model_hooks import ForwardHook, StateDictHook, remove_hooks
 from conservtl.runtime.param_groups import build_optimizer
-from conservtl.runtime.plan_scheduler import PlanScheduler
 from conservtl.runtime.step_hook import StepHook
 from conservtl.runtime.term_runner import TermRunner
 from conservtl.runtime.update_runner import UpdateRunner
@@ -45,14 +43,7 @@ __all__ = ["BoundPlan"]
 class BoundPlan:
     """A plan bound to a model's tensors: phases, freezing, anchors, terms, updates and the optimizer's step hook.
 
-    Args:
-        model: the model, already at its starting point.
-        plan: the decisions.
-        layers: the model's layers.
-        origin: what the plan was drawn up from.
-
-    A deep copy or a reloaded pickle has its own model, anchors and phase, and needs a new optimizer: torch drops the
-    hooks of a copied one.
+    Args, and what a copy is: as for ``Adaptation``.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, layers: tuple[Layer, ...], origin: Origin) -> None:
@@ -139,16 +130,6 @@ class BoundPlan:
         moved = self._handed_in.moved(self.model)
         let_train(self.model, [name for name in moved if name in self._frozen and name not in theirs])
         self.terms.follow(self.model)
-
-    def make_scheduler(
-        self, cls: Callable[..., Any] | None, args: tuple[Any, ...], options: dict[str, Any]
-    ) -> PlanScheduler:
-        """Return a scheduler of the optimizer's rates that keeps their ratios."""
-        if self.hook is None:
-            raise SpecError("scheduler() sets the rates of adaptation.optimizer(...): make that optimizer first.")
-        if cls is None:
-            cls, options = schedule_of(self.origin.training, options)
-        return PlanScheduler(self.hook.optimizer, cls, args, options)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by name; raise if they are no longer those of the plan."""
@@ -239,9 +220,16 @@ class BoundPlan:
         return {layer.name: layer.modules[-1] for layer in self.layers if layer.modules}
 
     def register_hooks(self) -> None:
-        """Register hooks on the model if an update acts before forward passes, or something ends training."""
+        """Register hooks for updates that act before forward passes, and for an end of training that is left out."""
         remove_hooks(self._handles)
-        self._handles += attach_hooks(self)  # in place: the finalizer holds the list
+        model, handles = unwrap(self.model), self._handles  # one list always: the finalizer holds it
+        if self.updates.listens:
+            handles.append(model.register_forward_pre_hook(ForwardHook(self)))
+            guard_hooks()
+            handles.append(model.register_state_dict_pre_hook(StateDictHook(self)))  # type: ignore[no-untyped-call]
+        if not self.endings.complete:
+            handles.append(model.register_forward_pre_hook(ExportHook(self.endings)))
+            handles.append(model.register_state_dict_post_hook(SaveHook(self.endings)))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore_weights()
