@@ -18,10 +18,9 @@ from conservtl.compat import (
 from conservtl.kernels.backend import fused_on
 from conservtl.kernels.chunks import Chunk, Pulled, buffer_for, cut
 from conservtl.kernels.replayed import Replayed
-from conservtl.kernels.shares import kept
 from conservtl.plan.penalty import PenaltyKernel
 
-__all__ = ["Pull", "Pulled", "gather"]
+__all__ = ["Pull", "Pulled", "gather", "kept"]
 
 
 def gather(pulled: Iterable[Pulled]) -> list[PenaltyKernel]:
@@ -122,6 +121,20 @@ class Pull:
             else:
                 amounts = [amount] * len(part.weights) if isinstance(amount, Tensor) else amount
                 foreach_lerp_(part.weights, part.placed(), amounts)
+
+
+def kept(share: Any, every: int) -> Any:
+    r"""Return the share of ``every`` steps in one, :math:`1 - (1 - s)^k`.
+
+    By squaring, s_2k = s_k (2 - s_k) and s_(a + b) = s_a + s_b - s_a s_b, so that small shares lose no digits.
+    """
+    result, power = None, share
+    while every:
+        if every % 2:
+            result = power if result is None else result + power - result * power
+        every //= 2
+        power = power * (2 - power) if every else power
+    return result
 
 
 def _converted(tensor: Tensor, like: Tensor) -> Tensor:

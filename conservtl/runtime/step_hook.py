@@ -11,7 +11,6 @@ from torch.amp.grad_scaler import GradScaler
 
 from conservtl.compat import scaler_state
 from conservtl.errors import SpecError
-from conservtl.runtime.fused_momentum import begin_momentum
 from conservtl.runtime.model_check import check_conversion
 from conservtl.runtime.parameter_index import ParameterIndex
 from conservtl.runtime.penalty_runner import PenaltyRunner
@@ -120,7 +119,7 @@ class StepHook:
     def _act(self) -> None:
         with self.index.hold():
             self._act_once()
-        begin_momentum(self._inner)
+        _begin_momentum(self._inner)
 
     def _act_once(self) -> None:
         context = self._context
@@ -179,3 +178,21 @@ class StepHook:
         A scaler that skips a step never calls the hook, so only these objects show that penalties must be added again.
         """
         return (self._state(), *(parameter.grad for _, parameter, _ in self.index))
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give a momentum of zero to parameters that get their first gradient, as torch's fused SGD takes all or none.
+
+    Without dampening a step from zero equals the first step, which copies the gradient. Other optimizers are left
+    alone.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"] or group["dampening"]:
+            continue
+        moving = [one for one in group["params"] if one.grad is not None]
+        fresh = [one for one in moving if optimizer.state[one].get("momentum_buffer") is None]
+        if len(fresh) < len(moving):
+            for parameter in fresh:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -12,7 +12,7 @@ import torch
 
 from conservtl.kernels.backend import fused_on
 from conservtl.kernels.philox import words
-from conservtl.kernels.shares import kept
+from conservtl.kernels.pull import kept
 
 HERE = Path(__file__).parent
 triton = pytest.importorskip("triton")
