@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import torch
@@ -11,8 +13,9 @@ import torch
 from conservtl.errors import SourceError
 from conservtl.storage.files import file_digest
 
-__all__ = ["announce", "checkpoints", "download", "one_line"]
+__all__ = ["announce", "checkpoints", "digest_in", "download", "download_published", "one_line"]
 
+_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # as torch.hub reads it
 _PATIENCE = 30  # seconds to wait for a server's first answer
 
 
@@ -24,6 +27,18 @@ def checkpoints() -> Path:
 def announce(name: str, size: int | None, where: Path) -> None:
     """Tell on stderr that a download begins."""
     sys.stderr.write(f"conservtl: downloading {name} ({_shown(size)}) to {where}\n")
+
+
+def digest_in(file: str) -> str | None:
+    """Return the beginning of the SHA-256 that a file's name holds, as ``resnet18-f37072fd.pth`` does; None if none."""
+    found = _IN_NAME.search(file)
+    return None if found is None else found[1]
+
+
+def download_published(url: str, name: str) -> Path:
+    """Return the path of a file that a library publishes, downloaded to where that library looks for it."""
+    file = Path(urlsplit(url).path).name
+    return download(url, checkpoints() / file, digest_in(file), name)
 
 
 def download(url: str, path: Path, digest: str | None, name: str) -> Path:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from torch import nn
 
 from conservtl.errors import SourceError, hint
 from conservtl.extras import require
-from conservtl.source.downloads import checkpoints, download, one_line
+from conservtl.source.downloads import download_published, one_line
 from conservtl.source.references._hub import Repository
 from conservtl.source.references.reference import Reference
-from conservtl.source.references.url import digest_in
 
 __all__ = ["TimmWeights"]
 
@@ -104,8 +101,7 @@ class TimmWeights(Reference):
             names = [own] if own else ["model.safetensors", "pytorch_model.bin"]
             repository.download([repository.first(names, "Give a file of weights instead.").file])
         elif config.url:
-            file = Path(urlsplit(config.url).path).name
-            download(config.url, checkpoints() / file, digest_in(file), str(self))
+            download_published(config.url, str(self))
 
     def __str__(self) -> str:
         return f"timm:{self.name}"

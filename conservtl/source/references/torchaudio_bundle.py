@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from torch import nn
 
 from conservtl.compat import bundle_url
 from conservtl.errors import SourceError, hint
 from conservtl.extras import require
-from conservtl.source.downloads import checkpoints, download, one_line
+from conservtl.source.downloads import download_published, one_line
 from conservtl.source.references.reference import Reference
 
 __all__ = ["TorchaudioBundle"]
@@ -56,8 +54,7 @@ class TorchaudioBundle(Reference):
     def read(self) -> nn.Module:
         """Return torchaudio's network with the weights in it."""
         if (url := bundle_url(self.bundle)) is not None:
-            file = Path(urlsplit(url).path).name
-            download(url, checkpoints() / file, None, str(self))
+            download_published(url, str(self))
         try:
             network: nn.Module = self.bundle.get_model()
         except (OSError, RuntimeError, ValueError) as error:

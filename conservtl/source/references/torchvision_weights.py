@@ -7,13 +7,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from conservtl.errors import SourceError, hint
 from conservtl.extras import require
-from conservtl.source.downloads import checkpoints, download
+from conservtl.source.downloads import download_published
 from conservtl.source.references.reference import Reference
-from conservtl.source.references.url import digest_in
 
 __all__ = ["TorchvisionWeights"]
 
@@ -53,9 +51,7 @@ class TorchvisionWeights(Reference):
 
     def read(self) -> Path:
         """Return the file, kept where torchvision keeps it."""
-        url = self.weights.url
-        file = Path(urlsplit(url).path).name
-        return download(url, checkpoints() / file, digest_in(file), str(self))
+        return download_published(self.weights.url, str(self))
 
     def __str__(self) -> str:
         return f"torchvision:{type(self.weights).__name__}.{self.weights.name}"  # DEFAULT has the name of its entry

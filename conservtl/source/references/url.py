@@ -9,19 +9,12 @@ from typing import Self
 from urllib.parse import unquote, urldefrag, urlsplit
 
 from conservtl.errors import SourceError
-from conservtl.source.downloads import checkpoints, download
+from conservtl.source.downloads import checkpoints, digest_in, download
 from conservtl.source.references.reference import Reference
 
-__all__ = ["Url", "digest_in"]
+__all__ = ["Url"]
 
-_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # as torch.hub reads it
 _FRAGMENT = re.compile(r"sha256[=:]([0-9a-fA-F]{8,64})")
-
-
-def digest_in(file: str) -> str | None:
-    """Return the beginning of the SHA-256 that a file's name holds, as ``resnet18-f37072fd.pth`` does; None if none."""
-    found = _IN_NAME.search(file)
-    return None if found is None else found[1]
 
 
 @dataclass(frozen=True)
