@@ -194,15 +194,8 @@ class Training(FrozenModel):
         Raises:
             SpecError: a class that is named was not imported by hand, or cannot be called as the settings say.
         """
-        if not isinstance(self.optimizer, str):
-            from conservtl.engine.optimizer import made_of  # which reads these settings
+        from conservtl.engine.optimizer import made_of  # which reads these settings
 
-            return made_of(self, self.optimizer.load())
-        options: dict[str, Any] = {"lr": self.lr}
-        if self.weight_decay is not None:
-            options["weight_decay"] = self.weight_decay
-        if self.optimizer == "sgd":
-            options["momentum"] = 0.9
-        if self.fused is True:
-            options["fused"] = True
-        return _CLASSES[self.optimizer], options
+        named = self.optimizer
+        cls, options = made_of(self, _CLASSES[named] if isinstance(named, str) else named.load())
+        return cls, options | ({"momentum": 0.9} if named == "sgd" else {})
