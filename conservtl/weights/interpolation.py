@@ -18,6 +18,7 @@ __all__ = [
     "Statistics",
     "between",
     "check_same_labels",
+    "check_statistics",
     "grid",
     "interpolate",
     "interpolation_path",
@@ -76,7 +77,9 @@ def interpolate(
         >>> torch.allclose(between["weight"], (source.weight + adapted.weight) / 2)
         True
     """
-    _check(t, batch_norm)
+    if not 0 <= t <= 1:
+        raise SpecError(f"t must be between 0 (the source) and 1 (the adapted model); received {t}.")
+    check_statistics(batch_norm)
     start, end = _ends(source, adapted, fresh)
     return _all_between(start, end, t, batch_norm)
 
@@ -113,7 +116,7 @@ def interpolation_path(
     """
     if points < 2:
         raise SpecError(f"points must be at least 2, for the two ends; received {points}.")
-    _check(0.0, batch_norm)
+    check_statistics(batch_norm)
     start, end = _ends(source, adapted, fresh)
     return ((t, _all_between(start, end, t, batch_norm)) for t in grid(points))
 
@@ -199,8 +202,7 @@ def mixes(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _check(t: float, batch_norm: str) -> None:
-    if not 0 <= t <= 1:
-        raise SpecError(f"t must be between 0 (the source) and 1 (the adapted model); received {t}.")
+def check_statistics(batch_norm: str) -> None:
+    """Raise if running statistics are to be treated in no known way."""
     if batch_norm not in get_args(Statistics):
         raise SpecError(f"batch_norm must be one of {get_args(Statistics)}; received {batch_norm!r}.")

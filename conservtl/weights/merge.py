@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from conservtl.layers import select
 from conservtl.source.read import SourceLike
 from conservtl.weights.alignment import aligned, check_quantised, is_quantised, without_wrapper
 from conservtl.weights.checkpoints import open_checkpoint
-from conservtl.weights.interpolation import Statistics, check_same_labels, mixes, share
+from conservtl.weights.interpolation import Statistics, check_same_labels, check_statistics, mixes, share
 from conservtl.weights.merge_rules import RULES, Rule
 from conservtl.weights.merged_files import check_target, write_merged
 
@@ -183,8 +183,7 @@ def _checked(method: str, t: float | None, count: int, density: float, batch_nor
         raise SpecError(f"t must be between 0 (the source) and {rule.high:g} for {method}; received {t!r:.60}.")
     if not _is_number(density) or not 0 < density <= 1:
         raise SpecError(f"density must be above 0 and at most 1; received {density!r:.60}.")
-    if batch_norm not in get_args(Statistics):
-        raise SpecError(f"batch_norm must be one of {get_args(Statistics)}; received {batch_norm!r}.")
+    check_statistics(batch_norm)
     return rule, float(t)
 
 
