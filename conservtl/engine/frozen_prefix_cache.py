@@ -16,7 +16,8 @@ from conservtl.compat import forget_graphs, forward_hooks, outside_graphs
 from conservtl.engine.draws import Draws
 from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng, torch_states
-from conservtl.layers import Layer, canonical, unwrap
+from conservtl.layers import Layer, unwrap
+from conservtl.layers.names import named_modules
 from conservtl.runtime.model_hooks import ForwardEnded
 from conservtl.runtime.preserve import preserve_buffers
 
@@ -125,7 +126,7 @@ def cache_frozen_prefix(
         batches: the training data, without augmentation.
         compiled: whether the model is compiled for training.
     """
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    modules = named_modules(model)
     prefix, rest = _split(layers, frozen, modules)
     if not prefix or unwrap(model) is not model or any(_has_hooks(module) for module in prefix):
         return None

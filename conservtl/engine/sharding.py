@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.compat import plain_again, tree_map
 from conservtl.kernels.dtensor import place_like, sharded, whole
-from conservtl.layers import canonical, unwrap
-from conservtl.layers.names import own_parameters
+from conservtl.layers import unwrap
+from conservtl.layers.names import named_modules, own_parameters
 
 __all__ = ["load_whole", "shard", "unshard", "whole_on_cpu", "with_placed_state"]
 
@@ -36,7 +36,7 @@ def shard(adaptation: Adaptation, device: torch.device) -> None:
 
 def _blocks(adaptation: Adaptation, model: nn.Module) -> Iterable[nn.Module]:
     """Return the modules with children among the layers that share no parameter with others."""
-    named = {canonical(name): module for name, module in model.named_modules()}
+    named = named_modules(model)
     found = [named[name] for layer in adaptation.layers for name in layer.modules if name in named]
     blocks = [module for module in dict.fromkeys(found) if any(module.children()) and module is not model]
     for block in blocks:

@@ -14,7 +14,7 @@ from conservtl.compat import ConvBase
 from conservtl.errors import SelectorError
 from conservtl.layers.first_use import Trace
 from conservtl.layers.info import Layer, ParameterInfo
-from conservtl.layers.names import canonical, matches, own_parameters, owner, select
+from conservtl.layers.names import canonical, matches, named_modules, own_parameters, owner, select
 from conservtl.layers.units import is_adapted
 
 __all__ = ["mark_head"]
@@ -125,7 +125,7 @@ def _parallel(model: nn.Module, last: str) -> Iterator[str]:
     This is for models without an example: two linear maps of one input side by side, or parts of the model of which
     the later one cannot take what the earlier one gives.
     """
-    modules = {canonical(name): module for name, module in model.named_modules()}
+    modules = named_modules(model)
     holder = modules.get(last.rpartition(".")[0]) if last else None
     if holder is not None and not isinstance(holder, nn.Sequential):
         before: list[tuple[str, nn.Module]] = []

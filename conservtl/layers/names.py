@@ -17,6 +17,7 @@ __all__ = [
     "glob_hint",
     "holder_counts",
     "matches",
+    "named_modules",
     "named_parameters",
     "own_parameters",
     "owner",
@@ -66,6 +67,11 @@ def canonical(name: str) -> str:
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return canonical name -> parameter of a model, wrapped or not, in registration order; a tied one once."""
     return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return canonical name -> module of a model, wrapped or not; a shared one under each of its names."""
+    return {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

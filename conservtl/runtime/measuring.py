@@ -13,7 +13,8 @@ from conservtl.batches import check_batches, to_device
 from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward, Loss
 from conservtl.labels import labels_for_loss, takes_labels
-from conservtl.layers import canonical, named_parameters, unwrap
+from conservtl.layers import named_parameters
+from conservtl.layers.names import named_modules
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers, preserve_gradients
@@ -43,7 +44,7 @@ def measure(
         )
     parameters = named_parameters(model)
     device = next(iter(parameters.values())).device
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    modules = named_modules(model)
     tapped = {layer: modules[name] for layer, name in layers.items() if name in modules}
     context = MeasureContext(model, Placed(batches, device), forward, loss, tapped, parameters, autocast, left_out)
     with (

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.layers import canonical, unwrap
+from conservtl.layers import unwrap
 from conservtl.layers.copying import deep_copy
+from conservtl.layers.names import named_modules
 
 __all__ = ["SourceHead"]
 
@@ -20,7 +21,7 @@ class SourceHead:
 
     def __init__(self, source: nn.Module, name: str) -> None:
         self.name = name
-        self.module = {canonical(own): module for own, module in source.named_modules(remove_duplicate=False)}[name]
+        self.module = named_modules(source)[name]
         self._copies: dict[torch.device, nn.Module] = {}
 
     def outputs(self, entering: Tensor) -> Any:

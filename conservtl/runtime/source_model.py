@@ -13,6 +13,7 @@ from conservtl.compat import version_of
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
+from conservtl.layers.names import named_modules
 from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.layer_outputs import all_tensors_of
@@ -40,7 +41,7 @@ class SourceModelRunner:
     def __init__(self, model: nn.Module | SharedModel, layers: Mapping[str, str], heads: Sequence[str] = ()) -> None:
         self.shared = model if isinstance(model, SharedModel) else None
         self.model = model.model if isinstance(model, SharedModel) else model.eval().requires_grad_(False)
-        self._modules = {canonical(name): module for name, module in self.model.named_modules(remove_duplicate=False)}
+        self._modules = named_modules(self.model)
         self._layers = dict(layers)
         self._heads = {name: SourceHead(self.model, name) for name in heads}
         self._watch = PaddingWatch(self.model)
@@ -131,7 +132,7 @@ def build_source_model(model: nn.Module, source: Source, names: Sequence[str]) -
             f"{source.where} has no value for {missing[0]!r}, so the source model cannot be run to compare with. "
             "Pass the source as a model (source=nn.Module) instead of its weights."
         )
-    owners = {canonical(name): module for name, module in built.named_modules(remove_duplicate=False)}
+    owners = named_modules(built)
     state = {canonical(key): tensor for key, tensor in built.state_dict(keep_vars=True).items()}
     tied = {id(tensor): source.tensors[name] for name, tensor in state.items() if name in source.tensors}
     for name, tensor in state.items():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SelectorError, SpecError
-from conservtl.layers import canonical, unwrap
+from conservtl.layers import unwrap
+from conservtl.layers.names import named_modules
 from conservtl.plan.term import numbered
 from conservtl.runtime.channels import Channels
 from conservtl.runtime.model_hooks import remove_hooks
@@ -53,7 +54,7 @@ class Taps:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], enters: Collection[str] = ()) -> None:
         model = unwrap(model)
-        modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+        modules = named_modules(model)
         if unknown := [name for name in enters if name not in modules]:
             raise SelectorError(f"the model has no module {unknown[0]!r} whose input could be taken.")
         self._passes = Passes()
@@ -121,7 +122,7 @@ class Taps:
 
     def replaced(self, model: nn.Module) -> list[str]:
         """Return the tapped modules whose place in a model, wrapped or not, another module has taken."""
-        modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
+        modules = named_modules(model)
         return [name for name, module in self._tapped.items() if modules.get(name) is not module]
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SourceError, SpecError, counted
-from conservtl.layers import canonical
+from conservtl.layers.names import named_modules
 from conservtl.plan.plan import Plan
 
 __all__ = ["HeadLabels", "row_mask", "rows_by_label"]
@@ -75,7 +75,7 @@ class HeadLabels:
         """
         head = [plan[name] for name in plan.head]
         ours, theirs = len(self.target), len(self.source)
-        modules = {canonical(name): module for name, module in model.named_modules()}
+        modules = named_modules(model)
         weights = [row for row in head if row.kind == "weight"] or head
         if any(row.name in declared for row in weights):
             return plan

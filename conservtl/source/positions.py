@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import counted
-from conservtl.layers import canonical, unwrap
+from conservtl.layers.names import named_modules
 
 __all__ = ["resample_positions"]
 
@@ -48,7 +48,7 @@ def resample_positions(
     convolution are given bicubic interpolation, as DINO and Hugging Face's vision transformers use it. Class and
     distillation tokens stay as they are.
     """
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
+    modules = named_modules(model)
     resampled, notes = {}, []
     for name, parameter in wanted.items():
         value = values.get(name)

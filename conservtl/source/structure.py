@@ -10,7 +10,7 @@ from conservtl.compat import BatchNormBase
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, matches, unwrap
 from conservtl.layers.extended import extended_modules
-from conservtl.layers.names import owner
+from conservtl.layers.names import named_modules, owner
 from conservtl.layers.units import is_norm
 from conservtl.plan.plan import Plan
 
@@ -35,7 +35,7 @@ def check_structure(
             changed; modules of other tensors, which were left out or which the model's hooks turned into others, are
             not compared.
     """
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False)}
+    modules = named_modules(model)
     names = {} if names is None else names
     renamed = any(old != new for old, new in names.items())
     migrated = bool(names) and any(canonical(name) not in names for name, _ in unwrap(source).named_parameters())

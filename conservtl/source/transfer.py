@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conservtl.compat import NormBase, reset_method
 from conservtl.errors import counted
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
+from conservtl.layers.names import named_modules
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 from conservtl.source.by_label import row_mask, rows_by_label
@@ -120,7 +121,7 @@ def _copy_buffers(
         The names of the buffers that were copied, and of those that the source lacks; counts of batches left out.
     """
     origin = {row.name: row.origin for row in plan.rows if not row.added}
-    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules = named_modules(model)
     copied, stale, kept = [], [], []
     for key, buffer in model.state_dict(keep_vars=True).items():
         name = canonical(key)
@@ -147,7 +148,7 @@ def _copy_buffers(
 
 def _initialise(model: nn.Module, kinds: Mapping[str, str]) -> None:
     """Initialise these parameters again, each as its module does; all others keep their values."""
-    modules = {canonical(name): module for name, module in model.named_modules()}
+    modules = named_modules(model)
     parameters = named_parameters(model)
     owners = {owner: modules[owner] for owner in dict.fromkeys(name.rpartition(".")[0] for name in kinds)}
     chosen = {id(parameters[name]) for name in kinds}

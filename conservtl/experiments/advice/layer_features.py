@@ -15,7 +15,8 @@ from conservtl.engine.batching import as_batches
 from conservtl.errors import SelectorError
 from conservtl.functions import Forward, labels_of, logits_of
 from conservtl.functions import forward as plain_forward
-from conservtl.layers import Layer, canonical, unwrap
+from conservtl.layers import Layer, unwrap
+from conservtl.layers.names import named_modules
 from conservtl.runtime.channels import Channels, pooled
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.preserve import preserve_modes
@@ -132,7 +133,7 @@ def statistics_shift(
 @contextmanager
 def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that holds the pooled outputs of layers after each forward pass."""
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    modules = named_modules(model)
     caught: dict[str, Tensor] = {}
     hooks = []
     try:

@@ -15,7 +15,8 @@ from conservtl.bounds import Positive
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
 from conservtl.functions import Forward, labels_of, logits_of
-from conservtl.layers import canonical, unwrap
+from conservtl.layers import unwrap
+from conservtl.layers.names import named_modules
 from conservtl.methods.feature_extraction.probe_head import ProbeHead
 from conservtl.methods.feature_extraction.row_store import RowStore
 from conservtl.plan.after import After, FinishContext
@@ -57,7 +58,7 @@ class FittedHead(After):
         if ending.batches is None:
             raise SpecError(f"{self.by} fits its classifier to the training data: pass its batches, finish(batches).")
         model = unwrap(ending.model)
-        head: Any = {canonical(name): module for name, module in model.named_modules()}[self.head]
+        head: Any = named_modules(model)[self.head]
         features, labels = _gathered(*self._features(model, head, ending.batches, ending.forward))
         self._check_classes(labels, len(head.weight))
         facts = {"classifier": self.classifier, "examples": len(features), "features": features.shape[1]}

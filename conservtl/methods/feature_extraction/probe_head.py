@@ -13,9 +13,10 @@ from torch.nn import functional as F  # noqa: N812
 from conservtl.batches import map_tensors
 from conservtl.compat import remove_forward_hooks
 from conservtl.errors import SpecError
-from conservtl.layers import Layer, canonical, unwrap
+from conservtl.layers import Layer, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
+from conservtl.layers.names import named_modules
 from conservtl.plan.plan import Plan
 from conservtl.runtime.channels import Channels, channel_axis, pooled
 from conservtl.runtime.layer_outputs import tensor_of
@@ -130,7 +131,7 @@ def add_probe_head(model: nn.Module, layers: Sequence[Layer], example: Any, glob
     plan = Plan.draw(layers, {}, {})
     name, last = plan.head_module, plan[plan.head[0]].layer
     chosen = {layer for names in plan.select_layers(globs).values() for layer in names}
-    modules = {canonical(key): module for key, module in model.named_modules()}
+    modules = named_modules(model)
     head = modules.get(name)
     if isinstance(head, ProbeHead):
         raise SpecError(
@@ -173,7 +174,7 @@ def remove_probe_head(model: nn.Module) -> None:
 def _outputs(model: nn.Module, example: Any, parts: dict[str, str], head: str) -> tuple[dict[str, Tensor], Tensor]:
     """Return the outputs of layers and the input of the head, from a copy of the model in eval mode."""
     trial = deep_copy(model).eval()
-    modules = {canonical(name): module for name, module in trial.named_modules()}
+    modules = named_modules(trial)
     outputs: dict[str, Tensor] = {}
     entered: list[Tensor] = []
     for layer, name in parts.items():

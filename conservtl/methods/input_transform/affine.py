@@ -15,7 +15,7 @@ from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
-from conservtl.layers.names import holder_counts, own_parameters
+from conservtl.layers.names import holder_counts, named_modules, own_parameters
 from conservtl.layers.plain import behind, plain_module
 from conservtl.methods.input_transform.axis import feature_axis, feature_count
 
@@ -95,7 +95,7 @@ def merge_transform(model: nn.Module) -> bool:
     transform = getattr(model, NAME, None)
     if not isinstance(transform, AffineTransform):
         return True
-    modules = {canonical(name): module for name, module in model.named_modules()}
+    modules = named_modules(model)
     module: Any = modules.get(transform.into or "")
     if transform.into is None or module is None or not _takes(model, module):
         return False

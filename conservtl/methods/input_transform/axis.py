@@ -9,7 +9,8 @@ from torch import nn
 
 from conservtl.batches import tensors_of
 from conservtl.errors import SpecError
-from conservtl.layers import Layer, canonical
+from conservtl.layers import Layer
+from conservtl.layers.names import named_modules
 from conservtl.padding import find_padding
 
 __all__ = ["feature_axis", "feature_count"]
@@ -48,7 +49,7 @@ def feature_count(model: nn.Module, layers: Sequence[Layer], example: Any, dim: 
                 f"holds {seen}. Choose another dim."
             )
         return first.shape[dim]
-    modules = {canonical(name): module for name, module in model.named_modules()}
+    modules = named_modules(model)
     names = [info.name for info in layers[0].parameters if info.kind == "weight"]
     module = modules.get(names[0].rpartition(".")[0]) if names else None
     if isinstance(module, _CONVOLUTIONS) and dim in (1, -1 - len(module.kernel_size)):

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from conservtl.compat import forward_hooks, forward_pre_hooks, remove_forward_hooks, remove_forward_pre_hooks
 from conservtl.errors import SpecError
-from conservtl.layers import canonical, unwrap
-from conservtl.layers.names import holder_counts, own_parameters
+from conservtl.layers import unwrap
+from conservtl.layers.names import holder_counts, named_modules, own_parameters
 from conservtl.layers.plain import plain_module, replace_module
 from conservtl.methods.lhuc.folding import amplitude, begin_pass, end_pass, scaled_in_this_pass
 from conservtl.methods.lhuc.hidden_units import channel_dim, is_recurrent, unit_count
@@ -30,7 +30,7 @@ def add_amplitudes(model: nn.Module, names: Sequence[str]) -> list[str]:
     Raises:
         SpecError: a module has amplitudes already; none is changed.
     """
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    modules = named_modules(model)
     if twice := [name for name in names if hasattr(modules[name], PARAMETER)]:
         raise SpecError(
             f"LHUC: module {twice[0]!r} has amplitudes already. Merge or retract those of an earlier adaptation first "

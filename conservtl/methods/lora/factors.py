@@ -11,7 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from conservtl.compat import convolved, forward_hooks, remove_forward_hooks
 from conservtl.kernels.low_rank import dense_change
-from conservtl.layers import canonical, unwrap
+from conservtl.layers import unwrap
+from conservtl.layers.names import named_modules
 
 __all__ = ["FACTORS", "add_factors", "has_factors", "merge_factors", "remove_factors"]
 
@@ -25,7 +26,7 @@ def add_factors(model: nn.Module, names: Sequence[str], rank: int, scale: float,
 
     A is drawn as PEFT draws it, uniformly within 1 / sqrt(inputs).
     """
-    modules = {canonical(name): module for name, module in unwrap(model).named_modules()}
+    modules = named_modules(model)
     for name in names:
         module: Any = modules[name]
         weight = module.weight

@@ -11,7 +11,7 @@ from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import Layer, canonical, layer_of, matches, unwrap
 from conservtl.layers.attention import outside_attention
 from conservtl.layers.extended import own_class
-from conservtl.layers.names import glob_hint, holder_counts, own_parameters, owner
+from conservtl.layers.names import glob_hint, holder_counts, named_modules, own_parameters, owner
 from conservtl.plan.plan import Plan
 
 __all__ = ["find_targets"]
@@ -32,7 +32,7 @@ def find_targets(model: nn.Module, layers: Sequence[Layer], on: Sequence[str] | 
     faults = _faults(bare)
     if on is None:
         head = {owner(name) for name in Plan.draw(layers, {}, {}).possible_head}
-        modules = {canonical(name): module for name, module in bare.named_modules()}
+        modules = named_modules(bare)
         found = [
             name
             for name, fault in faults.items()
