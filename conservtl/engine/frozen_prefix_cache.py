@@ -18,7 +18,7 @@ from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng, torch_states
 from conservtl.layers import Layer, unwrap
 from conservtl.layers.names import named_modules
-from conservtl.runtime.model_hooks import ForwardEnded
+from conservtl.runtime.model_hooks import ForwardEnded, hooked
 from conservtl.runtime.preserve import preserve_buffers
 
 __all__ = ["FrozenPrefixCache", "cache_frozen_prefix"]
@@ -196,12 +196,8 @@ def _trace(run: Run, content: Any, modules: Sequence[nn.Module]) -> tuple[list[t
         # A copy: the next module may write into it, as ReLU(inplace=True) does.
         calls.append((module, output.clone() if isinstance(output, Tensor) else output))
 
-    hooks = [module.register_forward_hook(record) for module in modules]
-    try:
+    with hooked([module.register_forward_hook(record) for module in modules]):
         return calls, run(content)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _ahead(
@@ -250,13 +246,11 @@ def _reach(run: Run, boundary: nn.Module, content: Any) -> Any:
         outputs.append(output)
         raise ForwardEnded
 
-    hook = boundary.register_forward_hook(catch)
-    try:
-        run(content)
-    except ForwardEnded:
-        return outputs[0]
-    finally:
-        hook.remove()
+    with boundary.register_forward_hook(catch):
+        try:
+            run(content)
+        except ForwardEnded:
+            return outputs[0]
     return None
 
 

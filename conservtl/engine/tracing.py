@@ -12,6 +12,7 @@ from torch import nn
 from conservtl.compat import forget_graphs, guard_hooks
 from conservtl.errors import SpecError
 from conservtl.layers import canonical
+from conservtl.runtime.model_hooks import hooked
 from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["GRAPHS", "check_traceable", "compiled"]
@@ -60,12 +61,8 @@ def _culprit(model: nn.Module, run: Run) -> tuple[str, nn.Module, str] | None:
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.setdefault(module, (args, kwargs))
 
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]
-    try:
+    with hooked([module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]):
         run(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, module in reversed(list(model.named_modules())):  # children before their parents
         if module not in calls or (type(module).__module__.startswith("torch.nn.") and not list(module.children())):
             continue

@@ -41,11 +41,8 @@ def recording(model: nn.Module) -> Iterator[list[Pass]]:
         if torch.is_grad_enabled():
             passes.append(Pass(_together(model, args, kwargs), outputs))
 
-    handle = model.register_forward_hook(record, with_kwargs=True)
-    try:
+    with model.register_forward_hook(record, with_kwargs=True):
         yield passes
-    finally:
-        handle.remove()
 
 
 def outermost(root: nn.Module, model: nn.Module) -> nn.Module | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from conservtl.compat import outside_graphs
 
-__all__ = ["ForwardEnded", "ForwardHook", "Listener", "StateDictHook", "remove_hooks"]
+__all__ = ["ForwardEnded", "ForwardHook", "Listener", "StateDictHook", "hooked", "remove_hooks"]
 
 
 class ForwardEnded(Exception):  # noqa: N818 - not an error
@@ -23,6 +25,16 @@ def remove_hooks(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks after the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Listener(Protocol):

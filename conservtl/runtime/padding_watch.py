@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from conservtl.labels import argument_names
 from conservtl.layers import unwrap
 from conservtl.padding import Padding, Resampling, completed, find_padding, names_padding
+from conservtl.runtime.model_hooks import remove_hooks
 
 __all__ = ["PaddingWatch"]
 
@@ -63,9 +64,7 @@ class PaddingWatch:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        remove_hooks(self._handles)
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.begin(args, kwargs)

@@ -17,6 +17,7 @@ from conservtl.layers.names import named_modules
 from conservtl.plan.term import View, numbered
 from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.layer_outputs import all_tensors_of
+from conservtl.runtime.model_hooks import hooked
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.preserve import eval_mode
 from conservtl.runtime.source_head import SourceHead
@@ -84,12 +85,8 @@ class SourceModelRunner:
         hooks.append(self.model.register_forward_hook(lambda *_: passes.append(None)))
         for name, found in of_heads.items():
             hooks.append(self._modules[name].register_forward_hook(lambda _, __, y, found=found: found.append(y)))
-        try:
-            with self._as_source(), self._watch:
-                outputs = run(self.model)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(hooks), self._as_source(), self._watch:
+            outputs = run(self.model)
         if written := {layer for layer, tensor, before in watched if version_of(tensor) != before}:
             self._written |= written
             return self.view(run)

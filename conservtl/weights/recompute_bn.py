@@ -14,6 +14,7 @@ from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.measuring import Placed
+from conservtl.runtime.model_hooks import hooked
 from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["recompute_statistics"]
@@ -42,18 +43,15 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], forward: Forw
     if not norms:
         return
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    hooks = [norm.register_forward_pre_hook(_averaging()) for norm in norms]
     seen = False
     try:
-        with eval_mode(model):
+        with hooked([norm.register_forward_pre_hook(_averaging()) for norm in norms]), eval_mode(model):
             for norm in norms:
                 norm.training = True  # assigned, because train() of a frozen norm stays in eval mode
             for batch in Placed(batches, norms[0].running_mean.device):
                 forward(model, batch)
                 seen = True
     finally:
-        for hook in hooks:
-            hook.remove()
         for norm, momentum, count in before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from conservtl.layers import Layer, unwrap
 from conservtl.layers.names import named_modules
 from conservtl.runtime.channels import Channels, pooled
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.model_hooks import hooked
 from conservtl.runtime.preserve import preserve_modes
 
 __all__ = ["LayerFeatures", "features_of", "statistics_shift"]
@@ -109,16 +110,11 @@ def statistics_shift(
             [torch.full_like(values[:, 0], values.shape[1]), values.sum(1), (values**2).sum(1)]
         )
 
-    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
     place = next(model.parameters()).device
-    try:
-        with _as_found(model):
-            model.eval()
-            for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
-                forward(model, batch.content)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked([norm.register_forward_pre_hook(add) for norm in norms]), _as_found(model):
+        model.eval()
+        for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
+            forward(model, batch.content)
     shifts = []
     for norm, (count, total, squares) in moments.items():
         if not count.any():
@@ -135,19 +131,15 @@ def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Te
     """Yield a dictionary that holds the pooled outputs of layers after each forward pass."""
     modules = named_modules(model)
     caught: dict[str, Tensor] = {}
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for layer in layers:
             if not layer.modules:
                 continue
             if layer.modules[-1] not in modules:
                 raise SelectorError(f"the model has no layer {layer.name!r}. Give the layers that find_layers gives.")
             module = modules[layer.modules[-1]]
-            hooks.append(module.register_forward_hook(_Pool(layer.name, Channels(module), caught)))
+            hooks.enter_context(module.register_forward_hook(_Pool(layer.name, Channels(module), caught)))
         yield caught
-    finally:
-        for hook_handle in hooks:
-            hook_handle.remove()
 
 
 class _Pool:

@@ -136,11 +136,8 @@ class _Occluded:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             return _first_changed(output, change)
 
-        handle = self.module.register_forward_hook(hook)
-        try:
+        with self.module.register_forward_hook(hook):
             return self.probe.forward(self.probe.model, batch)
-        finally:
-            handle.remove()
 
 
 def _first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -79,18 +79,15 @@ class FittedHead(After):
         labels: list[Tensor] = []
         entered: list[Tensor] = []
         catch = head.register_forward_pre_hook(lambda _, inputs: entered.append(_entering(head, inputs[0])))
-        try:
-            with eval_mode(model):
-                for batch in Placed(batches, head.weight.device):
-                    entered.clear()
-                    outputs = forward(model, batch)
-                    targets = self._labels(batch)
-                    if not labels:
-                        self._check_head(model, head, outputs, entered, len(targets))
-                    rows.add(entered[0])
-                    labels.append(targets.cpu())
-        finally:
-            catch.remove()
+        with catch, eval_mode(model):
+            for batch in Placed(batches, head.weight.device):
+                entered.clear()
+                outputs = forward(model, batch)
+                targets = self._labels(batch)
+                if not labels:
+                    self._check_head(model, head, outputs, entered, len(targets))
+                rows.add(entered[0])
+                labels.append(targets.cpu())
         if not labels:
             raise DataError(f"{self.by}: there are no batches to fit a classifier to. Give some.")
         return rows.matrix(), torch.cat(labels).numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from conservtl.errors import DataError, SpecError, counted
 from conservtl.layers import canonical, unwrap
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
-from conservtl.runtime.model_hooks import ForwardEnded
+from conservtl.runtime.model_hooks import ForwardEnded, hooked
 from conservtl.runtime.padding_watch import PaddingWatch
 
 __all__ = ["NormStatisticsMeasure"]
@@ -92,16 +92,12 @@ class NormStatisticsMeasure(Measure):
             if once:
                 raise ForwardEnded
 
-        hook = norm.register_forward_pre_hook(listen)
-        try:
-            with watch:
-                for batch in probe.batches:
-                    current[0] = batch
-                    with suppress(ForwardEnded), probe.autocast():
-                        probe.forward(probe.model, batch)
-                    examples += batch_size(batch)
-        finally:
-            hook.remove()
+        with norm.register_forward_pre_hook(listen), watch:
+            for batch in probe.batches:
+                current[0] = batch
+                with suppress(ForwardEnded), probe.autocast():
+                    probe.forward(probe.model, batch)
+                examples += batch_size(batch)
         return moments, examples
 
     def use(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
@@ -123,11 +119,8 @@ def _calls(probe: MeasureContext, norms: Mapping[str, nn.Module]) -> Counter[str
     def counter(name: str) -> Callable[[nn.Module, Any], None]:
         return lambda _, __: calls.update([name])
 
-    with ExitStack() as hooks:
-        for name, norm in norms.items():
-            hooks.callback(norm.register_forward_pre_hook(counter(name)).remove)
-        with probe.autocast():
-            probe.forward(probe.model, next(iter(probe.batches)))
+    with hooked([norm.register_forward_pre_hook(counter(name)) for name, norm in norms.items()]), probe.autocast():
+        probe.forward(probe.model, next(iter(probe.batches)))
     return calls
 
 
