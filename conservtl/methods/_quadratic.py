@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from conservtl.errors import counted
+from conservtl.kernels.deviation import together
 from conservtl.kernels.dtensor import real_parts
 from conservtl.kernels.pull import Pulled, gather
 from conservtl.plan.penalty import Penalty, PenaltyKernel
@@ -36,7 +36,7 @@ class Quadratic(Penalty):
             square = real_parts(item.parameter if item.anchor is None else item.parameter - item.anchor).square()
             weights = self._weights(item)
             values.append(self._strength(item.row) / 2 * (square if weights is None else square * weights).sum())
-        return torch.stack([value.to(values[0].device) for value in values]).sum()
+        return together(values).sum()
 
     def gradient(self, moving: Sequence[Moving]) -> list[Tensor]:
         """Return strength × F × (w - w0) of each parameter."""

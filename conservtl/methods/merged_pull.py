@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import counted
+from conservtl.kernels.deviation import together
 from conservtl.kernels.low_rank import squared_change
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
@@ -60,7 +61,7 @@ class MergedL2Penalty(Penalty):
             for pair in self.factors
             if pair.a in given and pair.b in given
         ]
-        return torch.stack([value.to(values[0].device) for value in values]).sum() if values else _zero(moving)
+        return together(values).sum() if values else _zero(moving)
 
     def gradient(self, moving: Sequence[Moving]) -> list[Tensor]:
         """Return alpha s² (B^T B) A and alpha s² B (A A^T)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.compat import accumulates
+from conservtl.kernels.deviation import together
 from conservtl.kernels.dtensor import local, over_parts, sharded, whole
 from conservtl.kernels.gradient import as_handed
 from conservtl.plan.penalty import Penalty
@@ -64,7 +65,7 @@ def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) 
             leaf = moving[0].parameter
     if not values:
         return torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-    total = torch.stack([value.to(values[0].device) for value in values]).sum()
+    total = together(values).sum()
     if total.requires_grad and not torch.compiler.is_compiling():
         total.register_hook(lambda gradient: _note(context, leaf, gradient))  # type: ignore[no-untyped-call]
     return total

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError, counted
+from conservtl.kernels.deviation import together
 from conservtl.methods.feature_conservation.squares import EPSILON, squared_distance, unit_distance
 from conservtl.padding.masked import comparable, masked_mean
 from conservtl.plan.term import Term, View, all_of
@@ -53,7 +54,7 @@ class FeatureConservationTerm(Term):
             parts.append(torch.stack(calls).mean())
         if not parts:
             return torch.zeros(())
-        return self.alpha * torch.stack([part.to(parts[0].device) for part in parts]).sum()
+        return self.alpha * together(parts).sum()
 
     def _distance(
         self, layer: str, adapted: View, features: Tensor, target: Tensor, axis: int, weights: Tensor | None
