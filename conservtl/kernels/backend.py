@@ -16,7 +16,12 @@ from conservtl.plan.update import Moving, Prepared
 if TYPE_CHECKING:
     from conservtl.kernels.fused.moves import Moves
 
-__all__ = ["fused_on", "split"]
+__all__ = ["capturing", "fused_on", "split"]
+
+
+def capturing() -> bool:
+    """Whether the caller captures a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def fused_on(device: torch.device) -> bool:

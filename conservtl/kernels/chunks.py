@@ -71,7 +71,7 @@ class Chunk:
         for owner in self._owners:
             gradient = dense_gradient(owner)
             if self._elements is not None and not _flat(gradient, self._order):
-                gradient = owner.grad = torch.empty_like(owner).copy_(gradient)
+                gradient = owner.grad = torch.empty_like(owner, dtype=gradient.dtype).copy_(gradient)
             gradients.append(gradient)
         return gradients if self._plain else [self._view(gradient) for gradient in gradients]
 
@@ -135,7 +135,7 @@ def buffer_for(item: Pulled, buffers: dict[Any, Tensor]) -> Tensor | None:
 def dense_gradient(parameter: Tensor) -> Tensor:
     """Return a parameter's gradient, made dense if it is sparse and zero if there is none."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
     elif parameter.grad.is_sparse:
         parameter.grad = parameter.grad.to_dense()
     return parameter.grad

@@ -25,7 +25,8 @@ class ParameterIndex:
     """The parameters in an optimizer's groups, by name, with the kernels and lists that act on them.
 
     Kernels and lists are cached until a group, a parameter, its memory, its ``requires_grad`` or the context's
-    revision changes. A step compares once (``hold``), building them anew takes a hundred times as long.
+    revision changes. A step compares once, at the beginning of the block that it is the context of: building them anew
+    takes a hundred times as long.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
@@ -33,8 +34,7 @@ class ParameterIndex:
         self._revision = -1
         self._seen: tuple[list[Any], list[int], list[bool]] = ([], [], [])
         self._memory: list[Tensor] = []  # kept, so that no other tensor comes to lie there: equal places, equal types
-        self.held = False
-        """Whether changes are not looked for."""
+        self._blocks = 0  # inside which changes are not looked for
         self.places = 0
         """A number that grows whenever a group, a parameter or its memory changes, its type included."""
         self._kernels: dict[str, Sequence[PenaltyKernel]] = {}
@@ -47,14 +47,17 @@ class ParameterIndex:
             for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
                 yield name, parameter, group
 
-    def hold(self) -> _Hold:
-        """Look for changes now, and return a context in which no others are looked for."""
+    def __enter__(self) -> None:
+        """Look for changes now, and for no others until the block ends."""
         self._refresh()
-        return _Hold(self)
+        self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks -= 1
 
     def kernels(self, penalty: Penalty) -> Sequence[PenaltyKernel]:
         """Return the kernels of a penalty, for the parameters it acts on that are trained now."""
-        if not self.held:
+        if not self._blocks:
             self._refresh()
         if penalty.name not in self._kernels:
             self._kernels[penalty.name] = self._build(penalty)
@@ -62,7 +65,7 @@ class ParameterIndex:
 
     def moving(self, update: Update) -> list[Moving]:
         """Return the parameters that an update acts on."""
-        if not self.held:
+        if not self._blocks:
             self._refresh()
         moving = self._moving.get(update.name)
         if moving is None:
@@ -74,7 +77,7 @@ class ParameterIndex:
 
     def frozen(self) -> list[Tensor]:
         """Return the parameters that this phase does not train."""
-        if not self.held:
+        if not self._blocks:
             self._refresh()
         if self._frozen is None:
             frozen = self._context.frozen
@@ -124,19 +127,6 @@ class ParameterIndex:
         anchors = self._context.anchors
         anchor = anchors.of(row.name, parameter, storage or "fp32")
         return Moving(row, parameter, anchor.to(parameter.device), group, new=anchors.mask_of_new(row.name, parameter))
-
-
-class _Hold:
-    """Context in which an index does not look for changes."""
-
-    def __init__(self, index: ParameterIndex) -> None:
-        self._index, self._held = index, index.held
-
-    def __enter__(self) -> None:
-        self._index.held = True
-
-    def __exit__(self, *_: object) -> None:
-        self._index.held = self._held
 
 
 _requires_grad = attrgetter("requires_grad")

@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from conservtl.compat import scaler_state
 from conservtl.errors import SpecError
+from conservtl.kernels.backend import capturing
 from conservtl.runtime.model_check import check_conversion
 from conservtl.runtime.parameter_index import ParameterIndex
 from conservtl.runtime.penalty_runner import PenaltyRunner
@@ -65,7 +66,7 @@ class StepHook:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self._scaler is not None:
             self._unscale(self._scaler)
-        with self.index.hold():
+        with self.index:
             self._check_model()
             self.drop_frozen()
             self._context.anchors.follow()
@@ -78,7 +79,7 @@ class StepHook:
         """Let updates act before a forward pass of the model."""
         if not self._context.updates.listens:
             return
-        with torch.inference_mode(mode=False), self.index.hold():  # anchors placed here serve steps with gradients too
+        with torch.inference_mode(mode=False), self.index:  # anchors placed here serve steps with gradients too
             self._context.anchors.follow()
             self._context.updates.prepare(self.index.moving, training=training)
 
@@ -117,7 +118,7 @@ class StepHook:
             self._checked = True
 
     def _act(self) -> None:
-        with self.index.hold():
+        with self.index:
             self._act_once()
         _begin_momentum(self._inner)
 
@@ -132,6 +133,7 @@ class StepHook:
         context.anchors.follow()
         if not context.plan.penalties and not context.updates.updates:
             return
+        self._check_captured()
         skip, scale = getattr(self._inner, "found_inf", None), getattr(self._inner, "grad_scale", None)
         with torch.no_grad():
             if added is None or added[0] is not self._state():  # not yet, or in a step that the scaler skipped
@@ -143,7 +145,7 @@ class StepHook:
     def _after_step(self, *_: Any) -> None:
         self._context.anchors.follow()
         if self._context.updates.updates:
-            with torch.no_grad(), self.index.hold():
+            with torch.no_grad(), self.index:
                 self._context.updates.act("after", self.index.moving, getattr(self._inner, "found_inf", None))
         self._context.updates.number += 1
         self._context.penalty_in_gradients = False
@@ -160,6 +162,18 @@ class StepHook:
                     "Leave penalty() out of the loss, or make the optimizer with optimizer(..., pull=False)."
                 )
             self._penalties.add_gradients(scale, maximize=bool(self._inner.param_groups[0].get("maximize")))
+
+    def _check_captured(self) -> None:
+        """Raise if a CUDA graph is captured that would repeat what is decided anew in each step."""
+        if not capturing():
+            return
+        plan = self._context.plan
+        deciding = [*plan.updates, *(one for one in plan.penalties if one.anneal is not None or one.every > 1)]
+        if deciding:
+            raise SpecError(
+                f"{deciding[0].by} decides at each step what to do, and a CUDA graph repeats the step that it "
+                "captured. Capture forward and backward pass alone, and call optimizer.step() after each replay."
+            )
 
     def _unscale(self, scaler: GradScaler) -> None:
         state = self._state()

@@ -20,20 +20,29 @@ triton = pytest.importorskip("triton")
 METHODS = "l2_sp or fisher or projection or selective or l1_sp or lasso or mixout or auto_rgn"
 
 
-def test_programs_compute_what_their_formulas_say():
-    """And keep the contract of all methods: a step in float64 by the formula, and the law of resuming.
-
-    Tests of a process in which programs act on CPU tensors: Triton reads its settings when it is imported.
-    """
-    laws = "what_the_formula_says or (resuming and laws_of_a_step)"
-    chosen = f"fused_pulls or fused_calls or fused_moves or (({METHODS}) and ({laws}))"
-    places = [*sorted((HERE / "interpreted").glob("fused_*.py")), HERE.parent / "test_conservation.py"]
+def interpreted(chosen, *places):
+    """Run tests in a process in which programs act on CPU tensors: Triton reads its settings when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CONSERVTL_TRITON": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *map(str, places), "-k", chosen]
     command += ["-W", "ignore::RuntimeWarning"]  # NumPy, which interprets them, warns of each overflow and NaN
     how = {"capture_output": True, "text": True, "timeout": 600}
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], check=False, **how)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+def test_programs_compute_what_their_formulas_say():
+    """And keep the contract of all methods: a step in float64 by the formula, the law of resuming, the step's hook."""
+    laws = "what_the_formula_says or (resuming and laws_of_a_step)"
+    steps = "step_hook and not never_stale"
+    chosen = f"fused_pulls or fused_calls or fused_moves or fused_places or (({METHODS}) and ({laws})) or ({steps})"
+    places = HERE.parent / "test_conservation.py", HERE.parent / "runtime" / "test_step_hook.py"
+    interpreted(chosen, *sorted((HERE / "interpreted").glob("fused_*.py")), *places)
+
+
+@pytest.mark.slow
+def test_programs_act_on_shards_and_on_tensors_that_are_replaced():
+    """Two processes, with replicas and with FSDP2; parameters that are moved or frozen between steps."""
+    interpreted("distributed or never_stale or runner", HERE.parent / "test_distributed.py", HERE.parent / "runtime")
 
 
 def test_torch_acts_on_the_cpu():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import conservtl as ctl
+from conservtl.kernels.fused import table
 from conservtl.kernels.pull import Pull, Pulled
 from conservtl.kernels.replayed import Replayed, capture
 
@@ -166,3 +168,43 @@ def test_anchors_elsewhere_are_not_captured():
     items = pulled()
     items = [replace(item, anchor=item.anchor.to("meta")) for item in items]
     assert not Replayed(Pull(pulled(), {}), items)._able
+
+
+def test_addresses_that_a_graph_of_the_caller_sends_serve_it_alone(monkeypatch):
+    """At each replay it sends them from the host's memory, which must stay; before the first they are not there."""
+    monkeypatch.setattr(table, "_captured", kept := [])
+    addresses = table.Addresses(torch.device("cpu"))
+    before = addresses.at([16, 32])
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "capturing", lambda: True)
+        captured = [addresses.at([16, 32]), addresses.at([16, 36])]
+    assert [host.tolist() for host in kept] == [[16, 32], [16, 36]]
+    assert not addresses.aligned
+    after = addresses.at([16, 36])
+    assert addresses.at([16, 36]) is after
+    assert addresses.at([16, 32]).tolist() == before.tolist()
+    assert addresses.aligned
+    assert len({id(one) for one in (before, *captured, after)}) == 4
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "refused"),
+    [
+        (ctl.L2SP(), False),
+        (ctl.L2SP(mode="decoupled"), False),
+        (ctl.L2SP(every=2), True),
+        (ctl.L2SP(anneal=ctl.Anneal(steps=9)), True),
+        (ctl.Mixout(), True),
+        (ctl.Projection(), True),
+    ],
+    ids=str,
+)
+def test_a_step_that_differs_from_the_next_is_not_captured(strategy, refused, monkeypatch):
+    model = nn.Linear(3, 2)
+    adaptation = ctl.adapt(model, {name: one.clone() for name, one in model.state_dict().items()}, [strategy])
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    monkeypatch.setattr("conservtl.runtime.step_hook.capturing", lambda: True)
+    message = r"decides at each step what to do, and a CUDA graph .* call optimizer.step\(\) after each replay"
+    with pytest.raises(ctl.SpecError, match=message) if refused else nullcontext():
+        optimizer.step()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conservtl.kernels.fused.table import keep
+
 __all__ = ["call", "parted"]
 
 _compiled: dict[Any, Any] = {}
@@ -33,6 +35,7 @@ def call(
         with _on(device):
             program[tuple(grid)](*arguments)
         return
+    keep(tensors)
     pointers = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
     key = (id(program), device.index, constants, pointers, *map(_kind, numbers))
     with _on(device):

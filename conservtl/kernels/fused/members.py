@@ -129,9 +129,11 @@ class Members:
 
 
 def fits(parameter: Any, anchor: Any = None, importance: Any = None) -> bool:
-    """Whether programs can act on a parameter: real, dense in memory, with the others laid out alike."""
+    """Whether programs can act on a parameter: real, dense, of its gradient's type, with the others laid out alike."""
     weight: Tensor = local(parameter)
     if weight.dtype not in TYPES or not _dense(weight):
+        return False
+    if getattr(parameter, "grad_dtype", weight.dtype) != weight.dtype:  # None: of any type
         return False
     if sharded(parameter) and not by_rows(parameter):
         return False

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Addresses", "Blocks", "uploaded"]
+from conservtl.kernels.backend import capturing
+
+__all__ = ["Addresses", "Blocks", "keep", "uploaded"]
+
+_captured: list[Any] = []
+"""Tables, here and on the host, that CUDA graphs of the caller's read at each replay."""
 
 
 class Blocks:
@@ -59,15 +64,24 @@ class Addresses:
 
     def at(self, addresses: list[int]) -> Tensor:
         """Return addresses on the device; 0 means no tensor."""
-        if self._sent is None or addresses != self._values:
+        captured = capturing()
+        if captured or self._sent is None or addresses != self._values:
             self.aligned = not any(address % 16 for address in addresses)
-            self._values, self._sent = addresses, uploaded(addresses, torch.int64, self._device)
+            self._sent = uploaded(addresses, torch.int64, self._device)
+            self._values = None if captured else addresses  # a graph sends them when it is replayed, and not before
         return self._sent
+
+
+def keep(tables: Any) -> None:
+    """Keep tables for as long as the process lives if a CUDA graph is captured, whose end is not known."""
+    if capturing():
+        _captured.append(tables)
 
 
 def uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers on a device, without a wait."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    keep(host)
     return host.to(device, non_blocking=True)
 
 

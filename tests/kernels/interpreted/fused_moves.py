@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,6 +109,20 @@ def test_nan_is_never_hidden(update):
         update.after(Step(moving, 0), {})
     assert moving[0].parameter[1, 2].isnan()
     assert moving[1].parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_half_precision_is_rounded_once(update, dtype):
+    """Sums and shares are of single precision: as in double, but for the rounding of weights before and after."""
+    halves, exact = Prepared(moved(SHAPES[::3], dtype)), moved(SHAPES[::3], dtype)
+    for number, item in enumerate(exact):
+        parameter = nn.Parameter(item.parameter.detach().double())
+        parameter.grad = item.parameter.grad.double()
+        exact[number] = replace(item, parameter=parameter, anchor=item.anchor.double())
+    digits = torch.finfo(dtype).eps
+    for one, other in zip(act(update, halves)[0], act(update, exact)[0], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=4 * digits, atol=4 * digits)
 
 
 def test_inside_the_ball_every_bit_is_kept():
