@@ -94,11 +94,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     An object with a ``to`` method, such as ``PackedSequence`` or a tokenizer's ``BatchEncoding``, moves itself. NumPy
     arrays of numbers become tensors.
     """
-    return _map(
-        batch,
-        lambda node: callable(getattr(node, "to", None)) or isinstance(node, np.ndarray),
-        lambda node: _moved(as_tensor(node), device),
-    )
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, np.ndarray) and isinstance(node := as_tensor(node), np.ndarray):
+            return node  # of words
+        return node.to(device, non_blocking=True)
+
+    return _map(batch, _moves, moved)
 
 
 def batch_size(batch: Any) -> int:
@@ -169,8 +171,8 @@ def _map(batch: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], A
     return tree_map(visit, batch, is_leaf=is_leaf)
 
 
-def _moved(node: Any, device: torch.device) -> Any:
-    return node if isinstance(node, np.ndarray) else node.to(device, non_blocking=True)
+def _moves(node: Any) -> bool:
+    return callable(getattr(node, "to", None)) or isinstance(node, np.ndarray)
 
 
 def _fields(node: Any) -> dict[str, Any]:

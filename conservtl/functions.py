@@ -21,7 +21,6 @@ __all__ = [
     "MetricPool",
     "Metrics",
     "accuracy",
-    "class_loss",
     "classes_of",
     "cross_entropy",
     "forward",
@@ -98,20 +97,12 @@ def cross_entropy(outputs: Any, batch: Any) -> Tensor:
     Raises:
         SpecError: the labels are no classes of the logits, as in regression.
     """
-    return class_loss(_mean_cross_entropy, outputs, batch)
-
-
-def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    logits, labels = classes_of(outputs, batch)
     if logits.ndim < 3 or labels.is_floating_point():
         return F.cross_entropy(logits, labels)
     total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
     mean: Tensor = total / (labels != IGNORED).sum().clamp(min=1)
     return mean
-
-
-def class_loss(loss: Callable[[Tensor, Tensor], Tensor], outputs: Any, batch: Any, *, ignored: int = IGNORED) -> Tensor:
-    """Return a loss of classes in torch's layout: logits (N, classes, ...) and labels (N, ...), padding ignored."""
-    return loss(*classes_of(outputs, batch, ignored))
 
 
 def classes_of(outputs: Any, batch: Any, ignored: int = IGNORED) -> tuple[Tensor, Tensor]:
@@ -215,6 +206,8 @@ def logits_of(outputs: Any) -> Tensor:
         SpecError: the outputs have no logits.
     """
     logits = getattr(outputs, "logits", outputs)
+    if isinstance(logits, Tensor):
+        return logits
     if isinstance(logits, Mapping):
         logits = next((logits[name] for name in ("logits", "out") if name in logits), logits)
     elif isinstance(logits, (tuple, list)) and logits:

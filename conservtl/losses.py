@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.errors import SpecError
-from conservtl.functions import IGNORED, Loss, class_loss, classes_of, cross_entropy, labels_of, logits_of
+from conservtl.functions import IGNORED, Loss, classes_of, cross_entropy, labels_of, logits_of
 
 __all__ = ["LabelLoss", "as_loss", "check_trained", "counted", "counts_positions"]
 
@@ -133,7 +133,7 @@ class LabelLoss:
         logits, labels = logits_of(outputs), labels_of(batch)
         loss = self._placed(logits)
         if self.of_classes:
-            return class_loss(loss, outputs, batch, ignored=self.ignored)
+            return loss(*classes_of(outputs, batch, self.ignored))
         return loss(logits, self._matched(logits, labels) if self.of_elements else labels)
 
     def _matched(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Losses:
         """Add the mean loss of the ``number``-th batch of an epoch, from 1; ``content`` is the batch as augmented."""
         content = batch.content if content is None else content
         if self._every == 1:
-            value = loss.float().item()
+            value = loss.item()
             if not math.isfinite(value):
                 seen = _Added(loss, batch, number, step, glance(batch, content, at_hand=True))
                 raise TrainingDivergedError(self._message(value, seen, content))

@@ -37,8 +37,9 @@ class PhaseRates:
 
         Warn if the first change makes rates that differed all equal: OneCycleLR and CyclicLR set one for all groups.
         """
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
-        made = self._made
+        rates, made = self._rates(), self._made
+        if rates == made and not self._given:
+            return
         if rates != made:
             self._made = []
         if len(set(made)) > 1 and len(set(rates)) == 1 and rates[0]:
