@@ -2,6 +2,8 @@
 
 ``python benchmarks/gpu.py`` prints the tables and writes ``benchmarks/results/gpu.{json,md}``. ``--check`` runs every
 row on a tiny network, on the CPU if there is no GPU, and writes nothing; ``--only weights steps`` measures some parts.
+What fails is named, at the end too, and the rest measured. Results are written part by part: after a run that was cut
+off, ``--resume`` measures the rest.
 
 - weights: each method's work around an optimizer's step that does nothing, in multiples of one flat lerp over the same
   bytes, beside what is wanted at most; ResNet-50 and a transformer of 300 M parameters. Also whether the host waits.
@@ -9,7 +11,8 @@ row on a tiny network, on the CPU if there is no GPU, and writes nothing; ``--on
 - steps: methods on features, outputs and inputs in a step of ResNet-50, alternating with a plain step.
 - engine: ``fit`` beside loops by hand, Lightning and Hugging Face's Trainer (``gpu_engine.py``), for ResNet-50,
   ViT-B/16 and wav2vec 2.0; ``--only engine --models resnet50`` takes less than a minute with ``--minutes 0.8``.
-- recipes: the shipped recipes on CPU and GPU over three seeds (``gpu_recipes.py``); only if it is named.
+- recipes: the shipped recipes on CPU and GPU over three seeds (``gpu_recipes.py``); only if it is named. The
+  CPU's half needs no GPU.
 
 Methods, networks and clocks are those of ``conservation.py``. The time limit (``--minutes``) divides the rounds.
 """
@@ -17,13 +20,12 @@ Methods, networks and clocks are those of ``conservation.py``. The time limit (`
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import random
 import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ import conservation as base
 import gpu_engine
 import gpu_recipes
 import torch
-from gpu_tables import TABLES
+from gpu_report import LostDeviceError, Report, tried
 from torch import nn
 
 import conservtl as ctl
@@ -108,8 +110,8 @@ def on_weights(model: nn.Module, place: base.Place, seconds: float) -> dict[str,
         HAND[0]: lambda: base.foreach_add_(gradients, base.foreach_sub(weights, anchors), alpha=0.01),
         HAND[1]: lambda: foreach_lerp_(weights, anchors, 1e-5),
     }
-    rows: dict[str, Any] = {}
-    for method in [*hand, *METHODS]:
+
+    def row(method: str) -> dict[str, Any]:
         wanted = None
         if method in hand:
             run: base.Run = torch.no_grad()(hand[method])
@@ -122,19 +124,20 @@ def on_weights(model: nn.Module, place: base.Place, seconds: float) -> dict[str,
             run()
         place.wait()
         warm = time.perf_counter() - begun
-        rounds = rounds_in(seconds / (len(hand) + len(METHODS)), lambda run=run: place.seconds(run))
+        rounds = rounds_in(seconds / (len(hand) + len(METHODS)), lambda: place.seconds(run))
         found = base.interleaved({"floor": floor, "method": run}, place, rounds)
-        rows[method] = {
+        return {
             "ms": 1e3 * statistics.median(found["method"]),
+            "floor ms": 1e3 * statistics.median(found["floor"]),
             "of the floor": base.summary(base.quotients(found["method"], found["floor"])),
             "wanted": wanted,
             "first calls, s": warm,
             "waits": place.syncs(run),
             "peak": place.peak(run),
         }
-        del run
-        gc.collect()
-    floor_ms = 1e3 * statistics.median(found["floor"])
+
+    rows = {method: tried(partial(row, method)) for method in [*hand, *METHODS]}
+    floor_ms = statistics.median(row["floor ms"] for row in rows.values() if "failed" not in row)
     return {"parameters": sum(w.numel() for w in weights), "tensors": len(weights), "floor ms": floor_ms, "rows": rows}
 
 
@@ -172,27 +175,27 @@ def over_the_bus(model: nn.Module, place: base.Place, seconds: float) -> dict[st
 
 def in_steps(name: str, place: base.Place, seconds: float) -> dict[str, Any]:
     """Measure methods in whole steps, each alternating with a plain step."""
-    rows: dict[str, Any] = {}
     plain = base.training_step(name, [], place)
     plain()
-    for method, strategies in STEPS.items():
-        gc.collect()
+
+    def row(method: str) -> dict[str, Any]:
         try:
-            run = base.training_step(name, strategies, place, cached=method.endswith("cached"))
+            run = base.training_step(name, STEPS[method], place, cached=method.endswith("cached"))
         except ctl.InputError as error:
-            rows[method] = {"refused": str(error)}
-            continue
+            return {"refused": str(error)}
         run()
-        rounds = rounds_in(seconds / len(STEPS), lambda run=run: place.seconds(run))
+        rounds = rounds_in(seconds / len(STEPS), lambda: place.seconds(run))
         found = base.interleaved({"plain": plain, "method": run}, place, rounds)
-        rows[method] = {
+        return {
             "plain ms": 1e3 * statistics.median(found["plain"]),
             "of a plain step": base.summary(base.quotients(found["method"], found["plain"])),
             "waits": place.syncs(run),
             "memory": None if not place.cuda else (place.peak(run) or 0) - (place.peak(plain) or 0),
         }
-        del run
-    return {"batch": place.batch, "size": place.size, "rows": rows}
+
+    return {
+        "batch": place.batch, "size": place.size, "rows": {method: tried(partial(row, method)) for method in STEPS}
+    }  # fmt: skip
 
 
 def rounds_in(seconds: float, once: Any) -> int:
@@ -200,34 +203,33 @@ def rounds_in(seconds: float, once: Any) -> int:
     return max(3, min(60, int(seconds / max(2 * once(), 1e-4))))
 
 
-def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measure the parts, and return them with their tables."""
+def measured(options: argparse.Namespace) -> Report:
+    """Measure the parts that are left, and return all."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     place = base.Place(device, torch.get_num_threads())
     if options.check:
         place.batch, place.size = 4, 32
         place.x, place.y = place.x[:4, :, :32, :32], place.y[:4]
         base.build = lambda *_: Tiny()
+    folder = None if options.check or device == "cpu" else options.out
+    report = Report(folder, base.machine(), triton=fused_on(torch.device("cuda")), resume=options.resume)
     names = {part: ["tiny"] if options.check else options.models or MODELS[part] for part in options.only}
-    report: dict[str, Any] = {"machine": base.machine(), "triton": fused_on(torch.device("cuda")), "parts": []}
-    lines: list[str] = []
-    shares = {part: SHARES[part] * len(names[part]) for part in options.only}
-    for part in options.only:
-        seconds = 60 * options.minutes * SHARES[part] / sum(shares.values())
-        for name in names[part]:
-            gc.collect()
-            found = of_part(part, name, place, seconds, options)
-            report["parts"].append({"part": part, "model": name, **found})
-            table = TABLES[part](name, found)
-            print("\n".join(table), flush=True)
-            lines += table
-    return report, lines
+    wanted = [(part, name) for part in options.only for name in names[part]]
+    shares = sum(SHARES[part] for part, _ in wanted)
+    for part, name in report.left(wanted):
+        seconds = 60 * options.minutes * SHARES[part] / shares
+        try:
+            report.add(part, name, tried(partial(of_part, part, name, place, seconds, options)))
+        except LostDeviceError as error:
+            report.add(part, name, {"failed": str(error)})
+            break
+    return report
 
 
 def of_part(part: str, name: str, place: base.Place, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a part for a network, in about so many seconds."""
     if part == "recipes":
-        return gpu_recipes.measured(1 if options.check else options.seeds, quick=options.check)
+        return gpu_recipes.measured(1 if options.check else options.seeds, None if options.check else options.out)
     if part == "engine":
         tiny = Tiny() if options.check else None
         return gpu_engine.measured(name, place, seconds, compiled=options.compiled, tiny=tiny)
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="tiny sizes, nothing written")
     parser.add_argument("--only", nargs="+", choices=SHARES, default=["weights", "bus", "steps", "engine"])
     parser.add_argument("--models", nargs="+", help="networks, instead of each part's own")
+    parser.add_argument("--resume", action="store_true", help="keep today's results of this card, measure the rest")
     parser.add_argument("--compiled", action="store_true", help="engine: compiled loops too, a minute each")
     parser.add_argument("--seeds", type=int, default=3, help="recipes: number of seeds")
     parser.add_argument("--minutes", type=float, default=7.0, help="time to fill")
@@ -251,28 +254,11 @@ def main() -> None:
     random.seed(0)
     if options.check:
         options.minutes = min(options.minutes, 0.02)
-    elif not torch.cuda.is_available():
+    elif not torch.cuda.is_available() and options.only != ["recipes"]:
         parser.error("there is no GPU here: run it with --check, or benchmarks/conservation.py for the CPU")
-    report, lines = measured(options)
-    if options.check:
-        return
-    place = report["machine"]
-    versions = ", ".join(f"{package} {version}" for package, version in place["versions"].items())
-    how = (
-        "Medians with quartiles; ratios are formed within a round of both, between synchronisations, so that the time "
-        "of the host counts. Made by `python benchmarks/gpu.py`."
-    )
-    head = [
-        "# On a GPU",
-        "",
-        f"{place['gpu']}; {versions}; {place['date']}. Triton programs: {'yes' if report['triton'] else 'no'}.",
-        "",
-        how,
-        "",
-    ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (options.out / "gpu.md").write_text("\n".join(head + lines), encoding="utf-8")
+    report = measured(options)
+    if found := report.failures():
+        sys.exit("\n".join(["failed (add --resume to measure the rest, and these again):", *found]))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,18 @@ synchronisations, without setup. Rounds run all variants in a new random order, 
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import conservation as base
 import torch
 import trainers
+from gpu_report import tried
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -67,8 +68,8 @@ class Problem:
         """Return batches from the host's memory."""
         return DataLoader(TensorDataset(*self.data), self.batch, shuffle=True, pin_memory=self.place.cuda)
 
-    def rate(self, variant: Variant, make: Callable[[], nn.Module]) -> tuple[float, int]:
-        """Return examples a second, and the peak of memory in bytes."""
+    def rate(self, variant: Variant, make: Callable[[], nn.Module]) -> dict[str, float]:
+        """Return the rate, in examples a second, and the peak of memory in bytes."""
         model, steps = make(), 8 * self.epochs
         stamps: dict[int, float] = {}
         done = [0]
@@ -83,11 +84,13 @@ class Problem:
             torch.cuda.reset_peak_memory_stats()
         hook = register_optimizer_step_post_hook(stamp)
         torch.manual_seed(0)
-        variant(self, model)
-        hook.remove()
+        try:
+            variant(self, model)
+        finally:
+            hook.remove()
         peak = torch.cuda.max_memory_allocated() if self.place.cuda else 0
         last = max(stamps)
-        return (last - 8) * self.batch / (stamps[last] - stamps[8]), peak
+        return {"rate": (last - 8) * self.batch / (stamps[last] - stamps[8]), "peak": peak}
 
 
 class Classifier(nn.Module):
@@ -199,23 +202,32 @@ def measured(name: str, place: base.Place, seconds: float, *, compiled: bool, ti
     problem = Problem(place, shape, batch, 5 if tiny is None else 2)
     model = build(name) if tiny is None else tiny
     rows = variants(model, cuda=place.cuda, compiled=compiled)
-    found: dict[str, list[tuple[float, int]]] = {row: [] for row in rows}
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
+    lost: dict[str, dict[str, Any]] = {}
     ends, longest = time.perf_counter() + seconds, 0.0
     while not longest or time.perf_counter() + longest < ends:
         begun = time.perf_counter()
-        for row in random.sample(list(rows), len(rows)):
-            gc.collect()
-            found[row].append(problem.rate(rows[row][0], lambda: deep_copy(model).to(place.device)))
+        left = [row for row in rows if row not in lost]
+        for row in random.sample(left, len(left)):
+            one = tried(partial(problem.rate, rows[row][0], lambda: deep_copy(model).to(place.device)))
+            if "failed" in one:
+                lost[row] = one
+            else:
+                found[row].append(one)
         longest = max(longest, time.perf_counter() - begun)
-    report: dict[str, Any] = {"batch": batch, "rounds": len(found["by hand"]), "rows": {}}
-    for row, (_, other, wanted) in rows.items():
-        rates = [rate for rate, _ in found[row]]
-        report["rows"][row] = {
-            "examples a second": base.summary(rates),
-            "of the loop by hand": base.summary(base.quotients(rates, [rate for rate, _ in found["by hand"]])),
+    rates = {row: [one["rate"] for one in found[row]] for row in rows if row not in lost}
+    plain = rates.get("by hand", [])
+
+    def line(row: str) -> dict[str, Any]:
+        _, other, wanted = rows[row]
+        others = rates.get(other) if other else None
+        return {
+            "examples a second": base.summary(rates[row]),
+            "of the loop by hand": base.summary(base.quotients(rates[row], plain)) if plain else None,
             "compared with": other,
-            "ratio": None if other is None else base.summary(base.quotients(rates, [one for one, _ in found[other]])),
+            "ratio": base.summary(base.quotients(rates[row], others)) if others else None,
             "wanted": wanted,
-            "peak": max(peak for _, peak in found[row]),
+            "peak": max(one["peak"] for one in found[row]),
         }
-    return report
+
+    return {"batch": batch, "rounds": max(map(len, found.values())), "rows": lost | {row: line(row) for row in rates}}

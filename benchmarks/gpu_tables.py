@@ -65,7 +65,7 @@ def engine_lines(name: str, found: dict[str, Any]) -> list[str]:
         cells = [
             loop,
             f"{row['examples a second']['median']:.0f}",
-            base.formatted(row["of the loop by hand"]),
+            "" if row["of the loop by hand"] is None else base.formatted(row["of the loop by hand"]),
             row["compared with"] or "",
             ratio,
             row["wanted"] or "",
