@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import trainers
 from engine_conformer import PROBLEM as CONFORMER
-from engine_measuring import Problem, Variant, in_turn, machine, measure, ratios, summary
+from engine_measuring import Problem, Variant, in_turn, keep_freed_memory, machine, measure, ratios, summary
 from engine_tables import CACHED, FROZEN, table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -218,13 +218,18 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    keep_freed_memory()
     file = options.out / "engine.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["networks"] if options.only and file.exists() else {}
     kept = {name: part for name, part in kept.items() if "machine" in part}  # files of an earlier form have none
     chosen = [name for name in PROBLEMS if any(word.lower() in name.lower() for word in options.only or [""])]
     networks = kept | {name: measured(PROBLEMS[name], options.epochs, options.rounds) for name in chosen}
     networks = {name: networks[name] for name in PROBLEMS if name in networks}
-    page = ["# The engine compared with other loops", "", "Made by `python benchmarks/engine.py`.", ""]
+    made = (
+        "Made by `python benchmarks/engine.py`. Freed memory stays with the process, as giving pages back and taking "
+        "them again falls on one loop or another by chance."
+    )
+    page = ["# The engine compared with other loops", "", made, ""]
     text = "\n".join([*page, *(line for name, part in networks.items() for line in table(name, part))])
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
