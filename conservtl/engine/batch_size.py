@@ -88,15 +88,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(session: Session, functions: Functions, content: Any, first: str) -> MemoryLimitError:
-    """Return the error for a batch that did not fit: it names the batch size and ``accumulate`` that would."""
+    """Return the error for a batch that did not fit; alone, it names the batch size and ``accumulate`` that would."""
     size, accumulate = size_of(content), session.training.accumulate
+    begun = f"a step with training.batch_size={size} and accumulate={accumulate} ran out of memory on {session.device}"
+    processes = session.processes
+    if processes.many:  # trials would exchange gradients with the steps of the others
+        return MemoryLimitError(
+            f"{begun} in process {processes.rank} of {processes.world} ({first}). Halve batch_size and double "
+            "accumulate, which makes the same steps, or set batch_size to auto."
+        )
     divisors = [number for number in range(1, size) if size % number == 0]
 
     def part(number: int) -> Any:
         return map_tensors(content, lambda one: one[:number] if one.ndim and len(one) == size else one)
 
     fitting = largest(divisors, lambda number: _fits(session, functions, lambda: part(number), reserve=False))
-    begun = f"a step with training.batch_size={size} and accumulate={accumulate} ran out of memory on {session.device}"
     if fitting is None:
         return MemoryLimitError(f"{begun} ({first}), and no part of the batch fits. Freeze more layers, or use a "
                                 "smaller model.")  # fmt: skip

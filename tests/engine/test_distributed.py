@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import conservtl as ctl
+from conservtl.engine import processes
 
 
 def _model():
@@ -104,6 +105,59 @@ def test_each_process_goes_on_with_its_own_augmentations(side_by_side, tmp_path)
     assert parts[0][3] == parts[0][2]
     assert not set(parts[0][3]) & set(parts[1][3])
     assert not set(parts[1][0]) & set(parts[1][3]), "nor what was drawn before"
+
+
+def _search(rank, port, folder):
+    """Look for a batch size where process 1 has room for 5 examples, or for none; and run out of memory in a step."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+
+    processes._PATIENCE = 1.0  # seconds in which a process that is not lost answers
+
+    def run(room, batch_size, data):
+        def forward(model, batch):
+            if torch.is_grad_enabled() and len(batch[0]) > (room if rank else 100):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+            return model(batch[0])
+
+        adaptation = _adaptation()
+        training = ctl.Training(epochs=2, batch_size=batch_size, optimizer="sgd", lr=0.05, device="cpu")
+        try:
+            result = ctl.fit(adaptation, data, training=training, forward=forward, seed=2)
+        except ctl.ConservtlError as error:
+            return f"{type(error).__name__}: {error}"
+        return adaptation.model.state_dict(), result.steps, result.execution
+
+    loader = DataLoader(TensorDataset(*_data()), 3, shuffle=True)
+    found = [run(5, "auto", _data()), run(5, "auto", loader), run(0, "auto", _data()), run(5, 6, _data())]
+    torch.save(found, f"{folder}/rank{rank}.pt")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_the_process_with_the_least_memory_decides(side_by_side, tmp_path):
+    """Each searches by itself; all take the least, and all say so if one has no room at all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    side_by_side(_search, (port, str(tmp_path)))
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for held, streamed, none, _ in parts:
+        assert (held[1], streamed[1]) == (8, 8), "30 examples in batches of 4 for each of two, twice"
+        assert "batches of 4" in held[2]
+        assert "batches of 4" in streamed[2]
+        assert none.startswith("MemoryLimitError: training.batch_size is auto, but a step runs out of memory on cpu")
+    for which in (0, 1):
+        one, two = (part[which][0] for part in parts)
+        assert all(map(torch.equal, one.values(), two.values()))
+    alone = ctl.Training(epochs=2, batch_size=8, optimizer="sgd", lr=0.05, device="cpu")
+    ctl.fit(adaptation := _adaptation(), _data(), training=alone, seed=2)
+    for name, tensor in adaptation.model.state_dict().items():
+        torch.testing.assert_close(parts[0][0][0][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    lost, full = (part[3] for part in parts)
+    assert lost.startswith("ProcessLostError: rank 1 of 2 stopped")
+    assert "batch_size=6 and accumulate=1 ran out of memory on cpu:0 in process 1 of 2 (CUDA out of memory." in full
+    assert "Halve batch_size and double accumulate, which makes the same steps, or set batch_size to auto." in full
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
