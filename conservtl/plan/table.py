@@ -59,7 +59,7 @@ def summary(plan: Plan) -> list[str]:
 def rows_by_label(plan: Plan) -> dict[str, str]:
     """Return layer -> how many of its rows are copied by label, for those that are not copied as they are."""
     rows = {row.layer: row for row in reversed(plan.rows) if row.source_rows is not None}
-    return {layer: f"{layer}: {_rows(row)}" for layer, row in rows.items()}
+    return {layer: f"{layer}: {_rows(rows[layer])}" for layer in plan.layers if layer in rows}
 
 
 def beside(plan: Plan) -> list[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -11,7 +9,6 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.methods import apply_all
-from conservtl.methods.l2_sp import L2Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Phase, Row
 from conservtl.testing.choices import whole_plan
@@ -71,12 +68,6 @@ class TestTable:
     def test_as_text(self):
         assert str(self.plan()) == TABLE
 
-    def test_more_than_three_layers_of_a_phase_are_named_by_the_ends(self):
-        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
-        plan = ctl.adapt(model, copy.deepcopy(model), [ctl.GradualUnfreezing(by="layer")]).plan
-        told = [line.rpartition("trains ")[2] for line in str(plan).splitlines() if line.startswith("phase ")]
-        assert told == ["4", "3, 4", "2, 3, 4", "1 … 4 (4 layers)", "0 … 4 (5 layers)"]
-
     def test_on_a_terminal(self):
         console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
         console.print(self.plan())
@@ -84,21 +75,6 @@ class TestTable:
         for cells in (["3", "584", "source", "trained from phase 2", "× 0.5", "0.1"], ["8", "27", "fresh"]):
             assert any(all(cell in line for cell in cells) for line in lines)
         console.file.close()
-
-    def test_a_layer_in_parts(self):
-        plan = Plan(
-            rows=(
-                row("a.weight", pull=0.5, lr=1e-3),
-                row("a.bias", frozen=True, kind="bias"),
-                fresh("a.extra", lr=1e-2),
-            ),
-            penalties=(L2Penalty(by="L2SP", names=("a.weight",), mode="decoupled"),),
-        )
-        line = str(plan).splitlines()[2]
-        assert "source, part fresh" in line
-        assert "part trained" in line
-        assert "0.001 … 0.01" in line
-        assert "0.5 decoupled" in line
 
     def test_totals(self):
         assert self.plan().totals() == {"all": 763, "trained": 611, "frozen": 152, "copied": 736, "fresh": 27}
@@ -268,12 +244,6 @@ class TestReading:
         assert self.plan == Plan(**dict(self.plan))  # looking a row up leaves no trace
         assert [(layer, len(rows)) for layer, rows in self.plan.by_layer()] == [("a", 1), ("b", 1), ("c", 1)]
 
-    def test_rates(self):
-        assert row(scale=0.5).rate(0.1) == 0.05
-        assert row(scale=0.5, lr=1e-3).rate(0.1) == 1e-3
-        assert row(shape=(2, 3, 4), source_shape=(2, 3, 4)).size == 24
-        assert row(shape=(), source_shape=()).size == 1
-
     def test_depth_counts_frozen_layers_too(self):
         """0 at the input side and 1 at the output side, whatever is trained."""
         model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
@@ -297,10 +267,3 @@ class TestJSON:
         dumped = TestTable().plan().model_dump(mode="json")
         with pytest.raises(ValidationError, match="no_such"):
             Plan(**dumped, no_such=1)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "lasts"), [(None, "to the end"), (0.25, "25 % of the epochs"), (1, "1 epoch"), (2, "2 epochs")]
-)
-def test_a_phase_says_how_long_it_lasts(epochs, lasts):
-    assert Phase(epochs=epochs).lasts == lasts
