@@ -145,3 +145,23 @@ def test_what_is_no_scheduler_class_is_refused():
         adaptation.scheduler(lr_scheduler.StepLR(optimizer, 1))
     with pytest.raises(ValueError, match="max_lr has 3 values, param_groups has 1"):
         adaptation.scheduler(lr_scheduler.OneCycleLR, max_lr=[0.1, 0.2, 0.3], total_steps=5)
+
+
+class Halves:
+    """A scheduler of no class of torch's, which counts no epochs."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
+
+
+def test_steps_of_a_scheduler_that_does_not_count_them():
+    optimizer = (adaptation := adapted()).optimizer(torch.optim.SGD, lr=0.1)
+    scheduler = adaptation.scheduler(Halves)
+    assert scheduler.last_epoch == 0
+    found = run(scheduler, optimizer, 2)
+    assert found == [pytest.approx([0.1 * ratio / 2**step for ratio in RATIOS]) for step in range(3)]
+    assert (scheduler.last_epoch, scheduler.get_last_lr()) == (2, found[-1])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
+from conservtl.runtime.anchors import differs
 from conservtl.weights.path import WeightPath
 
 LAYER = 256 * 256 + 256
@@ -145,3 +146,26 @@ class TestStates:
             state["start"]["6.weight"] = change(value)
         with pytest.raises(ctl.PlanError, match="anchors are not those of this adaptation"):
             adaptation.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("value", "given", "other"),
+    [(1.0, 1.009, False), (1.0, 1.011, True), (0.0, 5e-7, False), (0.0, 2e-6, True), (-2.0, -2.03, True)],
+)
+def test_a_source_differs_by_more_than_rounding(value, given, other):
+    """A hundredth of the starting value, or a millionth; names and shapes that it has alone do not count."""
+    model = nn.Linear(1, 1)
+    plan = ctl.adapt(model, copy.deepcopy(model)).plan
+    nn.init.constant_(model.weight, given)
+    start = {"weight": torch.tensor([[value]]), "bias": torch.zeros(2), "elsewhere": torch.zeros(1)}
+    assert differs(model, start, plan) == ("weight" if other else None)
+
+
+@pytest.mark.parametrize(("change", "drift"), [(0.0, 0.0), (2.0, 1.0)])
+def test_a_layer_that_starts_at_zero_drifts_by_all_or_nothing(change, drift):
+    source = nn.Linear(3, 3)
+    nn.init.zeros_(source.weight)
+    nn.init.zeros_(source.bias)
+    adaptation = ctl.adapt(nn.Linear(3, 3), source)
+    nn.init.constant_(adaptation.model.bias, change)
+    assert list(adaptation.drift().values()) == [drift]

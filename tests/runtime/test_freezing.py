@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from conservtl.runtime.freezing import found_frozen, freeze, hold_statistics, let_train, tracks_statistics
+from conservtl.runtime.freezing import found_frozen, freeze, hold_statistics, holds, let_train, tracks_statistics
 
 
 def test_which_modules_track():
@@ -78,3 +79,18 @@ def test_a_norm_never_held_is_left_in_its_mode():
     model[0].eval()
     hold_statistics(model, [], training=True)
     assert not model[0].training
+
+
+@pytest.mark.parametrize(
+    ("statistics", "frozen", "held"),
+    [
+        ([], "ab", False),
+        (["follow", "follow"], "ab", True),
+        (["follow", "follow"], "a", False),
+        (["follow", "hold"], "", True),
+        (["follow", "follow"], "", False),
+    ],
+)
+def test_a_norm_is_held_if_all_its_rows_are_frozen_or_one_is_to_be(statistics, frozen, held):
+    rows = [SimpleNamespace(name=name, statistics=one) for name, one in zip("ab", statistics, strict=False)]
+    assert holds(rows, frozen) == held

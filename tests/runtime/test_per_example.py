@@ -127,3 +127,12 @@ def test_a_batch_that_cannot_be_taken_apart():
         examples.squares((torch.zeros(4, 3, dtype=torch.float64), torch.ones(9)))
     found = examples.squares((torch.ones(1, 3, dtype=torch.float64), torch.ones(9)))
     torch.testing.assert_close(found["weight"], torch.full((2, 3), 81.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("limit", "chunk"), [(1 << 26, 64), (24, 2), (23, 1), (5, 1)])
+def test_how_many_examples_at_a_time(limit, chunk, monkeypatch):
+    """Of 12 elements each: as many as the limit holds, and one in any case."""
+    monkeypatch.setattr("conservtl.runtime.per_example._ELEMENTS", limit)
+    model = nn.Linear(3, 3)
+    squares = PerExample(model, named_parameters(model), value)
+    assert (squares._chunk, squares._batched) == (chunk, chunk > 1)
