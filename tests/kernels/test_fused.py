@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conservtl.kernels import backend
 from conservtl.kernels.backend import fused_on
 from conservtl.kernels.philox import words
 from conservtl.kernels.pull import kept
@@ -45,6 +46,19 @@ def test_programs_act_on_shards_and_on_tensors_that_are_replaced():
     interpreted("distributed or never_stale or runner", HERE.parent / "test_distributed.py", HERE.parent / "runtime")
 
 
+@pytest.mark.parametrize(
+    ("triton_asked", "interpreted", "cuda", "cpu"),
+    [(None, None, True, False), ("0", "1", False, False), ("1", None, True, False), ("1", "1", True, True),
+     (None, "1", True, False)],
+)  # fmt: skip
+def test_what_the_environment_says(triton_asked, interpreted, cuda, cpu, monkeypatch):
+    for name, value in (("CONSERVTL_TRITON", triton_asked), ("TRITON_INTERPRET", interpreted)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    for name in ("_available", "_interpreted"):
+        monkeypatch.setattr(backend, name, getattr(backend, name).__wrapped__)
+    assert [fused_on(torch.device(one)) for one in ("cuda", "cpu", "meta")] == [cuda, cpu, False]
+
+
 def test_torch_acts_on_the_cpu():
     """The programs are for a GPU: here they would be interpreted."""
     assert not fused_on(torch.device("cpu"))
@@ -54,6 +68,26 @@ def test_words_are_those_of_the_reference_implementation():
     """Philox4x32-10 of Random123 with key and counter zero: words 0 to 3 of counter 0."""
     found = words(2048, seed=0, step=0, tensor=0)[::512].tolist()
     assert [f"{word:08x}" for word in found] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+def philox(counter, key):
+    """Philox4x32-10 in whole numbers, by its definition."""
+    (a, b, c, d), (one, two) = counter, key
+    for _ in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = second >> 32 ^ b ^ one, second & 0xFFFFFFFF, first >> 32 ^ d ^ two, first & 0xFFFFFFFF
+        one, two = one + 0x9E3779B9 & 0xFFFFFFFF, two + 0xBB67AE85 & 0xFFFFFFFF
+    return a, b, c, d
+
+
+@pytest.mark.parametrize("place", [0, 1, 511, 512, 2047, 2048, 2048 + 1536 + 7])
+def test_words_of_a_large_seed_by_whole_numbers(place):
+    """Element 512 q + i of a block of 2,048 takes word q of counter i."""
+    seed, step, tensor = 0x299F31D0A4093822, 0x03707344, 0x93198A2E
+    block, inside = divmod(place, 2048)
+    counter = (512 * block + inside % 512, 0, tensor, step)
+    expected = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[inside // 512]
+    assert int(words(place + 1, seed, step, tensor)[place]) == expected
 
 
 def test_words_are_uniform_and_differ():
