@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -142,3 +144,51 @@ def test_addresses_are_sent_if_they_changed():
     assert addresses.at([16, 0]) is first
     assert addresses.at([16, 8]).tolist() == [16, 8]
     assert not addresses.aligned
+
+
+@pytest.mark.parametrize("tensor", [True, False])
+def test_rates_times_strengths(tensor):
+    """One rate of all groups is a factor; rates that differ are in the table, which is made anew if one changes."""
+    pytest.importorskip("triton")
+    from conservtl.kernels.fused.rates import Rates
+
+    groups = [{"lr": torch.tensor(rate)} if tensor else {"lr": rate} for rate in (0.5, 0.25)]
+    rates = Rates([groups[0], groups[1], groups[0]], [1.0, 2.0, 4.0], torch.device("cpu"))
+    assert [rates.groups[place] is groups[place] for place in (0, 1)] == [True, True]
+
+    def found():
+        table, factor = rates.times(2.0)
+        return [one * factor for one in table.tolist()]
+
+    assert found() == [1.0, 1.0, 4.0]
+    groups[1]["lr"] = torch.tensor(1.0) if tensor else 1.0
+    assert found() == [1.0, 4.0, 4.0]
+    assert tensor or rates.times(2.0)[0] is rates.times(1.0)[0]
+    groups[1]["lr"] = groups[0]["lr"]
+    assert found() == [1.0, 2.0, 4.0]
+    assert [one * rates.without(3.0)[1] for one in rates.without(3.0)[0].tolist()] == [3.0, 6.0, 12.0]
+    assert Rates([None, None], [1.0, 2.0], torch.device("cpu")).groups == []
+
+
+@pytest.mark.parametrize(
+    ("change", "streamed"),
+    [
+        ({}, True),
+        ({"anchor": None}, False),
+        ({"importance": 1}, False),
+        ({"anchor": SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)}, False),
+        ({"anchor": SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)}, False),
+        ({"parameter": SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)}, False),
+        ({"parameter": SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, placements=())}, False),
+    ],
+)
+def test_anchors_that_are_sent_part_by_part(change, streamed, monkeypatch):
+    pytest.importorskip("triton")
+    from conservtl.kernels.fused import stream
+
+    monkeypatch.setattr(stream, "fits", lambda _: True)
+    anchor, parameter = (SimpleNamespace(device=torch.device(one), dtype=torch.float32) for one in ("cpu", "cuda"))
+    item = SimpleNamespace(**{"anchor": anchor, "parameter": parameter, "importance": None, **change})
+    assert stream.streams(item) == streamed
+    monkeypatch.setattr(stream, "fits", lambda _: False)
+    assert not stream.streams(item)

@@ -12,6 +12,7 @@ from torch import nn
 
 from conservtl.kernels import chunks as module
 from conservtl.kernels.dtensor import place_like
+from conservtl.kernels.low_rank import dense_change, squared_change
 from conservtl.kernels.pull import Pulled, gather
 
 GROUPS = {rate: {"lr": rate} for rate in (0.1, 0.2)}
@@ -195,6 +196,46 @@ class TestWeights:
         item = replace(pulled((3,), weighed=True), strength=1e6)
         move([item])
         torch.testing.assert_close(item.parameter.detach(), item.anchor)
+
+
+@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("importance", "coupled", "decoupled"),
+    [(None, 1.5, 1 - 0.875**3), (2.0, 3.0, 1 - 0.75**3), (100.0, 150.0, 1.0)],
+    ids=["plain", "weighed", "beyond the source"],
+)
+def test_one_pull_for_many_steps(importance, coupled, decoupled, rate):
+    """Three times the gradient; of the way, a share of 1 - (1 - rate × strength)^3."""
+    parameter = nn.Parameter(torch.tensor([2.0]))
+    weight = None if importance is None else torch.tensor([importance])
+    (pull,) = gather([Pulled(parameter, torch.tensor([1.0]), 0.5, {"lr": rate}, weight, 3)])
+    pull.add_gradients()
+    assert parameter.grad.item() == pytest.approx(coupled)
+    pull.move_weights()
+    assert parameter.item() == pytest.approx(2 - decoupled)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"strength": 0.25}, {"group": {"lr": 0.1}}, {"every": 2}, {"anchor": None}, {"importance": torch.ones(3)}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_is_pulled_together(other):
+    item = pulled((3,))
+    assert len(gather([item, pulled((2, 2))])) == 1
+    assert len(gather([item, replace(item, **other)])) == 2
+    assert len(gather([item, pulled((3,), dtype=torch.float64)])) == 2
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_changes_of_low_rank(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator, dtype=dtype) for size in ((2, 3, 5), shape))
+    change = 0.5 * torch.einsum("or,rij->oij", b.flatten(1), a)
+    torch.testing.assert_close(dense_change(a, b, 0.5), change)
+    if dtype == torch.float64:
+        torch.testing.assert_close(squared_change(a, b, 0.5), change.square().sum())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
