@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--adaptations", type=int, default=1_000, help="of one model with each strategy")
     parser.add_argument("--only", action="append", choices=["kills", "specs", "weights", "soak"], help="a part; repeat")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="add kills of another seed to those that are stored")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     seed = ["--seed", str(options.seed)]
@@ -54,7 +55,10 @@ def main() -> None:
     stored = options.out / "faults.json"
     found: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
     for name in options.only or parts:
-        found[name] = parts[name]()
+        new, before = parts[name](), found.get(name)
+        if options.more and name == "kills" and before is not None:
+            new = {kind: {key: counts[key] + before[kind][key] for key in counts} for kind, counts in new.items()}
+        found[name] = new
         found["machine"] = (
             f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; python {platform.python_version()}, "
             f"torch {torch.__version__}, conservtl {ctl.__version__}; {dt.datetime.now(dt.UTC):%F}"

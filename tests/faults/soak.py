@@ -23,8 +23,12 @@ import conservtl as ctl
 STRATEGIES: dict[str, ctl.Strategy] = {
     "AutoRGN": ctl.AutoRGN(),
     "DiscriminativeLR": ctl.DiscriminativeLR(decay=0.9),
+    "EntropyMinimisation": ctl.EntropyMinimisation(),
     "FeatureConservation": ctl.FeatureConservation(),
+    "FeatureConservation, attention": ctl.FeatureConservation(attention=True),
+    "FeatureConservation, LDIFS": ctl.FeatureConservation(metric="ldifs"),
     "FeatureExtraction": ctl.FeatureExtraction(),
+    "FisherSP": ctl.FisherSP(),
     "GradualUnfreezing": ctl.GradualUnfreezing(),
     "GroupLassoSP": ctl.GroupLassoSP(),
     "InputTransform": ctl.InputTransform(),
@@ -34,12 +38,14 @@ STRATEGIES: dict[str, ctl.Strategy] = {
     "LHUC": ctl.LHUC(),
     "LPFT": ctl.LPFT(),
     "LayerTransfer": ctl.LayerTransfer(side="input", layers=1),
+    "LoRA": ctl.LoRA(rank=2),
     "Mixout": ctl.Mixout(),
     "NormAdaptation": ctl.NormAdaptation(),
     "OutputConservation": ctl.OutputConservation(),
     "Projection": ctl.Projection(radius=1.0),
     "SelectiveDecay": ctl.SelectiveDecay(),
     "SpectralShrinkage": ctl.SpectralShrinkage(),
+    "SurgicalFineTuning": ctl.SurgicalFineTuning(block=0),
     "WeightInterpolation": ctl.WeightInterpolation(t=0.5),
 }
 INPUTS, LABELS = torch.randn(8, 3, 12, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
@@ -66,7 +72,9 @@ def after_adaptations(strategy: ctl.Strategy, count: int) -> dict[str, int]:
     The first ten adaptations fill caches, and may leave hooks that belong to the model, as of frozen norms.
     """
     source, model = network(), network()
-    additive = isinstance(strategy, (ctl.LHUC, ctl.InputTransform, ctl.FeatureExtraction))  # the model stays extended
+    additive = isinstance(
+        strategy, (ctl.LHUC, ctl.InputTransform, ctl.LoRA, ctl.FeatureExtraction)
+    )  # the model stays extended
     for number in range(10 + count):
         if number == 10:
             gc.collect()

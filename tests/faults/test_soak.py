@@ -9,6 +9,7 @@ import soak
 import torch
 
 import conservtl as ctl
+from conservtl.methods import builtin_strategies
 
 
 @pytest.mark.parametrize("name", soak.STRATEGIES)
@@ -17,6 +18,10 @@ def test_deleted_adaptations_leave_nothing(name):
     grown = soak.after_adaptations(soak.STRATEGIES[name], 10)
     assert grown["hooks"] == 0
     assert grown["objects"] < 10
+
+
+def test_every_strategy_has_a_long_run():
+    assert {type(one) for one in soak.STRATEGIES.values()} == set(builtin_strategies().values())
 
 
 @pytest.mark.parametrize("strategy", [ctl.FeatureConservation(), ctl.Mixout(), ctl.WeightInterpolation(t=0.5)])

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import conservtl as ctl
+from conservtl.methods import builtin_strategies
+from conservtl.plan.decision import Decision
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update
 from conservtl.testing import check_strategy
@@ -152,3 +154,18 @@ def test_a_penalty_needs_no_more_than_weighs_it():
     adaptation = ctl.adapt(model, random_weights(model, 0), [ctl.NormAdaptation(train="all"), ctl.L2SP()])
     assert adaptation.outstanding()
     assert adaptation.penalty().item() == 0
+
+
+@pytest.mark.parametrize("cls", builtin_strategies().values(), ids=lambda cls: cls.__name__)
+def test_a_field_that_a_file_leaves_out_means_the_default_of_its_strategy(cls):
+    """Plans in files of earlier versions lack fields that came later."""
+    home = ".".join(cls.__module__.split(".")[:3])
+    defaults = {name: field.default for name, field in cls.model_fields.items() if name != "kind"}
+    for decision in [one for one in Decision.kinds.values() if f"{one.__module__}.".startswith(f"{home}.")]:
+        for name, field in decision.model_fields.items():
+            said = defaults.get(name)
+            if said is not None and not field.is_required() and (decision.__name__, name) not in OTHERWISE:
+                assert field.default == said, (decision.__name__, name)
+
+
+OTHERWISE = {("ProjectionUpdate", "relative")}  # radii were lengths before they could be ratios
