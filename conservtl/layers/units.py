@@ -37,7 +37,7 @@ _NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _BRACKET_WEIGHTS = 3
 """Weights in a bracket at most: a longer chain of plain weights is a network (VGG)."""
 _NUMBER = re.compile(r"\d+")
-_POSITIONS = re.compile(r"posit|pos_?e(mb|nc)", re.IGNORECASE)
+_POSITIONS = re.compile(r"(?<!com)position|pos_?e(mb|nc)", re.IGNORECASE)
 _BRACKETS = 3
 """Brackets in a list at least: two are more often features and classifier."""
 
