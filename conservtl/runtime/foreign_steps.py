@@ -60,7 +60,7 @@ class ForeignSteps:
                 f"adaptation has: {', '.join(lost)} did not act. Make it with adaptation.optimizer("
                 f"{type(optimizer).__name__}, ...); torch drops the hooks of one that is copied.",
                 OmissionWarning,
-                stacklevel=2,
+                stacklevel=4,  # the line that calls the optimizer's step
             )
 
 

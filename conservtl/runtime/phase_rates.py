@@ -11,6 +11,9 @@ from conservtl.errors import OmissionWarning
 
 __all__ = ["PhaseRates"]
 
+_STEP = 6
+"""Frames from a warning here to the line that calls the optimizer's step."""
+
 
 class PhaseRates:
     """Scales rates for a phase; warns once if a scheduler makes rates equal, or restores those of an earlier phase."""
@@ -48,7 +51,7 @@ class PhaseRates:
                 "an absolute bound, such as OneCycleLR(max_lr=...), replaces them. Make it with "
                 "adaptation.scheduler(...), which keeps their ratios.",
                 OmissionWarning,
-                stacklevel=2,
+                stacklevel=_STEP,
             )
         if not self._given:
             return
@@ -65,7 +68,7 @@ class PhaseRates:
                     "rates it was made with, and the phase scales them. Make it with adaptation.scheduler(...), which "
                     "goes on over phases, or make a new one after start_phase(...).",
                     OmissionWarning,
-                    stacklevel=2,
+                    stacklevel=_STEP,
                 )
 
     def _rates(self) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -99,3 +100,27 @@ def test_a_scheduler_that_is_made_in_the_phase_knows_its_rates():
     LambdaLR(one, lambda _: 1.0)
     give(one, 0.5, 0.25)
     watch.check()
+
+
+def test_warnings_name_the_line_that_makes_the_step():
+    """And not one of this library or of torch, in whose hooks they are given."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    strategies = [ctl.L2SP(), ctl.DiscriminativeLR(decay=0.5), ctl.GradualUnfreezing(scales=(1.0, 0.5))]
+    adaptation = ctl.adapt(model, copy.deepcopy(model), strategies)
+    ours, other = adaptation.optimizer(torch.optim.SGD, lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+    other.step()
+    other.step()
+    with pytest.warns(ctl.OmissionWarning, match="has trained the adapted model for 3 steps") as foreign:
+        other.step()
+    given = rates(ours)
+    LambdaLR(ours, lambda _: 1.0)
+    adaptation.start_phase(1)
+    give(ours, *given)
+    with pytest.warns(ctl.OmissionWarning, match="of the earlier phase again") as back:
+        ours.step()
+    other = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    give(other, *[0.25] * len(given))
+    with equal() as same:
+        other.step()
+    assert [one[0].filename for one in (foreign, back, same)] == [__file__] * 3
+    adaptation.finish()
