@@ -87,3 +87,14 @@ def test_that_law_sees_what_breaks_it(tmp_path, line, count):
         (tmp_path / "pack" / f"{name}.py").write_text("")
     (tmp_path / "pack" / "inner" / "file.py").write_text(line)
     assert len(private_uses(tmp_path / "pack" / "inner" / "file.py", tmp_path / "pack")) == count
+
+
+def test_values_do_not_change():
+    """Dataclasses are frozen, but for those that gather what is found on the way."""
+    changing = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            marks = [ast.unparse(one) for one in getattr(node, "decorator_list", ())]
+            if any(one.startswith("dataclass") and "frozen=True" not in one for one in marks):
+                changing.add(node.name)
+    assert changing == {"Node", "Passes", "Record", "Selection", "State"}
