@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+import conservtl as ctl
+from conservtl.layers import find_layers
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.find import _common, _host
 from conservtl.layers.first_use import _is_integer, _names_scores, calls
@@ -231,3 +233,13 @@ def test_models_in_an_objects_attributes(depth, copied):
         copy = copy.inner
     assert copy is not model
     assert copy.lock is model.lock
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(2, "0.weight, 0.bias, 1.weight, 1.bias. Add"), (3, "0.bias, 1.weight, 1.bias, 2.weight and 1 more")],
+)
+def test_parameters_that_no_glob_matches_are_named_up_to_five(count, said):
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(count)), nn.LayerNorm(1))
+    with pytest.raises(ctl.SelectorError, match=f"none of .* matches .*{said}"):
+        find_layers(model, layers=[str(count)])
