@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
+from conservtl.runtime.param_groups import _base_rate, _decays
 from conservtl.testing.weights import random_weights
 
 
@@ -213,3 +214,57 @@ def test_amplitudes_are_not_decayed_unless_asked():
         strategies = [ctl.LHUC(), ctl.DiscriminativeLR(decay=1.0, decay_biases_and_norms=asked)]
         (group,) = adapted(*strategies).optimizer(torch.optim.AdamW, lr=0.1).param_groups
         assert (group["param_names"], group["weight_decay"]) == (["1.lhuc"], decay)
+
+
+class Open(torch.optim.SGD):
+    """An optimizer that hands on arguments."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+
+
+class Bare(torch.optim.SGD):
+    """An optimizer with a rate and nothing else."""
+
+    def __init__(self, params, lr=None):
+        super().__init__(params, lr)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "decays"),
+    [
+        (torch.optim.SGD, {}, False),
+        (torch.optim.SGD, {"weight_decay": 0.1}, True),
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.AdamW, {"weight_decay": 0}, False),
+        (Open, {}, True),  # nobody knows
+        (Open, {"weight_decay": 0.0}, False),
+        (Bare, {}, False),
+    ],
+)
+def test_whether_an_optimizer_decays(cls, options, decays):
+    assert _decays(cls, options) == decays
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "rate"),
+    [(torch.optim.AdamW, {}, 1e-3), (torch.optim.AdamW, {"lr": 0.5}, 0.5), (Bare, {"lr": torch.tensor(0.5)}, 0.5)],
+)
+def test_the_rate_that_ratios_multiply(cls, options, rate):
+    assert _base_rate(cls, "X", options) == rate
+
+
+@pytest.mark.parametrize(("cls", "options"), [(Bare, {}), (Open, {}), (torch.optim.AdamW, {"lr": None})])
+def test_without_a_rate_there_is_nothing_to_multiply(cls, options):
+    with pytest.raises(ctl.SpecError, match="X: the rates are multiples of its lr, but none was given"):
+        _base_rate(cls, "X", options)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.01])
+def test_a_decoupled_pull_reaches_the_source_in_one_step_at_most(rate):
+    adaptation = ctl.adapt(nn.Linear(2, 2), nn.Linear(2, 2), [ctl.L2SP(alpha=1.0, mode="decoupled")])
+    if rate == 1.0:
+        adaptation.optimizer(torch.optim.SGD, lr=rate)
+        return
+    with pytest.raises(ctl.SpecError, match=r"rate × strength = 1\.01 overshoots"):
+        adaptation.optimizer(torch.optim.SGD, lr=rate)
