@@ -21,7 +21,8 @@ def index_of(model):
 def grown(index):
     """Whether the places have changed since they were looked at last."""
     before = index.places
-    index.hold()
+    with index:
+        pass
     assert index.places in (before, before + 1)
     return index.places > before
 
@@ -38,14 +39,18 @@ def test_memory_groups_and_parameters_are_places_and_training_is_none():
     assert [grown(index), grown(index)] == [True, False]
 
 
-def test_no_changes_are_looked_for_while_it_is_held():
-    index, _ = index_of(nn.Linear(2, 2))
-    with index.hold():
-        assert index.held
-        with index.hold():
-            assert index.held
-        assert index.held
-    assert not index.held
+def test_no_changes_are_looked_for_in_a_block_and_a_block_inside_it():
+    model = nn.Linear(2, 2)
+    index, optimizer = index_of(model)
+    added = {"params": [nn.Parameter(torch.zeros(1))]}
+    with index:
+        with index:
+            pass
+        optimizer.add_param_group(added)
+        index.frozen()
+        assert index.places == 1
+    index.frozen()
+    assert index.places == 2
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
