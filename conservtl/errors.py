@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -25,11 +25,12 @@ __all__ = [
     "counted",
     "did_you_mean",
     "hint",
+    "listed",
     "wrong_tag",
 ]
 
 
-_LISTED = 12  # known words that a message lists
+_LISTED = 12  # words that a message lists
 
 
 class ConservtlError(Exception):
@@ -131,6 +132,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def listed(names: Collection[str]) -> str:
+    """Return names for a message, in quotes, the first of many; "none" without any."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (", ".join(map(repr, list(names)[:_LISTED])) or "none") + more
+
+
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
     """Return a sentence with the known words most like a misspelt one, whatever their case; empty if none is close.
 
@@ -148,8 +155,8 @@ def hint(word: str, known: Sequence[str], count: int = 1) -> str:
     >>> hint("alpha", ["shots", "seed"])
     ' There are shots, seed.'
     """
-    listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
-    return did_you_mean(word, known, count) or (f" There are {listed}." if known else "")
+    first = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
+    return did_you_mean(word, known, count) or (f" There are {first}." if known else "")
 
 
 def wrong_tag(error: Mapping[str, Any], also: Sequence[str] = ()) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from conservtl.errors import SourceError
-from conservtl.experiments.run.source_labels import listed
+from conservtl.errors import SourceError, listed
 from conservtl.experiments.spec.spec import Spec
 from conservtl.source.run_header import OWN, read_header
 

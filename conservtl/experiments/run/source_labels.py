@@ -13,7 +13,7 @@ from conservtl.batches import map_tensors
 from conservtl.data import Data, Domains, Examples, length_of
 from conservtl.data.sequences import Sequences
 from conservtl.data.shots import UpTo, taken_text
-from conservtl.errors import DataError, SpecError, counted
+from conservtl.errors import DataError, SpecError, counted, listed
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
@@ -25,12 +25,9 @@ __all__ = [
     "classes_of",
     "data_line",
     "labels_used",
-    "listed",
     "shots_note",
     "with_source_labels",
 ]
-
-_SHOWN = 12  # labels in a message
 
 
 def with_source_labels(
@@ -215,12 +212,6 @@ def check_outputs(task: Task, model: nn.Module, example: Any, labels: int) -> No
             raise SpecError(f"model: {name} must {task.takes}; it raises: {error}. Choose another model.") from error
     if (fault := task.fault(outputs, labels)) is not None:
         raise SpecError(f"model: {name} {fault}")
-
-
-def listed(labels: Sequence[str]) -> str:
-    """Return labels for a message."""
-    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-    return ", ".join(repr(label) for label in labels[:_SHOWN]) + more
 
 
 def classes_of(data: Data | None) -> Tensor | None:

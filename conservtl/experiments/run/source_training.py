@@ -16,11 +16,10 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data
 from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.processes import current
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SourceError, SpecError, listed
 from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_cache import SourceCache
-from conservtl.experiments.run.source_labels import listed
 from conservtl.experiments.spec.spec import Spec
 from conservtl.source.coverage import unused_note
 from conservtl.source.itself import itself

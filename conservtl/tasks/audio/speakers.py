@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from conservtl.errors import DataError, did_you_mean
+from conservtl.errors import DataError, did_you_mean, listed
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["check_sources", "check_target", "listed"]
-
-_SHOWN = 12  # speakers in a message
+__all__ = ["check_sources", "check_target"]
 
 
 def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | None = None) -> None:
@@ -26,8 +24,7 @@ def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | 
     """
     if target in known:
         return
-    first = min(bad) if bad else None
-    left = "" if not bad else f" What cannot be used is not counted: {shown_name(first)} {bad[min(bad)]}."
+    left = f" What cannot be used is not counted: {shown_name(min(bad))} {bad[min(bad)]}." if bad else ""
     raise DataError(
         f"data.target must be a speaker of the data; received {target!r}.{did_you_mean(target, known)} Choose one of: "
         f"{listed(sorted(known))}.{left}"
@@ -52,10 +49,3 @@ def check_sources(named: Mapping[str, Collection[str]], target: str, known: Coll
         if missing := sorted({*speakers} - {*known}):
             choice = f"Choose from: {listed(others)}" if others else "The data has no other than data.target"
             raise DataError(f"{name} must be speakers of the data; received {listed(missing)}. {choice}.")
-
-
-def listed(names: Collection[str]) -> str:
-    """Return names for a message, the first of many."""
-    first = list(names)[:_SHOWN]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, first)) + more

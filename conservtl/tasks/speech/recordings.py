@@ -14,13 +14,11 @@ from torch import Tensor
 
 from conservtl.data import Augmentation, Domains, Examples, Preprocessing, carve, draw_shots
 from conservtl.data.shots import Shots
-from conservtl.errors import DataError, counted
-from conservtl.tasks.audio.speakers import check_target
+from conservtl.errors import DataError, counted, listed
+from conservtl.tasks.audio.speakers import check_sources, check_target
 from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["Protocol", "Recording", "domains", "find_copies"]
-
-_SHOWN = 12  # speakers or words listed in a message
 
 
 @dataclass(frozen=True)
@@ -156,18 +154,9 @@ def find_copies(recordings: Sequence[Recording], digests: Mapping[str, str], tar
 
 
 def _of_source(recordings: Sequence[Recording], protocol: Protocol) -> list[Recording]:
-    others = {r.speaker for r in recordings} - {protocol.target}
-    wanted = others if protocol.source_speakers is None else set(protocol.source_speakers)
-    if protocol.target in wanted:
-        raise DataError(
-            f"data.source_speakers must not contain data.target; received {protocol.target!r} in both. Remove it from "
-            f"data.source_speakers."
-        )
-    if missing := wanted - others:
-        raise DataError(
-            f"data.source_speakers must be speakers of the recordings; received {_listed(missing)}. "
-            f"Choose from: {_listed(others)}."
-        )
+    known = {r.speaker for r in recordings}
+    check_sources({"data.source_speakers": protocol.source_speakers or ()}, protocol.target, known)
+    wanted = known - {protocol.target} if protocol.source_speakers is None else set(protocol.source_speakers)
     if not wanted and protocol.source:
         raise DataError(
             f"data.target must not be the only speaker, because a source model is trained on others; received "
@@ -180,8 +169,8 @@ def _labels(target: Sequence[Recording], source: Sequence[Recording]) -> tuple[t
     words, source_words = {r.label for r in target}, {r.label for r in source}
     if missing := source_words - words:
         raise DataError(
-            f"data.target: {target[0].speaker!r} has no recording of {_listed(missing)}, which the source "
-            f"speakers say. Record them, or set data.words to the words of the target: {_listed(words)}."
+            f"data.target: {target[0].speaker!r} has no recording of {listed(sorted(missing))}, which the source "
+            f"speakers say. Record them, or set data.words to the words of the target: {listed(sorted(words))}."
         )
     return tuple(sorted(words)), tuple(sorted(source_words or words))
 
@@ -202,7 +191,7 @@ def _check_shots(target: Sequence[Recording], shots: Shots) -> None:
 def _check_source_words(trained: Sequence[Recording], labels: Sequence[str]) -> None:
     if missing := set(labels) - {r.label for r in trained}:
         raise DataError(
-            f"data: all of the source's recordings of {_listed(missing)} are held out, which leaves none for "
+            f"data: all of the source's recordings of {listed(sorted(missing))} are held out, which leaves none for "
             f"training. Hold out fewer takes (data.held_out_takes or data.held_out)."
         )
 
@@ -230,8 +219,3 @@ def _examples(
 ) -> Examples:
     classes = torch.tensor([labels.index(r.label) for r in recordings], dtype=torch.long)
     return Examples(read(recordings), classes, tuple(r.name for r in recordings))
-
-
-def _listed(names: set[str]) -> str:
-    shown = ", ".join(repr(name) for name in sorted(names)[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "") if names else "none"

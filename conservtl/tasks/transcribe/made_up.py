@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.data import Domains
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import SpecError
 from conservtl.tasks.audio import espeak
 from conservtl.tasks.audio.reading import read_audio
-from conservtl.tasks.audio.speakers import check_target
+from conservtl.tasks.audio.speakers import check_sources, check_target
 from conservtl.tasks.audio.waves import WaveChange
 from conservtl.tasks.bad_files import bad_among, explained, names_below
 from conservtl.tasks.speech.folder import search
@@ -65,13 +65,8 @@ def load_strings(data: StringsData, seed: int, *, source: bool) -> Domains:
     recordings, notes, bad = search(data.root, data.pattern, data.held_out_takes, follow_links=data.follow_links)
     names = sorted({one.speaker for one in recordings})
     check_target(data.target, names, bad)
-    others = tuple(name for name in names if name != data.target)
-    wanted = others if data.source_speakers is None else data.source_speakers
-    if unknown := [name for name in wanted if name not in others]:
-        raise DataError(
-            f"data.source_speakers must be speakers of the recordings other than data.target; received {unknown[0]!r}. "
-            f"Choose from: {', '.join(map(repr, others))}."
-        )
+    check_sources({"data.source_speakers": data.source_speakers or ()}, data.target, names)
+    wanted = [name for name in names if name != data.target] if data.source_speakers is None else data.source_speakers
     used = [one for one in recordings if one.speaker in {data.target, *wanted}]
     bad = bad_among(data, bad, (Path(one.name) for one in used), read_audio, "audio")
     recordings = [one for one in recordings if Path(one.name) not in bad]
