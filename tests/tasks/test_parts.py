@@ -10,7 +10,6 @@ from conservtl.tasks.base import Task
 from conservtl.tasks.speech.corpora import EspeakData, speakers
 from conservtl.tasks.transcribe.features import Features
 from conservtl.tasks.transcribe.masked_layers import MaskedBatchNorm1d, MaskedGroupNorm1d
-from conservtl.tasks.transcribe.masked_norm import MaskedGroupNorm
 from conservtl.tasks.vision import DigitsData, ImageFolderData, VisionAugment
 from conservtl.tasks.vision.colour_modes import _is_stack
 
@@ -39,8 +38,8 @@ def test_norms_without_lengths_are_plain():
     batch_norm, group_norm = nn.BatchNorm1d(3).eval(), nn.GroupNorm(1, 3)
     assert torch.equal(MaskedBatchNorm1d(batch_norm).eval()(X), batch_norm(X))
     assert torch.equal(MaskedGroupNorm1d(group_norm)(X), group_norm(X))
-    masked = MaskedGroupNorm(3, 1e-5, 3, 2)
-    masked.samples = torch.tensor([9])  # of another batch
+    masked = MaskedGroupNorm1d(nn.GroupNorm(3, 3))
+    masked.lengths = torch.tensor([4])  # of another batch
     assert torch.equal(masked(X), nn.GroupNorm(3, 3)(X))
 
 

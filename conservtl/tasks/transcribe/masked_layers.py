@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MaskedBatchNorm1d", "MaskedConv1d", "MaskedGroupNorm1d", "tell"]
+__all__ = ["MaskedBatchNorm1d", "MaskedConv1d", "MaskedGroupNorm1d", "mask_norms", "tell"]
 
 
 class MaskedConv1d(nn.Conv1d):
@@ -50,14 +52,20 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 
 
 class MaskedGroupNorm1d(nn.GroupNorm):
-    """A group norm with one group, over channels and frames, whose statistics leave out padding.
+    r"""A group norm over frames whose statistics leave out padding.
+
+    wav2vec 2.0 normalises each channel over time behind its first convolution, so that zeros behind a short utterance
+    would change its outputs.
+
+    .. math:: y_{ct} = \gamma_c \frac{x_{ct} - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta_c,
+              \quad \mu_g = \operatorname{mean}_{c \in g, t < L} x_{ct}
 
     Args:
-        norm: with the same values.
+        norm: with the same groups and values.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__(1, norm.num_channels, norm.eps)
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps)
         self.load_state_dict(norm.state_dict())
         self.lengths: Tensor | None = None
 
@@ -66,12 +74,40 @@ class MaskedGroupNorm1d(nn.GroupNorm):
         valid = _valid(inputs, self.lengths)
         if valid is None:
             return super().forward(inputs)
-        values, inside = inputs.float(), valid.unsqueeze(1)
-        count = valid.sum(1).view(-1, 1, 1) * self.num_channels
-        mean = values.where(inside, 0).sum((1, 2), keepdim=True) / count
-        variance = (values - mean).where(inside, 0).square().sum((1, 2), keepdim=True) / count
-        normalised = (values - mean) * (variance + self.eps).rsqrt()
+        values = inputs.float().reshape(len(inputs), self.num_groups, -1, inputs.shape[2])
+        inside = valid[:, None, None]
+        count = valid.sum(1).view(-1, 1, 1, 1) * values.shape[2]
+        mean = values.where(inside, 0).sum((2, 3), keepdim=True) / count
+        variance = (values - mean).where(inside, 0).square().sum((2, 3), keepdim=True) / count
+        normalised = ((values - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
         return (normalised * self.weight.unsqueeze(-1) + self.bias.unsqueeze(-1)).to(inputs.dtype)
+
+
+def mask_norms(network: nn.Module) -> None:
+    """Replace each group norm over time behind a convolution, and tell it the lengths whenever the network is called.
+
+    Args:
+        network: its second argument, or ``lengths``, is the number of samples of each utterance.
+    """
+    for module in list(network.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels and _conv_of(module) is not None:
+                setattr(module, name, MaskedGroupNorm1d(norm))
+    network.register_forward_pre_hook(_tell_samples, with_kwargs=True)
+
+
+def _conv_of(module: nn.Module) -> nn.Conv1d | None:
+    conv = getattr(module, "conv", None)
+    return conv if isinstance(conv, nn.Conv1d) else None
+
+
+def _tell_samples(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    samples = kwargs.get("lengths", args[1] if len(args) > 1 else None)
+    for module in network.modules():
+        for norm in module.children():
+            if isinstance(norm, MaskedGroupNorm1d) and (conv := _conv_of(module)) is not None:
+                frames = None if samples is None else (samples - conv.kernel_size[0]) // conv.stride[0] + 1
+                norm.lengths = None if frames is None else frames.clamp_min(1)
 
 
 def tell(network: nn.Module, lengths: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conservtl.errors import SpecError, hint
 from conservtl.extras import require
-from conservtl.tasks.transcribe.masked_norm import mask_norms
+from conservtl.tasks.transcribe.masked_layers import mask_norms
 
 __all__ = [
     "TorchaudioCTC",

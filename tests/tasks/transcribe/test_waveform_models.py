@@ -18,7 +18,7 @@ from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import load_spec
 from conservtl.layers import find_layers
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
-from conservtl.tasks.transcribe.masked_norm import MaskedGroupNorm
+from conservtl.tasks.transcribe.masked_layers import MaskedGroupNorm1d
 from conservtl.tasks.transcribe.models import ModelSpec, build
 from conservtl.tasks.transcribe.waveform_models import bundle_labels
 
@@ -100,16 +100,16 @@ def test_a_copy_is_told_its_own_lengths(network):
     with torch.no_grad():
         network(waves, torch.tensor([200]))
         other(waves, torch.tensor([300]))
-    first = [norm for norm in network.modules() if isinstance(norm, MaskedGroupNorm)]
-    assert all(norm.samples.tolist() == [200] for norm in first)
+    first = [norm for norm in network.modules() if isinstance(norm, MaskedGroupNorm1d)]
+    assert all(norm.lengths.tolist() == [39] for norm in first)  # (200 - 10) // 5 + 1
 
 
 def test_the_masked_norm_is_a_group_norm_of_what_is_no_padding():
     torch.manual_seed(0)
-    norm = MaskedGroupNorm(3, 1e-5, kernel=4, stride=2)
+    norm = MaskedGroupNorm1d(nn.GroupNorm(3, 3))
     nn.init.normal_(norm.weight)
-    inputs = torch.randn(2, 3, 9)  # of 20 and 12 samples: 9 and 5 frames
-    norm.samples = torch.tensor([20, 12])
+    inputs = torch.randn(2, 3, 9)
+    norm.lengths = torch.tensor([9, 5])
     plain = nn.functional.group_norm
     expected = [plain(inputs[n : n + 1, :, :frames], 3, norm.weight, norm.bias) for n, frames in ((0, 9), (1, 5))]
     torch.testing.assert_close(norm(inputs)[0], expected[0][0])
