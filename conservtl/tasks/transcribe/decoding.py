@@ -1,4 +1,4 @@
-"""Texts from the outputs of a CTC model, and what its frames need."""
+"""Frames of the outputs of a CTC model, and those that a text needs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.errors import DataError, counted
+from conservtl.errors import DataError
 from conservtl.functions import logits_of
 from conservtl.padding import padding_of_outputs
 
-__all__ = ["check_frames", "confidence", "fault_of", "frames_needed", "frames_of", "greedy", "tokens_of"]
+__all__ = ["check_frames", "frames_needed", "frames_of", "tokens_of"]
 
 
 def frames_of(outputs: Any) -> tuple[Tensor, Tensor]:
@@ -21,45 +21,6 @@ def frames_of(outputs: Any) -> tuple[Tensor, Tensor]:
     if padding is None:
         return logits, torch.full((len(logits),), logits.shape[1], device=logits.device)
     return logits, padding.lengths.to(logits.device)
-
-
-def greedy(outputs: Any) -> list[list[int]]:
-    """Return the tokens of the best path: repeats merged, then blanks dropped."""
-    logits, lengths = frames_of(outputs)
-    best = logits.argmax(-1).cpu()
-    paths = (torch.unique_consecutive(row[:length]) for row, length in zip(best, lengths.tolist(), strict=True))
-    return [path[path > 0].tolist() for path in paths]
-
-
-def confidence(outputs: Any) -> Tensor:
-    """Return the mean posterior of each best path over its frames that are no blank, (N,); 0 where all are blank."""
-    logits, lengths = frames_of(outputs)
-    best, answers = logits.float().softmax(-1).max(-1)
-    valid = torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
-    spoken = valid & (answers > 0)
-    return torch.where(spoken, best, 0).sum(1) / spoken.sum(1).clamp_min(1)
-
-
-def fault_of(outputs: Any, tokens: int) -> str | None:
-    """Return why outputs are not (logits, lengths) of a CTC model with this many tokens, or None."""
-    logits, padding = logits_of(outputs), padding_of_outputs(outputs)
-    fix = "Return (logits, lengths), with logits of (N, frames, tokens) and the frames of each utterance, (N,)."
-    if logits.ndim != 3:
-        return f"must return logits of (N, frames, tokens); it returns {tuple(logits.shape)}. {fix}"
-    if padding is None or padding.lengths.shape != logits.shape[:1]:
-        return (
-            f"must return the frames of each of {counted(len(logits), 'utterance')} beside its logits; it does "
-            f"not. {fix}"
-        )
-    if padding.lengths.is_floating_point():
-        return f"must return lengths in frames; it returns {padding.lengths.tolist()}. {fix}"
-    if logits.shape[2] != tokens:
-        return (
-            f"must have an output for each of {counted(tokens, 'token')}, the blank among them; it has "
-            f"{logits.shape[2]}. Leave "
-            "the number of outputs out of the section model, or correct data.tokens."
-        )
-    return None
 
 
 def frames_needed(labels: Tensor) -> Tensor:

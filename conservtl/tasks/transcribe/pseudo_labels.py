@@ -13,8 +13,7 @@ from conservtl.data.sequences import Sequences
 from conservtl.errors import DataError, SpecError
 from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode
-from conservtl.tasks.transcribe.decoding import confidence, greedy, tokens_of
-from conservtl.tasks.transcribe.recognizers import Decoder, answered
+from conservtl.tasks.transcribe.recognizers import Decoder, answered, recognizer_of
 
 __all__ = ["pseudo_labelled"]
 
@@ -92,8 +91,7 @@ def pseudo_labelled(
 def _heard(model: nn.Module, batch: dict[str, Any], device: torch.device) -> tuple[list[list[int]], list[float]]:
     """Return the tokens heard in each utterance, and their mean posterior."""
     inputs, lengths = batch["inputs"].to(device), batch["lengths"].to(device)
-    if isinstance(unwrap(model), Decoder):
-        found: Any = answered(model, inputs, lengths, {}, {})
-        return tokens_of(found.heard), found.posteriors.tolist()
-    outputs = model(inputs, lengths)
-    return greedy(outputs), confidence(outputs).tolist()
+    decodes = isinstance(unwrap(model), Decoder)
+    outputs = answered(model, inputs, lengths, {}, {}) if decodes else model(inputs, lengths)
+    recognizer = recognizer_of(outputs)
+    return recognizer.hypotheses(outputs), recognizer.confidence(outputs).tolist()

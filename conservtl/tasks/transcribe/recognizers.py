@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.errors import SpecError, counted
-from conservtl.functions import IGNORED
+from conservtl.functions import IGNORED, logits_of
 from conservtl.layers import unwrap
-from conservtl.tasks.transcribe.decoding import check_frames, confidence, fault_of, frames_of, greedy, tokens_of
+from conservtl.padding import padding_of_outputs
+from conservtl.tasks.transcribe.decoding import check_frames, frames_of, tokens_of
 
 __all__ = ["CTC", "Decoded", "Decoder", "Recognizer", "SequenceToSequence", "answered", "recognizer_of"]
 
@@ -126,7 +127,16 @@ class CTC(Recognizer):
 
     def fault(self, outputs: Any, tokens: int) -> str | None:
         """Return why outputs are no (logits, lengths); None if they are."""
-        return fault_of(outputs, tokens)
+        logits, padding = logits_of(outputs), padding_of_outputs(outputs)
+        fix = "Return (logits, lengths), with logits of (N, frames, tokens) and the frames of each utterance, (N,)."
+        if logits.ndim != 3:
+            return f"must return logits of (N, frames, tokens); it returns {tuple(logits.shape)}. {fix}"
+        if padding is None or padding.lengths.shape != logits.shape[:1]:
+            received = counted(len(logits), "utterance")
+            return f"must return the frames of each of {received} beside its logits; it does not. {fix}"
+        if padding.lengths.is_floating_point():
+            return f"must return lengths in frames; it returns {padding.lengths.tolist()}. {fix}"
+        return _wrong_size(logits, tokens, "the blank")
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the CTC loss a token, the mean over the utterances.
@@ -152,12 +162,18 @@ class CTC(Recognizer):
         return logits[chosen], lengths[chosen]
 
     def hypotheses(self, outputs: Any) -> list[list[int]]:
-        """Return the tokens of the best path."""
-        return greedy(outputs)
+        """Return the tokens of the best path: repeats merged, then blanks dropped."""
+        logits, lengths = frames_of(outputs)
+        best = logits.argmax(-1).cpu()
+        paths = (torch.unique_consecutive(row[:length]) for row, length in zip(best, lengths.tolist(), strict=True))
+        return [path[path > 0].tolist() for path in paths]
 
     def confidence(self, outputs: Any) -> Tensor:
-        """Return the mean posterior of the best path over its frames that are no blank."""
-        return confidence(outputs)
+        """Return the mean posterior of the best path over its frames that are no blank; 0 where all are blank."""
+        logits, valid = self.positions(outputs)
+        best, answers = logits.float().softmax(-1).max(-1)
+        spoken = valid & (answers > 0)
+        return torch.where(spoken, best, 0).sum(1) / spoken.sum(1).clamp_min(1)
 
     def outputs_at(self, outputs: Any, places: Sequence[int]) -> Any:
         """Return the logits of some tokens, with the frames of each utterance."""
@@ -189,13 +205,7 @@ class SequenceToSequence(Recognizer):
                 f"must return a mask of booleans for its logits' {tuple(logits.shape[:2])} positions; it returns "
                 f"{str(mask.dtype)[6:]} of {tuple(mask.shape)}. Return true for positions that count."
             )
-        if logits.shape[2] != tokens:
-            return (
-                f"must have an output for each of {counted(tokens, 'token')}, the end among them; it has "
-                f"{logits.shape[2]}. "
-                "Leave the number of outputs out of the section model, or correct data.tokens."
-            )
-        return None
+        return _wrong_size(logits, tokens, "the end")
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the cross-entropy a token, the end included, the mean over the utterances."""
@@ -232,6 +242,15 @@ class SequenceToSequence(Recognizer):
         if heard is not None:
             heard = torch.where(heard < 0, heard, numbers.to(heard.device)[heard.clamp_min(0)])
         return replace(outputs, logits=outputs.logits[..., order.to(outputs.logits.device)], heard=heard)
+
+
+def _wrong_size(logits: Tensor, tokens: int, also: str) -> str | None:
+    if logits.shape[2] == tokens:
+        return None
+    return (
+        f"must have an output for each of {counted(tokens, 'token')}, {also} among them; it has {logits.shape[2]}. "
+        "Leave the number of outputs out of the section model, or correct data.tokens."
+    )
 
 
 def recognizer_of(outputs: Any, end: int = 0) -> Recognizer:

@@ -8,7 +8,8 @@ import torch
 import conservtl as ctl
 from conservtl.tasks.transcribe import ModelSpec, SpecAugment, Transcribe, TranscribePreprocessing, build
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
-from conservtl.tasks.transcribe.decoding import frames_needed, greedy
+from conservtl.tasks.transcribe.decoding import frames_needed
+from conservtl.tasks.transcribe.recognizers import CTC
 
 SMALL = ConformerArgs(width=16, blocks=2, heads=2, kernel=5)
 
@@ -76,7 +77,7 @@ def test_greedy_decoding_by_hand():
     """Best path 1 1 0 1 2 | 0 2 2 and padding: 1 1 2 and 2."""
     paths = torch.tensor([[1, 1, 0, 1, 2], [0, 2, 2, 1, 1]])
     outputs = torch.nn.functional.one_hot(paths, 3).float(), torch.tensor([5, 3])
-    assert greedy(outputs) == [[1, 1, 2], [2]]
+    assert CTC().hypotheses(outputs) == [[1, 1, 2], [2]]
 
 
 def test_augmentation_keeps_padding_zero_and_draws_from_its_generator_alone():

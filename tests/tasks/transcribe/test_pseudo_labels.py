@@ -9,8 +9,8 @@ import torch
 
 import conservtl as ctl
 from conservtl.data.sequences import Sequences, joined
-from conservtl.tasks.transcribe.decoding import confidence
 from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
+from conservtl.tasks.transcribe.recognizers import CTC
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
 
 
@@ -37,7 +37,7 @@ DATA = Sequences((UNSURE, SURE, SILENT), (TEXT, TEXT, TEXT), ("u", "s", "silent"
 
 def test_confidence_is_the_mean_posterior_of_frames_that_are_no_blank():
     batch = DATA.batch([0, 1, 2])
-    found = confidence((batch["inputs"], batch["lengths"]))
+    found = CTC().confidence((batch["inputs"], batch["lengths"]))
     # (0.5 + 0.6) / 2; (0.96 + 0.98) / 2, the blank frame of 0.9 left out; no frame
     assert found.tolist() == pytest.approx([0.55, 0.97, 0.0], abs=1e-6)
 
