@@ -1,13 +1,16 @@
-"""Mel spectrograms by ``torch.stft``: torchaudio's numbers without torchaudio."""
+"""Mel spectrograms by ``torch.stft``, torchaudio's numbers without torchaudio, and their normalisation."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["mel_filters", "mel_power", "triangles"]
+__all__ = ["mel_filters", "mel_power", "normalise", "triangles"]
+
+_FLAT = 1e-5  # standard deviation of silence, which becomes zeros
 
 
 def mel_power(waves: Tensor, *, rate: int, bands: int, n_fft: int, window: int, hop: int, f_min: float) -> Tensor:
@@ -56,3 +59,20 @@ def triangles(values: Tensor, corners: Tensor) -> Tensor:
     """
     distance, width = corners - values.unsqueeze(1), corners.diff()
     return torch.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]).clamp_min(0)
+
+
+def normalise(inputs: Tensor, kind: Literal["none", "mean", "mean_variance"]) -> Tensor:
+    """Normalise each recording by its own mean and standard deviation; silence becomes zeros.
+
+    Args:
+        inputs: (N, ...).
+        kind: `none`, `mean`, or `mean_variance`.
+    """
+    if kind == "none":
+        return inputs
+    over = tuple(range(1, inputs.ndim))
+    centred = inputs - inputs.mean(dim=over, keepdim=True)
+    if kind == "mean":
+        return centred
+    deviation = centred.square().mean(dim=over, keepdim=True).sqrt()
+    return torch.where(deviation > _FLAT, centred / deviation.clamp_min(_FLAT), torch.zeros_like(centred))

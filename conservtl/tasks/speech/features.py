@@ -14,16 +14,15 @@ from torch import Tensor
 from conservtl.bounds import Fraction
 from conservtl.errors import DataError
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks.audio.mel import mel_power
+from conservtl.tasks.audio.mel import mel_power, normalise
 from conservtl.tasks.audio.reading import digest, loudest_stretch, read_audio
 from conservtl.tasks.audio.resampling import resample
 
-__all__ = ["Features", "SpeechPreprocessing", "fit_length", "log_mel", "normalise"]
+__all__ = ["Features", "SpeechPreprocessing", "fit_length", "log_mel"]
 
 _BEFORE = {"remove_mean": False, "cut": "middle", "level": "peak"}  # what models did that were saved without the fields
 _CLICK = 0.020  # seconds of a recording that its level disregards
 _TINY = 1e-10  # power of silence: -100 dB
-_FLAT = 1e-5  # standard deviation of silence, which becomes zeros
 _BATCH = 256  # recordings in one mel computation, which bounds the memory of the spectrogram
 _BLOCK = 2048  # recordings in memory as samples, and
 _BLOCK_VALUES = 2**27  # their samples, which are fewer of high rates
@@ -178,20 +177,3 @@ def log_mel(waves: Tensor, features: Features) -> Tensor:
     else:
         top = peaks.amax(dim=-1).view(-1, 1, 1)
     return normalise(values.maximum(top - features.range_db / 10), features.normalise)
-
-
-def normalise(inputs: Tensor, kind: Literal["none", "mean", "mean_variance"]) -> Tensor:
-    """Normalise each recording by its own mean and standard deviation; silence becomes zeros.
-
-    Args:
-        inputs: (N, ...).
-        kind: `none`, `mean`, or `mean_variance`.
-    """
-    if kind == "none":
-        return inputs
-    over = tuple(range(1, inputs.ndim))
-    centred = inputs - inputs.mean(dim=over, keepdim=True)
-    if kind == "mean":
-        return centred
-    deviation = centred.square().mean(dim=over, keepdim=True).sqrt()
-    return torch.where(deviation > _FLAT, centred / deviation.clamp_min(_FLAT), torch.zeros_like(centred))

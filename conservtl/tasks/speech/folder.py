@@ -160,7 +160,7 @@ def _of_words(recordings: list[Recording], words: Collection[str] | None) -> lis
 
 def in_held_out_part(name: str, share: float) -> bool:
     """Return whether a recording belongs to a random part that is the same in every run, by its name's hash."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32
+    return int(hashlib.sha256(normalize("NFC", name).encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def speech_commands_recordings(
@@ -182,7 +182,6 @@ def speech_commands_recordings(
     recordings = []
     for index in range(len(listing)):
         path, _, label, speaker, _ = listing.get_metadata(index)
-        name = normalize("NFC", Path(path).as_posix())
-        file = str(root / "SpeechCommands" / path)
-        recordings.append(Recording(file, normalize("NFC", label), speaker, held_out=in_held_out_part(name, held_out)))
+        file, held = str(root / "SpeechCommands" / path), in_held_out_part(Path(path).as_posix(), held_out)
+        recordings.append(Recording(file, normalize("NFC", label), speaker, held_out=held))
     return _of_words(sorted(recordings, key=lambda r: (r.label, r.speaker, r.name)), words)

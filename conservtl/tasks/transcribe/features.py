@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conservtl.bounds import Fraction
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks.audio.mel import mel_power
+from conservtl.tasks.audio.mel import mel_power, normalise
 from conservtl.tasks.audio.reading import duration_of, read_audio
 from conservtl.tasks.audio.resampling import resample
 from conservtl.tasks.audio.streaming import windows_of
@@ -35,7 +35,6 @@ _FIXED = {
     "whisper": ("sample_rate", "window", "hop", "range_db", "normalise"),
     "fbank": ("window", "hop", "range_db", "seconds"),
 }
-_FLAT = 1e-5  # standard deviation of silence, which becomes zeros
 
 
 class Features(FrozenModel):
@@ -112,14 +111,9 @@ class Features(FrozenModel):
         return self._normalised(values.maximum(values.max() - self.range_db / 10)).contiguous()
 
     def _normalised(self, values: Tensor) -> Tensor:
-        if self.normalise == "none":
-            return values
-        over = (0,) if self.normalise == "bands" else (0, 1)
-        centred = values - values.mean(over, keepdim=True)
-        if self.normalise == "mean":
-            return centred
-        deviation = centred.square().mean(over, keepdim=True).sqrt()
-        return torch.where(deviation > _FLAT, centred / deviation.clamp_min(_FLAT), torch.zeros_like(centred))
+        if self.normalise == "bands":
+            return normalise(values.T, "mean_variance").T
+        return normalise(values.unsqueeze(0), self.normalise)[0]
 
 
 class TranscribePreprocessing(FrozenModel):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
+from conservtl.tasks.transcribe.text import in_words
+
 __all__ = ["sentences"]
 
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _MONTHS = (
     *("january", "february", "march", "april", "may", "june"),
@@ -55,18 +54,12 @@ def _sentence(draw: _Draws) -> str:
     return forms[draw.below(len(forms))](draw)
 
 
-def _small(draw: _Draws, bound: int = 100) -> str:
-    number = draw.below(bound)
-    if number < 10:
-        return _DIGITS[number]
-    if number < 20:
-        return _TEENS[number - 10]
-    tens, ones = divmod(number, 10)
-    return _TENS[tens - 2] + (f" {_DIGITS[ones]}" if ones else "")
+def _below(draw: _Draws, bound: int) -> str:
+    return in_words(draw.below(bound))
 
 
 def _number(draw: _Draws) -> str:
-    return f"{_DIGITS[1 + draw.below(9)]} hundred and {_small(draw)}"
+    return f"{in_words(1 + draw.below(9))} hundred and {_below(draw, 100)}"
 
 
 def _date(draw: _Draws) -> str:
@@ -75,7 +68,7 @@ def _date(draw: _Draws) -> str:
 
 def _time(draw: _Draws) -> str:
     part = ("in the morning", "in the evening", "at night")[draw.below(3)]
-    return f"it's {_small(draw, 60)} past {(*_DIGITS[1:], *_TEENS[:3])[draw.below(12)]} {part}"
+    return f"it's {_below(draw, 60)} past {in_words(1 + draw.below(12))} {part}"
 
 
 def _command(draw: _Draws) -> str:
@@ -83,8 +76,8 @@ def _command(draw: _Draws) -> str:
 
 
 def _call(draw: _Draws) -> str:
-    return "call " + " ".join(draw.of(_DIGITS) for _ in range(3 + draw.below(4)))
+    return "call " + " ".join(_below(draw, 10) for _ in range(3 + draw.below(4)))
 
 
 def _reminder(draw: _Draws) -> str:
-    return f"set the {draw.of(_THINGS)} to {_small(draw)} on {draw.of(_DAYS)}"
+    return f"set the {draw.of(_THINGS)} to {_below(draw, 100)} on {draw.of(_DAYS)}"

@@ -20,7 +20,7 @@ from conservtl.extras import require
 from conservtl.source.companions import companions
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["TOKENIZER_FILES", "DecoderTokens", "Pretrained"]
+__all__ = ["TOKENIZER_FILES", "DecoderTokens", "Pretrained", "numbers_of"]
 
 _CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -127,7 +127,7 @@ class Pretrained(FrozenModel):
         tokenizer = self._read.tokenizer
         before = " " if hasattr(tokenizer, "set_prefix_tokens") else ""  # Whisper's texts begin with a space
         found = tokenizer(before + text, add_special_tokens=False).input_ids
-        numbers = self._read.numbers if vocabulary is self._read.names else _numbers(tuple(vocabulary))
+        numbers = self._read.numbers if vocabulary is self._read.names else numbers_of(tuple(vocabulary))
         names = [self._read.names[one] for one in found]
         if tokenizer.unk_token_id in found or any(name not in numbers for name in names):
             raise DataError(
@@ -212,5 +212,6 @@ def _read(embedded: str, language: str | None) -> _Tokenizer:
 
 
 @lru_cache(maxsize=8)
-def _numbers(vocabulary: tuple[str, ...]) -> dict[str, int]:
+def numbers_of(vocabulary: tuple[str, ...]) -> dict[str, int]:
+    """Return the number of each token."""
     return {token: number for number, token in enumerate(vocabulary)}

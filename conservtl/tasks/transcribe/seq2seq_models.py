@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from conservtl.errors import DataError, SpecError, counted, hint
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.extras import require
 from conservtl.functions import IGNORED
 from conservtl.tasks.transcribe.features import Features
 from conservtl.tasks.transcribe.masked_layers import MaskedConv1d
 from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens
 from conservtl.tasks.transcribe.recognizers import Decoded
+from conservtl.tasks.transcribe.waveform_models import of_transformers
 
 __all__ = ["SEQ2SEQ", "TransformersSeq2Seq", "build_seq2seq"]
 
@@ -196,13 +197,6 @@ def build_seq2seq(kind: str, args: dict[str, Any], features: Features, tokens: A
     Raises:
         SpecError: an argument is none of its configuration's, or does not fit.
     """
-    library = require("transformers", "transformers")
-    plain = library.AutoConfig.for_model(kind)
-    if unknown := [field for field in args if not hasattr(plain, field)]:
-        raise SpecError(
-            f"model.args: a configuration of {kind} has no field {unknown[0]!r}."
-            f"{hint(unknown[0], sorted(plain.to_dict()), count=3)}"
-        )
     by = tokens.decoder()
     decided = {
         "vocab_size": outputs,
@@ -219,11 +213,7 @@ def build_seq2seq(kind: str, args: dict[str, Any], features: Features, tokens: A
             raise SpecError(
                 f"model.args.{name} must be {decided[name]}, as data says; received {args[name]}. Leave it out."
             )
-    try:
-        config = library.AutoConfig.for_model(kind, **args | decided)
-        network = library.AutoModelForSpeechSeq2Seq.from_config(config)
-    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise SpecError(f"model.args: {kind} cannot be built with {args}: {error}. Change model.args.") from error
+    network = of_transformers("AutoModelForSpeechSeq2Seq", kind, args, args | decided)
     if kind == "speech_to_text" and by.pad is None:  # no token is padding: each gets its position
         network.model.decoder.embed_positions.padding_idx = -1
     return TransformersSeq2Seq(network, by)

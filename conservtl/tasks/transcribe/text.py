@@ -8,7 +8,7 @@ from unicodedata import category, normalize
 
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["Normalisation"]
+__all__ = ["Normalisation", "in_words"]
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\uff07`\u00b4", "'"))
 _ONES = (
@@ -57,21 +57,21 @@ class Normalisation(FrozenModel):
             return " ".join(digits)
         if len(digits) > _MOST_DIGITS or (len(digits) > 1 and digits[0] == "0"):
             return " ".join(_ONES[int(digit)] for digit in digits)
-        return _in_words(int(digits))
+        return in_words(int(digits))
 
 
-def _in_words(number: int) -> str:
+def in_words(number: int) -> str:
     """Return a whole number below 10^12 in English words.
 
-    >>> _in_words(1_205), _in_words(0)
+    >>> in_words(1_205), in_words(0)
     ('one thousand two hundred five', 'zero')
     """
     for scale, name in _SCALES:
         if number >= scale:
             rest = number % scale
-            return f"{_in_words(number // scale)} {name}" + (f" {_in_words(rest)}" if rest else "")
+            return f"{in_words(number // scale)} {name}" + (f" {in_words(rest)}" if rest else "")
     if number >= 100:
-        return f"{_ONES[number // 100]} hundred" + (f" {_in_words(number % 100)}" if number % 100 else "")
+        return f"{_ONES[number // 100]} hundred" + (f" {in_words(number % 100)}" if number % 100 else "")
     if number < len(_ONES):
         return _ONES[number]
     return _TENS[number // 10 - 2] + (f" {_ONES[number % 10]}" if number % 10 else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,7 +13,7 @@ from pydantic import Field
 from conservtl.errors import DataError, SpecError
 from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
-from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens, Pretrained
+from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens, Pretrained, numbers_of
 
 __all__ = ["BLANK", "SPACE", "Characters", "Pretrained", "SentencePiece", "Tokenizer"]
 
@@ -22,7 +22,6 @@ BLANK = "<blank>"
 
 SPACE = "|"
 """Name of the space among characters, as torchaudio and transformers write it."""
-_PIECE_SPACE = "\u2581"
 _UNKNOWN = "\ufffd"
 
 
@@ -30,6 +29,8 @@ class _OwnTokens(FrozenModel):
     """Base of tokens whose output 0 is no text: CTC's blank; a decoder's end, and what it reads first."""
 
     free_text: ClassVar[bool] = False
+    space: ClassVar[str]
+    """What stands for a space in the names of tokens."""
 
     @property
     def blank(self) -> int | None:
@@ -45,6 +46,11 @@ class _OwnTokens(FrozenModel):
         """Return the tokens by which a decoder begins and ends."""
         return DecoderTokens()
 
+    def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
+        """Return the text of tokens without blanks; U+FFFD for one that a smaller vocabulary does not have."""
+        names = (vocabulary[token] if token < len(vocabulary) else _UNKNOWN for token in tokens)
+        return " ".join("".join(names).replace(self.space, " ").split())
+
 
 class Characters(_OwnTokens):
     """Each character is a token; the space is `|`."""
@@ -54,6 +60,7 @@ class Characters(_OwnTokens):
     alphabet: str | None = None
     """Characters in the order of the outputs after the blank, the space among them; null: those of all texts that are
     read, sorted."""
+    space: ClassVar[str] = SPACE
 
     def embedded(self) -> Characters:
         """Return the same: there is no file."""
@@ -80,17 +87,13 @@ class Characters(_OwnTokens):
         Raises:
             DataError: a character is none of the vocabulary.
         """
-        numbers = _numbers(tuple(vocabulary))
+        numbers = numbers_of(tuple(vocabulary))
         if unknown := sorted({letter for letter in text if (SPACE if letter == " " else letter) not in numbers}):
             raise DataError(
                 f"has characters outside the vocabulary, {' '.join(map(ascii, unknown))}, in {text[:60]!r}. Change "
                 "data.text, or add them to data.tokens.alphabet."
             )
         return [numbers[SPACE if letter == " " else letter] for letter in text]
-
-    def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
-        """Return the text of tokens without blanks."""
-        return " ".join("".join(named(tokens, vocabulary)).replace(SPACE, " ").split())
 
 
 class SentencePiece(_OwnTokens):
@@ -100,6 +103,7 @@ class SentencePiece(_OwnTokens):
     """Pieces of words."""
     model: str = Field(min_length=1)
     """A `.model` file; in a saved run `base64:` and its bytes."""
+    space: ClassVar[str] = "\u2581"
 
     def embedded(self) -> SentencePiece:
         """Return the tokenizer with its model's bytes in the place of the file.
@@ -128,7 +132,7 @@ class SentencePiece(_OwnTokens):
         Raises:
             DataError: a part of it is unknown to the model.
         """
-        processor, numbers = _processor(self.embedded().model), _numbers(tuple(vocabulary))
+        processor, numbers = _processor(self.embedded().model), numbers_of(tuple(vocabulary))
         pieces = processor.encode(text, out_type=str)
         if unknown := [piece for piece in pieces if numbers.get(piece, 1) == 1 + processor.unk_id()] or [
             piece for piece in pieces if piece not in numbers
@@ -139,23 +143,9 @@ class SentencePiece(_OwnTokens):
             )
         return [numbers[piece] for piece in pieces]
 
-    def decode(self, tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
-        """Return the text of tokens without blanks."""
-        return " ".join("".join(named(tokens, vocabulary)).replace(_PIECE_SPACE, " ").split())
-
 
 Tokenizer = Annotated[Characters | SentencePiece | Pretrained, Field(discriminator="kind")]
 """How a text becomes tokens."""
-
-
-def named(tokens: Iterable[int], vocabulary: Sequence[str]) -> Iterator[str]:
-    """Yield the name of each token; U+FFFD for one that a smaller vocabulary, such as the source's, does not have."""
-    return (vocabulary[token] if token < len(vocabulary) else _UNKNOWN for token in tokens)
-
-
-@lru_cache(maxsize=8)
-def _numbers(vocabulary: tuple[str, ...]) -> dict[str, int]:
-    return {token: number for number, token in enumerate(vocabulary)}
 
 
 @lru_cache(maxsize=4)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -15,8 +13,9 @@ from torch import Tensor
 from conservtl.data.sequences import Sequences
 from conservtl.errors import DataError, counted
 from conservtl.tasks.audio.speakers import check_sources, check_target
+from conservtl.tasks.speech.folder import in_held_out_part
 
-__all__ = ["Part", "Split", "Utterance", "in_share", "split_utterances"]
+__all__ = ["Part", "Split", "Utterance", "split_utterances"]
 
 Part = Literal["train", "dev", "test"]
 
@@ -119,11 +118,6 @@ def split_utterances(
     return Split(trained[kept:], trained[:kept], tested, train, test, bare)
 
 
-def in_share(name: str, share: float) -> bool:
-    """Return whether a name belongs to a random part that is the same in every run, by its hash."""
-    return int(hashlib.sha256(normalize("NFC", name).encode()).hexdigest()[:8], 16) < share * 2**32
-
-
 def sequences(
     utterances: Sequence[Utterance],
     inputs: Sequence[Tensor],
@@ -153,9 +147,8 @@ def _of_target(target: str, own: list[Utterance], shots: int, seed: int) -> tupl
         most = len(pool) if fixed else len(pool) - 1
         part = " in its training part" if fixed else ", of which one must be left to test on"
         raise DataError(
-            f"data.shots: {target!r} has {counted(len(pool), 'utterance')}{part}; received {shots}. Set "
-            "data.shots to at "
-            f"most {most}."
+            f"data.shots: {target!r} has {counted(len(pool), 'utterance')}{part}; received {shots}. Set data.shots to "
+            f"at most {most}."
         )
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [pool[place] for place in order[:shots]]
@@ -186,9 +179,8 @@ def _unlabelled(
     if count > most:
         are = "is" if most == 1 else "are"
         raise DataError(
-            f"data.unlabelled.utterances: {own[0].speaker!r} has {counted(most, 'utterance')} that {are} "
-            "neither shots nor "
-            f"tested on; received {count}. Set it to at most {most}."
+            f"data.unlabelled.utterances: {own[0].speaker!r} has {counted(most, 'utterance')} that {are} neither shots "
+            f"nor tested on; received {count}. Set it to at most {most}."
         )
     generator = torch.Generator().manual_seed(seed)
     order = [[part[place] for place in torch.randperm(len(part), generator=generator)] for part in (bare, rest)]
@@ -198,18 +190,13 @@ def _unlabelled(
 def _of_source(
     others: list[Utterance], held_out_speakers: Sequence[str], held_out: float
 ) -> tuple[list[Utterance], list[Utterance]]:
-    official = next((part for part in ("test", "dev") if any(one.part == part for one in others)), None)
-    known = {one.part for one in others}
+    parts = {one.part for one in others}
+    official = next((part for part in ("test", "dev") if part in parts and "train" in parts), None)
 
     def is_tested(one: Utterance) -> bool:
         if one.speaker in held_out_speakers:
             return True
-        return one.part == official if official is not None and "train" in known else in_share(one.name, held_out)
+        return in_held_out_part(one.name, held_out) if official is None else one.part == official
 
-    test = [one for one in others if is_tested(one)]
-    train = (
-        [one for one in others if not is_tested(one) and one.part in (None, "train")]
-        if "train" in known
-        else [one for one in others if not is_tested(one)]
-    )
-    return train, test
+    kept = [one for one in others if not is_tested(one) and ("train" not in parts or one.part in (None, "train"))]
+    return kept, [one for one in others if is_tested(one)]

@@ -20,6 +20,7 @@ __all__ = [
     "build_transformers",
     "bundle_labels",
     "bundle_of",
+    "of_transformers",
     "torchaudio_names",
 ]
 
@@ -135,19 +136,33 @@ def build_transformers(name: str, args: dict[str, Any], tokens: int) -> Transfor
             f"model.name must be transformers/TYPE with a type of AutoModelForCTC that takes samples "
             f"({', '.join(known)}); received {name!r}.{hint(kind, known, count=3)}"
         )
-    blank = 0
-    chosen = {"layerdrop": 0.0, "apply_spec_augment": False, **args, "vocab_size": tokens, "pad_token_id": blank}
-    settings = library.AutoConfig.for_model(kind)
-    if unknown := [field for field in args if not hasattr(settings, field)]:
-        fields = sorted(settings.to_dict())
+    chosen = {"layerdrop": 0.0, "apply_spec_augment": False, **args, "vocab_size": tokens, "pad_token_id": 0}
+    return TransformersCTC(of_transformers("AutoModelForCTC", kind, args, chosen))
+
+
+def of_transformers(auto: str, kind: str, args: dict[str, Any], fields: dict[str, Any]) -> Any:
+    """Return a network of transformers with random weights.
+
+    Args:
+        auto: the class of transformers that builds it.
+        kind: its type.
+        args: fields of its configuration that the spec sets.
+        fields: all that are set.
+
+    Raises:
+        SpecError: there is no such field, or they do not fit each other.
+    """
+    library = require("transformers", "transformers")
+    plain = library.AutoConfig.for_model(kind)
+    if unknown := [field for field in args if not hasattr(plain, field)]:
         raise SpecError(
-            f"model.args: a configuration of {kind} has no field {unknown[0]!r}.{hint(unknown[0], fields, count=3)}"
+            f"model.args: a configuration of {kind} has no field {unknown[0]!r}."
+            f"{hint(unknown[0], sorted(plain.to_dict()), count=3)}"
         )
     try:
-        network = library.AutoModelForCTC.from_config(library.AutoConfig.for_model(kind, **chosen))
+        return getattr(library, auto).from_config(library.AutoConfig.for_model(kind, **fields))
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise SpecError(f"model.args: {name} cannot be built with {args}: {error}. Change model.args.") from error
-    return TransformersCTC(network)
+        raise SpecError(f"model.args: {kind} cannot be built with {args}: {error}. Change model.args.") from error
 
 
 def _function_of(name: str) -> str:

@@ -111,7 +111,7 @@ def test_the_samples_are_the_words_with_gaps_between_them(root):
     ("fields", "message"),
     [
         ({"target": "dee"}, r"data\.target must be a speaker.*'ann', 'bob', 'cid'"),
-        ({"source_speakers": ("cid",)}, r"data\.source_speakers must be .* other than data\.target; received 'cid'"),
+        ({"source_speakers": ("cid",)}, r"data\.source_speakers must not contain data\.target; received 'cid'"),
         ({"held_out_takes": (0, 1, 2, 3)}, "there is no recording for 'cid shots 0'"),
     ],
 )
