@@ -30,14 +30,7 @@ def html_table(
     text_columns: Collection[int] = (0,),
     marks: Sequence[str] = (),
 ) -> str:
-    """Return a table.
-
-    Args:
-        header: names of the columns.
-        rows: cells from the top down: text, or text with a note beneath.
-        text_columns: positions of the columns of text; the others are aligned to the right.
-        marks: emphasis of each row: "strong", "quiet" or none.
-    """
+    """Return a table; a cell is text, or text with a note beneath, and a row may be marked "strong" or "quiet"."""
 
     def cell(tag: str, place: int, content: str | tuple[str, str], style: str = "") -> str:
         text, note = content if isinstance(content, tuple) else (content, "")

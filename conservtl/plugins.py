@@ -26,9 +26,6 @@ def import_modules(names: Iterable[str]) -> None:
 
     A dotted name is looked for in the current folder too, as ``python -m`` does.
 
-    Args:
-        names: dotted names (``my_package.my_task``), or paths of a ``.py`` file or a package's folder.
-
     Raises:
         SpecError: a module cannot be imported; the message says why.
     """
@@ -72,11 +69,7 @@ def is_imported(module: str) -> bool:
 
 
 def named_callable(reference: str, field: str) -> Callable[..., Any]:
-    """Return a function or class that a spec names, of a package that the user imported by hand.
-
-    Args:
-        reference: ``package.module:name``.
-        field: the spec's field, for messages.
+    """Return the function or class ``package.module:name`` that a spec's field names, of a package imported by hand.
 
     Raises:
         SpecError: its package was not imported by hand, cannot be imported, or has no such function or class.

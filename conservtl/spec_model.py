@@ -96,11 +96,6 @@ def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) ->
 
     The same class defined again, by a notebook's cell or a reloaded module, replaces the former.
 
-    Args:
-        registry: name -> class, changed in place.
-        cls: the class.
-        names: its kind and its short names.
-
     Raises:
         SpecError: another class has one of the names; nothing is entered.
     """
@@ -115,13 +110,7 @@ def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) ->
 
 
 def checked(cls: type[Model], fields: Any, where: str, end: str = "") -> Model:
-    """Return a model of fields.
-
-    Args:
-        cls: its class.
-        fields: by name.
-        where: their dotted name in a message; empty: the message begins with the field's.
-        end: end of the message.
+    """Return a model of fields; a message begins with ``where``, their dotted name, and ends with ``end``.
 
     Raises:
         SpecError: a field is wrong.
@@ -143,10 +132,7 @@ def _sentences(error: ValidationError, cls: type[BaseModel], where: str, *, pyth
 def check_describable(cls: type[BaseModel]) -> None:
     """Raise unless JSON can describe each field of a model: one that it cannot breaks the schema of all specs.
 
-    A class with types that are not defined yet is not checked.
-
-    Raises:
-        SpecError: JSON cannot describe a field; the message names it.
+    The message names the field. A class with types that are not defined yet is not checked.
     """
     if (reason := _undescribed(cls)) is None:
         return

@@ -30,11 +30,7 @@ class Pass:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Pass]]:
-    """Yield a list that receives the model's forward passes with gradients inside the block.
-
-    Args:
-        model: the module that is called, wrapped or not.
-    """
+    """Yield a list that receives the model's forward passes with gradients inside the block."""
     passes: list[Pass] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
@@ -46,12 +42,7 @@ def recording(model: nn.Module) -> Iterator[list[Pass]]:
 
 
 def outermost(root: nn.Module, model: nn.Module) -> nn.Module | None:
-    """Return the module of ``root`` that is ``model``, or the outermost wrapper of it; None: ``root`` has neither.
-
-    Args:
-        root: the model of a trainer.
-        model: the model of an adaptation, wrapped or not.
-    """
+    """Return the module of ``root`` that is ``model``, or the outermost wrapper of it; None: ``root`` has neither."""
     inner = unwrap(model)
     return next((module for module in root.modules() if unwrap(module) is inner), None)
 

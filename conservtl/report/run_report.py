@@ -61,11 +61,6 @@ class RunReport(dict[str, Any]):
 
 
 def run_figures(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Return learning curves, the path between source and trained weights, drift by layer, and classes.
-
-    Args:
-        report: content of ``report.json``; what it lacks is not drawn.
-        history: one entry an epoch; may be empty.
-    """
+    """Return learning curves, the path between source and trained weights, drift by layer, and classes."""
     pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), class_chart(report)]
     return [picture for picture in pictures if picture]

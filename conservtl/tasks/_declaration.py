@@ -22,9 +22,7 @@ _ATTRIBUTES = {
 def check_declaration(task: type[Any]) -> None:
     """Raise unless a task with a name declares its attributes, and specs can hold its sections.
 
-    Raises:
-        SpecError: an attribute is missing or no class of Pydantic, a field of the model section has no default, or a
-            field is of a type that JSON cannot describe.
+    Attributes are classes of Pydantic, each field of the model section has a default, and JSON can describe each field.
     """
     where = f"task {task.name!r}: {task.__qualname__}"
     if not isinstance(task.name, str) or not task.name:

@@ -52,11 +52,7 @@ class FolderFiles(FileData):
 
 
 def refuse(bad: Mapping[Path, str]) -> None:
-    """Raise if a file is bad.
-
-    Raises:
-        DataError: names the first bad file in order, and counts the others.
-    """
+    """Raise if a file is bad: name the first in order, and count the others."""
     if bad:
         file = min(bad)
         others = f"{counted(len(bad) - 1, 'other')} {'is' if len(bad) == 2 else 'are'}"
@@ -72,12 +68,7 @@ def bad_among(
 ) -> dict[Path, str]:
     """Return the files to leave out and why: those known to be bad, and those that reading finds, whatever the draw.
 
-    Args:
-        data: decides whether bad files are refused.
-        listed: bad already by their names and links -> why.
-        files: what may be used.
-        read: raises ``DataError`` for a bad file.
-        kind: everything that ``read`` depends on but the file.
+    ``kind`` is as for ``check_files``.
 
     Raises:
         DataError: a file is bad, and ``on_bad`` is error.
@@ -92,11 +83,6 @@ def check_files(files: Iterable[Path], read: Callable[[Path], object], kind: str
     """Read files one by one; return those that cannot be used, and why.
 
     With a ``kind``, a file is read once in a process as long as its size and time stay the same.
-
-    Args:
-        files: what to read.
-        read: raises ``DataError`` for a bad file.
-        kind: everything that ``read`` depends on but the file; None: files are read each time.
     """
     bad = {}
     for file in files:
@@ -130,12 +116,7 @@ def _name_below(root: Path, file: Path) -> str:
 
 
 def skipped_text(skipped: Mapping[str, str], count: int | None = None) -> str:
-    """Return how many files are skipped, and the first of them with why.
-
-    Args:
-        skipped: name -> why.
-        count: of all that are skipped; None: those in ``skipped``.
-    """
+    """Return how many files are skipped, those listed or ``count`` of them, and the first of them with why."""
     count = len(skipped) if count is None else count
     names = sorted(skipped)[:_LISTED]
     shown = "; ".join(f"{shown_name(name)} {shown_name(skipped[name])}" for name in names)

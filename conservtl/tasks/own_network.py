@@ -54,10 +54,7 @@ class NetworkSection(FrozenModel):
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def built(self, outputs: int) -> nn.Module | None:
-        """Return the network that ``import`` names; None if it names none.
-
-        Args:
-            outputs: number of outputs.
+        """Return the network that ``import`` names, with so many outputs; None if it names none.
 
         Raises:
             SpecError: its package was not imported by hand, or the function is missing, does not take the arguments or

@@ -32,11 +32,7 @@ def tasks() -> dict[str, Task]:
 
 
 def task_named(name: str, module: str | None = None) -> Task:
-    """Return the task of this name.
-
-    Args:
-        name: its name in a spec.
-        module: the module that defines it, if known, for the error message.
+    """Return the task of this name in a spec; ``module`` defines it, if that is known, for the error message.
 
     Raises:
         SpecError: no such task is known.
@@ -53,12 +49,7 @@ def task_named(name: str, module: str | None = None) -> Task:
 
 
 def unfinished_task(name: str, otherwise: str) -> str:
-    """Return what to do about an unknown task: finish the class that is imported, or import it.
-
-    Args:
-        name: the task's name in the spec.
-        otherwise: how to import it.
-    """
+    """Return what to do about an unknown task: finish the class that is imported, or import it."""
     if (cls := task_classes(unfinished=True).get(name)) is not None:
         lacks = ", ".join(sorted(cls.__abstractmethods__))
         return f" {name!r} is imported, but {cls.__module__}.{cls.__qualname__} does not implement {lacks}."

@@ -74,16 +74,7 @@ class LawCase:
         clip: float | None = None,
         sign: float = 1.0,
     ) -> None:
-        """Make one step.
-
-        Args:
-            adaptation: the adaptation.
-            optimizer: from ``adaptation.optimizer``.
-            parts: batches that are accumulated; None: the whole batch.
-            scaler: scales the loss; None: no scaling.
-            clip: largest norm of the gradients, penalties included; None: no clipping.
-            sign: factor on the loss.
-        """
+        """Make one step on batches that are accumulated, with clipping of penalties and gradients together."""
         self.backward(adaptation, parts, sign=sign, scaler=scaler)
         if clip is not None:
             adaptation.pull(scaler)
@@ -118,13 +109,7 @@ def weights(adaptation: Adaptation) -> dict[str, Tensor]:
 
 
 def close(first: Tensor, second: Tensor, size: float) -> bool:
-    """Whether two tensors are equal up to rounding.
-
-    Args:
-        first: a tensor.
-        second: the other one.
-        size: size of the numbers whose sum they are, where that is larger than the tensors.
-    """
+    """Whether two tensors are equal up to rounding; numbers of ``size``, if larger, are those whose sum they are."""
     digits = torch.finfo(first.dtype).eps
     allowed: float = 16 * digits * max(1.0, largest(first)) + digits**0.6 * size
     return largest(first - second) <= allowed

@@ -158,10 +158,6 @@ LAWS: dict[str, Callable[[LawCase], str | None]] = {
 def check_law(name: str, case: LawCase) -> None:
     """Hold a strategy to one law.
 
-    Args:
-        name: one of ``LAWS``.
-        case: the case to try it on.
-
     Raises:
         AssertionError: the strategy breaks the law, or raises an error that is no ``InputError``.
     """

@@ -69,15 +69,7 @@ def check_layer_map(
 def violations(
     model: nn.Module, layers: Sequence[Layer], used: Mapping[str, int], plan: Plan, globs: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Yield a sentence for each law that a map breaks.
-
-    Args:
-        model: the model, wrapped or not.
-        layers: its layers.
-        used: name of a parameter -> its rank in the order of first use.
-        plan: a plan of the model as it is, without strategies.
-        globs: those that the layers were cut by.
-    """
+    """Yield a sentence for each law that a map breaks."""
     yield from _membership(model, layers)
     yield from _modules(layers)
     yield from _order(layers, used)

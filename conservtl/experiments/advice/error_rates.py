@@ -158,11 +158,7 @@ def gather_errors(setting: Setting, source: SourceModel) -> ErrorEvidence:
 
 
 def advise_by_errors(evidence: ErrorEvidence) -> Advice:
-    """Choose how much is trained by the amount of data, and how far the end is from the source by the distance.
-
-    Args:
-        evidence: the measurements.
-    """
+    """Choose how much is trained by the amount of data, and how far the end is from the source by the distance."""
     amount, distance = evidence.size, evidence.distance
     where = f"{amount} data ({counted(evidence.utterances, 'utterance')} with texts, {evidence.seconds:.0f} s)"
     strategies: list[dict[str, Any]] = []

@@ -53,13 +53,8 @@ def features_of(
 ) -> LayerFeatures:
     """Run a model over data once, in eval mode, and return its features; the model is left as found.
 
-    Args:
-        model: any model; its layers may be convolutions, recurrent layers or transformer blocks.
-        data: examples, or a dataset of (input, label).
-        layers: from ``find_layers`` for this model; the features of a layer are the outputs of its last module.
-        batch_size: examples a forward pass.
-        forward: as for ``fit``.
-        labels: batch -> class of each example.
+    Layers may be convolutions, recurrent layers or transformer blocks; the features of a layer are the outputs of its
+    last module.
 
     Raises:
         SelectorError: the model has no such layer.

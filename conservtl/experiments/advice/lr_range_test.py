@@ -42,11 +42,7 @@ _LOOK = 10  # steps between two checks of the losses, which wait for the device
 
 
 def lr_find_for(spec: Spec, *, steps: int = 100) -> RangeTest:
-    """Run the range test of a spec's strategies on its shots.
-
-    Args:
-        spec: the spec; its own rate does not matter.
-        steps: number of optimizer steps.
+    """Run the range test of a spec's strategies on its shots; the spec's own rate does not matter.
 
     Raises:
         DataError: the data is missing or contradicts the spec.
@@ -159,11 +155,7 @@ def lr_find(
 
 
 def _check_range(lowest: Any, highest: Any, steps: Any, seed: Any) -> None:
-    """Raise unless the rates rise over enough steps.
-
-    Raises:
-        SpecError: they do not, or an argument is no number.
-    """
+    """Raise unless the rates rise over enough steps."""
     rates = [rate for rate in (lowest, highest) if isinstance(rate, (int, float)) and not isinstance(rate, bool)]
     whole = isinstance(steps, int) and not isinstance(steps, bool)
     if len(rates) < 2 or not 0 < lowest < highest < math.inf or not whole or steps < _FEWEST:

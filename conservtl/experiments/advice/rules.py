@@ -38,11 +38,7 @@ _CONSERVATION = {
 
 
 def advise(evidence: Evidence) -> Advice:
-    """Choose the tuned side by the shift, how much is trained by the table, the kept side's rates by the distance.
-
-    Args:
-        evidence: the measurements.
-    """
+    """Choose the tuned side by the shift, how much is trained by the table, the kept side's rates by the distance."""
     amount, (distant, by) = size(evidence), far(evidence)
     where = f"{amount} data ({_count(evidence)} a class, one for {1 / evidence.per_parameter:,.0f} parameters)"
     apart = f"{'far' if distant else 'near'} ({by})"

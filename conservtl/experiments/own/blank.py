@@ -21,9 +21,6 @@ def blank(model: nn.Module) -> nn.Module:
     A model of Hugging Face is made anew from its configuration. Modules whose parameters all ask for no gradient (a
     fixed filter bank) keep their values.
 
-    Args:
-        model: not changed.
-
     Raises:
         SpecError: a module holds parameters and cannot initialise them.
     """

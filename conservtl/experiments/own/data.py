@@ -30,9 +30,8 @@ SET_NAMES = {
 def as_data(value: Any, name: str) -> Data:
     """Return data as examples, a dictionary of tensors or a dataset.
 
-    Args:
-        value: ``Examples``, a tuple (inputs, labels) or a dictionary of tensors or arrays, or a map-style dataset.
-        name: of the argument, for messages.
+    Data is ``Examples``, a tuple (inputs, labels) or a dictionary of tensors or arrays, or a map-style dataset. A
+    message has the argument's name.
 
     Raises:
         DataError: it is something else, such as a DataLoader, or rows of its tensors differ in number.
@@ -86,9 +85,7 @@ def targets_in(value: Any) -> dict[str, Any]:
 def class_numbers(data: Data, *, classes: bool) -> list[int]:
     """Return the class of each example; without classes all examples are of one.
 
-    Args:
-        data: a dataset without ``labels`` or ``targets`` is read once, example by example.
-        classes: whether each example has one class.
+    A dataset without ``labels`` or ``targets`` is read once, example by example.
     """
     if not classes:
         return [0] * length_of(data)

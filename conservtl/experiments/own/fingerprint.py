@@ -27,9 +27,6 @@ def fingerprint(problem: Any) -> str:
 
     Models, the source and data count by their values. A dataset is read once, from fixed seeds. Functions count by
     their code, that of functions of the same module which they call, and by loss and metrics on the first examples.
-
-    Args:
-        problem: an ``OwnProblem``.
     """
     digest = _Digest()
     task, sets = problem.task, problem.task.sets

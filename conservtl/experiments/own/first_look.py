@@ -83,11 +83,7 @@ def tried(model: nn.Module, functions: Functions, batch: Any) -> tuple[Any, dict
 
 
 def try_sets(model: nn.Module, functions: Functions, sets: Mapping[str, Data], tests: Mapping[str, Any]) -> None:
-    """Raise unless the model takes the first examples of each set.
-
-    Raises:
-        DataError: it does not; the message names the set.
-    """
+    """Raise unless the model takes the first examples of each set; the message names the set."""
     named = {f"train, target {target!r}": data for target, data in sets.items()}
     named |= {f"held_out['target'], {target!r}": data for target, data in tests["target"].items()}
     named |= {f"valid, {target!r}": data for target, data in tests["valid"].items()}

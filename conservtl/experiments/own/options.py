@@ -66,11 +66,7 @@ class ProblemOptions(TypedDict, total=False):
 
 
 def check_options(training: Any, options: ProblemOptions) -> None:
-    """Raise unless settings, functions and number of shots have the types that they must have.
-
-    Raises:
-        SpecError: one has not, or an option is unknown.
-    """
+    """Raise unless options are known, and settings, functions and number of shots have their types."""
     if unknown := sorted(options.keys() - ProblemOptions.__annotations__.keys()):
         names = ProblemOptions.__annotations__
         raise SpecError(f"{unknown[0]!r} is none of the options {', '.join(names)}.{did_you_mean(unknown[0], names)}")

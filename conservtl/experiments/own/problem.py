@@ -107,15 +107,7 @@ def settings_of(
     stored: bool = False,
     options: ProblemOptions,
 ) -> OwnSpec:
-    """Return the settings of runs of a problem.
-
-    Args:
-        problem: the problem.
-        training: settings of ``fit``; None: the defaults.
-        seed: of the first run.
-        stored: whether results are kept for a later call, which finds them by the problem's content.
-        options: ``shots``, ``valid``, ``layers`` and ``head`` among them count.
-    """
+    """Return the settings of runs of a problem; results that are kept are found again by its content."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
         raise SpecError(f"seed must be a whole number, 0 to {_SEEDS - 1}; received {seed!r:.60}. Give one.")
     valid, layers, head = options.get("valid"), options.get("layers"), options.get("head")
@@ -148,13 +140,7 @@ def hold(
 ) -> OwnProblem:
     """Return what a program hands over as a problem; everything is tried once, and nothing of it is changed.
 
-    Args:
-        model: a model or a function that makes one.
-        source: as for ``adapt``.
-        train: labelled target examples, or target -> examples.
-        held_out: {"target": examples, or target -> examples, "source": examples}; None: none are needed.
-        training: names the metric to judge by.
-        options: see ``ProblemOptions``.
+    Data of the target is labelled examples, or target -> examples; ``training`` names the metric to judge by.
 
     Raises:
         InputError: one of its kinds; the message says what to change.

@@ -65,9 +65,7 @@ class _Sent:
 def sent(problem: OwnProblem, folder: Path) -> Iterator[_Sent]:
     """Yield a problem that workers which see the folder can read, inside the block.
 
-    Args:
-        problem: the problem.
-        folder: is locked by this study; what a killed one left there goes with its other temporary files.
+    The folder is locked by this study; what a killed one left there goes with its other temporary files.
 
     Raises:
         SpecError: a part of it cannot be pickled; the message names the part.

@@ -38,11 +38,7 @@ def base_model(source: str) -> str | None:
 
 
 def licence_of(source: str | Path) -> str:
-    """Return the licence that a folder's card, the Hub's, timm or torchvision states; ``unknown`` if none does.
-
-    Args:
-        source: path or name of the source's weights.
-    """
+    """Return the licence that the card of weights, the Hub, timm or torchvision states; ``unknown`` if none does."""
     found: Any = None
     with suppress(ConservtlError, OSError):
         if not is_name(str(source)):

@@ -44,11 +44,8 @@ class Upload:
 def push(folder: str | Path, repository: str, *, public: bool = False, dry_run: bool = False) -> Upload:
     """Upload weights, configuration and card of a folder; reports, specs, histories and checkpoints stay here.
 
-    Args:
-        folder: as a run or ``save`` wrote it.
-        repository: ``ORG/NAME``; made if it is missing.
-        public: whether everyone may see a new repository; else it is private.
-        dry_run: send nothing.
+    A missing repository ``ORG/NAME`` is made, which its owner alone sees unless ``public``. With ``dry_run`` nothing is
+    sent.
 
     Raises:
         SpecError: the name is wrong, a file is missing, or one names a folder of this machine.

@@ -31,11 +31,7 @@ weights = load_file("model.safetensors")"""
 
 
 def check_card(folder: Path) -> None:
-    """Raise if a README.md stands in an output folder that is no card of a run.
-
-    Raises:
-        SpecError: one does.
-    """
+    """Raise if a README.md stands in an output folder that is no card of a run."""
     card = folder / CARD
     tags = front_matter(card).get("tags")
     if card.exists() and not (isinstance(tags, list) and "conservtl" in tags):
@@ -43,13 +39,7 @@ def check_card(folder: Path) -> None:
 
 
 def run_card(setting: Setting, adaptation: Adaptation, report: Mapping[str, Any]) -> str:
-    """Return the card of the model that a run adapted.
-
-    Args:
-        setting: of the run.
-        adaptation: trained.
-        report: content of ``report.json``.
-    """
+    """Return the card of the model that a run adapted."""
     section = setting.spec.source
     weights = section.weights
     return card_text(

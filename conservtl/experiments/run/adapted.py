@@ -90,20 +90,10 @@ class Adapted:
         on_bad: OnBad = "error",
         skipped: MutableMapping[str, str] | None = None,
     ) -> Iterator[Prediction]:
-        """Return an iterator over the answers of ``predict``, in the order of the files.
+        """Return an iterator over the answers of ``predict``, which has the same arguments, in the order of the files.
 
         Files are read when it gets there, one batch ahead. Those that have a duration are batched with others of
         similar length; fewer than ``batch_size`` at a time where they are long.
-
-        Args:
-            files: paths.
-            batch_size: files that are read and predicted at a time, which bounds the memory.
-            on_bad: whether a file that cannot be used is an error or skipped.
-            skipped: gets the names of skipped files, and why.
-
-        Raises:
-            DataError: a file is missing or cannot be read; the message names it.
-            SpecError: the batch size is below 1.
         """
         paths = _paths(files)
         if batch_size < 1:

@@ -22,10 +22,6 @@ def merged_model(adaptation: Adaptation, structure: Structure) -> tuple[nn.Modul
     """Return a copy of the model with additions merged where that is exact, and the header's part for the others.
 
     An adapter of PEFT is merged and unloaded.
-
-    Args:
-        adaptation: trained.
-        structure: by which the model's layers are found again.
     """
     model: nn.Module = adaptation.merged()
     unload: Any = getattr(model, "merge_and_unload", None)
@@ -47,11 +43,7 @@ def merged_model(adaptation: Adaptation, structure: Structure) -> tuple[nn.Modul
 
 
 def extend_model(model: nn.Module, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Extend a model in place as the run did that wrote a header.
-
-    Args:
-        model: built as the header says.
-        header: what ``read_header`` returned.
+    """Extend a model that was built as a header says, in place, as the run did that wrote the header.
 
     Returns:
         Name of each added parameter -> its tensor at the identity, as after a merge.

@@ -51,9 +51,6 @@ def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: An
 
     Fields that make no inputs may differ: ``of_outputs`` and ``of_labels`` of the preprocessing. Rows of the head are
     copied by label.
-
-    Raises:
-        SourceError: a setting differs; the message names each with both values.
     """
     try:
         saved = spec.problem.preprocessing.model_validate(header["preprocessing"]).model_dump(mode="json")

@@ -18,13 +18,7 @@ __all__ = ["device_of", "score_before", "score_on_tests", "selects_on_source", "
 
 
 def sets_to_watch(setting: Setting, source: SourceModel, most: int | None = None) -> dict[str, Any]:
-    """Return the test parts, to be shown along the way and never selected on.
-
-    Args:
-        setting: of the run.
-        source: the source model; its head serves the source's test part where the target lacks some of its labels.
-        most: at most so many examples of each part, evenly spread; None: all.
-    """
+    """Return at most so many examples of each test part, to be shown along the way and never selected on."""
     domains = setting.domains
     sets: dict[str, Any] = {"target": spread(domains.target_test, most)}
     if domains.source_test is not None:
@@ -33,13 +27,7 @@ def sets_to_watch(setting: Setting, source: SourceModel, most: int | None = None
 
 
 def sets_to_select_on(setting: Setting, source: SourceModel, *, both: bool) -> dict[str, Any] | None:
-    """Return what may be selected on: the validation part of the shots, and the source's training data.
-
-    Args:
-        setting: of the run.
-        source: the source model.
-        both: whether the source counts too, where it has data.
-    """
+    """Return what may be selected on: the validation part of the shots, and for ``both`` the source's training data."""
     domains = setting.domains
     if domains.validation is None:
         return None
@@ -63,13 +51,7 @@ def score_on_tests(setting: Setting, source: SourceModel, model: nn.Module) -> d
 
 
 def score_before(setting: Setting, source: SourceModel, start: nn.Module) -> dict[str, Scores]:
-    """Score the source model on both test parts; on the target's the starting point, if its labels are others.
-
-    Args:
-        setting: of the run.
-        source: the source model.
-        start: the model to adapt, at its starting point.
-    """
+    """Score the source model on both test parts; on the target's the starting point, if its labels are others."""
     size, domains = setting.spec.training.evaluate_batch_size, setting.domains
     model = source.model if setting.shared else start
     scores = {"target": score_model(setting.task, model, domains.target_test, size)}

@@ -23,12 +23,7 @@ def durations(preprocessing: Any, files: Sequence[Path]) -> list[float] | None:
 
 
 def batches_by_length(seconds: Sequence[float], most: int) -> list[list[int]]:
-    """Return the positions of each batch, short files first.
-
-    Args:
-        seconds: the duration of each file.
-        most: files of a batch at most; fewer of long ones, so that its padded duration is bounded too.
-    """
+    """Return the positions of each batch, short files first; fewer of long ones, which bounds its padded duration."""
     batches: list[list[int]] = []
     for place in sorted(range(len(seconds)), key=lambda place: seconds[place]):
         full = not batches or len(batches[-1]) == most
@@ -50,13 +45,7 @@ def read_ahead(executor: Executor, reads: Sequence[Callable[[], Content]]) -> It
 
 
 def speed_text(preprocessing: Any, files: Sequence[Path], elapsed: float) -> str:
-    """Return how long files took beside their duration; empty where they have none.
-
-    Args:
-        preprocessing: of the model.
-        files: that were predicted.
-        elapsed: seconds of work.
-    """
+    """Return how long files took beside their duration; empty where they have none."""
     total = sum(durations(preprocessing, files) or ())
     if not total:
         return ""

@@ -53,12 +53,6 @@ def score_model(task: Task, model: nn.Module, data: Data | Holdout, batch_size: 
     """Evaluate a model where it is; its modes and all random generators are left as found.
 
     Of several processes each evaluates a part, and the first gets all outputs, labels and records.
-
-    Args:
-        task: gives loss, metrics and labels.
-        model: the model.
-        data: a set; a ``Holdout`` brings a forward of its own.
-        batch_size: examples per batch, for data that is not batched yet.
     """
     outputs: list[Any] = []
     labels: list[Any] = []

@@ -112,10 +112,8 @@ class Setting:
     def model(self, outputs: int, *, target: bool = False) -> nn.Module:
         """Return a model initialised by the spec's seed.
 
-        Args:
-            outputs: number of its outputs, one for each label.
-            target: whether it is the one to adapt. Its initial values differ from the source model's, whose body was
-                trained under the very head it began with.
+        Initial values of the ``target``, the one to adapt, differ from the source model's, whose body was trained under
+        the very head it began with.
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.spec.seed + _TARGET_SEED * target)
@@ -174,12 +172,8 @@ class Setting:
     ) -> FitResult:
         """Train with the task's functions, the spec's seed and the domains' augmentation and source data.
 
-        Args:
-            adaptation: a model of this task.
-            train: the training data.
-            valid: the sets to select on, or None.
-            training: settings; None: the spec's. Without ``select`` they select on the task's headline metric.
-            options: further arguments of ``fit``, which win over those of the setting.
+        ``training`` takes the place of the spec's settings, and further arguments of ``fit`` win over those of the
+        setting. Settings without ``select`` select on the task's headline metric.
 
         Raises:
             SpecError: a validation score decides something, and ``data.validation`` of the shots leaves no example; or
@@ -245,10 +239,6 @@ class Setting:
 
         A model whose labels include all of the source's answers itself, with the outputs of the source's labels first.
         Else the source's own head answers, in the place of the model's.
-
-        Args:
-            data: numbered by the source's labels.
-            source: the source model.
         """
         if self.shared:
             return data

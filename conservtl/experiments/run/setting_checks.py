@@ -66,13 +66,7 @@ def check_validation(data: Any, domains: Domains, training: Training, plan: Plan
 def check_labels(train: Any, plan: Plan, *, all_of_them: bool = False) -> None:
     """Raise if examples without labels are to be trained on, and nothing in the plan learns from them.
 
-    Args:
-        train: the data.
-        plan: the plan.
-        all_of_them: whether a few without labels are refused too; studies compare with methods that leave them out.
-
-    Raises:
-        SpecError: says so.
+    Studies compare with methods that leave examples without labels out, so ``all_of_them`` refuses a few too.
     """
     known = getattr(train, "labelled", ())
     bare = len(known) - sum(known)
@@ -87,8 +81,7 @@ def check_labels(train: Any, plan: Plan, *, all_of_them: bool = False) -> None:
 def check_densest(task: Task, model: nn.Module, data: Any) -> None:
     """Raise if the loss refuses the sequences with the most labels a second, at their shortest if they change.
 
-    Raises:
-        DataError: of the task's loss, such as CTC's of a text that needs more frames than its recording has.
+    CTC refuses a text that needs more frames than its recording has.
     """
     if not isinstance(data, Sequences):
         return

@@ -40,9 +40,6 @@ class SourceCache:
 
         Processes that train one model together hold it together: the first has the lock and stores the model.
 
-        Args:
-            name: of the model.
-
         Raises:
             WriteError: the folder cannot be created or written to.
         """

@@ -35,13 +35,8 @@ def with_source_labels(
 ) -> Domains:
     """Return the domains with the source's examples numbered by these labels, its model's outputs in order.
 
-    Args:
-        task: renumbers its data.
-        domains: as loaded.
-        labels: of the source model's outputs.
-        trains: whether a source model is trained on the data, which then must have examples of every label.
-        field: where the labels stand, for messages.
-        fix: how to mend labels of the data that are not listed, for messages.
+    A source model that is trained on the data needs examples of every label. ``field`` says where the labels stand, and
+    ``fix`` how to mend labels that are not listed.
 
     Raises:
         SpecError: a label stands twice, the data has a label that is not listed, or one is listed to be trained that
@@ -87,16 +82,7 @@ def labels_used(parts: Iterable[Data | None], count: int) -> list[int]:
 
 
 def check_reader(task: Task, model: nn.Module, plan: Plan) -> None:
-    """Raise if the source model would read labels that are not its own, which a decoder does.
-
-    Args:
-        task: knows whether the model reads labels.
-        model: the adapted model, whose labels are not the source's.
-        plan: its plan.
-
-    Raises:
-        SpecError: a term or measurement of the plan runs on them.
-    """
+    """Raise if a term or measurement runs a model on labels that it reads, as a decoder does, and are not its own."""
     names = [term.by for term in plan.terms if term.source]
     names += [measure.by for measure in plan.measures if measure.data == "source"]
     if names and task.reads_labels(model):
@@ -107,16 +93,7 @@ def check_reader(task: Task, model: nn.Module, plan: Plan) -> None:
 
 
 def check_shots(task: Task, domains: Domains, names: Mapping[str, str] | None = None) -> None:
-    """Raise unless each set holds examples, and the classes of those in memory are positions in its list of labels.
-
-    Args:
-        task: the task.
-        domains: as loaded.
-        names: of the sets in messages; None: the fields that the task's ``load`` gives.
-
-    Raises:
-        DataError: a set is empty, or a class has no label.
-    """
+    """Raise unless each set holds examples, and the classes of those in memory are positions in its list of labels."""
     for name in ("shots", "validation", "target_test", "source_train", "source_test"):
         data = getattr(domains, name)
         subject = f"task {task.name!r}: {name}" if names is None else names[name]
@@ -142,13 +119,7 @@ def none_held_out(data: Any) -> str:
 
 
 def data_line(task: Task, domains: Domains, data: Any) -> str:
-    """Return the classes of the target, and how many examples there are to adapt with and to test on.
-
-    Args:
-        task: calls its examples by their name.
-        domains: as loaded.
-        data: the spec's section ``data``.
-    """
+    """Return the classes of the target, and how many examples there are to adapt with and to test on."""
 
     def text(*names: str) -> str:
         parts = [part for name in names if (part := getattr(domains, name)) is not None]
@@ -172,14 +143,7 @@ def data_line(task: Task, domains: Domains, data: Any) -> str:
 
 
 def shots_note(task: Task, domains: Domains, taken: Mapping[str, int] | None, shots: Any) -> tuple[str, ...]:
-    """Say how many examples of each class are taken, if a spec gives no number, and how many have no labels.
-
-    Args:
-        task: calls its examples by their name.
-        domains: as loaded.
-        taken: name of each class -> examples; None: not known.
-        shots: of the spec's section ``data``.
-    """
+    """Say how many examples of each class are taken, if a spec gives no number, and how many have no labels."""
     sizes = domains.sizes
     if bare := sizes.get("unlabelled"):
         tested = counted(sizes["target_test"], task.example)
@@ -193,11 +157,7 @@ def shots_note(task: Task, domains: Domains, taken: Mapping[str, int] | None, sh
 
 
 def check_outputs(task: Task, model: nn.Module, example: Any, labels: int) -> None:
-    """Raise unless a model's outputs are what the task takes, one for each label; runs it once on the example.
-
-    Raises:
-        SpecError: they are not, or the model of a task that says so does not take its inputs.
-    """
+    """Raise unless a model's outputs are what the task takes, one for each label; runs it once on the example."""
     if not (task.has_classes or task.takes):
         return
     device = next(model.parameters()).device

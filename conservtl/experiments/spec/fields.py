@@ -16,11 +16,8 @@ _SWITCHES = ("kind", "task")
 def set_field(content: dict[str, Any], name: str, value: Any) -> None:
     """Set a field of a spec's content in place; sections on the way are made where they are missing or null.
 
-    Args:
-        content: a spec as it is read from a file.
-        name: dotted, with positions in lists counted from 0: ``strategies.0.alpha``.
-        value: what it holds afterwards. Another ``kind`` of a section drops the section's other fields; another
-            ``task`` drops ``data`` and ``model``.
+    A name is dotted, with positions in lists counted from 0: ``strategies.0.alpha``. Another ``kind`` of a section
+    drops the section's other fields; another ``task`` drops ``data`` and ``model``.
 
     Raises:
         SpecError: a part of the name is no position in a list, or stands below a plain value.

@@ -18,12 +18,7 @@ _LINES = 20
 
 
 def explanations(errors: Sequence[Any], adapter: TypeAdapter[Any]) -> list[str]:
-    """Return a line for each of the first wrong places, and one for all the others.
-
-    Args:
-        errors: of a validation by Pydantic.
-        adapter: the validator that found them; its schema holds the known fields.
-    """
+    """Return a line for each of the first wrong places, and one for all the others."""
     lines = [f"  {line}" for line in sentences(errors, _schema(adapter, tuple(Strategy.named.values())))]
     first = errors[0]
     if first["type"] == "union_tag_invalid" and not first["loc"]:

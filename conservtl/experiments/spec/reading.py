@@ -171,11 +171,7 @@ def read_fields(text: str, where: str) -> dict[str, Any]:
 
 
 def as_written(content: dict[str, Any], errors: Sequence[ErrorDetails]) -> bool:
-    """Put the text of numbers, booleans and null in their place where a validator wanted text.
-
-    Args:
-        content: fields; changed in place. ``changeable`` returns them.
-        errors: of their validation.
+    """Put the text of numbers, booleans and null into fields, in place, where a validator wanted text.
 
     Returns:
         Whether anything changed, so that another validation may find less.

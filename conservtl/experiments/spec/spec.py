@@ -128,10 +128,8 @@ def spec_class(name: str) -> type[Spec]:
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Read a YAML or JSON file, apply ``a.b=c`` overrides, validate.
 
-    Args:
-        path: the file.
-        overrides: dotted field = value, the value read as YAML. One that switches the ``kind`` (or the
-            ``task``) of a section drops the other keys that the file has there.
+    An override is a dotted field = value, the value read as YAML. One that switches the ``kind`` (or the ``task``) of a
+    section drops the other keys that the file has there.
 
     Raises:
         SpecError: the file cannot be read, or a field is wrong; the message names it and the fix.
@@ -194,12 +192,7 @@ def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
 
 
 def validated(adapter: TypeAdapter[Checked], content: Mapping[str, Any], where: str) -> Checked:
-    """Validate fields as a spec's are.
-
-    Args:
-        adapter: their validator.
-        content: the fields.
-        where: their name in a message.
+    """Validate fields as a spec's are; ``where`` names them in a message.
 
     Raises:
         SpecError: a field is wrong; the message names it.

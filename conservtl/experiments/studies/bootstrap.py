@@ -34,11 +34,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean with its 95 % interval by Student's t.
-
-    Args:
-        values: one for each run, at least one.
-    """
+    """Return the mean with its 95 % interval by Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, mean, mean, len(values))
@@ -53,13 +49,10 @@ def interval(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def bootstrap(differences: Sequence[Sequence[float]]) -> Interval:
-    """Return the mean of paired differences with its 95 % bootstrap interval (percentiles).
+    """Return the mean of the paired differences of each target, with its 95 % bootstrap interval (percentiles).
 
     A cluster bootstrap, since runs on one target are more alike than runs on several: it draws targets first, then
     runs of each (Davison and Hinkley 1997, section 3.8). With one target it draws runs only.
-
-    Args:
-        differences: for each target, the differences of its runs.
     """
     groups = [torch.tensor(list(group), dtype=torch.float64) for group in differences if len(group)]
     generator = torch.Generator().manual_seed(0)
@@ -80,11 +73,9 @@ def bootstrap(differences: Sequence[Sequence[float]]) -> Interval:
 def constrained(runs: Sequence[tuple[float, float, float, float]]) -> float:
     """Return the mean over runs of max(0, kappa - source degradation) / kappa times the share of target errors mended.
 
-    Kappa is 3 points, absolute. 1: every target error is mended and the source loses nothing. A run whose source loses
-    kappa or more counts 0.
-
-    Args:
-        runs: accuracies in [0, 1]: target before, target after, source before, source after.
+    Runs are accuracies in [0, 1]: target before, target after, source before, source after. Kappa is 3 points,
+    absolute. 1: every target error is mended and the source loses nothing. A run whose source loses kappa or more
+    counts 0.
 
     Reference:
         Mantena et al. 2022, arXiv 2210.03255.

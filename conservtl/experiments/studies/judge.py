@@ -39,11 +39,7 @@ class Judge:
         return value if self.headline.better == "higher" else -value / 2
 
     def score(self, values: Mapping[str, Any]) -> float:
-        """Return the value that decides: of both domains, or of the target where the source has no data.
-
-        Args:
-            values: headline metric of "target" and "source"; None where it was not measured.
-        """
+        """Return the value that decides: of both domains, or of the target where the source has no data."""
         if values.get("source") is None:
             return float(values["target"])
         return self.both(values["target"], values["source"])
@@ -57,11 +53,7 @@ class Judge:
         return self.gain(value, 0.0)
 
     def constrained(self, runs: Sequence[tuple[float, float, float, float]]) -> float | None:
-        """Return the constrained score of runs (``bootstrap.constrained``); None where the metric is no share.
-
-        Args:
-            runs: headline metric: target before, target after, source before, source after.
-        """
+        """Return the constrained score of runs (``bootstrap.constrained``); None where the metric is no share."""
         if not self.headline.share or not runs:
             return None
         right = [(self._right(a), self._right(b), self._right(c), self._right(d)) for a, b, c, d in runs]

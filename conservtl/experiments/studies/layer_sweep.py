@@ -96,15 +96,7 @@ def sweep(
     Layers: for n = 0, 1, ... from either side, n layers of the source are transferred and the others are initialised:
     frozen (AnB) or fine-tuned (AnB+); as controls the same from a network trained on the target's shots (BnB, BnB+).
     Strength: over decades, with the path between source and plain fine-tuning, which needs no further training.
-
-    Args:
-        spec: the spec, with a ``sweep`` section or without.
-        out: folder; results are stored run by run in ``runs``, so that an interrupted sweep continues.
-        processes: number of processes of this machine.
-        executor: ``processes``; ``dask:ADDRESS``, ``submitit:FOLDER?partition=NAME`` or ``module:function`` of a module
-            given to ``--import``; or any ``concurrent.futures`` executor. Workers need the study's file system.
-        dry_run: only count the runs and estimate their time from a measured step.
-        say: is called with lines of progress.
+    Arguments are as for ``comparison.compare``.
 
     Returns:
         The content of ``sweep.json``; with ``dry_run`` the estimate.
@@ -124,16 +116,9 @@ def sweep(
 def summarise(
     spec: Spec, layers: TransferableLayers, points: Sequence[Point], runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Summarise all runs as curves over layers and strengths, with 95 % intervals.
+    """Return the content of ``sweep.json``: curves over layers and strengths, with 95 % intervals.
 
-    Args:
-        spec: the spec.
-        layers: those that can be transferred.
-        points: the point of a curve that each run belongs to.
-        runs: results of the trials.
-
-    Returns:
-        The content of ``sweep.json``.
+    There is a run for each point.
     """
     by_point: dict[Point, list[Mapping[str, Any]]] = defaultdict(list)
     for point, run in zip(points, runs, strict=True):
@@ -163,10 +148,6 @@ def summarise(
 
 def plan_trials(spec: Spec, layers: TransferableLayers) -> list[tuple[Trial, Point]]:
     """Return every run with the point of a curve that it belongs to, those that share data and source model together.
-
-    Args:
-        spec: the spec.
-        layers: those that can be transferred.
 
     Raises:
         SpecError: the section asks for more layers than there are, or for a strategy without a strength.

@@ -41,10 +41,7 @@ class ResultStore:
     ) -> list[dict[str, Any]]:
         """Return the result of each trial, in order; run those that have none yet.
 
-        Args:
-            trials: those that share data and a source model are run by one process, one after the other.
-            processes: number of processes of this machine.
-            executor: the name of an executor, as ``--executor`` takes it, or one that the caller keeps.
+        Trials that share data and a source model are run by one process, one after the other.
 
         Raises:
             SpecError: another process writes to the folder, or there is no such executor.
@@ -147,10 +144,6 @@ def _run_and_store(trial: Trial, folder: Path) -> None:
 
 def estimate(trials: Sequence[Trial], processes: int = 1) -> dict[str, Any]:
     """Return the number of runs, and their time estimated from one measured epoch.
-
-    Args:
-        trials: the runs.
-        processes: number of processes.
 
     Returns:
         ``runs``, ``sources`` (source models that may have to be trained first), ``seconds`` without those,

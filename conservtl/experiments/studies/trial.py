@@ -86,12 +86,7 @@ class Trial:
 
 
 def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) -> dict[str, Any]:
-    """Run the trial and return its metrics.
-
-    Args:
-        trial: the trial.
-        judge: whether to return ``valid``, the metrics on the validation part and on the source's training data.
-        tell: is called with each epoch's line of the history; an exception that it raises ends the trial.
+    """Run the trial and return its metrics; ``tell`` gets each epoch's line of the history, and may end the trial.
 
     Returns:
         ``variant``, ``target``, ``shots``, ``seed``; ``taken``, the number of examples of each class; ``before`` and
@@ -145,9 +140,6 @@ def taken_over(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
 
 def over_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a study's result says of all its runs.
-
-    Args:
-        runs: results of trials.
 
     Returns:
         ``rows_by_label``, how many rows of a layer were copied by label in some of the runs; ``skipped``, the files

@@ -27,13 +27,6 @@ def claims(study: Any, storage: Any, folder: Path, trials: int, say: Callable[[s
 
     Each process holds a lock file of its own while it lives; the operating system releases it whatever ends the
     process. So a running trial of a process whose lock is free is nobody's, at once and without a clock.
-
-    Args:
-        study: Optuna's study.
-        storage: its storage.
-        folder: the folder that the trials count for; processes that work in it share its trials.
-        trials: number of trials of the folder.
-        say: is called with lines of progress.
     """
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.lock"
     own = folder.resolve() / ".processes" / name

@@ -41,15 +41,8 @@ def tune(
 
     Processes that work in the same folder, started here or by hand, share its trials; folders with the same storage
     share a study, and their trials add up. The trial of a process that is killed is repeated with the same parameters,
-    by another process or a repeated call, so that their number stays as asked for.
-
-    Args:
-        content: the spec as it was read, with its marks.
-        out: folder for ``tune.json``, ``best.yaml`` and, by default, the storage.
-        processes: number of processes of this machine.
-        executor: the name of an executor, or an executor, as ``compare`` takes it.
-        dry_run: only count the runs and estimate their time from a measured step.
-        say: is called with lines of progress.
+    by another process or a repeated call, so that their number stays as asked for. ``content`` is the spec as it was
+    read, with its marks; other arguments are as for ``comparison.compare``.
 
     Returns:
         The content of ``tune.json``: every trial of the study so far, and which are best.
@@ -114,11 +107,7 @@ def _judged(search: Search, executor: str | Executor) -> Trial:
 
 
 def _check_domains(domains: Domains, section: TuneSection) -> None:
-    """Raise unless the data has what trials are judged on.
-
-    Raises:
-        SpecError: there is no source data to train on, or no class has a second shot to validate on.
-    """
+    """Raise unless the data has what trials are judged on."""
     if section.objective != "target" and domains.source_train is None:
         raise SpecError(
             f"tune.objective={section.objective} needs source data, and the section data names none. Give it, such as "

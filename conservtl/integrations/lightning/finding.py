@@ -14,11 +14,6 @@ __all__ = ["find_adaptation"]
 def find_adaptation(given: Any, pl_module: Any, known: Adaptation | None) -> Adaptation:
     """Return the adaptation that was given, or that the LightningModule has or makes.
 
-    Args:
-        given: the adaptation, a function that makes it, or None.
-        pl_module: the LightningModule.
-        known: made by an earlier call, or None.
-
     Raises:
         SpecError: there is none, or the LightningModule does not contain its model.
     """

@@ -17,17 +17,7 @@ __all__ = ["check_plan"]
 
 
 def check_plan(adaptation: Adaptation, pairs: Sequence[Pair] | None, reason: SpecError | None) -> None:
-    """Raise unless a plan can be carried out on a model with an adapter.
-
-    Args:
-        adaptation: of the model.
-        pairs: of its LoRA; None: it has none, for ``reason``.
-        reason: why there are no pairs.
-
-    Raises:
-        SpecError: a strategy acts on frozen weights of the base, or compares with the source although more than the
-            adapter differs from it; or work after training needs a plain LoRA.
-    """
+    """Raise unless a plan can be carried out on a model with an adapter."""
     plan = adaptation.plan
     trained = set(plan.trained)
     _check_acting(plan, trained)

@@ -46,9 +46,6 @@ class Pair:
 def lora_pairs(model: nn.Module) -> tuple[Pair, ...]:
     """Return the pairs of the active adapter.
 
-    Args:
-        model: a PeftModel, wrapped or not.
-
     Raises:
         SpecError: the adapter is no plain LoRA, so that its change is not scale × B A.
         MissingExtraError: this version of PEFT has other names.

@@ -47,20 +47,12 @@ LORA_ATTENTION = _class("tuners.lora.layer.MultiheadAttention")
 
 
 def check_model(model: Any) -> None:
-    """Raise unless a PeftModel has the names that are read.
-
-    Raises:
-        MissingExtraError: it lacks one.
-    """
+    """Raise unless a PeftModel has the names that are read."""
     _check(model, _MODEL, "PeftModel")
 
 
 def check_lora(layer: Any) -> None:
-    """Raise unless a LoRA module has the names that are read, its parameters among them.
-
-    Raises:
-        MissingExtraError: it lacks one.
-    """
+    """Raise unless a LoRA module has the names that are read, its parameters among them."""
     _check(layer, _LORA, type(layer).__name__)
 
 

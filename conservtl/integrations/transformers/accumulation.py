@@ -37,13 +37,7 @@ def count_next_tokens(trainer: Any) -> None:
 
 
 def share_of_step(trainer: Any, inputs: Mapping[str, Any], items: Any) -> float | Tensor:
-    """Return the factor that turns a mean over the batch into its part of the step's.
-
-    Args:
-        trainer: between two batches of its training loop.
-        inputs: the batch, with its labels.
-        items: ``num_items_in_batch``, the number of labels of all batches of the step; None: not known.
-    """
+    """Return the factor that turns a mean over the batch into its part of the step's."""
     custom = trainer.compute_loss_func is not None
     scaled = trainer.loss_is_scaled_for_ga
     if scaled is None:
@@ -77,11 +71,6 @@ def divides_by_items(model: nn.Module, inputs: Mapping[str, Any], items: Any) ->
 
     Many models take any keyword and leave this one unread: their loss is the batch's mean whatever it says, and a
     Trainer that relies on it adds up as many means as there are batches in a step.
-
-    Args:
-        model: takes ``num_items_in_batch``.
-        inputs: a batch with labels.
-        items: the number of labels, above 0.
     """
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []

@@ -18,10 +18,7 @@ _PRIVATE = ("_clip_grad_norm", "_save_optimizer_and_scheduler")
 def check_class(cls: type, mixin: type, *, complete: bool = False) -> None:
     """Raise unless the mixin stands before a Trainer that has the methods it overrides.
 
-    Args:
-        cls: a subclass of the mixin.
-        mixin: ``ConservingTrainer``.
-        complete: whether the Trainer must be there; another mixin may follow otherwise.
+    Another mixin may follow it, unless the class is ``complete``.
     """
     trainer = transformers.Trainer
     if not issubclass(cls, trainer):

@@ -24,11 +24,7 @@ class Batches:
 
 
 def score(trainer: Any) -> float:
-    """Return the Trainer's metric for the best model on its evaluation data, higher is better.
-
-    Args:
-        trainer: its arguments ``metric_for_best_model`` and ``greater_is_better`` say which; None: the loss.
-    """
+    """Return the metric for the best model, as the Trainer's arguments name it, else the loss; higher is better."""
     name = trainer.args.metric_for_best_model or "loss"
     name = name if name.startswith("eval_") else f"eval_{name}"
     value = float(trainer.evaluate()[name])

@@ -45,9 +45,6 @@ def scale_scheduler(scheduler: Any) -> None:
 
     A scheduler that computes each rate from the first one, as all of transformers' do but those that watch a metric,
     keeps these in ``base_lrs``; a phase has scaled the groups' ``initial_lr``.
-
-    Args:
-        scheduler: of torch or transformers.
     """
     optimizer = scheduler.optimizer
     if hasattr(scheduler, "base_lrs"):

@@ -79,11 +79,8 @@ class Picture:
 def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> str:
     """Draw on a figure of the page's width and return it as an ``<svg>`` element.
 
-    Args:
-        name: unique on the page, so that ids of two drawings differ.
-        alt: description for screen readers.
-        height: inches.
-        paint: draws on a figure.
+    ``name`` is unique on the page, so that ids of two drawings differ; ``alt`` is for screen readers; ``height`` is in
+    inches.
     """
     with _style({"svg.hashsalt": name}):
         out = io.StringIO()
@@ -93,12 +90,7 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> st
 
 
 def draw_png(height: float, paint: Callable[[Any], None]) -> bytes:
-    """Draw on a figure and return it as the content of a PNG file, on white.
-
-    Args:
-        height: inches.
-        paint: draws on a figure.
-    """
+    """Draw on a figure and return it as the content of a PNG file, on white."""
     with _style({}):
         out = io.BytesIO()
         _painted(height, paint).savefig(out, format="png", dpi=150, facecolor="white")

@@ -11,14 +11,9 @@ __all__ = ["change_column"]
 
 
 def change_column(axes: Any, changes: Sequence[float], metric: Metric, bold: Sequence[bool], offset: int) -> None:
-    """Write a change at the right end of each row, and the unit above them.
+    """Write a change, in the shown unit, at the right end of each row, and the unit above them.
 
-    Args:
-        axes: matplotlib's; row k is at height k.
-        changes: in the shown unit, a row each.
-        metric: gives digits and unit.
-        bold: whether to print each change in bold.
-        offset: distance of the column's right end from the axes, in points.
+    Row k is at height k; ``offset`` is the distance of the column's right end from the axes, in points.
     """
     for place, (change, strong) in enumerate(zip(changes, bold, strict=True)):
         axes.annotate(

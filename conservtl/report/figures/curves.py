@@ -15,12 +15,7 @@ __all__ = ["learning_curves"]
 
 
 def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Draw target and source over epochs, with the training loss beneath; None without history.
-
-    Args:
-        report: gives the metric before training (epoch 0).
-        history: one entry an epoch; an entry without evaluation has no point.
-    """
+    """Draw target and source over epochs, with the training loss beneath; None without history."""
     metric = headline(report)
     lines = {domain: _points(report, history, domain, metric) for domain in DOMAINS}
     lines = {domain: points for domain, points in lines.items() if points}

@@ -17,14 +17,7 @@ _NAME = 34  # characters of a method's name
 
 
 def frontier(table: Mapping[str, Any], name: str, metric: Metric = ACCURACY, *, classes: bool = True) -> Picture | None:
-    """Draw one mark a method with its interval in both directions; of the target alone if the source has no data.
-
-    Args:
-        table: methods at one number of shots.
-        name: of the drawing, unique on the page.
-        metric: of both axes.
-        classes: whether shots are counted a class.
-    """
+    """Draw one mark a method with its interval in both directions; of the target alone if the source has no data."""
     rows, where = variants(table, metric), shots_text(table["shots"], classes=classes, taken=taken_of(table))
     if not rows:
         return None

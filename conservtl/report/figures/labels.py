@@ -65,16 +65,10 @@ class Label:
 def place(
     marks: Sequence[Point], sizes: Sequence[Point], area: Box, lines: Sequence[Point] = (), radius: float = 6.0
 ) -> list[Box]:
-    """Place each name near its mark, over no other name and no mark, and if possible over no line.
+    """Place names near their marks, over no other name and no mark, and if possible over no line; all in pixels.
 
-    Names are placed in the order given, each at the cheapest free position. If there is none, the name overlaps.
-
-    Args:
-        marks: positions of the marks, in pixels.
-        sizes: width and height of each name.
-        area: the box that all names must lie in.
-        lines: points on lines that should stay readable.
-        radius: of a mark.
+    Names, of a width and height each, are placed in the order given, each at the cheapest free position in the area. If
+    there is none, the name overlaps. ``lines`` are points on lines that should stay readable.
     """
     dots = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in marks]
     placed: list[Box] = []
@@ -101,11 +95,8 @@ def place(
 def annotate(figure: Any, axes: Any, labels: Sequence[Label], lines: Iterable[Sequence[Point]] = ()) -> None:
     """Write names beside their marks.
 
-    Args:
-        figure: laid out here; add nothing to it afterwards.
-        axes: where the marks are.
-        labels: names, the most important first.
-        lines: lines that should stay readable, each as its corners in data coordinates.
+    The figure is laid out here: add nothing to it afterwards. The most important name comes first; lines, as their
+    corners in data coordinates, should stay readable.
     """
     figure.draw_without_rendering()
     texts = [axes.text(*label.at, label.text, color=label.colour, weight=label.weight) for label in labels]
@@ -132,9 +123,7 @@ def annotate(figure: Any, axes: Any, labels: Sequence[Label], lines: Iterable[Se
 def legend_beside(axes: Any, lines: Sequence[tuple[Any, str, str]]) -> None:
     """Write the names of lines to the right of the axes, in the order of the lines' right ends.
 
-    Args:
-        axes: where the lines are.
-        lines: each with its colour and weight of text; the name is the line's label.
+    Each line comes with its colour and weight of text; the name is the line's label.
     """
     ordered = sorted(lines, key=lambda entry: -float(entry[0].get_ydata()[-1]))
     legend = axes.legend(

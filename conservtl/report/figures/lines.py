@@ -19,14 +19,7 @@ _LOOKS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 
 
 def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: float | None) -> None:
-    """Draw the lines of both domains, with a name at the right end of each.
-
-    Args:
-        axes: matplotlib's.
-        lines: domain -> its points, from left to right, in the shown unit.
-        metric: of the heights.
-        kept: position of a ring on each line; None: no ring.
-    """
+    """Draw the lines of both domains, in the shown unit, with a name at the right end and a ring at ``kept``."""
     values = [value for points in lines.values() for _, value in points]
     least = metric.scaled(_LEAST_SPAN) if metric.share else _LEAST_SPAN * max(map(abs, values))
     span = max(max(values) - min(values), least) or 1.0

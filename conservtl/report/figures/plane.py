@@ -68,15 +68,7 @@ def window(
     top: float = 100.0,
     least: float = _LEAST_SPAN,
 ) -> Window:
-    """Return the range of an axis, so that one value far below does not squash the others.
-
-    Args:
-        spans: all values on the axis.
-        to_scale: those that must not be cut off.
-        bottom: lowest possible value.
-        top: highest possible value.
-        least: the least range of values to show.
-    """
+    """Return the range of an axis, so that one value far below does not squash the others."""
     means = sorted(span.mean for span in spans)
     lowest = min((span.mean for span in to_scale), default=means[-1])
     cut = means[0]
@@ -97,10 +89,7 @@ def window(
 def window_of(spans: Sequence[MeanInterval], metric: Metric, to_scale: Sequence[MeanInterval] = ()) -> Window:
     """Return the range of an axis of this metric, on which higher is better (see ``metric_axis``).
 
-    Args:
-        spans: all values on the axis, mirrored if lower is better.
-        metric: gives bounds and direction.
-        to_scale: those that must not be cut off.
+    Values are mirrored if lower is better; those of ``to_scale`` must not be cut off.
     """
     low, high = metric.bounds
     if metric.better == "lower":
@@ -124,12 +113,7 @@ def paint_plane(
 ) -> None:
     """Draw marks with their intervals, lines of equal combined score, and names.
 
-    Args:
-        figure: the figure, laid out at the end.
-        axes: matplotlib's.
-        marks: most important first.
-        paths: marks joined in order, with a colour and a stroke.
-        metric: of both axes.
+    The most important mark comes first. Marks of a path are joined in order, with a colour and a stroke.
     """
     paths = [([_upward(mark, metric) for mark in path], colour, stroke) for path, colour, stroke in paths]
     every = [*(_upward(mark, metric) for mark in marks), *(mark for path, _, _ in paths for mark in path)]

@@ -29,13 +29,8 @@ def error_by_shots(
 ) -> Picture | None:
     """Draw target and source error over the number of shots; None if there is one number of shots only.
 
-    The error is 100 % minus the metric if that is a share of which higher is better; else the metric itself.
-
-    Args:
-        tables: one for each number of shots, fewest first.
-        main: the table that decides which variants get a name.
-        metric: of the tables.
-        classes: whether shots are counted a class.
+    The error is 100 % minus the metric if that is a share of which higher is better; else the metric itself. The table
+    ``main`` decides which variants get a name.
     """
     if len(tables) < 2:
         return None

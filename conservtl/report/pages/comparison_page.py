@@ -27,13 +27,6 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
     """Write a comparison as one self-contained page: no script, no font, no link to the network.
 
     The verdict, the frontier and the table of the spec's own number of shots (else of the most) come first.
-
-    Args:
-        result: content of ``compare.json``.
-        path: the file to write or replace.
-
-    Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
     """
     tables, verdicts = result["tables"], list(result["verdict"])
     metric, first = headline(result), main_table(result)
@@ -83,13 +76,7 @@ def _against_baseline(row: VariantResult) -> Literal["", "better", "worse"]:
 
 
 def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool) -> HtmlTable:
-    """Return one row a variant, the best first, without the columns that no variant fills.
-
-    Args:
-        table: methods at one number of shots.
-        metric: the headline metric.
-        classes: whether shots are counted a class.
-    """
+    """Return one row a variant, the best first, without the columns that no variant fills."""
     rows = sorted(variants(table, metric), key=lambda row: -row.rank)
     sourced = any(row.source is not None for row in rows)
     scored = any(row.constrained is not None for row in rows)

@@ -19,11 +19,7 @@ _KINDS = (".html", ".png")
 
 
 def write_range_test(result: Mapping[str, Any], path: Path) -> None:
-    """Write a range test as a self-contained page or as a picture.
-
-    Args:
-        result: rates, losses, smoothed, suggestion, steepest, diverged; and spec, for the page.
-        path: ``.html`` or ``.png``, to write or replace.
+    """Write a range test as a self-contained page (``.html``) or as a picture (``.png``).
 
     Raises:
         SpecError: the file has another suffix.
@@ -56,11 +52,7 @@ def range_test_picture(result: Mapping[str, Any]) -> Picture:
 
 
 def check_picture(path: Path) -> None:
-    """Raise unless a file has the suffix of a picture; called before time is spent.
-
-    Raises:
-        SpecError: the suffix is neither ``.html`` nor ``.png``.
-    """
+    """Raise unless a file has the suffix of a page or picture, ``.html`` or ``.png``; called before time is spent."""
     if path.suffix not in _KINDS:
         raise SpecError(
             f"out: the picture must be a file .html or .png; received {str(path)!r}. Use one of these suffixes."

@@ -22,12 +22,7 @@ __all__ = ["as_yaml", "render", "render_study"]
 
 
 def render(template: str, path: Path, **content: Any) -> None:
-    """Fill a template and write the page.
-
-    Args:
-        template: file beside this one.
-        path: the file to write or replace.
-        content: variables of the template; ``sentence`` is the heading.
+    """Fill a template, a file beside this one, and write the page.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -56,18 +51,10 @@ def render_study(
     more: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page of a study of many runs.
+    """Write the page of a study of many runs, with the answer as its heading, coloured by ``tone``.
 
-    Args:
-        path: the file to write or replace.
-        over: kind of page, above the heading.
-        title: of the browser's tab.
-        sentence: the answer, as the heading.
-        parts: pictures and tables from the top down; None is left out.
-        result: of the study; its settings and skipped files are shown.
-        tone: colours the heading.
-        more: further sentences of the answer.
-        notes: remarks.
+    ``over`` is the kind of page, above the heading, ``title`` that of the browser's tab. The settings and skipped files
+    of ``result`` are shown below the parts.
     """
     render(
         "study.html.j2",

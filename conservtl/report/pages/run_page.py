@@ -22,13 +22,7 @@ _NAMES = {"conservtl": "conservtl", "torch": "PyTorch", "python": "Python", "cud
 def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a report as one self-contained page: no script, no font, no link to the network.
 
-    Args:
-        report: content of ``report.json``; missing parts are left out of the page.
-        history: content of ``history.jsonl``, one entry an epoch; may be empty.
-        path: the file to write or replace.
-
-    Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
+    Parts that the report lacks are left out of the page.
     """
     render(
         "run.html.j2",

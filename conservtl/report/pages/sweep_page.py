@@ -32,15 +32,7 @@ _SIDES = ("input", "output")
 
 
 def write_sweep(result: Mapping[str, Any], path: Path) -> None:
-    """Write a sweep as one self-contained page: no script, no font, no link to the network.
-
-    Args:
-        result: content of ``sweep.json``.
-        path: the file to write or replace.
-
-    Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
-    """
+    """Write a sweep as one self-contained page: no script, no font, no link to the network."""
     sentences = sweep_sentences(result)
     unmeasured = (result.get("before") or {}).get("source") is None
     render_study(
@@ -126,11 +118,6 @@ def free_layers(held: Points, tuned: Points, metric: Metric = ACCURACY) -> tuple
 
     A number of layers that gains nothing over none even if fine-tuned says nothing about holding and is passed over.
     0 if there is no such number.
-
-    Args:
-        held: the metric by number of layers, held.
-        tuned: the same layers fine-tuned.
-        metric: of both.
     """
     free, nothing = 0, tuned.get(0)
     for n in sorted(set(held) & set(tuned) - {0}):

@@ -24,15 +24,7 @@ _EDGE = 0.03  # of a range: a value nearer to its end than that is at the end
 
 
 def write_tune(result: Mapping[str, Any], path: Path) -> None:
-    """Write a search as one self-contained page: no script, no font, no link to the network.
-
-    Args:
-        result: content of ``tune.json``.
-        path: the file to write or replace.
-
-    Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
-    """
+    """Write a search as one self-contained page: no script, no font, no link to the network."""
     trials, metric = trials_of(result), headline(result)
     both = result["objective"] == "both"
     fields, table = against_fields(result, trials), _table(result, trials)

@@ -53,9 +53,6 @@ def catalogue(glob: str = "*") -> list[Entry]:
 
     Imported strategies of a user's own are among them.
 
-    Args:
-        glob: such as ``*_sp``.
-
     Raises:
         SpecError: it matches none.
     """

@@ -36,10 +36,6 @@ def target_text(report: Mapping[str, Any]) -> str:
 def unlabelled_text(sizes: Mapping[str, int], example: str = "example") -> str:
     """Return the unlabelled examples of a run in words; empty if there are none.
 
-    Args:
-        sizes: ``examples`` of a report.
-        example: name of one example.
-
     Example:
         >>> unlabelled_text({"unlabelled": 40, "accepted": 31, "rejected": 9}, "utterance")
         '40 unlabelled utterances (31 pseudo-labels accepted, 9 rejected)'
@@ -84,11 +80,7 @@ def skipped_rows(report: Mapping[str, Any]) -> dict[str, Any]:
 def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:
     """Return the shots of a spec in words, of each class if there are classes.
 
-    Args:
-        shots: a number, "all" or {"up_to": a number}.
-        example: name of one shot.
-        classes: whether shots are counted a class.
-        taken: numbers of examples that classes had; said where ``shots`` is no number.
+    The numbers of examples that classes had are said where ``shots`` is no number.
 
     Example:
         >>> shots_text(5), shots_text({"up_to": 5}, "recording", taken=[5, 3, 4])

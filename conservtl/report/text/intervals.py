@@ -68,12 +68,7 @@ def single(value: float, metric: Metric = ACCURACY) -> MeanInterval:
 
 
 def metric_span(value: Any, metric: Metric = ACCURACY) -> MeanInterval | None:
-    """Return a metric's value or interval in the shown unit, its ends within the metric's bounds.
-
-    Args:
-        value: a number or {mean, low, high, count}; None or NaN if not measured.
-        metric: gives unit, digits and bounds.
-    """
+    """Return a metric's value, or {mean, low, high, count}, in the shown unit, its ends within the metric's bounds."""
     low, high = metric.bounds
     return _span(value, metric.scaled(1.0), metric.digits, low, high)
 

@@ -20,10 +20,6 @@ _ORDERED = frozenset({"drift", "spec"})
 def write_json(report: Mapping[str, Any], path: Path) -> None:
     """Write a report as JSON, atomically: keys sorted, NaN and infinity as null.
 
-    Args:
-        report: values that JSON can hold, and scalars of NumPy and PyTorch.
-        path: the file to write or replace.
-
     Raises:
         TypeError: JSON cannot hold a value; the message names it.
     """
@@ -32,10 +28,6 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
 
 def plain(value: Any, at: str = "report") -> Any:
     """Return the value in types that JSON and YAML can hold.
-
-    Args:
-        value: mappings, sequences, paths, numbers; scalars with an ``item`` method.
-        at: path of the value in the report, for the error.
 
     Raises:
         TypeError: the value has another type.

@@ -35,9 +35,6 @@ NO_SOURCE_HEAD = (
 def sentence(report: Mapping[str, Any]) -> str:
     """Return a sentence about the target's gain, the source's loss and the cost of a run.
 
-    Args:
-        report: content of ``report.json``; missing parts are left out of the sentence.
-
     Example:
         >>> print(sentence({
         ...     "target": "jackson", "shots": 5, "example": "recording", "classes": True, "seconds": {"adapt": 14.2},

@@ -15,9 +15,7 @@ __all__ = ["write_tensorboard"]
 def write_tensorboard(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write every number of a history as a scalar over epochs, such as ``target/accuracy``.
 
-    Args:
-        history: content of ``history.jsonl``, one entry an epoch; values that are no finite numbers are left out.
-        folder: TensorBoard's log folder; files in it stay.
+    Values that are no finite numbers are left out; files in TensorBoard's folder stay.
 
     Raises:
         MissingExtraError: tensorboard is not installed.

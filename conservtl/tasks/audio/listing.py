@@ -34,11 +34,6 @@ def audio_files(root: Path, *, follow_links: bool) -> tuple[list[Path], dict[Pat
 def usable_recordings(root: Path, field: str, *, follow_links: bool) -> list[Path]:
     """Return the audio files in a folder and its subfolders, in order; they are read.
 
-    Args:
-        root: the folder.
-        field: of the spec, for messages.
-        follow_links: whether links may lead out of it.
-
     Raises:
         DataError: the folder is missing, holds no recording, or one that cannot be used.
     """

@@ -51,23 +51,13 @@ def mel_filters(rate: int, bands: int, n_fft: int, f_min: float) -> Tensor:
 
 
 def triangles(values: Tensor, corners: Tensor) -> Tensor:
-    """Return triangles over three corners each, with 1 at the middle one, (values, corners - 2).
-
-    Args:
-        values: (values,) at which they are taken.
-        corners: rising, on the same scale.
-    """
+    """Return triangles at values, (values, corners - 2), over three rising corners each, with 1 at the middle one."""
     distance, width = corners - values.unsqueeze(1), corners.diff()
     return torch.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]).clamp_min(0)
 
 
 def normalise(inputs: Tensor, kind: Literal["none", "mean", "mean_variance"]) -> Tensor:
-    """Normalise each recording by its own mean and standard deviation; silence becomes zeros.
-
-    Args:
-        inputs: (N, ...).
-        kind: `none`, `mean`, or `mean_variance`.
-    """
+    """Normalise each recording, (N, ...), by its own mean and standard deviation; silence becomes zeros."""
     if kind == "none":
         return inputs
     over = tuple(range(1, inputs.ndim))

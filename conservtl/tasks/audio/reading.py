@@ -125,12 +125,8 @@ def digest(wave: Tensor, rate: int) -> str:
 def loudest_stretch(wave: Tensor, rate: int, length: int) -> Tensor:
     """Return the ``length`` samples with the most energy, where no frame counts more than the fifth loudest.
 
-    The sound is in their middle, with zeros beyond the ends of the recording, as ``fit_length`` puts a shorter one.
-
-    Args:
-        wave: (samples,), more than ``length``, without an offset.
-        rate: sample rate in Hz.
-        length: of the stretch, in samples.
+    The recording, (samples,), is longer, and has no offset. The sound is in the middle of the stretch, with zeros
+    beyond the ends of the recording, as ``fit_length`` puts a shorter one.
     """
     frame = max(1, min(round(_FRAME * rate), length))
     wave = torch.nn.functional.pad(wave, (length, length))  # so that a sound at an end can be in the middle

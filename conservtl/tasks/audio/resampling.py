@@ -15,15 +15,11 @@ _PRODUCTS = 2**22  # products in memory at once
 
 
 def resample(waves: Tensor, rate: int, to: int) -> Tensor:
-    """Resample by a sinc under a Hann window, as ``torchaudio.functional.resample`` does with its defaults.
+    """Resample (N, samples) between rates in Hz, as ``torchaudio.functional.resample`` does with its defaults.
 
-    Outputs at one distance from the input before them share their weights, and are computed together: memory does not
-    grow with the number of distances, which is large for rates with a small common divisor.
-
-    Args:
-        waves: (N, samples) at ``rate``.
-        rate: sample rate in Hz.
-        to: sample rate in Hz of the result.
+    The kernel is a sinc under a Hann window. Outputs at one distance from the input before them share their weights,
+    and are computed together: memory does not grow with the number of distances, which is large for rates with a small
+    common divisor.
 
     Returns:
         (N, ceil(samples * to / rate)).

@@ -77,12 +77,9 @@ def decaying(rt60: float, direct: float, rate: int, generator: torch.Generator) 
 
 
 def reverberated(wave: Tensor, response: Tensor) -> Tensor:
-    """Return speech in a room, as long and as loud as before, and not delayed: the direct sound stays at its place.
+    """Return speech in a room, (samples,), as long and as loud as before, and not delayed.
 
-    Args:
-        wave: (samples,).
-        response: impulse response at the same rate; its strongest sample is the direct sound, and the samples before
-            are left out.
+    The strongest sample of the impulse response is the direct sound, and the samples before are left out.
     """
     heard = response[int(response.abs().argmax()) :]
     size = len(wave) + len(heard) - 1

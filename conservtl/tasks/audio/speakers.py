@@ -12,16 +12,7 @@ __all__ = ["check_sources", "check_target"]
 
 
 def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | None = None) -> None:
-    """Raise unless the target is a speaker of the data; before anything is said about bad files, it is named first.
-
-    Args:
-        target: ``data.target``.
-        known: the speakers of what can be used.
-        bad: what cannot be used -> why; all of the target may be there.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Raise unless the target is a speaker of what can be used; all of it may be among what is bad -> why."""
     if target in known:
         return
     left = f" What cannot be used is not counted: {shown_name(min(bad))} {bad[min(bad)]}." if bad else ""
@@ -32,16 +23,7 @@ def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | 
 
 
 def check_sources(named: Mapping[str, Collection[str]], target: str, known: Collection[str]) -> None:
-    """Raise unless all that fields name are speakers of the data other than the target.
-
-    Args:
-        named: field -> the speakers that it names.
-        target: ``data.target``.
-        known: the speakers of the data.
-
-    Raises:
-        DataError: they are not.
-    """
+    """Raise unless all that fields name -> speakers are speakers of the data other than the target."""
     others = sorted({*known} - {target})
     for name, speakers in named.items():
         if target in speakers:

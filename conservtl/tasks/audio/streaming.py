@@ -34,12 +34,7 @@ class Window:
 
 
 def windows_of(file: Path, seconds: float, overlap: float) -> Iterator[Window]:
-    """Yield windows of equal length, each beginning ``overlap`` before the one before ends; the last may be shorter.
-
-    Args:
-        file: longer than one window.
-        seconds: duration of a window.
-        overlap: duration that neighbours share.
+    """Yield windows of so many seconds, each beginning ``overlap`` before the one before ends; the last may be shorter.
 
     Raises:
         DataError: the file cannot be read, or has samples that are not finite.

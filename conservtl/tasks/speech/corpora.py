@@ -147,13 +147,8 @@ DataSpec = Annotated[FolderData | EspeakData | SpeechCommandsData, Field(discrim
 def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, source: bool = True) -> Domains:
     """Read the recordings of a spec and split them into the two domains.
 
-    The shots depend on ``seed``. The source's test part does not, so that a source model that was trained once is
-    never tested on its training recordings.
-
-    Args:
-        data: the spec.
-        seed: draws the shots and the validation part.
-        source: whether to read the source's recordings; otherwise ``source_train`` and ``source_test`` are None.
+    The shots depend on ``seed``. The source's test part does not, so that a source model that was trained once is never
+    tested on its training recordings. Without ``source`` the source's recordings are not read, and its parts are None.
 
     Raises:
         DataError: recordings are missing, unreadable, or contradict the spec.

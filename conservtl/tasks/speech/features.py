@@ -83,11 +83,7 @@ class SpeechPreprocessing(FrozenModel):
         return {**content, "features": {**_BEFORE, **features}} if isinstance(features, Mapping) else content
 
     def read(self, files: Sequence[Path], digests: MutableMapping[str, str] | None = None) -> Tensor:
-        """Return inputs for these recordings, (N, n_mels, frames) or (N, samples), float32.
-
-        Args:
-            files: the recordings.
-            digests: gets a digest of the samples of each file, by its name.
+        """Return inputs for recordings, (N, n_mels, frames) or (N, samples); note digests of their samples by name.
 
         Raises:
             DataError: a file is missing, unreadable, empty or silent, its channels cancel, or no file is given.
@@ -149,11 +145,7 @@ def _stretch(wave: Tensor, rate: int, features: Features) -> Tensor:
 
 
 def log_mel(waves: Tensor, features: Features) -> Tensor:
-    """Return log-mel spectrograms in units of 10 dB, clipped ``range_db`` below their level and normalised.
-
-    Args:
-        waves: (N, samples) at ``features.sample_rate``.
-        features: the settings.
+    """Return log-mel spectrograms of (N, samples) in units of 10 dB, clipped ``range_db`` below their level.
 
     Returns:
         (N, n_mels, frames) float32, finite also for silence.

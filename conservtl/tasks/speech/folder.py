@@ -32,11 +32,7 @@ SPEECH_COMMANDS = r"(?P<label>[^/]+)/(?P<speaker>[^/_]+)_nohash_(?P<take>\d+)\.(
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise unless a pattern is a regular expression with the groups `label` and `speaker`.
-
-    Raises:
-        SpecError: the pattern is invalid.
-    """
+    """Raise unless a pattern is a regular expression with the groups `label` and `speaker`."""
     try:
         groups = re.compile(pattern).groupindex
     except re.error as error:
@@ -67,16 +63,10 @@ def search(
 ) -> tuple[list[Recording], tuple[str, ...], dict[Path, str]]:
     """Return every recording below ``root`` whose path matches, and remarks on audio files that do not.
 
-    The pattern must match the end of the path relative to ``root`` (in NFC, with `/` between folders), from the start
-    of a file's or a folder's name; the case of the extension does not matter. Hidden files and folders are skipped.
-    Without the group `take`, the recordings of a word and speaker are numbered by name.
-
-    Args:
-        root: the folder to search.
-        pattern: regular expression with the groups `label`, `speaker` and optionally `take`.
-        held_out_takes: takes of the source's test part.
-        words: labels to use; None for all.
-        follow_links: whether links may lead out of ``root``.
+    The pattern, with the groups `label`, `speaker` and optionally `take`, must match the end of the path relative to
+    ``root`` (in NFC, with `/` between folders), from the start of a file's or a folder's name; the case of the
+    extension does not matter. Hidden files and folders are skipped. Without the group `take`, the recordings of a word
+    and speaker are numbered by name. ``held_out_takes`` are those of the source's test part; ``words`` of None are all.
 
     Returns:
         Recordings in the order of words, speakers and takes, with labels and speakers in NFC; remarks; files and

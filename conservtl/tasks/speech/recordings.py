@@ -72,14 +72,6 @@ def domains(
 ) -> Domains:
     """Split recordings into the target's shots and test part and the source's training and test parts.
 
-    Args:
-        recordings: all recordings of all speakers.
-        protocol: rules of the split.
-        read: recordings -> inputs (N, ...).
-        preprocessing: part of the result.
-        augmentation: part of the result, for the shots.
-        source_augmentation: part of the result, for training the source.
-
     Raises:
         DataError: the target is not among the speakers, lacks a word, or has too few recordings of a word; there is
             no other speaker; a word has no recording to train the source on.
@@ -122,12 +114,7 @@ def find_copies(recordings: Sequence[Recording], digests: Mapping[str, str], tar
     """Return remarks on recordings that are in the source's training part twice; refuse any other copy.
 
     Two recordings of the target with the same samples could be a shot and a test example, and one of the source could
-    be trained and tested on.
-
-    Args:
-        recordings: all recordings.
-        digests: name -> digest of the samples, for those that were read.
-        target: the target speaker.
+    be trained and tested on. Digests are of those recordings that were read.
 
     Raises:
         DataError: two recordings have the same samples, and are not both in the source's training part with one label.

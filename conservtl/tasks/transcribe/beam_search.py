@@ -92,11 +92,8 @@ class Beam(FrozenModel):
     def check(self, tokens: Tokenizer, vocabulary: Sequence[str], *, whole: bool = True) -> None:
         """Raise unless the files exist and fit the tokens; without files there is nothing to check.
 
-        Args:
-            tokens: the tokenizer.
-            vocabulary: names of the model's outputs.
-            whole: whether every word of the lexicon must be spelled with these tokens. Else a source model with fewer
-                tokens hears those words that it can spell.
+        Unless ``whole``, words of the lexicon may be spelled with other tokens: a source model with fewer tokens hears
+        those words that it can spell.
 
         Raises:
             DataError: a file is missing, is no lexicon or language model, or does not fit the tokens.

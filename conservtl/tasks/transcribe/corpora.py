@@ -30,10 +30,7 @@ __all__ = ["load", "speakers"]
 def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
     """Read the utterances of a spec and split them into the two domains; recordings are decoded when needed.
 
-    Args:
-        data: the spec.
-        seed: draws the shots and the validation part.
-        source: whether to read the source's utterances; otherwise ``source_train`` and ``source_test`` are None.
+    Without ``source`` the source's utterances are not read, and its parts are None.
 
     Raises:
         DataError: utterances are missing, unreadable, or contradict the spec.

@@ -39,14 +39,7 @@ def frames_needed(labels: Tensor) -> Tensor:
 def check_frames(lengths: Tensor, labels: Tensor, names: Sequence[str], *, changed: bool = False) -> None:
     """Raise if a text needs more frames than its utterance has, for then its loss is infinite.
 
-    Args:
-        lengths: (N,) frames of the model's outputs.
-        labels: (N, tokens), negative where padded.
-        names: of the utterances.
-        changed: whether recordings were changed at random, and may be shorter than their own.
-
-    Raises:
-        DataError: names the first such utterance.
+    Labels are negative where padded. Recordings that are changed at random may be shorter than their own.
     """
     needed = frames_needed(labels)
     short = (lengths.to(needed.device) < needed).nonzero().flatten().tolist()

@@ -47,11 +47,7 @@ class Transcript:
 
 
 def error_tables(transcripts: Mapping[str, Sequence[Transcript]]) -> list[dict[str, Any]]:
-    """Return tables of errors by kind, by speaker, and of the words that changed most.
-
-    Args:
-        transcripts: "target", "source" -> utterances.
-    """
+    """Return tables of errors by kind, by speaker, and of the words that changed most, for "target" and "source"."""
     kinds, people, words = [], [], []
     for domain, each in transcripts.items():
         of_words, of_letters = ({when: _by_speaker(each, when, count) for when in _SIDES} for count in _COUNTS)
@@ -93,12 +89,7 @@ def error_tables(transcripts: Mapping[str, Sequence[Transcript]]) -> list[dict[s
 
 
 def worst_utterances(transcripts: Sequence[Transcript], data: Any) -> list[dict[str, Any]]:
-    """Return the utterances with the most word errors after adaptation, with a recording each if it is short.
-
-    Args:
-        transcripts: of the target's test part.
-        data: the test part; its inputs may give ``wave(place)``.
-    """
+    """Return the utterances with the most word errors after adaptation, with a recording each if it is short."""
     ranked = sorted(transcripts, key=lambda one: -word_errors([one.said], [one.after]).wrong)[:_WORST]
     places = {name: place for place, name in enumerate(data.names)}
     return [
@@ -113,11 +104,7 @@ def worst_utterances(transcripts: Sequence[Transcript], data: Any) -> list[dict[
 
 
 def interval(groups: Any) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of a pooled error rate, by a bootstrap over groups; None with fewer than two.
-
-    Args:
-        groups: errors of each group.
-    """
+    """Return the 95 % interval of a pooled error rate, by a bootstrap over groups; None with fewer than two."""
     wrong, count = zip(*((one.wrong, one.count) for one in groups), strict=True) if groups else ((), ())
     if len(wrong) < 2:
         return None, None

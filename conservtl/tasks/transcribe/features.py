@@ -83,12 +83,7 @@ class Features(FrozenModel):
         return self.seconds if self.kind == "whisper" else math.inf
 
     def __call__(self, wave: Tensor, rate: int) -> Tensor:
-        """Return the input for a recording, (frames, n_mels) or (samples,).
-
-        Args:
-            wave: (samples,).
-            rate: its sample rate in Hz.
-        """
+        """Return the input for a recording, (samples,) at a rate in Hz: (frames, n_mels) or (samples,)."""
         if self.kind in _DEFAULTS:
             (wave,) = resample(wave.unsqueeze(0), rate, self.sample_rate)
             if self.kind == "whisper":

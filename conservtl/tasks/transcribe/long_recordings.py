@@ -23,9 +23,7 @@ Span = tuple[float, float]
 def joined_frames(outputs: Sequence[Any], spans: Sequence[Span]) -> Any:
     """Return the outputs of CTC for a recording: frames of its windows, cut at the middle of each overlap.
 
-    Args:
-        outputs: (logits (1, frames, tokens), lengths (1,)) of each window.
-        spans: (start, end) of each window in seconds.
+    Outputs are (logits (1, frames, tokens), lengths (1,)) of each window, spans (start, end) in seconds.
     """
     cuts = [(start + end) / 2 for (start, _), (_, end) in zip(spans[1:], spans, strict=False)]
     parts = []

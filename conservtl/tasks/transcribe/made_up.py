@@ -111,16 +111,7 @@ def domains_of(
     source: bool,
     skipped: Mapping[str, str] | None = None,
 ) -> Domains:
-    """Return the two domains of utterances that are split.
-
-    Args:
-        data: the spec.
-        split: the utterances by their use.
-        labels: the vocabulary.
-        inputs: utterances -> their inputs.
-        source: whether to give the source's parts.
-        skipped: names of what is left out -> why.
-    """
+    """Return the two domains of utterances that are split."""
 
     def part(chosen: Sequence[Utterance], augment: SpecAugment | None = None) -> Any:
         made = inputs(chosen)

@@ -24,12 +24,7 @@ _SHOWN = 8  # names in a message
 
 
 def lines_of(layout: str, root: Path, files: Sequence[str]) -> list[Line]:
-    """Return the lines of all lists below a folder, in order.
-
-    Args:
-        layout: one of ``LAYOUTS``.
-        root: the folder.
-        files: lists of ``manifest``, relative to the folder; empty: all in it.
+    """Return the lines of all lists below a folder, in order; ``files`` are those of ``manifest``, all if empty.
 
     Raises:
         DataError: the folder, a list or one of its columns is missing.

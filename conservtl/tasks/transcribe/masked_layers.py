@@ -84,11 +84,7 @@ class MaskedGroupNorm1d(nn.GroupNorm):
 
 
 def mask_norms(network: nn.Module) -> None:
-    """Replace each group norm over time behind a convolution, and tell it the lengths whenever the network is called.
-
-    Args:
-        network: its second argument, or ``lengths``, is the number of samples of each utterance.
-    """
+    """Replace group norms over time behind convolutions, and tell them the samples of each utterance at each call."""
     for module in list(network.modules()):
         for name, norm in list(module.named_children()):
             if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels and _conv_of(module) is not None:

@@ -25,12 +25,7 @@ _TINY = torch.finfo(torch.float32).eps  # least energy in Kaldi
 
 
 def whisper_log_mel(wave: Tensor, bands: int, seconds: float) -> Tensor:
-    """Return Whisper's log-mel spectrogram of a recording with silence behind it, (100 * seconds, bands).
-
-    Args:
-        wave: (samples,) at 16 kHz, no longer than ``seconds``.
-        bands: 80, or 128 for the third large model.
-        seconds: the duration that the encoder has positions for.
+    """Return Whisper's log-mel spectrogram of a recording at 16 kHz, (100 * seconds, bands), with silence behind it.
 
     Raises:
         DataError: the recording is longer.
@@ -54,10 +49,7 @@ def whisper_log_mel(wave: Tensor, bands: int, seconds: float) -> Tensor:
 def kaldi_fbank(wave: Tensor, rate: int, bands: int) -> Tensor:
     """Return Kaldi's log filter banks of windows of 25 ms every 10 ms, (frames, bands); no dither.
 
-    Args:
-        wave: (samples,) between -1 and 1; scaled to 16 bit.
-        rate: its sample rate in Hz.
-        bands: mel bands from 20 Hz to half the rate.
+    The samples are in [-1, 1]; the mel bands are from 20 Hz to half the rate.
     """
     window, hop = int(rate * 0.025), int(rate * 0.010)
     scaled = F.pad(wave, (0, max(0, window - len(wave)))) * 2**15

@@ -20,10 +20,6 @@ _COMPARED = ("kind", "sample_rate", "n_mels", "normalise")
 def with_processor(data: Any, weights: Any) -> Any:
     """Return a ``data`` section with the tokenizer and the features of the weights' processor, where it names none.
 
-    Args:
-        data: the section.
-        weights: of the source; without a processor beside them the section stays as it is.
-
     Raises:
         SpecError: its features are others than the weights were trained with.
     """

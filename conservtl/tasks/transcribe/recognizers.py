@@ -67,13 +67,6 @@ def answered(
 ) -> Decoded:
     """Return the outputs of a decoder, with the text that it generates.
 
-    Args:
-        model: wrapped or not.
-        inputs: as it takes them.
-        lengths: (N,).
-        taught: arguments by which it reads texts.
-        search: further arguments of ``generate``.
-
     Raises:
         SpecError: its ``generate`` does not take them.
     """
@@ -254,10 +247,5 @@ def _wrong_size(logits: Tensor, tokens: int, also: str) -> str | None:
 
 
 def recognizer_of(outputs: Any, end: int = 0) -> Recognizer:
-    """Return the kind of recognizer that outputs are of.
-
-    Args:
-        outputs: of a model: ``Decoded``; all else is taken as CTC's.
-        end: the token behind a text of a decoder.
-    """
+    """Return the kind of recognizer of outputs: CTC unless they are ``Decoded``; ``end`` is its token behind a text."""
     return SequenceToSequence(end) if isinstance(outputs, Decoded) else CTC()

@@ -67,12 +67,7 @@ class Inputs(Sequence[Tensor]):
         self._elsewhere: dict[torch.device, Inputs] = {}
 
     def on(self, device: torch.device, place: Callable[[int, torch.device], torch.device]) -> Inputs:
-        """Return the inputs with features that are computed on a device; the same object for the same device.
-
-        Args:
-            device: a CPU gives these inputs themselves.
-            place: (bytes, device) -> where an input is kept, on the device or in the host's memory.
-        """
+        """Return the inputs with features computed on a device and kept where ``place`` says; of a CPU, themselves."""
         if device.type == "cpu":
             return self
         if device not in self._elsewhere:

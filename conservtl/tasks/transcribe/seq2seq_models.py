@@ -49,9 +49,6 @@ class TransformersSeq2Seq(nn.Module):
     def teacher(self, labels: Tensor) -> dict[str, Tensor]:
         """Return ``decoder_input_ids``, the beginning and the texts, and ``decoder_attention_mask``.
 
-        Args:
-            labels: (N, tokens), negative where padded.
-
         Raises:
             DataError: a text is longer than the decoder has positions for.
         """
@@ -186,13 +183,6 @@ def build_seq2seq(kind: str, args: dict[str, Any], features: Features, tokens: A
     """Return a recognizer of transformers from sequence to sequence, by its type, with random weights.
 
     Layers are not dropped at random unless ``args`` say so.
-
-    Args:
-        kind: the type.
-        args: fields of its configuration.
-        features: its inputs.
-        tokens: the spec's tokens.
-        outputs: number of tokens.
 
     Raises:
         SpecError: an argument is none of its configuration's, or does not fit.

@@ -18,15 +18,7 @@ _SHARED = 0.5  # of the shorter of two stretches; neighbours may overlap by less
 
 
 def check_shared(utterances: Sequence[Utterance], where: Mapping[str, str]) -> None:
-    """Raise if an utterance is there twice: a model would be tested on what it is trained on.
-
-    Args:
-        utterances: with their files.
-        where: name of each utterance -> the line that lists it.
-
-    Raises:
-        DataError: names both lines.
-    """
+    """Raise if an utterance is there twice, and name both lines: a model would be tested on what it is trained on."""
     of_file: dict[str, list[Utterance]] = defaultdict(list)
     contents = _contents({one.file for one in utterances if one.file is not None})
     for one in utterances:

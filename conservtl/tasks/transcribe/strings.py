@@ -52,15 +52,9 @@ def strings_of(
     gap: tuple[float, float],
     text: Normalisation,
 ) -> dict[Utterance, Strung]:
-    """Draw strings of one speaker's recordings, by the hash of a name.
+    """Draw strings of one speaker's recordings, by the hash of a name: a word is drawn first, then a recording of it.
 
-    Args:
-        recordings: of one speaker; a word is drawn first, then one of its recordings.
-        name: of the set, such as "theo test 0".
-        count: of strings.
-        words: least and largest number of words.
-        gap: shortest and longest gap between words in seconds.
-        text: rules for texts; a digit becomes its word.
+    Bounds are the least and largest number of words, and the shortest and longest gap between words in seconds.
 
     Raises:
         DataError: there is no recording.

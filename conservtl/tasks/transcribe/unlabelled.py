@@ -67,12 +67,6 @@ class Unlabelled(FrozenModel):
 def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: int) -> Domains:
     """Return the domains with hypotheses for the utterances without texts, and the shots repeated beside them.
 
-    Args:
-        section: the settings.
-        domains: with such utterances among the shots.
-        source: the source model; takes inputs and lengths.
-        seed: of the augmentation under which hypotheses must agree.
-
     Without pseudo-labels a decoder reads the source model's hypotheses, whose tokens no loss counts: a strategy learns
     from what it answers to them.
 

@@ -82,19 +82,9 @@ def split_utterances(
 
     Official parts are kept: shots come from the target's training part and its test part is tested on, where it has
     both; the source's test part is the official one, where there is one. Else the shots are drawn from all of the
-    target's, and ``held_out_speakers`` and a share ``held_out`` of each source speaker's utterances are tested on.
-
-    Args:
-        utterances: of all speakers.
-        target: the target speaker.
-        shots: utterances to adapt with.
-        validation: share of them to validate on.
-        seed: draws the shots.
-        source_speakers: None: all but the target.
-        held_out_speakers: source speakers to test on only.
-        held_out: share of the source's utterances to test on, by their names' hashes.
-        unlabelled: the target's utterances to train on without their texts: those that have none first, then others
-            that are neither shots nor of an official test part.
+    target's, and ``held_out_speakers`` and a share ``held_out`` of each source speaker's utterances, by their names'
+    hashes, are tested on. Unlabelled are the target's utterances that have no text first, then others that are neither
+    shots nor of an official test part.
 
     Raises:
         DataError: a speaker is unknown, or has too few utterances.

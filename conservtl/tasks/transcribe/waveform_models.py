@@ -141,13 +141,7 @@ def build_transformers(name: str, args: dict[str, Any], tokens: int) -> Transfor
 
 
 def of_transformers(auto: str, kind: str, args: dict[str, Any], fields: dict[str, Any]) -> Any:
-    """Return a network of transformers with random weights.
-
-    Args:
-        auto: the class of transformers that builds it.
-        kind: its type.
-        args: fields of its configuration that the spec sets.
-        fields: all that are set.
+    """Return a network of transformers with random weights; ``fields`` are ``args`` and those that are decided.
 
     Raises:
         SpecError: there is no such field, or they do not fit each other.

@@ -65,10 +65,6 @@ class VisionAugment(FrozenModel):
 def usual_augment(size: int, *, flip: bool = True) -> VisionAugment:
     """Return the usual augmentation for a size: shifts of up to an eighth for small images, else resized crops.
 
-    Args:
-        size: size of the inputs in pixels.
-        flip: whether to mirror; false if left and right differ in meaning.
-
     Reference: He et al. 2016, section 4.2 (shifts by 4 of 32 pixels); Szegedy et al., "Going Deeper
     with Convolutions", CVPR 2015 (crops of 8 to 100 % of the area).
     """

@@ -32,12 +32,8 @@ _ANIMATED = {"GIF", "PNG", "WEBP", "AVIF"}  # a second frame of other formats is
 def as_rgb_or_grey(image: Any, subject: str) -> Any:
     """Return an image as mode RGB, or as mode F with values in [0, 1] for grey images of more than 8 bits.
 
-    The orientation of EXIF is applied. A transparency is left out, as in torchvision. 16-bit values are divided by
-    65,535, and floating-point values must lie in [0, 1] already.
-
-    Args:
-        image: a Pillow image; not changed.
-        subject: what an error calls it.
+    The image stays as it is. The orientation of EXIF is applied. A transparency is left out, as in torchvision. 16-bit
+    values are divided by 65,535, and floating-point values must lie in [0, 1] already.
 
     Raises:
         DataError: the range of the values is unknown, or the picture is in the transparency alone.
@@ -51,11 +47,7 @@ def as_rgb_or_grey(image: Any, subject: str) -> Any:
 
 
 def check_frames(image: Any, subject: str) -> None:
-    """Raise unless a file has one image.
-
-    Raises:
-        DataError: it is an animation, or a stack of pages of one size.
-    """
+    """Raise unless a file has one image: it is no animation, and no stack of pages of one size."""
     count = getattr(image, "n_frames", 1)
     if count == 1 or (image.format not in _ANIMATED and not _is_stack(image, count)):
         return

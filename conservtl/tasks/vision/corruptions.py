@@ -96,15 +96,10 @@ def strength_of(corruption: Corruption, size: int) -> float:
 
 
 def corrupt(images: Tensor, corruption: Corruption, names: Sequence[str]) -> Tensor:
-    """Return corrupted images.
+    """Return corrupted images for (N, 3, H, W), RGB in [0, 1], before normalisation.
 
     Each result depends on the image, its name and the corruption only, not on other images. Values are rounded down to
     8 bits, as in the published sets.
-
-    Args:
-        images: (N, 3, H, W) float, RGB in [0, 1], before normalisation.
-        corruption: kind and strength.
-        names: N names, which draw the noise together with the corruption's seed.
 
     Returns:
         (N, 3, H, W) float32 in [0, 1], multiples of 1/255.

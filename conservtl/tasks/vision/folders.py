@@ -26,9 +26,8 @@ _LAYOUTS = "Use one folder for each class, or train/ and test/ (or val/) with on
 def folder_parts(data: ImageFolderData, preprocessing: VisionPreprocessing | None = None) -> Parts:
     """Return the images of the target's folder and of the source's, if there is one.
 
-    Args:
-        data: the spec. Every image is read; bad ones are refused, or left out with ``on_bad: skip``.
-        preprocessing: that must be able to convert an image; None: of the usual size.
+    Every image is read, and must be such as the preprocessing can convert; bad ones are refused, or left out with
+    ``on_bad: skip``.
 
     Raises:
         DataError: a folder is missing, empty or has another structure, source and target overlap, or a file is bad.

@@ -34,13 +34,8 @@ def load(data: DataSpec, *, model: ModelSpec, seed: int, source: bool = True) ->
     """Read the images of a spec and split them into the two domains.
 
     The shots and their validation part are drawn from the target's training part by ``seed`` and never contain test
-    images. A corruption changes the target only.
-
-    Args:
-        data: the spec.
-        model: the network; its published weights decide size and normalisation if ``data.images`` is None.
-        seed: draws the shots and the validation part.
-        source: whether to read the source's images too.
+    images. A corruption changes the target only. The model's published weights decide size and normalisation if
+    ``data.images`` is None.
 
     Returns:
         The two domains. Without a source, its labels are empty and its parts None.

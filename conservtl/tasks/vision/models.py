@@ -44,12 +44,7 @@ class ModelSpec(NetworkSection):
 
 
 def build(model: ModelSpec, preprocessing: VisionPreprocessing, classes: int) -> nn.Module:
-    """Build a network with random weights.
-
-    Args:
-        model: name and arguments.
-        preprocessing: its image size is passed to networks that are built for one size.
-        classes: number of outputs.
+    """Build a network with random weights; one that is built for one size gets that of the images.
 
     Raises:
         SpecError: the name is unknown, or the arguments do not fit.

@@ -80,11 +80,7 @@ class VisionPreprocessing(FrozenModel):
         return self.normalise(torch.stack(pixels) if pixels else torch.empty(0, 3, size, size))
 
     def check(self, file: Path) -> None:
-        """Raise unless an image can be read and converted.
-
-        Raises:
-            DataError: it cannot; the message names it.
-        """
+        """Raise unless an image can be read and converted."""
         self._pixels_of(file)
 
     def _pixels_of(self, file: Path) -> Tensor:
@@ -94,10 +90,6 @@ class VisionPreprocessing(FrozenModel):
         """Return a Pillow image of any mode at the input's size, (3, size, size) float32, RGB in [0, 1].
 
         The steps and their rounding are torchvision's: resize the shorter side, crop the centre.
-
-        Args:
-            image: the image; not changed.
-            subject: what an error calls it.
 
         Raises:
             DataError: one side is so much longer than the other that the resized image would not fit in memory.

@@ -29,9 +29,8 @@ _one_at_a_time = threading.Lock()  # what a block changes of Pillow and of warni
 def torchvision_parts(data: TorchvisionData, preprocessing: VisionPreprocessing | None = None) -> Parts:
     """Return the training and test parts of a set, or split the whole set by ``split_seed``.
 
-    Args:
-        data: the spec. Every image is read; bad ones are refused, or left out with ``on_bad: skip``.
-        preprocessing: that must be able to convert an image; None: of the usual size.
+    Every image is read, and must be such as the preprocessing can convert; bad ones are refused, or left out with
+    ``on_bad: skip``.
 
     Raises:
         DataError: the name is unknown, the set is not on this disk, it does not have one class an image, or an image

@@ -26,11 +26,7 @@ _GUARD = (
 
 
 def check_main() -> None:
-    """Raise if this process is still importing the script that started it; a worker of ``Processes`` ends silently.
-
-    Raises:
-        SpecError: it is, and the script would begin the study again.
-    """
+    """Raise if this process is still importing the script that started it; a worker of ``Processes`` ends silently."""
     process = multiprocessing.current_process()
     if getattr(process, "_inheriting", False):  # as multiprocessing itself asks
         if process.name == _WORKER:

@@ -30,11 +30,7 @@ class Workers:
         self._executor = open_executor()
 
     def submit(self, work: Work) -> Future[Exception | None]:
-        """Hand over a piece of work.
-
-        Raises:
-            LostWorkerError: the executor is broken and another cannot be opened.
-        """
+        """Hand over a piece of work."""
         arguments = packed(work)
         try:
             return self._executor.submit(carry_out, *arguments)

@@ -31,11 +31,7 @@ def is_local(executor: str | Executor) -> bool:
 
 
 def check_executor(executor: str | Executor, processes: int) -> None:
-    """Raise unless an executor can be had by its name; none is opened.
-
-    Raises:
-        SpecError: the name is of none, or a number of processes is given with another executor.
-    """
+    """Raise unless an executor can be had by its name; none is opened."""
     if processes > 1 and not is_local(executor):
         raise SpecError(
             f"processes: it is the number of processes of this machine; received {processes} with executor "

@@ -59,11 +59,6 @@ def carry_out(content: bytes, folder: str, versions: Mapping[str, str]) -> Excep
     Random generators, threads of torch and the current folder belong to a process, not to a thread; a Dask worker may
     have many threads.
 
-    Args:
-        content: the pickled work.
-        folder: the current folder of the study's process: paths in specs are relative to it.
-        versions: the study's versions, which results depend on.
-
     Returns:
         None, or the error that the work raised. So an exception that an executor raises is its own: a lost worker.
     """
@@ -79,11 +74,7 @@ def carry_out(content: bytes, folder: str, versions: Mapping[str, str]) -> Excep
 
 
 def _check(folder: str, versions: Mapping[str, str]) -> None:
-    """Raise unless this worker can compute the study's results.
-
-    Raises:
-        SpecError: it has other versions, or does not see the folder.
-    """
+    """Raise unless this worker can compute the study's results."""
     host = platform.node()
     if _versions() != versions:
         raise SpecError(
