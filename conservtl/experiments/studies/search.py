@@ -82,7 +82,6 @@ class Search:
 
     def run(self, study: Any, storage: Any, most: int, say: Callable[[str], None]) -> None:
         """Run trials until the folder has all of its own, or this process so many."""
-        objective = _TrialObjective(self.content, self.ranges, self.section, self.judge, say)
         pruned = require("optuna", "experiments").TrialPruned
         states = require("optuna", "experiments").trial.TrialState
         with claims(study, storage, self.folder, self.section.trials, say) as left:
@@ -90,7 +89,7 @@ class Search:
                 if (trial := left.next()) is None:
                     return
                 try:
-                    values = objective(trial)
+                    values = self._try(trial, say)
                 except pruned:
                     study.tell(trial, state=states.PRUNED)
                 except ConservtlError as error:
@@ -98,6 +97,39 @@ class Search:
                     study.tell(trial, state=states.FAIL)
                 else:
                     study.tell(trial, values)
+
+    def _try(self, trial: Any, say: Callable[[str], None]) -> Any:
+        """Train with a trial's values, and return what Optuna judges it by."""
+        params = {name: _suggest(trial, name, field) for name, field in self.ranges.items()}
+        spec = parse_spec(with_values(self.content, params))
+        runs = []
+        for number in range(self.section.seeds):
+            tell = partial(self._prune, trial, number * spec.training.epochs)
+            seeded = with_fields(spec, {"seed": spec.seed + number})
+            runs.append(run_trial(Trial("tune", "the spec's", seeded), judge=True, tell=tell))
+        mean = {name: sum(run["valid"][name] for run in runs) / len(runs) for name in runs[0]["valid"]}
+        trial.set_user_attr("target", mean["target"])
+        trial.set_user_attr("source", mean.get("source"))
+        trial.set_user_attr("seconds", sum(run["seconds"] for run in runs))
+        shown = ", ".join(f"{name} {self.judge.headline.show(value)}" for name, value in mean.items())
+        say(f"trial {trial.number}: {shown}")
+        return (mean["target"], mean["source"]) if self.section.objective == "both" else self._score(mean)
+
+    def _prune(self, trial: Any, step: int, line: Mapping[str, Any]) -> None:
+        """Give up a trial that has fallen behind the median."""
+        if "valid" not in line or not self.section.prune or self.section.objective == "both":
+            return
+        values = {name: metrics[self.judge.headline.metric] for name, metrics in line["valid"].items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The reported value is ignored")  # of a repeated trial: the same value
+            trial.report(self._score(values), step + line["epoch"])
+        if trial.should_prune():
+            raise require("optuna", "experiments").TrialPruned
+
+    def _score(self, values: Mapping[str, float]) -> float:
+        if self.section.objective == "target":
+            return values["target"]
+        return self.judge.both(values["target"], values["source"])
 
 
 @dataclass(frozen=True)
@@ -125,52 +157,6 @@ class OneTrial:
 
     def __len__(self) -> int:
         return 1
-
-
-class _TrialObjective:
-    """The function that Optuna calls for each trial."""
-
-    def __init__(
-        self,
-        content: Mapping[str, Any],
-        ranges: Mapping[str, SearchRange],
-        section: TuneSection,
-        judge: Judge,
-        say: Callable[[str], None],
-    ) -> None:
-        self.content, self.ranges, self.section, self.judge, self.say = content, ranges, section, judge, say
-
-    def __call__(self, trial: Any) -> Any:
-        params = {name: _suggest(trial, name, field) for name, field in self.ranges.items()}
-        spec = parse_spec(with_values(self.content, params))
-        runs = []
-        for number in range(self.section.seeds):
-            tell = partial(self._prune, trial, number * spec.training.epochs)
-            seeded = with_fields(spec, {"seed": spec.seed + number})
-            runs.append(run_trial(Trial("tune", "the spec's", seeded), judge=True, tell=tell))
-        mean = {name: sum(run["valid"][name] for run in runs) / len(runs) for name in runs[0]["valid"]}
-        trial.set_user_attr("target", mean["target"])
-        trial.set_user_attr("source", mean.get("source"))
-        trial.set_user_attr("seconds", sum(run["seconds"] for run in runs))
-        shown = ", ".join(f"{name} {self.judge.headline.show(value)}" for name, value in mean.items())
-        self.say(f"trial {trial.number}: {shown}")
-        return (mean["target"], mean["source"]) if self.section.objective == "both" else self._score(mean)
-
-    def _prune(self, trial: Any, step: int, line: Mapping[str, Any]) -> None:
-        """Give up a trial that has fallen behind the median."""
-        if "valid" not in line or not self.section.prune or self.section.objective == "both":
-            return
-        values = {name: metrics[self.judge.headline.metric] for name, metrics in line["valid"].items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The reported value is ignored")  # of a repeated trial: the same value
-            trial.report(self._score(values), step + line["epoch"])
-        if trial.should_prune():
-            raise require("optuna", "experiments").TrialPruned
-
-    def _score(self, values: Mapping[str, float]) -> float:
-        if self.section.objective == "target":
-            return values["target"]
-        return self.judge.both(values["target"], values["source"])
 
 
 def _suggest(trial: Any, name: str, field: SearchRange) -> Any:
