@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from conservtl.batches import map_tensors
 from conservtl.data import Preprocessing
 from conservtl.errors import DataError, SpecError
-from conservtl.experiments.run.long_recordings import predict_long
 from conservtl.experiments.run.prediction_batches import batches_by_length, durations, read_ahead
 from conservtl.functions import logits_of
 from conservtl.tasks.bad_files import OnBad, check_files
@@ -128,7 +127,7 @@ class Adapted:
                     places = [batch[number] for number in kept]
                     answers = self._answers(inputs, [window[place] for place in places])
                     found.update(zip(places, answers, strict=True))
-                found |= predict_long(self, {place: window[place] for place in long}, skipped)
+                found |= self._from_windows({place: window[place] for place in long}, skipped)
                 yield from (found[place] for place in sorted(found))
 
     def _read(self, files: Sequence[Path], skipped: MutableMapping[str, str] | None) -> tuple[Any, list[int]]:
@@ -144,6 +143,27 @@ class Adapted:
         skipped.update((str(file), reason) for file, reason in bad.items())
         kept = [place for place, file in enumerate(files) if file not in bad]
         return (self.preprocessing.read([files[place] for place in kept]) if kept else None), kept
+
+    def _from_windows(
+        self, files: Mapping[int, Path], skipped: MutableMapping[str, str] | None
+    ) -> dict[int, Prediction]:
+        """Return the answers for files, by place, that are too long for one forward pass, from one for each window."""
+        preprocessing: Any = self.preprocessing  # has ``windows``, where it has a ``longest``, and the task ``joined``
+        task: Any = self.task
+        found = {}
+        for place, file in files.items():
+            outputs, spans = [], []
+            try:
+                for span, inputs in preprocessing.windows(file):
+                    outputs.append(map_tensors(self.outputs(inputs), lambda tensor: tensor.cpu()))
+                    spans.append(span)
+            except DataError as error:
+                if skipped is None:
+                    raise
+                skipped[str(file)] = str(error)
+                continue
+            found[place] = task.joined(outputs, spans, self.labels, file)
+        return found
 
     def _answers(self, inputs: Any, files: Sequence[Path]) -> list[Prediction]:
         if not files:

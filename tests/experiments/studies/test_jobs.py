@@ -10,7 +10,7 @@ import pytest
 
 import conservtl as ctl
 from conservtl.experiments.own.sending import _read
-from conservtl.experiments.run.long_recordings import predict_long
+from conservtl.experiments.run.adapted import Adapted
 from conservtl.experiments.studies.executors._submitit import _Jobs
 from conservtl.experiments.studies.executors.dispatch import Workers
 from conservtl.experiments.studies.result_store import _run_and_store
@@ -134,9 +134,9 @@ def test_windows_of_a_file_that_cannot_be_read():
         raise ctl.DataError(f"{file} is cut short")
         yield
 
-    adapted = SimpleNamespace(preprocessing=SimpleNamespace(windows=windows))
+    adapted = Adapted(None, (), SimpleNamespace(windows=windows), None)
     with pytest.raises(ctl.DataError, match=r"a\.wav is cut short"):
-        predict_long(adapted, {0: "a.wav"}, None)
+        adapted._from_windows({0: "a.wav"}, None)
     skipped = {}
-    assert predict_long(adapted, {0: "a.wav"}, skipped) == {}
+    assert adapted._from_windows({0: "a.wav"}, skipped) == {}
     assert skipped == {"a.wav": "a.wav is cut short"}
