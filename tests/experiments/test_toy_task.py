@@ -16,7 +16,6 @@ from conservtl.experiments.run.runner import plan_of, run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.spec.spec import dump_spec, load_spec, schema, with_fields
 from conservtl.experiments.studies.comparison import compare
-from conservtl.experiments.studies.targets import targets_of
 from conservtl.report import write_compare
 from conservtl.tasks.base import Task, task_classes
 from conservtl.tasks.registry import task_named
@@ -135,7 +134,7 @@ def test_it_selects_by_its_metric(spec, tmp_path):
 
 def test_a_comparison_over_its_targets_in_processes(spec, tmp_path):
     """Workers import the task; all targets share one source model; the least error is the best."""
-    assert targets_of(spec) == ("slow clock", "muffled", "mains hum")
+    assert spec.problem.targets(spec.data) == ("slow clock", "muffled", "mains hum")
     section = {"seeds": 1, "targets": ["slow clock", "mains hum"], "baselines": ["source as it is", "linear probe"]}
     result = compare(with_fields(spec, {"compare": section}), tmp_path, processes=2)
     (table,) = result["tables"]

@@ -18,8 +18,7 @@ from conservtl.experiments.studies.bootstrap import bootstrap, interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import Trial, over_all, taken_over
+from conservtl.experiments.studies.trial import Trial, on_target, over_all, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, left_out, variants_of
 from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.summary import NO_LABELS
@@ -72,7 +71,7 @@ def plan_trials(spec: Spec) -> list[Trial]:
     section = spec.compare or CompareSection()
     variants = variants_of(spec, section)
     trials = []
-    for target in section.targets or targets_of(spec):
+    for target in section.targets or spec.problem.targets(spec.data):
         for seed in range(spec.seed, spec.seed + section.seeds):
             for shots in section.model_dump(mode="json")["shots"] or (spec.data.shots,):
                 run = with_fields(on_target(spec, target), {"seed": seed, "data.shots": shots})

@@ -16,8 +16,7 @@ from conservtl.experiments.spec.study_sections import SweepSection
 from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.targets import on_target, targets_of
-from conservtl.experiments.studies.trial import How, Trial, over_all, taken_over
+from conservtl.experiments.studies.trial import How, Trial, on_target, over_all, taken_over
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 
@@ -160,7 +159,7 @@ def plan_trials(spec: Spec, layers: TransferableLayers) -> list[tuple[Trial, Poi
     method, field, strengths = _strengths(spec, section)
     forms = [form for form in _FORMS if section.controls or not form.control]
     trials: list[tuple[Trial, Point]] = []
-    for target in section.targets or targets_of(spec):
+    for target in section.targets or spec.problem.targets(spec.data):
         for seed in range(spec.seed, spec.seed + section.seeds):
             plain = with_fields(on_target(spec, target), {"seed": seed, "strategies": []})
             for side in section.sides:
@@ -192,7 +191,7 @@ def _transferring(spec: Spec, target: str, side: str, layers: int | tuple[str, .
 
 def transferable_layers(spec: Spec) -> TransferableLayers:
     """Return the layers that can be transferred: all if the labels are shared, else all but the head."""
-    setting = prepare(on_target(spec, ((spec.sweep or SweepSection()).targets or targets_of(spec))[0]))
+    setting = prepare(on_target(spec, ((spec.sweep or SweepSection()).targets or spec.problem.targets(spec.data))[0]))
     model = setting.model(len(setting.domains.labels))
     layers = Plan.draw(find_layers(model, setting.example, spec.layers), {}, {}).layers
     return TransferableLayers(layers if setting.shared else layers[:-1], head=setting.shared)

@@ -28,12 +28,12 @@ from conservtl.experiments.run.evaluation_sets import (
 from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.run.source_labels import labels_used
 from conservtl.experiments.run.source_training import SourceModel, prepare_source
-from conservtl.experiments.spec.spec import Spec
+from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.studies.judge import Judge
 from conservtl.plan.table import rows_by_label
 from conservtl.tasks.bad_files import skipped_report
 
-__all__ = ["How", "Trial", "forget_shared", "over_all", "run_trial", "taken_over"]
+__all__ = ["How", "Trial", "forget_shared", "on_target", "over_all", "run_trial", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
@@ -83,6 +83,12 @@ class Trial:
     def headless(self) -> bool:
         """Return whether its source has no head, and so no score."""
         return _shared(_Place.of(self.spec))[0].headless
+
+
+def on_target(spec: Spec, target: str) -> Spec:
+    """Return the spec with another target: a speaker, a corruption, ..."""
+    fields = spec.problem.on_target(spec.data, target)
+    return with_fields(spec, fields) if fields else spec
 
 
 def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) -> dict[str, Any]:

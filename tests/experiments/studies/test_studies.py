@@ -20,7 +20,6 @@ from conservtl.experiments.studies import trial as module
 from conservtl.experiments.studies.comparison import compare, plan_trials, summarise
 from conservtl.experiments.studies.layer_sweep import sweep
 from conservtl.experiments.studies.result_store import ResultStore
-from conservtl.experiments.studies.targets import targets_of
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.experiments.studies.tuning import tune
 from conservtl.experiments.studies.variants import left_out
@@ -164,8 +163,9 @@ class TestCompare:
 
     def test_all_speakers_where_none_is_named(self, fields):
         del fields["compare"]["targets"]
-        assert targets_of(parse_spec(fields)) == ("anna", "ben", "cleo")
-        assert {trial.target for trial in plan_trials(parse_spec(fields))} == {"anna", "ben", "cleo"}
+        spec = parse_spec(fields)
+        assert spec.problem.targets(spec.data) == ("anna", "ben", "cleo")
+        assert {trial.target for trial in plan_trials(spec)} == {"anna", "ben", "cleo"}
 
     def test_an_interrupted_comparison_goes_on(self, fields, tmp_path, monkeypatch):
         spec = parse_spec(fields)
