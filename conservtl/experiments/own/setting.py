@@ -10,7 +10,7 @@ from torch import nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng, seed_all
-from conservtl.experiments.own.blank import blank
+from conservtl.experiments.own.maker import blank
 from conservtl.experiments.run.setting import Setting
 from conservtl.source.itself import check_heads
 from conservtl.source.read import SourceLike

@@ -11,7 +11,7 @@ from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError
 from conservtl.experiments.own.arguments import Variant, fields_of, section_of, strategy_fields
-from conservtl.experiments.own.blank import blank
+from conservtl.experiments.own.maker import blank
 from conservtl.experiments.own.options import ModelLike, ProblemOptions
 from conservtl.experiments.own.place import Place
 from conservtl.experiments.own.problem import OwnProblem, hold, settings_of

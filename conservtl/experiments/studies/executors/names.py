@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -12,7 +11,7 @@ from conservtl.experiments.studies.executors._dask import dask_executor
 from conservtl.experiments.studies.executors._processes import Processes, check_main
 from conservtl.experiments.studies.executors._submitit import submitit_executor
 from conservtl.experiments.studies.executors.dispatch import Workers
-from conservtl.plugins import is_imported
+from conservtl.plugins import is_imported, named_callable
 
 __all__ = ["PROCESSES", "check_executor", "check_main", "is_local", "workers_of"]
 
@@ -63,12 +62,12 @@ def _opener(name: str, processes: int) -> Callable[[], Executor]:
     if kind == "submitit" and rest:
         return partial(submitit_executor, rest)
     if kind and rest and kind not in ("dask", "submitit"):
-        return partial(_own, name, kind, rest)
+        return partial(_own, name, kind)
     said = _LACKING.get(kind) or "." + hint(name, [PROCESSES, "dask", "submitit"])
     raise SpecError(f"executor: must be one of {_KNOWN}; received {name!r}{said}")
 
 
-def _own(name: str, module: str, function: str) -> Executor:
+def _own(name: str, module: str) -> Executor:
     """Return the executor that a function of the user's makes.
 
     Raises:
@@ -79,12 +78,7 @@ def _own(name: str, module: str, function: str) -> Executor:
             f"executor {name!r}: {module} was not imported. Add --import {module.partition('.')[0]} (in Python, hand "
             f"an executor over), or name one of {_KNOWN}."
         )
-    found = importlib.import_module(module)
-    make = getattr(found, function, None)
-    if not callable(make):
-        known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise SpecError(f"executor {name!r}: {module} has no function {function!r}.{hint(function, known)}")
-    executor = make()
+    executor = named_callable(name, "executor")()
     if not isinstance(executor, Executor):
         raise SpecError(
             f"executor {name!r} must return a concurrent.futures.Executor; it returns {executor!r:.80}. Return one, or "
