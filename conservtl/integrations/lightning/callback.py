@@ -13,11 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import SpecError
 from conservtl.integrations._passes import outermost, recording
-from conservtl.integrations.lightning.checks import check_callbacks, check_schedulers
-from conservtl.integrations.lightning.configured import class_and_options
-from conservtl.integrations.lightning.finding import find_adaptation
-from conservtl.integrations.lightning.packages import PACKAGES
-from conservtl.integrations.lightning.phases import phases_of
+from conservtl.integrations.lightning.checks import PACKAGES, check_callbacks, check_schedulers
+from conservtl.integrations.lightning.given import class_and_options, find_adaptation, phases_of
 from conservtl.runtime.freezing import held_norms, tracks_statistics
 
 __all__ = ["Conserve"]

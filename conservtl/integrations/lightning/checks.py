@@ -1,16 +1,29 @@
-"""Checks of a Trainer against a plan: callbacks and schedulers that would undo it."""
+"""Lightning under each of its names, and checks of its Trainer: callbacks and schedulers that would undo a plan."""
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from typing import Any
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import SpecError
-from conservtl.integrations.lightning.packages import PACKAGES
+from conservtl.extras import require
 from conservtl.runtime.plan_scheduler import PlanScheduler
 
-__all__ = ["check_callbacks", "check_schedulers"]
+__all__ = ["PACKAGES", "check_callbacks", "check_schedulers"]
 
+
+def _packages() -> list[Any]:
+    """Return Lightning under each of its names that is installed: classes of one are foreign to the other's Trainer."""
+    found = []
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        with suppress(ImportError):
+            found.append(importlib.import_module(name))
+    return found or [require("lightning.pytorch", "lightning")]
+
+
+PACKAGES = _packages()
 _FINETUNING = tuple(package.callbacks.BaseFinetuning for package in PACKAGES)
 _AVERAGING = tuple(package.callbacks.StochasticWeightAveraging for package in PACKAGES)
 

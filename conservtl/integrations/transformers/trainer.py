@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.integrations.transformers.accumulation import count_next_tokens, divides_by_items, share_of_step
 from conservtl.integrations.transformers.checks import check_class, check_trainer
-from conservtl.integrations.transformers.ending import Batches, score
 from conservtl.integrations.transformers.optimizer import optimizer_class
 from conservtl.integrations.transformers.phases import PhaseCallback, transformers
 from conservtl.integrations.transformers.state import load_adaptation, save_adaptation
@@ -109,11 +108,11 @@ class ConservingTrainer(_Trainer):  # type: ignore[misc]
             load_adaptation(self.adaptation, checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.adaptation.plan.after:
-            valid = Batches(self.get_eval_dataloader, self._prepare_inputs) if self.eval_dataset is not None else None
+            valid = _Batches(self.get_eval_dataloader, self._prepare_inputs) if self.eval_dataset is not None else None
             self.finished = self.adaptation.finish(
                 self._batches(),
                 forward=_outputs,
-                score=partial(score, self) if valid is not None else None,
+                score=partial(_score, self) if valid is not None else None,
                 valid=valid,
                 objective=self.compute_loss,
             )
@@ -159,8 +158,8 @@ class ConservingTrainer(_Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
         save_adaptation(self.adaptation, output_dir, write=self.args.should_save)
 
-    def _batches(self) -> Batches:
-        return Batches(self.get_train_dataloader, self._prepare_inputs)
+    def _batches(self) -> _Batches:
+        return _Batches(self.get_train_dataloader, self._prepare_inputs)
 
     def _task_loss(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         """Return the task's loss of outputs that were computed with labels."""
@@ -172,3 +171,26 @@ class ConservingTrainer(_Trainer):  # type: ignore[misc]
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Return a model's outputs for its arguments, labels included."""
     return model(**batch)
+
+
+class _Batches:
+    """The batches of a Trainer's data on its device, as often as they are iterated.
+
+    Args:
+        loader: () -> DataLoader.
+        place: batch -> the batch on the model's device.
+    """
+
+    def __init__(self, loader: Callable[[], Iterable[Any]], place: Callable[[Any], Any]) -> None:
+        self._loader, self._place = loader, place
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._place, self._loader())
+
+
+def _score(trainer: Any) -> float:
+    """Return the metric for the best model, as the Trainer's arguments name it, else the loss; higher is better."""
+    name = trainer.args.metric_for_best_model or "loss"
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    value = float(trainer.evaluate()[name])
+    return value if trainer.args.greater_is_better else -value
