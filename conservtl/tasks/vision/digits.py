@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,9 @@ def digits_parts(data: DigitsData) -> Parts:
     return Parts(_part(images, digits.target, data.target), None, source.classes, train, test)
 
 
-class _DigitOpener:
-    """Function from a digit's number to a Pillow image; picklable, for loaders with workers."""
-
-    def __init__(self, images: NDArray[np.uint8]) -> None:
-        self.images = images
-
-    def __call__(self, number: int) -> Any:
-        return require("PIL.Image", "vision").fromarray(self.images[number])
+def _opened(images: NDArray[np.uint8], number: int) -> Any:
+    """Return a digit by its number, as a Pillow image."""
+    return require("PIL.Image", "vision").fromarray(images[number])
 
 
 def _part(images: NDArray[np.uint8], values: NDArray[np.int64], digits: Sequence[int]) -> ImagePart:
@@ -47,5 +43,5 @@ def _part(images: NDArray[np.uint8], values: NDArray[np.int64], digits: Sequence
         tuple(classes.index(int(values[i])) for i in ids),
         tuple(f"digit_{int(values[i])}_{i:04d}" for i in ids),
         ids,
-        _DigitOpener(images),
+        partial(_opened, images),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -53,14 +54,9 @@ def class_names(root: Path, data: ImageFolderData) -> tuple[str, ...]:
     return tuple(_folders(folders[trains[0]], walk) if trains else folders)
 
 
-class _FileOpener:
-    """Function from an image's number to a Pillow image; picklable, for loaders with workers."""
-
-    def __init__(self, files: tuple[Path, ...]) -> None:
-        self.files = files
-
-    def __call__(self, number: int) -> Any:
-        return open_image(self.files[number])
+def _opened(files: Sequence[Path], number: int) -> Any:
+    """Return an image by its number, as a Pillow image."""
+    return open_image(files[number])
 
 
 def _parts_of(
@@ -139,7 +135,7 @@ def _part(root: Path, tree: Mapping[Path, Sequence[Path]], bad: Mapping[Path, st
         labels += [position] * len(images)
     names = tuple(file.relative_to(root).as_posix() for file in files)
     named = tuple(normalize("NFC", place.name) for place in classes)
-    return ImagePart(named, tuple(labels), names, tuple(range(len(files))), _FileOpener(tuple(files)))
+    return ImagePart(named, tuple(labels), names, tuple(range(len(files))), partial(_opened, tuple(files)))
 
 
 def _folders(folder: Path, walk: FolderWalk) -> dict[str, Path]:

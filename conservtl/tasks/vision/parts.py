@@ -31,7 +31,7 @@ class ImagePart:
         labels: N positions in ``classes``.
         names: N names of the images, for people.
         ids: N numbers of the images in their set.
-        opener: number of an image -> Pillow image.
+        opener: number of an image -> Pillow image; picklable, for loaders with workers.
     """
 
     classes: tuple[str, ...]

@@ -40,7 +40,7 @@ def torchvision_parts(data: TorchvisionData, preprocessing: VisionPreprocessing 
     skipped: dict[str, str] = {}
     converts = preprocessing or VisionPreprocessing(images=data.images or ImageSettings())
     with explained(skipped):
-        train, test = _parts_of(data, _Checking(data, converts), skipped)
+        train, test = _parts_of(data, converts, skipped)
     if data.corruption is None:
         return Parts(train, test, skipped=skipped)
     return Parts(train, test, train.classes, train, test, data.corruption, skipped)
@@ -72,43 +72,36 @@ class _SetOpener:
                 postscript.gs_binary = ghostscript
 
 
-class _Checking:
-    """Search for the bad images of a set.
+def _faults(
+    data: TorchvisionData, converts: VisionPreprocessing, opener: _SetOpener, names: Sequence[str], part: str
+) -> dict[int, str]:
+    """Return the numbers of bad images -> why; none is looked for where the set holds decoded pixels.
 
-    Args:
-        data: the set, and whether a bad image is refused.
-        converts: must be able to convert an image.
+    Raises:
+        DataError: an image is bad, and the spec does not skip such.
     """
+    fields = {"name", "root", "args", "train_split", "test_split"}
+    key = (data.model_dump_json(include=fields) + converts.model_dump_json(), part)
+    if key in _sound or isinstance(getattr(opener.images, "data", None), (np.ndarray, Tensor)):
+        return {}
 
-    def __init__(self, data: TorchvisionData, converts: VisionPreprocessing) -> None:
-        self._skips, self._converts = data.on_bad == "skip", converts
-        fields = {"name", "root", "args", "train_split", "test_split"}
-        self._key = data.model_dump_json(include=fields) + converts.model_dump_json()
+    def check(number: int) -> None:
+        converts.pixels(opener(number), names[number])
 
-    def faults(self, opener: _SetOpener, names: Sequence[str], part: str) -> dict[int, str]:
-        """Return the numbers of bad images -> why; none is looked for where the set holds decoded pixels.
-
-        Raises:
-            DataError: an image is bad, and the spec does not skip such.
-        """
-        if (self._key, part) in _sound or isinstance(getattr(opener.images, "data", None), (np.ndarray, Tensor)):
-            return {}
-
-        def check(number: int) -> None:
-            self._converts.pixels(opener(number), names[number])
-
-        found = {}
-        for number in range(len(names)):
-            if not self._skips:
-                check(number)
-            elif (fault := fault_of(number, check)) is not None:
-                found[number] = fault
-        if not found:
-            _sound.add((self._key, part))
-        return found
+    found = {}
+    for number in range(len(names)):
+        if data.on_bad != "skip":
+            check(number)
+        elif (fault := fault_of(number, check)) is not None:
+            found[number] = fault
+    if not found:
+        _sound.add(key)
+    return found
 
 
-def _parts_of(data: TorchvisionData, check: _Checking, skipped: dict[str, str]) -> tuple[ImagePart, ImagePart]:
+def _parts_of(
+    data: TorchvisionData, converts: VisionPreprocessing, skipped: dict[str, str]
+) -> tuple[ImagePart, ImagePart]:
     sets = require("torchvision.datasets", "vision")
     if data.name not in sets.__all__:
         raise DataError(
@@ -125,10 +118,10 @@ def _parts_of(data: TorchvisionData, check: _Checking, skipped: dict[str, str]) 
     elif "split" in parameters:
         parts = [_open(kind, data, args | {"split": part}) for part in (data.train_split, data.test_split)]
     else:
-        whole = _part(_open(kind, data, args), data.name, "all", check, skipped)
+        whole = _part(_open(kind, data, args), data, "all", converts, skipped)
         return split(whole, data.test_fraction, data.split_seed, f"data.name {data.name}")
     names = ("train", "test")
-    train, test = (_part(images, data.name, part, check, skipped) for images, part in zip(parts, names, strict=True))
+    train, test = (_part(images, data, part, converts, skipped) for images, part in zip(parts, names, strict=True))
     if train.classes != test.classes:
         raise DataError(
             f"data.name must have the same classes in both parts; {data.name} has {train.classes} "
@@ -152,11 +145,13 @@ def _open(kind: Any, data: TorchvisionData, args: dict[str, Any]) -> Any:
         ) from error
 
 
-def _part(images: Any, name: str, part: str, check: _Checking, skipped: dict[str, str]) -> ImagePart:
+def _part(
+    images: Any, data: TorchvisionData, part: str, converts: VisionPreprocessing, skipped: dict[str, str]
+) -> ImagePart:
     """Return a part of a set; add to ``skipped`` the images that it leaves out because they are bad."""
-    opener = _SetOpener(images, name)
+    opener = _SetOpener(images, data.name)
     names = [f"{part}_{number:06d}" for number in range(len(images))]
-    faults = check.faults(opener, names, part)
+    faults = _faults(data, converts, opener, names, part)
     skipped |= {names[number]: fault for number, fault in faults.items()}
     good = [number for number in range(len(images)) if number not in faults]
     labels = _labels(opener, good)
