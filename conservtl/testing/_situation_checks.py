@@ -14,7 +14,7 @@ from conservtl.layers import matches, named_parameters
 from conservtl.methods import Strategy
 from conservtl.testing._cases import Case, require
 from conservtl.testing._training_checks import train
-from conservtl.testing.situations import build_dropping, build_frozen, build_masked, build_several, build_tied
+from conservtl.testing.situations import SITUATIONS
 from conservtl.testing.steps import measured, objective
 from conservtl.testing.weights import random_weights
 
@@ -25,10 +25,10 @@ _WIDTH = 3
 
 def check_situations(strategy: Strategy) -> None:
     """Raise unless the strategy is right, or refused, in each situation."""
-    for what, build, check in _SITUATIONS:
+    for what, check in _CHECKS.items():
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            model, example = build(_WIDTH)
+            model, example = SITUATIONS[what](_WIDTH)
             source = random_weights(model, 1)
         case = Case(model, source, example)
         adaptation: Adaptation | None = None
@@ -150,11 +150,10 @@ def _disturb(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.3)
 
 
-_Check = Callable[[Strategy, Adaptation, Case], None]
-_SITUATIONS: tuple[tuple[str, Callable[[int], tuple[nn.Module, Any]], _Check], ...] = (
-    ("frozen parts", build_frozen, _check_frozen),
-    ("a tied head", build_tied, _check_tied),
-    ("a layer that does not run in a step", build_dropping, _check_dropped),
-    ("several outputs", build_several, _check_several),
-    ("padding", build_masked, _check_masked),
-)
+_CHECKS: dict[str, Callable[[Strategy, Adaptation, Case], None]] = {
+    "frozen parts": _check_frozen,
+    "a tied head": _check_tied,
+    "a layer that does not run in a step": _check_dropped,
+    "several outputs": _check_several,
+    "padding": _check_masked,
+}

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from conservtl.testing.networks import CLASSES, TiedNetwork
 
 __all__ = [
-    "build_dropping",
-    "build_frozen",
-    "build_masked",
-    "build_several",
-    "build_tied",
+    "SITUATIONS",
     "frozen_parts",
     "layer_drops",
     "masked_batches",
@@ -82,38 +78,28 @@ class _Masked(nn.Module):
         return scores
 
 
-def build_frozen(width: int) -> tuple[nn.Module, Any]:
-    """Return a model with frozen parts, and an example."""
-    return _Frozen(width), torch.randn(_BATCH, 3)
-
-
-def build_tied(width: int) -> tuple[nn.Module, Any]:
-    """Return a model whose head is tied to its embedding, and an example."""
-    return TiedNetwork(width), torch.randint(CLASSES, (_BATCH, _FRAMES))
-
-
-def build_dropping(width: int) -> tuple[nn.Module, Any]:
-    """Return a model with a layer that runs in eval mode only, and an example."""
-    return _Dropping(width), torch.randn(_BATCH, 3)
-
-
-def build_several(width: int) -> tuple[nn.Module, Any]:
-    """Return a model with two outputs, and an example."""
-    return _Several(width), torch.randn(_BATCH, 3)
-
-
-def build_masked(width: int) -> tuple[nn.Module, Any]:
+def _masked(width: int) -> tuple[nn.Module, Any]:
     """Return a model of padded sequences, and a batch of which the last frames of most rows are padding."""
     mask = torch.arange(_FRAMES) < torch.tensor([[2], [3], [4], [5]])
     return _Masked(width), {"x": torch.randn(_BATCH, _FRAMES, 3), "attention_mask": mask.long()}
 
 
+SITUATIONS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
+    "frozen parts": lambda width: (_Frozen(width), torch.randn(_BATCH, 3)),
+    "a tied head": lambda width: (TiedNetwork(width), torch.randint(CLASSES, (_BATCH, _FRAMES))),
+    "a layer that does not run in a step": lambda width: (_Dropping(width), torch.randn(_BATCH, 3)),
+    "several outputs": lambda width: (_Several(width), torch.randn(_BATCH, 3)),
+    "padding": _masked,
+}
+"""What a model has -> a function of its width that returns the model and an example."""
+
+
 @st.composite
-def _drawn(draw: st.DrawFn, build: Callable[[int], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
+def _drawn(draw: st.DrawFn, what: str) -> tuple[nn.Module, Any]:
     width, seed = draw(st.integers(2, 4)), draw(st.integers(0, 2**31 - 1))
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return build(width)
+        return SITUATIONS[what](width)
 
 
 def frozen_parts() -> st.SearchStrategy[tuple[nn.Module, Any]]:
@@ -129,7 +115,7 @@ def frozen_parts() -> st.SearchStrategy[tuple[nn.Module, Any]]:
         ...     assert ctl.adapt(model, model.state_dict(), example=example).plan["fixed.weight"].as_found
         >>> test_they_stay_frozen()
     """
-    return _drawn(build_frozen)
+    return _drawn("frozen parts")
 
 
 def tied_heads() -> st.SearchStrategy[tuple[nn.Module, Any]]:
@@ -143,7 +129,7 @@ def tied_heads() -> st.SearchStrategy[tuple[nn.Module, Any]]:
         ...     assert drawn[0].out.weight is drawn[0].embed.weight
         >>> test_the_head_is_the_embedding()
     """
-    return _drawn(build_tied)
+    return _drawn("a tied head")
 
 
 def layer_drops() -> st.SearchStrategy[tuple[nn.Module, Any]]:
@@ -159,7 +145,7 @@ def layer_drops() -> st.SearchStrategy[tuple[nn.Module, Any]]:
         ...     assert model.dropped.weight.grad is None
         >>> test_it_has_no_gradient()
     """
-    return _drawn(build_dropping)
+    return _drawn("a layer that does not run in a step")
 
 
 def several_outputs() -> st.SearchStrategy[tuple[nn.Module, Any]]:
@@ -174,7 +160,7 @@ def several_outputs() -> st.SearchStrategy[tuple[nn.Module, Any]]:
         ...     assert [scores.shape for scores in model(example)] == [(4, 3), (4, 3)]
         >>> test_there_are_two()
     """
-    return _drawn(build_several)
+    return _drawn("several outputs")
 
 
 def masked_batches() -> st.SearchStrategy[tuple[nn.Module, Any]]:
@@ -190,4 +176,4 @@ def masked_batches() -> st.SearchStrategy[tuple[nn.Module, Any]]:
         ...     assert torch.equal(model(**batch), model(**other))
         >>> test_padding_does_not_count()
     """
-    return _drawn(build_masked)
+    return _drawn("padding")
