@@ -241,11 +241,7 @@ def _recommend(given: Spec, *, range_test: bool) -> Recommendation:
 
 
 def _held(model: ModelLike, source: Any, train: Any, training: Training | None, options: ProblemOptions) -> OwnProblem:
-    """Return a model with its source and data as a problem.
-
-    Raises:
-        SpecError: one of them is missing, there are several targets, or the source model gives no outputs.
-    """
+    """Return a model with its source and data as a problem."""
     if source is None or train is None:
         raise SpecError(
             f"recommend: a model needs a source and data; {'source' if source is None else 'train'} is missing. Call "

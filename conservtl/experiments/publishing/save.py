@@ -173,11 +173,7 @@ def _labels(labels: Sequence[str], adaptation: Adaptation) -> tuple[str, ...]:
 
 
 def _report(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the parts of a report that a card shows.
-
-    Raises:
-        SpecError: the metrics have another form, or a value is no finite number.
-    """
+    """Return the parts of a report that a card shows; values are finite numbers."""
     if metrics is None:
         return {}
     form = 'metrics must have the form {"before": {"target": {"accuracy": 0.7}, "source": {...}}, "after": {...}}'

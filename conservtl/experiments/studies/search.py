@@ -169,11 +169,7 @@ def _suggest(trial: Any, name: str, field: SearchRange) -> Any:
 
 
 def _study(storage: Any, shown: str, section: TuneSection, content: Mapping[str, Any], judge: Judge) -> Any:
-    """Return the study in the storage, or a new one.
-
-    Raises:
-        SpecError: the storage holds a study of another spec.
-    """
+    """Return the study in the storage, which must be of this spec, or a new one."""
     optuna = require("optuna", "experiments")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searched = {key: value for key, value in content.items() if key != "tune"} | {"objective": section.objective}

@@ -76,11 +76,7 @@ def change(a: Tensor, b: Tensor, scale: float) -> float:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules of the model that hold an active adapter of PEFT.
-
-    Raises:
-        SpecError: one is no LoRA.
-    """
+    """Yield the modules of the model that hold an active adapter of PEFT, all of them LoRA."""
     for name, module in model.named_modules():
         if not isinstance(module, BASE_LAYER):
             continue

@@ -151,11 +151,7 @@ class Beam(FrozenModel):
         return found
 
     def _stamps(self) -> tuple[Any, ...]:
-        """Return what tells whether the files have changed.
-
-        Raises:
-            DataError: there is no such file.
-        """
+        """Return what tells whether the files have changed."""
         stamps = []
         for field in ("lexicon", "lm"):
             file = getattr(self, field)

@@ -123,11 +123,7 @@ def _unencodable(utterances: Sequence[Utterance], tokens: Any, labels: tuple[str
 
 
 def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str], set[str]]:
-    """Return the utterances that can be used, the names of the others -> why, and the speakers of all of them.
-
-    Raises:
-        DataError: a list is missing, or two lines are the same utterance.
-    """
+    """Return the utterances that can be used, the names of the others -> why, and the speakers of all of them."""
     home = data.root.resolve()
     found: dict[str, Utterance] = {}
     first: dict[tuple[Path, float], str] = {}
@@ -165,11 +161,7 @@ def _speaker(line: Line, data: CorpusData) -> str:
 
 
 def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
-    """Return the utterance of a line.
-
-    Raises:
-        DataError: why it cannot be used, without its name.
-    """
+    """Return the utterance of a line; an error says why it cannot be used, without its name."""
     if line.fault is not None:
         raise DataError(line.fault)
     if not line.path:

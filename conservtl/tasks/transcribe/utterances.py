@@ -149,11 +149,7 @@ def _of_target(target: str, own: list[Utterance], shots: int, seed: int) -> tupl
 def _unlabelled(
     own: list[Utterance], shots: list[Utterance], tested: list[Utterance], count: int | Literal["all"], seed: int
 ) -> list[Utterance]:
-    """Return the target's utterances to train on without their texts.
-
-    Raises:
-        DataError: there are too few.
-    """
+    """Return the target's utterances to train on without their texts."""
     bare = [one for one in own if not one.text and one.part in (None, "train")]
     if count == "all":
         if not bare:

@@ -75,11 +75,7 @@ class _SetOpener:
 def _faults(
     data: TorchvisionData, converts: VisionPreprocessing, opener: _SetOpener, names: Sequence[str], part: str
 ) -> dict[int, str]:
-    """Return the numbers of bad images -> why; none is looked for where the set holds decoded pixels.
-
-    Raises:
-        DataError: an image is bad, and the spec does not skip such.
-    """
+    """Return the numbers of bad images, if the spec skips them, -> why; sets of decoded pixels are not searched."""
     fields = {"name", "root", "args", "train_split", "test_split"}
     key = (data.model_dump_json(include=fields) + converts.model_dump_json(), part)
     if key in _sound or isinstance(getattr(opener.images, "data", None), (np.ndarray, Tensor)):

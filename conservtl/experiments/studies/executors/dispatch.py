@@ -94,11 +94,7 @@ def finish(works: Sequence[Work], workers: Workers, say: Callable[[str], None]) 
 
 
 def _outcome(future: Future[Exception | None]) -> str | None:
-    """Return None if the work is done; how its worker was lost if it is not.
-
-    Raises:
-        ConservtlError: the work raised it.
-    """
+    """Return None if the work is done, how its worker was lost if it is not; raise what the work raised."""
     try:
         error = future.result()
     except BaseException as lost:  # noqa: BLE001 - of any executor; work returns its own errors

@@ -68,11 +68,7 @@ def _opener(name: str, processes: int) -> Callable[[], Executor]:
 
 
 def _own(name: str, module: str) -> Executor:
-    """Return the executor that a function of the user's makes.
-
-    Raises:
-        SpecError: its module was not imported by hand, or the function is missing or returns no executor.
-    """
+    """Return the executor that a function of a module that was imported by hand makes."""
     if not is_imported(module):
         raise SpecError(
             f"executor {name!r}: {module} was not imported. Add --import {module.partition('.')[0]} (in Python, hand "
