@@ -110,11 +110,7 @@ def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) ->
 
 
 def checked(cls: type[Model], fields: Any, where: str, end: str = "") -> Model:
-    """Return a model of fields; a message begins with ``where``, their dotted name, and ends with ``end``.
-
-    Raises:
-        SpecError: a field is wrong.
-    """
+    """Return a model of fields; a message begins with ``where``, their dotted name, and ends with ``end``."""
     try:
         return cls.model_validate(fields)
     except ValidationError as error:

@@ -69,9 +69,6 @@ def bad_among(
     """Return the files to leave out and why: those known to be bad, and those that reading finds, whatever the draw.
 
     ``kind`` is as for ``check_files``.
-
-    Raises:
-        DataError: a file is bad, and ``on_bad`` is error.
     """
     bad = {**listed, **check_files(files, read, kind)}
     if data.on_bad == "error":

@@ -19,11 +19,7 @@ ENTRY_POINTS = "conservtl.tasks"
 
 
 def tasks() -> dict[str, Task]:
-    """Return every known task by name.
-
-    Raises:
-        SpecError: an installed package declares a task that cannot be loaded.
-    """
+    """Return every known task by name, those of installed packages among them."""
     for module in pkgutil.iter_modules(conservtl.tasks.__path__):
         if module.ispkg:
             importlib.import_module(f"conservtl.tasks.{module.name}")

@@ -64,11 +64,7 @@ class SourceModel:
 
 
 def prepare_source(spec: Spec, *, progress: bool = False) -> tuple[Setting, SourceModel]:
-    """Read the data and the source model that a spec names.
-
-    Raises:
-        InputError: one of its kinds; see ``prepare`` and ``obtain_source``.
-    """
+    """Read the data and the source model that a spec names."""
     setting = prepare(spec)
     source = obtain_source(setting, progress=progress)
     return (setting.without_source_head() if source.headless else setting.completed(source.model)), source
@@ -112,11 +108,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
 
 
 def source_data(setting: Setting) -> Data:
-    """Return the examples that a source model is trained on.
-
-    Raises:
-        SpecError: there are none.
-    """
+    """Return the examples that a source model is trained on."""
     if (data := setting.domains.source_train) is not None:
         return data
     fields = [f"data.{name}" for name in ("source_root", "corruption") if hasattr(setting.spec.data, name)]

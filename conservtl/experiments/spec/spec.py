@@ -117,11 +117,7 @@ class Spec(FrozenModel):
 
 
 def spec_class(name: str) -> type[Spec]:
-    """Return the spec class of a task, composed of its sections.
-
-    Raises:
-        SpecError: no such task is known.
-    """
+    """Return the spec class of a task, composed of its sections."""
     return _spec_class(type(task_named(name)))
 
 
@@ -147,11 +143,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
 
 
 def with_variant(spec: Spec, name: str, fields: Mapping[str, Any]) -> Spec:
-    """Return the spec of a comparison's variant.
-
-    Raises:
-        SpecError: a field is wrong; the message names the variant.
-    """
+    """Return the spec of a comparison's variant."""
     try:
         return with_fields(spec, fields)
     except SpecError as error:
@@ -183,20 +175,12 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 
 
 def parse_spec(content: Mapping[str, Any], where: str = "spec") -> Spec:
-    """Validate fields that are already read.
-
-    Raises:
-        SpecError: a field is wrong.
-    """
+    """Validate fields that are already read."""
     return validated(_adapter(), fill(content), where)
 
 
 def validated(adapter: TypeAdapter[Checked], content: Mapping[str, Any], where: str) -> Checked:
-    """Validate fields as a spec's are; ``where`` names them in a message.
-
-    Raises:
-        SpecError: a field is wrong; the message names it.
-    """
+    """Validate fields as a spec's are; ``where`` names them in a message."""
     fields = changeable(content)
     while True:
         try:
@@ -208,11 +192,7 @@ def validated(adapter: TypeAdapter[Checked], content: Mapping[str, Any], where: 
 
 
 def with_fields(spec: Spec, fields: Mapping[str, Any]) -> Spec:
-    """Return the spec with other fields, by dotted name, validated.
-
-    Raises:
-        SpecError: there is no such field, or a value is wrong.
-    """
+    """Return the spec with other fields, by dotted name, validated."""
     content = with_values(spec.model_dump(mode="json"), fields)
     if spec.held is None:
         return parse_spec(content)

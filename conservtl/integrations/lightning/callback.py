@@ -123,11 +123,7 @@ class Conserve(_Callback):  # type: ignore[misc]
         return {} if self._adaptation is None else self._adaptation.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the adaptation's state, before the optimizer is made.
-
-        Raises:
-            PlanError: the checkpoint belongs to another plan.
-        """
+        """Restore the adaptation's state, which must be of the same plan, before the optimizer is made."""
         if state_dict:
             self.adaptation.load_state_dict(state_dict)
 

@@ -22,11 +22,7 @@ __all__ = ["as_yaml", "render", "render_study"]
 
 
 def render(template: str, path: Path, **content: Any) -> None:
-    """Fill a template, a file beside this one, and write the page.
-
-    Raises:
-        MissingExtraError: jinja2 is not installed.
-    """
+    """Fill a template, a file beside this one, and write the page."""
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
         autoescape=True,

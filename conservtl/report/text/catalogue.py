@@ -52,9 +52,6 @@ def catalogue(glob: str = "*") -> list[Entry]:
     """Return the strategies whose kind, short name or class a glob matches, sorted by kind.
 
     Imported strategies of a user's own are among them.
-
-    Raises:
-        SpecError: it matches none.
     """
     known = dict.fromkeys((*builtin_strategies().values(), *Strategy.named.values()))
     entries = sorted(map(_entry, known), key=lambda entry: entry.kind)

@@ -27,11 +27,7 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
 
 
 def plain(value: Any, at: str = "report") -> Any:
-    """Return the value in types that JSON and YAML can hold.
-
-    Raises:
-        TypeError: the value has another type.
-    """
+    """Return the value in types that JSON and YAML can hold; others are an error."""
     if value is None or isinstance(value, bool | str | int):
         # JSON and YAML would write a subclass, such as an enum of strings, by its representation.
         return value if value is None or isinstance(value, bool) else _base(value)

@@ -32,11 +32,7 @@ def audio_files(root: Path, *, follow_links: bool) -> tuple[list[Path], dict[Pat
 
 
 def usable_recordings(root: Path, field: str, *, follow_links: bool) -> list[Path]:
-    """Return the audio files in a folder and its subfolders, in order; they are read.
-
-    Raises:
-        DataError: the folder is missing, holds no recording, or one that cannot be used.
-    """
+    """Return the audio files in a folder and its subfolders, in order; each is read, and must be usable."""
     if not root.is_dir():
         raise DataError(f"{field} must be a folder of recordings; {shown_name(root)} is not one. Correct the path.")
     files, bad = audio_files(root, follow_links=follow_links)

@@ -52,11 +52,7 @@ class SpeechAugment(FrozenModel):
     _change: WaveChange | None = PrivateAttr(None)
 
     def at(self, rate: int) -> SpeechAugment:
-        """Return the augmentation of recordings with this sample rate in Hz.
-
-        Raises:
-            DataError: a folder of noise or rooms cannot be used.
-        """
+        """Return the augmentation of recordings with this sample rate in Hz."""
         if self.waves is None:
             return self
         return self.model_copy().with_change(WaveChange(self.waves, rate))

@@ -183,11 +183,7 @@ def _is_source(recording: Recording, data: FolderData | SpeechCommandsData, *, s
 
 
 def speakers(data: FolderData | EspeakData | SpeechCommandsData) -> tuple[str, ...]:
-    """Return the possible targets: every speaker of the recordings, or the target voices of espeak-ng.
-
-    Raises:
-        DataError: recordings are missing.
-    """
+    """Return the possible targets: every speaker of the recordings, or the target voices of espeak-ng."""
     if isinstance(data, EspeakData):
         return TARGET_VOICES
     return tuple(sorted({recording.speaker for recording in _recordings(data)[0]}))

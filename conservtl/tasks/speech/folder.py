@@ -156,11 +156,7 @@ def in_held_out_part(name: str, share: float) -> bool:
 def speech_commands_recordings(
     root: Path, version: str, held_out: float, words: Sequence[str] | None
 ) -> list[Recording]:
-    """Return the recordings of Speech Commands below ``root``; nothing is downloaded or decoded.
-
-    Raises:
-        DataError: the set or a word is missing.
-    """
+    """Return the recordings of Speech Commands below ``root``; nothing is downloaded or decoded."""
     datasets = require("torchaudio.datasets", "torchaudio")
     try:
         listing = datasets.SPEECHCOMMANDS(root, url=version, download=False)

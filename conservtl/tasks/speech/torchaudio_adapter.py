@@ -48,11 +48,7 @@ class FrameClassifier(nn.Module):
 
 
 def torchaudio_names() -> list[str]:
-    """Return the names in ``torchaudio.models`` that build a network.
-
-    Raises:
-        MissingExtraError: torchaudio is not installed.
-    """
+    """Return the names in ``torchaudio.models`` that build a network."""
     models = require("torchaudio.models", "torchaudio")
     return [name for name in models.__all__ if _is_network(getattr(models, name))]
 

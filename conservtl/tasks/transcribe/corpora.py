@@ -83,11 +83,7 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
 
 
 def speakers(data: AnyData) -> tuple[str, ...]:
-    """Return the possible targets: every speaker, or the target voices of espeak-ng.
-
-    Raises:
-        DataError: a list is missing.
-    """
+    """Return the possible targets: every speaker, or the target voices of espeak-ng."""
     if isinstance(data, GrammarData):
         return espeak.TARGET_VOICES
     if isinstance(data, StringsData):

@@ -128,20 +128,11 @@ class TranscribePreprocessing(FrozenModel):
     """Fields that change labels alone. A run from an earlier run's weights may change them."""
 
     def seconds(self, file: Path) -> float:
-        """Return the duration of a recording, from its header.
-
-        Raises:
-            DataError: the file cannot be read as audio.
-        """
+        """Return the duration of a recording, from its header."""
         return duration_of(file)
 
     def read(self, files: Sequence[Path]) -> dict[str, Any]:
-        """Return padded inputs (N, frames, ...) and lengths (N,) for these recordings.
-
-        Raises:
-            DataError: a file is missing or unreadable.
-            MissingExtraError: soundfile is not installed.
-        """
+        """Return padded inputs (N, frames, ...) and lengths (N,) for these recordings."""
         inputs = [self.features(*read_audio(Path(file))) for file in files]
         return {"inputs": pad_sequence(inputs, batch_first=True), "lengths": torch.tensor([len(one) for one in inputs])}
 
@@ -151,11 +142,7 @@ class TranscribePreprocessing(FrozenModel):
         return min(WINDOW, self.features.longest)
 
     def windows(self, file: Path) -> Iterator[tuple[tuple[float, float], dict[str, Any]]]:
-        """Yield (start, end) in seconds and the inputs of each window of a long recording.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
+        """Yield (start, end) in seconds and the inputs of each window of a long recording."""
         for one in windows_of(file, self.longest, OVERLAP * self.longest):
             inputs = self.features(one.wave, one.rate).unsqueeze(0)
             yield (one.start, one.end), {"inputs": inputs, "lengths": torch.tensor([inputs.shape[1]])}

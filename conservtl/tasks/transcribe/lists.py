@@ -64,11 +64,7 @@ def lines_in(file: Path) -> list[str]:
 
 
 def text_of(file: Path) -> str:
-    """Return the text of a list, without a byte order mark.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return the text of a list, without a byte order mark."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

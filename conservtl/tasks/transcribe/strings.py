@@ -55,9 +55,6 @@ def strings_of(
     """Draw strings of one speaker's recordings, by the hash of a name: a word is drawn first, then a recording of it.
 
     Bounds are the least and largest number of words, and the shortest and longest gap between words in seconds.
-
-    Raises:
-        DataError: there is no recording.
     """
     if not recordings:
         raise DataError(f"data: there is no recording for {name!r}. Add recordings, or change data.held_out_takes.")

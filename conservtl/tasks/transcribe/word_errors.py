@@ -39,11 +39,7 @@ class Errors:
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Errors:
-    """Return the word errors, pooled over pairs of texts.
-
-    Raises:
-        MissingExtraError: jiwer is not installed.
-    """
+    """Return the word errors, pooled over pairs of texts."""
     return _pooled(require("jiwer", "transcribe").process_words, references, hypotheses)
 
 

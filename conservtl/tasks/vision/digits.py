@@ -17,11 +17,7 @@ __all__ = ["digits_parts"]
 
 
 def digits_parts(data: DigitsData) -> Parts:
-    """Return the source's and the target's digits; the target's test part is all images but the shots.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
+    """Return the source's and the target's digits; the target's test part is all images but the shots."""
     digits = require("sklearn.datasets", "vision").load_digits()
     # 17 levels, scaled to 8 bits
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)

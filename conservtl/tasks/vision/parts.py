@@ -104,11 +104,7 @@ def read(
     *,
     in_memory: int = IN_MEMORY,
 ) -> Data:
-    """Return a part's examples in memory if they fit, else a dataset that opens images on access.
-
-    Raises:
-        DataError: an image cannot be read; the message names it.
-    """
+    """Return a part's examples in memory if they fit, else a dataset that opens images on access."""
     if len(part) * 3 * preprocessing.images.size**2 * 4 > in_memory:
         return LazyImages(part, preprocessing, corruption)
     labels = torch.tensor(part.labels, dtype=torch.long)
@@ -116,11 +112,7 @@ def read(
 
 
 def split(part: ImagePart, fraction: float, seed: int, owner: str) -> tuple[ImagePart, ImagePart]:
-    """Split each class of a part into training and test images, by ``seed``.
-
-    Raises:
-        DataError: a class has fewer than 2 images.
-    """
+    """Split each class of a part, of 2 images at least, into training and test images, by ``seed``."""
     for position, name in enumerate(part.classes):
         if part.labels.count(position) < 2:
             raise DataError(
@@ -132,11 +124,7 @@ def split(part: ImagePart, fraction: float, seed: int, owner: str) -> tuple[Imag
 
 
 def draw_from_pool(pool: ImagePart, shots: Shots, seed: int) -> ImagePart:
-    """Draw ``shots`` images of each class from a pool without test images, by ``seed``.
-
-    Raises:
-        DataError: a class has too few images.
-    """
+    """Draw ``shots`` images of each class from a pool without test images, by ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     chosen: list[int] = []
     for position, name in enumerate(pool.classes):

@@ -70,11 +70,7 @@ class VisionPreprocessing(FrozenModel):
     """Size, crop, interpolation and normalisation."""
 
     def read(self, files: Sequence[Path]) -> Tensor:
-        """Return inputs for these image files, (N, 3, size, size) float32.
-
-        Raises:
-            DataError: a file cannot be read; the message names it.
-        """
+        """Return inputs for these image files, (N, 3, size, size) float32."""
         pixels = [self._pixels_of(Path(file)) for file in files]
         size = self.images.size
         return self.normalise(torch.stack(pixels) if pixels else torch.empty(0, 3, size, size))
