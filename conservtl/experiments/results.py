@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import MissingExtraError
 from conservtl.fragments import fragment
 from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.strengths import best_step, strengths_of
 from conservtl.report.pages.comparison_page import comparison_parts, comparison_table, write_compare
 from conservtl.report.pages.sweep_page import layers_table, strengths_table, sweep_parts, sweep_sentences, write_sweep
+from conservtl.report.run_report import drawn
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import headline
 from conservtl.report.text.summary import rows_notes
@@ -113,7 +113,7 @@ class Comparison(_Study):
 
     def _repr_html_(self) -> str:
         table = self.table()._repr_html_()
-        return fragment(table, *_drawn(self.figures), title=self.verdict, notes=_left_out(self.result))
+        return fragment(table, *drawn(self.figures), title=self.verdict, notes=_left_out(self.result))
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,8 @@ class Sweep(_Study):
 
     def _repr_html_(self) -> str:
         tables = [table._repr_html_() for table in (self.table(), self.strengths()) if table is not None]
-        return fragment(*tables, *_drawn(self.figures), title=" ".join(self.sentences))
+        return fragment(*tables, *drawn(self.figures), title=" ".join(self.sentences))
 
 
 def _left_out(result: Mapping[str, Any]) -> list[str]:
     return [f"Left out: {text}." for text in result.get("left_out") or ()] + rows_notes(result)
-
-
-def _drawn(figures: Any) -> list[str]:
-    """Return pictures as HTML; none where matplotlib is not installed."""
-    try:
-        return [picture._repr_html_() for picture in figures()]
-    except MissingExtraError:
-        return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from conservtl.errors import MissingExtraError
@@ -16,7 +16,7 @@ from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.summary import sentence
 from conservtl.report.text.tables import agreement_rows, metric_rows
 
-__all__ = ["RunReport", "run_figures"]
+__all__ = ["RunReport", "drawn", "run_figures"]
 
 
 class RunReport(dict[str, Any]):
@@ -52,15 +52,19 @@ class RunReport(dict[str, Any]):
         return run_figures(self, self.history)
 
     def _repr_html_(self) -> str:
-        try:
-            pictures = [picture._repr_html_() for picture in self.figures()]
-        except MissingExtraError:
-            pictures = []
         title = str(self.get("sentence") or sentence(self))
-        return fragment(self.table()._repr_html_(), *pictures, title=title)
+        return fragment(self.table()._repr_html_(), *drawn(self.figures), title=title)
 
 
 def run_figures(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """Return learning curves, the path between source and trained weights, drift by layer, and classes."""
     pictures = [learning_curves(report, history), weight_path(report), drift_by_layer(report), class_chart(report)]
     return [picture for picture in pictures if picture]
+
+
+def drawn(figures: Callable[[], Iterable[Picture]]) -> list[str]:
+    """Return pictures as HTML; none where matplotlib is not installed."""
+    try:
+        return [picture._repr_html_() for picture in figures()]
+    except MissingExtraError:
+        return []

@@ -1,4 +1,4 @@
-"""The column of changes at the right edge of a picture that has a row for each class or target."""
+"""The column of texts at the right edge of a picture that has a row for each class, target or method."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import Any
 
 from conservtl.report.text.metrics import Metric, signed
 
-__all__ = ["change_column"]
+__all__ = ["change_column", "right_column"]
 
 
-def change_column(axes: Any, changes: Sequence[float], metric: Metric, bold: Sequence[bool], offset: int) -> None:
-    """Write a change, in the shown unit, at the right end of each row, and the unit above them.
-
-    Row k is at height k; ``offset`` is the distance of the column's right end from the axes, in points.
-    """
-    for place, (change, strong) in enumerate(zip(changes, bold, strict=True)):
+def right_column(axes: Any, texts: Sequence[str], bold: Sequence[bool], offset: int) -> None:
+    """Write a text beside each row k, at height k; it ends ``offset`` points to the right of the axes."""
+    for place, (text, strong) in enumerate(zip(texts, bold, strict=True)):
         axes.annotate(
-            signed(change, metric.digits),
+            text,
             (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(offset, 0),
@@ -26,5 +23,10 @@ def change_column(axes: Any, changes: Sequence[float], metric: Metric, bold: Seq
             va="center",
             weight="bold" if strong else "normal",
         )
+
+
+def change_column(axes: Any, changes: Sequence[float], metric: Metric, bold: Sequence[bool], offset: int) -> None:
+    """Write a change, in the shown unit, at the right end of each row, and the unit above them."""
+    right_column(axes, [signed(change, metric.digits) for change in changes], bold, offset)
     unit = "points" if metric.share else "difference"
     axes.annotate(unit, (1, 1), xycoords="axes fraction", xytext=(offset, 8), textcoords="offset points", ha="right")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
+from conservtl.report.figures.changes import right_column
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
 from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.metrics import ACCURACY, Metric
@@ -84,16 +85,7 @@ def _dots(axes: Any, rows: Sequence[VariantResult], metric: Metric) -> None:
         face = "white" if row.untrained else row.colour
         shape = (3, 0, 90) if beyond else row.shape
         axes.plot([x], [place], marker=shape, markersize=7, color=face, markeredgecolor=row.colour, zorder=3)
-        axes.annotate(
-            row.target.text(),
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(36, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            weight="normal" if row.baseline else "bold",
-        )
+    right_column(axes, [row.target.text() for row in order], [not row.baseline for row in order], 36)
     axes.set_yticks(range(len(order)), [shorten(row.name, _NAME) for row in order])
     for label, row in zip(axes.get_yticklabels(), order, strict=True):
         label.set(color=row.ink, weight="normal" if row.baseline else "bold")
