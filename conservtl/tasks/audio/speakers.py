@@ -1,14 +1,21 @@
-"""The target speaker, looked for among the speakers of the data."""
+"""Names of speakers, and the checks that those a spec names are speakers of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Annotated
+from unicodedata import normalize
+
+from pydantic import AfterValidator
 
 from conservtl.errors import DataError, did_you_mean, listed
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["check_sources", "check_target"]
+__all__ = ["Text", "check_sources", "check_target"]
+
+Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
+"""A word or a speaker; composed and decomposed letters are the same."""
 
 
 def check_target(target: str, known: Collection[str], bad: Mapping[Path, str] | None = None) -> None:

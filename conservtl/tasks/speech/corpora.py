@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
-from unicodedata import normalize
 
 from annotated_types import MinLen
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
@@ -18,7 +17,7 @@ from conservtl.data.shots import Shots
 from conservtl.errors import SpecError
 from conservtl.tasks.audio.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.audio.reading import read_audio
-from conservtl.tasks.audio.speakers import check_target
+from conservtl.tasks.audio.speakers import Text, check_target
 from conservtl.tasks.bad_files import FileData, FolderFiles, bad_among, explained, names_below
 from conservtl.tasks.classification import ClassData
 from conservtl.tasks.speech.augment import SpeechAugment
@@ -38,8 +37,6 @@ _SOURCE_AUGMENT = SpeechAugment(
     noise=0.1,
 )
 
-Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
-"""A word or a speaker; composed and decomposed letters are the same."""
 Words = Annotated[tuple[Text, ...], MinLen(2)]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
-from unicodedata import normalize
 
 from annotated_types import MinLen
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from conservtl.bounds import Count, NonNegative, NonNegativeInt, Place, Positive, ProperShare
 from conservtl.tasks.audio import espeak
+from conservtl.tasks.audio.speakers import Text
 from conservtl.tasks.bad_files import FolderFiles
 from conservtl.tasks.base import DataSection
 from conservtl.tasks.speech.folder import FREE_SPOKEN_DIGITS
@@ -25,9 +25,6 @@ __all__ = ["ENGLISH", "AnyData", "CorpusData", "DataSpec", "GrammarData", "Strin
 
 ENGLISH = " 'abcdefghijklmnopqrstuvwxyz"
 """The alphabet of English text in lower case."""
-
-Text = Annotated[str, AfterValidator(lambda text: normalize("NFC", text))]
-"""A speaker; composed and decomposed letters are the same."""
 
 
 class UtteranceData(DataSection):
