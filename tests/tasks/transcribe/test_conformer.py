@@ -27,6 +27,25 @@ def test_an_utterance_alone_gives_what_it_gives_in_a_padded_batch(factor):
             torch.testing.assert_close(outputs[row, : count.item()], alone[0], rtol=1e-4, atol=1e-5)
 
 
+def test_convolutions_on_a_cpu_see_neighbouring_channels_and_give_what_the_plain_ones_give():
+    torch.manual_seed(0)
+    model = ConformerCTC(20, 6, SMALL)
+    layouts = []
+    for conv in (model.subsampling.conv2, model.blocks[0].convolution.depthwise):
+        conv.register_forward_hook(lambda _, args, out: layouts.extend([args[0].stride(1), out.stride(1)]))
+    model(torch.randn(3, 61, 20), torch.tensor([61, 30, 7]))
+    assert layouts == [1, 1, 1, 1]
+    for conv in (model.subsampling.conv2, model.blocks[0].convolution.depthwise):
+        inputs = torch.randn(2, conv.in_channels, 9, *[4] * (conv.weight.ndim - 3), requires_grad=True)
+        plain = torch.convolution(
+            inputs, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, False, [0], conv.groups
+        )
+        torch.testing.assert_close(conv(inputs), plain)
+        wanted = torch.autograd.grad(plain.square().sum(), [inputs, conv.weight, conv.bias])
+        got = torch.autograd.grad(conv(inputs).square().sum(), [inputs, conv.weight, conv.bias])
+        torch.testing.assert_close(got, wanted)
+
+
 def test_the_default_has_about_a_million_parameters_and_the_largest_usual_one_is_below_five():
     count = sum(one.numel() for one in build(ModelSpec(), TranscribePreprocessing(), 29).parameters())
     assert 0.9e6 < count < 1.2e6
