@@ -46,6 +46,22 @@ def test_convolutions_on_a_cpu_see_neighbouring_channels_and_give_what_the_plain
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 11), (40, 50, 60)])
+def test_dropout_drops_its_share_and_scales_the_rest(shape):
+    drop = ConformerCTC(20, 6, SMALL.model_copy(update={"dropout": 0.3})).subsampling.dropout
+    inputs = torch.ones(shape, requires_grad=True)
+    torch.manual_seed(0)
+    outputs = drop(inputs)
+    (gradient,) = torch.autograd.grad(outputs.sum(), inputs)
+    torch.testing.assert_close(outputs, torch.where(outputs == 0, 0.0, 1 / 0.7))
+    assert torch.equal(gradient, outputs)
+    assert abs((outputs == 0).double().mean() - 0.3) < 4 * (0.3 * 0.7 / inputs.numel()) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(drop(inputs), outputs)
+    assert not torch.equal(drop(inputs), outputs)
+    assert torch.equal(drop.eval()(inputs), inputs)
+
+
 def test_the_default_has_about_a_million_parameters_and_the_largest_usual_one_is_below_five():
     count = sum(one.numel() for one in build(ModelSpec(), TranscribePreprocessing(), 29).parameters())
     assert 0.9e6 < count < 1.2e6
