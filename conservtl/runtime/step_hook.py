@@ -168,11 +168,11 @@ class StepHook:
         if not capturing():
             return
         plan = self._context.plan
-        deciding = [*plan.updates, *(one for one in plan.penalties if one.anneal is not None or one.every > 1)]
-        if deciding:
+        hosted = [one for one in plan.penalties if one.anneal is not None or one.every > 1 or one.anchor == "cpu"]
+        if by := [one.by for one in (*plan.updates, *hosted)]:
             raise SpecError(
-                f"{deciding[0].by} decides at each step what to do, and a CUDA graph repeats the step that it "
-                "captured. Capture forward and backward pass alone, and call optimizer.step() after each replay."
+                f"{by[0]} needs the host at each step, and a CUDA graph repeats without it what it captured. Capture "
+                "forward and backward pass alone, and call optimizer.step() after each replay."
             )
 
     def _unscale(self, scaler: GradScaler) -> None:

@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import conservtl as ctl
+from conservtl.methods.registry import builtin_strategies
 
 STRATEGIES = [
     ctl.L2SP(alpha=0.1),
     ctl.L2SP(alpha=0.1, mode="decoupled", anchors="bf16"),
     ctl.LPFT(epochs=1),
     ctl.OutputConservation(),
+    ctl.EntropyMinimisation(),
     ctl.LayerTransfer(layers=1, side="input"),
     ctl.DiscriminativeLR(decay=0.8),
     ctl.GradualUnfreezing(by="layer"),
@@ -74,6 +76,10 @@ def close(a, b, rtol, atol):
     assert list(a.state_dict()) == list(b.state_dict())
     for (name, one), other in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_each_strategy_is_here():
+    assert {type(one) for one in STRATEGIES} == set(builtin_strategies().values())
 
 
 @each(STRATEGIES)

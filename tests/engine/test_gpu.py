@@ -162,6 +162,8 @@ def test_deterministic(plain, data, same):
         ctl.Mixout(),
         *WEIGHTS,
         ctl.OutputConservation(),
+        ctl.EntropyMinimisation(),
+        ctl.LoRA(rank=1),
         ctl.FeatureConservation(layers=1),
         ctl.FeatureConservation(layers=1, metric="ldifs"),
         ctl.LHUC(freeze=False),
@@ -212,3 +214,44 @@ def test_without_triton_pulls_that_repeat_are_replayed_from_a_graph(decoupled):
             assert torch.equal(one.parameter, two.parameter)
             assert torch.equal(one.parameter.grad, two.parameter.grad)
     assert replayed._graph is not None
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_step_in_a_graph_of_the_caller_is_the_step(mode):
+    """Its gradients lie in the graph's own memory, so tables are sent inside it; steps without it have their own."""
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(30, 40).cuda()
+        start = {name: torch.zeros_like(one) for name, one in model.state_dict().items()}
+        optimizer = ctl.adapt(model, start, [ctl.L2SP(on="all", mode=mode)]).optimizer(torch.optim.SGD, lr=0.01)
+        inputs = torch.randn(8, 30, device="cuda")
+
+        def step(model=model, optimizer=optimizer, inputs=inputs):
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                optimizer.zero_grad()
+                step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        optimizer.zero_grad()
+        if captured:
+            with torch.cuda.graph(graph):
+                step()
+        for number in range(6):
+            if number == 3:  # without the graph, and with it again: nothing is mixed up
+                optimizer.zero_grad(set_to_none=not captured)
+                step()
+            elif captured:
+                graph.replay()
+            else:
+                optimizer.zero_grad()
+                step()
+        found.append([one.detach().clone() for one in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -194,17 +194,18 @@ def test_addresses_that_a_graph_of_the_caller_sends_serve_it_alone(monkeypatch):
         (ctl.L2SP(), False),
         (ctl.L2SP(mode="decoupled"), False),
         (ctl.L2SP(every=2), True),
+        (ctl.L2SP(anchors="cpu"), True),
         (ctl.L2SP(anneal=ctl.Anneal(steps=9)), True),
         (ctl.Mixout(), True),
         (ctl.Projection(), True),
     ],
     ids=str,
 )
-def test_a_step_that_differs_from_the_next_is_not_captured(strategy, refused, monkeypatch):
+def test_a_step_that_needs_the_host_is_not_captured(strategy, refused, monkeypatch):
     model = nn.Linear(3, 2)
     adaptation = ctl.adapt(model, {name: one.clone() for name, one in model.state_dict().items()}, [strategy])
     optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
     monkeypatch.setattr("conservtl.runtime.step_hook.capturing", lambda: True)
-    message = r"decides at each step what to do, and a CUDA graph .* call optimizer.step\(\) after each replay"
+    message = r"needs the host at each step, and a CUDA graph .* call optimizer.step\(\) after each replay"
     with pytest.raises(ctl.SpecError, match=message) if refused else nullcontext():
         optimizer.step()
