@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,15 +23,19 @@ __all__ = [
     "Terminated",
     "TrainingDivergedError",
     "WriteError",
+    "agreeing",
     "counted",
     "did_you_mean",
     "hint",
     "listed",
+    "plural",
     "wrong_tag",
 ]
 
 
 _LISTED = 12  # words that a message lists
+_PLURALS = {r"sis$": "ses", r"(s|x|ch|sh)$": r"\1es", r"([^aeiou])y$": r"\1ies"}  # ending -> of the plural
+_VERBS = {"is": "are", "has": "have", "does": "do"}
 
 
 class ConservtlError(Exception):
@@ -123,13 +128,41 @@ class WriteError(ConservtlError, OSError):
         )
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with a noun, which is in the plural unless there is one.
+def counted(number: int, noun: str, verb: str = "", *, of: int | None = None) -> str:
+    """Return a number with a noun, in the plural unless there is one, and a verb that agrees with the number.
 
-    >>> counted(1, "file"), counted(1200, "file")
-    ('1 file', '1,200 files')
+    Args:
+        number: how many.
+        noun: in the singular.
+        verb: in the singular; empty: none.
+        of: how many there are in all; None: not said.
+
+    >>> counted(1, "file"), counted(1200, "batch"), counted(2, "layer", "is")
+    ('1 file', '1,200 batches', '2 layers are')
+    >>> counted(1, "file", "does", of=3), counted(2, "hypothesis", "has", of=2)
+    ('1 of 3 files does', '2 of 2 hypotheses have')
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    named = noun if (number if of is None else of) == 1 else plural(noun)
+    said = (f"{number:,}", "" if of is None else f"of {of:,}", named, agreeing(number, verb))
+    return " ".join(filter(None, said))
+
+
+def agreeing(number: int, verb: str) -> str:
+    """Return a verb in the singular, or in the plural unless there is one.
+
+    >>> agreeing(1, "is"), agreeing(2, "is"), agreeing(2, "leaves")
+    ('is', 'are', 'leave')
+    """
+    return verb if number == 1 else _VERBS.get(verb, verb.removesuffix("s"))
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a noun.
+
+    >>> plural("layer"), plural("class"), plural("hypothesis"), plural("entry"), plural("day")
+    ('layers', 'classes', 'hypotheses', 'entries', 'days')
+    """
+    return next((re.sub(end, put, noun) for end, put in _PLURALS.items() if re.search(end, noun)), f"{noun}s")
 
 
 def listed(names: Collection[str]) -> str:

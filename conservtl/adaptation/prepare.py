@@ -18,7 +18,7 @@ from conservtl.adaptation.earlier_run import (
 )
 from conservtl.adaptation.origin import Origin, Structure, named_source
 from conservtl.adaptation.preset import Preset
-from conservtl.errors import SourceError, SpecError
+from conservtl.errors import SourceError, SpecError, agreeing, counted
 from conservtl.layers import canonical, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategies, extend_all, record_all, retract_all
@@ -203,9 +203,9 @@ def _check_trained(plan: Plan) -> None:
     if not acts and all(type(after).interpolates for after in plan.after):
         rest = "" if len(found) == len(plan.rows) else ", and the strategies freeze the others"
         raise SpecError(
-            f"model: {len(found)} of its {len(plan.rows)} parameters ask for no gradient (requires_grad is False)"
-            f"{rest}, so nothing would be trained. Call requires_grad_(True) on those to train before adapt, or name "
-            "them in a strategy, such as LayerTransfer(layers=[...], freeze=False)."
+            f"model: {len(found)} of its {counted(len(plan.rows), 'parameter')} {agreeing(len(found), 'asks')} for no "
+            f"gradient (requires_grad is False){rest}, so nothing would be trained. Call requires_grad_(True) on those "
+            "to train before adapt, or name them in a strategy, such as LayerTransfer(layers=[...], freeze=False)."
         )
 
 

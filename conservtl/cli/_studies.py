@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from conservtl.cli._options import DryRun, Executor, Imports, Out, Overrides, Processes, SpecFile
-from conservtl.errors import MissingExtraError, counted
+from conservtl.errors import MissingExtraError, agreeing, counted
 
 __all__ = ["compare", "sweep", "tune"]
 
@@ -95,7 +95,7 @@ def _print_estimate(estimate: dict[str, Any]) -> None:
     sources = estimate["sources"]
     sys.stdout.write(
         f"{counted(estimate['runs'], 'run')}, {duration} on this machine, and the training of up to "
-        f"{counted(sources, 'source model')}, which {'is' if sources == 1 else 'are'} kept for later runs\n"
+        f"{counted(sources, 'source model')}, which {agreeing(sources, 'is')} kept for later runs\n"
     )
 
 

@@ -40,14 +40,11 @@ class Examples:
         for field in ("inputs", "labels"):
             value: Any = getattr(self, field)
             if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(self.names):
-                count = (
-                    f"{counted(len(value), 'row')}"
-                    if isinstance(value, Tensor) and value.ndim
-                    else type(value).__name__
-                )
+                rows = isinstance(value, Tensor) and value.ndim
+                count = counted(len(value), "row") if rows else type(value).__name__
                 raise DataError(
-                    f"Examples.{field} must be a tensor or an array with one row for each of {len(self.names)} names; "
-                    f"received {count}. Give as many names as rows."
+                    f"Examples.{field} must be a tensor or an array with one row for each of "
+                    f"{counted(len(self.names), 'name')}; received {count}. Give as many names as rows."
                 )
 
     def __len__(self) -> int:

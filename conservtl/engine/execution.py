@@ -15,7 +15,7 @@ from torch import nn
 from conservtl.compat import tf32_settings
 from conservtl.engine.optimizer import Made, class_name
 from conservtl.engine.training import Training
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 
 __all__ = ["Execution", "decide", "in_tf32"]
 
@@ -55,7 +55,7 @@ class Execution:
         mode = "" if isinstance(self.compile, bool) else f" ({self.compile})"
         batches = "" if self.batch_size is None else f"batches of {self.batch_size}"
         if self.batch_size is not None and self.batch_seconds is not None:
-            batches = f"batches of at most {self.batch_seconds:.4g} s and {self.batch_size} examples"
+            batches = f"batches of at most {self.batch_seconds:.4g} s and {counted(self.batch_size, 'example')}"
         spread = f"{self.accumulate} batches a step" if self.accumulate > 1 else ""
         parts = (
             self.device,

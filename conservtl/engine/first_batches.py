@@ -18,7 +18,7 @@ from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.functions import IGNORED, Loss, cross_entropy, labels_of, logits_of
 from conservtl.functions import forward as plain_forward
 from conservtl.labels import labels_for_loss
@@ -208,9 +208,9 @@ def _check_classes(logits: Tensor, labels: Any, content: Any, ignored: int) -> N
     wrong = numbers[((numbers < 0) | (numbers >= classes)) & (numbers != ignored)]
     if wrong.numel():
         raise SpecError(
-            f"labels must be positions of {classes} outputs, 0 to {classes - 1}, or {ignored} for positions that do "
-            f"not count; received {int(wrong.flatten()[0])}. Number them from 0, or give the model as many outputs as "
-            "there are classes."
+            f"labels must be positions of {counted(classes, 'output')}, 0 to {classes - 1}, or {ignored} for positions "
+            f"that do not count; received {int(wrong.flatten()[0])}. Number them from 0, or give the model as many "
+            "outputs as there are classes."
         )
 
 

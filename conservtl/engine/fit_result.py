@@ -68,7 +68,7 @@ class FitResult:
             for line in self._some_lines()
         ]
         left = len(self.history) - len(rows)
-        notes = [f"{left} epochs are left out here; history has all." if left else ""]
+        notes = [f"{counted(left, 'epoch', 'is')} left out here; history has all." if left else ""]
         notes += [f"after  {name}: {facts}" for name, facts in self.after.items()]
         return fragment(html_table(header, rows, {1}), title=title, notes=notes)
 

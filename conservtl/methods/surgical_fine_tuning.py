@@ -147,7 +147,8 @@ class BestBlock(Search):
     def describe(self) -> str:
         """Return one line for the plan's table."""
         length = "a fifth of the epochs" if self.epochs is None else counted(self.epochs, "epoch")
-        return f"each of {len(self.candidates)} blocks trained alone for {length}; the best on validation is chosen"
+        blocks = counted(len(self.candidates), "block")
+        return f"each of {blocks} trained alone for {length}; the best on validation is chosen"
 
     def trials(self) -> dict[str, dict[str, str]]:
         """Return each block with the fact that chooses it."""

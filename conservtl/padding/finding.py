@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.padding.positions import Padding
 
 __all__ = ["completed", "find_padding", "names_padding", "padding_of_outputs", "padding_of_rows"]
@@ -179,8 +179,8 @@ def _checked(lengths: Tensor, rows: int, subject: str) -> Tensor:
     """Return lengths as integers, or as shares in (0, 1]."""
     if lengths.shape != (rows,):
         raise SpecError(
-            f"{subject} must hold one length for each example; received shape {tuple(lengths.shape)} for {rows} "
-            "examples. Give a tensor of shape (N,)."
+            f"{subject} must hold one length for each example; received shape {tuple(lengths.shape)} for "
+            f"{counted(rows, 'example')}. Give a tensor of shape (N,)."
         )
     low, high = float(lengths.min()), float(lengths.max())
     if lengths.is_floating_point() and low > 0 and high <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from conservtl.errors import counted
 from conservtl.fragments import fragment, html_table
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def summary(plan: Plan) -> list[str]:
     """Return totals, reasons for fresh layers, remarks on the source, phases if there are several, and decisions."""
     total = plan.totals()
     share = 100 * total["trained"] / max(1, total["all"])
+    every = counted(total["all"], "parameter")
     text = [
-        f"{total['all']:,} parameters: {total['trained']:,} trained ({share:.1f} %), {total['frozen']:,} frozen",
+        f"{every}: {total['trained']:,} trained ({share:.1f} %), {total['frozen']:,} frozen",
         f"{total['copied']:,} copied from the source, {total['fresh']:,} fresh",
     ]
     text += [f"rows copied by label  {said}" for said in rows_by_label(plan).values()]
@@ -144,7 +146,7 @@ def _as_found(plan: Plan) -> str:
     rows = [row for row in plan.rows if row.as_found]
     layers = list(dict.fromkeys(row.layer for row in rows))
     where = named(layers, 3)
-    return f"{sum(row.size for row in rows):,} parameters in {where}: no gradient was asked for when handed in"
+    return f"{counted(sum(row.size for row in rows), 'parameter')} in {where}: no gradient was asked for when handed in"
 
 
 def _rate(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update
 
@@ -60,7 +60,8 @@ def check_groups(
     if missing := [own for parameter, (own, _) in rates.items() if parameter not in found]:
         raise SpecError(f"{name}: its groups must hold every trained parameter; {missing[0]!r} is missing.")
     if len(inner.param_groups) != count:
-        raise SpecError(f"{name}: it must keep the {count} groups it is given; it has {len(inner.param_groups)}.")
+        kept = len(inner.param_groups)
+        raise SpecError(f"{name}: it must keep the {counted(count, 'group')} it is given; it has {kept}.")
     groups = getattr(optimizer, "param_groups", inner.param_groups)
     if len(groups) != len(inner.param_groups) or any(
         a is not b for a, b in zip(groups, inner.param_groups, strict=True)

@@ -52,8 +52,8 @@ def check_coverage(
         return
     message = (
         f"{source.where}: most of what the plan takes from the source must be found there; of "
-        f"{counted(len(wanted), 'tensor')} "
-        f"with {every:,} values it gives {len(found)} with {values:,}{_reason(wanted)}."
+        f"{counted(len(wanted), 'tensor')} with {counted(every, 'value')} it gives "
+        f"{len(found)} with {values:,}{_reason(wanted)}."
     )
     if fit is not None and fit.values > values:
         message += f" With {fit}, {counted(len(fit.names), 'tensor')} with {counted(fit.values, 'value')} fit."
@@ -77,7 +77,8 @@ def kept_note(kept: Sequence[str], model: Mapping[str, Tensor]) -> tuple[str, ..
     if not kept:
         return ()
     shown = ", ".join(f"{name} {tuple(model[name].shape)}" for name in kept[:3]) + ", …" * (len(kept) > 3)
-    return (f"{len(kept)} buffers keep their own values, which the source does not have for them ({shown})",)
+    own = "its own values" if len(kept) == 1 else "their own values"
+    return (f"{counted(len(kept), 'buffer', 'keeps')} {own}, which the source does not have for them ({shown})",)
 
 
 def missed_note(source: Source, model: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from conservtl.errors import SourceError
+from conservtl.errors import SourceError, counted
 from conservtl.storage.files import file_digest
 
 __all__ = ["announce", "checkpoints", "digest_in", "download", "download_published", "one_line"]
@@ -93,4 +93,4 @@ def _shown(size: int | None) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
+    return counted(size, "byte")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conservtl.errors import SourceError, counted, did_you_mean
+from conservtl.errors import SourceError, agreeing, counted, did_you_mean
 from conservtl.layers import canonical
 from conservtl.source.kinds import has_values
 
@@ -40,7 +40,7 @@ def weights_in(entries: Mapping[str, Any], where: str, key: str | None = None) -
         others = sorted(str(other) for other in entries if other != name)
         weights = sorted(repr(path) for path in _paths({key: one for key, one in entries.items() if key != name}))
         left = f", ignored {', '.join(others[:6])}" if others else ""
-        choose = f"; {' and '.join(weights[:4])} hold{'s' * (len(weights) == 1)} weights too (key=...)"
+        choose = f"; {' and '.join(weights[:4])} {agreeing(len(weights), 'holds')} weights too (key=...)"
         notes.append(f"took the entry {name!r}{left}{choose if weights else ''}")
         entries = entries[name]
     return entries, notes
@@ -77,8 +77,9 @@ def _check_size(name: str, tensor: Tensor, where: str) -> None:
     size = tensor.numel() * tensor.element_size()
     if size > _REPEATED and has_values(tensor) and size > tensor.untyped_storage().nbytes():
         raise SourceError(
-            f"{where}: a tensor's values must be in the file; {name!r} claims {size:,} bytes and the file holds "
-            f"{tensor.untyped_storage().nbytes():,} for it. Save tensor.contiguous(), if the weights are to be trusted."
+            f"{where}: a tensor's values must be in the file; {name!r} claims {counted(size, 'byte')} and the file "
+            f"holds {tensor.untyped_storage().nbytes():,} for it. Save tensor.contiguous(), if the weights are to be "
+            "trusted."
         )
 
 

@@ -55,8 +55,7 @@ def refuse(bad: Mapping[Path, str]) -> None:
     """Raise if a file is bad: name the first in order, and count the others."""
     if bad:
         file = min(bad)
-        others = f"{counted(len(bad) - 1, 'other')} {'is' if len(bad) == 2 else 'are'}"
-        more = f"; {others} bad too" if len(bad) > 1 else ""
+        more = f"; {counted(len(bad) - 1, 'other', 'is')} bad too" if len(bad) > 1 else ""
         raise DataError(
             f"{shown_name(file)} {bad[file]}{more}. Replace or remove it, or leave bad files out with data.on_bad: "
             "skip."
@@ -118,7 +117,7 @@ def skipped_text(skipped: Mapping[str, str], count: int | None = None) -> str:
     names = sorted(skipped)[:_LISTED]
     shown = "; ".join(f"{shown_name(name)} {shown_name(skipped[name])}" for name in names)
     more = f"; and {count - len(names):,} more" if count > len(names) else ""
-    return f"{count:,} {'file is' if count == 1 else 'files are'} skipped: {shown}{more}"
+    return f"{counted(count, 'file', 'is')} skipped: {shown}{more}"
 
 
 def skipped_report(skipped: Mapping[str, str]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class TestNamed:
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         adaptation = ctl.adapt(model, ctl.itself(missing=["1.running_mean"]))
         assert adaptation.plan.fresh == ()
-        assert "1 buffers keep their own values" in str(adaptation.plan)
+        assert "1 buffer keeps its own values" in str(adaptation.plan)
 
     def test_a_wrapped_model(self):
         assert ctl.adapt(nn.DataParallel(network()), ctl.itself(missing=["2"])).plan.fresh == ("2.weight", "2.bias")

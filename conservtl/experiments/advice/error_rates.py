@@ -173,7 +173,8 @@ def advise_by_errors(evidence: ErrorEvidence) -> Advice:
     if amount == "little" and not new:
         kept = max(1, round(KEPT * len(evidence.layers)))
         strategies.append({"kind": "layer_transfer", "side": "output", "layers": kept})
-        choices.append(Reason("amount", f"With {where}, the last {kept} of {len(evidence.layers)} layers are frozen."))
+        last = counted(kept, "layer", "is", of=len(evidence.layers))
+        choices.append(Reason("amount", f"With {where}, the last {last} frozen."))
     else:
         choices.append(Reason("amount", f"With {where}, everything is trained."))
     if amount == "much":
@@ -190,8 +191,8 @@ def advise_by_errors(evidence: ErrorEvidence) -> Advice:
     choices += _without_texts(evidence, strategies)
     epochs = max(evidence.epochs, -(-STEPS // evidence.steps))
     if epochs > evidence.epochs:
-        few = f"{evidence.epochs} epochs of {evidence.steps} are few steps"
-        choices.append(Reason("length", f"{few}: {epochs} epochs make at least {STEPS}."))
+        few = f"{counted(evidence.epochs, 'epoch')} of {counted(evidence.steps, 'step')} are few"
+        choices.append(Reason("length", f"{few}: {counted(epochs, 'epoch', 'makes')} at least {STEPS}."))
     training = {"epochs": epochs, "schedule": "cosine", "warmup": 0.1, "clip": 1.0, "batch_norm": "eval"}
     return Advice(tuple(strategies), training, tuple(choices))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conservtl.data import Data, spread
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.experiments.advice.layer_features import LayerFeatures, features_of, statistics_shift
 from conservtl.experiments.advice.transferability import leep, log_me, proxy_a_distance
 from conservtl.experiments.run.setting import Setting
@@ -154,7 +154,7 @@ def _distances(
         return {}
     if len(target.labels) < ENOUGH_FOR_DISTANCE:
         left_out.append(
-            f"{what}: {len(target.labels)} target examples are too few to separate domains "
+            f"{what}: {counted(len(target.labels), 'target example', 'is')} too few to separate domains "
             f"({ENOUGH_FOR_DISTANCE} are needed)"
         )
         return {}

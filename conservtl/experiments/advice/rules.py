@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from conservtl.data.shots import taken_text
+from conservtl.errors import counted
 from conservtl.experiments.advice.evidence import Evidence
 from conservtl.experiments.advice.reason import Advice, Reason
 from conservtl.experiments.advice.thresholds import (
@@ -40,7 +41,8 @@ _CONSERVATION = {
 def advise(evidence: Evidence) -> Advice:
     """Choose the tuned side by the shift, how much is trained by the table, the kept side's rates by the distance."""
     amount, (distant, by) = size(evidence), far(evidence)
-    where = f"{amount} data ({_count(evidence)} a class, one for {1 / evidence.per_parameter:,.0f} parameters)"
+    each = counted(round(1 / evidence.per_parameter), "parameter")
+    where = f"{amount} data ({_count(evidence)} a class, one for {each})"
     apart = f"{'far' if distant else 'near'} ({by})"
     if evidence.shift == "labels" and (amount == "little" or _features_suffice(evidence)):
         return _frozen_features(evidence, amount, where, apart)
@@ -54,7 +56,8 @@ def advise(evidence: Evidence) -> Advice:
     elif amount == "little":
         kept = max(1, round(KEPT * (len(evidence.layers) + 1)))
         strategies.append({"kind": "layer_transfer", "side": "output", "layers": kept})
-        reason = f"With {where}, the last {kept} layers are frozen, including the head, which knows the labels."
+        last = counted(kept, "layer", "is")
+        reason = f"With {where}, the last {last} frozen, including the head, which knows the labels."
         choices.append(Reason("amount", reason))
     else:
         choices.append(Reason("amount", f"With {where}, everything is trained."))
@@ -71,8 +74,8 @@ def advise(evidence: Evidence) -> Advice:
         strategies.append(NORMS[evidence.shift])
     choices.append(_norms(evidence))
     if (epochs := _epochs(evidence)) > evidence.epochs:
-        few = f"{evidence.epochs} epochs of {evidence.steps} are few steps"
-        choices.append(Reason("length", f"{few}: {epochs} epochs make at least {STEPS}."))
+        few = f"{counted(evidence.epochs, 'epoch')} of {counted(evidence.steps, 'step')} are few"
+        choices.append(Reason("length", f"{few}: {counted(epochs, 'epoch', 'makes')} at least {STEPS}."))
     training = {
         "epochs": epochs,
         "schedule": "cosine",

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from conservtl.errors import counted
 from conservtl.experiments.publishing.licence import UNKNOWN
 from conservtl.plan.plan import Plan
 from conservtl.report.text.metrics import metrics_of, pair
@@ -112,7 +113,7 @@ def _summary(card: Card) -> str:
     totals = card.plan.totals()
     base = f"`{_code(card.base or card.source)}`"
     done = ", ".join(f"`{_code(name)}`" for name in card.strategies) or "plain fine-tuning"
-    trained = f"{totals['trained']:,} of {totals['all']:,} parameters were trained."
+    trained = f"{counted(totals['trained'], 'parameter', of=totals['all'])} trained."
     return "\n\n".join([f"Adapted from {base} by conservtl with {done}. {trained}", *map(_escaped, card.notes)])
 
 

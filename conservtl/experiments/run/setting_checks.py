@@ -58,8 +58,7 @@ def check_validation(data: Any, domains: Domains, training: Training, plan: Plan
         verb, them = ("choose", "them") if len(names) > 1 else ("chooses", "it")
         raise SpecError(
             f"{' and '.join(names)} {verb} by a validation set, but data.validation={data.validation:g} of "
-            f"{counted(data.shots, 'shot')} leaves none. Ask for more shots, or leave {them} "
-            "out."
+            f"{counted(data.shots, 'shot', 'leaves')} none. Ask for more shots, or leave {them} out."
         )
 
 
@@ -73,8 +72,9 @@ def check_labels(train: Any, plan: Plan, *, all_of_them: bool = False) -> None:
     if not bare or any(term.unlabelled for term in plan.terms) or (any(known) and not all_of_them):
         return
     raise SpecError(
-        f"data.unlabelled: {bare} of {len(known)} examples have no labels, and no strategy learns from such. Set "
-        "data.unlabelled.pseudo_labels, add the strategy entropy_minimisation, or leave data.unlabelled out."
+        f"data.unlabelled: {counted(bare, 'example', 'has', of=len(known))} no labels, and no strategy "
+        "learns from such. Set data.unlabelled.pseudo_labels, add the strategy entropy_minimisation, or leave "
+        "data.unlabelled out."
     )
 
 

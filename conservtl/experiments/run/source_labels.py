@@ -13,7 +13,7 @@ from conservtl.batches import map_tensors
 from conservtl.data import Data, Domains, Examples, length_of
 from conservtl.data.sequences import Sequences
 from conservtl.data.shots import UpTo, taken_text
-from conservtl.errors import DataError, SpecError, counted, listed
+from conservtl.errors import DataError, SpecError, counted, listed, plural
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
@@ -138,8 +138,7 @@ def data_line(task: Task, domains: Domains, data: Any) -> str:
         line += ", none of the source: " + none_held_out(data)
     if not task.has_classes:
         return line
-    count = len(domains.labels)
-    return f"{count:,} {'class' if count == 1 else 'classes'}, {listed(domains.labels)}: {line}"
+    return f"{counted(len(domains.labels), 'class')}, {listed(domains.labels)}: {line}"
 
 
 def shots_note(task: Task, domains: Domains, taken: Mapping[str, int] | None, shots: Any) -> tuple[str, ...]:
@@ -150,7 +149,7 @@ def shots_note(task: Task, domains: Domains, taken: Mapping[str, int] | None, sh
         return (f"{counted(sizes['shots'], task.example)} with labels and {bare:,} without; {tested} to test on",)
     if isinstance(shots, int) or not taken:
         return ()
-    text = f"{taken_text(taken.values())} {task.example}s of each class are taken, {sum(taken.values())} in all"
+    text = f"{taken_text(taken.values())} {plural(task.example)} of each class are taken, {sum(taken.values())} in all"
     if isinstance(shots, UpTo) and (few := [label for label, count in taken.items() if count < shots.up_to]):
         text += f"; fewer than {shots.up_to} of {listed(few)}"
     return (text,)

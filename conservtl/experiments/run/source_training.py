@@ -16,7 +16,7 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data
 from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.processes import current
-from conservtl.errors import SourceError, SpecError, listed
+from conservtl.errors import SourceError, SpecError, agreeing, counted, listed
 from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_cache import SourceCache
@@ -137,8 +137,8 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
         if labels:
             raise SourceError(
                 f"{weights} must have an output for each label of the source; its head "
-                f"{head[0]!r} has {outputs}, and there are {len(labels)} labels ({listed(labels)}). List the labels "
-                "of its outputs, in order, in source.labels."
+                f"{head[0]!r} has {outputs}, and there {agreeing(len(labels), 'is')} {counted(len(labels), 'label')} "
+                f"({listed(labels)}). List the labels of its outputs, in order, in source.labels."
             )
         model = setting.model(outputs)
         needed = own_tensors(model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conservtl.engine import Training
-from conservtl.errors import SpecError, did_you_mean
+from conservtl.errors import SpecError, counted, did_you_mean
 from conservtl.methods import AnyStrategy
 from conservtl.methods.feature_conservation.strategy import FeatureConservation
 from conservtl.methods.l2_sp import L2SP
@@ -43,7 +43,7 @@ class Recipe(FrozenModel):
             ("adaptation.measure(batches)", "if adaptation.outstanding() names a measurement"),
             ("optimizer = adaptation.optimizer()", f"{cls.__name__}({_listed(options)})"),
             ("scheduler = adaptation.scheduler(steps=steps)", f"{training.schedule}; steps in all epochs together"),
-            (f"for each of {training.epochs} epochs, with batches of {training.known_batch_size}:", ""),
+            (f"for each of {counted(training.epochs, 'epoch')}, with batches of {training.known_batch_size}:", ""),
             ("    model.train()", "after each evaluation"),
             ("    adaptation.start_phase(i)", "where phase i of adaptation.plan.phases begins"),
             *([] if self.augment is None else [("    change the examples", f"augment: {_listed(self.augment)}")]),

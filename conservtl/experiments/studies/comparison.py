@@ -176,7 +176,7 @@ def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     if best["wins"]:
         return f"{where} {best['variant']} beats the best baseline, {table['best_baseline']}: {figures}."
     if gap["count"] < _ENOUGH:
-        few = f"{counted(gap['count'], 'paired run')} {'is' if gap['count'] == 1 else 'are'} too few to tell"
+        few = f"{counted(gap['count'], 'paired run', 'is')} too few to tell"
         return f"{where} {few}: {best['variant']} is nearest, {figures}."
     return (
         f"{where} nothing beats the best baseline, {table['best_baseline']}, beyond chance: the nearest is "

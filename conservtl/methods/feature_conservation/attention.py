@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.batches import map_tensors, replace_tensors, row_count, tensors_of
-from conservtl.errors import SpecError
+from conservtl.errors import SpecError, counted
 from conservtl.plan.measure import Measure, MeasureContext
 from conservtl.runtime.channels import Channels
 
@@ -113,8 +113,8 @@ class _Occluded:
 
     def _no_example_a_row(self, output: Tensor, size: int) -> SpecError:
         return SpecError(
-            f"layer {self.layer!r} gives outputs of shape {tuple(output.shape)} for {size} examples, so no channel of "
-            "an example can be told. Tap another layer, or set attention=False."
+            f"layer {self.layer!r} gives outputs of shape {tuple(output.shape)} for {counted(size, 'example')}, so no "
+            "channel of an example can be told. Tap another layer, or set attention=False."
         )
 
     def _split(self, outputs: Any, batch: Any, size: int, copies: int) -> Tensor:

@@ -45,9 +45,9 @@ class FeatureConservationTerm(Term):
                 continue
             if len(features) != len(targets):
                 raise SpecError(
-                    f"{self.by}: layer {layer!r} gives {len(features)} outputs in a forward pass of the model, "
-                    f"{len(targets)} in one of the source (its calls and parts together). Tap a layer that gives as "
-                    "many in both."
+                    f"{self.by}: layer {layer!r} gives {counted(len(features), 'output')} in a forward pass of the "
+                    f"model, {len(targets)} in one of the source (its calls and parts together). Tap a layer that "
+                    "gives as many in both."
                 )
             weights = measured[self.reads[0]][layer] if self.reads else None
             calls = [self._distance(layer, adapted, *one, weights) for one in zip(features, targets, axes, strict=True)]

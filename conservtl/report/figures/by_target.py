@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
 from conservtl.report.figures.changes import change_column
 from conservtl.report.text.intervals import MeanInterval
@@ -113,5 +114,5 @@ def _caption(targets: Sequence[Target], chosen: Sequence[Target], shown: Sequenc
     else:
         parts.append("Means over seeds.")
     if len(targets) > len(chosen):
-        parts.append(f"Of {len(targets):,} targets, the {len(chosen)} that differ most.")
+        parts.append(f"Of {counted(len(targets), 'target')}, the {len(chosen)} that differ most.")
     return " ".join(parts)

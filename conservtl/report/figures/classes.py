@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
 from conservtl.report.figures.changes import change_column
 from conservtl.report.text.metrics import Metric, headline, number
@@ -131,7 +132,7 @@ def _caption(panels: Mapping[str, Sequence[Class]]) -> str:
             parts.append(f"Of {len(classes):,} {domain} classes, the {SHOWN} that changed most are shown.")
         counts = {each.count for each in classes if each.count is not None}
         if len(counts) == 1:
-            parts.append(f"{next(iter(counts)):,} test examples a {domain} class.")
+            parts.append(f"{counted(next(iter(counts)), 'test example')} a {domain} class.")
         brackets = brackets or len(counts) > 1
     if brackets:
         parts.append("In brackets: test examples of the class.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.changes import right_column
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
@@ -23,7 +24,7 @@ def frontier(table: Mapping[str, Any], name: str, metric: Metric = ACCURACY, *, 
     if not rows:
         return None
     marks = _marks(rows)
-    title = f"{metric.name} of {len(rows)} methods, {where}."
+    title = f"{metric.name} of {counted(len(rows), 'method')}, {where}."
     if not marks:
         svg = draw(
             name, f"Target {title}", 0.27 * len(rows) + 0.9, lambda figure: _dots(figure.subplots(), rows, metric)
@@ -49,7 +50,7 @@ def _intervals(rows: Sequence[VariantResult]) -> str:
     if counts == [1]:
         return "One run each, so there are no intervals."
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Bars: 95 % intervals of the mean over {runs} runs."
+    return f"Bars: 95 % intervals of the mean over {counted(runs, 'run')}."
 
 
 def _marks(rows: Sequence[VariantResult]) -> list[PlanePoint]:

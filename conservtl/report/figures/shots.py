@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.report.figures.canvas import PALE, Picture, bare, draw, shorten
 from conservtl.report.figures.labels import legend_beside
 from conservtl.report.text.intervals import MeanInterval
@@ -50,7 +51,7 @@ def error_by_shots(
             axes.set_ylabel(f"{domain} {error} (%, log scale)" if metric.share else f"{domain} {error}")
             axes.set_xlabel(f"labelled examples{' a class' if classes else ''} (log scale)")
 
-    alt = f"{error} of {' and '.join(panels)} against the number of shots, {len(named)} methods."
+    alt = f"{error} of {' and '.join(panels)} against the number of shots, {counted(len(named), 'method')}."
     better = "Lower" if metric.share else str(metric.better).capitalize()
     caption = f"{better} is better. Grey and black: baselines. Bars: 95 % intervals of the mean."
     if rest:

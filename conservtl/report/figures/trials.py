@@ -108,7 +108,7 @@ def against_fields(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> 
     caption = f"Up is better. {_SINGLE} Ringed: {ringed}.{' Grey crosses: stopped early.' if given_up else ''}"
     if any(trial.rank < seen.cut for trial in scored):
         caption += " Dots at the lower edge lie below it."
-    alt = f"{score_name(result)} against each of {len(fields)} fields."
+    alt = f"{score_name(result)} against each of {counted(len(fields), 'field')}."
     return Picture("What each field does", caption, draw("fields", alt, height, paint))
 
 

@@ -104,7 +104,7 @@ def _holding(result: Mapping[str, Any]) -> str:
         held, tuned = (curve(result, side, form, "target") for form in ("AnB", "AnB+"))
         up_to, costly = free_layers(held, tuned, metric)
         if up_to:
-            free.append(f"up to {up_to} of {len(result['layers'])} layers from the {side} side")
+            free.append(f"up to {counted(up_to, 'layer', of=len(result['layers']))} from the {side} side")
         elif costly:
             bound.append(f"the first {f'{costly} ' if costly > 1 else ''}from the {side} side")
     if free:

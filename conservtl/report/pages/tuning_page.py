@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import counted
+from conservtl.errors import agreeing, counted
 from conservtl.report.figures.trials import SearchTrial, against_fields, front, over_time, score_name, trials_of
 from conservtl.report.pages.rendering import render_study
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
@@ -50,8 +50,7 @@ def tune_sentence(result: Mapping[str, Any]) -> str:
     first, score = best[0], metric.show_scaled(best[0].score)
     if result["objective"] == "both":
         ends = [choose(best, key=lambda trial: trial.target or 0) for choose in (min, max)]
-        are = "is" if len(best) == 1 else "are"
-        text = f"Of {counted(len(trials), 'trial')}, {len(best)} {are} on the Pareto front"
+        text = f"Of {counted(len(trials), 'trial')}, {len(best)} {agreeing(len(best), 'is')} on the Pareto front"
         if len(best) > 1:
             text += f", from {_pair(ends[0])} to {_pair(ends[1])}"
         return f"{text}; the best {metric.combination}, {score}, is that of trial {first.number}."

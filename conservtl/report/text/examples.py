@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from conservtl.data.shots import taken_text
-from conservtl.errors import counted
+from conservtl.errors import counted, plural
 from conservtl.tasks.bad_files import shown_name, skipped_text
 
 __all__ = [
@@ -60,7 +60,7 @@ def examples_notes(report: Mapping[str, Any]) -> list[str]:
     parts = [f"{sizes[name]:,} {words}" for name, words in names.items() if name in sizes]
     if bare := unlabelled_text(sizes, example):
         parts.insert(1, bare)
-    return [f"{example.capitalize()}s: {', '.join(parts)}."] if parts else []
+    return [f"{plural(example).capitalize()}: {', '.join(parts)}."] if parts else []
 
 
 def skipped_notes(report: Mapping[str, Any]) -> list[str]:
@@ -87,7 +87,8 @@ def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken
         ('5 shots a class', 'up to 5 recordings a class (3 to 5)')
     """
     most = shots["up_to"] if isinstance(shots, Mapping) else shots
-    words = f"{most} {example}{'' if most == 1 else 's'}{' a class' if classes else ''}"
+    words = counted(most, example) if isinstance(most, int) else f"{most} {plural(example)}"
+    words += " a class" if classes else ""
     if isinstance(shots, int):
         return words
     words = f"up to {words}" if isinstance(shots, Mapping) else words

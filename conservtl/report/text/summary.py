@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from conservtl.errors import counted
 from conservtl.plan.plan import Plan
 from conservtl.report.text.examples import target_text
 from conservtl.report.text.metrics import Verdict, headline, number, pair
@@ -163,8 +164,8 @@ def _cost(report: Mapping[str, Any]) -> str:
     totals = plan.totals()
     share = totals["trained"] / max(1, totals["all"])
     if totals["trained"] == totals["all"]:
-        return f"All {_count(totals['all'])} parameters trained{time}."
-    return f"{_percent(share)} of {_count(totals['all'])} parameters trained{time}."
+        return f"All {_parameters(totals['all'])} trained{time}."
+    return f"{_percent(share)} of {_parameters(totals['all'])} trained{time}."
 
 
 def _percent(share: float) -> str:
@@ -174,7 +175,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.01 else f"{min(99, round(100 * share))} %"
 
 
-def _count(parameters: int) -> str:
-    if parameters >= 1_000_000:
-        return f"{parameters / 1e6:.3g} million" if parameters < 1e9 else f"{parameters / 1e9:.3g} billion"
-    return f"{parameters:,}"
+def _parameters(count: int) -> str:
+    if count < 1_000_000:
+        return counted(count, "parameter")
+    return f"{f'{count / 1e6:.3g} million' if count < 1e9 else f'{count / 1e9:.3g} billion'} parameters"

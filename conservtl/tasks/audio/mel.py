@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from conservtl.errors import agreeing, counted
+
 __all__ = ["mel_filters", "mel_power", "normalise", "triangles"]
 
 _FLAT = 1e-5  # standard deviation of silence, which becomes zeros
@@ -43,8 +45,8 @@ def mel_filters(rate: int, bands: int, n_fft: int, f_min: float) -> Tensor:
     filters = triangles(frequencies, corners)
     if empty := int((filters.amax(dim=0) == 0).sum()):
         warnings.warn(
-            f"data.features.n_mels: {empty} of {bands} bands contain no frequency of the transform and are constant. "
-            f"Use fewer bands, or a longer window.",
+            f"data.features.n_mels: {counted(empty, 'band', 'contains', of=bands)} no frequency of the "
+            f"transform and {agreeing(empty, 'is')} constant. Use fewer bands, or a longer window.",
             stacklevel=2,
         )
     return filters

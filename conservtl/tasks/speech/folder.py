@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from conservtl.errors import DataError, SpecError, counted
+from conservtl.errors import DataError, SpecError, agreeing, counted
 from conservtl.extras import require
 from conservtl.tasks.audio.listing import audio_files
 from conservtl.tasks.bad_files import shown_name
@@ -119,9 +119,9 @@ def _unmatched(
     if not rest:
         return ()
     kinds = Counter(path.rpartition(".")[2].lower() for path in rest)
-    counted = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
-    text = f"{len(rest)} of {len(files)} audio files do not match data.pattern and are left out ({counted})"
-    return (f"{text}, such as {shown_name(rest[0])}",)
+    each = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
+    text = f"{counted(len(rest), 'audio file', 'does', of=len(files))} not match data.pattern and "
+    return (f"{text}{agreeing(len(rest), 'is')} left out ({each}), such as {shown_name(rest[0])}",)
 
 
 def _take(file: Path, match: re.Match[str], default: int) -> int:

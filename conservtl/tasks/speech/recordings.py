@@ -170,8 +170,8 @@ def _check_shots(target: Sequence[Recording], shots: Shots) -> None:
         if count <= shots:
             raise DataError(
                 f"data.shots: {target[0].speaker!r} has {counted(count, 'recording')} of {label!r}; "
-                f"{counted(shots, 'shot')} leave none "
-                f"for testing. Set data.shots to at most {count - 1} or to {{up_to: {shots}}}, or record more."
+                f"{counted(shots, 'shot', 'leaves')} none for testing. Set data.shots to at most {count - 1} or "
+                f"to {{up_to: {shots}}}, or record more."
             )
 
 

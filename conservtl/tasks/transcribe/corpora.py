@@ -96,8 +96,7 @@ def _resampled(utterances: Sequence[Utterance], rate: int) -> list[str]:
     """Say which recordings have another sample rate than the network."""
     others = Counter(one.rate for one in utterances if one.rate not in (None, rate))
     return [
-        f"{count:,} of {counted(len(utterances), 'utterance')} {'is' if count == 1 else 'are'} resampled from "
-        f"{other:,} Hz to {rate:,} Hz"
+        f"{counted(count, 'utterance', 'is', of=len(utterances))} resampled from {other:,} Hz to {rate:,} Hz"
         f"{f', with nothing above {other // 2:,} Hz' * (other < rate)}"
         for other, count in sorted(others.items())
         if other is not None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, counted
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.kaldi import kaldi_lines
 from conservtl.tasks.transcribe.lists import PARTS, Line, lines_in, text_of
@@ -91,7 +91,8 @@ def _table(file: Path, root: Path) -> Iterator[Line]:
         for row in rows:
             more = len(row.pop(None, ()))
             line = _line(file, rows.line_num, row, root)
-            fault = f"has {len(columns) + more} cells for {len(columns)} columns; put a text with commas in quotes"
+            cells = f"{counted(len(columns) + more, 'cell')} for {counted(len(columns), 'column')}"
+            fault = f"has {cells}; put a text with commas in quotes"
             yield replace(line, fault=fault) if more else line
     except csv.Error as error:
         raise DataError(

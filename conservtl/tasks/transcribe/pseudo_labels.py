@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from conservtl.data.sequences import Sequences
-from conservtl.errors import DataError, SpecError
+from conservtl.errors import DataError, SpecError, counted
 from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode
 from conservtl.tasks.transcribe.recognizers import Decoder, answered, recognizer_of
@@ -82,8 +82,8 @@ def pseudo_labelled(
         lower = f"Lower least (data.unlabelled.pseudo_labels.least){looser}, or give texts."
         lower = lower if least or augment else "Give texts."
         raise DataError(
-            f"pseudo-labels: at least one of {len(data)} hypotheses must be left; the surest has a mean posterior of "
-            f"{surest:.2f}, and least is {least:g}. {lower}"
+            f"pseudo-labels: at least one of {counted(len(data), 'hypothesis')} must be left; the surest has a mean "
+            f"posterior of {surest:.2f}, and least is {least:g}. {lower}"
         )
     return replace(data.take(kept), labels=tuple(labels), labelled=())
 

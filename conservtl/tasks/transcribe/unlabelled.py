@@ -11,7 +11,7 @@ from torch import nn
 from conservtl.bounds import Count, Share
 from conservtl.data import Domains
 from conservtl.data.sequences import Sequences, joined
-from conservtl.errors import counted
+from conservtl.errors import agreeing, counted
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
 from conservtl.tasks.transcribe.recognizers import Decoder
@@ -85,14 +85,14 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     if (rule := section.pseudo_labels) is not None:
         augment = None if rule.agreement is None else rule.agreement.of_batch
         heard = pseudo_labelled(source, bare, least=rule.least, augment=augment, seed=seed)
-        note += f", of which {len(heard)} have hypotheses to train on"
+        note += f", of which {len(heard)} {agreeing(len(heard), 'has')} hypotheses to train on"
         rejected = len(bare) - len(heard)
         note += f"; {rejected} rejected" if rejected else ""
         counts |= {"accepted": len(heard), "rejected": rejected}
     elif isinstance(source, Decoder):
         heard = pseudo_labelled(source, bare, least=0.0, seed=seed)
         heard = replace(heard, labelled=(False,) * len(heard))
-        note += f", of which the decoder reads {len(heard)} hypothes{'i' if len(heard) == 1 else 'e'}s"
+        note += f", of which the decoder reads {counted(len(heard), 'hypothesis')}"
     times = max(1, round(len(heard) / len(told))) if section.balance and len(told) else 1
     note += f"; the {len(told)} with texts {times} times in an epoch" if times > 1 else ""
     copies = [replace(told, names=tuple(f"{name} ({number})" for name in told.names)) for number in range(2, times + 1)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conservtl.data.sequences import Sequences
-from conservtl.errors import DataError, counted
+from conservtl.errors import DataError, agreeing, counted
 from conservtl.tasks.audio.speakers import check_sources, check_target
 from conservtl.tasks.speech.folder import in_held_out_part
 
@@ -163,10 +163,9 @@ def _unlabelled(
     rest = [one for one in rest if one.text and one not in set(shots)]
     most = len(bare) + len(rest) - (not fixed)
     if count > most:
-        are = "is" if most == 1 else "are"
         raise DataError(
-            f"data.unlabelled.utterances: {own[0].speaker!r} has {counted(most, 'utterance')} that {are} neither shots "
-            f"nor tested on; received {count}. Set it to at most {most}."
+            f"data.unlabelled.utterances: {own[0].speaker!r} has {counted(most, 'utterance')} that "
+            f"{agreeing(most, 'is')} neither shots nor tested on; received {count}. Set it to at most {most}."
         )
     generator = torch.Generator().manual_seed(seed)
     order = [[part[place] for place in torch.randperm(len(part), generator=generator)] for part in (bare, rest)]

@@ -111,7 +111,7 @@ def _files_by_class(folder: Path, walk: FolderWalk, field: str) -> dict[Path, li
         loose = sum(_is_image(file.name) for file in folder.iterdir())
         content = f"{counted(len(classes), 'folder')} and {counted(loose, 'loose image')}"
         if walk.bad:
-            content += f" ({len(walk.bad)} bad files or folders apart: {skipped_text(names_below(folder, walk.bad))})"
+            content += f" ({counted(len(walk.bad), 'bad entry')} apart: {skipped_text(names_below(folder, walk.bad))})"
         raise DataError(f"{field} must have at least 2 classes; {folder} has {content}. {_LAYOUTS}.")
     found: dict[Path, list[Path]] = {}
     for place in classes.values():

@@ -367,4 +367,4 @@ def test_the_plan_says_which_recordings_are_left_out(speech_fields, humming, tmp
     speech_fields["data"]["root"] = str(folder)
     plan = plan_of(parse_spec(speech_fields))
     (line,) = (line for line in str(plan).splitlines() if line.startswith("data  1 of "))
-    assert line.endswith("audio files do not match data.pattern and are left out (1 .wav), such as a cleo 1.wav")
+    assert line.endswith("audio files does not match data.pattern and is left out (1 .wav), such as a cleo 1.wav")

@@ -77,7 +77,7 @@ def test_texts_and_hypotheses_are_trained_on_together():
 
 
 def test_when_nothing_is_left_the_surest_is_named():
-    with pytest.raises(ctl.DataError, match=r"of 1 hypotheses must be left; the surest has a mean posterior of 0.55"):
+    with pytest.raises(ctl.DataError, match=r"of 1 hypothesis must be left; the surest has a mean posterior of 0.55"):
         pseudo_labelled(Heard(), DATA.take([0]))
     with pytest.raises(ctl.SpecError, match=r"least must be a probability; received nan"):
         pseudo_labelled(Heard(), DATA, least=math.nan)
