@@ -34,7 +34,7 @@ __all__ = [
 
 
 _LISTED = 12  # words that a message lists
-_PLURALS = {r"sis$": "ses", r"(s|x|ch|sh)$": r"\1es", r"([^aeiou])y$": r"\1ies"}  # ending -> of the plural
+_PLURALS = {r"sis$": "ses", r"(s|x|tch|sh)$": r"\1es", r"([^aeiou])y$": r"\1ies"}  # ending -> of the plural
 _VERBS = {"is": "are", "has": "have", "does": "do"}
 
 
@@ -159,8 +159,8 @@ def agreeing(number: int, verb: str) -> str:
 def plural(noun: str) -> str:
     """Return the plural of a noun.
 
-    >>> plural("layer"), plural("class"), plural("hypothesis"), plural("entry"), plural("day")
-    ('layers', 'classes', 'hypotheses', 'entries', 'days')
+    >>> plural("epoch"), plural("class"), plural("hypothesis"), plural("entry"), plural("day")
+    ('epochs', 'classes', 'hypotheses', 'entries', 'days')
     """
     return next((re.sub(end, put, noun) for end, put in _PLURALS.items() if re.search(end, noun)), f"{noun}s")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from conservtl.errors import SpecError
 from conservtl.wrong_fields import sentences
@@ -85,10 +86,60 @@ class FrozenModel(BaseModel):
         __init__.__pydantic_base_init__ = True  # models within models are made without it
         __init__.__signature__ = inspect.signature(BaseModel.__init__)
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as error:
+                raise FieldError.of(error, type(self)) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, with other values of some fields, which are checked as in a new one.
+
+        Raises:
+            SpecError: there is no such field, or a value is wrong.
+        """
+        copied = super().model_copy(deep=deep)
+        if not update:
+            return copied
+        fields = {name: getattr(copied, name) for name in copied.model_fields_set}
+        changed = type(self)(**fields | dict(update))
+        object.__setattr__(changed, "__pydantic_private__", copied.__pydantic_private__)
+        return changed
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema with numbers that are no booleans."""
+        schema: CoreSchema = _with_numbers(handler(source))
+        return schema
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # Of each class, or one that is not built yet would have the signature of a base that is.
         cls.__signature__ = _Signature()  # type: ignore[assignment]
+
+
+def _with_numbers(schema: Any) -> Any:
+    """Return a schema of Pydantic whose numbers refuse True and False, which would count as 1 and 0."""
+    if isinstance(schema, (list, tuple)):
+        return type(schema)(map(_with_numbers, schema))
+    if not isinstance(schema, dict):
+        return schema
+    if (check := _NUMBERS.get(schema.get("type", ""))) is not None:
+        return core_schema.no_info_before_validator_function(check, schema)
+    if schema.get("type") == "function-before" and schema["function"]["function"] in _NUMBERS.values():
+        return schema  # of a model within
+    return {key: part if key in _NO_SCHEMAS else _with_numbers(part) for key, part in schema.items()}
+
+
+def _number(kind: Any, value: Any) -> Any:
+    """Return a value unless it is a boolean, of NumPy or torch too."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise PydanticKnownError(kind)
+    return value
+
+
+_NUMBERS = {"int": partial(_number, "int_type"), "float": partial(_number, "float_type")}
+_NO_SCHEMAS = ("metadata", "serialization", "default")
 
 
 def register(registry: dict[str, type[Class]], cls: type[Class], *names: str) -> None:

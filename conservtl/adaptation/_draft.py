@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from conservtl.errors import SelectorError, SpecError
+from conservtl.errors import SelectorError
 from conservtl.layers import Layer, matches, named_parameters, select, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.runtime.freezing import found_frozen
@@ -100,10 +100,9 @@ def compared_model(
     return build_source_model(model, source, [name for name in named_parameters(model) if name not in without])
 
 
-def declared_fresh(layers: Sequence[Layer], fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def declared_fresh(layers: Sequence[Layer], fresh: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Return parameter -> reason, for those declared fresh by a glob of parameter or layer names."""
-    if isinstance(fresh, str):
-        raise SpecError(f"fresh must be a list of globs; received the text {fresh!r}. Write fresh=[{fresh!r}].")
+    fresh = (fresh,) if isinstance(fresh, str) else fresh
     reasons = fresh if isinstance(fresh, Mapping) else {glob: f"declared fresh by fresh=[{glob!r}]" for glob in fresh}
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
     named = {name for names in inside.values() for name in names}

@@ -12,6 +12,7 @@ from torch import nn
 from conservtl.adaptation.bound_plan import BoundPlan
 from conservtl.errors import PlanError
 from conservtl.plan.plan import Plan
+from conservtl.plan.row import Row
 from conservtl.plan.upgrade import decayed_by_default
 from conservtl.runtime.anchors import differs
 from conservtl.spec_model import FrozenModel
@@ -75,13 +76,13 @@ def _with_weight_decay(plan: Plan, names: Collection[str]) -> Plan:
 
 
 def _without_reasons(plan: Plan) -> Plan:
-    """Return the plan without what only explains it, which may differ between versions."""
+    """Return the plan without what only explains it, which may differ between versions; to compare, unchecked."""
     rows = []
     for row in plan.rows:
         chosen = {column: choice for column, choice in row.chosen.items() if column != "weight_decay"}
         plain = {"reason": None, "found": "trained", "aliases": (), "chosen": chosen}
-        rows.append(row.model_copy(update=plain))
-    return plan.model_copy(update={"rows": tuple(rows)})
+        rows.append(Row.model_construct(**dict(row) | plain))
+    return Plan.model_construct(**dict(plan) | {"rows": tuple(rows)})
 
 
 def _difference(plan: Plan, expected: Plan) -> str:

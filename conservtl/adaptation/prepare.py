@@ -19,7 +19,7 @@ from conservtl.adaptation.earlier_run import (
 from conservtl.adaptation.origin import Origin, Structure, named_source
 from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError, agreeing, counted
-from conservtl.layers import canonical, find_layers, unwrap
+from conservtl.layers import canonical, check_globs, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategies, extend_all, record_all, retract_all
 from conservtl.plan.measure import Measure
@@ -42,7 +42,7 @@ def adapt(
     *,
     example: Any = None,
     layers: Sequence[str] | None = None,
-    fresh: Sequence[str] | Mapping[str, str] = (),
+    fresh: str | Sequence[str] | Mapping[str, str] = (),
     allow: Sequence[str] = (),
     head: Sequence[str] | None = None,
     key: str | None = None,
@@ -72,9 +72,9 @@ def adapt(
         example: a batch as the model takes it (a tensor, a tuple of positional or a dictionary of keyword arguments),
             to find the order of layers by running a copy of the model once.
         layers: globs of parameter names, input side first, that define the layers.
-        fresh: globs of parameters or layers not to copy although they fit, such as a head for other labels; or a
-            mapping glob -> reason, which the plan shows. ``"head"`` means the head, unless a layer or parameter is
-            called so.
+        fresh: globs, or one glob, of parameters or layers not to copy although they fit, such as a head for other
+            labels; or a mapping glob -> reason, which the plan shows. ``"head"`` means the head, unless a layer or
+            parameter is called so.
         allow: globs of modules that the model may lack, or build differently, if the source is a model; and of
             parameters that the source may lack, if it has almost none of the model's.
         head: globs of the parameters or modules that are the head. None: the model is asked
@@ -107,6 +107,8 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
+    for name, globs in {"layers": layers, "fresh": fresh, "allow": allow, "head": head}.items():
+        check_globs(name, globs, text=name == "fresh")
     head_labels = None if labels is None else HeadLabels(labels)
     training = strategies.training if isinstance(strategies, Preset) else None
     given = strategies.strategies if isinstance(strategies, Preset) else strategies

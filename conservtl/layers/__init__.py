@@ -6,12 +6,13 @@ the classifier. `find_layers` divides a model into layers; the other functions n
 
 from conservtl.layers.find import find_layers
 from conservtl.layers.info import Layer, ParameterInfo, layer_of
-from conservtl.layers.names import canonical, matches, named_parameters, select, unwrap
+from conservtl.layers.names import canonical, check_globs, matches, named_parameters, select, unwrap
 
 __all__ = [
     "Layer",
     "ParameterInfo",
     "canonical",
+    "check_globs",
     "find_layers",
     "layer_of",
     "matches",

@@ -12,7 +12,7 @@ from conservtl.errors import SelectorError, SpecError
 from conservtl.layers.first_use import Trace, trace
 from conservtl.layers.head import mark_head
 from conservtl.layers.info import Layer, ParameterInfo, layer_of
-from conservtl.layers.names import canonical, matches, named_parameters, select, unwrap
+from conservtl.layers.names import canonical, check_globs, matches, named_parameters, select, unwrap
 from conservtl.layers.units import Node, Unit, is_norm, tree, units
 
 __all__ = ["Layer", "ParameterInfo", "find_layers", "layer_of"]
@@ -43,6 +43,8 @@ def find_layers(
         >>> [(layer.name, layer.modules) for layer in find_layers(model)]
         [('0', ('0', '1')), ('3', ('3',))]
     """
+    check_globs("layers", layers)
+    check_globs("head", head)
     model = unwrap(model)
     infos = _describe(model)
     root = tree(model, {id(parameter): name for name, parameter in named_parameters(model).items()})

@@ -47,8 +47,6 @@ def mark_head(
 
 def _named(head: Sequence[str], infos: Mapping[str, ParameterInfo]) -> list[str]:
     """Return the modules whose parameters the globs match."""
-    if isinstance(head, str):
-        raise SelectorError(f"head: must be a list of globs; received a string. Write [{head!r}]")
     names = [name for info in infos.values() for name in (info.name, *info.aliases)]
     try:
         chosen = select(head, names)

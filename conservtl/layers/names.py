@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from conservtl.errors import SelectorError, hint
 __all__ = [
     "WRAPPED",
     "canonical",
+    "check_globs",
     "glob_hint",
     "holder_counts",
     "matches",
@@ -103,6 +105,23 @@ def owner(name: str) -> str:
     return name.rpartition(".parametrizations.")[0] or name.rpartition(".")[0]
 
 
+def check_globs(name: str, value: Any, *, text: bool = False) -> None:
+    """Raise unless an argument is a list of globs, a dictionary by globs, or None.
+
+    Args:
+        name: Of the argument.
+        value: As received.
+        text: Whether one glob may be given alone.
+
+    Raises:
+        SelectorError: It is something else.
+    """
+    if isinstance(value, str) and not text:
+        raise SelectorError(f"{name} must be a list of globs; received the text {value!r}. Write {name}=[{value!r}].")
+    if value is not None and not (isinstance(value, Iterable) and all(isinstance(glob, str) for glob in value)):
+        raise SelectorError(f"{name} must be a list of globs, all texts; received {value!r:.60}. Write {name}=['...'].")
+
+
 def select(
     patterns: Sequence[str],
     names: Sequence[str],
@@ -121,10 +140,8 @@ def select(
         aliases: Name -> other names of the same parameter.
 
     Raises:
-        SelectorError: A pattern matches nothing, or `patterns` is one string.
+        SelectorError: A pattern matches nothing.
     """
-    if isinstance(patterns, str):
-        raise SelectorError(f"patterns: must be a list of globs; received a string. Write [{patterns!r}]")
     chosen = {}
     for pattern in patterns:
         direct = {name for name in names if matches(pattern, name)}

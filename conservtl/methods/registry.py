@@ -42,14 +42,15 @@ def builtin_strategies() -> dict[str, type[Strategy]]:
     return dict(sorted(builtin.items()))
 
 
-def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
+def as_strategy(strategy: Strategy | Mapping[str, Any], where: str = "strategy") -> Strategy:
     """Return a strategy unchanged, or make one from the fields that a spec would hold.
 
     Args:
         strategy: an instance, or its fields with ``kind`` (or a short name of one) among them.
+        where: its place in messages.
 
     Raises:
-        SpecError: it is neither, its kind is unknown, or a field is wrong.
+        SpecError: it is neither, its kind is unknown, or a field is wrong; the message names the place.
 
     Example:
         >>> from conservtl.methods import as_strategy
@@ -59,30 +60,36 @@ def as_strategy(strategy: Strategy | Mapping[str, Any]) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     if not isinstance(strategy, Mapping):
-        rule = "each must be a Strategy, such as L2SP(alpha=0.1)"
         fix = f" Write {meant}." if (meant := _meant(strategy)) else ""
-        raise SpecError(f"strategies: {rule}; received {strategy!r}.{fix}")
+        raise SpecError(f"{where} must be a Strategy, such as L2SP(alpha=0.1); received {strategy!r:.80}.{fix}")
+    if set(strategy) == {"recipe"}:
+        raise SpecError(f"{where}: a recipe takes the place of a list of strategies. Write {_meant(strategy)}.")
+    if "kind" not in strategy:
+        raise SpecError(f"{where}: kind is missing. Name the strategy, such as {{'kind': 'l2_sp'}}.")
     try:
         return _validate(dict(strategy))
     except PydanticCustomError as error:
-        raise SpecError(f"strategies: {error.message()}") from error
+        raise SpecError(f"{where}: {error.message()}") from error
     except ValidationError as error:
-        found = error.errors()
-        where = f"strategies: {Strategy.named[str(found[0]['loc'][0])].__name__}" if found[0]["loc"] else "strategies"
-        raise SpecError("\n".join(sentences(found, _all_kinds().json_schema(), where, python=True))) from None
+        schema = _all_kinds().json_schema()
+        raise SpecError("\n".join(sentences(error.errors(), schema, where, python=True))) from None
 
 
-def as_strategies(given: Any) -> tuple[Strategy, ...]:
+def as_strategies(given: Any, where: str = "strategies") -> tuple[Strategy, ...]:
     """Return a list of strategies, each as ``as_strategy`` takes it.
 
+    Args:
+        given: the list.
+        where: its place in messages.
+
     Raises:
-        SpecError: it is no list, or one of them is wrong.
+        SpecError: it is no list, or one of them is wrong; the message names the place.
     """
     if isinstance(given, (Strategy, Mapping, str)) or not isinstance(given, Iterable):
         meant = _meant(given) or repr(given)
         fix = meant if meant.startswith("ctl.recipe") else f"[{meant}]"
-        raise SpecError(f"strategies must be a list; received {given!r}. Write {fix}.")
-    return tuple(map(as_strategy, given))
+        raise SpecError(f"{where} must be a list; received {given!r}. Write {fix}.")
+    return tuple(as_strategy(one, f"{where}.{place}") for place, one in enumerate(given))
 
 
 def _meant(given: Any) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from conservtl.compat import filled_by_transformers
 from conservtl.errors import SourceError, SpecError
-from conservtl.layers import canonical, named_parameters, select, unwrap
+from conservtl.layers import canonical, check_globs, named_parameters, select, unwrap
 from conservtl.plan.plan import Plan
 from conservtl.source.read import Source, own_tensors, read_source
 
@@ -47,8 +47,7 @@ def itself(missing: Collection[str] | None = None) -> Itself:
         >>> ctl.adapt(model, ctl.itself(missing=["1"]), [ctl.L2SP(alpha=0.1)]).plan.fresh
         ('1.weight', '1.bias')
     """
-    if isinstance(missing, str):
-        raise SpecError(f"missing must be a list of globs; received a text. Write missing=[{missing!r}].")
+    check_globs("missing", missing)
     return Itself(None if missing is None else tuple(sorted(missing)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conservtl.errors import SourceError, SpecError, counted, hint
-from conservtl.layers import select
+from conservtl.layers import check_globs, select
 from conservtl.source.read import SourceLike
 from conservtl.weights.alignment import aligned, check_quantised, is_quantised, without_wrapper
 from conservtl.weights.checkpoints import open_checkpoint
@@ -55,7 +55,7 @@ def merge(
     method: str = "interpolate",
     density: float = 0.2,
     batch_norm: Statistics = "interpolate",
-    fresh: Sequence[str] = (),
+    fresh: str | Sequence[str] = (),
     key: str | None = None,
     overwrite: bool = False,
 ) -> Merged:
@@ -87,7 +87,7 @@ def merge(
         method: one of those above.
         density: for ``ties``: share of each tensor's values to keep.
         batch_norm: running means and variances: mixed like weights, or those of the first model or the source.
-        fresh: globs of tensors that are the first model's, such as a head that the source does not have.
+        fresh: globs, or one glob, of tensors that are the first model's, such as a head that the source does not have.
         key: the entry to take of each checkpoint that has it, such as ``"ema"``; without it, as ``adapt`` chooses.
         overwrite: whether an earlier result may be replaced.
 
@@ -114,8 +114,8 @@ def merge(
     listed = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not isinstance(out, (str, Path)):
         raise SpecError(f"out must be the path of a file *.safetensors or a folder; received {out!r:.60}.")
-    if isinstance(fresh, str) or not isinstance(fresh, Iterable) or any(not isinstance(one, str) for one in fresh):
-        raise SpecError(f"fresh must be a list of globs; received {fresh!r:.60}. Write fresh=['...'].")
+    check_globs("fresh", fresh, text=True)
+    fresh = (fresh,) if isinstance(fresh, str) else fresh
     rule, t = _checked(method, t, len(listed), density, batch_norm)
     target = Path(out)
     check_target(target, [source, *listed], overwrite=overwrite)

@@ -14,6 +14,7 @@ __all__ = ["sentences"]
 _LONGEST, _RULE, _CONTAINER = 500, 4000, 120  # characters of a name or a value; of a rule; of a list or fields
 _WANTS_FIELDS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
 _PARSING = ("_parsing", "_from_float")  # ends of types of errors about numbers and booleans
+_OF_NAMES = ("extra_forbidden", "frozen_instance")  # places that no schema may have
 _OF_VALIDATORS = ("value_error", "assertion_error")
 
 
@@ -77,7 +78,7 @@ def _located(error: Any, schema: Schema) -> _Fault:
             fault = replace(fault, node=schema.member(node, form) if following else fault.node, unions=unions)
         elif (inner := _below(schema.member(node, "array") or node, part)) is not None:
             fault = replace(fault, place=place, node=inner, siblings={} if following else fault.siblings)
-        elif not schema.root or (not following and error["type"] == "extra_forbidden"):
+        elif not schema.root or (not following and error["type"] in _OF_NAMES):
             fault = replace(fault, place=place)
     return fault
 
@@ -124,8 +125,11 @@ def _sentence(name: str, fault: _Fault, schema: Schema) -> str:
     """Return rule, value received and fix for a fault of the field of this name."""
     error, node = fault.error, fault.node
     kind, received = error["type"], error.get("input")
-    if kind == "extra_forbidden":
+    if kind == "extra_forbidden" or (kind == "frozen_instance" and node and node is schema.root):
         return f"there is no such field.{_elsewhere(fault, schema)}"
+    if kind == "frozen_instance":
+        change = schema.pair(fault.place[-1], received)
+        return f"cannot change once it is made; received {_shown(received)}. Make a copy: model_copy(update={change})."
     if kind == "missing":
         return f"Field required. Give {schema.words(node)}." if node else "Field required"
     if kind == "union_tag_invalid":
@@ -191,10 +195,9 @@ def _fix(received: Any, node: Node, schema: Schema) -> str:
         return f". Write {schema.pair(holding[0], received)}."
     if schema.words(inner.get("properties", {}).get("name", {})) == "text":
         return f". Write {schema.pair('name', received)}."
-    if inner.get("type") == "array" and schema.words(inner.get("items", {})) == "text":
-        return f". Write {schema.listed(received)}."
-    nearest = did_you_mean(received, schema.names(node))
-    return f".{nearest}" if nearest else ""
+    if nearest := did_you_mean(received, schema.names(node)):
+        return f".{nearest}"
+    return f". Write {schema.listed(received)}." if schema.words(listed.get("items", {})) == "text" else ""
 
 
 def _cut(text: str, longest: int = _LONGEST) -> str:

@@ -406,12 +406,10 @@ class TestRefused:
             ctl.adapt("resnet", {}, [])
         with pytest.raises(ctl.SpecError, match=r"L2SP\(alpha=0.1\); received 'l2_sp'"):
             ctl.adapt(model, model.state_dict(), ["l2_sp"])
-        with pytest.raises(ctl.SpecError, match="strategies: "):
+        with pytest.raises(ctl.SpecError, match=r"strategies\.0: 'l2_ps' is none of"):
             ctl.adapt(model, model.state_dict(), [{"kind": "l2_ps"}])
         with pytest.raises(ctl.SelectorError, match=r"fresh: 'headd'"):
             ctl.adapt(model, model.state_dict(), fresh=["headd"])
-        with pytest.raises(ctl.SpecError, match=r"fresh=\['head'\]"):
-            ctl.adapt(model, model.state_dict(), fresh="head")
         with pytest.raises(ctl.SpecError, match=r"phase must be one of 0 to 0; received 1"):
             adapted().start_phase(1)
 

@@ -201,7 +201,7 @@ class TestNamed:
     def test_globs(self):
         with pytest.raises(ctl.SelectorError, match=r"head: 'secnd'.*Did you mean 'second'"):
             ctl.adapt(TwoHeads(), TwoHeads(), head=["secnd"])
-        with pytest.raises(ctl.SelectorError, match=r"head: must be a list of globs.*\['second'\]"):
+        with pytest.raises(ctl.SelectorError, match=r"^head must be a list of globs.* Write head=\['second'\]\.$"):
             ctl.adapt(TwoHeads(), TwoHeads(), head="second")
 
     def test_with_layers_of_ones_own(self):

@@ -118,10 +118,10 @@ def test_the_plan_says_that_a_pull_is_weighed():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"kind": "l3_sp"}, r"strategies: 'l3_sp' is none of auto_rgn, .*wise_ft\. Did you mean 'l\w+'\?"),
+        ({"kind": "l3_sp"}, r"strategies\.0: 'l3_sp' is none of auto_rgn, .*wise_ft\. Did you mean 'l\w+'\?"),
         (
             {"kind": "nothing like it"},
-            r"strategies: 'nothing like it' is none of auto_rgn, .*wise_ft\. To use .* `--import package\.module`",
+            r"strategies\.0: 'nothing like it' is none of auto_rgn, .*wise_ft\. To use .* `--import package\.module`",
         ),
     ],
 )

@@ -156,7 +156,7 @@ class TestNamed:
     @pytest.mark.parametrize(
         ("missing", "options", "message"),
         [
-            ("2", {}, r"must be a list of globs; received a text\. Write missing=\['2'\]"),
+            ("2", {}, r"must be a list of globs; received the text '2'\. Write missing=\['2'\]"),
             (["head"], {}, "'head': must match at least one"),
             (None, {}, r"Sequential does not say which of its values are pretrained"),
             ([], {"prefix": "model."}, "key, prefix and rename say how to read a source"),

@@ -11,9 +11,9 @@ from conservtl.adaptation.preset import Preset
 from conservtl.engine import Training
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.study_sections import CompareSection, SweepSection
-from conservtl.methods import Strategy, as_strategy
+from conservtl.methods import Strategy, as_strategies
 
-__all__ = ["Variant", "fields_of", "section_of", "strategy_fields"]
+__all__ = ["Variant", "fields_of", "section_of"]
 
 _Section = TypeVar("_Section", CompareSection, SweepSection)
 Variant = Sequence[Strategy | Mapping[str, Any]] | Preset
@@ -64,13 +64,9 @@ def fields_of(variants: Mapping[str, Variant]) -> dict[str, dict[str, Any]]:
         if not isinstance(given, (Sequence, Preset)) or isinstance(given, str):
             raise SpecError(f"variants[{name!r}] must be a list of strategies; received {given!r:.80}. Write [...].")
         strategies = given.strategies if isinstance(given, Preset) else given
-        found[name] = {"strategies": [strategy_fields(strategy) for strategy in strategies]}
+        chosen = as_strategies(strategies, f"variants.{name}")
+        found[name] = {"strategies": [strategy.model_dump(mode="json") for strategy in chosen]}
         if isinstance(given, Preset) and isinstance(given.training, Training):
-            chosen = given.training.model_dump(mode="json", exclude_unset=True)
-            found[name] |= {f"training.{field}": value for field, value in chosen.items()}
+            settings = given.training.model_dump(mode="json", exclude_unset=True)
+            found[name] |= {f"training.{field}": value for field, value in settings.items()}
     return found
-
-
-def strategy_fields(strategy: Strategy | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a strategy's fields."""
-    return as_strategy(strategy).model_dump(mode="json")

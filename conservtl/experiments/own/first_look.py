@@ -46,9 +46,10 @@ def read_given(model: nn.Module, source: SourceLike | Itself, options: ProblemOp
     return replace(read, tensors=kept, module=None), missing
 
 
-def declared(fresh: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def declared(fresh: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Return glob -> reason of what the caller declares fresh."""
-    return dict(fresh) if isinstance(fresh, Mapping) else dict.fromkeys(fresh, "declared fresh by fresh=[...]")
+    globs = (fresh,) if isinstance(fresh, str) else fresh
+    return dict(fresh) if isinstance(fresh, Mapping) else dict.fromkeys(globs, "declared fresh by fresh=[...]")
 
 
 def source_model(model: nn.Module, read: Source, plan: Plan, fresh: Mapping[str, str]) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 import torch
@@ -14,6 +14,7 @@ from conservtl.engine import Training
 from conservtl.errors import SpecError, did_you_mean
 from conservtl.experiments.own.settings import OwnData
 from conservtl.functions import Forward, Loss, Metrics
+from conservtl.layers import check_globs
 from conservtl.tasks.base import Shift
 
 __all__ = ["ModelLike", "ProblemOptions", "check_options"]
@@ -33,7 +34,7 @@ class ProblemOptions(TypedDict, total=False):
     """Examples of each class to adapt with, drawn anew for each seed; None: all of ``train``."""
     labels: tuple[Sequence[Any], Sequence[Any]] | None
     """As for ``adapt``: the labels of the model's and of the source's outputs, in order."""
-    fresh: Sequence[str] | Mapping[str, str]
+    fresh: str | Sequence[str] | Mapping[str, str]
     """As for ``adapt``."""
     allow: Sequence[str]
     """As for ``adapt``."""
@@ -81,7 +82,7 @@ def check_options(training: Any, options: ProblemOptions) -> None:
                 f"{name} must be a function, as for fit; received {value!r:.60}. Pass one, or leave it out."
             )
     for name in ("fresh", "allow", "layers", "head"):
-        _check_globs(name, options.get(name))
+        check_globs(name, options.get(name), text=name == "fresh")
     if (rename := options.get("rename")) is not None and not isinstance(rename, Mapping):
         raise SpecError(f"rename must be {{expression: replacement}}; received {rename!r:.60}. Write a dictionary.")
     labels = options.get("labels")
@@ -105,10 +106,3 @@ def check_options(training: Any, options: ProblemOptions) -> None:
             f"shots must be a number of examples of each class, 1 at least, or 'all', or {{'up_to': a number}}; "
             f"received {shots!r:.60}. Give one, or leave it out to adapt with all of train."
         ) from error
-
-
-def _check_globs(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        raise SpecError(f"{name} must be a list of globs; received the text {value!r}. Write {name}=[{value!r}].")
-    if value is not None and not (isinstance(value, Iterable) and all(isinstance(glob, str) for glob in value)):
-        raise SpecError(f"{name} must be a list of globs, all texts; received {value!r:.60}. Write {name}=['...'].")

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError
-from conservtl.experiments.own.arguments import Variant, fields_of, section_of, strategy_fields
+from conservtl.experiments.own.arguments import Variant, fields_of, section_of
 from conservtl.experiments.own.maker import blank
 from conservtl.experiments.own.options import ModelLike, ProblemOptions
 from conservtl.experiments.own.place import Place
@@ -20,7 +20,7 @@ from conservtl.experiments.spec.study_sections import BASELINES, Baseline, Compa
 from conservtl.experiments.studies import comparison, layer_sweep
 from conservtl.experiments.studies.executors.names import PROCESSES
 from conservtl.experiments.studies.variants import left_out
-from conservtl.methods import Strategy
+from conservtl.methods import Strategy, as_strategy
 from conservtl.source.itself import Itself
 from conservtl.source.read import SourceLike
 
@@ -191,7 +191,7 @@ def sweep(
             "layers": numbers,
             "sides": sides,
             "controls": controls,
-            "strategy": None if strategy is None else strategy_fields(strategy),
+            "strategy": None if strategy is None else as_strategy(strategy).model_dump(mode="json"),
             "strengths": strengths,
         },
     )

@@ -32,7 +32,7 @@ def adapt(
     *,
     example: Any = None,
     layers: Sequence[str] | None = None,
-    fresh: Sequence[str] | Mapping[str, str] = (),
+    fresh: str | Sequence[str] | Mapping[str, str] = (),
     head: Sequence[str] | None = None,
 ) -> AdapterAdaptation:
     """Draw up the plan of a model with an adapter; the source is the model with its adapter off.

@@ -50,7 +50,7 @@ def _intervals(rows: Sequence[VariantResult]) -> str:
     if counts == [1]:
         return "One run each, so there are no intervals."
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Bars: 95 % intervals of the mean over {counted(runs, 'run')}."
+    return f"Bars: 95 % intervals of the mean over {runs} runs."
 
 
 def _marks(rows: Sequence[VariantResult]) -> list[PlanePoint]:

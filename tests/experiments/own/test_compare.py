@@ -237,7 +237,7 @@ def test_an_optimizer_class_reaches_every_run(source, held_out, network, example
         ({"baselines": ["none"]}, ctl.SpecError, "baselines: Input should be 'source as it is'"),
         ({"metrics": lambda outputs, batch: {"mcc": 0.1}}, ctl.SpecError, "of the metrics, mcc, it must be known"),
         ({"metrics": lambda outputs, batch: {"f1": 0.5, "mcc": 0.1}}, ctl.SpecError, "of the metrics, f1, mcc, it"),
-        ({"fresh": "head"}, ctl.SpecError, r"Write fresh=\['head'\]"),
+        ({"fresh": "heat"}, ctl.SpecError, "fresh: 'heat': must match at least one"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_run(source, held_out, quick, change, error, message, network, examples):

@@ -7,7 +7,9 @@ import pickle
 import re
 from functools import cache
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 import conservtl as ctl
@@ -171,6 +173,9 @@ def test_a_field_of_a_kind_that_is_misspelt_of_another_kind_or_of_a_wrong_type()
         ),
         ({"model": "transformers/whisper"}, r"such as model\.name; .*Write {name: transformers/whisper}\."),
         ({"data.root": None}, r"data\.root: must be a path; received null\. Give a path\."),
+        ({"strategies": [{"kind": "l2_sp", "alpha": True}]}, r"strategies\.0\.alpha: .* valid number; received True"),
+        ({"training.lr": True}, r"training\.lr: Input .* valid number; received True\. Give a number above 0\."),
+        ({"strategies": [{"kind": "lora", "on": "head"}]}, r"strategies\.0\.on: .* a list; rec.* Write \[head\]\."),
         ({"seed": "abc"}, r"seed: Input should be a valid integer; received 'abc'\. Give a whole number of at least 0"),
         ({"training.epochs": None}, r"epochs: .*; received null\. Give a whole number of at least 1\."),
         ({"training.lr": {"range": [1, 2]}}, r"A range is searched by `conservtl tune` alone; give one value\."),
@@ -210,6 +215,73 @@ def test_a_spec_made_in_python_names_its_class_and_is_pydantics_error_too(cls, f
     assert isinstance(refused.value, ValidationError)
     assert refused.value.errors()[0]["loc"]
     assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "said"),
+    [
+        ([ctl.L2SP(), {"kind": "l2_sp", "alfa": 1}], "1.alfa: there is no such field. Did you mean 'alpha'?"),
+        ([{"kind": "l2sp", "alpha": -1}], "0.alpha: Input should be greater than or equal to 0; received -1"),
+        ([{"kind": "gradual_unfreezing", "phases": [{"trai": 1}]}], "0.phases.0.trai: there is no such field. Did you"),
+        ([ctl.L2SP(), ctl.L2SP], "1 must be a Strategy, such as L2SP(alpha=0.1); received <class"),
+        ([{"alpha": 1}], "0: kind is missing. Name the strategy, such as {'kind': 'l2_sp'}."),
+        ([{"recipe": "vision"}], "0: a recipe takes the place of a list of strategies. Write ctl.recipe('vision')."),
+    ],
+)  # fmt: skip
+def test_a_list_of_strategies_names_the_entry(strategies, said):
+    model, data = torch.nn.Linear(4, 2), (torch.zeros(4, 4), torch.arange(4) % 2)
+    calls = {
+        f"strategies.{said}": lambda: ctl.adapt(model, torch.nn.Linear(4, 2), strategies),
+        f"variants.mine.{said}": lambda: ctl.compare(model, model, {"mine": strategies}, data, {"target": data}),
+        f"strategy{said[1:]}": lambda: ctl.sweep(model, model, data, {"target": data}, strategy=strategies[-1]),
+    }
+    for sentence, call in calls.items():
+        with pytest.raises(SpecError) as refused:
+            call()
+        assert str(refused.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("wrong", [True, False, np.True_, torch.tensor(False)], ids=repr)
+def test_a_boolean_is_no_number(wrong):
+    for field in ("alpha", "beta", "every"):
+        with pytest.raises(SpecError, match=rf"^L2SP\.{field}: Input should be a valid \w+; received .*\. Give a"):
+            ctl.L2SP(**{field: wrong})
+    with pytest.raises(SpecError, match=r"^L2SP\.depth\.1: Input should be a valid number; received"):
+        ctl.L2SP(depth=(1, wrong))
+    with pytest.raises(SpecError, match=r"^Training\.batch_size: must be a whole number of at least 1 or 'auto'; rec"):
+        ctl.Training(batch_size=wrong)
+    with pytest.raises(SpecError, match=r"^DiscriminativeLR\.groups\.a: Input should be a valid number; received"):
+        ctl.DiscriminativeLR(groups={"a": wrong})
+    assert ctl.LHUC(freeze=wrong).freeze is bool(wrong)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    depth = (torch.tensor(1), np.int8(2))
+    spec = ctl.L2SP(alpha=np.float32(0.5), beta=torch.tensor(0.25), every=np.int64(3), depth=depth)
+    assert (spec.alpha, spec.beta, spec.every, spec.depth) == (0.5, 0.25, 3, (1.0, 2.0))
+    assert ctl.GradualUnfreezing(epochs=1).epochs == 1
+    assert ctl.GradualUnfreezing(epochs=0.5).epochs == 0.5
+
+
+def test_a_field_that_is_assigned_to():
+    training = ctl.Training()
+    with pytest.raises(SpecError) as refused:
+        training.lr = 0.1
+    assert str(refused.value) == (
+        "Training.lr: cannot change once it is made; received 0.1. Make a copy: model_copy(update={'lr': 0.1})."
+    )
+    assert isinstance(refused.value, ValidationError)
+    with pytest.raises(SpecError, match=r"^Training\.lrr: there is no such field\. Did you mean 'lr'\?$"):
+        training.lrr = 1
+    assert training.model_copy(update={"lr": 0.1}) == ctl.Training(lr=0.1)
+    assert training.model_copy(update={"lr": 0.1}).model_fields_set == {"lr"}
+
+
+def test_a_copy_has_right_fields():
+    with pytest.raises(SpecError, match=r"^Training\.lr: Input should be greater than 0; received -1$"):
+        ctl.Training().model_copy(update={"lr": -1})
+    with pytest.raises(SpecError, match=r"^L2SP\.alfa: there is no such field\. Did you mean 'alpha'\?$"):
+        ctl.L2SP().model_copy(update={"alfa": 1})
 
 
 def test_fields_go_by_name():
