@@ -14,6 +14,7 @@ from conservtl import cli
 from conservtl.cli import _main
 from conservtl.cli._studies import _print_estimate
 from conservtl.engine.checkpoint import Checkpoints
+from conservtl.experiments.run.setting import Setting
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +41,22 @@ def test_plan_prints_the_table_and_json(spec, monkeypatch, capsys):
     assert "(100.0 %), 0 frozen" in out
     code, out, _ = call(monkeypatch, capsys, "plan", spec, "--json")
     assert json.loads(out)["rows"][0]["depth"] == 0
+
+
+def test_run_says_its_data_as_plan_does_before_anything_is_trained(spec, tmp_path, monkeypatch, capsys):
+    def data(out: str) -> list[str]:
+        return [line for line in out.splitlines() if line.startswith("data  ")]
+
+    _, plan, _ = call(monkeypatch, capsys, "plan", spec)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Setting, "fit", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        code, cut, _ = call(stopped, capsys, "run", spec, "--out", tmp_path / "out")
+    assert code == 130
+    assert data(cut) == data(plan) != []
+    code, whole, _ = call(monkeypatch, capsys, "run", spec, "--out", tmp_path / "out")
+    assert code == 0
+    assert data(whole) == data(plan)
+    assert whole.startswith("data  3 classes, '0', '1', '2': ")
 
 
 def test_run_then_predict(spec, humming, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,10 +53,18 @@ def run(
 
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal
-    report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard)
+    shown: dict[str, None] = {}
+
+    def show(notes: Sequence[str]) -> None:
+        new = [note for note in notes if note not in shown]
+        shown.update(dict.fromkeys(new))
+        if is_main_process():
+            sys.stdout.writelines(f"data  {note}\n" for note in new)
+            sys.stdout.flush()
+
+    report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard, show=show)
     if not is_main_process():
         return
-    sys.stdout.writelines(f"data  {note[6:]}\n" for note in report["plan"]["notes"] if note.startswith("data: "))
     Console().print(run_table(report))
     sys.stdout.write(
         "\n".join([report["sentence"], *left_out_notes(report), *rows_notes(report), *skipped_notes(report)]) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def run(
     resume: bool = False,
     progress: bool = False,
     tensorboard: bool = False,
+    show: Callable[[Sequence[str]], None] | None = None,
 ) -> RunReport:
     """Adapt, measure, and write a folder with report, model and history.
 
@@ -82,6 +83,8 @@ def run(
             Processes that ``torchrun --max-restarts`` starts anew do so in any case.
         progress: show bars.
         tensorboard: write the history into ``tensorboard`` below the folder, too.
+        show: called with the lines on the data, those of the plan, before anything is trained; again if the source
+            model adds to them.
 
     Returns:
         The content of ``report.json``, a dictionary that a notebook shows. Of several processes, the first alone
@@ -92,11 +95,18 @@ def run(
         WriteError: the disk is full, or ``out`` cannot be written to.
     """
     with connected(device_of(spec.training.device)) as processes:
-        return _run(spec, Path(out), processes, resume=resume, progress=progress, tensorboard=tensorboard)
+        return _run(spec, Path(out), processes, resume=resume, progress=progress, tensorboard=tensorboard, show=show)
 
 
 def _run(
-    spec: Spec, folder: Path, processes: Processes, *, resume: bool, progress: bool, tensorboard: bool
+    spec: Spec,
+    folder: Path,
+    processes: Processes,
+    *,
+    resume: bool,
+    progress: bool,
+    tensorboard: bool,
+    show: Callable[[Sequence[str]], None] | None,
 ) -> RunReport:
     begun = time.perf_counter()
     if tensorboard:
@@ -105,7 +115,7 @@ def _run(
     check_card(folder)
     if resume and not folder.exists():
         raise SpecError(f"resume: there is no checkpoint, and no folder {str(folder)!r}. Run without resume to begin.")
-    setting, source = prepare_source(spec, progress=progress)
+    setting, source = prepare_source(spec, progress=progress, show=show)
     source.model.to(device_of(spec.training.device))
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())

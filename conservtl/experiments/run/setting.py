@@ -90,6 +90,15 @@ class Setting:
         return dict(zip(labels, counts, strict=True))
 
     @property
+    def data_notes(self) -> tuple[str, ...]:
+        """Lines on the data: classes and numbers of examples, files that are left out; none if a program holds it."""
+        if self.spec.held is not None:
+            return ()
+        counted = bool(self.domains.sizes.get("unlabelled"))  # by the task, which says so
+        line = () if counted else (data_line(self.task, self.domains, self.spec.data),)
+        return (*line, *self.domains.notes)
+
+    @property
     def shift(self) -> Shift:
         """How the target differs from the source."""
         return self.task.shift if self.shared else "labels"
@@ -130,11 +139,9 @@ class Setting:
         if not self.shared and not overlap:
             reason = "the source has no head" if self.headless else "its labels differ from the source's"
             fresh |= dict.fromkeys(self.head(model), reason)
-        if spec.held is None:
-            line = () if self.domains.sizes.get("unlabelled") else (data_line(self.task, self.domains, spec.data),)
-            said = [f"data: {note}" for note in (*line, *self.domains.notes)]  # the plan shows them
+        if notes := self.data_notes:
             read = read_source(source)
-            source = replace(read, notes=(*read.notes, *said))
+            source = replace(read, notes=(*read.notes, *(f"data: {note}" for note in notes)))  # the plan shows them
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             chosen = labels if overlap else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,24 @@ class SourceModel:
         return replace(read_source(self.model), notes=self.notes, run=self.run)
 
 
-def prepare_source(spec: Spec, *, progress: bool = False) -> tuple[Setting, SourceModel]:
-    """Read the data and the source model that a spec names."""
+def prepare_source(
+    spec: Spec, *, progress: bool = False, show: Callable[[Sequence[str]], None] | None = None
+) -> tuple[Setting, SourceModel]:
+    """Read the data and the source model that a spec names.
+
+    Args:
+        spec: names them.
+        progress: show bars.
+        show: called with the lines on the data, before a source model is trained and with all of them at the end.
+    """
     setting = prepare(spec)
+    if show is not None and spec.source.weights is None:
+        show(setting.data_notes)
     source = obtain_source(setting, progress=progress)
-    return (setting.without_source_head() if source.headless else setting.completed(source.model)), source
+    setting = setting.without_source_head() if source.headless else setting.completed(source.model)
+    if show is not None:
+        show(setting.data_notes)
+    return setting, source
 
 
 def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
