@@ -10,6 +10,7 @@ from conservtl.plan.row import Row
 
 __all__ = [
     "Coverage",
+    "changed_layers",
     "covered_rows",
     "freeze_all_but",
     "fresh_rows",
@@ -20,6 +21,11 @@ __all__ = [
 
 Coverage = Literal["weights", "all"]
 """weights: parameters of two dimensions or more that no norm owns. all: biases and norms too."""
+
+
+def changed_layers(plan: Plan) -> frozenset[str]:
+    """Return the layers that change by factors of low rank, while their weights from the source are frozen."""
+    return frozenset(plan[name].layer for name in plan.factors)
 
 
 def covered_rows(plan: Plan, on: Coverage) -> tuple[Row, ...]:
@@ -54,8 +60,14 @@ def names_something(glob: str) -> bool:
 def train_named(plan: Plan, by: str, names: Iterable[str]) -> Plan:
     """Return the plan in which these parameters are trained although they were frozen when the model was handed in.
 
-    Those that another strategy decides about by name stay as they are, and so do parameters without a gradient.
+    Those that another strategy decides about by name stay as they are, and so do parameters without a gradient, and
+    weights of a layer with factors of low rank, which are trained in their place.
     """
     rows = [plan[name] for name in dict.fromkeys(names) if plan[name].found == "frozen"]
-    free = [row.name for row in rows if "frozen" not in row.chosen or not row.chosen["frozen"].explicit]
+    by_factors = changed_layers(plan)
+    free = [
+        row.name
+        for row in rows
+        if row.layer not in by_factors and ("frozen" not in row.chosen or not row.chosen["frozen"].explicit)
+    ]
     return plan.choose(by, "frozen", {name: {"frozen": False} for name in free})

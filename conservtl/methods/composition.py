@@ -54,7 +54,7 @@ def _check_factors(plan: Plan) -> None:
     if freezing is not None and trained.isdisjoint(factors):
         raise SpecError(
             f"{freezing} freezes all factors of low rank, so that no weight changes by them. Leave one of the two "
-            "strategies out, or name in on a layer that is trained."
+            "strategies out, or give factors to a layer that it trains (on of LoRA, target_modules of PEFT)."
         )
     on_factors = {penalty.by for penalty in plan.penalties if not factors.isdisjoint(penalty.names)}
     for decision in (*plan.updates, *plan.penalties, *plan.after):

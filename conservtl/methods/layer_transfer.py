@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from conservtl.errors import SourceError, SpecError
-from conservtl.methods._rows import names_something
+from conservtl.methods._rows import changed_layers, names_something
 from conservtl.methods.base import Order, Strategy
 from conservtl.plan.plan import Plan
 
@@ -85,9 +85,13 @@ class LayerTransfer(Strategy):
         return plan
 
     def _kept_as_found(self, plan: Plan) -> set[str]:
-        """Return the parameters that were frozen when the model was handed in, but for those in layers named here."""
+        """Return the parameters that were frozen when the model was handed in, but for those in layers named here.
+
+        A layer with factors of low rank is trained by these.
+        """
         globs = [glob for glob in self.layers if names_something(glob)] if isinstance(self.layers, tuple) else []
         named = {layer for matched in plan.select_layers(globs, plan.own_layers).values() for layer in matched}
+        named -= changed_layers(plan)
         return {row.name for row in plan.rows if row.as_found and row.layer not in named}
 
     def transferred(self, plan: Plan) -> frozenset[str]:

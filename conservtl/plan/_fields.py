@@ -65,7 +65,7 @@ class PlanFields(FrozenModel):
 
     @property
     def factors(self) -> dict[str, str]:
-        """Factor A or B of a change of low rank -> the weight from the source that it changes.
+        """Factor A or B of a change of low rank, or the bias of B -> the weight from the source that it changes.
 
         A factor counts as a part of that weight, not as fresh: it takes the rate of its layer and of the source, is
         frozen with its layer, and no phase for new parameters trains it.
@@ -79,7 +79,8 @@ class PlanFields(FrozenModel):
             name: change.weight
             for b, change in changes
             if change.weight in self and self[change.weight].origin == "source"
-            for name in (change.a, b)
+            for name in (change.a, b, change.bias)
+            if name is not None
         }
 
     def __getitem__(self, name: str) -> Row:

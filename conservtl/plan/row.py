@@ -83,7 +83,9 @@ class LowRank(FrozenModel):
     weight: str
     """Name of the weight that is changed."""
     scale: Positive
-    """Factor on the product."""
+    """Factor on the product, and on the bias of B."""
+    bias: str | None = None
+    """Name of the bias of B, which changes that of the weight's module; None: B has none."""
 
 
 class Row(FrozenModel):

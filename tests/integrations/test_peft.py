@@ -303,6 +303,35 @@ class TestMergedWeights:
             expected = start if change is None else start + t * change
             torch.testing.assert_close(merged.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
+    def test_a_bias_of_the_adapter_is_a_part_of_the_changed_layer(self):
+        """It takes the source's rate, not that of fresh parameters, and is no phase's new parameter."""
+        plan = adapt(
+            wrapped(target_modules=["body.0"], lora_bias=True), [ctl.DiscriminativeLR(source=0.1, fresh=1.0)]
+        ).plan
+        module = "base_model.model.body.0"
+        assert plan.factors[f"{module}.lora_B.default.bias"] == f"{module}.base_layer.weight"
+        assert {plan[name].lr for name in plan.trained} == {0.1}
+        assert plan.fresh == ()
+
+    @pytest.mark.parametrize(
+        ("strategy", "layers"),
+        [
+            (ctl.SurgicalFineTuning(block="*.body"), ["body"]),
+            (ctl.LayerTransfer(layers=["*.body"], freeze=False), ["embedding", "convolution", "body"]),
+            (ctl.GradualUnfreezing(phases=[{"train": ["*.body"]}]), ["embedding", "convolution", "body"]),
+        ],
+    )
+    def test_a_layer_that_is_named_is_trained_by_its_factors_alone(self, strategy, layers):
+        plan = adapt(wrapped(), [strategy]).plan
+        assert {name for name in plan.trained if "lora_" not in name} == set()
+        trained = [name.rpartition(".")[2] for name in dict.fromkeys(plan[one].layer for one in plan.trained)]
+        assert trained == [*layers]
+
+    def test_a_layer_without_factors_is_refused(self):
+        said = r"^SurgicalFineTuning freezes all factors .* \(on of LoRA, target_modules of PEFT\)\.$"
+        with pytest.raises(ctl.SpecError, match=said):
+            adapt(wrapped(), [ctl.SurgicalFineTuning(block="*.head")])
+
     def test_a_bias_of_the_adapter_goes_back_too(self):
         model = wrapped(target_modules=["body.0"], lora_bias=True)
         adaptation = adapt(model, [ctl.WeightInterpolation(t=0.0), ctl.L2SP()])

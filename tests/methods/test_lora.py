@@ -298,6 +298,11 @@ class TestFactorsCountAsTheirWeights:
             with pytest.raises(ctl.SpecError, match=rf"{strategy.label} freezes all factors .* Leave one of the two"):
                 planned(strategy)
 
+    def test_a_block_of_a_model_that_was_handed_in_frozen_is_trained_by_its_factors(self):
+        model = network().requires_grad_(False)
+        plan = ctl.adapt(model, network(), [ctl.LoRA(rank=2), ctl.SurgicalFineTuning(block="conv")]).plan
+        assert set(plan.trained) == {name for name in plan.factors if plan[name].layer == "conv"} != set()
+
     @pytest.mark.parametrize("others", [(), (ctl.FeatureExtraction(),)])
     def test_factors_of_a_fresh_head_alone_are_refused(self, others):
         with pytest.raises(ctl.PlanError, match=r"must change a weight .* are fresh, such as that of 'head'"):

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import SpecError
 from conservtl.integrations.peft.lora import Pair
-from conservtl.methods.l2_sp import L2Penalty
+from conservtl.methods import Strategy
+from conservtl.methods.l2_sp import L2SP, L2Penalty
 from conservtl.methods.merged_pull import MergedL2Penalty
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update
 
-__all__ = ["check_plan"]
+__all__ = ["check_biases", "check_plan"]
+
+
+def check_biases(pairs: Sequence[Pair], strategies: Iterable[Strategy]) -> None:
+    """Raise if L2SP is to act on biases too and B has one: it acts on the products of A and B alone.
+
+    Raises:
+        SpecError: the message names the bias.
+    """
+    bias = next((pair.bias for pair in pairs if pair.bias is not None), None)
+    if bias is not None and any(isinstance(one, L2SP) and one.on == "all" for one in strategies):
+        raise SpecError(
+            f"L2SP(on='all'): {bias!r} of the adapter changes the model otherwise than by B A, so L2SP cannot act on "
+            "it. Leave on='all' out, or lora_bias in LoraConfig."
+        )
 
 
 def check_plan(adaptation: Adaptation, pairs: Sequence[Pair] | None, reason: SpecError | None) -> None:

@@ -30,7 +30,6 @@ class AdapterFactors(Strategy):
         """Record the weight of each pair under the name that the plan has for it."""
         names = {name: row.name for row in plan.rows for name in (row.name, *row.aliases)}
         changes = {
-            b: {"low_rank": {"a": change.a, "weight": names[change.weight], "scale": change.scale}}
-            for b, change in self.changes.items()
+            b: {"low_rank": {**dict(change), "weight": names[change.weight]}} for b, change in self.changes.items()
         }
         return plan.choose(self.label, "low_rank", changes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.prepare import adapt as plain_adapt
 from conservtl.errors import SpecError
-from conservtl.integrations.peft.checks import check_plan
+from conservtl.integrations.peft.checks import check_biases, check_plan
 from conservtl.integrations.peft.factors import AdapterFactors
 from conservtl.integrations.peft.lora import Pair, change, lora_pairs
 from conservtl.integrations.peft.names import BASE_LAYER, LORA_ATTENTION, PEFT_MODEL, SAVED_MODULES
@@ -103,9 +103,9 @@ def adapt(
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(added)}
     source = Source(tensors, "the model without its adapter", shared=AdapterOff(bare))
     if pairs is not None:
-        chosen.append(
-            AdapterFactors(changes={one.b: LowRank(a=one.a, weight=one.weight, scale=one.scale) for one in pairs})
-        )
+        check_biases(pairs, chosen)
+        changes = {one.b: LowRank(a=one.a, weight=one.weight, scale=one.scale, bias=one.bias) for one in pairs}
+        chosen.append(AdapterFactors(changes=changes))
     adaptation = plain_adapt(model, source, chosen, example=example, layers=layers, fresh=fresh, head=head)
     try:
         check_plan(adaptation, pairs, reason)
