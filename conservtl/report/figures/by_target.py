@@ -9,6 +9,7 @@ from typing import Any
 from conservtl.errors import counted
 from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
 from conservtl.report.figures.changes import change_column
+from conservtl.report.figures.error_bars import CUT_OFF, error_bar
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric
 from conservtl.report.text.variants import VariantResult, best_baseline, best_method, variants
@@ -87,8 +88,7 @@ def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[VariantResult],
         for place, target in zip(places, targets, strict=True):
             span = target.after[side]
             axes.plot([target.before.mean, span.mean], [place, place + up], color=row.colour, alpha=0.25, linewidth=2)
-            if span.certain:
-                axes.errorbar([span.mean], [place + up], xerr=span.bars, fmt="none", ecolor=row.colour, elinewidth=1.2)
+            error_bar(axes, span.mean, place + up, span, color=row.colour, linewidth=1.2)
         after = [target.after[side].mean for target in targets]
         heights = [place + up for place in places]
         axes.plot(after, heights, row.shape, markersize=6.5, color=row.colour, label=shorten(row.name, 40), zorder=3.5)
@@ -110,7 +110,7 @@ def _caption(targets: Sequence[Target], chosen: Sequence[Target], shown: Sequenc
     else:
         parts.append(f"At the right: the change by {shown[0].name}.")
     if any(span.certain for target in chosen for span in target.after):
-        parts.append("Bars: 95 % intervals of the mean over seeds.")
+        parts.append(f"Bars: 95 % intervals of the mean over seeds. {CUT_OFF}")
     else:
         parts.append("Means over seeds.")
     if len(targets) > len(chosen):

@@ -8,6 +8,7 @@ from typing import Any
 from conservtl.errors import counted
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.changes import right_column
+from conservtl.report.figures.error_bars import CUT_OFF, error_bar
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
 from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.metrics import ACCURACY, Metric
@@ -50,7 +51,7 @@ def _intervals(rows: Sequence[VariantResult]) -> str:
     if counts == [1]:
         return "One run each, so there are no intervals."
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Bars: 95 % intervals of the mean over {runs} runs."
+    return f"Bars: 95 % intervals of the mean over {runs} runs. {CUT_OFF}"
 
 
 def _marks(rows: Sequence[VariantResult]) -> list[PlanePoint]:
@@ -78,11 +79,12 @@ def _dots(axes: Any, rows: Sequence[VariantResult], metric: Metric) -> None:
     order = sorted(rows, key=lambda row: -metric.rank(row.target.mean))
     spans = [row.target.mirrored() if metric.better == "lower" else row.target for row in order]
     axis = window_of(spans, metric, [span for span, row in zip(spans, order, strict=True) if row.best])
+    axes.set_xlim(axis.low, axis.high)
     for place, (row, span) in enumerate(zip(order, spans, strict=True)):
         x = axis.edge(span.mean)
         beyond = x != span.mean
-        if span.certain and not beyond:
-            axes.errorbar([x], [place], xerr=span.bars, fmt="none", ecolor=row.colour, elinewidth=1.5)
+        if not beyond:
+            error_bar(axes, x, place, span, color=row.colour, linewidth=1.5)
         face = "white" if row.untrained else row.colour
         shape = (3, 0, 90) if beyond else row.shape
         axes.plot([x], [place], marker=shape, markersize=7, color=face, markeredgecolor=row.colour, zorder=3)
@@ -91,7 +93,6 @@ def _dots(axes: Any, rows: Sequence[VariantResult], metric: Metric) -> None:
     for label, row in zip(axes.get_yticklabels(), order, strict=True):
         label.set(color=row.ink, weight="normal" if row.baseline else "bold")
     axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_xlim(axis.low, axis.high)
     axes.set_xlabel(metric.with_unit(f"target {metric.name}"))
     metric_axis(axes.xaxis, metric)
     bare(axes, grid="x")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, bare
+from conservtl.report.figures.error_bars import error_bar
 from conservtl.report.figures.labels import Label, annotate
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric, true_minus
@@ -158,14 +159,9 @@ def _mark(axes: Any, mark: PlanePoint, across: Window, up: Window) -> list[list[
         shape = (3, 0, 90) if y == mark.target.mean else (3, 0, 180) if x == mark.source.mean else (3, 0, 135)
         axes.plot([x], [y], marker=shape, markersize=size + 1, color=mark.colour, linestyle="none")
         return []
-    bars = {"fmt": "none", "ecolor": mark.colour, "elinewidth": 1.2, "alpha": 0.55 if mark.strong else 0.4}
-    axes.errorbar(
-        [x],
-        [y],
-        xerr=mark.source.bars if mark.source.certain else None,
-        yerr=mark.target.bars if mark.target.certain else None,
-        **bars,
-    )
+    style = {"color": mark.colour, "linewidth": 1.2, "alpha": 0.55 if mark.strong else 0.4}
+    error_bar(axes, x, y, mark.source, **style)
+    error_bar(axes, x, y, mark.target, upright=True, **style)
     face = "white" if mark.hollow else mark.colour
     axes.plot([x], [y], mark.shape, markersize=size, color=face, markeredgecolor=mark.colour, clip_on=False, zorder=3)
     return [

@@ -7,6 +7,7 @@ from typing import Any
 
 from conservtl.errors import counted
 from conservtl.report.figures.canvas import PALE, Picture, bare, draw, shorten
+from conservtl.report.figures.error_bars import CUT_OFF, error_bar
 from conservtl.report.figures.labels import legend_beside
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric
@@ -53,7 +54,7 @@ def error_by_shots(
 
     alt = f"{error} of {' and '.join(panels)} against the number of shots, {counted(len(named), 'method')}."
     better = "Lower" if metric.share else str(metric.better).capitalize()
-    caption = f"{better} is better. Grey and black: baselines. Bars: 95 % intervals of the mean."
+    caption = f"{better} is better. Grey and black: baselines. Bars: 95 % intervals of the mean. {CUT_OFF}"
     if rest:
         others = f"the {len(rest)} others" if len(rest) > 1 else "the other method"
         caption += f" Thin lines: {others}, as far as in range; the tables have all."
@@ -97,9 +98,6 @@ def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[float], named: se
         if curve[-1][2].name not in named:
             axes.plot([n for n, _, _ in curve], [s.mean for _, s, _ in curve], color=PALE, linewidth=1.0, zorder=1)
     chosen = [curve for curve in curves if curve[-1][2].name in named]
-    lines = [
-        _line(axes, curve, 1 + 0.06 * (place / max(1, len(chosen) - 1) - 0.5)) for place, curve in enumerate(chosen)
-    ]
     means = [span.mean for curve in chosen for _, span, _ in curve]
     if metric.share:
         low = max((tick for tick in _TICKS if tick <= min(means)), default=0)
@@ -110,6 +108,9 @@ def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[float], named: se
     else:
         pad = 0.1 * (max(means) - min(means)) or 0.5
         axes.set_ylim(min(means) - pad, max(means) + pad)
+    lines = [
+        _line(axes, curve, 1 + 0.06 * (place / max(1, len(chosen) - 1) - 0.5)) for place, curve in enumerate(chosen)
+    ]
     axes.set_xticks(shots, [f"{number:.4g}" for number in shots])
     axes.minorticks_off()
     axes.set_xlim(shots[0] / 1.12, shots[-1] * 1.12)
@@ -128,6 +129,5 @@ def _line(axes: Any, curve: Curve, aside: float) -> tuple[Any, str, str]:
     style |= {"marker": row.shape, "color": row.colour, "markerfacecolor": face, "clip_on": False}
     (line,) = axes.plot(places, means, label=shorten(row.name, _NAME), **style)
     for x, (_, span, _) in zip(places, curve, strict=True):
-        if span.certain:
-            axes.errorbar([x], [span.mean], yerr=span.bars, fmt="none", ecolor=row.colour, alpha=0.45)
+        error_bar(axes, x, span.mean, span, upright=True, color=row.colour, linewidth=1.5, alpha=0.45)
     return line, row.ink, "normal" if row.baseline else "bold"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from conservtl.report.figures.canvas import INK, SOURCE, TARGET, Picture, bare, draw
+from conservtl.report.figures.error_bars import CUT_OFF
 from conservtl.report.figures.plane import PlanePoint, paint_plane
 from conservtl.report.text.intervals import MeanInterval, metric_span
 from conservtl.report.text.metrics import Metric, headline
@@ -81,7 +82,7 @@ def _caption(strengths: Sequence[StrengthStep], path: Sequence[StrengthStep], me
     places = ("Left", "Right") if len(shown) == 2 else ("Shown",)
     parts = [f"{place}: {text}." for place, text in zip(places, shown, strict=True)]
     certain = any(step.target.certain for step in (*strengths, *path))
-    parts.append("Bands and bars: 95 % intervals of the mean." if certain else "One run each: no intervals.")
+    parts.append(f"Bands and bars: 95 % intervals of the mean. {CUT_OFF}" if certain else "One run each: no intervals.")
     return " ".join(parts)
 
 

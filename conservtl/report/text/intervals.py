@@ -31,11 +31,6 @@ class MeanInterval:
     digits: int = 1
 
     @property
-    def bars(self) -> tuple[tuple[float], tuple[float]]:
-        """Lengths below and above the mean, as matplotlib's error bars take them."""
-        return (max(0.0, self.mean - self.low),), (max(0.0, self.high - self.mean),)
-
-    @property
     def certain(self) -> bool:
         """Whether there is an interval to show."""
         return self.count > 1

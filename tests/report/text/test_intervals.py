@@ -31,11 +31,9 @@ def test_what_was_not_measured_is_none(value):
     assert metric_span(value) is None
 
 
-def test_bars_reach_from_the_mean_to_the_ends():
-    assert metric_span({"mean": 0.5, "low": 0.4, "high": 0.7, "count": 3}).bars == (
-        (pytest.approx(10),),
-        (pytest.approx(20),),
-    )
+def test_the_ends_are_in_the_unit_of_the_mean():
+    span = metric_span({"mean": 0.5, "low": 0.4, "high": 0.7, "count": 3})
+    assert (span.low, span.high) == (pytest.approx(40), pytest.approx(70))
 
 
 def test_the_harmonic_mean_of_nothing_is_nothing():
