@@ -26,7 +26,6 @@ class Schema:
     def __init__(self, root: Node, *, python: bool = False) -> None:
         self.root, self._python = root, python
         self.null = "None" if python else "null"
-        self._words = {"null": self.null, "boolean": "True or False" if python else "true or false"}
 
     def resolved(self, node: Node) -> Node:
         """Return a node without references, and without null where it stands beside a single type."""
@@ -70,15 +69,26 @@ class Schema:
 
     def words(self, node: Node) -> str:
         """Return the values that a node takes, in words: "a whole number of at least 1, 'all' or null"."""
+        *parts, last = dict.fromkeys(self._choices(node))
+        return f"{', '.join(parts)} or {last}" if parts else last
+
+    def _choices(self, node: Node) -> list[str]:
+        """Return each value, or kind of values, that a node takes."""
         if len(node.get("anyOf", ())) > 1:
             ordered = sorted(node["anyOf"], key=lambda one: one.get("type") == "null")
-            *parts, last = dict.fromkeys(self.words(one) for one in ordered)
-            return f"{', '.join(parts)} or {last}" if parts else last
+            return [choice for one in ordered for choice in self._choices(one)]
         node = self.resolved(node)
         if kinds := self.kinds(node):
-            return f"fields of a kind, {{{node['discriminator']['propertyName']}: {' | '.join(kinds)}}}"
+            return [f"fields of a kind, {{{node['discriminator']['propertyName']}: {' | '.join(kinds)}}}"]
         if "const" in node or "enum" in node:
-            return ", ".join(repr(value) for value in node.get("enum", [node.get("const")]))
+            return [repr(value) for value in node.get("enum", [node.get("const")])]
+        form = node.get("type", "")
+        if form == "boolean":
+            return ["True", "False"] if self._python else ["true", "false"]
+        return [self.null if form == "null" else self._form_words(node)]
+
+    def _form_words(self, node: Node) -> str:
+        """Return the values of a type in words."""
         form = node.get("type", "")
         if form == "object":
             names = self.fields(node)
@@ -94,7 +104,7 @@ class Schema:
             return f"a {'whole ' * (form == 'integer')}number{_bounds(node)}"
         if form == "string":
             return "a path" if node.get("format") == "path" else "text"
-        return self._words.get(form, "another value")
+        return "another value"
 
     def pair(self, name: str, value: Any) -> str:
         """Return a field with a value, as it is written."""
