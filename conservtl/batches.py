@@ -56,7 +56,7 @@ def check_batches(batches: Iterable[Any], subject: str) -> None:
     single = isinstance(batches, (Tensor, Mapping)) or (
         isinstance(batches, tuple) and bool(batches) and all(isinstance(part, Tensor) for part in batches)
     )
-    if single or isinstance(batches, Iterator):
+    if single or isinstance(batches, Iterator) or not hasattr(type(batches), "__iter__"):
         received = f"one batch, a {type(batches).__name__}" if single else f"a {type(batches).__name__}"
         fix = "Put it into a list" if single else "Make it a list, or give the DataLoader"
         raise DataError(

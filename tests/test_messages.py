@@ -26,6 +26,54 @@ def test_fit_names_what_it_takes(adaptation, arguments, message):
         ctl.fit(adaptation, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda a: ctl.fit(a, DATA, seed=-1), "seed must be a whole number, 0 to 4294967295, or None; received -1."),
+        (lambda a: ctl.fit(a, DATA, seed=1.5), "seed must be a whole number, 0 to 4294967295, or None; received 1.5."),
+        (lambda a: ctl.fit(a, DATA, out=3), "out must be the path of a folder, or None; received int."),
+        (
+            lambda a: ctl.fit(a, DATA, accelerator="cpu"),
+            "accelerator must be an accelerate.Accelerator, or None for a new one; received str.",
+        ),
+        (
+            lambda a: a.optimizer(torch.optim.SGD, lr="fast"),
+            "SGD: lr must be a finite number of at least 0; received 'fast'. Give one.",
+        ),
+        (
+            lambda a: a.optimizer(torch.optim.SGD, lr=-1),
+            "SGD: lr must be a finite number of at least 0; received -1. Give one.",
+        ),
+        (lambda a: a.start_phase("head"), "phase must be one of 0 to 0; received 'head'."),
+        (lambda a: a.loss(0.5, None), "the loss must be a scalar, the mean over the batch; received float. Reduce it."),
+        (
+            lambda a: a.measure([DATA], on="test"),
+            "on must be 'target' or 'source', the domain of the batches; received 'test'.",
+        ),
+    ],
+)
+def test_a_wrong_argument_of_the_loop(adaptation, call, said):
+    with pytest.raises(ctl.SpecError) as refused:
+        call(adaptation)
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prefix": 3}, "prefix must be a text; received 3. Write what the wanted names begin with."),
+        ({"rename": "a"}, "rename must be {expression: replacement}; received 'a'. Write a dictionary."),
+        ({"labels": 3}, "labels must be two lists, (target, source); received 3. Give both."),
+        ({"labels": (["a"], 3)}, "labels must be two lists, (target, source); received (['a'], 3). Give both."),
+        ({"strategies": 3}, "strategies must be a list; received 3. Write [L2SP(alpha=0.1)]."),
+    ],
+)
+def test_a_wrong_argument_of_adapt(wrong, said):
+    with pytest.raises(ctl.SpecError) as refused:
+        ctl.adapt(torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), **wrong)
+    assert str(refused.value) == said
+
+
 def test_fit_wants_an_adaptation():
     with pytest.raises(ctl.SpecError, match="adapt"):
         ctl.fit(torch.nn.Linear(4, 2), DATA)

@@ -121,10 +121,9 @@ class LoopMethods(AdaptationBase):
             SpecError: the loss is no scalar, a term needs the source's view and neither ``inputs`` nor ``source`` is
                 given, or the model made no forward pass.
         """
-        if loss.ndim:
-            raise SpecError(
-                f"the loss must be a scalar, the mean over the batch; received shape {tuple(loss.shape)}. Reduce it."
-            )
+        if not isinstance(loss, Tensor) or loss.ndim:
+            received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+            raise SpecError(f"the loss must be a scalar, the mean over the batch; received {received}. Reduce it.")
         terms = self.bound.terms
         if not terms.terms:
             return loss

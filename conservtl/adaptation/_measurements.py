@@ -55,6 +55,8 @@ class MeasurementMethods(AdaptationBase):
             DataError: there are no batches, a single one, or an iterator.
             SpecError: the measurement is not possible on this model.
         """
+        if on not in ("target", "source"):
+            raise SpecError(f"on must be 'target' or 'source', the domain of the batches; received {on!r}.")
         self.bound.parameters()
         loss = as_loss(loss)
         for measurement in self.bound.unmeasured():

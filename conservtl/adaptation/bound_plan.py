@@ -160,8 +160,8 @@ class BoundPlan:
     def start_phase(self, phase: int) -> None:
         """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates."""
         phases = self.plan.phases
-        if not 0 <= phase < len(phases):
-            raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase}.")
+        if not isinstance(phase, int) or not 0 <= phase < len(phases):
+            raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase!r}.")
         self.restore_weights()
         self.phase = phase
         self._frozen = self.plan.frozen_in(phase)

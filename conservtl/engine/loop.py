@@ -144,7 +144,8 @@ def fit(
     """
     begun = time.perf_counter()
     settings = training or adaptation.training or Training()
-    check_arguments(adaptation, settings, {"valid": valid, "watch": watch, "path": path})
+    sets_given = {"valid": valid, "watch": watch, "path": path}
+    check_arguments(adaptation, settings, sets_given, seed=seed, out=out, accelerator=accelerator)
     made = choose_optimizer(settings, optimizer, recommended=training is None)
     functions = Functions(forward, loss, metrics)
     check_trained(functions.loss, adaptation.model.parameters())

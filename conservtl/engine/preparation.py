@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import torch
@@ -61,7 +63,15 @@ class Sets:
     path: Mapping[str, Holdout]
 
 
-def check_arguments(adaptation: Any, training: Any, sets: Mapping[str, Any]) -> None:
+def check_arguments(
+    adaptation: Any,
+    training: Any,
+    sets: Mapping[str, Any],
+    *,
+    seed: Any = None,
+    out: Any = None,
+    accelerator: Any = None,
+) -> None:
     """Raise unless the arguments of ``fit`` have the right types."""
     if not isinstance(adaptation, Adaptation):
         raise SpecError(f"fit trains the result of adapt(model, source, ...); received {type(adaptation).__name__}.")
@@ -71,6 +81,15 @@ def check_arguments(adaptation: Any, training: Any, sets: Mapping[str, Any]) -> 
         if given is not None and not isinstance(given, Mapping):
             raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(given).__name__}.")
         _check_names(name, given or {})
+    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32):
+        raise SpecError(f"seed must be a whole number, 0 to {2**32 - 1}, or None; received {seed!r:.60}.")
+    if out is not None and not isinstance(out, (str, PathLike)):
+        raise SpecError(f"out must be the path of a folder, or None; received {type(out).__name__}.")
+    if accelerator is not None and not hasattr(accelerator, "gradient_accumulation_steps"):
+        raise SpecError(
+            f"accelerator must be an accelerate.Accelerator, or None for a new one; received "
+            f"{type(accelerator).__name__}."
+        )
 
 
 def _check_names(kind: str, given: Mapping[Any, Any]) -> None:

@@ -86,9 +86,9 @@ def as_strategies(given: Any, where: str = "strategies") -> tuple[Strategy, ...]
         SpecError: it is no list, or one of them is wrong; the message names the place.
     """
     if isinstance(given, (Strategy, Mapping, str)) or not isinstance(given, Iterable):
-        meant = _meant(given) or repr(given)
+        meant = _meant(given) or (repr(given) if isinstance(given, (Strategy, Mapping)) else "L2SP(alpha=0.1)")
         fix = meant if meant.startswith("ctl.recipe") else f"[{meant}]"
-        raise SpecError(f"{where} must be a list; received {given!r}. Write {fix}.")
+        raise SpecError(f"{where} must be a list; received {given!r:.200}. Write {fix}.")
     return tuple(as_strategy(one, f"{where}.{place}") for place, one in enumerate(given))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -30,8 +30,9 @@ class HeadLabels:
     """
 
     def __init__(self, labels: Sequence[Sequence[Any]]) -> None:
-        if isinstance(labels, (str, Mapping)) or len(labels) != 2 or any(isinstance(one, str) for one in labels):
-            raise SpecError(f"labels must be two lists, (target, source); received {labels!r}. Give both.")
+        pair = isinstance(labels, Collection) and not isinstance(labels, (str, Mapping)) and len(labels) == 2
+        if not pair or any(isinstance(one, str) or not isinstance(one, Iterable) for one in labels):
+            raise SpecError(f"labels must be two lists, (target, source); received {labels!r:.80}. Give both.")
         if unordered := [one for one in labels if isinstance(one, (Mapping, AbstractSet))]:
             raise SpecError(
                 f"labels must be in the order of the outputs; received a {type(unordered[0]).__name__}. Give a list of "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.compat import metadata_of
-from conservtl.errors import SourceError, counted
+from conservtl.errors import SourceError, SpecError, counted
 from conservtl.layers import Layer, canonical, unwrap
 from conservtl.source.entries import amount, some, tensors_of, weights_in
 from conservtl.source.kinds import check_model_kinds, has_values
@@ -54,6 +54,10 @@ class Source:
 
     def renamed(self, prefix: str | None = None, rename: Mapping[str, str] | None = None) -> Source:
         """Return the source under other names."""
+        if prefix is not None and not isinstance(prefix, str):
+            raise SpecError(f"prefix must be a text; received {prefix!r:.60}. Write what the wanted names begin with.")
+        if rename is not None and not isinstance(rename, Mapping):
+            raise SpecError(f"rename must be {{expression: replacement}}; received {rename!r:.60}. Write a dictionary.")
         if not prefix and not rename:
             return self
         names = names_after(self.tensors, self.where, prefix, rename)

@@ -83,15 +83,6 @@ def check_options(training: Any, options: ProblemOptions) -> None:
             )
     for name in ("fresh", "allow", "layers", "head"):
         check_globs(name, options.get(name), text=name == "fresh")
-    if (rename := options.get("rename")) is not None and not isinstance(rename, Mapping):
-        raise SpecError(f"rename must be {{expression: replacement}}; received {rename!r:.60}. Write a dictionary.")
-    labels = options.get("labels")
-    if labels is not None and (
-        not isinstance(labels, Sequence)
-        or len(labels) != 2
-        or any(isinstance(part, str) or not isinstance(part, Sequence) for part in labels)
-    ):
-        raise SpecError(f"labels must be two lists, (target, source); received {labels!r:.60}. Give both.")
     if (shift := options.get("shift", "input")) not in get_args(Shift):
         raise SpecError(f"shift must be one of {', '.join(get_args(Shift))}; received {shift!r:.60}. Give one of them.")
     rate = options.get("usual_lr")
