@@ -627,7 +627,7 @@ class TestOwnCut:
             find_layers(HeadFirst(), layers=["conv", "hed"])
 
     def test_a_string_is_no_list(self):
-        with pytest.raises(SelectorError, match=r"Write \['conv'\]"):
+        with pytest.raises(SelectorError, match=r"Write layers=\['conv'\]"):
             find_layers(HeadFirst(), layers="conv")
 
 

@@ -9,7 +9,7 @@ from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
 from conservtl.report.figures.trials import front
 from conservtl.report.text.metrics import ACCURACY, Metric
-from conservtl.report.text.summary import _count, _drift, _source
+from conservtl.report.text.summary import _drift, _parameters, _source
 from conservtl.report.text.tables import agreement_rows
 from conservtl.report.text.variants import variants
 
@@ -22,7 +22,7 @@ UNMEASURED = {"shots": 5, "rows": [{"variant": "a", "target": None, "source": No
     [(999_999, "999,999"), (1_500_000, "1.5 million"), (125_000_000, "125 million"), (7_200_000_000, "7.2 billion")],
 )
 def test_parameters_are_counted_in_words(parameters, text):
-    assert _count(parameters) == text
+    assert _parameters(parameters) == f"{text} parameters"
 
 
 def test_a_source_that_was_not_measured_before():
