@@ -81,7 +81,7 @@ def check_arguments(
         if given is not None and not isinstance(given, Mapping):
             raise SpecError(f"{name} must name its sets: {name}={{'target': data}}; received {type(given).__name__}.")
         _check_names(name, given or {})
-    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32):
+    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**32):
         raise SpecError(f"seed must be a whole number, 0 to {2**32 - 1}, or None; received {seed!r:.60}.")
     if out is not None and not isinstance(out, (str, PathLike)):
         raise SpecError(f"out must be the path of a folder, or None; received {type(out).__name__}.")

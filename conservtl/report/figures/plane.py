@@ -159,7 +159,7 @@ def _mark(axes: Any, mark: PlanePoint, across: Window, up: Window) -> list[list[
         shape = (3, 0, 90) if y == mark.target.mean else (3, 0, 180) if x == mark.source.mean else (3, 0, 135)
         axes.plot([x], [y], marker=shape, markersize=size + 1, color=mark.colour, linestyle="none")
         return []
-    style = {"color": mark.colour, "linewidth": 1.2, "alpha": 0.55 if mark.strong else 0.4}
+    style: dict[str, Any] = {"color": mark.colour, "linewidth": 1.2, "alpha": 0.55 if mark.strong else 0.4}
     error_bar(axes, x, y, mark.source, **style)
     error_bar(axes, x, y, mark.target, upright=True, **style)
     face = "white" if mark.hollow else mark.colour
