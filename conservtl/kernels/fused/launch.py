@@ -26,11 +26,10 @@ __all__ = [
     "decay_shares",
     "lerp",
     "mix",
+    "move_rows",
     "range_sums",
     "ratios",
     "row_norms",
-    "rows_into_balls",
-    "shrink_rows",
     "soften",
     "span_sums",
     "sums",
@@ -50,15 +49,8 @@ def add_pull(
 ) -> None:
     """Add amount × scale × importance × (w - w0) to the gradients; those missing are made."""
     gradients, aligned = members.gradients(made=True)
-    table, factor = amounts
-    carried = table if scale is None else _beside(scale, members)
-    constants = (
-        *members.types, members.accumulated, members.anchored or parts is not None, members.importances is not None,
-        scale is not None, aligned, BLOCK,
-    )  # fmt: skip
-    for blocks, anchors in [(members.blocks, members.anchor_table)] if parts is None else parts:
-        tensors = members.weight_table, anchors, members.importance_table, gradients, table, carried
-        _run(programs.add_pull, blocks, tensors, parted(factor), constants)
+    tensors = gradients, amounts[0], _beside(scale, members, amounts)
+    _pull(programs.add_pull, members, parts, tensors, amounts, (scale is not None, aligned))
 
 
 def lerp(
@@ -66,24 +58,27 @@ def lerp(
     parts: Iterable[tuple[Blocks, Tensor]] | None = None,
 ) -> None:  # fmt: skip
     """Move the weights by ``every`` shares of the way to their anchors, or to zero; share × importance is at most 1."""
-    table, factor = amounts
-    carried = table if skip is None else _beside(skip, members)
-    constants = (
-        *members.types, members.accumulated, members.anchored or parts is not None, members.importances is not None,
-        skip is not None, every, members.aligned, BLOCK,
-    )  # fmt: skip
+    tensors = amounts[0], _beside(skip, members, amounts)
+    _pull(programs.lerp, members, parts, tensors, amounts, (skip is not None, every, members.aligned))
+
+
+def _pull(
+    program: Any, members: Members, parts: Iterable[tuple[Blocks, Tensor]] | None, tensors: Sequence[Tensor],
+    amounts: Amounts, options: Sequence[Any],
+) -> None:  # fmt: skip
+    """Run a program on all blocks with the members' anchors, or on parts that bring theirs."""
+    weighed, anchored = members.importances is not None, members.anchored or parts is not None
+    constants = (*members.types, members.accumulated, anchored, weighed, *options, BLOCK)
     for blocks, anchors in [(members.blocks, members.anchor_table)] if parts is None else parts:
-        tensors = members.weight_table, anchors, members.importance_table, table, carried
-        _run(programs.lerp, blocks, tensors, parted(factor), constants)
+        all_tensors = members.weight_table, anchors, members.importance_table, *tensors
+        _run(program, blocks, all_tensors, parted(amounts[1]), constants)
 
 
 def soften(members: Members, thresholds: Amounts, skip: Tensor | None) -> None:
     """Move each element by its tensor's threshold toward the anchor and no further."""
-    table, factor = thresholds
-    carried = table if skip is None else _beside(skip, members)
-    tensors = members.weight_table, members.anchor_table, table, carried
+    tensors = members.weight_table, members.anchor_table, thresholds[0], _beside(skip, members, thresholds)
     constants = (*members.types[:2], members.accumulated, skip is not None, members.aligned, BLOCK)
-    _run(programs.soften, members.blocks, tensors, parted(factor), constants)
+    _run(programs.soften, members.blocks, tensors, parted(thresholds[1]), constants)
 
 
 def span_sums(members: Members, terms: Terms) -> Tensor:
@@ -171,31 +166,17 @@ def row_norms(
     _run(programs.row_norms, blocks, tensors, (out.shape[1],), (*members.types[:2], members.accumulated, True, *shape))
 
 
-def shrink_rows(
-    members: Members,
-    blocks: Blocks,
-    lengths: Tensor,
-    thresholds: Amounts,
-    skip: Tensor | None,
-    shape: tuple[bool, int, int],
-) -> None:
-    """Move rows toward their anchors by threshold × root of the length, and no further; arguments as above."""
-    table, factor = thresholds
-    carried = table if skip is None else _beside(skip, members)
-    tensors = lengths, members.weight_table, members.anchor_table, table, carried
-    constants = (*members.types[:2], members.accumulated, False, False, False, skip is not None, *shape)
-    _run(programs.shrink_rows, blocks, tensors, parted(factor), constants)
-
-
-def rows_into_balls(
-    members: Members, blocks: Blocks, lengths: Tensor, radii: Amounts, shape: tuple[bool, int, int], *,
-    absolute: bool, relative: bool,
+def move_rows(
+    members: Members, blocks: Blocks, lengths: Tensor, amounts: Amounts, shape: tuple[bool, int, int], *,
+    skip: Tensor | None = None, ball: bool = False, absolute: bool = False, relative: bool = False,
 ) -> None:  # fmt: skip
-    """Move rows into balls around their anchors; arguments as above, and as ``RowBlocks.into_balls``."""
-    table, factor = radii
-    tensors = lengths, members.weight_table, members.anchor_table, table, table
-    constants = (*members.types[:2], members.accumulated, absolute, True, relative, False, *shape)
-    _run(programs.shrink_rows, blocks, tensors, parted(factor), constants)
+    """Move rows toward their anchors by amount × root of the length and no further, or into balls around them.
+
+    Other arguments as above, and as for ``RowBlocks.into_balls``.
+    """
+    tensors = lengths, members.weight_table, members.anchor_table, amounts[0], _beside(skip, members, amounts)
+    constants = (*members.types[:2], members.accumulated, absolute, ball, relative, skip is not None, *shape)
+    _run(programs.shrink_rows, blocks, tensors, parted(amounts[1]), constants)
 
 
 def mix(members: Members, identities: Tensor, plains: Tensor, seed: int, step: int, dropped: int) -> None:
@@ -238,6 +219,8 @@ def _run(
         call(program, (blocks.count,), (blocks.entries, blocks.starts, blocks.sizes, *tensors), numbers, constants)
 
 
-def _beside(scalar: Tensor, members: Members) -> Tensor:
-    """Return a scalar on the members' device; a copy from the CPU does not block."""
+def _beside(scalar: Tensor | None, members: Members, amounts: Amounts) -> Tensor:
+    """Return a scalar on the members' device, by a copy that does not block; any tensor in the place of none."""
+    if scalar is None:
+        return amounts[0]
     return scalar.to(members.device, non_blocking=scalar.device.type == "cpu").reshape(())

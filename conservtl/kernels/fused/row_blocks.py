@@ -50,7 +50,7 @@ class RowBlocks:
     def shrink(self, thresholds: launch.Amounts, skip: Tensor | None) -> None:
         """Move each row toward its anchor by its tensor's threshold times the root of its length, and no further."""
         for blocks, shape in self._blocks:
-            launch.shrink_rows(self._members, blocks, self._lengths, thresholds, skip, shape)
+            launch.move_rows(self._members, blocks, self._lengths, thresholds, shape, skip=skip)
         if self._long:
             long, owners = self._long_rows
             size = launch.sums(long, "move, start", "root")[0]
@@ -68,9 +68,8 @@ class RowBlocks:
             relative: whether radii are ratios.
         """
         for blocks, shape in self._blocks:
-            launch.rows_into_balls(
-                self._members, blocks, self._lengths, radii, shape, absolute=absolute, relative=relative
-            )
+            how = {"ball": True, "absolute": absolute, "relative": relative}
+            launch.move_rows(self._members, blocks, self._lengths, radii, shape, **how)
         if self._long:
             long, owners = self._long_rows
             both = launch.sums(long, "move, start, absolute" if absolute else "move, start")
