@@ -68,8 +68,9 @@ class RowBlocks:
             relative: whether radii are ratios.
         """
         for blocks, shape in self._blocks:
-            how = {"ball": True, "absolute": absolute, "relative": relative}
-            launch.move_rows(self._members, blocks, self._lengths, radii, shape, **how)
+            launch.move_rows(
+                self._members, blocks, self._lengths, radii, shape, ball=True, absolute=absolute, relative=relative
+            )
         if self._long:
             long, owners = self._long_rows
             both = launch.sums(long, "move, start, absolute" if absolute else "move, start")
