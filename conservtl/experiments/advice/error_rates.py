@@ -32,9 +32,9 @@ KEPT = 0.4
 """Share of the layers that is frozen if there is little data."""
 HEARD = 0.5
 """Error rate up to which hypotheses of the source model are worth training on."""
-T, FAR_T = 0.5, 0.7
+T, FAR_T = 0.4, 0.7
 """How far the end is from the source: as the recipe `recognizer` has it; where less of the source is worth keeping."""
-STEPS = 60
+STEPS = 120
 """Fewest optimizer steps: the recipe's on ten sentences."""
 _MOST = 200  # source utterances that are transcribed
 

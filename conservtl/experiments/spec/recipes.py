@@ -80,10 +80,10 @@ RECIPES = {
     ),
     "recognizer": Recipe(
         task="transcribe",
-        strategies=(WeightInterpolation(t=0.5),),
+        strategies=(WeightInterpolation(t=0.4),),
         training=Training(
             epochs=60,
-            batch_size=10,
+            batch_size=5,
             lr=1e-3,
             schedule="cosine",
             warmup=0.1,
@@ -119,8 +119,8 @@ def recipe(name: str) -> Recipe:
     other voices and rooms, and the features of four layers are kept near the source's for the same recordings (DELTA).
 
     ``recognizer``: a recognizer of utterances adapts to a new speaker from a few sentences. It is trained in all layers
-    at a large rate, on utterances masked and changed in speed, and the final weights are half way
-    between the source and the trained weights.
+    at a large rate in small batches, on utterances masked and changed in speed, and the final weights are a point on
+    the line between the source and the trained weights.
 
     ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
     of each image, every layer is trained at a large rate and pulled back to the source (decoupled L2-SP), and the

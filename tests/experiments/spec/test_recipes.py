@@ -54,7 +54,7 @@ def test_the_speakers_recordings_are_changed_as_the_recipe_says():
 def test_an_utterance_changes_in_speed_as_the_recipe_says_and_is_masked_as_usual():
     spec = parse_spec(fields_of("recognizer"))
     assert spec.data.augment == type(spec.data.augment)(speed=0.1)
-    assert spec.strategies == (ctl.WeightInterpolation(t=0.5),)
+    assert spec.strategies == (ctl.WeightInterpolation(t=0.4),)
     with pytest.raises(ctl.SpecError, match=r"'speaker' is for speech, and the task is transcribe. Use recognizer"):
         parse_spec({**fields_of("recognizer"), "strategies": {"recipe": "speaker"}})
 
