@@ -22,8 +22,7 @@ import torch
 
 SECONDS_OF_A_TEST = 60  # of CPU time: then it does not end
 MINUTES_OF_A_TEST = 10  # by the clock: then it waits for something that does not come
-SECONDS_OF_A_MUTANT = 40  # of CPU time: after that no further test begins
-FIRST_TESTS = 12  # functions: most mutants need no more
+SECONDS_OF_A_PART = 40  # of CPU time for a part of a mutant's tests: after that no further test begins
 CHECK = "tests/plan/test_decision.py"  # must pass without a change
 # Imported once, before processes are forked: nothing of the project's own.
 BEFOREHAND = (
@@ -55,13 +54,13 @@ class Copy:
         if not (told := self._tried([CHECK]))["passed"]:
             raise RuntimeError(f"{CHECK} must pass in a copy of the project; received {told}. See {self._log}.")
 
-    def outcome(self, module: str, changed: str, tests: Sequence[str]) -> dict[str, Any]:
-        """Return ``result``, ``by`` (the test that failed) and ``tests`` (how many ran).
+    def outcome(self, module: str, changed: str, parts: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """Return ``result``, ``by`` (the test that failed) and ``tests`` (how many ran), of one part after the other.
 
         A failure counts only if the test passes without the change.
         """
         original, ran = (self.root / module).read_text(encoding="utf-8"), 0
-        for part in (tests[:FIRST_TESTS], tests[FIRST_TESTS:]):
+        for part in parts:
             by, more = self._killer(module, original, changed, part) if part else (None, 0)
             ran += more
             if by is not None:
@@ -150,7 +149,7 @@ class _Watch:
         self._begun = time.process_time()
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if time.process_time() - self._begun > SECONDS_OF_A_MUTANT:
+        if time.process_time() - self._begun > SECONDS_OF_A_PART:
             item.session.shouldstop = "enough"
         _limit()
         self._tell(test=item.nodeid)

@@ -1,21 +1,24 @@
 """Mutation testing: a sample of small changes of the code, and whether a test fails with each.
 
 Cosmic Ray makes the mutants. A mutant is tried with tests that execute its line: those of the module's own folder
-first, then others, one of each file in turn. It is killed when a test fails that passes without the change, ends in a
-crash or does not end. Two commands::
+first, then others, one of each file in turn. Without ``.coverage`` it is tried with the files of tests that have the
+module's name, then with those of its folder, then with the laws of all methods. It is killed when a test fails that
+passes without the change, ends in a crash or does not end. Two commands::
 
     pip install cosmic-ray pytest-cov
     pytest -n auto --dist loadscope --cov=conservtl --cov-context=test --cov-report=
     python benchmarks/mutants.py --sample 200
 
-The first leaves ``.coverage``, which knows the tests of each line. Results are stored mutant by mutant in
-``benchmarks/results/mutants.jsonl``; a repeated command goes on. ``--again`` tries survivors anew, with ``--also`` for
-tests that the coverage does not know yet. ``equivalent_mutants.json`` lists survivors that no test can kill, and why.
+The first, which may be left out, leaves ``.coverage``, which knows the tests of each line. Results are stored mutant by
+mutant in ``benchmarks/results/mutants.jsonl``; a repeated command goes on. ``--again`` tries survivors anew, with
+``--also`` for tests that the coverage does not know yet. ``equivalent_mutants.json`` lists survivors that no test can
+kill, and why.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime as dt
 import difflib
 import itertools
@@ -31,7 +34,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 from coverage import CoverageData
-from mutant_trials import SECONDS_OF_A_MUTANT, Copy
+from mutant_trials import SECONDS_OF_A_PART, Copy
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -40,8 +43,11 @@ FOLDERS = ["methods", "kernels", "runtime", "plan", "layers"]
 # Unions in annotations are no code, and decorators such as `abstractmethod` and `override` say nothing at run time.
 LEFT_OUT = ("core/ReplaceBinaryOperator_BitOr", "core/ReplaceUnaryOperator_Delete", "core/RemoveDecorator")
 MOST_TESTS = 60  # functions that a mutant is tried with
+FIRST_TESTS = 12  # of them
 OF_CLASSES = ["tests/test_layout.py::test_values_do_not_change", "tests/api", "tests/plan/test_decision.py"]
 """Tests of fields, defaults and signatures, which every import makes."""
+OF_ALL = ["tests/testing", "tests/adaptation", "tests/test_conservation.py", "tests/compatibility"]
+"""Tests of what all methods have in common."""
 
 Row = dict[str, Any]
 
@@ -81,6 +87,26 @@ def changed(mutant: Row) -> tuple[str, list[str]]:
     return text, [row for row in diff if row[3:]][2:]
 
 
+def parts_of(tests: list[str]) -> list[list[str]]:
+    """Return tests in the parts in which they are run: most mutants need no more than the first."""
+    return [tests[:FIRST_TESTS], tests[FIRST_TESTS:]]
+
+
+def tests_by_name(module: str, line: int) -> list[list[str]]:
+    """Return files of tests in the parts in which they are run: of the module's name, of its folder, and all others."""
+    path = ROOT / module
+    folder = Path("tests", Path(module).parts[1])
+    names = {part.strip("_") for part in (path.stem, *path.parent.parts[len((ROOT / "conservtl").parts) + 1 :])}
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / folder).glob("test_*.py"))
+    own = [file for file in files if any(name in file for name in names)]
+    rest = [file for file in files if file not in own and "test_maps" not in file]
+    rest.sort(key=lambda file: path.stem.strip("_") not in (ROOT / file).read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = any(node.lineno <= line <= (node.end_lineno or line) for node in functions)
+    return [own, [] if inside else OF_CLASSES, rest, OF_ALL]
+
+
 def tests_of(module: str, line: int, data: CoverageData) -> list[str]:
     """Return tests that execute a line, or the module if none is known to: those nearest to the module first."""
     parts = Path(module).parts
@@ -118,7 +144,8 @@ def table(rows: Sequence[Row], equivalent: Mapping[str, str]) -> str:
         "",
         f"{platform.system()} {platform.machine()}, python {platform.python_version()}; {dt.datetime.now(dt.UTC):%F}.",
         f"Made by `python benchmarks/mutants.py` of random places in {', '.join(FOLDERS)}. Each mutant was tried with",
-        f"up to {MOST_TESTS} test functions that execute its line, twice {SECONDS_OF_A_MUTANT} s of CPU time at most.",
+        f"up to {MOST_TESTS} test functions that execute its line; of sample 3, with the files of tests of its module,",
+        f"its folder and all methods. Each part of them ran for {SECONDS_OF_A_PART} s of CPU time at most.",
         "Shares are of the mutants that a test can kill, with 95 % intervals (Wilson); those at first are of the tests",
         "as they stood when a mutant was first tried, those of now count survivors that were tried anew.",
         "",
@@ -162,10 +189,9 @@ def main() -> None:
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if not options.coverage.exists():
-        raise SystemExit(f"{options.coverage} does not exist. Run the tests with --cov-context=test first.")
-    data = CoverageData(str(options.coverage))
-    data.read()
+    data = CoverageData(str(options.coverage)) if options.coverage.exists() else None
+    if data is not None:
+        data.read()
     options.out.mkdir(parents=True, exist_ok=True)
     stored = options.out / "mutants.jsonl"
     rows: list[Row] = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
@@ -186,8 +212,9 @@ def main() -> None:
         left = [one for one in left if key(one) not in known]
     copy = Copy(ROOT)
     for number, mutant in enumerate(left, 1):
-        tests = [*options.also, *tests_of(mutant["module"], mutant["line"], data)]
-        row = mutant | copy.outcome(mutant["module"], changed(mutant)[0], tests)
+        place = mutant["module"], mutant["line"]
+        parts = tests_by_name(*place) if data is None else parts_of(tests_of(*place, data))
+        row = mutant | copy.outcome(mutant["module"], changed(mutant)[0], [options.also, *parts])
         rows.append({**row, "first": mutant.get("first", row["result"])})
         print(f"{number} of {len(left)}: {row['result']}  {key(row)}  ({row['tests']} tests, {row['by']})", flush=True)
         stored.write_text("".join(json.dumps(one) + "\n" for one in [*rows, *(left[number:] if options.again else [])]))
