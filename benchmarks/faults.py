@@ -100,16 +100,16 @@ def table(found: dict[str, Any]) -> str:
         good = counts.get("read", 0) + counts.get("refused", 0)
         ends = f"{good}: {counts.get('read', 0)} read, {counts.get('refused', 0)} refused in one message"
         lines.append(f"| {what} | {sum(counts.values())} | {ends} | nothing was executed |")
-    soaked = found["soak"]
     told = (
-        f"{soaked['steps']:,} steps of a small network with each strategy, then {soaked['adaptations']:,} adaptations "
-        "of one model that are deleted. Growth is counted from the second tenth of the steps, and from the eleventh "
-        "adaptation."
+        "Steps of a small network with each strategy, then adaptations of one model that are deleted. Growth counts "
+        "from the second tenth of the steps, and from the eleventh adaptation."
     )
-    head = "| strategy | memory, KiB | open files | last tenth's step time over the second's | objects | hooks |"
-    lines += ["", told, "", head, "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name, row in soaked["strategies"].items():
-        cells = [row["memory_kib"], row["files"], f"{row['slower']:.2f}", row["objects"], row["hooks"]]
+    head = "| strategy | steps | memory, KiB | open files | last tenth's step time over the second's "
+    head += "| adaptations | objects | hooks |"
+    lines += ["", told, "", head, "| --- |" + " ---: |" * 7]
+    for name, row in sorted(found["soak"].items()):
+        cells = [f"{row['steps']:,}", row["memory_kib"], row["files"], f"{row['slower']:.2f}"]
+        cells += [f"{row['adaptations']:,}", row["objects"], row["hooks"]]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
