@@ -52,7 +52,7 @@ class ExtendedModule(nn.Module):
         return ", ".join(text for text in (super().extra_repr(), *shown) if text)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        reduced: Any = super().__reduce_ex__(protocol)
         return _blank, (self.extension, self.own_class), *reduced[2:]
 
 

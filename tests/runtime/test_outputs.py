@@ -10,7 +10,7 @@ import conservtl as ctl
 from conservtl.runtime.channels import Channels, output_size
 from conservtl.runtime.common_labels import CommonLabels
 from conservtl.runtime.layer_outputs import all_tensors_of
-from conservtl.runtime.task_loss import _name, _positions, _signed
+from conservtl.runtime.task_loss import _name, _positions, _signed, read_task_loss
 
 
 @pytest.mark.parametrize(
@@ -138,3 +138,11 @@ def test_numbers_that_torch_gives_without_their_sign(given, number):
 )
 def test_names_of_operations(loss, name):
     assert _name(loss(torch.zeros(4, 3, 5, 5, requires_grad=True)).grad_fn) == name
+
+
+def test_a_loss_of_other_outputs_says_its_form_and_no_axis():
+    """Of another forward pass: which of the axes it took is not known, although one has as many classes."""
+    ours, other = (torch.zeros(4, 3, requires_grad=True) * 1 for _ in range(2))
+    labels = torch.zeros(4, dtype=torch.long)
+    found = [read_task_loss(nn.functional.cross_entropy(logits, labels), ours) for logits in (ours, other)]
+    assert [(one.form, one.axis) for one in found] == [("softmax", 1), ("softmax", None)]
