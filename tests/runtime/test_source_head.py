@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import conservtl as ctl
 from conservtl.runtime.source_head import SourceHead
 
 
@@ -49,3 +50,24 @@ def test_the_place_of_the_models_own_head_is_lent():
     with pytest.raises(RuntimeError, match="inside"), head.replacing(model):
         raise RuntimeError("inside")
     assert model[1][0] is own
+
+
+class Skips(nn.Module):
+    """A model whose head can be left out."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.head, self.skips = nn.Linear(2, 4), nn.Linear(4, classes), False
+
+    def forward(self, x):
+        return self.body(x) if self.skips else self.head(self.body(x))
+
+
+def test_a_head_that_did_not_run_is_named():
+    x = torch.ones(3, 2)
+    adaptation = ctl.adapt(Skips(5), Skips(3), [ctl.OutputConservation()], example=x)
+    adaptation.model.skips = True
+    outputs = adaptation.model(x)
+    loss = nn.functional.cross_entropy(outputs, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ctl.SpecError, match="the head 'head' must run in each forward pass; it did not"):
+        adaptation.loss(loss, outputs, x)
