@@ -169,3 +169,16 @@ def test_a_layer_that_starts_at_zero_drifts_by_all_or_nothing(change, drift):
     adaptation = ctl.adapt(nn.Linear(3, 3), source)
     nn.init.constant_(adaptation.model.bias, change)
     assert list(adaptation.drift().values()) == [drift]
+
+
+def test_an_anchor_is_placed_anew_if_its_parameter_lies_otherwise_or_elsewhere():
+    model = nn.Conv2d(2, 3, 2)
+    adaptation = ctl.adapt(model, copy.deepcopy(model))
+    anchors, parameter = adaptation.bound.anchors, model.weight.detach()
+    first = anchors.of("weight", parameter, "fp32")
+    assert anchors.of("weight", parameter.clone(), "fp32") is first
+    turned = parameter.to(memory_format=torch.channels_last)
+    second = anchors.of("weight", turned, "fp32")
+    assert (second.stride(), second is first) == (turned.stride(), False)
+    elsewhere = anchors.of("weight", turned.to("meta"), "fp32")
+    assert (elsewhere.device.type, elsewhere.stride()) == ("meta", turned.stride())

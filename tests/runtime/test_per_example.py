@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -136,3 +138,11 @@ def test_how_many_examples_at_a_time(limit, chunk, monkeypatch):
     model = nn.Linear(3, 3)
     squares = PerExample(model, named_parameters(model), value)
     assert (squares._chunk, squares._batched) == (chunk, chunk > 1)
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("body", [nn.GRU(3, 3), nn.Linear(3, 3)])
+def test_recurrent_layers_do_without_cudnn_on_a_gpu(body, cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    kernels = PerExample(body, named_parameters(body), value)._kernels()
+    assert isinstance(kernels, nullcontext) == (not cuda or isinstance(body, nn.Linear))

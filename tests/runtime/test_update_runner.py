@@ -35,3 +35,16 @@ def test_after_the_step_they_act_in_reverse(updates, monkeypatch):
             monkeypatch.setattr(cls, "after", lambda update, step, state: acted.append(update.name))
     UpdateRunner(updates).act("after", lambda update: [])
     assert acted == [name for name in reversed(ORDER) if name != "mixout"]
+
+
+def test_what_the_built_in_updates_need(updates):
+    """Shards: whether they act on sharded parameters. Anchors: whether they need starting values in memory."""
+    flags = ("shards", "anchors", "layered", "forward")
+    assert {update.name: [getattr(type(update), flag) for flag in flags] for update in updates} == {
+        "auto_rgn": [True, False, True, False],
+        "mixout": [False, True, False, True],
+        "proximal:group_lasso": [True, True, False, False],
+        "proximal:l1": [True, True, False, False],
+        "projection": [True, True, False, False],
+        "selective_decay": [True, True, False, False],
+    }
