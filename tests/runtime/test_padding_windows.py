@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conservtl.runtime.padding_watch import _arithmetic, _axes, _length
+from conservtl.runtime.padding_watch import PaddingWatch, _arithmetic, _axes, _length
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,28 @@ def test_every_axis_has_its_own():
     assert [_arithmetic(module, axis) for axis in (0, 1)] == [(3, 2, 0, 1, False), (5, 1, 2, 3, False)]
     kinds = (nn.Conv1d(1, 1, 1), nn.MaxPool1d(1), nn.AvgPool2d(1), nn.Conv2d(1, 1, 1), nn.MaxPool3d(1))
     assert list(map(_axes, kinds)) == [1, 1, 2, 2, 3]
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.same, self.conv, self.pool = nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(1, 1, 3, stride=2), nn.MaxPool1d(2)
+
+    def forward(self, x, lengths=None):
+        return self.pool(self.conv(self.same(x)))
+
+
+def test_modules_that_change_the_number_of_positions_are_recorded_in_each_pass():
+    """Only where arguments say what is padding, and hooks are there for one block."""
+    model, lengths = Network(), torch.tensor([9, 5])
+    with PaddingWatch(model) as watch:
+        for size in (9, 12):
+            model(torch.zeros(2, 1, size), lengths=lengths)
+            after = (size - 1) // 2
+            found = watch.padding.resamplings
+            assert [one.sizes for one in found] == [((size, after),), ((after, after // 2),)]
+            assert [one.lengths[0](lengths).tolist() for one in found] == [[4, 2], [4, 2]]
+        model(torch.zeros(2, 1, 9))
+        assert watch.padding is None
+    model(torch.zeros(2, 1, 9), lengths)
+    assert watch.padding is None
