@@ -146,3 +146,24 @@ def test_a_loss_of_other_outputs_says_its_form_and_no_axis():
     labels = torch.zeros(4, dtype=torch.long)
     found = [read_task_loss(nn.functional.cross_entropy(logits, labels), ours) for logits in (ours, other)]
     assert [(one.form, one.axis) for one in found] == [("softmax", 1), ("softmax", None)]
+
+
+@pytest.mark.parametrize(
+    ("turned", "axis"),
+    [
+        (lambda x: x, 1),
+        (lambda x: x.transpose(1, 2), 2),
+        (lambda x: x.transpose(0, 2).transpose(0, 2), 1),
+        (lambda x: x.permute(0, 2, 1), 2),
+        (lambda x: x[:, :, :4].float() * 2 + 1, 1),
+        (lambda x: x.reshape(-1, 5), 2),
+        (lambda x: x.transpose(-1, -2), None),  # of an axis from behind it is not known which
+        (lambda x: x.cumsum(1), None),
+    ],
+)
+def test_the_axis_of_classes_is_followed_to_the_outputs(turned, axis):
+    """Through what the loss does to them, although two axes are as long as there are classes."""
+    logits = torch.zeros(2, 5, 5, requires_grad=True) * 1
+    scores = turned(logits)
+    labels = torch.zeros(scores.shape[:1] + scores.shape[2:], dtype=torch.long)
+    assert read_task_loss(nn.functional.cross_entropy(scores, labels), logits).axis == axis
