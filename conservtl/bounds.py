@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, SupportsFloat
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, AllowInfNan
+
+from conservtl.errors import SpecError
 
 __all__ = [
     "Count",
@@ -22,7 +24,9 @@ __all__ = [
     "Positive",
     "ProperShare",
     "Share",
+    "as_path",
     "check_names",
+    "is_number",
 ]
 
 NonNegative = Annotated[float, Ge(0), AllowInfNan(False)]
@@ -39,6 +43,27 @@ Count = Annotated[int, Ge(1), Le(2**63 - 1)]
 """A whole number of at least 1, of 64 bits: steps, epochs, examples."""
 NonNegativeInt = Annotated[int, Ge(0), Le(2**63 - 1)]
 """A whole number of at least 0, of 64 bits: a seed, an index."""
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is one real number, of NumPy or torch too; True and False are none.
+
+    >>> is_number(1), is_number(True), is_number("1")
+    (True, False, False)
+    """
+    boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    return isinstance(value, SupportsFloat) and not boolean and not getattr(value, "ndim", 0)
+
+
+def as_path(given: Any, name: str) -> Path:
+    """Return the path that an argument of this name is.
+
+    Raises:
+        SpecError: it is none.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise SpecError(f"{name} must be a path; received {given!r:.60}. Give a text or a pathlib.Path.")
+    return Path(given)
 
 
 def check_names(path: Path) -> Path:

@@ -31,7 +31,7 @@ def test_fit_names_what_it_takes(adaptation, arguments, message):
     [
         (lambda a: ctl.fit(a, DATA, seed=-1), "seed must be a whole number, 0 to 4294967295, or None; received -1."),
         (lambda a: ctl.fit(a, DATA, seed=1.5), "seed must be a whole number, 0 to 4294967295, or None; received 1.5."),
-        (lambda a: ctl.fit(a, DATA, out=3), "out must be the path of a folder, or None; received int."),
+        (lambda a: ctl.fit(a, DATA, out=3), "out must be a path; received 3. Give a text or a pathlib.Path."),
         (
             lambda a: ctl.fit(a, DATA, accelerator="cpu"),
             "accelerator must be an accelerate.Accelerator, or None for a new one; received str.",
@@ -72,6 +72,40 @@ def test_a_wrong_argument_of_adapt(wrong, said):
     with pytest.raises(ctl.SpecError) as refused:
         ctl.adapt(torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), **wrong)
     assert str(refused.value) == said
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: ctl.find_layers(3), "model must be a torch.nn.Module; received int."),
+        (lambda: ctl.recompute_statistics({}, []), "model must be a torch.nn.Module; received dict."),
+        (
+            lambda: ctl.interpolate({}, {}, True),
+            "t must be between 0 (the source) and 1 (the adapted model); received True.",
+        ),
+        (lambda: ctl.interpolation_path({}, {}, "3"), "points must be at least 2, for the two ends; received '3'."),
+        (
+            lambda: ctl.soup([{}, {}], score=3),
+            "score must be a function of a state dict; received 3. Pass one, or leave it out.",
+        ),
+        (lambda: ctl.load_adapted(3), "folder must be a path; received 3. Give a text or a pathlib.Path."),
+        (
+            lambda: ctl.best_block(3, DATA, {"target": DATA}),
+            "fit trains the result of adapt(model, source, ...); received int.",
+        ),
+    ],
+)
+def test_a_wrong_argument_of_a_function(call, said):
+    with pytest.raises(ctl.SpecError) as refused:
+        call()
+    assert str(refused.value) == said
+
+
+def test_save_takes_a_folder_and_labels(adaptation, tmp_path):
+    with pytest.raises(ctl.SpecError, match=r"^folder must be a path; received 3\. Give a text or a pathlib\.Path\.$"):
+        ctl.save(adaptation, 3, ["a", "b"])
+    with pytest.raises(ctl.SpecError, match=r"^labels must be a list of texts, one for each output; received 3\.$"):
+        ctl.save(adaptation, tmp_path / "out", 3)
 
 
 def test_fit_wants_an_adaptation():

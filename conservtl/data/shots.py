@@ -23,7 +23,7 @@ class UpTo(FrozenModel):
 
 def _checked(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
-        return handler("" if isinstance(value, bool) else value)  # true is no 1
+        return handler(value)
     except ValidationError as error:
         raise PydanticCustomError(
             "shots", "Input should be a whole number greater than or equal to 1, 'all', or {up_to: a number}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.bounds import as_path
 from conservtl.engine.batching import Contents, as_batches
 from conservtl.engine.cuts import Cut
 from conservtl.engine.evaluation import Functions, Holdout
@@ -83,8 +83,8 @@ def check_arguments(
         _check_names(name, given or {})
     if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**32):
         raise SpecError(f"seed must be a whole number, 0 to {2**32 - 1}, or None; received {seed!r:.60}.")
-    if out is not None and not isinstance(out, (str, PathLike)):
-        raise SpecError(f"out must be the path of a folder, or None; received {type(out).__name__}.")
+    if out is not None:
+        as_path(out, "out")
     if accelerator is not None and not hasattr(accelerator, "gradient_accumulation_steps"):
         raise SpecError(
             f"accelerator must be an accelerate.Accelerator, or None for a new one; received "

@@ -12,6 +12,7 @@ from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.held import Held
 from conservtl.engine.loop import trial_of
+from conservtl.engine.preparation import check_arguments
 from conservtl.engine.search import run_searches
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.training import Training
@@ -61,9 +62,11 @@ def best_block(
     Reference:
         Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts".
     """
+    settings = training or Training()
+    check_arguments(adaptation, settings, {"valid": valid}, accelerator=accelerator)
     generators = (
         train.generators if isinstance(train, Held | Streamed) else Streamed(train, torch.device("cpu")).generators
     )
     trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator, optimizer)
-    results = run_searches(adaptation, valid, training or Training(), generators, trial)
+    results = run_searches(adaptation, valid, settings, generators, trial)
     return {candidate: score for scores in results.values() for candidate, score in scores.items()}

@@ -43,6 +43,8 @@ def find_layers(
         >>> [(layer.name, layer.modules) for layer in find_layers(model)]
         [('0', ('0', '1')), ('3', ('3',))]
     """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
     check_globs("layers", layers)
     check_globs("head", head)
     model = unwrap(model)

@@ -7,11 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conservtl.bounds import is_number
 from conservtl.errors import SpecError, counted
 from conservtl.kernels.dtensor import by_rows, sharded
 from conservtl.plan.after import After
@@ -103,8 +104,7 @@ def _base_rate(cls: Callable[..., torch.optim.Optimizer], name: str, options: Ma
     base = options.get("lr", known["lr"].default if "lr" in known else inspect.Parameter.empty)
     if base is inspect.Parameter.empty or base is None:
         raise SpecError(f"{name}: the rates are multiples of its lr, but none was given. Pass lr=...")
-    number = isinstance(base, (Tensor, SupportsFloat)) and not isinstance(base, bool)
-    if not number or not 0 <= float(base) < math.inf:
+    if not is_number(base) or not 0 <= float(base) < math.inf:
         raise SpecError(f"{name}: lr must be a finite number of at least 0; received {base!r:.60}. Give one.")
     return float(base)
 

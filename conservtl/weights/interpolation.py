@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from conservtl.bounds import is_number
 from conservtl.errors import SourceError, SpecError
-from conservtl.layers import select, unwrap
+from conservtl.layers import check_globs, select, unwrap
 from conservtl.source.read import Source, SourceLike, read_source
 from conservtl.weights.checkpoints import Checkpoint
 
@@ -38,7 +39,7 @@ def interpolate(
     t: float,
     *,
     batch_norm: Statistics = "interpolate",
-    fresh: Sequence[str] = (),
+    fresh: str | Sequence[str] = (),
 ) -> dict[str, Tensor]:
     r"""Return weights between a source model and a model adapted from it, without training.
 
@@ -57,8 +58,8 @@ def interpolate(
         adapted: w1; the result has its names, types and devices.
         t: 0 for the source, 1 for the adapted model.
         batch_norm: ``interpolate``, or the model whose running means and variances are copied.
-        fresh: globs of tensors that are always the adapted model's, because only one model has them or their shapes
-            differ (a head for other labels).
+        fresh: globs, or one glob, of tensors that are always the adapted model's, because only one model has them or
+            their shapes differ (a head for other labels).
 
     Returns:
         A state dict of new tensors.
@@ -77,8 +78,8 @@ def interpolate(
         >>> torch.allclose(between["weight"], (source.weight + adapted.weight) / 2)
         True
     """
-    if not 0 <= t <= 1:
-        raise SpecError(f"t must be between 0 (the source) and 1 (the adapted model); received {t}.")
+    if not is_number(t) or not 0 <= t <= 1:
+        raise SpecError(f"t must be between 0 (the source) and 1 (the adapted model); received {t!r:.60}.")
     check_statistics(batch_norm)
     start, end = _ends(source, adapted, fresh)
     return _all_between(start, end, t, batch_norm)
@@ -90,7 +91,7 @@ def interpolation_path(
     points: int = 11,
     *,
     batch_norm: Statistics = "interpolate",
-    fresh: Sequence[str] = (),
+    fresh: str | Sequence[str] = (),
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Return weights at evenly spaced points from a source model to a model adapted from it, without training.
 
@@ -114,8 +115,8 @@ def interpolation_path(
         >>> [t for t, weights in ctl.interpolation_path(source, adapted, points=3)]
         [0.0, 0.5, 1.0]
     """
-    if points < 2:
-        raise SpecError(f"points must be at least 2, for the two ends; received {points}.")
+    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+        raise SpecError(f"points must be at least 2, for the two ends; received {points!r:.60}.")
     check_statistics(batch_norm)
     start, end = _ends(source, adapted, fresh)
     return ((t, _all_between(start, end, t, batch_norm)) for t in grid(points))
@@ -139,8 +140,12 @@ def between(start: Tensor, end: Tensor, t: float) -> Tensor:
     return torch.where(a == b, b, torch.lerp(a, b, t)).to(end.dtype)
 
 
-def _ends(source: SourceLike, adapted: SourceLike, fresh: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _ends(
+    source: SourceLike, adapted: SourceLike, fresh: str | Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of both ends by name: the source's without the fresh ones, and all of the adapted model's."""
+    check_globs("fresh", fresh, text=True)
+    fresh = (fresh,) if isinstance(fresh, str) else fresh
     if isinstance(source, nn.Module) and isinstance(adapted, nn.Module) and unwrap(source) is unwrap(adapted):
         raise SourceError(
             "source and adapted are one and the same model. Adapting changes a model in place: pass the source's "

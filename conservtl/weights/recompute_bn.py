@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from conservtl.errors import DataError
+from conservtl.errors import DataError, SpecError
 from conservtl.functions import Forward
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
@@ -39,6 +39,8 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], forward: Forw
     Reference:
         Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization", section 3.2.
     """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model must be a torch.nn.Module; received {type(model).__name__}.")
     norms: list[Any] = [module for module in unwrap(model).modules() if tracks_statistics(module)]
     if not norms:
         return

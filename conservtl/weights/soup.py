@@ -51,6 +51,8 @@ def soup(models: Sequence[SourceLike], *, score: Callable[[State], float] | None
     if not isinstance(models, Sequence) or isinstance(models, str) or len(models) < 2:
         count = len(models) if isinstance(models, (list, tuple)) else type(models).__name__
         raise SpecError(f"models must be a list of at least 2 models; received {count}.")
+    if score is not None and not callable(score):
+        raise SpecError(f"score must be a function of a state dict; received {score!r:.60}. Pass one, or leave it out.")
     read = [read_source(model) for model in models]
     for other in read[1:]:
         check_same_labels(read[0], other)

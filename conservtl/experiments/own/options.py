@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from conservtl.bounds import is_number
 from conservtl.engine import Training
 from conservtl.errors import SpecError, did_you_mean
 from conservtl.experiments.own.settings import OwnData
@@ -86,8 +87,7 @@ def check_options(training: Any, options: ProblemOptions) -> None:
     if (shift := options.get("shift", "input")) not in get_args(Shift):
         raise SpecError(f"shift must be one of {', '.join(get_args(Shift))}; received {shift!r:.60}. Give one of them.")
     rate = options.get("usual_lr")
-    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if rate is not None and not (number and 0 < rate < math.inf):
+    if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
         raise SpecError(f"usual_lr must be a finite rate above 0; received {rate!r}. Give one, or leave it out.")
     shots = options.get("shots")
     try:

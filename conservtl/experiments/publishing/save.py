@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.bounds import as_path
 from conservtl.errors import SpecError, counted
 from conservtl.experiments.publishing.card import Card, card_text
 from conservtl.experiments.publishing.licence import base_model as base_of
@@ -82,7 +83,7 @@ def save(
     """
     if not isinstance(adaptation, Adaptation):
         raise SpecError(f"save needs an adaptation, as adapt returns it; received {type(adaptation).__name__}.")
-    target = Path(folder)
+    target = as_path(folder, "folder")
     check_replaceable(target, _FILES, overwrite=overwrite)
     _check_base(base_model)
     report = _report(metrics)
@@ -157,7 +158,7 @@ def _merged(adaptation: Adaptation) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _labels(labels: Sequence[str], adaptation: Adaptation) -> tuple[str, ...]:
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or any(not isinstance(one, str) for one in labels):
         raise SpecError(f"labels must be a list of texts, one for each output; received {labels!r:.80}.")
     if twice := [label for label in labels if list(labels).count(label) > 1]:
         raise SpecError(f"labels must differ from each other; received {twice[0]!r} twice. Name each output once.")

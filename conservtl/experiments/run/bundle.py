@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.adaptation.origin import Structure
+from conservtl.bounds import as_path
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.adapted import Adapted
 from conservtl.experiments.run.bundle_header import extend_model, merged_model, read_header
@@ -75,7 +76,7 @@ def load_adapted(
         SpecError: it is of a task that is not known here; ``model`` is missing, or given for a run's; or ``decoding``
             is wrong, or given for a task that writes no texts.
     """
-    path = Path(folder)
+    path = as_path(folder, "folder")
     path = path / _FILE if path.is_dir() else path
     if not path.is_file():
         raise SourceError(f"there is no model in {str(folder)!r}. Give the folder that `conservtl run --out` wrote.")
