@@ -74,7 +74,7 @@ def _shown(fields: dict[str, object]) -> str:
     defaults = type(strategy).model_fields
     changed = {name: value for name, value in strategy.model_dump().items() if value != defaults[name].default}
     short = ", ".join(f"{name}={value!r}" for name, value in changed.items() if len(repr(value)) < 24)
-    return f"[`{strategy.label}({short})`](methods/{fields['kind']}.md)"
+    return f"`{strategy.label}({short})`"
 
 
 def _evidence(shift: str, shots: int, distance: float) -> Evidence:

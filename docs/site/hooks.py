@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from advice_table import advice_table, amount_table, distance_table
 from formulas import with_mathml
 from links import with_links
 from method_pages import method_page
@@ -61,19 +60,6 @@ API = {
 }
 
 
-def error_table() -> str:
-    """Return each exception with its bases and the first line of its docstring."""
-    classes = ((name, getattr(errors, name)) for name in errors.__all__ if name[0].isupper())
-    rows = [
-        f"| `{name}` | {', '.join(f'`{base.__name__}`' for base in cls.__bases__)} | {cls.__doc__.splitlines()[0]} |"
-        for name, cls in classes
-    ]
-    return "\n".join(["| class | is also | raised when |", "| --- | --- | --- |", *rows])
-
-
-TABLES = {"advice": advice_table, "amounts": amount_table, "distances": distance_table, "errors": error_table}
-
-
 def on_config(config: Any) -> Any:
     """Complete the navigation: a page for each method and each part of the API, no page that there is no result for."""
     made = {**_made(), **dict.fromkeys(ELSEWHERE.values(), "")}
@@ -110,7 +96,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Lead links to where they are on the site, and fill in tables."""
+    """Lead links to where they are on the site, and names of methods to their pages."""
     path = page.file.src_uri
     pages = {**{f"docs/{file.src_uri}": file.src_uri for file in files}, **ELSEWHERE}
     place = next((place for place, at in ELSEWHERE.items() if at == path), f"docs/{path}")
@@ -118,7 +104,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         markdown = re.sub(r"^\[!\[ci\].*\n", "", markdown, flags=re.MULTILINE)  # badges are for the repository
     if path == "methods.md":
         markdown = re.sub(r"^\| (`\w+` \(`.*?) \|", lambda row: f"| {_linked(row[1])} |", markdown, flags=re.MULTILINE)
-    markdown = re.sub(r"<!-- table: (\w+) -->", lambda name: TABLES[name[1]](), markdown)
+    if path == "choosing.md":
+        markdown = re.sub(r"`(\w+)\(.*?\)`(?=,| \|)", _linked_call, markdown)
     return with_links(markdown, place, path, pages, config.repo_url or "")
 
 
@@ -131,6 +118,10 @@ def _linked(cell: str) -> str:
     return re.sub(
         r"`(\w+)`", lambda word: f"[{word[0]}](methods/{KINDS[word[1]]}.md)" if word[1] in KINDS else word[0], cell
     )
+
+
+def _linked_call(call: re.Match[str]) -> str:
+    return f"[{call[0]}](methods/{KINDS[call[1]]}.md)" if call[1] in KINDS else call[0]
 
 
 def _made() -> dict[str, str]:
