@@ -11,8 +11,8 @@ off, ``--resume`` measures the rest.
 - steps: methods on features, outputs and inputs in a step of ResNet-50, alternating with a plain step.
 - engine: ``fit`` beside loops by hand, Lightning and Hugging Face's Trainer (``gpu_engine.py``), for ResNet-50,
   ViT-B/16 and wav2vec 2.0; ``--only engine --models resnet50`` takes less than a minute with ``--minutes 0.8``.
-- recipes: the shipped recipes on CPU and GPU over three seeds (``gpu_recipes.py``); only if it is named. The
-  CPU's half needs no GPU.
+- recipes: the shipped recipes over three seeds on the GPU, beside those on the CPU, which a machine without a GPU makes
+  (``gpu_recipes.py``); only if they are named.
 
 Methods, networks and clocks are those of ``conservation.py``. The time limit (``--minutes``) divides the rounds.
 """
