@@ -167,3 +167,23 @@ def test_the_axis_of_classes_is_followed_to_the_outputs(turned, axis):
     scores = turned(logits)
     labels = torch.zeros(scores.shape[:1] + scores.shape[2:], dtype=torch.long)
     assert read_task_loss(nn.functional.cross_entropy(scores, labels), logits).axis == axis
+
+
+@pytest.mark.parametrize(
+    ("batch", "counted"),
+    [
+        ((0, torch.tensor([1, -100, 0])), [True, False, True]),
+        ({"labels": torch.tensor([1, -100, 0])}, [True, False, True]),
+        ((0, torch.tensor([1.0, -100.0, 0.0])), None),
+        ((0, torch.tensor([1, -100])), None),
+        ((0, "labels"), None),
+        ({"x": 0}, None),
+        ((0,), None),
+        (0, None),
+        (None, None),
+    ],
+)
+def test_labels_of_a_batch_say_what_counts_where_the_loss_does_not(batch, counted):
+    logits = torch.zeros(3, 2, requires_grad=True) * 1
+    found = read_task_loss(nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(3, 2)), logits, batch)
+    assert (found.form, None if found.counted is None else found.counted.tolist()) == ("sigmoid", counted)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import permutations
+from typing import Literal
 
 import pytest
+import torch
 from torch import nn
 
 import conservtl as ctl
 from conservtl.methods import apply_all
+from conservtl.plan.update import Update
+from conservtl.runtime.inner_optimizer import check_moves
 from conservtl.runtime.update_runner import UpdateRunner
 from conservtl.testing.choices import whole_plan
 
@@ -48,3 +53,45 @@ def test_what_the_built_in_updates_need(updates):
         "projection": [True, True, False, False],
         "selective_decay": [True, True, False, False],
     }
+
+
+class Averaging(torch.optim.SGD):
+    """A schedule-free optimizer keeps averaged weights beside the model's."""
+
+    def train(self):
+        """Nothing is averaged here."""
+
+    eval = train
+
+
+class Clipping(Update):
+    """Acts on gradients alone."""
+
+    kind: Literal["runner_clipping"] = "runner_clipping"
+
+    def describe(self):
+        return "clips"
+
+    def gradients(self, step, state):
+        """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "moves"),
+    [
+        (ctl.L2SP(), False),
+        (ctl.L2SP(mode="decoupled"), True),
+        (ctl.AutoRGN(), False),  # it sets rates
+        (ctl.Mixout(), True),
+        (ctl.L1SP(), True),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_weights_that_an_optimizer_averages_are_moved_by_it_alone(strategy, moves):
+    plan = apply_all(whole_plan(nn.Linear(3, 4)), [] if strategy is None else [strategy])
+    plan = plan if strategy is not None else plan.with_update(Clipping(by="Clipping", names=("weight",)))
+    refused = pytest.raises(ctl.SpecError, match=r"keeps averaged weights .* which \w+ moves without them")
+    with refused if moves else nullcontext():
+        check_moves(Averaging([nn.Parameter(torch.zeros(1))], lr=0.1), plan, "Averaging")
+    check_moves(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), plan, "SGD")
