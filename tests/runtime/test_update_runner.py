@@ -43,15 +43,18 @@ def test_after_the_step_they_act_in_reverse(updates, monkeypatch):
 
 
 def test_what_the_built_in_updates_need(updates):
-    """Shards: whether they act on sharded parameters. Anchors: whether they need starting values in memory."""
-    flags = ("shards", "anchors", "layered", "forward")
+    """Shards: whether they act on sharded parameters. Anchors: whether they need starting values in memory.
+
+    Their precedence is documented, so that updates of one's own can act between two of them.
+    """
+    flags = ("precedence", "shards", "anchors", "layered", "forward")
     assert {update.name: [getattr(type(update), flag) for flag in flags] for update in updates} == {
-        "auto_rgn": [True, False, True, False],
-        "mixout": [False, True, False, True],
-        "proximal:group_lasso": [True, True, False, False],
-        "proximal:l1": [True, True, False, False],
-        "projection": [True, True, False, False],
-        "selective_decay": [True, True, False, False],
+        "auto_rgn": [-20, True, False, True, False],
+        "mixout": [-10, False, True, False, True],
+        "proximal:group_lasso": [10, True, True, False, False],
+        "proximal:l1": [10, True, True, False, False],
+        "projection": [20, True, True, False, False],
+        "selective_decay": [30, True, True, False, False],
     }
 
 
