@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from conservtl.methods.base import Order
+from conservtl.methods.feature_conservation.distance import ldifs
 from conservtl.methods.feature_extraction.probe_head import depth_of
 from conservtl.methods.input_transform.affine import _close, _pads_with_zeros
 from conservtl.methods.lhuc.hidden_units import channel_dim, is_recurrent, unit_count
@@ -109,3 +110,18 @@ def test_the_depth_of_a_tensor_in_tuples(output, depth):
 )
 def test_units_that_amplitudes_scale(module, count, dim, recurrent):
     assert (unit_count(module), channel_dim(module), is_recurrent(module)) == (count, dim, recurrent)
+
+
+def test_feature_vectors_of_length_1_without_padding():
+    """By a loop over the positions that count; vectors that are all 0 have a finite gradient."""
+    generator = torch.Generator().manual_seed(0)
+    features, source = (torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    expected = [
+        (features[n, :, p] / features[n, :, p].norm() - source[n, :, p] / source[n, :, p].norm()).square().sum()
+        for n, p in mask.nonzero().tolist()
+    ]
+    torch.testing.assert_close(ldifs(features, source, 1, mask), torch.stack(expected).mean())
+    zero = torch.zeros(2, 3, 4, requires_grad=True)
+    ldifs(zero, torch.zeros(2, 3, 4), 1, mask).backward()
+    assert not zero.grad.any()
