@@ -144,17 +144,19 @@ def table(rows: Sequence[Row], equivalent: Mapping[str, str]) -> str:
         "",
         f"{platform.system()} {platform.machine()}, python {platform.python_version()}; {dt.datetime.now(dt.UTC):%F}.",
         f"Made by `python benchmarks/mutants.py` of random places in {', '.join(FOLDERS)}. Each mutant was tried with",
-        f"up to {MOST_TESTS} test functions that execute its line; of sample 3, with the files of tests of its module,",
-        f"its folder and all methods. Each part of them ran for {SECONDS_OF_A_PART} s of CPU time at most.",
+        f"up to {MOST_TESTS} test functions that execute its line, in two parts of {SECONDS_OF_A_PART} s of CPU time;",
+        "of sample 3, with the files of tests of its module, its folder and all methods, 20 s each, and at first with",
+        "no other test of the suite.",
         "Shares are of the mutants that a test can kill, with 95 % intervals (Wilson); those at first are of the tests",
         "as they stood when a mutant was first tried, those of now count survivors that were tried anew.",
         "",
         "| sample | folder | mutants | no test can | killed at first | killed now | survive | killed at first | now |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for seed in sorted({row["seed"] for row in rows}):
+    for seed in [*sorted({row["seed"] for row in rows}), "all"]:
         for folder in [*FOLDERS, "all"]:
-            part = [row for row in rows if row["seed"] == seed and folder in {"all", Path(row["module"]).parts[1]}]
+            sampled = [row for row in rows if seed in {"all", row["seed"]}]
+            part = [row for row in sampled if folder in {"all", Path(row["module"]).parts[1]}]
             same = sum(row["result"] == "survived" and key(row) in equivalent for row in part)
             first, now = (sum(row[when] == "killed" for row in part) for when in ("first", "result"))
             count = max(1, len(part) - same)
