@@ -16,6 +16,7 @@ from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.resizing import resized, sizes_of
 from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
+from conservtl.engine.training import with_found
 from conservtl.errors import MemoryLimitError, SpecError
 from conservtl.runtime.preserve import preserve_buffers, preserve_modes
 
@@ -63,7 +64,7 @@ def find_batch_size(session: Session, functions: Functions, train: Any, batches:
             f"training.batch_size is auto, but a step runs out of memory on {session.device} with one {sizes.unit} "
             "already. Freeze more layers, or use a smaller model."
         )
-    session.training = training.model_copy(update=dict(sizes.settings(size)))
+    session.training = with_found(training, sizes.settings(size))
     return resized(session, train, batches)
 
 

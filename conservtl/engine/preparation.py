@@ -21,7 +21,7 @@ from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.tracing import check_traceable
-from conservtl.engine.training import Training
+from conservtl.engine.training import Training, with_found
 from conservtl.engine.workers import number_of_workers
 from conservtl.errors import SpecError
 from conservtl.labels import labels_for_loss, takes_labels
@@ -117,7 +117,7 @@ def with_sizes(training: Training, saved: Mapping[str, Any]) -> Training:
     if training.batch_size != "auto" or saved.get("global_batch_size") != training.global_batch_size:
         return training
     names = [name for name in ("batch_size", "accumulate", "batch_seconds") if name in saved]
-    return training.model_copy(update={name: saved[name] for name in names})
+    return with_found(training, {name: saved[name] for name in names})
 
 
 def training_batches(session: Session, train: Any, together: int | None = None) -> Held | Streamed:

@@ -19,6 +19,7 @@ from conservtl.engine.preparation import training_batches
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
+from conservtl.engine.training import with_found
 from conservtl.errors import SpecError
 
 __all__ = ["Sizes", "resized", "sizes_of"]
@@ -173,7 +174,7 @@ def _of_sequences(session: Session, batches: BucketedBatches) -> Sizes:
         return {"batch_size": size} if seconds else {"batch_size": most, "batch_seconds": size * longest}
 
     def largest(size: int) -> Sequence[Callable[[], Any]]:
-        made = training.model_copy(update=dict(settings(size)))
+        made = with_found(training, settings(size))
         dealt = BucketedBatches(data, made.known_batch_size, made.batch_seconds, shuffle=False)
         draw = None if data.durations is None else 0
         return [partial(_padded, data, places, draw, session.device) for places in dealt.largest()]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from conservtl.engine.criterion import Criterion
 from conservtl.engine.named_optimizer import OptimizerName
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["Training"]
+__all__ = ["Training", "with_found"]
 
 _CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -199,3 +199,8 @@ class Training(FrozenModel):
         named = self.optimizer
         cls, options = made_of(self, _CLASSES[named] if isinstance(named, str) else named.load())
         return cls, options | ({"momentum": 0.9} if named == "sgd" else {})
+
+
+def with_found(training: Training, sizes: Mapping[str, Any]) -> Training:
+    """Return settings with sizes that were found; unchecked: a found batch size stands beside a global one."""
+    return BaseModel.model_copy(training, update=sizes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.bounds import as_path
-from conservtl.errors import SpecError, counted
+from conservtl.errors import SpecError, agreeing, counted
 from conservtl.experiments.publishing.card import Card, card_text
 from conservtl.experiments.publishing.licence import base_model as base_of
 from conservtl.experiments.publishing.licence import licence_of
@@ -167,8 +167,8 @@ def _labels(labels: Sequence[str], adaptation: Adaptation) -> tuple[str, ...]:
         weight = parameters.get(name)
         if weight is not None and weight.ndim > 1 and len(weight) != len(labels):
             raise SpecError(
-                f"labels must name each output; the head {name!r} has {len(weight)}; received "
-                f"{counted(len(labels), 'label')}. Give one for each, in their order."
+                f"labels must name each output; the head {name!r} has {len(weight)}, and there "
+                f"{agreeing(len(labels), 'is')} {counted(len(labels), 'label')}. Give one for each, in their order."
             )
     return tuple(labels)
 
