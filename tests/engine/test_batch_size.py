@@ -14,6 +14,7 @@ from conservtl.engine.batch_size import find_batch_size, is_out_of_memory, large
 from conservtl.engine.held import Held
 from conservtl.engine.processes import Processes
 from conservtl.engine.resizing import _reloaded, sizes_of
+from conservtl.errors import counted
 
 
 class Small:
@@ -251,7 +252,7 @@ class TestSequences:
     def test_the_number_in_a_batch_of_named_seconds(self, sequences, room, found):
         """Two of the longest are 24 positions, and 5, 6, 6 and 7 together 28 with padding."""
         result, seen = self.run(sequences, room, batch_seconds=28.0)
-        assert f"at most 28 s and {found} examples" in result.execution
+        assert f"at most 28 s and {counted(found, 'example')}" in result.execution
         assert max(seen[-result.steps :]) <= room
 
     def test_the_seconds_of_a_step_bound_it(self, sequences):
