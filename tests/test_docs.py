@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import conservtl as ctl
+from conservtl.experiments.spec.spec import parse_spec
 from conservtl.methods import builtin_strategies
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +41,26 @@ def test_messages_are_those_that_the_page_shows():
     assert runner.failures == 0
 
 
-def test_the_loop_of_the_first_run_runs(capsys):
-    code = re.findall(r"^```python\n(.*?)^```", (DOCS / "first-run.md").read_text(), re.MULTILINE | re.DOTALL)
-    exec(compile(code[0], "docs/first-run.md", "exec"), {})
-    assert "fresh" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("page", "shown"), [("first-run.md", "fresh"), ("studies.md", "fine-tuning, low rate"), ("tasks.md", "squared")]
+)
+def test_the_code_of_a_page_runs(capsys, page, shown):
+    pytest.importorskip("scipy")
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    for code in blocks:
+        exec(compile(code, f"docs/{page}", "exec"), names)
+    assert shown in capsys.readouterr().out
+
+
+def test_the_sections_of_studies_are_those_of_a_spec():
+    pytest.importorskip("sklearn")
+    text = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "studies.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    fields = yaml.safe_load((ROOT / "examples" / "vision" / "spec.yaml").read_text()) | yaml.safe_load(text)
+    spec = parse_spec(fields)
+    assert list(spec.compare.variants) == ["spec", "strong", "no pull"]
+    assert spec.sweep.strengths == (0.1, 1, 10)
+    assert spec.tune.objective == "harmonic"
 
 
 @pytest.mark.parametrize("name", builtin_strategies())
