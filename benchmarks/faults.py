@@ -102,7 +102,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {what} | {sum(counts.values())} | {ends} | nothing was executed |")
     told = (
         "Steps of a small network with each strategy, then adaptations of one model that are deleted. Growth counts "
-        "from the second tenth of the steps, and from the eleventh adaptation."
+        "from the second tenth of the steps, and from the eleventh adaptation. The machine had other work meanwhile."
     )
     head = "| strategy | steps | memory, KiB | open files | last tenth's step time over the second's "
     head += "| adaptations | objects | hooks |"
