@@ -11,9 +11,6 @@ from conservtl.errors import OmissionWarning
 
 __all__ = ["PhaseRates"]
 
-_STEP = 6
-"""Frames from a warning here to the line that calls the optimizer's step."""
-
 
 class PhaseRates:
     """Scales rates for a phase; warns once if a scheduler makes rates equal, or restores those of an earlier phase."""
@@ -51,7 +48,7 @@ class PhaseRates:
                 "an absolute bound, such as OneCycleLR(max_lr=...), replaces them. Make it with "
                 "adaptation.scheduler(...), which keeps their ratios.",
                 OmissionWarning,
-                stacklevel=_STEP,
+                stacklevel=6,  # the line that calls the optimizer's step
             )
         if not self._given:
             return
@@ -68,7 +65,7 @@ class PhaseRates:
                     "rates it was made with, and the phase scales them. Make it with adaptation.scheduler(...), which "
                     "goes on over phases, or make a new one after start_phase(...).",
                     OmissionWarning,
-                    stacklevel=_STEP,
+                    stacklevel=6,  # the line that calls the optimizer's step
                 )
 
     def _rates(self) -> list[float]:
