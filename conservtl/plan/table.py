@@ -44,14 +44,15 @@ def summary(plan: Plan) -> list[str]:
         f"{total['copied']:,} copied from the source, {total['fresh']:,} fresh",
     ]
     text += [f"rows copied by label  {said}" for said in rows_by_label(plan).values()]
-    reasons = {row.layer: row.reason for row in reversed(plan.rows) if row.reason}
-    text += [f"fresh  {layer}: {reasons[layer]}" for layer in plan.layers if layer in reasons]
+    text += [f"fresh  {layer}: {'; '.join(reasons)}" for layer, rows in plan.by_layer() if (reasons := _reasons(rows))]
     text += [f"frozen as found  {_as_found(plan)}"] if any(row.as_found for row in plan.rows) else []
     text += [f"data  {note[6:]}" if note.startswith("data: ") else f"source  {note}" for note in plan.notes]
     if len(plan.phases) > 1:
         for number, phase in enumerate(plan.phases):
             frozen = plan.frozen_in(number)
-            names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
+            part = {row.layer for row in plan.rows if row.name in frozen}
+            layers = dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen)
+            names = [f"{layer} (part)" if layer in part else layer for layer in layers]
             trains = named(names, 3)
             text.append(f"phase {number + 1}  {phase.name}: {phase.lasts}, rates × {phase.scale:g}, trains {trains}")
     text += [f"{moment}  {description}" for moment, description in beside(plan)]
@@ -114,6 +115,15 @@ def as_html(plan: Plan) -> str:
     return fragment(html_table(HEADER, cells, text, marks), notes=summary(plan))
 
 
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Return why parameters of a layer are fresh, a reason for each module; those that strategies added come last."""
+    first: dict[tuple[bool, str], str] = {}
+    for row in rows:
+        if row.reason:
+            first.setdefault((row.added, row.name.rpartition(".")[0]), row.reason)
+    return list(dict.fromkeys(first[key] for key in sorted(first, key=lambda key: key[0])))
+
+
 def _origin(rows: Sequence[Row]) -> str:
     origins = {row.origin for row in rows}
     partly = len(origins) > 1 or ("source" in origins and any(row.fresh for row in rows))
@@ -131,9 +141,12 @@ def _state(plan: Plan, rows: Sequence[Row], trained: set[str]) -> str:
     names = {row.name for row in rows}
     if not names & trained:
         return "frozen as found" if all(row.as_found for row in rows) else "frozen"
-    state = "trained" if names <= trained else "part trained"
-    first = next(i for i in range(len(plan.phases)) if names - plan.frozen_in(i))
-    return state if first == 0 else f"{state} from phase {first + 1}"
+    phases = range(len(plan.phases))
+    first = next(i for i in phases if names - plan.frozen_in(i))
+    most = next((i for i in phases if not names & trained & plan.frozen_in(i)), first)
+    state = "trained" if names <= trained and most == first else "part trained"
+    text = state if first == 0 else f"{state} from phase {first + 1}"
+    return text if most == first else f"{text}, {'all' if names <= trained else 'more'} from phase {most + 1}"
 
 
 def named(layers: Sequence[str], most: int) -> str:

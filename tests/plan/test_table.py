@@ -59,6 +59,32 @@ def test_states():
     assert cells(row(), row("a.bias", frozen=True), fresh("b.weight"), phases=phases)[2] == "part trained from phase 3"
 
 
+def test_additions_of_a_strategy_hide_no_reason_of_a_layers_own():
+    """The fresh head is told first, whatever was added before or behind it; one reason a module."""
+    plan = Plan(
+        rows=(
+            fresh("a.lora.b", layer="a", reason="factors, whose product starts at 0", added=True),
+            fresh("a.fc.weight", layer="a", reason="shape differs: (3, 8) here"),
+            fresh("a.fc.bias", layer="a", reason="shape differs: (3,) here", shape=(3,)),
+            fresh("a.other.weight", layer="a", reason="missing in the source"),
+        )
+    )
+    told = "fresh  a: shape differs: (3, 8) here; missing in the source; factors, whose product starts at 0"
+    assert told in summary(plan)
+
+
+def test_a_layer_that_a_phase_trains_in_part():
+    rows = tuple(row(f"a.{name}", layer="a") for name in ("body", "head"))
+    phases = (Phase(name="head", epochs=1, frozen=("a.body",)), Phase(name="all"))
+    plan = Plan(rows=rows, phases=phases)
+    assert lines(plan)[0][3] == "part trained, all from phase 2"
+    assert [line.partition("trains ")[2] for line in summary(plan) if line.startswith("phase")] == ["a (part)", "a"]
+    late = Plan(
+        rows=(*rows, row("b.weight")), phases=(Phase(name="none", epochs=1, frozen=("a.body", "a.head")), *phases)
+    )
+    assert lines(late)[0][3] == "part trained from phase 2, all from phase 3"
+
+
 def test_totals_reasons_and_remarks():
     """A layer is named by the first of its reasons, one of new labels by its rows."""
     plan = Plan(
