@@ -15,6 +15,7 @@ from conservtl.adaptation.preset import schedule_of
 from conservtl.errors import SpecError
 from conservtl.functions import Forward
 from conservtl.plan.term import View
+from conservtl.runtime.extra_groups import add_extra_groups
 from conservtl.runtime.penalty_runner import total_penalty
 from conservtl.runtime.plan_scheduler import PlanScheduler
 
@@ -25,7 +26,12 @@ class LoopMethods(AdaptationBase):
     """Methods of an adaptation that a training loop calls."""
 
     def optimizer(
-        self, cls: Callable[..., torch.optim.Optimizer] | None = None, *, pull: bool = True, **options: Any
+        self,
+        cls: Callable[..., torch.optim.Optimizer] | None = None,
+        *,
+        pull: bool = True,
+        extra: Any = None,
+        **options: Any,
     ) -> torch.optim.Optimizer:
         """Return an optimizer with the plan's rates in its groups and the pull in its step.
 
@@ -36,6 +42,9 @@ class LoopMethods(AdaptationBase):
             cls: any optimizer class that takes groups and dense gradients. None: that of the training settings handed
                 to ``adapt`` in a recipe, with its rate.
             pull: whether the step adds the penalties' gradients; False for a loss that contains ``penalty()``.
+            extra: parameters outside the model, such as a head in the loss or a temperature: a module, parameters, or
+                groups as torch takes them (``{"params": head.parameters(), "lr": 0.1}``). They get groups of their own
+                at ``lr``, which phases and ``scheduler`` scale; no strategy acts on them.
             options: passed to ``cls``; ``lr`` is the rate that the plan's ratios multiply.
 
         Raises:
@@ -47,7 +56,11 @@ class LoopMethods(AdaptationBase):
             >>> adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=0.1)])
             >>> optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3)
         """
-        return self.bound.make_optimizer(cls, options, pull=pull)
+        optimizer = self.bound.make_optimizer(cls, options, pull=pull)
+        if extra is not None:
+            scale = self.plan.phases[self.phase].scale
+            add_extra_groups(optimizer, extra, self.bound.parameters().values(), scale)
+        return optimizer
 
     def scheduler(self, cls: Callable[..., Any] | None = None, *args: Any, **options: Any) -> LRScheduler:
         """Return a scheduler of the last optimizer's rates that keeps their ratios, over phases too.

@@ -31,6 +31,7 @@ class ParameterIndex:
 
     def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
         self._optimizer, self._context = optimizer, context
+        self._planned = len(optimizer.param_groups)  # groups that follow hold parameters outside the model
         self._revision = -1
         self._seen: tuple[list[Any], list[int], list[bool]] = ([], [], [])
         self._memory: list[Tensor] = []  # kept, so that no other tensor comes to lie there: equal places, equal types
@@ -43,7 +44,7 @@ class ParameterIndex:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """By name, because what prepares a model for many processes replaces the tensors in the groups."""
-        for group in self._optimizer.param_groups:
+        for group in self._optimizer.param_groups[: self._planned]:
             for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
                 yield name, parameter, group
 
@@ -86,7 +87,7 @@ class ParameterIndex:
 
     def _refresh(self) -> None:
         """Drop what was built before something changed."""
-        groups = self._optimizer.param_groups
+        groups = self._optimizer.param_groups[: self._planned]
         parameters = list(chain.from_iterable(group["params"] for group in groups))
         objects = [*groups, *parameters]
         places = list(map(torch.Tensor.data_ptr, parameters))

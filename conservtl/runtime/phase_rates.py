@@ -17,6 +17,7 @@ class PhaseRates:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self._planned = len(optimizer.param_groups)  # groups that follow hold parameters outside the model
         self._made = self._rates()  # until they change
         self._given: list[float] = []  # rates of a phase, until a scheduler changes them
         self._rises = False  # whether a return to the rates before is a rise
@@ -24,7 +25,8 @@ class PhaseRates:
     def scale(self, scale: float) -> None:
         """Scale rates for a phase: the group records the scale of its own, which may have been loaded."""
         groups = self._optimizer.param_groups
-        factors = [scale / group.get("phase_scale", scale) for group in groups]
+        before = groups[0].get("phase_scale", scale)
+        factors = [scale / group.get("phase_scale", before) for group in groups]
         for group, factor in zip(groups, factors, strict=True):
             first = group.get("initial_lr", group["lr"])
             group |= {"lr": group["lr"] * factor, "initial_lr": first * factor, "phase_scale": scale}
@@ -69,4 +71,4 @@ class PhaseRates:
                 )
 
     def _rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self._optimizer.param_groups]
+        return [float(group["lr"]) for group in self._optimizer.param_groups[: self._planned]]

@@ -70,6 +70,8 @@ class PlanScheduler(LRScheduler):
         (pattern,) = self._pattern.param_groups
         factor = float(pattern["lr"]) / self._base
         self.last_epoch = getattr(self._inner, "last_epoch", self._step_count - 1)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))  # one of parameters outside the model
         self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             rate = group["initial_lr"] * factor

@@ -104,7 +104,7 @@ class StepHook:
         return (args[0], closure_then_act, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _parameter_types(self) -> list[torch.dtype]:
-        return [parameter.dtype for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [parameter.dtype for _, parameter, _ in self.index]
 
     def _check_model(self) -> None:
         """Raise if the model has changed since the optimizer was made: types at each step, all else at the first."""

@@ -165,3 +165,60 @@ def test_steps_of_a_scheduler_that_does_not_count_them():
     found = run(scheduler, optimizer, 2)
     assert found == [pytest.approx([0.1 * ratio / 2**step for ratio in RATIOS]) for step in range(3)]
     assert (scheduler.last_epoch, scheduler.get_last_lr()) == (2, found[-1])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param(lambda head: head, id="a module"),
+        pytest.param(lambda head: head.parameters(), id="parameters"),
+        pytest.param(lambda head: [{"params": head.parameters(), "lr": 0.1}], id="a group"),
+    ],
+)
+def test_parameters_outside_the_model_have_groups_that_schedules_and_phases_scale(extra):
+    """Its parameter has the model's name and shape: no strategy acts on it all the same."""
+    torch.manual_seed(0)
+    model, head = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)), nn.Linear(2, 2, bias=False)
+    phases = ctl.GradualUnfreezing(epochs=1, scales=(1.0, 0.5))
+    adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.L2SP(alpha=10.0), phases], fresh=["1"])
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1, extra=extra(head))
+    scheduler = adaptation.scheduler(lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
+    before = head.weight.detach().clone()
+    (head.weight.sum() + model(torch.ones(1, 2)).sum()).backward()
+    optimizer.step()
+    assert torch.allclose(head.weight, before - 0.1, atol=1e-7)
+    scheduler.step()
+    assert optimizer.param_groups[-1]["lr"] == pytest.approx(0.05)
+    adaptation.start_phase(1)
+    scheduler.step()
+    assert optimizer.param_groups[-1]["lr"] == pytest.approx(0.1 / 3 * 0.5)
+
+
+def test_a_group_added_by_hand_is_scheduled_from_its_own_rate():
+    """Names of the group are those of the model's layers, and the weights are not pulled for it."""
+    adaptation = adapted(ctl.L2SP(alpha=1.0))
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+    head = nn.Sequential(nn.Linear(2, 2, bias=False))
+    optimizer.add_param_group({"params": head.named_parameters(), "lr": 0.3})
+    scheduler = adaptation.scheduler(lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    before = head[0].weight.detach().clone()
+    head(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert torch.allclose(head[0].weight, before - 0.3, atol=1e-7)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0125, 0.025, 0.05, 0.15])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (lambda model: model, "is a parameter of the model"),
+        (lambda _: [], "received none"),
+        (lambda _: 3, "received int"),
+        (lambda _: ["fc"], "received str"),
+    ],
+)
+def test_extra_that_is_none_is_refused(extra, message):
+    adaptation = adapted()
+    with pytest.raises(ctl.SpecError, match=message):
+        adaptation.optimizer(torch.optim.SGD, lr=0.1, extra=extra(adaptation.model))
