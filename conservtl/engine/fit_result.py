@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conservtl.errors import counted
-from conservtl.fragments import fragment, html_table
+from conservtl.fragments import fragment, html_table, text_table
 
 __all__ = ["FitResult"]
 
@@ -16,7 +16,7 @@ _SHOWN = 12  # epochs in a notebook
 
 @dataclass(frozen=True)
 class FitResult:
-    """Result of a run.
+    """Result of a run; printed, it shows a table of its epochs.
 
     Args:
         history: one line per epoch: epoch, step, phase, loss, lr, seconds, the metrics of each set under its name, and
@@ -46,7 +46,16 @@ class FitResult:
     path: tuple[dict[str, Any], ...] = ()
     execution: str = ""
 
+    def __str__(self) -> str:
+        title, header, rows, notes = self._shown()
+        return "\n".join([title, text_table(header, rows, {1}), *notes])
+
     def _repr_html_(self) -> str:
+        title, header, rows, notes = self._shown()
+        return fragment(html_table(header, rows, {1}), title=title, notes=notes)
+
+    def _shown(self) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Return title, header, rows and notes of the table of epochs."""
         best = "" if self.best is None else f", best validation score {self.best:.4g}"
         how = self.execution or f"{self.device}, {self.precision}"
         title = f"{counted(self.steps, 'step')} in {self.seconds:.1f} s on {how}{best}"
@@ -68,9 +77,9 @@ class FitResult:
             for line in self._some_lines()
         ]
         left = len(self.history) - len(rows)
-        notes = [f"{counted(left, 'epoch', 'is')} left out here; history has all." if left else ""]
+        notes = [f"{counted(left, 'epoch', 'is')} left out here; history has all."] if left else []
         notes += [f"after  {name}: {facts}" for name, facts in self.after.items()]
-        return fragment(html_table(header, rows, {1}), title=title, notes=notes)
+        return title, header, rows, notes
 
     def _some_lines(self) -> list[dict[str, Any]]:
         """Return the lines of evaluated epochs, or all if none was; evenly spread and the last among them, if many."""

@@ -170,7 +170,8 @@ def _check_class(cls: Callable[..., torch.optim.Optimizer], name: str, rows: Seq
     kind = getattr(cls, "func", cls)
     if kind is torch.optim.LBFGS:
         raise SpecError(
-            f"{name} takes no parameter groups, so it cannot give layers their own rates. Use AdamW or SGD."
+            f"{name} takes no parameter groups and evaluates its closure several times a step, so neither a plan's "
+            "rates nor its pull can act in it, even if all rates are equal. Use AdamW or SGD."
         )
     if kind is torch.optim.SparseAdam:
         raise SpecError(f"{name} takes sparse gradients only, and a pull is dense. Use AdamW or SGD.")

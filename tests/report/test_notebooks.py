@@ -48,6 +48,10 @@ def test_a_result_of_fit_shows_its_epochs():
     data = torch.randn(12, 4), torch.arange(12) % 2
     training = ctl.Training(epochs=30, device="cpu", keep="target")
     result = ctl.fit(adapted(), data, {"target": data}, training, seed=0)
+    printed = str(result).splitlines()
+    assert printed[0].startswith("30 steps in")
+    assert printed[1].split() == ["epoch", "phase", "loss", "target", "loss", "target", "accuracy"]
+    assert printed[-2].split()[:2] == ["30", "all"]
     html = checked(result._repr_html_())
     epochs = [int(epoch) for epoch in re.findall(r"<tr[^>]*><td[^>]*>(\d+)</td>", html)]
     assert len(epochs) == 12  # all are evaluated, and many
