@@ -45,9 +45,12 @@ class Functions:
     metrics: Metrics
 
     def __post_init__(self) -> None:
-        for name in ("forward", "metrics"):
+        signatures = {"forward": "(model, batch) -> outputs", "metrics": "(outputs, batch) -> {name: value}"}
+        for name, signature in signatures.items():
             if not callable(given := getattr(self, name)):
-                raise SpecError(f"{name} must be a function; received {given!r:.60}. Pass one, or leave it out.")
+                raise SpecError(
+                    f"{name} must be a function; received {given!r:.60}. Pass one, {signature}, or leave it out."
+                )
         object.__setattr__(self, "loss", as_loss(self.loss))
 
     def of(self, data: Any) -> Functions:

@@ -190,6 +190,12 @@ def _check_classes(logits: Tensor, labels: Any, content: Any, ignored: int) -> N
         labels = few  # an augmentation mixed them
     if not isinstance(labels, Tensor) or not labels.numel() or logits.ndim < 2 or logits.shape[1] < 2:
         return  # the loss says more
+    if labels.is_floating_point() and bool(labels.isnan().any()):
+        raise SpecError(
+            f"labels must be numbers for a cross-entropy; {counted(int(labels.isnan().sum()), 'value', 'is')} NaN. If "
+            "these are missing, pass a loss that leaves them out, such as loss=lambda outputs, batch: "
+            "binary_cross_entropy_with_logits(outputs[~batch[1].isnan()], batch[1][~batch[1].isnan()])."
+        )
     if few.shape == logits.shape and logits.ndim == 2:
         sums, least = labels.double().sum(-1), float(labels.min())
         if least < 0 or not bool(((sums - 1).abs() < 1e-3).all()):

@@ -36,7 +36,8 @@ def check_spec(strategy: Strategy) -> None:
     for model, definition in {cls.__name__: schema, **schema.get("$defs", {})}.items():
         for name, field in definition.get("properties", {}).items():
             described = name == "kind" or "description" in field
-            require(described, strategy, f"{model}.{name} has no description; write a docstring under the field.")
+            fix = "write a docstring under the field, or Field(description=...)."
+            require(described, strategy, f"{model}.{name} has no description; {fix}")
 
 
 def _refused(action: Callable[[], object]) -> bool:

@@ -34,7 +34,8 @@ def check_training(strategy: Strategy, case: Case) -> None:
     train(strategy, copied, case.example)
     expected = named_parameters(copied.model)
     same = all(torch.equal(p, expected[name]) for name, p in named_parameters(first.model).items())
-    require(same, strategy, "a deep copy of the adaptation trains differently.")
+    rule = "a deep copy of the adaptation trains differently; an update keeps its memory in `state`, which is copied."
+    require(same, strategy, rule)
     same = case.adapted([strategy]).plan == second.plan
     require(same, strategy, "gives another plan after a model has been trained.")
 

@@ -130,6 +130,16 @@ class TestTorchLosses:
 
         torch.testing.assert_close(as_loss(nn.CrossEntropyLoss())(model(frames), (frames, labels)), expected)
 
+    def test_a_function_of_labels(self):
+        """A loss by hand of (outputs, labels) is taken as torch's own is; the name of the argument tells."""
+        from conservtl.losses import as_loss
+
+        def squares(outputs, labels):
+            return (outputs - labels).square().mean()
+
+        assert as_loss(squares)(torch.ones(2, 1), (X, torch.full((2, 1), 3.0))).item() == 4.0
+        assert as_loss(lambda outputs, batch: outputs - batch[1])(3.0, (X, 1.0)) == 2.0
+
     def test_classes_of_losses(self):
         refused(r"received the class MSELoss. Make one of it: add \(\)", loss=nn.MSELoss)
         refused("loss must be a function .* received None", loss=None)
@@ -199,6 +209,11 @@ class TestLabelsOfTheDefaultLoss:
     def test_regression_by_several_outputs(self):
         refused(r"probabilities that sum to 1 .*nn\.MSELoss", (X, torch.randn(12, 3)))
         refused(r"whole numbers, or probabilities .*float32 labels \(4,\)", (X, Z))
+
+    def test_missing_labels(self):
+        labels = torch.ones(12, 3)
+        labels[0, :2] = torch.nan
+        refused(r"2 values are NaN. If these are missing, pass a loss that leaves them out", (X, labels))
 
     def test_several_labels(self):
         refused(r"probabilities that sum to 1 .*BCEWithLogitsLoss", (X, torch.ones(12, 3)))

@@ -166,6 +166,14 @@ class Mutates(Good):
         return plan
 
 
+class Assigns(Good):
+    kind: Literal["assigns"] = "assigns"
+
+    def apply(self, plan):
+        plan.rows[0].frozen = True
+        return plan
+
+
 class DropsRows(Good):
     kind: Literal["drops_rows"] = "drops_rows"
 
@@ -402,7 +410,10 @@ class TestBroken:
     @pytest.mark.parametrize(
         ("strategy", "message"),
         [
-            (NoDescription(), r"NoDescription: NoDescription\.bare has no description"),
+            (
+                NoDescription(),
+                r"NoDescription: NoDescription\.bare has no description; .* or Field\(description=\.\.\.\)",
+            ),
             (TakesAnything(), "takes fields that it does not have"),
             (Thawed(), "is not frozen"),
             (AnyKind(kind="x"), "kind must be a constant"),
@@ -411,6 +422,7 @@ class TestBroken:
             (Random(), "another plan the second time"),
             (DrawsTensors(), "drew random numbers"),
             (Mutates(), "changed the plan it was given"),
+            (Assigns(), r"Assigns: apply changed the plan it was given; return a new one, of plan\.choose"),
             (DropsRows(), "added or dropped rows"),
             (MovesRows(), r"changed depth of row"),
             (Remembers(), "remembers"),
