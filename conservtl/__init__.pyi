@@ -21,6 +21,8 @@ from conservtl.experiments.advice.lr_range_test import lr_find as lr_find
 from conservtl.experiments.advice.range_curve import RangeTest as RangeTest
 from conservtl.experiments.advice.recommendation import Recommendation as Recommendation
 from conservtl.experiments.advice.recommendation import recommend as recommend
+from conservtl.experiments.own.gains import Gains as Gains
+from conservtl.experiments.own.gains import evaluate as evaluate
 from conservtl.experiments.own.studies import compare as compare
 from conservtl.experiments.own.studies import sweep as sweep
 from conservtl.experiments.publishing.save import save as save
@@ -92,6 +94,7 @@ __all__ = [
     "FeatureExtraction",
     "FisherSP",
     "FitResult",
+    "Gains",
     "GradualUnfreezing",
     "GroupLassoSP",
     "Holdout",
@@ -132,6 +135,7 @@ __all__ = [
     "adapt",
     "best_block",
     "compare",
+    "evaluate",
     "find_layers",
     "fit",
     "interpolate",

@@ -1,4 +1,4 @@
-"""Copies of the trained model: added parameters merged, or plain, without anything of this package."""
+"""Copies of the model: trained with additions merged, or plain without this package; and at its starting values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import nn
 
 from conservtl.adaptation.bound_plan import BoundPlan
 from conservtl.compat import hook_tables, load_hook_tables
-from conservtl.layers import unwrap
+from conservtl.errors import SpecError
+from conservtl.kernels.dtensor import sharded
+from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.extended import extended_modules
 from conservtl.layers.plain import replace_module
+from conservtl.runtime.extending import apply_extensions
 from conservtl.runtime.freezing import thaw
 
-__all__ = ["export", "merged"]
+__all__ = ["at_start", "export", "merged"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -29,6 +32,27 @@ def merged(bound: BoundPlan) -> nn.Module:
     for strategy in sorted(bound.origin.strategies, key=lambda strategy: not strategy.merges_first):
         strategy.merge(model)
     return model
+
+
+@torch.no_grad()
+def at_start(bound: BoundPlan) -> nn.Module:
+    """Return a copy of the model with its starting values, in eval mode; see ``Adaptation.at_start``."""
+    parameters = bound.parameters()
+    if cut := next((name for name, parameter in parameters.items() if sharded(parameter)), None):
+        raise SpecError(
+            f"at_start copies whole weights; {cut!r} is sharded over processes. Evaluate before you shard the model, "
+            "or export the trained weights and evaluate them in one process."
+        )
+    bound.restore_weights()
+    model: nn.Module = deep_copy(unwrap(bound.model))
+    apply_extensions(model, bound.origin.extensions, bound.layers)
+    anchors = bound.anchors
+    start = {**anchors.buffers, **anchors.added, **anchors.start(bound.model, bound.plan)}
+    buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
+    for name, tensor in {**named_parameters(model), **buffers}.items():
+        if name in start and start[name].shape == tensor.shape:
+            tensor.copy_(start[name])
+    return model.eval()
 
 
 @torch.no_grad()

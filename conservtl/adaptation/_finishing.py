@@ -84,6 +84,24 @@ class FinishingMethods(AdaptationBase):
         """
         return _export.merged(self.bound)
 
+    def at_start(self) -> nn.Module:
+        """Return a copy of the model with its starting values and statistics, in eval mode: the source as it is.
+
+        Additions of strategies have their first values, with which they change nothing. Fresh parameters have no
+        starting values of the source's, and are copied as they are now.
+
+        Raises:
+            SpecError: parameters are sharded over processes.
+
+        Example:
+            >>> import torch, conservtl as ctl
+            >>> adaptation = ctl.adapt(torch.nn.Linear(2, 2), source := torch.nn.Linear(2, 2), [ctl.L2SP()])
+            >>> _ = torch.nn.init.zeros_(adaptation.model.weight)  # instead of training
+            >>> torch.equal(adaptation.at_start().weight, source.weight)
+            True
+        """
+        return _export.at_start(self.bound)
+
     def export(self) -> nn.Module:
         """Return a plain copy of the model in eval mode, which needs torch and your own code only.
 

@@ -9,28 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from conservtl.report.text.examples import shots_text, taken_of
+from conservtl.report.text.gains import GAINS, gain_rows
 from conservtl.report.text.intervals import MeanInterval, difference_span, metric_span
-from conservtl.report.text.metrics import headline, pair
+from conservtl.report.text.metrics import headline
 
 __all__ = ["comparison_tables", "run_table", "trial_line"]
 
 
 def run_table(report: Mapping[str, Any]) -> Table:
     """Return the headline metric of both domains before and after, and the agreement with the source model."""
-    table = _table("before", "after", "change")
-    metric = headline(report)
-    for domain in ("target", "source"):
-        values = pair(report, domain, metric.key)
-        if values.before is None or values.after is None:
-            continue
-        change = f"{metric.scaled(values.after) - metric.scaled(values.before):+.{metric.digits}f}"
-        table.add_row(f"{domain} {metric.name}", metric.show(values.before), metric.show(values.after), change)
-    if report["agreement"] is not None:
-        after = report["agreement"]["after"]
-        if "agreement" in after:
-            table.add_row("answers as the source, on the target", "", f"{100 * after['agreement']:.1f} %", "")
-        if "kl" in after:
-            table.add_row("KL divergence from it", "", f"{after['kl']:.3f}", "nats")
+    table, metric = _table(*GAINS[1:]), headline(report)
+    for row in gain_rows(report, {domain: [metric] for domain in ("target", "source")}):
+        table.add_row(*row)
     return table
 
 

@@ -32,6 +32,8 @@ class Anchors:
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.buffers = {canonical(name): _copied(buffer) for name, buffer in unwrap(model).named_buffers()}
+        self.added: dict[str, Tensor] = {}
+        """First values of parameters that strategies added to the model."""
         self.new: dict[str, tuple[int, ...]] = {}
         self.placed: dict[tuple[str, str], Tensor] = {}
         self._following: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
@@ -45,6 +47,8 @@ class Anchors:
         kept = self.parameters
         self.parameters = {name: kept[name] if name in kept else _copied(parameters[name]) for name in names}
         self.new = {row.name: row.new_rows for row in plan.rows if row.new_rows}
+        added = [row.name for row in plan.rows if row.added and row.name not in self.added]
+        self.added |= {name: _copied(parameters[name]) for name in added}
         self.forget()
 
     def shard(self, model: nn.Module) -> None:

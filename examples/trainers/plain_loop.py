@@ -1,7 +1,7 @@
 """A loop of one's own, in which three lines are conservtl's."""
 
 import torch
-from problem import CLIP, EPOCHS, RATE, STRATEGIES, accuracy, batches, network, source
+from problem import CLIP, EPOCHS, RATE, STRATEGIES, batches, examples, network, source
 from torch.nn.functional import cross_entropy
 
 import conservtl as ctl
@@ -19,7 +19,8 @@ def main() -> ctl.Adaptation:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-    print(f"target {accuracy(model, 0.6):.0f} %, source {accuracy(model, 0.0):.0f} %, drift {adaptation.drift()}")
+    held_out = {"target": examples(1000, angle=0.6, seed=2), "source": examples(1000, angle=0.0, seed=2)}
+    print(ctl.evaluate(adaptation, held_out))
     return adaptation
 
 

@@ -96,7 +96,7 @@ def _kinds(strategies: Sequence[str]) -> list[str]:
 def _results(card: Card) -> list[dict[str, Any]]:
     """Return the entries of the Hub's ``model-index``: metrics after adapting, of the target and of the source."""
     results = []
-    for domain, shown in _DOMAINS.items():
+    for domain, shown in _domains(card.report):
         metrics = [
             {"type": _line(metric.key), "name": _line(metric.name), "value": after}
             for metric in metrics_of(card.report, domain)
@@ -109,6 +109,12 @@ def _results(card: Card) -> list[dict[str, Any]]:
     return results
 
 
+def _domains(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the sets with metrics, target and source first, with the text that names each."""
+    names = dict.fromkeys([*_DOMAINS, *(report.get("before") or {}), *(report.get("after") or {})])
+    return [(name, _DOMAINS.get(name) or _escaped(name)) for name in names]
+
+
 def _summary(card: Card) -> str:
     totals = card.plan.totals()
     base = f"`{_code(card.base or card.source)}`"
@@ -119,7 +125,7 @@ def _summary(card: Card) -> str:
 
 def _metrics(card: Card) -> list[str]:
     rows = []
-    for domain, shown in _DOMAINS.items():
+    for domain, shown in _domains(card.report):
         for metric in metrics_of(card.report, domain):
             values = pair(card.report, domain, metric.key)
             name = _escaped(metric.name)

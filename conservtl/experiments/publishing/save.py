@@ -59,7 +59,8 @@ def save(
         labels: names of the model's outputs in their order.
         preprocessing: how inputs are made, as JSON; a declaration for those who load the model.
         metrics: as in a run's ``report.json``: ``{"before": {"target": {"accuracy": 0.7}, "source": {...}},
-            "after": {...}}``; the source's are those that the model retains. ``"target"`` may name the target.
+            "after": {...}}``, or the result of ``ctl.evaluate``; the source's are those that the model retains.
+            ``"target"`` may name the target.
         metadata: further content of the header, as JSON.
         licence: of the source. None: as the source's card, timm or torchvision states it.
         base_model: the source's repository on the Hub, ``ORG/NAME``. None: that of the source's name, if it has one.
@@ -182,10 +183,11 @@ def _report(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         raise SpecError(f"{form}, before left out if it is unknown; received {metrics!r:.120}.")
     found: dict[str, Any] = {}
     for side in ("before", "after"):
-        for domain, values in (metrics.get(side) or {}).items():
+        given = metrics.get(side) or {}
+        for domain, values in given.items():
             if values is None:
                 continue
-            if domain not in ("target", "source") or not isinstance(values, Mapping):
+            if not {"target", "source"} & {domain, *given} or not isinstance(values, Mapping):
                 raise SpecError(f"{form}; received {domain!r}: {values!r:.60} in {side!r}.")
             read = {str(name): _number(value, f"{side}.{domain}.{name}") for name, value in values.items()}
             found.setdefault(side, {})[domain] = read

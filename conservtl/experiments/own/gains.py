@@ -1,0 +1,289 @@
+"""Scores of an adaptation before and after: the gain on the target and the loss on the source, in any loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.batching import as_batches
+from conservtl.engine.evaluation import Functions, Holdout, check_metrics
+from conservtl.engine.evaluation import evaluate as score
+from conservtl.engine.randomness import preserve_rng
+from conservtl.errors import SpecError
+from conservtl.fragments import fragment, html_table, text_table
+from conservtl.functions import IGNORED, Forward, Loss, Metrics, accuracy, classes_of, cross_entropy, logits_of
+from conservtl.functions import forward as plain_forward
+from conservtl.labels import labels_for_loss
+from conservtl.layers import named_parameters, unwrap
+from conservtl.layers.copying import deep_copy
+from conservtl.losses import LabelLoss, counted
+from conservtl.plan.row import Row
+from conservtl.report.text.gains import GAINS, gain_rows
+from conservtl.report.text.metrics import metrics_of
+from conservtl.runtime.preserve import preserve_buffers
+from conservtl.runtime.source_head import SourceHead
+
+__all__ = ["Gains", "evaluate"]
+
+_BEFORE, _SHARED = "before ", "shared "  # what the names of metrics begin with while they are pooled
+
+
+@dataclass(frozen=True)
+class Gains(Mapping[str, Any]):
+    """Metrics of an adaptation's sets before and after; a dictionary of its fields, which ``ctl.save`` takes.
+
+    Args:
+        before: set -> loss and metrics of the source as it is; None where a fresh head has no such score.
+        after: set -> loss and metrics with the present weights.
+        agreement: ``{"after": {"agreement": share of the target's answers that are the source model's, "kl": mean
+            KL(source || adapted) in nats}}``; None where the outputs are no classes, or cannot be compared.
+        notes: remarks on how the sets were scored.
+    """
+
+    before: Mapping[str, Mapping[str, float] | None]
+    after: Mapping[str, Mapping[str, float]]
+    agreement: Mapping[str, Mapping[str, float]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return {"before": self.before, "after": self.after, "agreement": self.agreement}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("before", "after", "agreement"))
+
+    def __len__(self) -> int:
+        return 3
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        every = {name: metrics_of(self, name) for name in self.after}
+        shown = {name: [one for one in each if one.key != "loss"] or each for name, each in every.items()}
+        return gain_rows(self, shown, "fresh")
+
+    def __str__(self) -> str:
+        return "\n".join([text_table(GAINS, self._rows()), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return fragment(html_table(GAINS, self._rows()), notes=self.notes)
+
+
+def evaluate(
+    adaptation: Adaptation,
+    sets: Mapping[str, Any],
+    *,
+    forward: Forward = plain_forward,
+    loss: Loss = cross_entropy,
+    metrics: Metrics = accuracy,
+    source: nn.Module | None = None,
+    batch_size: int = 256,
+) -> Gains:
+    """Return what the target gained and what the source lost, at any time of training, in any loop.
+
+    Each set is scored with the source as it is (``adaptation.at_start()``) and with the present weights, in eval mode.
+    Weights, statistics, modes, random generators and the optimizer stay as they are. With many processes each scores
+    the data that it is given.
+
+    A head that is fresh gives no score before. With ``source``, the source model, the set named ``source`` is scored
+    by the source's own head on both bodies, and so is the agreement on the target; a model that a strategy compares
+    outputs with is found without.
+
+    Args:
+        adaptation: result of ``adapt``, trained in your own loop or by ``fit``.
+        sets: {"target": held-out data, "source": data of the source}, or other names. Data as ``fit`` takes it:
+            tensors, a dataset, a DataLoader, ``Sequences``; or a ``Holdout`` with functions of its own.
+        forward: (model, batch) -> outputs.
+        loss: (outputs, batch) -> scalar, or a loss of torch.
+        metrics: (outputs, batch) -> {name: mean over the batch, or (sum, count) to pool over the set}.
+        source: the source model, to score a source whose head is not the model's; left unchanged.
+        batch_size: examples per batch, for data that is not batched yet.
+
+    Returns:
+        The scores, printed as a table; ``ctl.save(..., metrics=gains)`` writes them on the card.
+
+    Raises:
+        SpecError: an argument is wrong, parameters are sharded, or the source's set needs the source's head.
+        DataError: a set is empty or of an unknown kind.
+
+    Example:
+        >>> import torch, conservtl as ctl
+        >>> adaptation = ctl.adapt(torch.nn.Linear(1, 2), torch.nn.Linear(1, 2), [ctl.L2SP()])
+        >>> data = torch.ones(4, 1), torch.zeros(4, dtype=torch.long)
+        >>> gains = ctl.evaluate(adaptation, {"target": data})
+        >>> gains.before == gains.after
+        True
+    """
+    if not isinstance(adaptation, Adaptation):
+        raise SpecError(f"evaluate takes the result of adapt(model, source, ...); received {_kind(adaptation)}.")
+    if not isinstance(sets, Mapping) or not sets or not all(isinstance(name, str) for name in sets):
+        raise SpecError(
+            f"sets must be named: evaluate(adaptation, {{'target': data, 'source': data}}); received {_kind(sets)}."
+        )
+    if source is not None and not isinstance(source, nn.Module):
+        raise SpecError(f"source must be the source model, a torch.nn.Module; received {_kind(source)}. Load it first.")
+    functions, model = Functions(forward, loss, metrics), unwrap(adaptation.model)
+    device = next(iter(named_parameters(model).values())).device
+    fresh = _fresh(adaptation)
+    heads = adaptation.plan.head_modules if adaptation.plan.possible_head & {row.name for row in fresh} else ()
+    start = _source(adaptation, source, device) if fresh else adaptation.at_start()
+    exchanged = [] if start is None else [SourceHead(start, name) for name in heads]
+    if heads and start is None:
+        _check_head(sets, fresh)
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    agreement = None
+    with preserve_buffers(model):
+        for name, given in sets.items():
+            data = given if isinstance(given, Holdout) else Holdout(given)
+            own = heads if name == "source" else ()
+            pair = _Pair(
+                functions.of(data),
+                None if heads and not own else start,
+                exchanged if own else (),
+                (start, exchanged) if name == "target" and start is not None else None,
+            )
+            batches = as_batches(data.data, batch_size, device, shuffle=False)
+            with preserve_rng(batches.generators):
+                found = score(model, batches, Functions(pair.forward, pair.loss, pair.metrics), device)
+            shared = _named(found, _SHARED)
+            agreement = {"after": shared} if shared else agreement
+            before[name] = _named(found, _BEFORE) or None
+            after[name] = {key: value for key, value in found.items() if not key.startswith((_BEFORE, _SHARED))}
+    return Gains(before, after, agreement, _notes(fresh, heads, sets, start))
+
+
+class _Pair:
+    """Functions of (model, batch) that score a model and the source model on the same batch.
+
+    Args:
+        functions: of the set.
+        start: the source as it is; None: it has no score on the set.
+        heads: the source's heads that replace the model's own.
+        compared: the source model, and its heads that replace the model's own, to compare outputs; None: they are not.
+    """
+
+    def __init__(
+        self,
+        functions: Functions,
+        start: nn.Module | None,
+        heads: Any,
+        compared: tuple[nn.Module, Any] | None,
+    ) -> None:
+        self.functions, self.start, self.heads, self.compared = functions, start, heads, compared
+        self._first = True
+        self._outputs: Any = None
+        self._shared: tuple[Any, Any] | None = None
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Return the outputs with the present weights, and keep those of the source."""
+        own = self.functions
+        if self.start is not None and self._first:
+            labels_for_loss(self.start, batch, own.forward, own.loss)
+        self._first = False
+        outputs = _with_heads(self.heads, model, own.forward, batch)
+        self._outputs = None if self.start is None else own.forward(self.start, batch)
+        self._shared = None
+        if self.compared is not None:
+            source, heads = self.compared
+            theirs = self._outputs if self.start is source else own.forward(source, batch)
+            self._shared = (_with_heads(heads, model, own.forward, batch) if heads else outputs), theirs
+        return outputs
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the set."""
+        return self.functions.loss
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Any]:
+        """Return the metrics of the present weights, those of the source, and how far both agree."""
+        own = self.functions
+        found: dict[str, Any] = dict(_checked(own.metrics(outputs, batch)))
+        if self.start is not None:
+            theirs = _checked(own.metrics(self._outputs, batch))
+            loss, count = own.loss(self._outputs, batch), counted(own.loss, self._outputs, batch)
+            found[f"{_BEFORE}loss"] = loss if count is None else (loss * count, count)
+            found |= {f"{_BEFORE}{name}": value for name, value in theirs.items()}
+        if self._shared is not None:
+            found |= {f"{_SHARED}{name}": value for name, value in _agreement(*self._shared, batch, own.loss).items()}
+        return found
+
+
+def _agreement(adapted: Any, source: Any, batch: Any, loss: Loss) -> dict[str, tuple[Tensor, int]]:
+    """Return the agreement of two models' answers and KL(source || adapted), as sums over positions that count."""
+    of_classes = loss is cross_entropy or (isinstance(loss, LabelLoss) and loss.of_classes)
+    if not of_classes and not accuracy(adapted, batch):
+        return {}
+    ignored = loss.ignored if isinstance(loss, LabelLoss) else IGNORED
+    if not of_classes:
+        scores, labels, theirs = logits_of(adapted), None, logits_of(source)
+    else:
+        (scores, labels), (theirs, _) = classes_of(adapted, batch, ignored), classes_of(source, batch, ignored)
+    if scores.shape != theirs.shape:
+        return {}
+    scores, theirs = (one.movedim(1, -1).flatten(0, -2).float().log_softmax(-1) for one in (scores, theirs))
+    if labels is not None and not labels.is_floating_point():
+        counts = labels.flatten() != ignored
+        scores, theirs = scores[counts], theirs[counts]
+    same = (scores.argmax(-1) == theirs.argmax(-1)).sum()
+    kl = (theirs.exp() * (theirs - scores)).sum().clamp(min=0)
+    return {"agreement": (same, len(scores)), "kl": (kl, len(scores))}
+
+
+def _with_heads(heads: Any, model: nn.Module, forward: Forward, batch: Any) -> Any:
+    """Return the outputs of a model with the source's heads."""
+    with ExitStack() as stack:
+        for head in heads:
+            model = stack.enter_context(head.replacing(model))
+        return forward(model, batch)
+
+
+def _fresh(adaptation: Adaptation) -> list[Row]:
+    """Return the rows whose starting values are not the source's; additions change nothing at the start."""
+    plan = adaptation.plan
+    rows = [plan[name] for name in plan.fresh]
+    return [row for row in rows if not row.added and not (row.as_found and row.source_shape is None)]
+
+
+def _source(adaptation: Adaptation, source: nn.Module | None, device: torch.device) -> nn.Module | None:
+    """Return a copy of the source model, given or kept for a strategy that compares with it; None: it is not known."""
+    kept = adaptation.origin.source_model
+    known = source if source is not None else kept if isinstance(kept, nn.Module) else None
+    return None if known is None else deep_copy(unwrap(known)).to(device).eval()
+
+
+def _check_head(sets: Mapping[str, Any], fresh: list[Row]) -> None:
+    """Raise if the source's set needs a head that the model does not have."""
+    own = sets.get("source")
+    reshaped = next((row for row in fresh if (row.source_shape or row.shape) != row.shape), None)
+    if own is not None and reshaped is not None and not (isinstance(own, Holdout) and (own.forward or own.metrics)):
+        raise SpecError(
+            f"evaluate: the set 'source' has the source's labels, and the head {reshaped.layer!r} is fresh. Pass "
+            "source=the source model, whose head is then scored on the adapted body, or leave the set out."
+        )
+
+
+def _notes(fresh: list[Row], heads: tuple[str, ...], sets: Mapping[str, Any], start: Any) -> tuple[str, ...]:
+    notes = []
+    if fresh and (heads or start is None):
+        notes.append(f"fresh: {fresh[-1].layer} starts from new values, so the source has no score there")
+    if heads and start is not None and sets.keys() & {"source", "target"}:
+        scored = " and ".join([*(["source"] if "source" in sets else []), *(["answers"] if "target" in sets else [])])
+        notes.append(f"{scored}: by the source's own head, before on the source's body, after on the adapted one")
+    return tuple(notes)
+
+
+def _named(found: Mapping[str, float], start: str) -> dict[str, float]:
+    return {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}
+
+
+def _checked(metrics: Any) -> Mapping[str, Any]:
+    check_metrics(metrics)
+    return metrics  # type: ignore[no-any-return]
+
+
+def _kind(given: Any) -> str:
+    return type(given).__name__ if given else repr(given)
