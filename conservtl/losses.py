@@ -28,9 +28,8 @@ _LIBRARIES = ("torch.nn.functional", "torchvision.ops.focal_loss")
 def as_loss(loss: Any) -> Loss:
     """Return a loss as a function of (outputs, batch).
 
-    A loss of torch, such as ``nn.CrossEntropyLoss(label_smoothing=0.1)`` or ``F.mse_loss``, and a module or function
-    whose second argument is named ``target`` or ``labels``, gets the logits and labels. Every other function gets
-    outputs and batch.
+    A loss of torch, such as ``nn.CrossEntropyLoss(label_smoothing=0.1)`` or ``F.mse_loss``, and a module whose second
+    argument is named ``target`` or ``labels``, gets the logits and labels. Every other function gets outputs and batch.
 
     Raises:
         SpecError: it cannot be called, or is a class, a sum, or a module without values (on the meta device).
@@ -53,8 +52,7 @@ def as_loss(loss: Any) -> Loss:
     inner = loss
     while isinstance(inner, partial):
         inner = inner.func
-    own = inspect.isfunction(inner) and _takes_labels(loss)
-    if own or isinstance(inner, nn.Module) or getattr(inner, "__module__", "") in _LIBRARIES:
+    if isinstance(inner, nn.Module) or getattr(inner, "__module__", "") in _LIBRARIES:
         return LabelLoss(loss, of_labels=True)
     return cast("Loss", loss)
 
@@ -73,11 +71,10 @@ def check_trained(loss: Any, trained: Iterable[nn.Parameter]) -> None:
             )
 
 
-def _takes_labels(loss: Callable[..., Any]) -> bool:
-    """Return whether a loss takes labels instead of the batch, by the name of its second argument."""
-    if type(loss).__module__ == "torch.nn.modules.loss":
+def _takes_labels(module: nn.Module) -> bool:
+    if type(module).__module__ == "torch.nn.modules.loss":
         return True
-    parameters = list(inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters)
+    parameters = list(inspect.signature(module.forward).parameters)
     return len(parameters) > 1 and parameters[1].lower() in _LABELS
 
 

@@ -130,16 +130,6 @@ class TestTorchLosses:
 
         torch.testing.assert_close(as_loss(nn.CrossEntropyLoss())(model(frames), (frames, labels)), expected)
 
-    def test_a_function_of_labels(self):
-        """A loss by hand of (outputs, labels) is taken as torch's own is; the name of the argument tells."""
-        from conservtl.losses import as_loss
-
-        def squares(outputs, labels):
-            return (outputs - labels).square().mean()
-
-        assert as_loss(squares)(torch.ones(2, 1), (X, torch.full((2, 1), 3.0))).item() == 4.0
-        assert as_loss(lambda outputs, batch: outputs - batch[1])(3.0, (X, 1.0)) == 2.0
-
     def test_classes_of_losses(self):
         refused(r"received the class MSELoss. Make one of it: add \(\)", loss=nn.MSELoss)
         refused("loss must be a function .* received None", loss=None)

@@ -166,14 +166,6 @@ class Mutates(Good):
         return plan
 
 
-class Assigns(Good):
-    kind: Literal["assigns"] = "assigns"
-
-    def apply(self, plan):
-        plan.rows[0].frozen = True
-        return plan
-
-
 class DropsRows(Good):
     kind: Literal["drops_rows"] = "drops_rows"
 
@@ -422,7 +414,6 @@ class TestBroken:
             (Random(), "another plan the second time"),
             (DrawsTensors(), "drew random numbers"),
             (Mutates(), "changed the plan it was given"),
-            (Assigns(), r"Assigns: apply changed the plan it was given; return a new one, of plan\.choose"),
             (DropsRows(), "added or dropped rows"),
             (MovesRows(), r"changed depth of row"),
             (Remembers(), "remembers"),

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine.batching import as_batches
-from conservtl.engine.evaluation import Functions, Holdout, check_metrics
+from conservtl.engine.evaluation import Functions, Holdout
 from conservtl.engine.evaluation import evaluate as score
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import SpecError
+from conservtl.experiments.own.paired import BEFORE, SHARED, Pair, named
 from conservtl.fragments import fragment, html_table, text_table
-from conservtl.functions import IGNORED, Forward, Loss, Metrics, accuracy, classes_of, cross_entropy, logits_of
+from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
-from conservtl.labels import labels_for_loss
 from conservtl.layers import named_parameters, unwrap
 from conservtl.layers.copying import deep_copy
-from conservtl.losses import LabelLoss, counted
 from conservtl.plan.row import Row
 from conservtl.report.text.gains import GAINS, gain_rows
 from conservtl.report.text.metrics import metrics_of
@@ -30,8 +28,6 @@ from conservtl.runtime.preserve import preserve_buffers
 from conservtl.runtime.source_head import SourceHead
 
 __all__ = ["Gains", "evaluate"]
-
-_BEFORE, _SHARED = "before ", "shared "  # what the names of metrics begin with while they are pooled
 
 
 @dataclass(frozen=True)
@@ -128,8 +124,16 @@ def evaluate(
     functions, model = Functions(forward, loss, metrics), unwrap(adaptation.model)
     device = next(iter(named_parameters(model).values())).device
     fresh = _fresh(adaptation)
-    heads = adaptation.plan.head_modules if adaptation.plan.possible_head & {row.name for row in fresh} else ()
-    start = _source(adaptation, source, device) if fresh else adaptation.at_start()
+    by_label = any(row.new_rows for row in fresh)
+    if by_label and source is not None:
+        raise SpecError(
+            "source: rows of the head are copied by label, so the set 'source' has the target's numbers of labels, and "
+            "the source's own head others. Leave source out."
+        )
+    heads: tuple[str, ...] = ()
+    if not by_label and adaptation.plan.possible_head & {row.name for row in fresh}:
+        heads = adaptation.plan.head_modules
+    start = adaptation.at_start() if not fresh else None if by_label else _source(adaptation, source, device)
     exchanged = [] if start is None else [SourceHead(start, name) for name in heads]
     if heads and start is None:
         _check_head(sets, fresh)
@@ -140,7 +144,7 @@ def evaluate(
         for name, given in sets.items():
             data = given if isinstance(given, Holdout) else Holdout(given)
             own = heads if name == "source" else ()
-            pair = _Pair(
+            pair = Pair(
                 functions.of(data),
                 None if heads and not own else start,
                 exchanged if own else (),
@@ -149,96 +153,11 @@ def evaluate(
             batches = as_batches(data.data, batch_size, device, shuffle=False)
             with preserve_rng(batches.generators):
                 found = score(model, batches, Functions(pair.forward, pair.loss, pair.metrics), device)
-            shared = _named(found, _SHARED)
+            shared = named(found, SHARED)
             agreement = {"after": shared} if shared else agreement
-            before[name] = _named(found, _BEFORE) or None
-            after[name] = {key: value for key, value in found.items() if not key.startswith((_BEFORE, _SHARED))}
+            before[name] = named(found, BEFORE) or None
+            after[name] = {key: value for key, value in found.items() if not key.startswith((BEFORE, SHARED))}
     return Gains(before, after, agreement, _notes(fresh, heads, sets, start))
-
-
-class _Pair:
-    """Functions of (model, batch) that score a model and the source model on the same batch.
-
-    Args:
-        functions: of the set.
-        start: the source as it is; None: it has no score on the set.
-        heads: the source's heads that replace the model's own.
-        compared: the source model, and its heads that replace the model's own, to compare outputs; None: they are not.
-    """
-
-    def __init__(
-        self,
-        functions: Functions,
-        start: nn.Module | None,
-        heads: Any,
-        compared: tuple[nn.Module, Any] | None,
-    ) -> None:
-        self.functions, self.start, self.heads, self.compared = functions, start, heads, compared
-        self._first = True
-        self._outputs: Any = None
-        self._shared: tuple[Any, Any] | None = None
-
-    def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Return the outputs with the present weights, and keep those of the source."""
-        own = self.functions
-        if self.start is not None and self._first:
-            labels_for_loss(self.start, batch, own.forward, own.loss)
-        self._first = False
-        outputs = _with_heads(self.heads, model, own.forward, batch)
-        self._outputs = None if self.start is None else own.forward(self.start, batch)
-        self._shared = None
-        if self.compared is not None:
-            source, heads = self.compared
-            theirs = self._outputs if self.start is source else own.forward(source, batch)
-            self._shared = (_with_heads(heads, model, own.forward, batch) if heads else outputs), theirs
-        return outputs
-
-    @property
-    def loss(self) -> Loss:
-        """The loss of the set."""
-        return self.functions.loss
-
-    def metrics(self, outputs: Any, batch: Any) -> dict[str, Any]:
-        """Return the metrics of the present weights, those of the source, and how far both agree."""
-        own = self.functions
-        found: dict[str, Any] = dict(_checked(own.metrics(outputs, batch)))
-        if self.start is not None:
-            theirs = _checked(own.metrics(self._outputs, batch))
-            loss, count = own.loss(self._outputs, batch), counted(own.loss, self._outputs, batch)
-            found[f"{_BEFORE}loss"] = loss if count is None else (loss * count, count)
-            found |= {f"{_BEFORE}{name}": value for name, value in theirs.items()}
-        if self._shared is not None:
-            found |= {f"{_SHARED}{name}": value for name, value in _agreement(*self._shared, batch, own.loss).items()}
-        return found
-
-
-def _agreement(adapted: Any, source: Any, batch: Any, loss: Loss) -> dict[str, tuple[Tensor, int]]:
-    """Return the agreement of two models' answers and KL(source || adapted), as sums over positions that count."""
-    of_classes = loss is cross_entropy or (isinstance(loss, LabelLoss) and loss.of_classes)
-    if not of_classes and not accuracy(adapted, batch):
-        return {}
-    ignored = loss.ignored if isinstance(loss, LabelLoss) else IGNORED
-    if not of_classes:
-        scores, labels, theirs = logits_of(adapted), None, logits_of(source)
-    else:
-        (scores, labels), (theirs, _) = classes_of(adapted, batch, ignored), classes_of(source, batch, ignored)
-    if scores.shape != theirs.shape:
-        return {}
-    scores, theirs = (one.movedim(1, -1).flatten(0, -2).float().log_softmax(-1) for one in (scores, theirs))
-    if labels is not None and not labels.is_floating_point():
-        counts = labels.flatten() != ignored
-        scores, theirs = scores[counts], theirs[counts]
-    same = (scores.argmax(-1) == theirs.argmax(-1)).sum()
-    kl = (theirs.exp() * (theirs - scores)).sum().clamp(min=0)
-    return {"agreement": (same, len(scores)), "kl": (kl, len(scores))}
-
-
-def _with_heads(heads: Any, model: nn.Module, forward: Forward, batch: Any) -> Any:
-    """Return the outputs of a model with the source's heads."""
-    with ExitStack() as stack:
-        for head in heads:
-            model = stack.enter_context(head.replacing(model))
-        return forward(model, batch)
 
 
 def _fresh(adaptation: Adaptation) -> list[Row]:
@@ -274,15 +193,6 @@ def _notes(fresh: list[Row], heads: tuple[str, ...], sets: Mapping[str, Any], st
         scored = " and ".join([*(["source"] if "source" in sets else []), *(["answers"] if "target" in sets else [])])
         notes.append(f"{scored}: by the source's own head, before on the source's body, after on the adapted one")
     return tuple(notes)
-
-
-def _named(found: Mapping[str, float], start: str) -> dict[str, float]:
-    return {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}
-
-
-def _checked(metrics: Any) -> Mapping[str, Any]:
-    check_metrics(metrics)
-    return metrics  # type: ignore[no-any-return]
 
 
 def _kind(given: Any) -> str:

@@ -125,6 +125,21 @@ def test_the_sources_head_scores_the_source_where_the_models_is_fresh(strategies
     assert gains.after["target"]["accuracy"] == pytest.approx(by_hand(adaptation.model, data)[2])
 
 
+def test_rows_copied_by_label():
+    """New rows have no starting values; the source's set has the numbers of the target's labels."""
+    model, source = network(3), network(2)
+    adaptation = ctl.adapt(model, source, labels=(["no", "yes", "stop"], ["yes", "no"]))
+    data = SOURCE[0], SOURCE[1] % 2
+    gains = ctl.evaluate(adaptation, {"source": data})
+    assert gains.before == {"source": None}
+    assert gains.after["source"]["accuracy"] == pytest.approx(by_hand(model, data)[2])
+    with pytest.raises(ctl.SpecError, match="Leave source out"):
+        ctl.evaluate(adaptation, {"source": data}, source=source)
+    swapped = ctl.adapt(network(2), source, labels=(["no", "yes"], ["yes", "no"]))
+    before = ctl.evaluate(swapped, {"target": data}).before["target"]
+    assert before["accuracy"] == pytest.approx(by_hand(source, (data[0], 1 - data[1]))[2])
+
+
 def test_metrics_of_ones_own_and_a_set_with_functions_of_its_own():
     """Regression: no answers to compare; a metric of one's own is a sum with its count."""
     model, source = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -173,3 +188,9 @@ def test_wrong_arguments_are_refused(arguments, message):
     adaptation = trained(steps=0)[0] if adaptation is None else adaptation
     with pytest.raises(ctl.SpecError, match=message):
         ctl.evaluate(adaptation, sets, source=source[0] if source else None)
+
+
+def test_sharded_parameters_are_refused(monkeypatch):
+    monkeypatch.setattr("conservtl.adaptation._export.sharded", lambda _: True)
+    with pytest.raises(ctl.SpecError, match=r"'0\.weight' is sharded over processes"):
+        ctl.evaluate(trained(steps=0)[0], {"target": TARGET})
