@@ -87,7 +87,7 @@ class ParameterIndex:
 
     def _refresh(self) -> None:
         """Drop what was built before something changed."""
-        groups = self._optimizer.param_groups[: self._planned]
+        groups = self._optimizer.param_groups
         parameters = list(chain.from_iterable(group["params"] for group in groups))
         objects = [*groups, *parameters]
         places = list(map(torch.Tensor.data_ptr, parameters))
