@@ -58,8 +58,10 @@ __all__ = [
     "has_scheduler",
     "hook_tables",
     "hooks_are_guarded",
+    "in_backward",
     "load_hook_tables",
     "metadata_of",
+    "note_of",
     "outside_graphs",
     "plain_again",
     "prepared_objects",
@@ -372,3 +374,14 @@ def prepared_objects(accelerator: Any) -> list[list[Any]]:
 def saved_by_node(node: Any, name: str) -> Any:
     """Return an argument, such as ``dim``, that a node of the autograd graph saved; no public name reads it."""
     return getattr(node, f"_saved_{name}")
+
+
+def note_of(node: Any) -> dict[Any, Any]:
+    """Return notes on an operation of the graph that live as long as it: holding the operation would hold tensors."""
+    notes: dict[Any, Any] = node.metadata
+    return notes
+
+
+def in_backward() -> bool:
+    """Return whether this thread computes gradients: a module that runs now is computed again by a checkpoint."""
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from conservtl import compat
 
@@ -484,3 +485,17 @@ def test_a_tensor_counts_how_often_it_was_written_into():
     assert compat.version_of(weight) == before + 1
     with torch.inference_mode():
         assert compat.version_of(torch.ones(2)) == -1
+
+
+def test_notes_on_an_operation_live_as_long_as_it():
+    values = torch.ones(2, requires_grad=True) * 2
+    compat.note_of(values.grad_fn)["pass"] = 3
+    assert compat.note_of(values.sum().grad_fn.next_functions[0][0]) == {"pass": 3}
+
+
+def test_a_checkpoint_computes_again_in_the_backward_pass():
+    calls = []
+    values = torch.ones(2, requires_grad=True)
+    again = checkpoint(lambda x: calls.append(compat.in_backward()) or x.exp(), values, use_reentrant=False)
+    again.sum().backward()
+    assert calls == [False, True]

@@ -123,6 +123,22 @@ def test_positions_behind_strides_are_counted_by_their_arithmetic():
         assert mask.sum(1).tolist() == [alone, frames]
 
 
+def test_shares_are_of_the_axis_that_a_layer_shares_with_the_inputs():
+    """Shares 1/2 and 1 are whole numbers of 20 and of 30 positions."""
+    shares = torch.tensor([0.5, 1.0])
+    padding = find_padding({"x": torch.zeros(2, 20, 30), "lengths": shares}, ("x", "lengths"))
+    for size in (20, 30):
+        mask = padding.mask((2, 16, size), 1, "a layer")
+        assert mask.sum(1).tolist() == [size // 2, size]
+    with pytest.raises(ctl.SpecError, match=r"shares of 20 or 30 positions, and which axis of shape \(2, 16, 20, 30\)"):
+        padding.mask((2, 16, 20, 30), 1, "a layer")
+    whole = find_padding({"x": torch.zeros(2, 20, 30), "lengths": torch.ones(2)}, ("x", "lengths"))
+    assert whole.mask((2, 16, 20, 30), 1, "a layer").all()
+    known = find_padding({"x": torch.zeros(1, 20, 30), "lengths": torch.tensor([7 / 30])}, ("x", "lengths"))
+    both = known.joined([known, padding])
+    assert both.mask((3, 16, 30), 1, "a layer").sum(1).tolist() == [7, 15, 30]
+
+
 def test_positions_that_follow_in_no_known_way_are_refused():
     found = find_padding({"inputs": X, "lengths": LENGTHS})
     with pytest.raises(ctl.SpecError, match=r"it: padding must be left out, .* \(2, 3, 7\) .* of 5 is not known"):

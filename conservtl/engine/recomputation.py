@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.runtime.freezing import tracks_statistics
-from conservtl.runtime.recomputing import contexts
 
 __all__ = ["Recomputation"]
 
@@ -96,7 +95,7 @@ class Recomputation:
         if not any(one.gradient_checkpointing for one in flagged):
             newer = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if newer else "gradient_checkpointing"
-            getattr(model, f"{name}_enable")({"use_reentrant": False, "context_fn": contexts})
+            getattr(model, f"{name}_enable")({"use_reentrant": False})
             self._closing.append(getattr(model, f"{name}_disable"))
             switched = [one for one in model.modules() if getattr(one, "gradient_checkpointing", False)]
             self._switches += [partial(setattr, one, "gradient_checkpointing") for one in switched]
@@ -124,4 +123,4 @@ class _Block:
 def _checkpointed(plain: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return plain(*inputs, **options)
-    return checkpoint(plain, *inputs, use_reentrant=False, context_fn=contexts, **options)
+    return checkpoint(plain, *inputs, use_reentrant=False, **options)

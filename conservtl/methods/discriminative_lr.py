@@ -129,8 +129,9 @@ class DiscriminativeLR(Strategy):
             return self._by_third(plan, self.thirds)
         if self.decay is None and self.lowest is None:
             return {}
-        full, last = self._full, len(plan.layers) - 1
-        steps = {layer: last - i if self.toward == "output" else i for i, layer in enumerate(plan.layers)}
+        full, depths = self._full, _depths(plan)
+        last = max(depths.values())
+        steps = {layer: last - i if self.toward == "output" else i for layer, i in depths.items()}
         decay = self.decay if self.decay is not None else ((self.lowest or full) / full) ** (1 / max(1, last))
         fresh = set(plan.fresh)
         return {row.name: full if row.name in fresh else full * decay ** steps[row.layer] for row in plan.rows}
@@ -154,3 +155,12 @@ class DiscriminativeLR(Strategy):
                 )
             rates |= dict.fromkeys(names, groups[glob])
         return rates
+
+
+def _depths(plan: Plan) -> dict[str, int]:
+    """Return the place of each layer, input side first; parallel heads share the last."""
+    heads = {plan[name].layer for name in plan.possible_head}
+    if len(heads) < 2:
+        return {layer: place for place, layer in enumerate(plan.layers)}
+    body = [layer for layer in plan.layers if layer not in heads]
+    return {layer: body.index(layer) if layer in body else len(body) for layer in plan.layers}

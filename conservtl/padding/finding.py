@@ -159,11 +159,15 @@ def _from_lengths(lengths: Tensor, name: str, inputs: Sequence[Tensor]) -> Paddi
     lengths = _checked(lengths, len(inputs[0]), repr(name))
     sizes = list(dict.fromkeys(size for one in inputs for size in one.shape[1:]))
     if lengths.is_floating_point():
-        for size in sizes:
-            counted = lengths * size
-            if bool(((counted - counted.round()).abs() < _EXACT * size**0.5).all()) and counted.round().min() >= 1:
-                return Padding(counted.round().long(), (size,))
-        return Padding(lengths)
+        numbers = {size: lengths * size for size in sizes}
+        exact = [
+            size
+            for size, number in numbers.items()
+            if bool(((number - number.round()).abs() < _EXACT * size**0.5).all()) and number.round().min() >= 1
+        ]
+        if len(exact) == 1:
+            return Padding(numbers[exact[0]].round().long(), (exact[0],))
+        return Padding(lengths, tuple(exact) or None)  # shares of one of several axes: a tensor's own tell which
     most = int(lengths.max())
     fitting = [size for size in sizes if size == most] or [size for size in sizes if size > most]
     if not fitting:

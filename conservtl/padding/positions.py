@@ -32,7 +32,7 @@ class Padding:
 
     Args:
         lengths: (N,), integers, or shares of all positions in (0, 1].
-        sizes: numbers of positions that the lengths may count of; None: those of the tensor at hand.
+        sizes: numbers of positions that the lengths may count of, or be shares of; None: those of the tensor at hand.
         valid: (N, positions), the mask that was given; None: lengths were given.
         resamplings: modules that changed the number of positions, in the order of the forward pass.
         decoder: the padding of a decoder's positions, with which those of its outputs go; None: not known.
@@ -83,13 +83,20 @@ class Padding:
             raise SpecError(f"{subject}: {self.refusal}")
         if shape[0] != rows:
             return self._of_flat(shape, kept, subject)
-        for find in (self._same, self._resampled, self._proportional):
-            for axis in reversed(axes):
-                if (mask := find(shape[axis])) is not None:
-                    place = axis if channel is None or axis < channel else axis - 1
-                    wide = [1] * len(kept)
-                    wide[0], wide[place] = rows, shape[axis]
-                    return mask.view(wide).expand(kept)
+        found = [hit for one in self._readings if (hit := one.first(shape, axes)) is not None]
+        masks = [(mask, axis) for rank, mask, axis in found if rank == min(hit[0] for hit in found)]
+        if len({axis for _, axis in masks}) > 1 and not all(bool(mask.all()) for mask, _ in masks):
+            raise SpecError(
+                f"{subject}: the lengths are shares of {' or '.join(map(str, self.sizes or ()))} positions, and which "
+                f"axis of shape {tuple(shape)} these are is not known. Give lengths as integers, or compare layers "
+                "with one such axis."
+            )
+        if masks:
+            mask, axis = masks[0]
+            place = axis if channel is None or axis < channel else axis - 1
+            wide = [1] * len(kept)
+            wide[0], wide[place] = rows, shape[axis]
+            return mask.view(wide).expand(kept)
         of = "" if self.sizes is None else f" of {' or '.join(map(str, self.sizes))}"
         raise SpecError(
             f"{subject}: padding must be left out, but how the positions of shape {tuple(shape)} follow from the "
@@ -110,6 +117,8 @@ class Padding:
     def joined(parts: Sequence[Padding]) -> Padding:
         """Return the padding of the examples of all parts, which have the same number of positions."""
         first = parts[0]
+        if len({one.lengths.is_floating_point() for one in parts}) > 1:
+            return Padding.joined([one.as_shares() for one in parts])
         sizes = [set(one.sizes) for one in parts if one.sizes is not None]
         common = None if first.sizes is None else tuple(s for s in first.sizes if all(s in each for each in sizes))
         decoders = [one.decoder for one in parts if one.decoder is not None]
@@ -123,8 +132,27 @@ class Padding:
         )
 
     @property
+    def _readings(self) -> list[Padding]:
+        """What shares of several numbers of positions may mean; one that counts them is itself."""
+        if not self._relative or self.sizes is None:
+            return [self]
+        return [replace(self, lengths=(self.lengths * size).round().long(), sizes=(size,)) for size in self.sizes]
+
+    def first(self, shape: Sequence[int], axes: Sequence[int]) -> tuple[int, Tensor, int] | None:
+        """Return the mask on the last axis that has such positions, and first its rank (0: the inputs' own)."""
+        for rank, find in enumerate((self._same, self._resampled, self._proportional)):
+            for axis in reversed(axes):
+                if (mask := find(shape[axis])) is not None:
+                    return rank, mask, axis
+        return None
+
+    @property
     def _relative(self) -> bool:
         return self.lengths.is_floating_point()
+
+    def as_shares(self) -> Padding:
+        """Return the padding with lengths as shares of all positions."""
+        return self if self._relative else replace(self, lengths=self.lengths / max(self.sizes or (1,)))
 
     def _of_flat(self, shape: Sequence[int], kept: Sequence[int], subject: str) -> Tensor | None:
         """Return the mask of a tensor whose first axis is that of all examples' positions."""

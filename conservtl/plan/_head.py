@@ -36,7 +36,7 @@ class PlanWithHead(PlanFields):
             raise SpecError(
                 f"head: it must be known which module is the head; {list(self.head_candidates)} may be, each computing "
                 f"an output. Name it (or them): adapt(..., head=[{self.head_candidates[0]!r}]), in a spec model.head. "
-                "Without an example, adapt(..., example=...) may tell it."
+                "If no example was given, adapt(..., example=...) may tell it."
             )
         last = [row for row in self.rows if row.layer == self.layers[-1]]
         weights = [row for row in last if row.kind == "weight"]

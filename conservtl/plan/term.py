@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import SerializeAsAny
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from conservtl.bounds import Share
 from conservtl.errors import SpecError
@@ -59,6 +60,7 @@ class View:
         output_padding: padding declared by the model's own outputs; None: that of ``outputs``.
         axes: for each entry of ``features``, the axis of its channels; of the adapted model only.
         passes: forward passes of the whole model that were made.
+        of_heads: whether the outputs are the source head's, which may have other positions than the model's.
     """
 
     outputs: Any
@@ -69,6 +71,7 @@ class View:
     output_padding: Padding | None = None
     axes: Mapping[str, int] = field(default_factory=dict)
     passes: int = 1
+    of_heads: bool = False
 
     def valid(self, layer: str, features: Tensor, axis: int) -> Tensor | None:
         """Return which positions of a layer's features are no padding.
@@ -120,12 +123,21 @@ class View:
         if ignored is None:
             return mask
         shape = [size for place, size in enumerate(outputs.shape) if place != axis]
+        if self.of_heads and ignored.ndim == len(shape) > 1 and ignored.shape[0] == shape[0]:
+            ignored = _resized(ignored, shape[1:])
         if list(ignored.shape) != shape:
             raise SpecError(
                 f"the outputs: labels that are ignored must be at the outputs' positions, {tuple(shape)}; received "
                 f"{tuple(ignored.shape)}. Say class_axis."
             )
         return ignored if mask is None else mask & ignored
+
+
+def _resized(counts: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return which positions of a coarser or finer grid count: those over any position that does."""
+    pooled: Tensor = counts.float()[:, None]
+    pool = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}.get(len(sizes))
+    return counts if pool is None else pool(pooled, list(sizes))[:, 0] > 0
 
 
 _Value = TypeVar("_Value")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.compat import guard_hooks, hooks_are_guarded, version_of
+from conservtl.batches import tensors_of
+from conservtl.compat import guard_hooks, hooks_are_guarded, in_backward, note_of, version_of
 from conservtl.runtime.layer_outputs import all_tensors_of, tensor_of
-from conservtl.runtime.recomputing import is_recomputing
 
 __all__ = ["End", "Passes", "Start", "Tap"]
 
@@ -24,17 +24,35 @@ _MOST_MODES = 16
 _UNKNOWN = -1
 
 
-@dataclass
+@dataclass(eq=False)
 class Passes:
     """Forward passes of the whole model since the last loss."""
 
     count: int = 0
     """Passes with gradients."""
+    before: int = 0
+    """Those before the last loss: they number the passes that outputs come from."""
     running: bool = False
     """Whether one is being made."""
     keep: int = _PASSES
     modes: int = _UNKNOWN
     """Number of the combination of modules in training mode."""
+
+    def behind(self, tensors: Iterable[Tensor]) -> set[int]:
+        """Return the numbers of the passes whose outputs these tensors were computed from."""
+        found: set[int] = set()
+        nodes = [tensor.grad_fn for tensor in tensors]
+        seen = {None, *nodes}
+        while nodes:
+            if (node := nodes.pop()) is None:
+                continue
+            if (number := note_of(node).get(self)) is not None:
+                found.add(number)
+                continue
+            after = {one for one, _ in node.next_functions} - seen
+            seen |= after
+            nodes.extend(after)
+        return found
 
 
 @dataclass
@@ -67,6 +85,8 @@ class Start:
         """Count the pass, and note which modules are in training mode."""
         if self.live and torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
+                if in_backward():  # a checkpoint around the whole model computes it again
+                    return
                 if not hooks_are_guarded():
                     guard_hooks()  # the compiler was loaded after the taps were registered
                 modes = (model.training, *map(_training, self._modules))
@@ -89,8 +109,12 @@ class End:
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
 
-    def __call__(self, *_: Any) -> None:
-        """Note that no pass is being made."""
+    def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        """Note that no pass is being made, and which one the outputs come from."""
+        if self.passes.running and not torch.compiler.is_compiling():
+            for tensor in tensors_of(outputs):
+                if tensor.grad_fn is not None:
+                    note_of(tensor.grad_fn)[self.passes] = self.passes.before + self.passes.count
         self.passes.running = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +151,7 @@ class Tap:
         if not self.live:
             return False
         if torch.is_grad_enabled():  # what a checkpoint computes again is no further pass
-            return torch.compiler.is_compiling() or not is_recomputing()
+            return torch.compiler.is_compiling() or not in_backward()
         if not self.passes.running or torch.compiler.is_compiling():
             return False
         # Without gradients inside a pass that has them: a part that the model does not train, or a checkpoint.

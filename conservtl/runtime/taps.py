@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from conservtl.errors import SelectorError, SpecError
+from conservtl.errors import SelectorError, SpecError, counted
 from conservtl.layers import unwrap
 from conservtl.layers.names import named_modules
 from conservtl.plan.term import numbered
@@ -80,14 +80,16 @@ class Taps:
 
         weakref.finalize(self, remove_hooks, self._handles)
 
-    def take(self, passes: int = 1) -> Taken:
+    def take(self, passes: int = 1, of: Iterable[Tensor] = ()) -> Taken:
         """Return the records of the last forward passes, once. A layer that ran in none of them has no entry.
 
         Args:
             passes: forward passes of the whole model for one loss.
+            of: the loss and the outputs that the records are for.
 
         Raises:
-            SpecError: there was no forward pass since the last call, or a layer ran in a reentrant checkpoint.
+            SpecError: there was no forward pass since the last call, ``of`` was computed from an earlier one too, or a
+                layer ran in a reentrant checkpoint.
             ChangedOutputError: an output was written into that never was before.
         """
         taps = [*self._taps.values(), *self._inputs.values()]
@@ -104,9 +106,20 @@ class Taps:
                 f"the outputs of {[tap.layer for tap in taps]} are not known: the model made no forward pass with "
                 "gradients since the last loss. Call model(inputs) first, then adaptation.loss(...), once for each."
             )
-        first = self._passes.count - passes + 1 if self._passes.count else 0
-        self._passes.count, self._passes.keep = 0, passes
+        count, ended = self._passes.count, self._passes.before
+        first = count - passes + 1 if count else 0
+        # A pass that the loss is not computed from (a look at the outputs, a batch left out) is none of its own.
+        behind = self._passes.behind(of) if first > 1 else set()
+        self._passes.before, self._passes.count, self._passes.keep = ended + count, 0, passes
         taken = [tap.taken(first) for tap in taps]
+        if earlier := [number for number in behind if 0 < number - ended < first]:
+            raise SpecError(
+                f"the loss or its outputs come from {counted(len(earlier) + passes, 'forward pass')} of the model, and "
+                f"the features of {'the last' if passes == 1 else f'the last {passes}'} alone would be compared. Call "
+                "adaptation.loss after each pass, with its outputs and inputs; or make one pass on all inputs together "
+                "(torch.cat); or pass source=adaptation.source_view(batch, forward), where forward(model, batch) makes "
+                "the same passes."
+            )
         if lost := [tap.layer for tap, (_, is_lost) in zip(taps, taken, strict=True) if is_lost]:
             raise ChangedOutputError(
                 f"the output of {lost[0]!r} was written into after the layer had run, which no pass before did. It "

@@ -28,6 +28,9 @@ _SIGMOID = {
 }
 _SQUARED = {"MseLoss", "SmoothL1Loss", "HuberLoss", "Abs", "Pow", "LinalgVectorNorm", "Norm"}
 _ALIGNED = {"CtcLoss", "CudnnCtcLoss"}
+_MIXING = {"Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Dot", "Convolution", "Cdist", "EuclideanDist"}
+_MIXING |= {"Pow", "Sum", "LinalgVectorNorm", "NativeLayerNorm", "NativeBatchNorm", "EmbeddingBag"}
+"""Operations that compute others from outputs: behind them a softmax is no longer of the outputs."""
 _SAME_AXES = {"ToCopy", "Clone", "Contiguous", "Slice", "Mul", "Div", "Add", "Index"}
 _NODES = 400  # of the graph that are searched for the outputs
 _NEAR = 12  # nodes next to the loss that are read if it does not lead to the outputs
@@ -51,6 +54,8 @@ def read_task_loss(loss: Tensor, logits: Any, batch: Any = None) -> TaskLoss:
     names = [_name(node) for node in nodes]
     axis = _axis(nodes, names, ends, logits) if linked else None
     form, why = _form(set(names), loss)
+    if form in ("softmax", "sigmoid") and linked and not _direct(nodes, names, ends, logits):
+        form, axis = "squared", None  # classes of a head outside the model: its outputs are features
     counted = _counted(nodes, names, logits, axis) if form == "softmax" else None
     if counted is None and form != "squared" and not _ALIGNED.intersection(names):  # labels have positions of their own
         counted = _counted_in(batch, logits, axis)
@@ -131,6 +136,21 @@ def _between(start: Node, ends: set[Node], logits: Tensor) -> tuple[list[Node], 
             linked.add(node)
             queue.extend(parents[node])
     return [node for node in order if node in linked], True
+
+
+def _direct(nodes: Sequence[Node], names: Sequence[str], ends: set[Node], logits: Tensor) -> bool:
+    """Return whether a softmax or a sigmoid takes the outputs themselves: moved, resized or scaled at most."""
+    between = dict(zip(nodes, names, strict=True))
+    queue = [node for node, name in between.items() if name in _SOFTMAX | _SIGMOID]
+    seen = set(queue)
+    while queue:
+        for after, _ in queue.pop().next_functions:
+            if after in ends or (after is not None and getattr(after, "variable", None) is logits):
+                return True
+            if after in between and after not in seen and between[after] not in _MIXING:
+                seen.add(after)
+                queue.append(after)
+    return False
 
 
 def _axis(nodes: Sequence[Node], names: Sequence[str], ends: set[Node], logits: Tensor) -> int | None:

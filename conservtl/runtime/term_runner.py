@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.batches import tensors_of
 from conservtl.compat import guard_hooks
 from conservtl.errors import SpecError
 from conservtl.functions import logits_of
@@ -24,6 +25,12 @@ from conservtl.runtime.task_loss import read_task_loss
 from conservtl.source.shared import SharedModel
 
 __all__ = ["TermRunner"]
+
+_FORMS = {
+    "softmax": "classes that exclude each other",
+    "sigmoid": "labels of their own",
+    "squared": "numbers, compared by squared distance",
+}
 
 
 class TermRunner:
@@ -63,6 +70,9 @@ class TermRunner:
         self.source_model = None if source_model is None else SourceModelRunner(source_model, self._layers, self._heads)
         self._taps: Taps | None = None
         self._placed: dict[str, tuple[Mapping[str, Tensor], torch.device, Mapping[str, Tensor]]] = {}
+        self._by_loss = [term.by for term in plan.terms if term.heads and getattr(term, "form", "") is None]
+        self.found: str | None = None
+        """How the first loss took the outputs, for the plan's notes, which set it to None again."""
         self.added = 0  # losses since the last step that the terms were added to
         self.attach(model)
 
@@ -144,10 +154,13 @@ class TermRunner:
             return loss
         self.added += 1
         passes = source.passes if source is not None else 1
-        taken = self._taps.take(passes) if self._taps is not None else Taken()
+        taken = self._taps.take(passes, (loss, *tensors_of(outputs))) if self._taps is not None else Taken()
         # Read before the source's head replaces the outputs: labels and padding belong to the task's outputs.
         compares = any(term.heads for term in self.terms)
         task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
+        if self._by_loss and task is not None and task.form is not None:
+            self.found = f"{' and '.join(self._by_loss)}: the task's loss takes the outputs as {_FORMS[task.form]}"
+            self._by_loss = []
         output_padding = padding_of_outputs(outputs)
         if self._heads and self.source_model is not None:
             entered = {name: all_of(taken.entering, name) for name in self._heads}
@@ -161,7 +174,15 @@ class TermRunner:
             adapted, known = self._labels.of(logits_of(outputs), logits_of(source.outputs), axis)
             outputs, source = adapted, replace(source, outputs=known)
         view = View(
-            outputs, taken.features, taken.entering, task, padding, output_padding, axes=taken.axes, passes=passes
+            outputs,
+            taken.features,
+            taken.entering,
+            task,
+            padding,
+            output_padding,
+            axes=taken.axes,
+            passes=passes,
+            of_heads=bool(self._heads),
         )
         total = loss
         for term in self.terms:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
+from conservtl.compat import in_backward
 from conservtl.data import Sequences
-from conservtl.runtime.recomputing import is_recomputing
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
 from conservtl.tasks.transcribe.task import Transcribe
 
@@ -65,7 +65,7 @@ def trained(make, strategies, checkpointing, data, **options):
         for n, m in model.named_modules()
         if n.endswith(("blocks.0.feed_forward1", "layers.0.attention", "layers.0.ffn1", "layers.0.fc1"))
     )
-    hook = inner.register_forward_hook(lambda *_: calls.append(is_recomputing()))
+    hook = inner.register_forward_hook(lambda *_: calls.append(in_backward()))
     training = ctl.Training(
         device="cpu", optimizer="sgd", lr=0.1, epochs=3, batch_size=4, checkpointing=checkpointing, **options
     )

@@ -67,8 +67,17 @@ SAID = [
     ),
     (ctl.NormAdaptation(statistics="target"), "statistics of the norms on the target"),
     (ctl.NormAdaptation(statistics="instance"), "statistics 83% as kept, 17% of each example, in batch norms"),
-    (ctl.OutputConservation(), "0.9 × task + 0.1 × cross-entropy to the source's outputs at temperature 1"),
-    (ctl.OutputConservation(weight=0.05), "0.05 × KL divergence to the source's outputs at temperature 2"),
+    (
+        ctl.OutputConservation(),
+        (
+            "0.9 × task + 0.1 × cross-entropy at temperature 1 or squared distance to the source's outputs, "
+            "as the task's loss takes them"
+        ),
+    ),
+    (
+        ctl.OutputConservation(weight=0.05, form="softmax"),
+        "0.05 × KL divergence of each class to the source's outputs at temperature 2",
+    ),
     (ctl.OutputConservation(rho=0.2, form="squared"), "0.8 × task + 0.2 × squared distance to the source's outputs"),
     (ctl.Projection(), "2 parameters held within 0.03 × |w0| of the source, for each tensor (frobenius norm)"),
     (

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.methods.output_conservation import OutputConservationTerm
+from conservtl.plan.term import View
 
 
 def softmax(values):
@@ -64,6 +65,7 @@ MAP = torch.randn(2, 3, 2, 4, generator=GENERATOR)
 PIXELS = torch.randint(3, (2, 2, 4), generator=GENERATOR)
 ROWS = torch.randn(4, 3, generator=GENERATOR)
 BIAS = [0.3, -0.2, 0.1]
+Y = torch.tensor([0, 1, 2, 0])
 
 
 class TestClasses:
@@ -262,6 +264,71 @@ def test_a_model_with_labels_of_its_own_takes_the_form_of_its_loss():
     ours, theirs = source[1](model[0](ROWS)), source(ROWS)
     expected = mean(binary_kl(a, b) for a, b in zip(theirs.flatten().tolist(), ours.flatten().tolist(), strict=True))
     assert (adaptation.loss(task, outputs, ROWS) - task).item() == pytest.approx(expected, rel=1e-3)
+
+
+WEIGHTS = torch.randn(3, 5, generator=GENERATOR)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda outputs: F.cross_entropy(F.normalize(outputs) @ WEIGHTS, Y),
+        lambda outputs: F.cross_entropy(-(outputs[:, None] - WEIGHTS.T).square().sum(-1), Y),
+        lambda outputs: F.binary_cross_entropy_with_logits(outputs @ WEIGHTS, torch.ones(4, 5)),
+    ],
+)
+def test_embeddings_with_a_head_outside_the_model_are_numbers(loss):
+    """The squared distance is the mean of the biases' squares: (0.09 + 0.04 + 0.01) / 3."""
+    assert term(loss, ROWS, BIAS) == pytest.approx(0.14 / 3, rel=1e-3)
+
+
+def test_a_map_that_the_loss_enlarges_is_of_classes():
+    labels = PIXELS.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    found = term(lambda outputs: F.cross_entropy(F.interpolate(outputs, scale_factor=2), labels), MAP, BIAS)
+    assert found == pytest.approx(TestClasses().by_pixel(), rel=1e-4)
+
+
+def test_the_plan_says_how_the_first_loss_took_the_outputs():
+    adaptation = ctl.adapt(Shifted(3), Shifted(3), [ctl.OutputConservation()])
+    assert "at temperature 1 or squared distance" in str(adaptation.plan)
+    outputs = adaptation.model(ROWS)
+    adaptation.loss(outputs.square().mean(), outputs, ROWS)
+    assert "OutputConservation: the task's loss takes the outputs as numbers" in str(adaptation.plan)
+
+
+class Enlarged(nn.Module):
+    """Its head's map is enlarged twofold."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, classes, 1)
+
+    def forward(self, x):
+        return F.interpolate(self.head(self.body(x)), scale_factor=2)
+
+
+def test_ignored_pixels_of_an_enlarged_map_leave_out_the_heads_positions_below_them():
+    torch.manual_seed(0)
+    source, model = Enlarged(5), Enlarged(2)
+    adaptation = ctl.adapt(model, source, [ctl.OutputConservation(weight=1.0, temperature=1.0)])
+    with torch.no_grad():
+        model.body.bias += 0.3
+    labels = torch.zeros(2, 4, 8, dtype=torch.long)
+    labels[:, :2] = -100  # the upper of two rows
+    labels[0, 2, 0] = -100  # one of four pixels over a position
+    outputs = model(MAP)
+    task = F.cross_entropy(outputs, labels)
+    ours, theirs = (source.head(one.body(MAP))[:, :, 1].movedim(1, -1).reshape(-1, 5) for one in (model, source))
+    expected = mean(kl(a, b) for a, b in zip(theirs.tolist(), ours.tolist(), strict=True))
+    assert (adaptation.loss(task, outputs, MAP) - task).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", [None, "softmax", "squared"])
+def test_a_loss_as_outputs_is_named(form):
+    adaptation = ctl.adapt(Shifted(3), Shifted(3), [ctl.OutputConservation(form=form)])
+    loss = adaptation.model(ROWS).square().mean()
+    with pytest.raises(ctl.SpecError, match="a scalar, as of a model that returns its loss"):
+        adaptation.loss(loss, loss, source=View(loss.detach()))
 
 
 def test_a_plan_of_an_earlier_version_means_what_it_meant():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import conservtl as ctl
 from conservtl.methods.base import Order
 from conservtl.methods.feature_conservation.distance import ldifs
 from conservtl.methods.feature_extraction.probe_head import depth_of
@@ -125,3 +126,35 @@ def test_feature_vectors_of_length_1_without_padding():
     zero = torch.zeros(2, 3, 4, requires_grad=True)
     ldifs(zero, torch.zeros(2, 3, 4), 1, mask).backward()
     assert not zero.grad.any()
+
+
+class TwoHeads(nn.Module):
+    """A body with two heads beside each other, each of two layers."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.main = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, classes))
+        self.aux = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, classes))
+
+    def forward(self, x):
+        return self.main(self.body(x)), self.aux(self.body(x))
+
+
+class TestParallelHeads:
+    def adapted(self, strategy):
+        layers = ["body.0", "body.2", "main", "aux"]
+        return ctl.adapt(TwoHeads(3), TwoHeads(7), [strategy], layers=layers, head=["main.2", "aux.2"])
+
+    def test_features_are_compared_before_them(self):
+        assert self.adapted(ctl.FeatureConservation()).plan.terms[0].taps == ("body.0", "body.2")
+
+    def test_their_class_scores_have_no_amplitudes(self):
+        plan = self.adapted(ctl.LHUC()).plan
+        amplitudes = [row.name for row in plan.rows if row.name.endswith("lhuc")]
+        assert sorted(amplitudes) == ["aux.0.lhuc", "body.0.lhuc", "body.2.lhuc", "main.0.lhuc"]
+
+    def test_they_share_the_last_rate(self):
+        plan = self.adapted(ctl.DiscriminativeLR(decay=0.5)).plan
+        found = {row.layer: row.scale for row in plan.rows if row.kind == "weight" and row.origin == "source"}
+        assert found == {"body.0": 0.25, "body.2": 0.5, "main": 1.0, "aux": 1.0}

@@ -194,6 +194,52 @@ class Siamese(nn.Module):
         return self.head((self.encoder(a) - self.encoder(b)).abs())
 
 
+class TestSeveralPasses:
+    """Features are those of the last pass, so a loss of an earlier one, too, is refused; values are 0 at the source."""
+
+    @pytest.fixture
+    def adaptation(self):
+        source = make(Dropped, 2)
+        return ctl.adapt(make(Dropped, 1), source, [ctl.FeatureConservation(alpha=1.0, layers=("stem",))])
+
+    def refused(self):
+        return pytest.raises(ctl.SpecError, match=r"come from 2 forward passes .* of the last alone .* after each pass")
+
+    @pytest.mark.parametrize("given", [0, 1])
+    def test_a_loss_of_two_is_refused(self, adaptation, given):
+        inputs = X, X.flip(0) * 2
+        outputs = [adaptation.model(one) for one in inputs]
+        with self.refused():
+            adaptation.loss((outputs[0] - outputs[1]).square().mean(), outputs[given], inputs[given])
+        torch.testing.assert_close(loss_of(adaptation), torch.zeros(()))
+
+    def test_outputs_of_the_first_are_refused(self, adaptation):
+        outputs = adaptation.model(X)
+        adaptation.model(2 * X)
+        with self.refused():
+            adaptation.loss(outputs.sum(), outputs, X)
+
+    def test_one_that_the_loss_does_not_come_from_counts_for_nothing(self, adaptation):
+        adaptation.model(2 * X).sum().backward()
+        torch.testing.assert_close(loss_of(adaptation), torch.zeros(()))
+
+    def test_a_loss_after_each(self, adaptation):
+        with torch.no_grad():
+            adaptation.model.stem.bias.add_(torch.tensor([2.0, 0.0, 0.0, 0.0]))
+        first = adaptation.model(X)
+        term = adaptation.loss(0 * first.sum(), first, X)
+        second = adaptation.model(2 * X)
+        both = adaptation.loss((first - second).square().mean(), second, 2 * X) + term
+        torch.testing.assert_close(both - (first - second).square().mean(), torch.tensor(2.0 + 2.0))  # 2² / 2 for each
+
+    def test_a_checkpoint_around_the_model(self, adaptation):
+        for _ in range(2):
+            outputs = checkpoint(adaptation.model, X, use_reentrant=False)
+            loss = adaptation.loss(0 * outputs.sum(), outputs, X)
+            loss.backward()  # computes the model again
+            torch.testing.assert_close(loss, torch.zeros(()))
+
+
 class TestSeveralOutputs:
     def test_all_calls_of_a_module_count(self):
         a, b = X, X.flip(0) * 2

@@ -68,8 +68,8 @@ class FeatureConservation(Strategy):
         >>> with torch.no_grad():
         ...     _ = model[0].bias.add_(torch.tensor([2.0, 0.0]))  # one of the features moves by 2
         >>> x = torch.randn(5, 2)
-        >>> task = 0 * model(x).sum()
-        >>> round(adaptation.loss(task, model(x), x).item(), 3)  # 0.1 / 2 × 2²
+        >>> outputs = model(x)
+        >>> round(adaptation.loss(0 * outputs.sum(), outputs, x).item(), 3)  # 0.1 / 2 × 2²
         0.2
     """
 
@@ -86,8 +86,8 @@ class FeatureConservation(Strategy):
     attention: bool = False
     """Whether channels are weighted by the rise of the task's loss without them (delta only)."""
     layers: Annotated[int, Field(ge=1, strict=True)] | tuple[str, ...] = 4
-    """Layers to tap: their number, spaced evenly over the depth up to the last before the head (all layers if there
-    are fewer); or names and globs of layers."""
+    """Layers to tap: their number, spaced evenly over the depth up to the last that holds no head (all of these if
+    there are fewer); or names and globs of layers."""
     padding: Literal["leave_out", "count"] = "leave_out"
     """count: padding is compared too."""
 
@@ -121,7 +121,9 @@ class FeatureConservation(Strategy):
             matched = plan.select_layers(self.layers).values()
             chosen = {name for names in matched for name in names}
             return tuple(layer for layer in plan.layers if layer in chosen)
-        body = plan.own_layers[:-1]
+        heads = {plan[name].layer for name in plan.possible_head}
+        heads |= {row.layer for row in plan.rows if row.source_shape not in (None, row.shape)}
+        body = [layer for layer in plan.own_layers if layer not in heads]
         if not body:
             raise SpecError(
                 f"{self.label}: the model is one layer, {plan.layers[0]!r}, so there are no features before a head to "

@@ -33,8 +33,8 @@ def find_hidden_units(
 ) -> list[str]:
     """Return the names of the modules whose outputs are hidden units.
 
-    By default each linear map, convolution and recurrent layer of every layer but the last; if a norm follows it, that
-    norm instead, whose output the activation takes.
+    By default each linear map, convolution and recurrent layer of every layer but the last, and of those with another
+    head but the head itself; if a norm follows it, that norm instead, whose output the activation takes.
 
     ``example`` shows the order of modules; None: their order of registration.
     """
@@ -43,7 +43,11 @@ def find_hidden_units(
         scalable = _by_use(scalable, first_use(unwrap(model), example))
     units = _units(scalable, layers)
     if on is None:
-        hidden = [name for name, layer in units.items() if layer != layers[-1].name]
+        modules = {one for layer in layers for info in layer.parameters for one in (info.head, info.candidate) if one}
+        heads = {layer.name for one in modules if (layer := layer_of(layers, one)) is not None}
+        last = layers[-1].name
+        parallel = last in heads and len(heads) > 1
+        hidden = [n for n, layer in units.items() if n not in modules and (parallel or layer != last)]
         if not hidden:
             raise SpecError(
                 f"LHUC: {type(model).__name__} has no hidden linear map, convolution or recurrent layer whose units "

@@ -71,7 +71,8 @@ class LHUC(Strategy):
     kind: Literal["lhuc"] = "lhuc"
     order: ClassVar[Order] = Order.HEAD
     on: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Globs of the layers or modules whose units are scaled. None: all layers but the last."""
+    """Globs of the layers or modules whose units are scaled. None: all layers but the last,
+    and of several parallel heads all but these."""
     freeze: bool = True
     """Whether everything is frozen except the amplitudes and other fresh parameters."""
 

@@ -49,6 +49,9 @@ class OutputConservationTerm(Term):
         name = "KL divergence" if self.divergence == "kl" else "cross-entropy"
         of = "" if self.form is None else f" of each {'label' if self.form == 'sigmoid' else 'class'}"
         blanks = "" if self.blank is None else f", without its answers {self.blank}"
+        if self.form is None:
+            how = f"{name} at temperature {self.temperature:g} or squared distance"
+            return f"{task}{self.weight:g} × {how} to the source's outputs, as the task's loss takes them{blanks}"
         return f"{task}{self.weight:g} × {name}{of} to the source's outputs at temperature {self.temperature:g}{blanks}"
 
     def value(self, adapted: View, source: View | None, measured: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
@@ -67,6 +70,11 @@ class OutputConservationTerm(Term):
                 f"{self.by}: the adapted model gives outputs of shape {tuple(logits.shape)}, the source "
                 f"{tuple(target.shape)}. They must be of the same classes, in the same order; declare a head for other "
                 "labels: fresh=['head']."
+            )
+        if not logits.ndim:
+            raise SpecError(
+                f"{self.by}: the outputs must be scores of each example; received a scalar, as of a model that returns "
+                "its loss. Let the model return the scores beside it, or use FeatureConservation."
             )
         form = self._form(adapted)
         axis = self._axis(adapted, logits, form)
@@ -119,8 +127,6 @@ class OutputConservationTerm(Term):
         else:
             axis = CLASS_AXIS.get(logits.ndim)
         if form != "softmax":
-            if not logits.ndim:
-                raise SpecError(f"{self.by}: outputs must have one row for each example; received a scalar.")
             said = self.class_axis is not None or logits.ndim > 2
             return axis if said or not adapted.has_positions(logits.shape[-1]) else None
         if axis is None:
