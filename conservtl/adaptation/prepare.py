@@ -21,7 +21,7 @@ from conservtl.adaptation.preset import Preset
 from conservtl.errors import SourceError, SpecError, agreeing, counted
 from conservtl.layers import canonical, check_globs, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
-from conservtl.methods import Strategy, apply_all, as_strategies, extend_all, record_all, retract_all
+from conservtl.methods import Strategy, apply_all, as_strategies, extend_all, record_all, retract_all, void_notes
 from conservtl.plan.measure import Measure
 from conservtl.plan.plan import Plan
 from conservtl.source.by_label import HeadLabels
@@ -165,6 +165,7 @@ def adapt(
         *unused_note(report.unused, read.tensors),
         *kept_note(report.kept, own),
         *missed_note(read, known),
+        *void_notes(plan),
     ]
     plan = plan.with_notes(notes)
     origin = Origin(drawn, chosen, source_model, heads, inherited, saved, training, structure, named_source(read))

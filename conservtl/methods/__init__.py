@@ -15,7 +15,7 @@ Example:
 """
 
 from conservtl.methods.base import Order, Strategy
-from conservtl.methods.composition import apply_all, extend_all, record_all, retract_all
+from conservtl.methods.composition import apply_all, extend_all, record_all, retract_all, void_notes
 from conservtl.methods.registry import AnyStrategy, as_strategies, as_strategy, builtin_strategies, import_builtin
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "extend_all",
     "record_all",
     "retract_all",
+    "void_notes",
 ]
 
 import_builtin()

@@ -13,7 +13,7 @@ from conservtl.methods.base import Strategy
 from conservtl.plan.extension import Extension
 from conservtl.plan.plan import Plan
 
-__all__ = ["apply_all", "extend_all", "record_all", "retract_all"]
+__all__ = ["apply_all", "extend_all", "record_all", "retract_all", "void_notes"]
 
 
 def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[Extension] = ()) -> Plan:
@@ -42,6 +42,23 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[E
             plan = plan.with_extension(extension)
     _check_factors(plan)
     return plan
+
+
+def void_notes(plan: Plan) -> list[str]:
+    """Return a note on each penalty and each comparison of features that acts on nothing that is trained."""
+    trained = set(plan.trained)
+    places = {layer: place for place, layer in enumerate(plan.layers)}
+    first = min((places[plan[name].layer] for name in trained), default=0)
+    notes = [
+        f"{penalty.by} acts on nothing: all parameters that its {penalty.kind} covers are frozen"
+        for penalty in plan.penalties
+        if not plan.factors and trained.isdisjoint(penalty.names)
+    ]
+    return notes + [
+        f"{term.by} adds nothing: no layer up to those that it compares is trained"
+        for term in plan.terms
+        if type(term).source and term.taps and not term.enters and all(places[tap] < first for tap in term.taps)
+    ]
 
 
 def _check_factors(plan: Plan) -> None:

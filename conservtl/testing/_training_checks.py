@@ -85,6 +85,17 @@ def check_skipped(strategy: Strategy, case: Case) -> None:
     require(not moved, strategy, f"{moved[:1]} moved in a step that was skipped; heed step.skip.")
 
 
+def _check_terms(strategy: Strategy, adaptation: Adaptation, example: Any) -> None:
+    """Raise if no term has a gradient, so that none would ever act."""
+    share = torch.ones((), requires_grad=True)
+    loss = objective(adaptation, example, share=share)
+    if not adaptation.plan.terms or not loss.requires_grad:
+        return
+    (value,) = torch.autograd.grad(loss, share, create_graph=True, allow_unused=True)
+    acts = value is not None and value.requires_grad
+    require(acts, strategy, "the value of its term has no gradient; compute it from outputs that are not detached.")
+
+
 def law_case(strategy: Strategy, case: Case) -> LawCase | None:
     """Return a case for the laws of a step; None if nothing is trained or a search must come first.
 
@@ -109,6 +120,7 @@ def law_case(strategy: Strategy, case: Case) -> LawCase | None:
         for name, parameter in parameters.items():
             if name not in ready.frozen:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
+    _check_terms(strategy, deep_copy(ready), example)
     means = all(type(term).mean_over_batch for term in ready.plan.terms)
     return LawCase(
         label=strategy.label,

@@ -41,7 +41,7 @@ def measured(adaptation: Adaptation, example: Any) -> bool:
     return not adaptation.outstanding()
 
 
-def objective(adaptation: Adaptation, example: Any, seed: int = 0) -> Tensor:
+def objective(adaptation: Adaptation, example: Any, seed: int = 0, share: float | Tensor = 1.0) -> Tensor:
     """Return some loss of the model with the plan's terms; without an input, one linear in the parameters."""
     model = adaptation.model
     if example is None and adaptation.plan.terms:
@@ -55,7 +55,7 @@ def objective(adaptation: Adaptation, example: Any, seed: int = 0) -> Tensor:
     loss = sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
     if not loss.requires_grad:
         return loss
-    return adaptation.loss(loss, outputs, tuple(example) if isinstance(example, list) else example)
+    return adaptation.loss(loss, outputs, tuple(example) if isinstance(example, list) else example, share=share)
 
 
 def backward(adaptation: Adaptation, example: Any, step: int) -> None:
