@@ -151,7 +151,7 @@ def test_a_card_names_a_base_model_as_the_hub_does(stated, message, tmp_path):
     [
         ({"labels": "yes"}, "must be a list of texts"),
         ({"labels": ["a", "a"]}, "'a' twice"),
-        ({"labels": ["a", "b", "c"]}, "'2.weight' has 2; received 3 labels"),
+        ({"labels": ["a", "b", "c"]}, "'2.weight' has 2, and there are 3"),
         ({"metrics": {"accuracy": 1}}, "metrics must have the form"),
         ({"metrics": {"after": {"goal": {"f1": 1}}}}, "'goal'"),
         ({"metrics": {"after": {"target": {"f1": float("nan")}}}}, "after.target.f1 must be a finite number"),
