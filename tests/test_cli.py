@@ -47,9 +47,12 @@ def test_run_says_its_data_as_plan_does_before_anything_is_trained(spec, tmp_pat
     def data(out: str) -> list[str]:
         return [line for line in out.splitlines() if line.startswith("data  ")]
 
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     _, plan, _ = call(monkeypatch, capsys, "plan", spec)
     with monkeypatch.context() as stopped:
-        stopped.setattr(Setting, "fit", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        stopped.setattr(Setting, "fit", interrupted)
         code, cut, _ = call(stopped, capsys, "run", spec, "--out", tmp_path / "out")
     assert code == 130
     assert data(cut) == data(plan) != []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from itertools import pairwise
 
@@ -15,6 +16,14 @@ import conservtl as ctl
 
 DATA = torch.randn(24, 4), torch.arange(24) % 3
 SAME_DECAY = ctl.DiscriminativeLR(groups={"*": 1.0}, decay_biases_and_norms=True)  # one group, as by hand
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_that_load_data():
+    """Take away the handler that torch leaves once there were some: each step of ``fit`` then asks it."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 def calls_of(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def small(tmp_path):
     if sys.platform != "linux" or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs Linux and its permission")
     yield place
+    gc.collect()  # an error that a test caught may hold a file open
     subprocess.run(["umount", str(place)], check=True)
 
 
@@ -87,6 +89,7 @@ def test_a_study_whose_disk_is_full(small):
     (small / "filling").write_bytes(bytes(200_000))
     with pytest.raises(WriteError, match=r"study\.db' must be writable; .*disk is full"), opened_storage(url):
         pass
+    gc.collect()  # that error holds the file open, whose place would be free only later
     for file in small.iterdir():
         file.unlink()
 
