@@ -136,7 +136,7 @@ def build_transformers(name: str, args: dict[str, Any], tokens: int) -> Transfor
             f"model.name must be transformers/TYPE with a type of AutoModelForCTC that takes samples "
             f"({', '.join(known)}); received {name!r}.{hint(kind, known, count=3)}"
         )
-    ours = {"vocab_size": tokens, "pad_token_id": 0}
+    ours = {"vocab_size": tokens, "pad_token_id": 0}  # of the blank, no password # nosec B105
     chosen = {"layerdrop": 0.0, "apply_spec_augment": False, **args, **ours}
     return TransformersCTC(of_transformers("AutoModelForCTC", kind, args, chosen))
 
