@@ -39,10 +39,22 @@ def _train(adaptation, batch_size, data=None, **options):
     return ctl.fit(adaptation, data or _data(), {"target": _data()}, training, seed=2, **options)
 
 
-def _process(rank, port, folder):
+def _join(rank, port):
+    """Make this process one of two."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _process(rank, port, folder):
+    _join(rank, port)
     adaptation = _adaptation()
     result = _train(adaptation, 4, out=folder)
     loader = DataLoader(TensorDataset(*_data()), 4, shuffle=True)
@@ -56,9 +68,7 @@ def _process(rank, port, folder):
 
 def _draw(rank, port, folder):
     """Save augmentations: uninterrupted, resumed, and resumed with the generators of process 0 only."""
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+    _join(rank, port)
 
     def run(stop=False, **options):
         drawn = []
@@ -92,10 +102,7 @@ def _draw(rank, port, folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_each_process_goes_on_with_its_own_augmentations(side_by_side, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_each_process_goes_on_with_its_own_augmentations(side_by_side, port, tmp_path):
     side_by_side(_draw, (port, str(tmp_path)))
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for whole, begun, rest, anew in parts:
@@ -109,9 +116,7 @@ def test_each_process_goes_on_with_its_own_augmentations(side_by_side, tmp_path)
 
 def _search(rank, port, folder):
     """Look for a batch size where process 1 has room for 5 examples, or for none; and run out of memory in a step."""
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+    _join(rank, port)
 
     processes._PATIENCE = 1.0  # seconds in which a process that is not lost answers
 
@@ -135,11 +140,8 @@ def _search(rank, port, folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_the_process_with_the_least_memory_decides(side_by_side, tmp_path):
+def test_the_process_with_the_least_memory_decides(side_by_side, port, tmp_path):
     """Each searches by itself; all take the least, and all say so if one has no room at all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     side_by_side(_search, (port, str(tmp_path)))
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for held, streamed, none, _ in parts:
@@ -161,11 +163,8 @@ def test_the_process_with_the_least_memory_decides(side_by_side, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_two_processes_equal_one(side_by_side, tmp_path):
+def test_two_processes_equal_one(side_by_side, port, tmp_path):
     """Each process gets its part of one order; the pull and the phases act in both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     side_by_side(_process, (port, str(tmp_path)))
     alone = _adaptation()
     result = _train(alone, 8)
