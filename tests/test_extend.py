@@ -87,6 +87,6 @@ def test_a_wheel_holds_all_that_is_not_code(wheel):
         for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"conservtl/py.typed", "conservtl/__init__.pyi", "conservtl/report/pages/run.html.j2"} <= expected
+    assert {"conservtl/py.typed", "conservtl/__init__.pyi", "conservtl/report/pages/page.html.j2"} <= expected
     assert expected <= names
     assert not {name for name in names if not name.startswith("conservtl")}

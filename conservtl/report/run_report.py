@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from conservtl.errors import MissingExtraError
@@ -14,7 +15,7 @@ from conservtl.report.figures.drift import drift_by_layer
 from conservtl.report.figures.weight_path import weight_path
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.summary import sentence
-from conservtl.report.text.tables import agreement_rows, metric_rows
+from conservtl.report.text.tables import agreement_rows, metric_table
 
 __all__ = ["RunReport", "drawn", "run_figures"]
 
@@ -33,15 +34,9 @@ class RunReport(dict[str, Any]):
 
     def table(self) -> HtmlTable:
         """Return each metric of target and source before and after, and the agreement with the source model."""
-        rows = [
-            TableRow(
-                [Cell(row.domain), Cell(row.name), Cell(row.before), Cell(row.after), Cell(row.change)],
-                "strong" if row.main else "",
-            )
-            for row in metric_rows(self)
-        ]
-        rows += [TableRow([Cell(""), *map(Cell, row)]) for row in agreement_rows(self)]
-        return HtmlTable("", "", ["", "metric", "before", "after", "difference"], rows, frozenset({0, 1}))
+        metrics = metric_table(self)
+        agreement = [TableRow([Cell(""), *map(Cell, row), Cell("")]) for row in agreement_rows(self)]
+        return replace(metrics, rows=[*metrics.rows, *agreement])
 
     def figures(self) -> list[Picture]:
         """Return the pictures of the report.

@@ -10,10 +10,9 @@ from conservtl.report.figures.by_target import by_target
 from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
-from conservtl.report.pages.rendering import render_study
+from conservtl.report.pages.rendering import write_page
 from conservtl.report.text.examples import shots_text, taken_of
-from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
-from conservtl.report.text.intervals import MeanInterval
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.metrics import Metric, Verdict, headline
 from conservtl.report.text.summary import duration, left_out_notes, rows_notes
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
@@ -24,15 +23,16 @@ _MISSING = Cell("–")
 
 
 def write_compare(result: Mapping[str, Any], path: Path) -> None:
-    """Write a comparison as one self-contained page: no script, no font, no link to the network.
+    """Write a comparison as a page.
 
     The verdict, the frontier and the table of the spec's own number of shots (else of the most) come first.
     """
     tables, verdicts = result["tables"], list(result["verdict"])
     metric, first = headline(result), main_table(result)
     others = [place for place in range(len(tables)) if place != first]
-    render_study(
+    write_page(
         path,
+        result,
         over="Comparison",
         title="Which method",
         sentence=verdicts[first] if tables else "There are no runs to compare.",
@@ -40,7 +40,6 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
         more=[verdicts[place] for place in others],
         notes=left_out_notes(result) + rows_notes(result),
         parts=comparison_parts(result),
-        result=result,
     )
 
 
@@ -104,19 +103,15 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool)
 
 
 def _cells(row: VariantResult, sourced: bool, scored: bool, compared: bool) -> list[Cell]:
-    cells = [Cell(row.name, row.note, colour=row.colour, mark=row.sign), _cell(row.target)]
+    cells = [Cell(row.name, row.note, colour=row.colour, mark=row.sign), interval_cell(row.target)]
     if sourced:
-        cells += [_cell(row.source), _cell(row.combined, strong=not row.baseline)]
+        cells += [interval_cell(row.source), interval_cell(row.combined, "" if row.baseline else "strong")]
     if scored:
         cells.append(_MISSING if row.constrained is None else Cell(f"{row.constrained:.2f}"))
     if compared:
         cells.append(_difference(row))
     time = _MISSING if row.seconds is None else Cell(duration(row.seconds.mean))
     return [*cells, time, Cell(str(row.target.count))]
-
-
-def _cell(span: MeanInterval | None, *, strong: bool = False) -> Cell:
-    return _MISSING if span is None else Cell(span.text(), span.ends(), "strong" if strong else "")
 
 
 def _difference(row: VariantResult) -> Cell:

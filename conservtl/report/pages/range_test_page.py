@@ -9,7 +9,7 @@ from typing import Any
 
 from conservtl.errors import SpecError
 from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw, draw_png
-from conservtl.report.pages.rendering import render_study
+from conservtl.report.pages.rendering import write_page
 from conservtl.storage.files import write_bytes
 
 __all__ = ["check_picture", "range_test_picture", "range_test_sentence", "write_range_test"]
@@ -19,7 +19,7 @@ _KINDS = (".html", ".png")
 
 
 def write_range_test(result: Mapping[str, Any], path: Path) -> None:
-    """Write a range test as a self-contained page (``.html``) or as a picture (``.png``).
+    """Write a range test as a page (``.html``) or as a picture (``.png``).
 
     Raises:
         SpecError: the file has another suffix.
@@ -29,14 +29,14 @@ def write_range_test(result: Mapping[str, Any], path: Path) -> None:
     if path.suffix == ".png":
         write_bytes(draw_png(_HEIGHT, lambda figure: _paint(figure, result)), path)
         return
-    render_study(
+    write_page(
         path,
+        result,
         over="Range test",
         title="Which learning rate",
         sentence=range_test_sentence(result),
         parts=[range_test_picture(result)],
         notes=["The loss is that of the target alone. A lower rate keeps more of the source."],
-        result=result,
     )
 
 

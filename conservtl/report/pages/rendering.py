@@ -1,4 +1,4 @@
-"""Pages from templates: one look for all of them, each complete in itself."""
+"""The page of a run or a study: one look for all, complete in itself."""
 
 from __future__ import annotations
 
@@ -18,60 +18,57 @@ from conservtl.report.text.metrics import Verdict
 from conservtl.report.text.report_json import plain
 from conservtl.storage.files import write_text
 
-__all__ = ["as_yaml", "render", "render_study"]
+__all__ = ["write_page"]
 
 
-def render(template: str, path: Path, **content: Any) -> None:
-    """Fill a template, a file beside this one, and write the page."""
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.FunctionLoader(_read),
-    )
-    environment.filters.update(unbroken=_unbroken, breakable=_breakable)
-    write_text(environment.get_template(template).render(**content), path)
-
-
-def render_study(
+def write_page(
     path: Path,
+    report: Mapping[str, Any],
     *,
     over: str,
     title: str,
     sentence: str,
     parts: Sequence[Picture | HtmlTable | None],
-    result: Mapping[str, Any],
     tone: Verdict = "unknown",
     more: Sequence[str] = (),
     notes: Sequence[str] = (),
+    facts: Sequence[Sequence[tuple[str, str]]] = (),
 ) -> None:
-    """Write the page of a study of many runs, with the answer as its heading, coloured by ``tone``.
+    """Write a report as one self-contained page: no script, no font, no link to the network.
 
-    ``over`` is the kind of page, above the heading, ``title`` that of the browser's tab. The settings and skipped files
-    of ``result`` are shown below the parts.
+    Args:
+        path: file of the page.
+        report: content of the JSON file; its skipped files, its examples and its spec are shown below the parts.
+        over: kind of page, above the heading.
+        title: of the browser's tab.
+        sentence: the answer, which is the heading.
+        parts: pictures and tables from the top down; None and tables without rows are left out.
+        tone: colour of the heading.
+        more: further answers.
+        notes: remarks.
+        facts: lists of name and value beside the spec; empty ones are left out.
     """
-    render(
-        "study.html.j2",
-        Path(path),
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(unbroken=_unbroken, breakable=_breakable)
+    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    spec = report.get("spec")
+    page = environment.from_string(template).render(
         over=over,
         title=title,
         sentence=sentence,
         tone=tone,
         more=more,
         notes=notes,
-        parts=[part for part in parts if part is not None],
-        **skipped_rows(result),
-        spec=as_yaml(result.get("spec")),
-        environment=[],
-        seconds=[],
+        parts=[part for part in parts if isinstance(part, Picture) or (part is not None and part.rows)],
+        **skipped_rows(report),
+        examples=(report.get("details") or {}).get("examples") or [],
+        facts=[entries for entries in facts if entries],
+        spec=yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True) if spec else "",
     )
-
-
-def as_yaml(spec: Mapping[str, Any] | None) -> str:
-    """Return a spec as YAML; empty if there is none."""
-    return yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True) if spec else ""
+    write_text(page, path)
 
 
 def _unbroken(text: str) -> str:
@@ -82,7 +79,3 @@ def _unbroken(text: str) -> str:
 def _breakable(name: str) -> str:
     """Allow a line break after each part of a dotted name."""
     return re.sub(r"(?<=\w)([._])(?=\w)", "\\1\u200b", name)
-
-
-def _read(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

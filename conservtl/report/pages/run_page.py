@@ -6,64 +6,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conservtl.report.pages.rendering import as_yaml, render
+from conservtl.report.pages.rendering import write_page
 from conservtl.report.run_report import run_figures
-from conservtl.report.text.examples import examples_notes, skipped_rows
-from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
-from conservtl.report.text.metrics import Verdict, number
+from conservtl.report.text.examples import examples_notes
+from conservtl.report.text.metrics import number
 from conservtl.report.text.summary import costly, duration, left_out_notes, sentence, verdict
-from conservtl.report.text.tables import agreement_rows, metric_rows, plan_table
+from conservtl.report.text.tables import agreement_table, detail_tables, metric_table, plan_tables
 
 __all__ = ["write_html"]
 
-_NAMES = {"conservtl": "conservtl", "torch": "PyTorch", "python": "Python", "cuda": "CUDA", "os": "system"}
+_NAMES = {"torch": "PyTorch", "python": "Python", "cuda": "CUDA", "os": "system"}
 
 
 def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a report as one self-contained page: no script, no font, no link to the network.
-
-    Parts that the report lacks are left out of the page.
-    """
-    render(
-        "run.html.j2",
+    """Write a report as a page; parts that the report lacks are left out."""
+    write_page(
         path,
+        report,
         over="Adaptation report",
         title=f"Adapted to {report.get('target') or 'the target'}",
         sentence=str(report.get("sentence") or sentence(report)),
-        tone=_tone(report),
-        numbers=metric_rows(report),
-        pictures=run_figures(report, history),
-        plan=plan_table(report),
-        agreement=agreement_rows(report),
-        details=_details(report),
-        examples=(report.get("details") or {}).get("examples") or [],
-        left_out=[*examples_notes(report), *left_out_notes(report)],
-        **skipped_rows(report),
-        spec=as_yaml(report.get("spec")),
-        environment=_environment(report),
-        seconds=_seconds(report),
+        tone="worse" if costly(report) else verdict(report),  # a gain that cost the source more counts as worse
+        notes=[*examples_notes(report), *left_out_notes(report)],
+        parts=[
+            metric_table(report),
+            *run_figures(report, history),
+            *plan_tables(report),
+            *detail_tables(report),
+            agreement_table(report),
+        ],
+        facts=[_environment(report), _seconds(report)],
     )
-
-
-def _tone(report: Mapping[str, Any]) -> Verdict:
-    """Return the colour of the sentence; a gain that cost the source more counts as worse."""
-    return "worse" if costly(report) else verdict(report)
-
-
-def _details(report: Mapping[str, Any]) -> list[HtmlTable]:
-    """Return the tables that the task adds."""
-    tables = (report.get("details") or {}).get("tables") or []
-    return [
-        HtmlTable(
-            one["title"],
-            one["note"],
-            one["header"],
-            [TableRow([Cell(str(text)) for text in row]) for row in one["rows"]],
-            frozenset(one["text_columns"]),
-        )
-        for one in tables
-        if one["rows"]
-    ]
 
 
 def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -17,9 +17,9 @@ from conservtl.report.figures.strengths import (
     strengths_of,
     swept_method,
 )
-from conservtl.report.pages.rendering import render_study
+from conservtl.report.pages.rendering import write_page
 from conservtl.report.text.examples import shots_text, taken_of
-from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
 from conservtl.report.text.summary import rows_notes
@@ -32,11 +32,12 @@ _SIDES = ("input", "output")
 
 
 def write_sweep(result: Mapping[str, Any], path: Path) -> None:
-    """Write a sweep as one self-contained page: no script, no font, no link to the network."""
+    """Write a sweep as a page."""
     sentences = sweep_sentences(result)
     unmeasured = (result.get("before") or {}).get("source") is None
-    render_study(
+    write_page(
         path,
+        result,
         over="Sweep over layers and strengths",
         title="How many layers, how strong",
         sentence=sentences[0] if sentences else "There are no runs to summarise.",
@@ -47,7 +48,6 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
             *rows_notes(result),
         ],
         parts=sweep_parts(result),
-        result=result,
     )
 
 
@@ -163,7 +163,7 @@ def layers_table(result: Mapping[str, Any]) -> HtmlTable | None:
     if not columns:
         return None
     numbers = sorted({n for _, points in columns for n in points})
-    rows = [TableRow([Cell(str(n)), *(_cell(points.get(n)) for _, points in columns)]) for n in numbers]
+    rows = [TableRow([Cell(str(n)), *(interval_cell(points.get(n)) for _, points in columns)]) for n in numbers]
     header = ["layers transferred", *(f"{name} side" for name, _ in columns)]
     note = _note([span for _, points in columns for span in points.values()])
     return HtmlTable(f"In numbers, {metric.with_unit(f'target {metric.name}')}", note, header, rows)
@@ -186,15 +186,11 @@ def strengths_table(result: Mapping[str, Any]) -> HtmlTable | None:
 
 
 def _row(step: StrengthStep, *, sourced: bool, best: bool) -> list[Cell]:
-    cells = [Cell(f"{step.at:g}", "the best" if best else ""), _cell(step.target)]
+    cells = [Cell(f"{step.at:g}", "the best" if best else ""), interval_cell(step.target)]
     if not sourced:
         return cells
-    score = single(step.score, step.metric)
-    return [*cells, _cell(step.source), Cell(score.text(), kind="strong" if best else "")]
-
-
-def _cell(span: MeanInterval | None) -> Cell:
-    return Cell("–") if span is None else Cell(span.text(), span.ends())
+    score = interval_cell(single(step.score, step.metric), "strong" if best else "")
+    return [*cells, interval_cell(step.source), score]
 
 
 def _note(spans: list[MeanInterval]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from conservtl.errors import agreeing, counted
 from conservtl.report.figures.trials import SearchTrial, against_fields, front, over_time, score_name, trials_of
-from conservtl.report.pages.rendering import render_study
-from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
+from conservtl.report.pages.rendering import write_page
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.intervals import single
 from conservtl.report.text.metrics import Metric, headline
 from conservtl.report.text.summary import duration
@@ -24,18 +24,18 @@ _EDGE = 0.03  # of a range: a value nearer to its end than that is at the end
 
 
 def write_tune(result: Mapping[str, Any], path: Path) -> None:
-    """Write a search as one self-contained page: no script, no font, no link to the network."""
+    """Write a search as a page."""
     trials, metric = trials_of(result), headline(result)
     both = result["objective"] == "both"
     fields, table = against_fields(result, trials), _table(result, trials)
-    render_study(
+    write_page(
         path,
+        result,
         over="Search over settings",
         title="Which settings",
         sentence=tune_sentence(result),
         notes=_notes(result, trials),
         parts=[*((front(trials, metric), table, fields) if both else (fields, table)), over_time(result, trials)],
-        result=result,
     )
 
 
@@ -134,7 +134,7 @@ def _cells(trial: SearchTrial, fields: Sequence[str], metric: Metric, *, sourced
 
 
 def _cell(value: float | None, metric: Metric) -> Cell:
-    return Cell("–" if value is None else single(value, metric).text())
+    return interval_cell(None if value is None else single(value, metric))
 
 
 def _value(value: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from conservtl.fragments import fragment, html_table, text_table
+from conservtl.report.text.intervals import MeanInterval
 
-__all__ = ["Cell", "HtmlTable", "TableRow"]
+__all__ = ["Cell", "HtmlTable", "TableRow", "interval_cell"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Cell:
     mark: str = "●"
 
 
+def interval_cell(span: MeanInterval | None, kind: Literal["", "strong"] = "") -> Cell:
+    """Return a mean with its interval beneath; a dash if it was not measured."""
+    return Cell("–") if span is None else Cell(span.text(), span.ends(), kind)
+
+
 @dataclass(frozen=True)
 class TableRow:
     """One row: ``strong`` for the method in question, ``quiet`` for what it is compared with."""
@@ -48,13 +54,15 @@ class HtmlTable:
         header: names of the columns.
         rows: from the top down.
         text_columns: positions of the columns of text; the others hold numbers, aligned to the right.
+        look: style of the page: ``numbers`` is large.
     """
 
     title: str
     note: str
     header: Sequence[str]
     rows: Sequence[TableRow]
-    text_columns: frozenset[int] = field(default=frozenset({0}))
+    text_columns: frozenset[int] = frozenset({0})
+    look: Literal["grid", "numbers"] = "grid"
 
     @property
     def number_columns(self) -> frozenset[int]:
@@ -68,5 +76,5 @@ class HtmlTable:
 
     def _repr_html_(self) -> str:
         rows = [[(cell.text, cell.note) for cell in row.cells] for row in self.rows]
-        marks = ["strong" if row.kind == "strong" else "quiet" if row.kind == "quiet" else "" for row in self.rows]
-        return fragment(html_table(self.header, rows, self.text_columns, marks), title=self.title, notes=[self.note])
+        table = html_table(self.header, rows, self.text_columns, [row.kind for row in self.rows])
+        return fragment(table, title=self.title, notes=[self.note])

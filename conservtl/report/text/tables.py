@@ -1,72 +1,38 @@
-"""The tables of a run's page, as rows of text."""
+"""The tables of a run's page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
+from conservtl.errors import counted
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import HEADER, beside, lines, named, rows_by_label
-from conservtl.report.text.metrics import Verdict, metrics_of, number, pair, signed
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
+from conservtl.report.text.metrics import metrics_of, number, pair, signed
 from conservtl.report.text.summary import read_plan
 
-__all__ = ["LayerRow", "MetricRow", "PlanTable", "agreement_rows", "metric_rows", "plan_table"]
+__all__ = ["agreement_rows", "agreement_table", "detail_tables", "metric_table", "plan_tables"]
 
 
-@dataclass(frozen=True)
-class MetricRow:
-    """One metric of one domain."""
-
-    domain: str
-    name: str
-    before: str
-    after: str
-    change: str
-    verdict: Verdict
-    main: bool
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer of the plan."""
-
-    cells: tuple[str, ...]
-    frozen: bool
-    fresh: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class PlanTable:
-    """The plan by layer, with its totals, phases and decisions beside the layers."""
-
-    header: tuple[str, ...]
-    rows: list[LayerRow]
-    totals: list[tuple[str, str]]
-    phases: list[tuple[str, str, str, str]]
-    ratios: bool
-    beside: list[tuple[str, str]]
-
-
-def metric_rows(report: Mapping[str, Any]) -> list[MetricRow]:
+def metric_table(report: Mapping[str, Any]) -> HtmlTable:
     """Return every metric of target and source, the most important one first in each."""
     rows = []
     for domain in ("target", "source"):
         for place, metric in enumerate(metrics_of(report, domain)):
-            values = pair(report, domain, metric.key)
-            rows.append(
-                MetricRow(
-                    domain=domain,
-                    name=metric.name,
-                    before=metric.show(values.before),
-                    after=metric.show(values.after),
-                    change=metric.change(values),
-                    verdict=metric.verdict(values),
-                    main=place == 0,
-                )
-            )
-    return rows
+            values, verdict = pair(report, domain, metric.key), metric.verdict(pair(report, domain, metric.key))
+            kind: Literal["", "better", "worse"] = verdict if verdict in ("better", "worse") else ""
+            cells = [
+                Cell("" if place else domain),
+                Cell(metric.name),
+                Cell(metric.show(values.before)),
+                Cell(metric.show(values.after), kind="" if place else "strong"),
+                Cell(metric.change(values), kind=kind),
+                Cell("" if verdict == "unknown" else verdict, kind=kind),
+            ]
+            rows.append(TableRow(cells, "" if place else "strong"))
+    header = ["", "metric", "before", "after", "difference", ""]
+    return HtmlTable("", "", header, rows, frozenset({0, 1, 5}), look="numbers")
 
 
 def agreement_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -89,34 +55,61 @@ def agreement_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def plan_table(report: Mapping[str, Any]) -> PlanTable | None:
-    """Return the table that a plan prints, by layer; None if the report has no plan."""
+def agreement_table(report: Mapping[str, Any]) -> HtmlTable:
+    """Return how far the model agrees with the source model."""
+    note = (
+        "Outputs compared with those of the source model, on the target’s test data, without labels: the table shows "
+        "what changed, not whether the change is right."
+    )
+    title = "What is left of the source model’s behaviour"
+    return HtmlTable(title, note, ["", "before", "after", "difference"], _plain(agreement_rows(report)))
+
+
+def plan_tables(report: Mapping[str, Any]) -> list[HtmlTable]:
+    """Return the table that a plan prints, its phases if there are several, and its decisions beside the layers."""
     plan = read_plan(report)
     if plan is None:
-        return None
+        return []
     reasons = {layer: "; ".join(dict.fromkeys(r.reason for r in rows if r.reason)) for layer, rows in plan.by_layer()}
     reasons |= {layer: f"rows copied by label, {said}" for layer, said in rows_by_label(plan).items()}
-    rows = [
-        LayerRow(cells, cells[3].startswith("frozen"), cells[2] != "source", reasons[layer])
-        for (layer, _), cells in zip(plan.by_layer(), lines(plan), strict=True)
-    ]
-    total = plan.totals()
-    whole = max(1, total["all"])
-    totals = [
-        (name, f"{total[name]:,} ({100 * total[name] / whole:.1f} %)")
-        for name in ("trained", "frozen", "copied", "fresh")
-    ]
-    ratios = any("×" in row.cells[4] for row in rows)
-    return PlanTable(HEADER, rows, [("all", f"{total['all']:,}"), *totals], _phases(plan), ratios, beside(plan))
-
-
-def _phases(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """Return name, length, scale on the rates and trained layers of each phase; empty if there is only one."""
-    if len(plan.phases) < 2:
-        return []
     rows = []
-    for place, phase in enumerate(plan.phases):
+    for layer, parameters, origin, *cells in lines(plan):
+        marked = Cell(origin, reasons[layer], "" if origin == "source" else "worse")
+        frozen = cells[0].startswith("frozen")
+        rows.append(TableRow([Cell(layer), Cell(parameters), marked, *map(Cell, cells)], "quiet" if frozen else ""))
+    total = plan.totals()
+    shares = ", ".join(
+        f"{total[name]:,} {name} ({100 * total[name] / max(1, total['all']):.1f} %)"
+        for name in ("trained", "frozen", "copied", "fresh")
+    )
+    note = (
+        f"Input side first. {counted(total['all'], 'parameter')}: {shares}. Rates with × are ratios to the "
+        "optimizer’s rate. Pull: strength toward the source weights. Decay: strength toward zero, for new parameters."
+    )
+    return [
+        HtmlTable("What was done to each layer", note, HEADER, rows, frozenset({0, 2, 3})),
+        HtmlTable("Phases", "", ["phase", "length", "rates", "trains"], _plain(_phases(plan)), frozenset({0, 3})),
+        HtmlTable("Other decisions", "", ["when", "decision"], _plain(beside(plan)), frozenset({0, 1})),
+    ]
+
+
+def detail_tables(report: Mapping[str, Any]) -> list[HtmlTable]:
+    """Return the tables that the task adds."""
+    return [
+        HtmlTable(one["title"], one["note"], one["header"], _plain(one["rows"]), frozenset(one["text_columns"]))
+        for one in (report.get("details") or {}).get("tables") or []
+    ]
+
+
+def _phases(plan: Plan) -> list[tuple[str, ...]]:
+    """Return name, length, scale on the rates and trained layers of each phase; empty if there is only one."""
+    rows: list[tuple[str, ...]] = []
+    for place, phase in enumerate(plan.phases if len(plan.phases) > 1 else ()):
         frozen = plan.frozen_in(place)
         names = list(dict.fromkeys(row.layer for row in plan.rows if row.name not in frozen))
-        rows.append((phase.name, phase.lasts, f"× {phase.scale:g}", named(names, 4)))
+        rows.append((f"{place + 1}  {phase.name}", phase.lasts, f"× {phase.scale:g}", named(names, 4)))
     return rows
+
+
+def _plain(rows: Iterable[Iterable[Any]]) -> list[TableRow]:
+    return [TableRow([Cell(str(text)) for text in row]) for row in rows]
