@@ -51,12 +51,12 @@ def measured(seeds: int, out: Path | None) -> dict[str, Any]:
     return {"devices": devices, "rows": {name: by_seed for name, by_seed in whole.items() if by_seed}}
 
 
-def _scores(name: str, seed: str, device: str, folder: Path, *, quick: bool) -> dict[str, float | None]:
+def _scores(name: str, seed: str, device: str, folder: Path, *, quick: bool) -> dict[str, float]:
     """Return the metric of a run on both domains."""
     path, changes = RECIPES[name]
     places = [f"{where}.device={device}" for where in ("training", "source.training")]
     short = [f"{where}.epochs=1" for where in ("training", "source.training")] if quick else []
     changed = [*changes, *places, *short, f"seed={seed}", f"source.cache={folder}/{device}"]
     report = run(load_spec(EXAMPLES / path, changed), folder / f"{name}-{seed}-{device}")
-    metric = report["metric"]["name"]
-    return {side: (report["after"][side] or {}).get(metric) for side in ("target", "source")}
+    metric = report["metric"]["key"]
+    return {side: report["after"][side][metric] for side in ("target", "source")}
