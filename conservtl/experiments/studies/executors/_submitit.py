@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -17,6 +17,7 @@ from conservtl.extras import require
 __all__ = ["submitit_executor"]
 
 _DAY = 24 * 60  # minutes; submitit's own limit is 5
+_MANY = 10_000  # jobs at a time, where Slurm alone bounds them
 _POLL = {"slurm": 2.0, "local": 0.2}  # seconds
 
 
@@ -51,7 +52,7 @@ def submitit_executor(place: str) -> Executor:
         executor.update_parameters(**{"timeout_min": _DAY} | {_full(name): value for name, value in options.items()})
     except (NameError, AssertionError, ValueError) as error:
         raise SpecError(f"executor 'submitit:{place}': {str(error).splitlines()[0]} Correct the parameter.") from error
-    return _Jobs(executor, jobs, _POLL.get(cluster, 2.0))
+    return _Jobs(executor, jobs or _MANY, _POLL.get(cluster, 2.0))
 
 
 def _full(name: str) -> str:
@@ -60,80 +61,42 @@ def _full(name: str) -> str:
     return name if name in (*general, "stderr_to_stdout") or name.startswith(("slurm_", "local_")) else f"slurm_{name}"
 
 
-class _Jobs(Executor):
-    """Futures of submitit's jobs.
+class _Jobs(ThreadPoolExecutor):
+    """Submits jobs, each from a thread that waits for its result.
 
     Args:
-        executor: submits jobs.
-        limit: most jobs at a time; None: no limit.
-        poll: seconds between two looks at the jobs.
+        cluster: submitit's executor.
+        limit: most jobs at a time.
+        poll: seconds between two looks at a job.
     """
 
-    def __init__(self, executor: Any, limit: int | None, poll: float) -> None:
-        self._executor, self._limit, self._poll = executor, limit, poll
-        self._queue: list[tuple[Future[Any], Callable[[], Any]]] = []
-        self._jobs: dict[Future[Any], Any] = {}
-        self._change = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+    def __init__(self, cluster: Any, limit: int, poll: float) -> None:
+        super().__init__(limit)
+        self._cluster, self._poll = cluster, poll
+        self._lock, self._cancelled = threading.Lock(), threading.Event()
+        self._running: list[Any] = []
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._change:
-            if self._closed:
-                raise RuntimeError("the executor is shut down")
-            self._queue.append((future, lambda: self._executor.submit(function, *arguments, **named)))
-            self._change.notify()
-        return future
+        return super().submit(self._finish, function, *arguments, **named)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End; with ``cancel_futures`` jobs that run are cancelled too, so that no repeated study meets them."""
-        with self._change:
-            self._closed = True
+        with self._lock:
             if cancel_futures:
-                for future, _ in self._queue:
-                    future.cancel()
-                self._queue.clear()
-                for job in self._jobs.values():
+                self._cancelled.set()
+                for job in self._running:
                     job.cancel(check=False)
-                self._jobs.clear()
-            self._change.notify()
-        if wait:
-            self._thread.join()
+        super().shutdown(wait, cancel_futures=cancel_futures)
 
-    def _watch(self) -> None:
-        """Submit what the limit allows and pass results on, until all is done and nothing more can come."""
-        while True:
-            with self._change:
-                self._start()
-                if not self._jobs and not self._queue:
-                    if self._closed:
-                        return
-                    self._change.wait()
-                    continue
-                ended = [future for future, job in self._jobs.items() if job.done()]
-            for future in ended:
-                self._pass_on(future)
-            if not ended:
-                with self._change:
-                    self._change.wait(self._poll)
-
-    def _start(self) -> None:
-        while self._queue and (self._limit is None or len(self._jobs) < self._limit):
-            future, submit = self._queue.pop(0)
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                self._jobs[future] = submit()
-            except Exception as error:  # noqa: BLE001 - sbatch refused it
-                future.set_exception(error)
-
-    def _pass_on(self, future: Future[Any]) -> None:
-        job = self._jobs.pop(future, None)
-        if job is None:  # cancelled meanwhile
-            return
-        try:
-            future.set_result(job.result())
-        except Exception as error:  # noqa: BLE001 - the job was killed
-            future.set_exception(error)
+    def _finish(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with self._lock:
+            if self._cancelled.is_set():
+                raise CancelledError
+            job = self._cluster.submit(function, *arguments, **named)
+            self._running.append(job)
+        while not job.done():
+            if self._cancelled.wait(self._poll):
+                raise CancelledError
+        with self._lock:
+            self._running.remove(job)
+        return job.result()
