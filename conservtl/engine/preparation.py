@@ -231,7 +231,7 @@ def make_measurements(session: Session, functions: Functions, target: Any, sourc
     for measure in adaptation.bound.unmeasured():
         if measure.data == "source" and source is None:
             raise SpecError(
-                f"{measure.by} is measured on source data ({measure.describe()}), but fit was given none. Pass "
+                f"{measure.by} is measured on source data ({measure.describe()}), but there is none. Pass "
                 "source=data, or measure on the target's."
             )
         data = target if measure.data == "target" else source

@@ -12,7 +12,7 @@ from torch import Tensor
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training, best_block
 from conservtl.engine.batch_size import find_batch_size
-from conservtl.engine.batching import Contents, as_batches
+from conservtl.engine.batching import as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import checked
@@ -20,7 +20,7 @@ from conservtl.engine.held import Held
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.open_session import open_session
 from conservtl.engine.optimizer import choose_optimizer
-from conservtl.engine.preparation import check_arguments
+from conservtl.engine.preparation import check_arguments, make_measurements
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
 from conservtl.engine.streamed import Streamed
@@ -143,7 +143,9 @@ def lr_find(
         batches = as_batches(
             train, settings.known_batch_size, session.device, shuffle=True, seconds=settings.batch_seconds
         )
-        _measure(session, functions, batches, source, valid)
+        make_measurements(session, functions, batches, source)
+        trial = session.training.model_copy(update={"lr": 1e-3, "epochs": 5})
+        best_block(trained, batches, valid or {}, trial, **vars(functions))
         batches = find_batch_size(session, functions, train, batches)
         session.begin()
         session.start_phase(len(trained.plan.phases) - 1)
@@ -181,35 +183,6 @@ def _reach(plan: Plan, highest: float) -> float:
         if strength * highest > 1:
             highest = 1 / strength
     return highest
-
-
-def _measure(
-    session: Session, functions: Functions, batches: Held | Streamed, source: Any, valid: dict[str, Any] | None
-) -> None:
-    """Measure and choose what the plan needs before an optimizer can be made, as ``fit`` does."""
-    adaptation = session.adaptation
-    for measure in adaptation.bound.unmeasured():
-        if measure.data == "source" and source is None:
-            raise SpecError(
-                f"{measure.by} is measured on source data ({measure.describe()}), and there is none. Give some."
-            )
-        data = source if measure.data == "source" else batches
-        adaptation.measure(
-            Contents(as_batches(data, 64, session.device, shuffle=False)),
-            on=measure.data,
-            forward=functions.forward,
-            loss=functions.loss,
-        )
-    trial = session.training.model_copy(update={"lr": 1e-3, "epochs": 5})
-    best_block(
-        adaptation,
-        batches,
-        valid or {},
-        trial,
-        forward=functions.forward,
-        loss=functions.loss,
-        metrics=functions.metrics,
-    )
 
 
 def _losses(
