@@ -95,18 +95,12 @@ class ErrorEvidence:
 
     def table(self) -> HtmlTable:
         """Return the measurements."""
-        rows = [TableRow([Cell(what), Cell(value)]) for what, value in self._rows()]
-        return HtmlTable("Source model on the target, before training", "", ["", "measured"], rows)
-
-    def lines(self) -> list[str]:
-        """Return the measurements as text."""
-        return [f"{what:32} {value}" for what, value in self._rows()]
-
-    def _rows(self) -> list[tuple[str, str]]:
         rates = {"target, on the shots": self.target, "source, on its training data": self.source}
         shown = [(f"{self.metric}, {on}", "–" if rate is None else f"{rate:.1%}") for on, rate in rates.items()]
         data = f"{self.utterances} ({self.seconds:.0f} s)"
-        return [*shown, ("shots with texts", data), ("shots without", str(self.unlabelled))]
+        shown += [("shots with texts", data), ("shots without", str(self.unlabelled))]
+        rows = [TableRow([Cell(what), Cell(value)]) for what, value in shown]
+        return HtmlTable("Source model on the target, before training", "", ["", "measured"], rows)
 
 
 def gather_errors(setting: Setting, source: SourceModel) -> ErrorEvidence:

@@ -14,11 +14,12 @@ from torch import Tensor
 from conservtl.data import Data, spread
 from conservtl.errors import DataError, counted
 from conservtl.experiments.advice.layer_features import LayerFeatures, features_of, statistics_shift
-from conservtl.experiments.advice.transferability import leep, log_me, proxy_a_distance
+from conservtl.experiments.advice.transferability import FOLDS, cross_validated, leep, log_me, proxy_a_distance
 from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.run.source_training import SourceModel
 from conservtl.extras import require
 from conservtl.layers import find_layers
+from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.runtime.freezing import keeps_batch_statistics
 from conservtl.tasks.base import Shift
 
@@ -31,7 +32,6 @@ MARGIN = 0.15
 """Nats an example below the best layer's LogME within which a layer's features are used too: side by side they were
 better than the best alone on digits at every size; layers farther behind are those next to the input or the head."""
 _MOST = 1000  # source examples that are measured
-_FOLDS = 5
 _C = 0.1  # of the SVM, as FeatureExtraction has it
 
 
@@ -89,6 +89,16 @@ class Evidence:
     def per_parameter(self) -> float:
         """Examples for each parameter."""
         return self.examples / self.parameters
+
+    def table(self) -> HtmlTable:
+        """Return LogME and the proxy A-distance of each layer's features."""
+        rows = []
+        for name in self.layers:
+            away = Cell(f"{self.distances[name]:.2f}" if name in self.distances else "–")
+            note = "near the best" if name in self.best_layers else ""
+            rows.append(TableRow([Cell(name, note), Cell(f"{self.log_me[name]:.2f}"), away]))
+        note = f"LEEP {self.leep:.2f}, of {-self.entropy:.2f} to 0."
+        return HtmlTable("Features of the source model", note, ["layer", "LogME", "A-distance"], rows)
 
 
 def gather(setting: Setting, source: SourceModel) -> Evidence:
@@ -168,13 +178,9 @@ def _features(setting: Setting, source: SourceModel, data: Data, layers: Any) ->
 
 def _held_out_accuracy(features: Tensor, labels: Tensor) -> float:
     """Cross-validated accuracy of a linear SVM on the shots."""
-    selection = require("sklearn.model_selection", "experiments")
-    scaler = require("sklearn.preprocessing", "experiments").StandardScaler()
     machine = require("sklearn.svm", "experiments").LinearSVC(C=_C, max_iter=10_000)
-    chain = require("sklearn.pipeline", "experiments").make_pipeline(scaler, machine)
-    folds = min(_FOLDS, *Counter(labels.tolist()).values())
-    splits = selection.StratifiedKFold(folds, shuffle=True, random_state=0)
+    folds = min(FOLDS, *Counter(labels.tolist()).values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an SVM that has not fully converged measures as well
-        found = selection.cross_val_score(chain, features.double().numpy(), labels.numpy(), cv=splits)
+        found = cross_validated("cross_val_score", machine, features.double().numpy(), labels.numpy(), folds)
     return float(found.mean())

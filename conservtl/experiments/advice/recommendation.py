@@ -79,16 +79,7 @@ class Recommendation:
 
     def layers(self) -> HtmlTable:
         """Return LogME and the proxy A-distance of each layer's features; error rates where there are no classes."""
-        found = self.evidence
-        if isinstance(found, ErrorEvidence):
-            return found.table()
-        rows = []
-        for name in found.layers:
-            away = Cell(f"{found.distances[name]:.2f}" if name in found.distances else "–")
-            note = "near the best" if name in found.best_layers else ""
-            rows.append(TableRow([Cell(name, note), Cell(f"{found.log_me[name]:.2f}"), away]))
-        note = f"LEEP {found.leep:.2f}, of {-found.entropy:.2f} to 0."
-        return HtmlTable("Features of the source model", note, ["layer", "LogME", "A-distance"], rows)
+        return self.evidence.table()
 
     def figure(self) -> Picture:
         """Return the picture of the range test.
@@ -135,20 +126,7 @@ class Recommendation:
         found = self.evidence
         lines = [f"{choice.what:13} {choice.reason}" for choice in self.choices]
         lines += [f"{'left out':13} {what}" for what in found.left_out]
-        if isinstance(found, ErrorEvidence):
-            return "\n".join([*lines, "", *found.lines(), "", _short(self.spec).rstrip()])
-        widest = max(map(len, found.layers))
-        lines += ["", f"{'layer':{widest}}  LogME  A-distance"]
-        for name in found.layers:
-            away = f"{found.distances[name]:10.2f}" if name in found.distances else f"{'-':>10}"
-            mark = " *" if name in found.best_layers else ""
-            lines.append(f"{name:{widest}}  {found.log_me[name]:5.2f}  {away}{mark}")
-        lines += [
-            f"* within the margin of the best LogME; LEEP {found.leep:.2f}, of {-found.entropy:.2f} to 0",
-            "",
-            _short(self.spec).rstrip(),
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", str(found.table()), "", _short(self.spec).rstrip()])
 
 
 def recommend(

@@ -11,11 +11,12 @@ from torch import Tensor
 from conservtl.errors import DataError
 from conservtl.extras import require
 
-__all__ = ["leep", "log_me", "proxy_a_distance"]
+__all__ = ["FOLDS", "cross_validated", "leep", "log_me", "proxy_a_distance"]
 
 _ROUNDS = 200  # of the fixed point; it moves less than the tolerance long before
 _TOLERANCE = 1e-9  # nats an example
-_FOLDS = 5
+FOLDS = 5
+"""Most folds of a cross-validation."""
 _LEAST = 1e-12  # share of a label's energy below which features are said to explain it without rest
 
 
@@ -140,20 +141,19 @@ def proxy_a_distance(source_features: Tensor, target_features: Tensor) -> float:
     if not both.isfinite().all():
         raise DataError("proxy_a_distance: the features must be finite. Check the model's outputs.")
     domain = torch.cat([torch.zeros(len(source_features)), torch.ones(len(target_features))]).long().numpy()
-    guessed = _held_out_guesses(both.numpy(), domain, min(_FOLDS, fewest))
+    linear = require("sklearn.linear_model", "experiments").LogisticRegression(class_weight="balanced", max_iter=1000)
+    guessed = cross_validated("cross_val_predict", linear, both.numpy(), domain, min(FOLDS, fewest))
     error = sum(float((guessed[domain == which] != which).mean()) for which in (0, 1)) / 2
     return min(2.0, max(0.0, 2 * (1 - 2 * error)))
 
 
-def _held_out_guesses(features: Any, domain: Any, folds: int) -> Any:
-    """Return the domain of each example, guessed by a classifier that did not see it."""
+def cross_validated(function: str, classifier: Any, features: Any, classes: Any, folds: int) -> Any:
+    """Return the result of a function of scikit-learn's ``model_selection``, for a classifier of scaled features."""
     selection = require("sklearn.model_selection", "experiments")
-    linear = require("sklearn.linear_model", "experiments")
     scaler = require("sklearn.preprocessing", "experiments").StandardScaler()
-    classifier = linear.LogisticRegression(class_weight="balanced", max_iter=1000)
     chain = require("sklearn.pipeline", "experiments").make_pipeline(scaler, classifier)
     splits = selection.StratifiedKFold(folds, shuffle=True, random_state=0)
-    return selection.cross_val_predict(chain, features, domain, cv=splits)
+    return getattr(selection, function)(chain, features, classes, cv=splits)
 
 
 def _checked(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
