@@ -87,8 +87,6 @@ def recipe_lines(_: str, found: dict[str, Any]) -> list[str]:
     for recipe, seeds in found["rows"].items():
         for side in ("target", "source"):
             scores = {one: [by_device[one][side] for by_device in seeds.values()] for one in devices}
-            if any(score is None for values in scores.values() for score in values):
-                continue
             shown = [", ".join(f"{score:.3f}" for score in values) for values in scores.values()]
             pairs = list(zip(scores[devices[-1]], scores[devices[0]], strict=True))
             difference = sum(one - other for one, other in pairs) / len(pairs)

@@ -158,12 +158,13 @@ class Bench:
 
     Args:
         root: the recordings.
-        cache: folder of the source models.
+        cache: folder of the source models; None: the usual one.
         speakers: to adapt to, one after another; empty: all.
     """
 
-    def __init__(self, root: Path, cache: Path, speakers: list[str]) -> None:
-        self.base = load_spec(SPEC, [f"data.root={root}", f"source.cache={cache}", *SMALL])
+    def __init__(self, root: Path, cache: Path | None, speakers: list[str]) -> None:
+        kept = [] if cache is None else [f"source.cache={cache}"]
+        self.base = load_spec(SPEC, [f"data.root={root}", *kept, *SMALL])
         self.speakers = speakers or sorted({path.stem.split("_")[1] for path in root.glob("*.wav")})
 
     @lru_cache(maxsize=8)  # noqa: B019
