@@ -27,6 +27,7 @@ __all__ = [
     "counted",
     "did_you_mean",
     "hint",
+    "joined",
     "listed",
     "plural",
     "wrong_tag",
@@ -169,6 +170,15 @@ def listed(names: Collection[str]) -> str:
     """Return names for a message, in quotes, the first of many; "none" without any."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return (", ".join(map(repr, list(names)[:_LISTED])) or "none") + more
+
+
+def joined(names: Sequence[str]) -> str:
+    """Return names as a sentence has them.
+
+    >>> joined(["a"]), joined(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

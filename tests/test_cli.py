@@ -276,14 +276,20 @@ def test_many_runs_from_the_command_line(spec, tmp_path, monkeypatch, capsys):
         assert not (tmp_path / name).exists()
     code, out, _ = call(monkeypatch, capsys, "compare", spec, *asked)
     assert code == 0
-    assert "source as it is" in out
-    assert "too few to tell" in out
+    assert "too few to tell" in out.splitlines()[0]
+    assert out.index("too few to tell") < out.index("source as it is ") < out.index("report.html")
     asked = ["--set", f"sweep={{{only}, layers: [0], strengths: [1.0]}}", "--out", tmp_path / "sweep"]
-    assert call(monkeypatch, capsys, "sweep", spec, *asked)[0] == 0
+    code, out, _ = call(monkeypatch, capsys, "sweep", spec, *asked)
+    assert code == 0
+    assert out.startswith("Of the strengths of l2_sp, 1 has the best harmonic mean, ")
+    assert out.index("Strengths of l2_sp") < out.rindex("One run each.") < out.index("report.html")
     asked = ["--set", "training.lr={choices: [1.0e-3]}", "--set", "data.validation=0.5", "--set", "tune={trials: 1}"]
     code, out, _ = call(monkeypatch, capsys, "tune", spec, *asked, "--out", tmp_path / "tune")
     assert code == 0
-    assert "best: trial 0" in out
+    assert out.startswith("Of 1 trial, number 0 is the best: harmonic mean ")
+    assert "best: trial 0: training.lr = 0.001\n" in out
+    assert "judged on 3 validation examples: one changes it by 33.3 points." in out  # half of two shots of three words
+    assert out.splitlines()[-2:] == [str(tmp_path / "tune" / name) for name in ("best.yaml", "report.html")]
     for name in ("compare", "sweep", "tune"):
         assert json.loads((tmp_path / name / f"{name}.json").read_text())["kind"] == name
         assert "<svg" in (tmp_path / name / "report.html").read_text()

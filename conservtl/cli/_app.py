@@ -12,6 +12,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Rich's help gives flags a value: --resume <bool>
     help="Domain adaptation with regularized transfer.",
 )
 app.command()(_runs.plan)

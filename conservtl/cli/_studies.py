@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from conservtl.cli._options import DryRun, Executor, Imports, Out, Overrides, Processes, SpecFile
 from conservtl.errors import MissingExtraError, agreeing, counted
+
+if TYPE_CHECKING:
+    from conservtl.report.text.html_table import HtmlTable
 
 __all__ = ["compare", "sweep", "tune"]
 
@@ -25,19 +28,16 @@ def compare(
     dry_run: DryRun = False,
 ) -> None:
     """Compare the spec's variants with baselines, over targets, seeds and shots."""
-    from conservtl.cli._tables import comparison_tables
+    from conservtl.experiments.results import Comparison
     from conservtl.experiments.spec.spec import load_spec
     from conservtl.experiments.studies.comparison import compare as compare_all
-    from conservtl.report import write_compare
 
     loaded = load_spec(spec, overrides or ())
     result = compare_all(loaded, out, processes=processes, executor=executor, dry_run=dry_run, say=_progress)
     if dry_run:
         return _print_estimate(result)
-    for table in comparison_tables(result):
-        Console().print(table)
-    sys.stdout.write("\n".join([*result["verdict"], *(f"Left out: {text}" for text in result["left_out"])]) + "\n")
-    return _write(result, out, "compare", write_compare)
+    study = Comparison(result)
+    return _tell(study.sentences, study.tables(brief=True), study.notes, result, out, study.write)
 
 
 def sweep(
@@ -50,13 +50,16 @@ def sweep(
     dry_run: DryRun = False,
 ) -> None:
     """Measure how far layers transfer from either side, and which strength of conservation is best."""
+    from conservtl.experiments.results import Sweep
     from conservtl.experiments.spec.spec import load_spec
     from conservtl.experiments.studies.layer_sweep import sweep as sweep_all
-    from conservtl.report import write_sweep
 
     loaded = load_spec(spec, overrides or ())
     result = sweep_all(loaded, out, processes=processes, executor=executor, dry_run=dry_run, say=_progress)
-    return _print_estimate(result) if dry_run else _write(result, out, "sweep", write_sweep)
+    if dry_run:
+        return _print_estimate(result)
+    study = Sweep(result)
+    return _tell(study.sentences, study.tables(), study.notes, result, out, study.write)
 
 
 def tune(
@@ -69,19 +72,27 @@ def tune(
     dry_run: DryRun = False,
 ) -> None:
     """Search the fields that have a range in the spec, as in alpha: {range: [1, 100], log: true}."""
-    from conservtl.cli._tables import trial_line
     from conservtl.experiments.spec.spec import read_content
+    from conservtl.experiments.studies.tuning import best_files
     from conservtl.experiments.studies.tuning import tune as tune_all
     from conservtl.report import write_tune
+    from conservtl.report.pages.tuning_page import best_lines, trials_table, tune_notes, tune_sentence
+    from conservtl.report.text.examples import skipped_notes
 
     content = read_content(spec, overrides or ())
     result = tune_all(content, out, processes=processes, executor=executor, dry_run=dry_run, say=_progress)
     if dry_run:
         return _print_estimate(result)
-    for trial in result["trials"]:
-        if trial["number"] in result["best"]:
-            sys.stdout.write(f"best: {trial_line(trial, result)}\n")
-    return _write(result, out, "tune", write_tune)
+    table = trials_table(result)
+    return _tell(
+        [tune_sentence(result), *best_lines(result)],
+        [] if table is None else [table],
+        [*tune_notes(result), *skipped_notes(result)],
+        result,
+        out,
+        lambda page: write_tune(result, page),
+        [out / name for name in best_files(result)],
+    )
 
 
 def _progress(text: str) -> None:
@@ -99,18 +110,30 @@ def _print_estimate(estimate: dict[str, Any]) -> None:
     )
 
 
-def _write(result: dict[str, Any], out: Path, name: str, write_page: Callable[[Any, Path], None]) -> None:
-    """Write the results as JSON and, if the extra is installed, as a page; print the path."""
+def _tell(
+    answer: Sequence[str],
+    tables: Iterable[HtmlTable],
+    notes: Iterable[str],
+    result: dict[str, Any],
+    out: Path,
+    write_page: Callable[[Path], None],
+    files: Iterable[Path] = (),
+) -> None:
+    """Write results as JSON and, if the extra is installed, as a page; print answer, tables, notes and the files."""
+    from conservtl.cli._tables import rich_table
     from conservtl.report import write_json
-    from conservtl.report.text.examples import skipped_notes
-    from conservtl.report.text.summary import rows_notes
 
-    sys.stdout.writelines(f"{note}\n" for note in [*rows_notes(result), *skipped_notes(result)])
-    write_json(result, out / f"{name}.json")
-    page = out / "report.html"
+    sys.stdout.writelines(f"{line}\n" for line in answer)
+    sys.stdout.flush()
+    for table in tables:
+        Console().print()
+        Console().print(rich_table(table))
+    sys.stdout.writelines(f"{line}\n" for line in ("", *notes))
+    written, page = out / f"{result['kind']}.json", out / "report.html"
+    write_json(result, written)
     try:
-        write_page(result, page)
+        write_page(page)
     except MissingExtraError as error:
         sys.stderr.write(f"report.html was not written: {error}\n")
-        page = out / f"{name}.json"
-    sys.stdout.write(f"{page}\n")
+        page = written
+    sys.stdout.writelines(f"{path}\n" for path in (*files, page))

@@ -14,6 +14,7 @@ from conservtl.report.figures.strengths import best_step, strengths_of
 from conservtl.report.pages.comparison_page import comparison_parts, comparison_table, write_compare
 from conservtl.report.pages.sweep_page import layers_table, strengths_table, sweep_parts, sweep_sentences, write_sweep
 from conservtl.report.run_report import drawn
+from conservtl.report.text.examples import skipped_notes
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import headline
 from conservtl.report.text.summary import rows_notes
@@ -52,6 +53,25 @@ class _Study(ABC):
             MissingExtraError: matplotlib is not installed.
         """
         return [part for part in self._parts() if isinstance(part, Picture)]
+
+    @property
+    @abstractmethod
+    def sentences(self) -> list[str]:
+        """The answer."""
+
+    @abstractmethod
+    def tables(self) -> list[HtmlTable]:
+        """Return the tables of the report, without its pictures."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out or could not be measured, rows copied by label, and skipped files."""
+        left = [f"Left out: {text}." for text in self.result.get("left_out") or ()]
+        return [*left, *rows_notes(self.result), *skipped_notes(self.result)]
+
+    def __str__(self) -> str:
+        parts = ["\n".join(self.sentences), *map(str, self.tables()), "\n".join(self.notes)]
+        return "\n\n".join(part for part in parts if part)
 
     @abstractmethod
     def _parts(self) -> Iterable[Any]:
@@ -97,10 +117,19 @@ class Comparison(_Study):
         """One sentence on the best variant against the best baseline."""
         return " ".join(self.result["verdict"])
 
+    @property
+    def sentences(self) -> list[str]:
+        """The verdict for each number of shots."""
+        return list(self.result["verdict"])
+
     def table(self) -> HtmlTable:
         """Return the means with their 95 % intervals, the best first."""
-        table = self.result["tables"][main_table(self.result)]
-        return comparison_table(table, headline(self.result), classes=bool(self.result.get("classes", True)))
+        return self.tables()[main_table(self.result)]
+
+    def tables(self, *, brief: bool = False) -> list[HtmlTable]:
+        """Return a table for each number of shots; ``brief``: without constrained score, time and number of runs."""
+        metric, classes = headline(self.result), bool(self.result.get("classes", True))
+        return [comparison_table(table, metric, classes=classes, brief=brief) for table in self.result["tables"]]
 
     def _parts(self) -> Iterable[Any]:
         return comparison_parts(self.result)
@@ -108,12 +137,8 @@ class Comparison(_Study):
     def write(self, path: str | Path) -> None:  # noqa: D102 - as of all studies
         write_compare(self.result, Path(path))
 
-    def __str__(self) -> str:
-        return "\n".join([self.verdict, "", str(self.table()), *_left_out(self.result)])
-
     def _repr_html_(self) -> str:
-        table = self.table()._repr_html_()
-        return fragment(table, *drawn(self.figures), title=self.verdict, notes=_left_out(self.result))
+        return fragment(self.table()._repr_html_(), *drawn(self.figures), title=self.verdict, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -143,20 +168,16 @@ class Sweep(_Study):
         """Return both domains' metric over the strengths; None: no strength was run."""
         return strengths_table(self.result)
 
+    def tables(self) -> list[HtmlTable]:
+        """Return the tables over layers and over strengths that were run."""
+        return [table for table in (self.table(), self.strengths()) if table is not None]
+
     def _parts(self) -> Iterable[Any]:
         return sweep_parts(self.result)
 
     def write(self, path: str | Path) -> None:  # noqa: D102 - as of all studies
         write_sweep(self.result, Path(path))
 
-    def __str__(self) -> str:
-        tables = [str(table) for table in (self.table(), self.strengths()) if table is not None]
-        return "\n\n".join(["\n".join(self.sentences), *tables])
-
     def _repr_html_(self) -> str:
-        tables = [table._repr_html_() for table in (self.table(), self.strengths()) if table is not None]
-        return fragment(*tables, *drawn(self.figures), title=" ".join(self.sentences))
-
-
-def _left_out(result: Mapping[str, Any]) -> list[str]:
-    return [f"Left out: {text}." for text in result.get("left_out") or ()] + rows_notes(result)
+        tables = [table._repr_html_() for table in self.tables()]
+        return fragment(*tables, *drawn(self.figures), title=" ".join(self.sentences), notes=self.notes)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conservtl.cli._tables import comparison_tables
+from conservtl.cli._tables import rich_table
+from conservtl.experiments.results import Comparison
 from conservtl.report import write_compare, write_html, write_json, write_range_test, write_sweep, write_tune
 from conservtl.report.figures.canvas import shorten
 
@@ -181,8 +182,7 @@ def test_a_comparison_on_a_terminal_shows_brackets_as_text(studies):
     """Rich takes [/b] for the end of a style that was never begun."""
     out = io.StringIO()
     result = studies.a_comparison(own={"a[/b] [red]c": (0.9, 0.9)}) | {"classes": True}
-    for table in comparison_tables(result):
-        Console(file=out, width=200).print(table)
+    Console(file=out, width=200).print(rich_table(Comparison(result).table()))
     assert "a[/b] [red]c" in out.getvalue()
 
 

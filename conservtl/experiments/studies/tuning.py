@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from conservtl.data import Domains
+from conservtl.data import Domains, length_of
 from conservtl.data.shots import may_validate
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.fields import with_values
@@ -25,7 +25,7 @@ from conservtl.storage.files import write_text
 from conservtl.storage.locks import check_folder
 from conservtl.tasks.bad_files import skipped_report
 
-__all__ = ["tune"]
+__all__ = ["best_files", "tune"]
 
 
 def tune(
@@ -45,7 +45,8 @@ def tune(
     read, with its marks; other arguments are as for ``comparison.compare``.
 
     Returns:
-        The content of ``tune.json``: every trial of the study so far, and which are best.
+        The content of ``tune.json``: every trial of the study so far, which are best, and the number of the target's
+        validation examples over all seeds of a trial.
 
     Raises:
         SpecError: nothing is marked, there is no validation part to judge by, or the storage holds a study of another
@@ -56,7 +57,8 @@ def tune(
     check_executor(executor, processes)
     search = Search(content, Path(out), imported_modules())
     section, trial = search.section, _judged(search, executor)
-    skipped = skipped_report(trial.domains().skipped)
+    domains = trial.domains()
+    validation: Any = domains.validation  # checked by _judged
     runs = section.trials * section.seeds
     if dry_run:
         return {**estimate([trial], 1), "runs": runs}
@@ -69,15 +71,21 @@ def tune(
             list(finish(works, workers_of(executor, processes), say))
         else:
             search.run(study, storage, section.trials, say)
-        result = _result(study, search.ranges, section, content) | {
+        result: dict[str, Any] = _result(study, search.ranges, section, content) | {
             "metric": search.judge.headline.as_json(),
-            "skipped": skipped,
+            "skipped": skipped_report(domains.skipped),
+            "validation": section.seeds * length_of(validation),
         }
-    for place, number in enumerate(result["best"]):
-        name = "best.yaml" if len(result["best"]) == 1 else f"best-{place}.yaml"
+    for name, number in best_files(result).items():
         params = next(one["params"] for one in result["trials"] if one["number"] == number)
         write_text(dump_spec(parse_spec(with_values(result["spec"], params))), search.folder / name)
     return result
+
+
+def best_files(result: Mapping[str, Any]) -> dict[str, int]:
+    """Return the files that hold the best specs, each with the number of its trial."""
+    best = result["best"]
+    return {"best.yaml" if len(best) == 1 else f"best-{place}.yaml": number for place, number in enumerate(best)}
 
 
 def _judged(search: Search, executor: str | Executor) -> Trial:

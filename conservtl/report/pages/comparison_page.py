@@ -74,17 +74,20 @@ def _against_baseline(row: VariantResult) -> Literal["", "better", "worse"]:
     return "worse" if gap is not None and gap.certain and gap.high < 0 else ""
 
 
-def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool) -> HtmlTable:
-    """Return one row a variant, the best first, without the columns that no variant fills."""
+def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool, brief: bool = False) -> HtmlTable:
+    """Return one row a variant, the best first, without the columns that no variant fills.
+
+    ``brief``: without constrained score, time and number of runs too.
+    """
     rows = sorted(variants(table, metric), key=lambda row: -row.rank)
     sourced = any(row.source is not None for row in rows)
-    scored = any(row.constrained is not None for row in rows)
+    scored = not brief and any(row.constrained is not None for row in rows)
     compared = any(row.difference is not None for row in rows)
     header = ["", metric.with_unit("target")]
     header += [metric.kept, metric.with_unit(metric.combination)] if sourced else []
     header += ["constrained score"] if scored else []
     header += [f"against the best baseline{' (points)' if metric.share else ''}"] if compared else []
-    header += ["time a run", "runs"]
+    header += [] if brief else ["time a run", "runs"]
     notes = [] if metric.key == "accuracy" else [f"{metric.direction}."]
     if any(row.target.certain for row in rows):
         notes.append("Beneath each mean its 95 % interval.")
@@ -96,8 +99,10 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool)
             "Constrained score: the share of target errors corrected, scaled down by the source's loss "
             "(to 0 at a loss of 3 points)."
         )
-    columns = (sourced, scored, compared)
-    lines = [TableRow(_cells(row, *columns), "quiet" if row.baseline else "strong") for row in rows]
+    lines = [
+        TableRow(_cells(row, sourced, scored, compared)[: len(header)], "quiet" if row.baseline else "strong")
+        for row in rows
+    ]
     where = shots_text(table["shots"], classes=classes, taken=taken_of(table))
     return HtmlTable(f"In numbers, {where}", " ".join(notes), header, lines)
 

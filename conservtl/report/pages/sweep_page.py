@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import counted
+from conservtl.errors import agreeing, counted, joined
 from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.depths import FORMS, Points, by_depth, curve
 from conservtl.report.figures.strengths import (
@@ -141,7 +141,10 @@ def _best_strength(result: Mapping[str, Any]) -> str:
     if best is None:
         return ""
     what = f"target {metric.name}" if best.source is None else metric.combination
-    text = f"Of the strengths of {swept_method(result)}, {best.at:g} has the best {what}, "
+    alike = [f"{step.at:g}" for step in strengths_of(result) if step.score == best.score]
+    text = (
+        f"Of the strengths of {swept_method(result)}, {joined(alike)} {agreeing(len(alike), 'has')} the best {what}, "
+    )
     text += metric.show_scaled(best.score)
     if best.source is not None:
         target, source = (metric.show_scaled(span.mean) for span in (best.target, best.source))

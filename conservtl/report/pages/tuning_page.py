@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import agreeing, counted
+from conservtl.errors import agreeing, counted, joined
 from conservtl.report.figures.trials import SearchTrial, against_fields, front, over_time, score_name, trials_of
 from conservtl.report.pages.rendering import write_page
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
@@ -16,7 +16,7 @@ from conservtl.report.text.intervals import single
 from conservtl.report.text.metrics import Metric, headline
 from conservtl.report.text.summary import duration
 
-__all__ = ["tune_sentence", "write_tune"]
+__all__ = ["best_lines", "trials_table", "tune_notes", "tune_sentence", "write_tune"]
 
 _ROWS = 8  # number of trials in the table if there is no front
 _COLUMNS = 4  # number of fields up to which each gets a column; more share one
@@ -27,14 +27,14 @@ def write_tune(result: Mapping[str, Any], path: Path) -> None:
     """Write a search as a page."""
     trials, metric = trials_of(result), headline(result)
     both = result["objective"] == "both"
-    fields, table = against_fields(result, trials), _table(result, trials)
+    fields, table = against_fields(result, trials), trials_table(result)
     write_page(
         path,
         result,
         over="Search over settings",
         title="Which settings",
         sentence=tune_sentence(result),
-        notes=_notes(result, trials),
+        notes=tune_notes(result),
         parts=[*((front(trials, metric), table, fields) if both else (fields, table)), over_time(result, trials)],
     )
 
@@ -63,9 +63,19 @@ def _pair(trial: SearchTrial) -> str:
     return f"target {show(trial.target or 0)}" + ("" if trial.source is None else f", source {show(trial.source)}")
 
 
-def _notes(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> list[str]:
-    """Return remarks: a best value at the end of its range, and trials that are not complete."""
-    notes = []
+def best_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the settings of each best trial."""
+    return [
+        f"best: trial {trial.number}: {', '.join(f'{name} = {_value(value)}' for name, value in trial.params.items())}"
+        for trial in trials_of(result)
+        if trial.best
+    ]
+
+
+def tune_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return remarks: trials that score alike, a value at the end of its range, trials that are not complete."""
+    trials = trials_of(result)
+    notes = _uncertainty(result, trials)
     best = max((trial for trial in trials if trial.best), key=lambda trial: trial.rank, default=None)
     for name, field in result["fields"].items() if best is not None else ():
         if best is not None and name in best.params and at_the_end(best.params[name], field):
@@ -86,6 +96,19 @@ def _notes(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> list[str
     return [*notes, "Results are on validation parts, which the search has used: expect a little less on test data."]
 
 
+def _uncertainty(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> list[str]:
+    """Return by how much one validation example changes the target's metric, and which trials score as the best."""
+    notes, metric = [], headline(result)
+    if (count := result.get("validation")) and metric.key == "accuracy":
+        one = metric.show_difference(100 / count).removeprefix("+")
+        notes.append(f"The target is judged on {counted(count, 'validation example')}: one changes it by {one}.")
+    best = next((trial for trial in trials if trial.best and trial.score is not None), None)
+    alike = [str(trial.number) for trial in trials if best and trial.complete and trial.score == best.score]
+    if len(alike) > 1 and result["objective"] != "both":
+        notes.append(f"Trials {joined(alike)} have the same score: the search does not tell them apart.")
+    return notes
+
+
 def at_the_end(value: Any, field: Mapping[str, Any]) -> bool:
     """Return whether a value is so near an end of its range that a wider range may hold a better one."""
     if field.get("choices") is not None:
@@ -96,8 +119,9 @@ def at_the_end(value: Any, field: Mapping[str, Any]) -> bool:
     return high > low and min(number - low, high - number) < _EDGE * (high - low)
 
 
-def _table(result: Mapping[str, Any], trials: Sequence[SearchTrial]) -> HtmlTable | None:
-    """Return the trials on the Pareto front, or the best few."""
+def trials_table(result: Mapping[str, Any]) -> HtmlTable | None:
+    """Return the trials on the Pareto front, or the best few; None if none is complete."""
+    trials = trials_of(result)
     metric, both = headline(result), result["objective"] == "both"
     complete = sorted((trial for trial in trials if trial.complete), key=lambda trial: -trial.rank)
     shown = [trial for trial in complete if trial.best] if both else complete[:_ROWS]
