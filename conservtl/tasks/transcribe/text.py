@@ -11,6 +11,8 @@ from conservtl.spec_model import FrozenModel
 __all__ = ["Normalisation", "in_words"]
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\uff07`\u00b4", "'"))
+_UNSEEN = ("Cc", "Cf")  # control characters, soft hyphens, spaces of no width
+_JOINERS = "\u200c\u200d"  # letters of Persian and of Indic scripts depend on them
 _ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
@@ -22,7 +24,7 @@ _MOST_DIGITS = 12  # longer numbers are read digit by digit
 
 
 class Normalisation(FrozenModel):
-    r"""Rules for texts, applied to references before training and scoring. The result is in NFC, with single spaces.
+    r"""Rules for texts of training and scoring. The result is in NFC, with single spaces and no unseen characters.
 
     Example:
         >>> Normalisation()("\u201cIt\u2019s 42!\u201d  she said.")
@@ -41,6 +43,9 @@ class Normalisation(FrozenModel):
     def __call__(self, text: str) -> str:
         """Return the text by these rules."""
         text = normalize("NFC", text).translate(_APOSTROPHES)
+        text = "".join(
+            letter for letter in text if letter.isspace() or letter in _JOINERS or category(letter) not in _UNSEEN
+        )
         if self.numbers != "keep":
             text = _NUMBER.sub(lambda match: f" {self._number(match[0].replace(',', ''))} ", text)
         if self.apostrophes == "remove":

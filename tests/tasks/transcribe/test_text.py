@@ -20,6 +20,8 @@ from conservtl.tasks.transcribe.tokens import Characters, SentencePiece
         ("42 and 1,205; 007", "forty two and one thousand two hundred five zero zero seven"),
         ("2,000,019", "two million nineteen"),
         ("well-known", "well known"),
+        ("\ufeffco\u00adoperate\u200b\u00a0now\0", "cooperate now"),
+        ("\u0645\u06cc\u200c\u0631\u0648\u0645", "\u0645\u06cc\u200c\u0631\u0648\u0645"),  # a joiner is a letter
         ("\u2014 \u2026", ""),
     ],
 )
