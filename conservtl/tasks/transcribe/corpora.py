@@ -17,6 +17,7 @@ from conservtl.tasks.audio.reading import header_of, read_audio
 from conservtl.tasks.audio.speakers import check_sources, check_target
 from conservtl.tasks.bad_files import check_files, explained, refuse, shown_name
 from conservtl.tasks.speech.folder import search
+from conservtl.tasks.transcribe.lists import is_missing, text_of
 from conservtl.tasks.transcribe.made_up import domains_of, load_grammar, load_strings
 from conservtl.tasks.transcribe.manifests import Line, lines_of
 from conservtl.tasks.transcribe.recordings import FileInputs
@@ -25,6 +26,8 @@ from conservtl.tasks.transcribe.shared_utterances import check_shared
 from conservtl.tasks.transcribe.utterances import Utterance, split_utterances
 
 __all__ = ["load", "speakers"]
+
+_PATH = 200  # characters of a path in a message
 
 
 def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
@@ -125,7 +128,7 @@ def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str], set
     where: dict[str, str] = {}
     bad: dict[Path, str] = {}
     lines = lines_of(data.kind, data.root, data.files)
-    if data.group is not None and not any(data.group in (line.fields or {}) for line in lines):
+    if data.group is not None and not any(data.group.lower() in (line.fields or {}) for line in lines):
         known = dict.fromkeys(name for line in lines for name in line.fields or {})
         raise DataError(
             f"data.group must be a column of the lists; received {data.group!r}, and they have "
@@ -151,8 +154,8 @@ def _utterances(data: CorpusData) -> tuple[list[Utterance], dict[Path, str], set
 
 def _speaker(line: Line, data: CorpusData) -> str:
     """Return the speaker of a line, or the value of ``data.group``; empty: it has none."""
-    said = line.speaker if data.group is None else (line.fields or {}).get(data.group)
-    return normalize("NFC", str(said)) if said else ""
+    said = line.speaker if data.group is None else (line.fields or {}).get(data.group.lower())
+    return "" if is_missing(said) else normalize("NFC", str(said))
 
 
 def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
@@ -161,20 +164,16 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
         raise DataError(line.fault)
     if not line.path:
         raise DataError("has no recording")
-    text = data.text(line.text or "")
+    said = line.text
+    if said is None and (apart := (line.fields or {}).get("text_filepath")):
+        said = text_of(_below(str(apart), "text", line, data, home))
+    text = data.text(said or "")
     if not (speaker := _speaker(line, data)):
         raise DataError(f"has no {data.group or 'speaker'}")
     if not text and (data.unlabelled is None or speaker != data.target):
         raise DataError("has no text")
-    file = line.base / line.path
-    real = file.resolve()
-    if not data.follow_links and not real.is_relative_to(home):
-        raise DataError(
-            f"leads out of {shown_name(data.root)} ({shown_name(line.path)}; data.follow_links: true follows it)"
-        )
-    if not real.is_file():
-        raise DataError(f"has no recording: there is no file {shown_name(line.path)}")
-    offset, duration = _seconds(line.offset, "offset"), _seconds(line.duration, "duration")
+    real = _below(line.path, "recording", line, data, home)
+    offset, duration = _seconds(line.offset, "an offset"), _seconds(line.duration, "a duration")
     length, rate = header_of(real)
     offset = offset or 0.0
     duration = length - offset if duration is None else duration
@@ -192,9 +191,26 @@ def _utterance(line: Line, data: CorpusData, home: Path) -> Utterance:
         )
     if offset + duration > length + 0.05:
         raise DataError(f"must lie within its recording of {length:.2f} s; it ends at {offset + duration:.2f}")
+    file = line.base / line.path
     name = str(file.relative_to(data.root)) if file.is_relative_to(data.root) else str(file)
     name += f"@{offset:g}" if offset else ""
     return Utterance(name, text, speaker, duration, real, offset, line.part, rate)
+
+
+def _below(path: str, what: str, line: Line, data: CorpusData, home: Path) -> Path:
+    """Return the file that a line names, if it is there and below the folder of the data."""
+    try:
+        file = (line.base / path).resolve()
+        found = file.is_file()
+    except (OSError, ValueError):  # no name of a file: too long, or with a zero byte
+        file, found = home, False
+    if not data.follow_links and not file.is_relative_to(home):
+        raise DataError(
+            f"leads out of {shown_name(data.root)} ({shown_name(path)}; data.follow_links: true follows it)"
+        )
+    if not found:
+        raise DataError(f"has no {what}: there is no file {shown_name(path)[:_PATH]}")
+    return file
 
 
 def _seconds(value: Any, field: str) -> float | None:
@@ -205,5 +221,5 @@ def _seconds(value: Any, field: str) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or number < 0:
-        raise DataError(f"has a {field} that is no number of seconds, {value!r:.40}")
+        raise DataError(f"has {field} that is no number of seconds, {value!r:.40}")
     return number

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conservtl.errors import DataError
 from conservtl.tasks.bad_files import shown_name
-from conservtl.tasks.transcribe.lists import PARTS, Line, lines_in
+from conservtl.tasks.transcribe.lists import Line, base_of, lines_in, part_of
 
 __all__ = ["kaldi_lines"]
 
@@ -18,19 +18,19 @@ def kaldi_lines(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: AR
     for folder in folders:
         waves, texts, speakers = (_pairs(folder / name) for name in ("wav.scp", "text", "utt2spk"))
         segments = _pairs(folder / "segments") if (folder / "segments").is_file() else {}
-        part = PARTS.get(folder.name.lower().partition("_")[0]) if folder != root else None
+        part = part_of(folder.name) if folder != root else None
         for name in dict.fromkeys([*texts, *(segments or waves)]):
             recording, offset, duration = name, 0.0, None
             if name in segments:
                 recording, *times = segments[name].split()
                 try:
-                    offset, end = (float(time) for time in times)
+                    offset, end = map(float, times)
                 except ValueError as error:
                     raise DataError(
                         f"{shown_name(folder / 'segments')}: {name!r} must have a recording, a start and an end; "
                         f"received {segments[name]!r}. Correct it."
                     ) from error
-                duration = end - offset
+                duration = None if end == -1 else end - offset  # -1: the end of the recording
             path = waves.get(recording)
             if path is not None and path.rstrip().endswith("|"):
                 raise DataError(
@@ -38,8 +38,8 @@ def kaldi_lines(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: AR
                     "its output to a file, and name that."
                 )
             yield Line(
-                f"{folder.name}, {name}", path, root, texts.get(name) or None, speakers.get(name), offset, duration,
-                part, name,
+                f"{folder.name}, {name}", path, base_of(path, root, folder), texts.get(name) or None,
+                speakers.get(name), offset, duration, part, name,
             )  # fmt: skip
 
 

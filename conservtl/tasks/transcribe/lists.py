@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from conservtl.errors import DataError
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.utterances import Part
 
-__all__ = ["PARTS", "Line", "lines_in", "text_of"]
+__all__ = ["Line", "base_of", "is_missing", "lines_in", "part_of", "text_of"]
 
-PARTS: dict[str, Part] = {
+_PARTS: dict[str, Part] = {
     "train": "train",
     "training": "train",
     "validated": "train",
@@ -23,8 +24,9 @@ PARTS: dict[str, Part] = {
     "val": "dev",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
-"""Names of parts in files, folders and columns."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Line:
         duration: in seconds, as written; None: to the end of the recording.
         part: the official part.
         name: of the utterance, if the list names it.
-        fields: all columns, where the list has any.
+        fields: all columns by their names in lower case, where the list has any.
         fault: why the line cannot be used, if its form says so.
     """
 
@@ -56,6 +58,29 @@ class Line:
     name: str | None = None
     fields: Mapping[str, Any] | None = None
     fault: str | None = None
+
+
+def part_of(*names: str) -> Part | None:
+    """Return the part that is a word of a file's, a folder's or a column's name: of the first name that has one.
+
+    >>> part_of("all", "test-clean"), part_of("manifest_dev"), part_of("testimony")
+    ('test', 'dev', None)
+    """
+    words = (word for name in names for word in re.split("[^a-z]+", name.lower()))
+    return next((_PARTS[word] for word in words if word in _PARTS), None)
+
+
+def base_of(path: str | None, root: Path, folder: Path) -> Path:
+    """Return what a path is relative to: the root if there is such a file, else the folder of its list."""
+    try:
+        return root if path is None or folder == root or (root / path).exists() else folder
+    except OSError:  # no name of a file: too long
+        return folder
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a cell is empty; NaN stands for an empty one."""
+    return value is None or value == "" or value != value  # noqa: PLR0124
 
 
 def lines_in(file: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from conservtl.errors import DataError, counted
 from conservtl.tasks.bad_files import shown_name
 from conservtl.tasks.transcribe.kaldi import kaldi_lines
-from conservtl.tasks.transcribe.lists import PARTS, Line, lines_in, text_of
+from conservtl.tasks.transcribe.lists import Line, base_of, is_missing, lines_in, part_of, text_of
 
 __all__ = ["LAYOUTS", "Line", "lines_of"]
 
@@ -63,11 +64,12 @@ def _json_lines(file: Path, root: Path) -> Iterator[Line]:
             continue
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{shown_name(file)}, line {number} must be a JSON object: {error}. Correct it.") from error
+        except json.JSONDecodeError:
+            content = None
         if not isinstance(content, dict):
             raise DataError(
-                f"{shown_name(file)}, line {number} must be a JSON object; received {text[:40]!r}. Correct it."
+                f"{shown_name(file)}, line {number} must be a JSON object; received {text[:40]!r}. Correct it: each "
+                "utterance is an object on a line of its own."
             )
         yield _line(file, number, content, root)
 
@@ -80,7 +82,9 @@ def _table(file: Path, root: Path) -> Iterator[Line]:
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         skipinitialspace=not tabs,
     )
-    columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+    columns = rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise DataError(f"{shown_name(file)} must have each column once; it has {', '.join(twice)} twice. Rename one.")
     for names, what in ((_PATHS, "path"), (_TEXTS, "text")):
         if not set(names) & set(columns):
             raise DataError(
@@ -89,11 +93,13 @@ def _table(file: Path, root: Path) -> Iterator[Line]:
             )
     try:
         for row in rows:
+            if not any(row.values()):
+                continue
             more = len(row.pop(None, ()))
             line = _line(file, rows.line_num, row, root)
             cells = f"{counted(len(columns) + more, 'cell')} for {counted(len(columns), 'column')}"
-            fault = f"has {cells}; put a text with commas in quotes"
-            yield replace(line, fault=fault) if more else line
+            fix = "write a space for a tab in a text" if tabs else "put a text with commas in quotes"
+            yield replace(line, fault=f"has {cells}; {fix}") if more else line
     except csv.Error as error:
         raise DataError(
             f"{shown_name(file)}, line {rows.line_num} must be a row of a table: {error}. Correct its quotes."
@@ -102,38 +108,41 @@ def _table(file: Path, root: Path) -> Iterator[Line]:
 
 def _line(file: Path, number: int, content: Mapping[str, Any], root: Path) -> Line:
     def of(names: Sequence[str]) -> Any:
-        return next((content[name] for name in names if content.get(name) not in (None, "")), None)
+        return next((content[name] for name in names if not is_missing(content.get(name))), None)
 
-    said = str(content.get("split") or content.get("part") or "").lower()
-    named = next((PARTS[piece] for piece in file.stem.lower().replace("-", "_").split("_") if piece in PARTS), None)
+    content = {name.lower(): value for name, value in content.items()}
+    where = os.path.relpath(file, root)
+    names = (str(content.get("split") or content.get("part") or ""), *reversed(Path(where).parts))
     path, text, speaker = of(_PATHS), of(_TEXTS), of(_SPEAKERS)
-    base = root if file.parent == root or (root / str(path)).exists() else file.parent
-    told = isinstance(text, str | int | float | None) and not isinstance(text, bool)
+    values = (("recording", path), ("text", text), ("speaker", speaker))
+    wrong = [
+        f"has a {name} that is none, {value!r:.40}"
+        for name, value in values
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None)
+    ]
+    path = None if path is None else str(path)
     return Line(
-        where=f"{file.name}, line {number}",
-        path=None if path is None else str(path),
-        base=base,
+        where=f"{where}, line {number}",
+        path=path,
+        base=base_of(path, root, file.parent),
         text=None if text is None else str(text),
         speaker=None if speaker is None else str(speaker),
         offset=content.get("offset") or 0.0,
         duration=content.get("duration") if content.get("duration") not in (None, "") else None,
-        part=PARTS.get(said) or named,
+        part=part_of(*names),
         fields=content,
-        fault=None if told else f"has a text that is none, {text!r:.40}",
+        fault=wrong[0] if wrong else None,
     )
 
 
 def _librispeech(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
     """Read SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt; a subset is train-*, dev-* or test-*."""
     for file in sorted(root.rglob("*.trans.txt")):
-        subset = next((each for each in reversed(file.relative_to(root).parts) if each.partition("-")[0] in PARTS), "")
-        if not subset and root.name.partition("-")[0] in PARTS:
-            subset = root.name
+        part = part_of(*reversed(file.relative_to(root).parent.parts), root.name)
         for line in lines_in(file):
             name, _, text = line.strip().partition(" ")
             if name:
                 path = str((file.parent / f"{name}.flac").relative_to(root))
-                part = PARTS.get(subset.partition("-")[0])
                 yield Line(
                     f"{file.name}, {name}", path, root, text or None, name.partition("-")[0], part=part, name=name
                 )
@@ -151,16 +160,15 @@ def _common_voice(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: 
             )
         for line in _table(file, root):
             path = None if line.path is None else f"clips/{line.path}"
-            part = PARTS[name] if name != "validated" else None
-            yield replace(line, path=path, base=root, part=part)
+            yield replace(line, path=path, base=root, part=part_of(name))
 
 
 def _audiofolder(root: Path, files: Sequence[str]) -> Iterator[Line]:  # noqa: ARG001
-    """Read metadata.csv (or .jsonl) in the folder or in its parts train/, validation/ and test/."""
+    """Read metadata.csv (or .jsonl) in any folder; parts are folders of the recordings: train/, validation/, test/."""
     for file in sorted({*root.rglob("metadata.csv"), *root.rglob("metadata.jsonl")}):
-        part = next((PARTS[each.lower()] for each in file.relative_to(root).parts if each.lower() in PARTS), None)
-        for line in (_table if file.suffix == ".csv" else _json_lines)(file, file.parent):
-            yield replace(line, base=file.parent, part=part)
+        for line in (_table if file.suffix == ".csv" else _json_lines)(file, root):
+            folders = (file.parent.relative_to(root) / (line.path or "")).parent.parts
+            yield replace(line, base=file.parent, part=line.part or part_of(*reversed(folders)))
 
 
 LAYOUTS: dict[str, Callable[[Path, Sequence[str]], Iterator[Line]]] = {

@@ -80,11 +80,10 @@ def split_utterances(
 ) -> Split:
     """Split utterances into the target's shots and test part, and the source's training and test parts.
 
-    Official parts are kept: shots come from the target's training part and its test part is tested on, where it has
-    both; the source's test part is the official one, where there is one. Else the shots are drawn from all of the
-    target's, and ``held_out_speakers`` and a share ``held_out`` of each source speaker's utterances, by their names'
-    hashes, are tested on. Unlabelled are the target's utterances that have no text first, then others that are neither
-    shots nor of an official test part.
+    Official parts of a domain are kept, where it has both (``_official``): shots come from the target's training part,
+    and its test part is tested on. Else the shots are drawn from all of the target's, and a share ``held_out`` of the
+    source's utterances, by their names' hashes, is tested on; so are ``held_out_speakers``. Unlabelled are the target's
+    utterances that have no text first, then others that are neither shots nor of an official test part.
 
     Raises:
         DataError: a speaker is unknown, or has too few utterances.
@@ -95,8 +94,8 @@ def split_utterances(
     named = {"data.source_speakers": source_speakers or (), "data.held_out_speakers": held_out_speakers}
     check_sources(named, target, known)
     texted = [one for one in own if one.text]
-    trained, tested = _of_target(target, texted, shots, seed)
-    bare = _unlabelled(own, trained, tested, unlabelled, seed) if unlabelled else []
+    trained, left, tested = _of_target(target, texted, shots, seed)
+    bare = _unlabelled(own, left, unlabelled, spare=tested is left, seed=seed) if unlabelled else []
     names = {one.name for one in bare}
     tested = [one for one in tested if one.name not in names]
     kept = round(validation * len(trained)) if validation else 0
@@ -125,31 +124,46 @@ def sequences(
     )
 
 
-def _of_target(target: str, own: list[Utterance], shots: int, seed: int) -> tuple[list[Utterance], list[Utterance]]:
-    official = {part: [one for one in own if one.part == part] for part in ("train", "test")}
-    fixed = bool(official["train"] and official["test"])
-    pool = official["train"] if fixed else own
+def _official(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]] | None:
+    """Return the official training part and test part; None unless both are there.
+
+    The test part is ``test``, or ``dev`` without one. What no part names is trained on as ``train`` is, and ``dev`` is
+    if that is all there is beside ``test``.
+    """
+    of: dict[Part, list[Utterance]] = {"train": [], "dev": [], "test": []}
+    for one in utterances:
+        of[one.part or "train"].append(one)
+    pairs = (of["train"], of["test"]), (of["dev"], of["test"]), (of["train"], of["dev"])
+    return next((pair for pair in pairs if all(pair)), None)
+
+
+def _of_target(
+    target: str, own: list[Utterance], shots: int, seed: int
+) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
+    """Return the shots, what they leave of the part they are drawn from, and what is tested on."""
+    official = _official(own)
+    pool = official[0] if official else own
     if not pool:
         raise DataError(
             f"data.target: {target!r} must have an utterance with a text to test on; received none. Add one."
         )
-    if shots > len(pool) - (0 if fixed else 1):
-        most = len(pool) if fixed else len(pool) - 1
-        part = " in its training part" if fixed else ", of which one must be left to test on"
+    most = len(pool) if official else len(pool) - 1
+    if shots > most:
+        part = " in its training part" if official else ", of which one must be left to test on"
         raise DataError(
             f"data.shots: {target!r} has {counted(len(pool), 'utterance')}{part}; received {shots}. Set data.shots to "
             f"at most {most}."
         )
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [pool[place] for place in order[:shots]]
-    rest = official["test"] if fixed else [one for one in own if one not in set(chosen)]
-    return chosen, rest
+    left = [one for one in pool if one not in set(chosen)]
+    return chosen, left, official[1] if official else left
 
 
 def _unlabelled(
-    own: list[Utterance], shots: list[Utterance], tested: list[Utterance], count: int | Literal["all"], seed: int
+    own: list[Utterance], left: list[Utterance], count: int | Literal["all"], *, spare: bool, seed: int
 ) -> list[Utterance]:
-    """Return the target's utterances to train on without their texts."""
+    """Return the target's utterances to train on without their texts; of those with one, ``spare`` leaves one."""
     bare = [one for one in own if not one.text and one.part in (None, "train")]
     if count == "all":
         if not bare:
@@ -158,30 +172,21 @@ def _unlabelled(
                 "some, or give a number: others are then taken without reading their texts."
             )
         return bare
-    fixed = any(one.part == "test" for one in tested)
-    rest = [one for one in own if one.part == "train"] if fixed else tested
-    rest = [one for one in rest if one.text and one not in set(shots)]
-    most = len(bare) + len(rest) - (not fixed)
+    most = len(bare) + len(left) - spare
     if count > most:
         raise DataError(
             f"data.unlabelled.utterances: {own[0].speaker!r} has {counted(most, 'utterance')} that "
             f"{agreeing(most, 'is')} neither shots nor tested on; received {count}. Set it to at most {most}."
         )
     generator = torch.Generator().manual_seed(seed)
-    order = [[part[place] for place in torch.randperm(len(part), generator=generator)] for part in (bare, rest)]
+    order = [[part[place] for place in torch.randperm(len(part), generator=generator)] for part in (bare, left)]
     return [replace(one, text="") for one in [*order[0], *order[1]][:count]]
 
 
 def _of_source(
     others: list[Utterance], held_out_speakers: Sequence[str], held_out: float
 ) -> tuple[list[Utterance], list[Utterance]]:
-    parts = {one.part for one in others}
-    official = next((part for part in ("test", "dev") if part in parts and "train" in parts), None)
-
-    def is_tested(one: Utterance) -> bool:
-        if one.speaker in held_out_speakers:
-            return True
-        return in_held_out_part(one.name, held_out) if official is None else one.part == official
-
-    kept = [one for one in others if not is_tested(one) and ("train" not in parts or one.part in (None, "train"))]
-    return kept, [one for one in others if is_tested(one)]
+    train, test = _official(others) or ([one for one in others if not in_held_out_part(one.name, held_out)], None)
+    tested = set(others) - set(train) if test is None else set(test)
+    tested |= {one for one in others if one.speaker in held_out_speakers}
+    return [one for one in train if one not in tested], [one for one in others if one in tested]

@@ -51,6 +51,12 @@ def test_segments_cut_a_recording(tmp_path):
     assert (line.path, line.offset, line.duration, line.text, line.speaker) == ("r.wav", 0.5, 0.75, "hello", "ann")
 
 
+def test_a_segment_may_end_where_its_recording_does(tmp_path):
+    kaldi(tmp_path, segments="u r 0.5 -1\n")
+    (line,) = lines_of("kaldi", tmp_path, [])
+    assert (line.offset, line.duration) == (0.5, None)
+
+
 @pytest.mark.parametrize("times", ["r 0.5", "r half one", "r 0.5 1.0 1.5"])
 def test_a_segment_without_a_start_and_an_end(tmp_path, times):
     kaldi(tmp_path, segments=f"u {times}\n")
@@ -97,9 +103,9 @@ def test_a_command_of_kaldi_is_never_run(tmp_path):
 
 
 def test_marks_and_ends_of_lines_are_no_part_of_a_text(tmp_path):
-    """A byte order mark, CRLF, spaces behind commas, a quoted text over two lines; U+2028 is part of a text."""
+    """A byte order mark, capitals, CRLF, spaces behind commas, a quoted text over two lines, an empty row; U+2028."""
     (tmp_path / "a.csv").write_bytes(
-        b'\xef\xbb\xbfpath, text, speaker\r\na.wav, "hello,\r\nyou", ann\r\nb.wav,yes,bo\r\n'
+        b'\xef\xbb\xbfPath, TEXT, Speaker\r\na.wav, "hello,\r\nyou", ann\r\nb.wav,yes,bo\r\n,,\r\n'
     )
     (tmp_path / "b.jsonl").write_text(
         '{"audio_filepath": "c.wav", "text": "one\u2028two", "speaker": "ann"}\n', "utf-8"
@@ -117,7 +123,7 @@ def test_marks_and_ends_of_lines_are_no_part_of_a_text(tmp_path):
     ("name", "content", "fault"),
     [
         ("a.csv", "path,text,speaker\na.wav,hello, you,ann\n", r"has 4 cells for 3 columns; put a text with commas"),
-        ("a.tsv", "path\ttext\nb.wav\thello\tyou\n", r"has 3 cells for 2 columns"),
+        ("a.tsv", "path\ttext\nb.wav\thello\tyou\n", r"has 3 cells for 2 columns; write a space for a tab"),
         ("a.json", '{"audio_filepath": "a.wav", "text": ["a"], "speaker": "b"}', r"has a text that is none, \['a'\]"),
         ("a.json", '{"audio_filepath": "a.wav", "text": true, "speaker": "b"}', r"has a text that is none, True"),
         ("a.json", '{"audio_filepath": "a.wav", "text": "a", "speaker": "b", "duration": NaN}', r"duration that is no"),
@@ -135,6 +141,19 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, name, content, fault):
     (tmp_path / "a.wav").write_text("")
     with pytest.raises(ctl.DataError, match=rf"(?s)line \d.*{fault}"):
         load(CorpusData(root=tmp_path, target="b"), seed=0)
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("path,text,speaker,Text\na.wav,hello,ann,bye")
+    refused("manifest", tmp_path, r"a\.csv must have each column once; it has text twice. Rename one")
+
+
+def test_bad_lines_of_lists_with_one_name_are_counted_each(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "metadata.csv").write_text("file_name,text,speaker\nnone.wav,hello,ann\n")
+    with pytest.raises(ctl.DataError, match=r"test/metadata\.csv, line 2 .*; 1 other is bad too"):
+        load(CorpusData(kind="audiofolder", root=tmp_path, target="ann"), seed=0)
 
 
 def test_a_quote_that_never_ends(tmp_path):

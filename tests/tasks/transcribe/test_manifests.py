@@ -9,6 +9,7 @@ import torch
 
 import conservtl as ctl
 from conservtl.tasks.transcribe import CorpusData, Features, load, speakers
+from conservtl.tasks.transcribe.manifests import lines_of
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -129,6 +130,52 @@ def test_official_parts_are_kept(tmp_path):
         load(CorpusData(root=tmp_path, target="bob", **{**QUICK, "shots": 4}), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("layout", "train", "test"),
+    [
+        ("manifest", "train/list.json", "eval/list.json"),
+        ("manifest", "train_clean-100.json", "2024-TEST.json"),
+        ("kaldi", "train-clean/", "test_clean2/"),
+        ("audiofolder", "data/train/metadata.jsonl", "data/test-00/metadata.jsonl"),
+    ],
+)
+def test_parts_by_names_of_lists_and_folders(layout, train, test, tmp_path):
+    for part in (train, test):
+        file = tmp_path / part
+        (file if part.endswith("/") else file.parent).mkdir(parents=True, exist_ok=True)
+        if layout == "kaldi":
+            for name, text in {"wav.scp": "u a.wav", "text": "u hello", "utt2spk": "u ann"}.items():
+                (file / name).write_text(text)
+        else:
+            line = {"audio_filepath": "a.wav", "file_name": "a.wav", "text": "hello", "speaker": "ann"}
+            file.write_text(json.dumps(line))
+    files = [train, test] if layout == "manifest" else []
+    assert [(one.part, one.base) for one in sorted(lines_of(layout, tmp_path, files), key=lambda one: one.part)] == [
+        ("test", (tmp_path / test) if layout == "kaldi" else (tmp_path / test).parent),
+        ("train", (tmp_path / train) if layout == "kaldi" else (tmp_path / train).parent),
+    ]
+
+
+def test_parts_by_the_recordings_folders_of_one_list_of_an_audiofolder(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,transcription\ntest/1.wav,a\ntrain/b/1.wav,b\n1.wav,c\n")
+    assert [one.part for one in lines_of("audiofolder", tmp_path, [])] == ["test", "train", None]
+
+
+def test_a_group_may_be_0_and_a_text_in_a_file_of_its_own(tmp_path):
+    for accent in (0, 1):
+        for number in (0, 2):
+            name = f"{accent}{number}"
+            record(tmp_path / f"{name}.wav")
+            (tmp_path / f"{name}.txt").write_text(f"Say {number}\n")
+            line = {"audio_filepath": f"{name}.wav", "text_filepath": f"{name}.txt", "Accent": accent}
+            with (tmp_path / "all.json").open("a") as file:
+                file.write(json.dumps(line) + "\r\n")
+    domains = load(CorpusData(root=tmp_path, target="0", group="accent", held_out=0.0, **QUICK), seed=0)
+    assert sorted((*domains.shots.names, *domains.target_test.names)) == ["00.wav", "02.wav"]
+    assert len(domains.source_train) == 2
+    assert domains.labels == ("<blank>", "|", *sorted(set("sayzerotwo")))
+
+
 def test_speakers_can_be_held_out(tmp_path):
     write_nemo(tmp_path)
     data = CorpusData(root=tmp_path, target="cid", held_out_speakers=("bob",), held_out=0.0, **QUICK)
@@ -140,14 +187,22 @@ def test_speakers_can_be_held_out(tmp_path):
 BAD = [
     ({"text": ""}, "has no text"),
     ({"text": "..."}, "has no text"),
+    ({"text": float("nan")}, "has no text"),
+    ({"text": None, "text_filepath": "none.txt"}, r"has no text: there is no file none\.txt"),
+    ({"text": None, "text_filepath": "../outside.wav"}, "leads out of"),
     ({"audio_filepath": "none.wav"}, "no file none.wav"),
     ({"audio_filepath": ""}, "has no recording"),
+    ({"audio_filepath": ["new.wav"]}, "has a recording that is none"),
+    ({"audio_filepath": "say " * 99}, "has no recording: there is no file say"),
+    ({"audio_filepath": "new\0.wav"}, "has no recording: there is no file 'new"),
     ({"audio_filepath": "../outside.wav"}, "leads out of"),
     ({"speaker": None}, "has no speaker"),
+    ({"speaker": float("nan")}, "has no speaker"),
+    ({"speaker": ["ann"]}, "has a speaker that is none"),
     ({"duration": 0}, "longer than 0 s"),
     ({"duration": "long"}, "a duration that is no number of seconds"),
     ({"duration": -1}, "a duration that is no number"),
-    ({"offset": float("nan")}, "an offset|a offset that is no number"),
+    ({"offset": float("nan")}, "an offset that is no number"),
     ({"duration": 1.5}, "must lie within its recording of 0.50 s"),
     ({"audio_filepath": "long.wav"}, "longer than data.longest"),
     ({"text": "\u00fcber"}, "outside the vocabulary"),

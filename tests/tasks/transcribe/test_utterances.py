@@ -22,6 +22,30 @@ def split(utterances=ALL, **options):
     return split_utterances(utterances, "cleo", **given | options)
 
 
+@pytest.mark.parametrize(
+    ("parts", "trained", "tested"),
+    [
+        (("train", "test"), "train", "test"),
+        (("train", "dev"), "train", "dev"),
+        (("train", "dev", "test"), "train", "test"),
+        ((None, "test"), None, "test"),  # what no part names is trained on
+        (("dev", "test"), "dev", "test"),
+        (("test",), "test", "test"),  # a part alone is no split: both are drawn from it
+    ],
+)
+def test_official_parts_are_kept_by_both_domains(parts, trained, tested):
+    utterances = [dataclasses.replace(one, name=f"{part}{one.name}", part=part) for part in parts for one in ALL]
+    found = split(utterances, held_out_speakers=["ben"])
+    assert {one.part for one in (*found.shots, *found.source_train)} == {trained}
+    of_ben = [one for one in utterances if one.speaker == "ben"]
+    assert {one.part for one in (*found.target_test, *found.source_test) if one not in of_ben} == {tested}
+    assert {one for one in found.source_test if one.speaker == "ben"} == set(of_ben)
+    assert len(found.target_test) == (4 if len(parts) > 1 else 2)
+    bare = split(utterances, unlabelled=1)
+    assert [one.part for one in bare.unlabelled] == [trained]
+    assert not {bare.unlabelled[0].name} & {one.name for one in (*bare.shots, *bare.target_test)}
+
+
 @pytest.mark.parametrize("field", ["source_speakers", "held_out_speakers"])
 @pytest.mark.parametrize(
     ("speakers", "message"),
@@ -47,9 +71,9 @@ def test_a_target_without_a_text_is_refused():
 
 def test_all_without_a_text_must_be_some():
     with pytest.raises(ctl.DataError, match="all takes the target's utterances without a text, and there is none"):
-        _unlabelled(ALL, [], [], "all", 0)
+        _unlabelled(ALL, [], "all", spare=True, seed=0)
     bare = dataclasses.replace(ALL[0], text="")
-    assert _unlabelled([*ALL[1:], bare], [], [], "all", 0) == [bare]
+    assert _unlabelled([*ALL[1:], bare], [], "all", spare=True, seed=0) == [bare]
 
 
 def test_an_utterance_lies_within_its_recording(tmp_path):
