@@ -6,13 +6,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from conservtl.errors import SpecError, counted
+from conservtl.errors import SpecError
 from conservtl.experiments.studies.executors.names import check_executor, check_main, is_local
 from conservtl.experiments.studies.result_store import ResultStore
-from conservtl.experiments.studies.trial import Trial, forget_shared, run_trial
+from conservtl.experiments.studies.trial import Trial, forget_shared
 from conservtl.report import write_json
 
 __all__ = ["Place"]
@@ -58,34 +59,16 @@ class Place:
 
     def results(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         """Return the result of each trial, in order."""
-        try:
-            if not self.stores:
-                return self._here(trials)
-            if self._out is not None:
-                return self._stored(trials, self._out)
-            with tempfile.TemporaryDirectory() as folder:
-                return self._stored(trials, Path(folder))
-        finally:
-            forget_shared()
+        say = (lambda text: print(text, file=sys.stderr)) if self._progress else None  # noqa: T201
+        with ExitStack() as stack:
+            stack.callback(forget_shared)
+            folder = self._out
+            if folder is None and self.stores:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            return ResultStore(folder, say).results(trials, self._processes, self._executor)
 
     def kept(self, result: dict[str, Any], name: str) -> dict[str, Any]:
         """Write the result of a study to the folder, if there is one; return it."""
         if self._out is not None:
             write_json(result, self._out / f"{name}.json")
         return result
-
-    def _stored(self, trials: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
-        return ResultStore(folder, self._say).results(trials, self._processes, self._executor)
-
-    def _here(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-        """Run equal trials once."""
-        distinct = {trial.key: trial for trial in trials}
-        results: dict[str, dict[str, Any]] = {}
-        for key, trial in distinct.items():
-            results[key] = run_trial(trial)
-            self._say(f"{len(results)} of {counted(len(distinct), 'run')}")
-        return [results[trial.key] | {"variant": trial.variant, "target": trial.target} for trial in trials]
-
-    def _say(self, text: str) -> None:
-        if self._progress:
-            sys.stderr.write(f"{text}\n")

@@ -31,7 +31,7 @@ from conservtl.experiments.own.first_look import (
 )
 from conservtl.experiments.own.maker import Maker
 from conservtl.experiments.own.options import ModelLike, ProblemOptions, check_options
-from conservtl.experiments.own.sending import sent
+from conservtl.experiments.own.sending import read_sent, sent
 from conservtl.experiments.own.setting import OwnSetting
 from conservtl.experiments.own.settings import OwnData, OwnModel, OwnSpec
 from conservtl.experiments.own.task import OwnSets, OwnTask
@@ -68,6 +68,7 @@ class OwnProblem:
         allow: as for ``adapt``.
         example: inputs that find the order of layers.
         optimizer: as for ``fit``.
+        file: path and digest of the file that workers read it from; None: it is pickled itself.
     """
 
     number: int
@@ -80,6 +81,7 @@ class OwnProblem:
     allow: tuple[str, ...]
     example: Any
     optimizer: Any
+    file: tuple[str, str] | None = None
 
     def setting(self, spec: Any) -> OwnSetting:
         """Return the setting of a run.
@@ -97,6 +99,9 @@ class OwnProblem:
     def sent(self, folder: Path) -> AbstractContextManager[Held]:
         """Return the problem for workers that see a folder."""
         return sent(self, folder)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.file is None else (read_sent, self.file)
 
 
 def settings_of(

@@ -6,7 +6,7 @@ import hashlib
 import pickle  # of a problem, sent from a study to its own workers # nosec B403
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from conservtl.storage.files import TEMPORARY, write_bytes
 if TYPE_CHECKING:
     from conservtl.experiments.own.problem import OwnProblem
 
-__all__ = ["sent"]
+__all__ = ["read_sent", "sent"]
 
 _DEPTH = 6  # attributes within each other that are looked into
 _NOT_SENT = (
@@ -30,39 +30,8 @@ _NOT_SENT = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Sent:
-    """A problem that is pickled as the name of its file.
-
-    Args:
-        path: of the file.
-        digest: of its content.
-        problem: the problem.
-    """
-
-    path: Path
-    digest: str
-    problem: OwnProblem
-
-    @property
-    def task(self) -> Any:
-        return self.problem.task
-
-    def setting(self, spec: Any) -> Any:
-        return self.problem.setting(spec)
-
-    def source(self) -> Any:
-        return self.problem.source()
-
-    def sent(self, folder: Path) -> Any:
-        return sent(self.problem, folder)
-
-    def __reduce__(self) -> Any:
-        return _read, (str(self.path), self.digest)
-
-
 @contextmanager
-def sent(problem: OwnProblem, folder: Path) -> Iterator[_Sent]:
+def sent(problem: OwnProblem, folder: Path) -> Iterator[OwnProblem]:
     """Yield a problem that workers which see the folder can read, inside the block.
 
     The folder is locked by this study; what a killed one left there goes with its other temporary files.
@@ -75,7 +44,7 @@ def sent(problem: OwnProblem, folder: Path) -> Iterator[_Sent]:
     path = folder.resolve() / f".{digest[:16]}{TEMPORARY}"
     write_bytes(content, path)
     try:
-        yield _Sent(path, digest, problem)
+        yield replace(problem, file=(str(path), digest))
     finally:
         path.unlink(missing_ok=True)
 
@@ -127,9 +96,10 @@ def _parts(problem: OwnProblem) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _read(path: str, digest: str) -> _Sent:
+def read_sent(path: str, digest: str) -> OwnProblem:
+    """Return a problem that a study has written."""
     content = Path(path).read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
         raise SpecError(f"executor: {path!r} must be the file that the study wrote; it has changed. Repeat the call.")
     problem: OwnProblem = pickle.loads(content)  # noqa: S301 - compared with the study's digest # nosec B301
-    return _Sent(Path(path), digest, problem)
+    return problem

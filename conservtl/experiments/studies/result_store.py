@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,22 @@ from conservtl.storage.locks import check_folder, lock_folder
 
 __all__ = ["ResultStore", "estimate"]
 
+_RUNS = "runs"
+
 
 class ResultStore:
-    """A folder of results, one file for each run, named by the run's key.
+    """Results of trials, one file for each, named by the trial's key.
 
     Args:
-        folder: the results are in ``runs`` below it.
+        folder: the results are in ``runs`` below it; None: they stay in memory, and this process runs the trials.
         say: is called with lines of progress.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] | None = None) -> None:
-        check_folder(folder)
-        self.folder = folder / "runs"
+    def __init__(self, folder: Path | None, say: Callable[[str], None] | None = None) -> None:
+        if folder is not None:
+            check_folder(folder)
+        self._folder = folder
+        self._made: dict[str, dict[str, Any]] = {}
         self.say = say or (lambda _: None)
 
     def results(
@@ -48,47 +52,45 @@ class ResultStore:
             LostWorkerError: a run lost its worker again and again; all others are finished.
         """
         check_executor(executor, processes)
-        with lock_folder(self.folder.parent):
-            return self._results(trials, processes, executor)
-
-    def _results(self, trials: Sequence[Trial], processes: int, executor: str | Executor) -> list[dict[str, Any]]:
-        distinct = {trial.key: trial for trial in trials}
-        missing = [trial for trial in distinct.values() if self._read(trial) is None]
-        done = len(distinct) - len(missing)
-        self.say(f"{counted(len(distinct), 'run')}, {done} of them done")
-        with self._sent(missing, processes, executor) as trials_to_run:
+        with nullcontext() if self._folder is None else lock_folder(self._folder):
+            distinct = {trial.key: trial for trial in trials}
+            missing = [trial for trial in distinct.values() if self._read(trial) is None]
+            done = len(distinct) - len(missing)
+            self.say(f"{counted(len(distinct), 'run')}, {done} of them done")
             groups: dict[str, list[Trial]] = defaultdict(list)
-            for trial in trials_to_run:
+            for trial in missing:
                 groups[trial.place].append(trial)
-            for count in self._run([_Group(group, self.folder) for group in groups.values()], processes, executor):
+            for count in self._run(list(groups.values()), processes, executor):
                 done += count
                 self.say(f"{done} of {counted(len(distinct), 'run')}")
-        return [{**(self._read(trial) or {}), "variant": trial.variant, "target": trial.target} for trial in trials]
+            found = [self._read(trial) or {} for trial in trials]
+        return [one | {"variant": each.variant, "target": each.target} for one, each in zip(found, trials, strict=True)]
 
-    def _run(self, groups: Sequence[_Group], processes: int, executor: str | Executor) -> Iterable[int]:
+    def _run(self, groups: Sequence[Sequence[Trial]], processes: int, executor: str | Executor) -> Iterator[int]:
+        """Run groups of trials; yield the numbers of runs that are finished."""
+        folder = self._folder
         if not groups:
             return
-        if _shares_out(processes, executor):
-            yield from finish(groups, workers_of(executor, processes), self.say)
-            return
-        for group in groups:
-            for trial in group.trials:
-                _run_and_store(trial, self.folder)
+        if folder is None or (processes == 1 and is_local(executor)):
+            for trial in (trial for group in groups for trial in group):
+                if folder is None:
+                    self._made[trial.key] = run_trial(trial)
+                else:
+                    _run_and_store(trial, folder / _RUNS)
                 yield 1
-
-    @contextmanager
-    def _sent(self, trials: Sequence[Trial], processes: int, executor: str | Executor) -> Iterator[Sequence[Trial]]:
-        """Yield trials that workers can run: a problem held in memory is written to the folder for them."""
-        held = trials[0].spec.held if trials else None
-        if held is None or not _shares_out(processes, executor):
-            yield trials
             return
-        with held.sent(self.folder.parent) as sent:
-            yield [replace(trial, spec=trial.spec.holding(sent)) for trial in trials]
+        held = groups[0][0].spec.held
+        with nullcontext() if held is None else held.sent(folder) as sent:  # a problem in memory is written for workers
+            if sent is not None:
+                groups = [[replace(trial, spec=trial.spec.holding(sent)) for trial in group] for group in groups]
+            works = [_Group(group, folder / _RUNS) for group in groups]
+            yield from finish(works, workers_of(executor, processes), self.say)
 
     def _read(self, trial: Trial) -> dict[str, Any] | None:
-        """Return a stored result; None if there is none. One that is damaged is deleted, with a line of progress."""
-        path = _path(trial, self.folder)
+        """Return a result; None if there is none. A file that is damaged is deleted, with a line of progress."""
+        if self._folder is None:
+            return self._made.get(trial.key)
+        path = _path(trial, self._folder / _RUNS)
         if not path.is_file():
             return None
         try:
@@ -122,10 +124,6 @@ class _Group:
 
     def __len__(self) -> int:
         return len(self.trials)
-
-
-def _shares_out(processes: int, executor: str | Executor) -> bool:
-    return processes > 1 or not is_local(executor)
 
 
 def _path(trial: Trial, folder: Path) -> Path:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import conservtl as ctl
-from conservtl.experiments.own.sending import _read
+from conservtl.experiments.own.sending import read_sent
 from conservtl.experiments.run.adapted import Adapted
 from conservtl.experiments.studies.executors._submitit import _Jobs
 from conservtl.experiments.studies.executors.dispatch import Workers
@@ -125,7 +125,7 @@ def test_a_result_that_is_there_stays(tmp_path):
 def test_a_problem_that_is_another_than_the_studys_is_refused(tmp_path):
     (tmp_path / "problem").write_bytes(b"other")
     with pytest.raises(ctl.SpecError, match="must be the file that the study wrote; it has changed"):
-        _read(str(tmp_path / "problem"), "0" * 64)
+        read_sent(str(tmp_path / "problem"), "0" * 64)
 
 
 def test_windows_of_a_file_that_cannot_be_read():
