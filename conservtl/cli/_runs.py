@@ -97,8 +97,8 @@ def predict(
     ] = None,
 ) -> None:
     """Print the adapted model's answers: file, label and probability, separated by tabs."""
+    from conservtl.experiments.run.adapted import speed_text
     from conservtl.experiments.run.bundle import load_adapted
-    from conservtl.experiments.run.prediction_batches import speed_text
     from conservtl.experiments.spec.reading import read_fields
     from conservtl.tasks.bad_files import skipped_text
 

@@ -10,9 +10,8 @@ from conservtl.errors import MissingExtraError
 from conservtl.fragments import fragment
 from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.classes import class_chart
-from conservtl.report.figures.curves import learning_curves
+from conservtl.report.figures.curves import learning_curves, weight_path
 from conservtl.report.figures.drift import drift_by_layer
-from conservtl.report.figures.weight_path import weight_path
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.summary import sentence
 from conservtl.report.text.tables import agreement_rows, metric_table

@@ -23,8 +23,8 @@ from conservtl.layers import Layer, ParameterInfo
 from conservtl.plan.plan import Phase, Plan
 from conservtl.report import sentence, write_html, write_json
 from conservtl.report.figures import canvas
+from conservtl.report.figures.curves import weight_path
 from conservtl.report.figures.drift import drift_by_layer
-from conservtl.report.figures.weight_path import weight_path
 from conservtl.report.text import summary
 
 LAYERS = ("conv1", "conv2", "head")

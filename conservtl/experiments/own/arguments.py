@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from conservtl.adaptation.preset import Preset
 from conservtl.engine import Training
 from conservtl.errors import SpecError
-from conservtl.experiments.spec.study_sections import CompareSection, SweepSection
+from conservtl.experiments.spec.sections import CompareSection, SweepSection
 from conservtl.methods import Strategy, as_strategies
 
 __all__ = ["Variant", "fields_of", "section_of"]

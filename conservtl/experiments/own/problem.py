@@ -37,7 +37,7 @@ from conservtl.experiments.own.settings import OwnData, OwnModel, OwnSpec
 from conservtl.experiments.own.task import OwnSets, OwnTask
 from conservtl.experiments.run.source_labels import check_shots
 from conservtl.experiments.run.source_training import SourceModel
-from conservtl.experiments.spec.source_section import SourceSection
+from conservtl.experiments.spec.sections import SourceSection
 from conservtl.experiments.spec.spec import Held
 from conservtl.functions import accuracy, cross_entropy, inputs_of, labels_of
 from conservtl.functions import forward as plain_forward

@@ -16,7 +16,7 @@ from conservtl.experiments.own.options import ModelLike, ProblemOptions
 from conservtl.experiments.own.place import Place
 from conservtl.experiments.own.problem import OwnProblem, hold, settings_of
 from conservtl.experiments.results import Comparison, Sweep
-from conservtl.experiments.spec.study_sections import BASELINES, Baseline, CompareSection, SweepSection
+from conservtl.experiments.spec.sections import BASELINES, Baseline, CompareSection, SweepSection
 from conservtl.experiments.studies import comparison, layer_sweep
 from conservtl.experiments.studies.executors.names import PROCESSES
 from conservtl.experiments.studies.variants import left_out

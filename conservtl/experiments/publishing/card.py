@@ -6,21 +6,38 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from conservtl.errors import counted
-from conservtl.experiments.publishing.licence import UNKNOWN
+from conservtl.adaptation.adaptation import Adaptation
+from conservtl.errors import SpecError, counted
+from conservtl.experiments.publishing.licence import UNKNOWN, base_model, front_matter, licence_of
+from conservtl.experiments.run.setting import Setting
 from conservtl.plan.plan import Plan
+from conservtl.report import left_out_notes, sentence
 from conservtl.report.text.metrics import metrics_of, pair
 
-__all__ = ["Card", "card_text"]
+__all__ = ["CARD", "Card", "card_text", "check_card", "run_card"]
 
 _DRIFTED = 8  # layers of the table
 _LABELS = 50
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # of a licence on the Hub
 _DOMAINS = {"target": "target", "source": "source (retained)"}
+
+CARD = "README.md"
+"""Name of a model's card."""
+_LOADING = """\
+import conservtl as ctl
+
+adapted = ctl.load_adapted(".")  # the folder of this file
+print(adapted.predict(["{example}"]))
+
+# the weights alone, for another program:
+from safetensors.torch import load_file
+
+weights = load_file("model.safetensors")"""
 
 
 @dataclass(frozen=True)
@@ -179,3 +196,34 @@ def _line(text: str) -> str:
 def _code(text: str) -> str:
     """Return a text for inline code, in one line."""
     return " ".join(str(text).replace("`", "'").replace("|", "/").split())
+
+
+def check_card(folder: Path) -> None:
+    """Raise if a README.md stands in an output folder that is no card of a run."""
+    card = folder / CARD
+    tags = front_matter(card).get("tags")
+    if card.exists() and not (isinstance(tags, list) and "conservtl" in tags):
+        raise SpecError(f"out: {str(card)!r} is no card that a run wrote, and a run replaces it. Give another folder.")
+
+
+def run_card(setting: Setting, adaptation: Adaptation, report: Mapping[str, Any]) -> str:
+    """Return the card of the model that a run adapted."""
+    section = setting.spec.source
+    weights = section.weights
+    return card_text(
+        Card(
+            title=f"{setting.task.name} adapted to {setting.target}",
+            plan=adaptation.plan,
+            strategies=[strategy.label for strategy in adaptation.origin.strategies],
+            drift=adaptation.drift(),
+            labels=setting.domains.labels,
+            source=section.shown if weights is not None else "a model trained on the source data",
+            base=base_model(str(weights)) if isinstance(weights, str) else None,
+            licence=UNKNOWN if weights is None else licence_of(weights),
+            pipeline=setting.task.pipeline,
+            library="conservtl",
+            loading=_LOADING.format(example=setting.task.example),
+            report=report,
+            notes=[sentence(report), *left_out_notes(report)],
+        )
+    )

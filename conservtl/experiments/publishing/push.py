@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from conservtl.errors import SourceError, SpecError
-from conservtl.experiments.publishing.run_card import CARD
+from conservtl.experiments.publishing.card import CARD
 from conservtl.extras import require
 from conservtl.source.downloads import one_line
 from conservtl.source.run_header import WEIGHTS

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.bounds import as_path
 from conservtl.errors import SpecError, agreeing, counted
-from conservtl.experiments.publishing.card import Card, card_text
+from conservtl.experiments.publishing.card import CARD, Card, card_text
 from conservtl.experiments.publishing.licence import base_model as base_of
 from conservtl.experiments.publishing.licence import licence_of
-from conservtl.experiments.publishing.run_card import CARD
 from conservtl.experiments.run.bundle import save_measured
 from conservtl.experiments.run.bundle_header import merged_model
 from conservtl.layers import named_parameters

@@ -17,7 +17,7 @@ from conservtl.engine import FitResult, Holdout
 from conservtl.engine.checkpoint import CHECKPOINTS, Checkpoints
 from conservtl.engine.processes import Processes, connected, restarted
 from conservtl.errors import MissingExtraError, SpecError
-from conservtl.experiments.publishing.run_card import CARD, check_card, run_card
+from conservtl.experiments.publishing.card import CARD, check_card, run_card
 from conservtl.experiments.run.bundle import save_bundle, save_measured
 from conservtl.experiments.run.evaluation_sets import (
     device_of,

@@ -19,8 +19,7 @@ from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.messages import explanations
 from conservtl.experiments.spec.reading import MAX_CHARACTERS, as_written, changeable, fault, read_yaml
 from conservtl.experiments.spec.recipes import fill, offer
-from conservtl.experiments.spec.source_section import SourceSection
-from conservtl.experiments.spec.study_sections import CompareSection, SweepSection, TuneSection
+from conservtl.experiments.spec.sections import CompareSection, SourceSection, SweepSection, TuneSection
 from conservtl.methods import AnyStrategy
 from conservtl.plugins import import_modules, imported_modules
 from conservtl.spec_model import FrozenModel

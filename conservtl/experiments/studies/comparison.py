@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from conservtl.errors import counted
+from conservtl.experiments.spec.sections import CompareSection
 from conservtl.experiments.spec.spec import Spec, with_fields
-from conservtl.experiments.spec.study_sections import CompareSection
 from conservtl.experiments.studies.bootstrap import bootstrap, interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.judge import Judge

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from conservtl.errors import SpecError, counted
 from conservtl.experiments.run.setting import prepare
+from conservtl.experiments.spec.sections import SweepSection
 from conservtl.experiments.spec.spec import Spec, with_fields
-from conservtl.experiments.spec.study_sections import SweepSection
 from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.result_store import ResultStore, estimate

@@ -16,8 +16,8 @@ from typing import Any
 from conservtl.errors import ConservtlError, SpecError
 from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.search_space import SearchRange, ranges_of
+from conservtl.experiments.spec.sections import TuneSection
 from conservtl.experiments.spec.spec import Spec, parse_spec, with_fields
-from conservtl.experiments.spec.study_sections import TuneSection
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.study_storage import opened_storage, shown_url
 from conservtl.experiments.studies.trial import Trial, run_trial

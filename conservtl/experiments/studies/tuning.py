@@ -12,8 +12,8 @@ from conservtl.data.shots import may_validate
 from conservtl.errors import SpecError
 from conservtl.experiments.spec.fields import with_values
 from conservtl.experiments.spec.search_space import SearchRange
+from conservtl.experiments.spec.sections import TuneSection
 from conservtl.experiments.spec.spec import dump_spec, parse_spec
-from conservtl.experiments.spec.study_sections import TuneSection
 from conservtl.experiments.studies.executors.dispatch import finish
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor, is_local, workers_of
 from conservtl.experiments.studies.result_store import estimate

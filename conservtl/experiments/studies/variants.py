@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from conservtl.data.shots import may_validate
 from conservtl.errors import SpecError
+from conservtl.experiments.spec.sections import BASELINES, CompareSection
 from conservtl.experiments.spec.spec import Spec, with_fields, with_variant
-from conservtl.experiments.spec.study_sections import BASELINES, CompareSection
 from conservtl.experiments.studies.trial import How
 
 __all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "left_out", "variants_of"]

@@ -8,8 +8,7 @@ from typing import Any
 
 from conservtl.errors import counted
 from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
-from conservtl.report.figures.changes import change_column
-from conservtl.report.figures.error_bars import CUT_OFF, error_bar
+from conservtl.report.figures.marks import CUT_OFF, change_column, error_bar
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric
 from conservtl.report.text.variants import VariantResult, best_baseline, best_method, variants

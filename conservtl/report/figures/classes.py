@@ -8,7 +8,7 @@ from typing import Any
 
 from conservtl.errors import counted
 from conservtl.report.figures.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
-from conservtl.report.figures.changes import change_column
+from conservtl.report.figures.marks import change_column
 from conservtl.report.text.metrics import Metric, headline, number
 
 __all__ = ["SHOWN", "class_chart"]

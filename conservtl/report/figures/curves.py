@@ -1,4 +1,4 @@
-"""Learning curves: target and source over epochs, the starting point included."""
+"""Target and source as two lines: over epochs, and on the way from the starting to the trained weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from conservtl.report.figures.canvas import GREY, Picture, bare, draw
-from conservtl.report.figures.lines import DOMAINS, Points, draw_lines
-from conservtl.report.figures.weight_path import kept_point
+from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw
 from conservtl.report.text.metrics import Metric, headline, number, pair
+from conservtl.report.text.summary import read_plan
 
-__all__ = ["learning_curves"]
+__all__ = ["DOMAINS", "Points", "draw_lines", "kept_point", "learning_curves", "weight_path"]
+
+Points = list[tuple[float, float]]
+DOMAINS = ("target", "source")
+_LEAST_SPAN = 0.05  # of a share, that the axis spans at least: a smaller change must not fill the picture
+_LOOKS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 
 
 def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Picture | None:
@@ -117,3 +121,90 @@ def _caption(metric: Metric, *, ring: bool, borders: bool, named: bool) -> str:
     if borders:
         parts.append(f"Dotted lines: phase borders{'' if named else ', numbered as in the table of phases'}.")
     return " ".join(parts)
+
+
+def weight_path(report: Mapping[str, Any]) -> Picture | None:
+    """Draw target and source along the path; None if it was not measured."""
+    entries = report.get("path") or []
+    metric = headline(report)
+    lines = {domain: _path_points(entries, domain, metric) for domain in DOMAINS}
+    lines = {domain: points for domain, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    kept = kept_point(report)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        draw_lines(axes, lines, metric, kept)
+        axes.set_xlabel("t (0: starting weights, 1: trained weights)")
+        axes.set_xticks([number / 10 for number in range(11)])
+        axes.set_xlim(-0.02, 1.02)
+
+    alt = f"Path: {metric.name} of {' and '.join(lines)} between the starting point and the trained weights."
+    return Picture(
+        "From the starting to the trained weights", _path_caption(report, metric, kept), draw("path", alt, 3.2, paint)
+    )
+
+
+def kept_point(report: Mapping[str, Any]) -> float | None:
+    """Return the position on the path of the weights that were kept; None if it is unknown or off the path."""
+    return next((float(entry["t"]) for entry in report.get("path") or [] if entry.get("kept")), None)
+
+
+def _path_points(entries: Any, domain: str, metric: Metric) -> Points:
+    values = [(float(entry["t"]), number((entry.get(domain) or {}).get(metric.key))) for entry in entries]
+    return sorted((t, metric.scaled(value)) for t, value in values if value is not None)
+
+
+def _path_caption(report: Mapping[str, Any], metric: Metric, kept: float | None) -> str:
+    examples = report.get("path_examples") or {}
+    counts = " and ".join(f"{examples[domain]:,} {domain}" for domain in DOMAINS if domain in examples)
+    on = f", on {counts} test examples" if counts else ""
+    between = "(1 − t) × the starting weights + t × the trained ones"
+    parts = [f"{metric.direction} of {between}{on}, without further training."]
+    if kept is not None:
+        parts.append(f"Rings: the weights that were kept, t\u00a0=\u00a0{kept:g}.")
+    plan = read_plan(report)
+    if plan is not None and plan.fresh:
+        parts.append("New parameters keep their trained values; only the others start at the source.")
+    return " ".join(parts)
+
+
+def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: float | None) -> None:
+    """Draw the lines of both domains, in the shown unit, with a name at the right end and a ring at ``kept``."""
+    values = [value for points in lines.values() for _, value in points]
+    least = metric.scaled(_LEAST_SPAN) if metric.share else _LEAST_SPAN * max(map(abs, values))
+    span = max(max(values) - min(values), least) or 1.0
+    middle = (max(values) + min(values)) / 2
+    low, high = middle - 0.58 * span, middle + 0.58 * span
+    if metric.share and high > 100 >= max(values):
+        low, high = min(low, 100 - 1.1 * span), 100 + 0.04 * span
+    if min(values) >= 0:
+        low = max(low, -0.04 * span)
+    axes.set_ylim(low, high)
+    ends = {domain: points[-1][1] for domain, points in lines.items()}
+    close = len(ends) > 1 and max(ends.values()) - min(ends.values()) < 0.075 * (high - low)
+    upper = max(ends, key=lambda domain: ends[domain])
+    last = max(points[-1][0] for points in lines.values())
+    for domain, points in lines.items():
+        colour, marker, style = _LOOKS[domain]
+        places, heights = zip(*points, strict=True)
+        every = max(1, len(points) // 25)  # a marker a point would hide a long curve
+        axes.plot(places, heights, style, color=colour, marker=marker, markevery=every, clip_on=False)
+        axes.annotate(
+            f"{domain} {metric.show_scaled(points[-1][1])}",
+            (last, points[-1][1]),
+            xytext=(10, 0),
+            textcoords="offset points",
+            color=colour,
+            # Close ends: one name above its line and one below, so that they cannot cover each other.
+            va="center" if not close else "bottom" if domain == upper else "top",
+            weight="bold",
+            annotation_clip=False,
+        )
+    for points in lines.values():
+        if kept is not None and (mark := dict(points).get(kept)) is not None:
+            axes.plot([kept], [mark], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK, clip_on=False)
+    axes.set_ylabel(metric.label)
+    axes.yaxis.get_major_locator().set_params(nbins=7)
+    bare(axes, grid="y")

@@ -7,8 +7,7 @@ from typing import Any
 
 from conservtl.errors import counted
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
-from conservtl.report.figures.changes import right_column
-from conservtl.report.figures.error_bars import CUT_OFF, error_bar
+from conservtl.report.figures.marks import CUT_OFF, error_bar, right_column
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
 from conservtl.report.text.examples import shots_text, taken_of
 from conservtl.report.text.metrics import ACCURACY, Metric

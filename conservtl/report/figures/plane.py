@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from conservtl.report.figures.canvas import GREY, INK, PALE, bare
-from conservtl.report.figures.error_bars import error_bar
 from conservtl.report.figures.labels import Label, annotate
+from conservtl.report.figures.marks import error_bar
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric, true_minus
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from conservtl.report.figures.canvas import INK, SOURCE, TARGET, Picture, bare, draw
-from conservtl.report.figures.error_bars import CUT_OFF
+from conservtl.report.figures.marks import CUT_OFF
 from conservtl.report.figures.plane import PlanePoint, paint_plane
 from conservtl.report.text.intervals import MeanInterval, metric_span
 from conservtl.report.text.metrics import Metric, headline

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.experiments.spec.study_sections import BASELINES
+from conservtl.experiments.spec.sections import BASELINES
 from conservtl.experiments.studies.bootstrap import bootstrap
 
 SOME = torch.zeros(6, 8), torch.arange(6) % 3

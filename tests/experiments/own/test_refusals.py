@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import conservtl as ctl
-from conservtl.experiments.spec.study_sections import CompareSection, SweepSection
+from conservtl.experiments.spec.sections import CompareSection, SweepSection
 
 nan, inf = math.nan, math.inf
 WRONG = torch.zeros(6, 8), torch.tensor([0, 1, 2, 0, 1, -1])

@@ -5,8 +5,8 @@ import json
 import pytest
 
 import conservtl as ctl
+from conservtl.experiments.publishing.card import check_card
 from conservtl.experiments.publishing.licence import front_matter
-from conservtl.experiments.publishing.run_card import check_card
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.spec.spec import parse_spec
 from conservtl.storage.tensor_files import read_header

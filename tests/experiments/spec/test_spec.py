@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conservtl import SpecError
-from conservtl.experiments.spec.source_section import SourceSection
+from conservtl.experiments.spec.sections import SourceSection
 from conservtl.experiments.spec.spec import dump_spec, load_spec, parse_spec, schema, with_variant
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

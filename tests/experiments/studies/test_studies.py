@@ -13,8 +13,8 @@ from conservtl.experiments.run.evaluation_sets import score_on_tests
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
+from conservtl.experiments.spec.sections import BASELINES
 from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
-from conservtl.experiments.spec.study_sections import BASELINES
 from conservtl.experiments.studies import result_store
 from conservtl.experiments.studies import trial as module
 from conservtl.experiments.studies.comparison import compare, plan_trials, summarise

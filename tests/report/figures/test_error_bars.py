@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.markers import CARETDOWN, CARETLEFT, CARETRIGHT, CARETUP
 
-from conservtl.report.figures.error_bars import error_bar
+from conservtl.report.figures.marks import error_bar
 from conservtl.report.text.intervals import MeanInterval
 
 

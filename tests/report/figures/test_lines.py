@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from conservtl.report.figures.lines import draw_lines
+from conservtl.report.figures.curves import draw_lines
 from conservtl.report.text.metrics import Metric
 
 

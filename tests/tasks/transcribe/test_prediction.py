@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import conservtl as ctl
-from conservtl.experiments.run.adapted import Adapted
-from conservtl.experiments.run.prediction_batches import batches_by_length, read_ahead, speed_text
+from conservtl.experiments.run.adapted import Adapted, batches_by_length, read_ahead, speed_text
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
 from conservtl.tasks.transcribe.task import Transcribe
