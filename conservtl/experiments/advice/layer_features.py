@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from conservtl.layers.names import named_modules
 from conservtl.runtime.channels import Channels, pooled
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.model_hooks import hooked
-from conservtl.runtime.preserve import preserve_modes
+from conservtl.runtime.preserve import eval_mode
 
 __all__ = ["LayerFeatures", "features_of", "statistics_shift"]
 
@@ -64,8 +65,7 @@ def features_of(
     taken: dict[str, list[Tensor]] = {layer.name: [] for layer in layers if layer.modules}
     outputs: list[Tensor] = []
     classes: list[Tensor] = []
-    with _as_found(model), _pooling(model, layers) as caught:
-        model.to(place).eval()
+    with eval_mode(model), _pooling(model, layers) as caught:
         for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
             caught.clear()
             outputs.append(logits_of(forward(model, batch.content)).float().cpu())
@@ -106,8 +106,7 @@ def statistics_shift(
         )
 
     place = next(model.parameters()).device
-    with hooked([norm.register_forward_pre_hook(add) for norm in norms]), _as_found(model):
-        model.eval()
+    with hooked([norm.register_forward_pre_hook(add) for norm in norms]), eval_mode(model):
         for batch in as_batches(data, batch_size, place, shuffle=False).epoch():
             forward(model, batch.content)
     shifts = []
@@ -126,6 +125,12 @@ def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Te
     """Yield a dictionary that holds the pooled outputs of layers after each forward pass."""
     modules = named_modules(model)
     caught: dict[str, Tensor] = {}
+
+    def keep(name: str, channels: Channels, _: nn.Module, __: Any, output: Any) -> None:
+        output = _first_tensor(output)
+        if isinstance(output, Tensor) and output.ndim >= 2:
+            caught[name] = pooled(output.float(), channels.axis(output)).cpu()
+
     with ExitStack() as hooks:
         for layer in layers:
             if not layer.modules:
@@ -133,29 +138,11 @@ def _pooling(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Te
             if layer.modules[-1] not in modules:
                 raise SelectorError(f"the model has no layer {layer.name!r}. Give the layers that find_layers gives.")
             module = modules[layer.modules[-1]]
-            hooks.enter_context(module.register_forward_hook(_Pool(layer.name, Channels(module), caught)))
+            hooks.enter_context(module.register_forward_hook(partial(keep, layer.name, Channels(module))))
         yield caught
 
 
-class _Pool:
-    """A forward hook that stores the mean of the output over all but examples and channels."""
-
-    def __init__(self, layer: str, channels: Channels, caught: dict[str, Tensor]) -> None:
-        self.layer, self.channels, self.caught = layer, channels, caught
-
-    def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
-        while isinstance(output, (tuple, list, Mapping)) and output:
-            output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-        if isinstance(output, Tensor) and output.ndim >= 2:
-            self.caught[self.layer] = pooled(output.float(), self.channels.axis(output)).cpu()
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put the model back on its device and its modules into their modes."""
-    place = next(model.parameters()).device
-    with preserve_modes(model):
-        try:
-            yield
-        finally:
-            model.to(place)
+def _first_tensor(output: Any) -> Any:
+    while isinstance(output, (tuple, list, Mapping)) and output:
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output

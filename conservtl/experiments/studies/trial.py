@@ -74,7 +74,7 @@ class Trial:
     @property
     def place(self) -> str:
         """The data and the source model, which trials share, as JSON: every field that does not adapt."""
-        return json.dumps(self.spec.model_dump(mode="json", include=_SHARED), sort_keys=True)
+        return _Place.of(self.spec).key
 
     def domains(self) -> Domains:
         """Return its data, read once for all trials that share it."""
@@ -189,7 +189,8 @@ class _Place:
         """Return the place of a spec."""
         bare = type(spec).model_fields.keys() - _SHARED
         defaults = {name: type(spec).model_fields[name].get_default(call_default_factory=True) for name in bare}
-        return cls(Trial("", "", spec).place, spec.model_copy(update=defaults))
+        key = json.dumps(spec.model_dump(mode="json", include=_SHARED), sort_keys=True)
+        return cls(key, spec.model_copy(update=defaults))
 
 
 @lru_cache(maxsize=2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.errors import counted
-from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, shorten
+from conservtl.report.figures.canvas import GREY, INK, PALE, Picture, bare, draw, legend_above, shorten
 from conservtl.report.figures.marks import CUT_OFF, change_column, error_bar
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric
@@ -96,7 +96,7 @@ def _paint(axes: Any, targets: Sequence[Target], shown: Sequence[VariantResult],
     axes.set_yticks(places, [shorten(target.name, 24) for target in targets])
     axes.set_ylim(len(targets) - 0.4, -0.6)
     axes.set_xlabel(metric.with_unit(f"target {metric.name}"))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handletextpad=0.2, columnspacing=1.4)
+    legend_above(axes, 3, handletextpad=0.2, columnspacing=1.4)
     axes.xaxis.get_major_locator().set_params(nbins=7, steps=[1, 2, 5, 10])
     bare(axes, grid="x")
     axes.spines["bottom"].set_color(GREY)

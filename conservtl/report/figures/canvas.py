@@ -15,7 +15,21 @@ from conservtl.extras import require
 from conservtl.fragments import figure_html
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["GREY", "INK", "PALE", "SOURCE", "TARGET", "WIDTH", "Picture", "bare", "draw", "draw_png", "shorten"]
+__all__ = [
+    "DOMAIN_LOOKS",
+    "GREY",
+    "INK",
+    "PALE",
+    "SOURCE",
+    "TARGET",
+    "WIDTH",
+    "Picture",
+    "bare",
+    "draw",
+    "draw_png",
+    "legend_above",
+    "shorten",
+]
 
 # Okabe and Ito's palette, distinct with every common kind of colour blindness.
 TARGET = "#0072B2"
@@ -23,6 +37,9 @@ SOURCE = "#D55E00"
 INK = "#333333"
 GREY = "#8A8A8A"
 PALE = "#DDDDDD"
+
+DOMAIN_LOOKS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
+"""Domain -> colour, marker and stroke of its line."""
 
 WIDTH = 9.6
 """Width of the page's column in inches: 9 points are 12 pixels on the page."""
@@ -110,6 +127,11 @@ def bare(axes: Any, *, grid: str) -> None:
     axes.tick_params(length=0)
     axes.spines["left" if grid == "x" else "bottom"].set_color(PALE)
     axes.spines["bottom" if grid == "x" else "left"].set_visible(False)
+
+
+def legend_above(axes: Any, ncols: int, **spacing: float) -> None:
+    """Write the names of lines and marks in a row above the axes."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, borderaxespad=0, **spacing)
 
 
 def shorten(name: str, length: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.errors import counted
-from conservtl.report.figures.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
+from conservtl.report.figures.canvas import INK, PALE, SOURCE, TARGET, Picture, bare, draw, legend_above, shorten
 from conservtl.report.figures.marks import change_column
 from conservtl.report.text.metrics import Metric, headline, number
 
@@ -108,14 +108,7 @@ def _dumbbells(axes: Any, domain: str, classes: Sequence[Class], rows: int, metr
     axes.xaxis.get_major_locator().set_params(nbins=5, steps=[1, 2, 5, 10], integer=metric.share)
     axes.set_xlabel(metric.label)
     axes.set_ylabel(f"{domain} class", labelpad=8)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=2,
-        borderaxespad=0,
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
+    legend_above(axes, 2, handletextpad=0.2, columnspacing=1.2)
     bare(axes, grid="x")
 
 

@@ -6,22 +6,20 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from conservtl.report.figures.canvas import GREY, INK, SOURCE, TARGET, Picture, bare, draw
+from conservtl.report.figures.canvas import DOMAIN_LOOKS, GREY, INK, Picture, bare, draw
 from conservtl.report.text.metrics import Metric, headline, number, pair
 from conservtl.report.text.summary import read_plan
 
-__all__ = ["DOMAINS", "Points", "draw_lines", "kept_point", "learning_curves", "weight_path"]
+__all__ = ["draw_lines", "learning_curves", "weight_path"]
 
 Points = list[tuple[float, float]]
-DOMAINS = ("target", "source")
 _LEAST_SPAN = 0.05  # of a share, that the axis spans at least: a smaller change must not fill the picture
-_LOOKS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 
 
 def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Picture | None:
     """Draw target and source over epochs, with the training loss beneath; None without history."""
     metric = headline(report)
-    lines = {domain: _points(report, history, domain, metric) for domain in DOMAINS}
+    lines = {domain: _points(report, history, domain, metric) for domain in DOMAIN_LOOKS}
     lines = {domain: points for domain, points in lines.items() if points}
     losses = [(float(entry["epoch"]), loss) for entry in history if (loss := number(entry.get("loss"))) is not None]
     if not history or not lines:
@@ -45,7 +43,7 @@ def learning_curves(report: Mapping[str, Any], history: Sequence[Mapping[str, An
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
 
     alt = f"Learning curves: {metric.name} of {' and '.join(lines)} over {round(phases[-1][2])} epochs."
-    back = kept_point(report)
+    back = _kept_point(report)
     caption = _caption(metric, ring=kept is not None, borders=len(phases) > 1, named=named)
     if back is not None and back < 1:
         caption += f" Then the weights were moved back to t\u00a0=\u00a0{back:g} of the path below."
@@ -71,7 +69,6 @@ def _losses(axes: Any, losses: Points) -> None:
     axes.set_ylim(bottom=min(0.0, *heights))
     axes.set_ylabel("training loss")
     bare(axes, grid="y")
-    axes.spines["bottom"].set_visible(True)
 
 
 def _phases(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
@@ -127,11 +124,11 @@ def weight_path(report: Mapping[str, Any]) -> Picture | None:
     """Draw target and source along the path; None if it was not measured."""
     entries = report.get("path") or []
     metric = headline(report)
-    lines = {domain: _path_points(entries, domain, metric) for domain in DOMAINS}
+    lines = {domain: _path_points(entries, domain, metric) for domain in DOMAIN_LOOKS}
     lines = {domain: points for domain, points in lines.items() if len(points) > 1}
     if not lines:
         return None
-    kept = kept_point(report)
+    kept = _kept_point(report)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -146,7 +143,7 @@ def weight_path(report: Mapping[str, Any]) -> Picture | None:
     )
 
 
-def kept_point(report: Mapping[str, Any]) -> float | None:
+def _kept_point(report: Mapping[str, Any]) -> float | None:
     """Return the position on the path of the weights that were kept; None if it is unknown or off the path."""
     return next((float(entry["t"]) for entry in report.get("path") or [] if entry.get("kept")), None)
 
@@ -158,7 +155,7 @@ def _path_points(entries: Any, domain: str, metric: Metric) -> Points:
 
 def _path_caption(report: Mapping[str, Any], metric: Metric, kept: float | None) -> str:
     examples = report.get("path_examples") or {}
-    counts = " and ".join(f"{examples[domain]:,} {domain}" for domain in DOMAINS if domain in examples)
+    counts = " and ".join(f"{examples[domain]:,} {domain}" for domain in DOMAIN_LOOKS if domain in examples)
     on = f", on {counts} test examples" if counts else ""
     between = "(1 − t) × the starting weights + t × the trained ones"
     parts = [f"{metric.direction} of {between}{on}, without further training."]
@@ -187,7 +184,7 @@ def draw_lines(axes: Any, lines: Mapping[str, Points], metric: Metric, kept: flo
     upper = max(ends, key=lambda domain: ends[domain])
     last = max(points[-1][0] for points in lines.values())
     for domain, points in lines.items():
-        colour, marker, style = _LOOKS[domain]
+        colour, marker, style = DOMAIN_LOOKS[domain]
         places, heights = zip(*points, strict=True)
         every = max(1, len(points) // 25)  # a marker a point would hide a long curve
         axes.plot(places, heights, style, color=colour, marker=marker, markevery=every, clip_on=False)

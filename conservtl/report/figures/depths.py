@@ -85,7 +85,6 @@ def _panel(axes: Any, curves: Mapping[str, Points], before: MeanInterval | None)
         line = axes.axhline(before.mean, color=INK, linewidth=0.9, linestyle=dashes, zorder=1, label="source as it is")
         entries.append((line, INK, "normal"))
     bare(axes, grid="y")
-    axes.spines["bottom"].set_visible(True)
     return entries
 
 

@@ -115,7 +115,6 @@ def _panel(axes: Any, curves: Sequence[Curve], shots: Sequence[float], named: se
     axes.minorticks_off()
     axes.set_xlim(shots[0] / 1.12, shots[-1] * 1.12)
     bare(axes, grid="y")
-    axes.spines["bottom"].set_visible(True)
     legend_beside(axes, lines)
 
 

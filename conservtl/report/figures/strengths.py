@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from conservtl.report.figures.canvas import INK, SOURCE, TARGET, Picture, bare, draw
+from conservtl.report.figures.canvas import DOMAIN_LOOKS, INK, TARGET, Picture, bare, draw, legend_above
 from conservtl.report.figures.marks import CUT_OFF
 from conservtl.report.figures.plane import PlanePoint, paint_plane
 from conservtl.report.text.intervals import MeanInterval, metric_span
@@ -15,7 +15,6 @@ from conservtl.report.text.metrics import Metric, headline
 __all__ = ["StrengthStep", "best_step", "path_of", "strength_curve", "strengths_of", "swept_method"]
 
 _WIDE = 30.0  # ratio of the largest to the least strength beyond which the axis is logarithmic
-_DOMAINS = {"target": (TARGET, "o", "-"), "source": (SOURCE, "s", "--")}
 _PATH = "#8A6000"
 
 
@@ -106,7 +105,7 @@ def _against(axes: Any, steps: Sequence[StrengthStep], name: str, metric: Metric
     log = scaled and bool(positive) and max(positive) / min(positive) > _WIDE
     # A logarithmic axis has no 0: strength 0 is drawn a factor of ten left of the least positive one.
     places = [step.at if step.at > 0 or not log else min(positive) / 10 for step in steps]
-    for domain, (colour, marker, stroke) in _DOMAINS.items():
+    for domain, (colour, marker, stroke) in DOMAIN_LOOKS.items():
         spans = [step.target if domain == "target" else step.source for step in steps]
         measured = [(place, span) for place, span in zip(places, spans, strict=True) if span is not None]
         if not measured:
@@ -122,9 +121,8 @@ def _against(axes: Any, steps: Sequence[StrengthStep], name: str, metric: Metric
     axes.minorticks_off()
     axes.set_xlabel(f"{name} (log scale)" if log else name)
     axes.set_ylabel(metric.label)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handletextpad=0.4)
+    legend_above(axes, 2, handletextpad=0.4)
     bare(axes, grid="y")
-    axes.spines["bottom"].set_visible(True)
 
 
 def _plane(
@@ -153,7 +151,7 @@ def _plane(
     names = [f"strength of {method}"] * bool(strengths) + ["path"] * bool(path)
     for (_, colour, stroke), name in zip(lines, names, strict=True):
         axes.plot([], [], stroke, color=colour, label=name)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handletextpad=0.4)
+    legend_above(axes, 2, handletextpad=0.4)
     paint_plane(figure, axes, [], lines, metric)
 
 

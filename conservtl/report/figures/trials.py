@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conservtl.errors import counted
-from conservtl.report.figures.canvas import GREY, PALE, SOURCE, TARGET, Picture, bare, draw, shorten
+from conservtl.report.figures.canvas import GREY, SOURCE, TARGET, Picture, bare, draw, shorten
 from conservtl.report.figures.plane import PlanePoint, Window, metric_axis, paint_plane, window_of
 from conservtl.report.text.intervals import single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline, number
@@ -241,5 +241,3 @@ def _frame(axes: Any, seen: Window) -> None:
     axes.set_ylim(seen.low, seen.high)
     axes.yaxis.get_major_locator().set_params(nbins=6)
     bare(axes, grid="y")
-    axes.spines["bottom"].set_visible(True)
-    axes.spines["bottom"].set_color(PALE)

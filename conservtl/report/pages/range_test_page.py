@@ -102,4 +102,3 @@ def _paint(figure: Any, result: Mapping[str, Any]) -> None:
     axes.set_ylabel("loss, with the plan's terms")
     axes.minorticks_off()
     bare(axes, grid="y")
-    axes.spines["bottom"].set_visible(True)
