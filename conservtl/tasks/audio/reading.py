@@ -22,6 +22,7 @@ _MOST_LEVEL = 2.0**31  # of floating-point samples, which may be scaled as integ
 _BLOCK = 2**22  # values that are read at a time
 _UNKNOWN_LENGTH = 2**62  # frames; libsndfile's number for a stream whose header gives none
 _CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
+_NEARLY_ALL = 0.01  # seconds that a list may round from a recording's duration
 _STREAMED = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 2**32))  # sizes that a program writes into a pipe
 _STEP = 2**-15  # one step of 16-bit samples
 _CANCELLED = 0.1  # of the channels' level: a sum of fewer than 100 channels of different sounds is above
@@ -30,10 +31,15 @@ _CLICK = 4  # frames that a click can be in
 _NEARLY = 0.99  # of the largest energy
 
 
-def read_audio(file: Path) -> tuple[Tensor, int]:
+def read_audio(file: Path, start: float = 0.0, seconds: float | None = None) -> tuple[Tensor, int]:
     """Return a recording, mixed to mono: (samples,) float32 in [-1, 1], and its sample rate in Hz.
 
     The file is read block by block: a header that lies about the length costs no memory.
+
+    Args:
+        file: the recording.
+        start: of the stretch that is read, in seconds.
+        seconds: its duration; None: to the end, as for all but a hundredth of a second of the recording.
 
     Raises:
         DataError: the file cannot be read as audio, is cut short or too long, has no samples or samples that are not
@@ -47,7 +53,8 @@ def read_audio(file: Path) -> tuple[Tensor, int]:
             if not 1 <= rate <= _MOST_RATE:
                 fault = f"must have a sample rate of 1 to {_MOST_RATE:,} Hz; it has {rate:,}"
             else:
-                channels, fault = _samples(opened)
+                end = None if seconds is None else round((start + seconds) * rate)
+                channels, fault = _samples(opened, round(start * rate), end)
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # of soundfile; TypeError for a .raw file
         fault = f"cannot be read as audio: {_shown_error(error, file)}"
     wave = channels.mean(dim=1)
@@ -60,16 +67,20 @@ def _shown_error(error: Exception, file: Path) -> str:
     return str(error).replace(repr(str(file)), shown_name(file)).rstrip(".")
 
 
-def _samples(opened: Any) -> tuple[Tensor, str | None]:
+def _samples(opened: Any, first: int, last: int | None) -> tuple[Tensor, str | None]:
     """Return the samples of an open file, (frames, channels), or why they cannot be used."""
-    blocks, promised, count = [], opened.frames, 0
+    if last is not None and first == 0 and last >= opened.frames - _NEARLY_ALL * opened.samplerate:
+        last = None
+    blocks, promised, count = [], min(opened.frames, last or opened.frames) - first, 0
     if cut := _CUT_SHORT.search(opened.extra_info):
         size, held = map(int, cut.groups())
         if held < size and not any(size in sizes for sizes in _STREAMED):
             fault = f"is cut short: its header promises {size:,} bytes of samples, and it has {held:,}"
             return torch.empty(0, 1), fault
+    if first:
+        opened.seek(first)
     size = max(1, _BLOCK // opened.channels)
-    while len(block := opened.read(size, dtype="float32", always_2d=True)):
+    while len(block := opened.read(size if last is None else min(size, last - first - count), "float32", True)):
         blocks.append(torch.from_numpy(block))
         count += len(block)
         if count * opened.channels > _MOST_VALUES:

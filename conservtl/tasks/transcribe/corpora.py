@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -55,8 +56,7 @@ def load(data: AnyData, *, seed: int, source: bool = True) -> Domains:
     wanted = [one for one in utterances if one.speaker == data.target or (source and _is_source(one, data))]
     labels = data.tokens.vocabulary(one.text for one in wanted)
     bad |= _unencodable(wanted, data.tokens, labels)
-    damaged = check_files(dict.fromkeys(one.file for one in wanted if one.file is not None), read_audio, "audio")
-    bad |= {Path(one.name): damaged[one.file] for one in wanted if one.file in damaged}
+    bad |= _unreadable(wanted)
     if data.on_bad == "error":
         refuse(bad)
     used = [one for one in wanted if Path(one.name) not in bad]
@@ -117,6 +117,16 @@ def _unencodable(utterances: Sequence[Utterance], tokens: Any, labels: tuple[str
             tokens.encode(one.text, labels)
         except DataError as error:
             bad[Path(one.name)] = str(error).rpartition(". ")[0]
+    return bad
+
+
+def _unreadable(utterances: Sequence[Utterance]) -> dict[Path, str]:
+    """Return the names of utterances whose samples cannot be used -> why."""
+    bad: dict[Path, str] = {}
+    for one in utterances:
+        read = partial(read_audio, start=one.offset, seconds=one.seconds)
+        found = check_files([one.file] if one.file else [], read, f"audio {one.offset} {one.seconds}")
+        bad |= {Path(one.name): fault for fault in found.values()}
     return bad
 
 

@@ -13,6 +13,7 @@ import torch
 
 from conservtl.errors import DataError, MissingExtraError
 from conservtl.extras import require
+from conservtl.tasks.audio.resampling import resample
 from conservtl.tasks.transcribe.word_errors import Errors, changed_words, character_errors, word_errors
 
 __all__ = ["Transcript", "error_tables", "interval", "worst_utterances"]
@@ -20,6 +21,8 @@ __all__ = ["Transcript", "error_tables", "interval", "worst_utterances"]
 _WORST = 10  # utterances
 _WORDS = 12  # changed words
 _BYTES = 200_000  # of an embedded recording; longer ones are named only
+_RATE = 16_000  # Hz, of an embedded recording
+_MIME = {"MP3": "audio/mpeg", "WAV": "audio/wav"}
 _RESAMPLED = 2000  # draws of the bootstrap
 _MISSING = "–"
 _SIDES = ("before", "after")
@@ -150,13 +153,14 @@ def _embedded(inputs: Any, place: int) -> str:
     """Return a recording as a data URI; empty where there is none, or it is too long to embed."""
     try:
         wave, rate = inputs.wave(place)
-        content = io.BytesIO()
-        loudest = wave.abs().max().clamp_min(1e-9)
-        require("soundfile", "speech").write(content, (wave / loudest * 0.9).numpy(), rate, format="WAV")
+        soundfile, content = require("soundfile", "speech"), io.BytesIO()
+        kind = "MP3" if "MP3" in soundfile.available_formats() else "WAV"
+        wave = resample(wave.unsqueeze(0), rate, _RATE)[0]
+        soundfile.write(content, (wave / wave.abs().max().clamp_min(1e-9) * 0.9).numpy(), _RATE, format=kind)
     except (AttributeError, DataError, MissingExtraError):
         return ""
     data = content.getvalue()
-    return "" if len(data) > _BYTES else "data:audio/wav;base64," + base64.b64encode(data).decode()
+    return "" if len(data) > _BYTES else f"data:{_MIME[kind]};base64," + base64.b64encode(data).decode()
 
 
 def _share(errors: Errors) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,22 +33,13 @@ def read_utterance(one: Utterance) -> tuple[Tensor, int]:
     """
     if one.file is None:
         raise DataError(f"{shown_name(one.name)} has no recording.")
-    wave, rate = _last_file(one.file)
-    if one.offset == 0 and one.seconds >= len(wave) / rate - 0.01:
-        return wave, rate
-    start, end = round(one.offset * rate), round((one.offset + one.seconds) * rate)
-    if end > len(wave) + 0.05 * rate:
+    wave, rate = read_audio(one.file, one.offset, one.seconds)
+    if len(wave) < (one.seconds - 0.05) * rate:
         raise DataError(
-            f"{shown_name(one.name)} must lie within its recording of {len(wave) / rate:.2f} s; received offset "
-            f"{one.offset:g} and duration {one.seconds:g}. Correct the manifest."
+            f"{shown_name(one.name)} must lie within its recording of {one.offset + len(wave) / rate:.2f} s; received "
+            f"offset {one.offset:g} and duration {one.seconds:g}. Correct the manifest."
         )
-    return wave[start:end], rate
-
-
-@lru_cache(maxsize=1)
-def _last_file(file: Path) -> tuple[Tensor, int]:
-    """Read a file; the last one is kept, because its utterances follow each other."""
-    return read_audio(file)
+    return wave, rate
 
 
 class Inputs(Sequence[Tensor]):

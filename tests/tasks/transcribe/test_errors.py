@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 pytest.importorskip("jiwer")
 
-from conservtl.tasks.transcribe.details import Transcript, error_tables, interval
+from conservtl.tasks.transcribe.details import Transcript, error_tables, interval, worst_utterances
 from conservtl.tasks.transcribe.word_errors import Errors, changed_words, character_errors, word_errors
 
 
@@ -52,3 +57,14 @@ def test_tables_pool_each_speaker():
     assert kinds["rows"][0][6:] == ["33.3 to 100.0", "40.0", "25.0 to 100.0"]
     assert kinds["rows"][1][6:] == ["0.0 to 0.0", "0.0", "0.0 to 0.0"]
     assert words["rows"] == [["target", "a", "–", "1", "0"], ["target", "b", "x", "1", "0"]]
+
+
+def test_an_utterance_of_30_s_has_a_player():
+    soundfile = pytest.importorskip("soundfile")
+    wave = torch.sin(0.05 * torch.arange(30 * 48_000))
+    data = SimpleNamespace(names=("1",), inputs=SimpleNamespace(wave=lambda _: (wave, 48_000)))
+    (found,) = worst_utterances([Transcript("1", "ann", "a", "a", "b")], data)
+    kind, _, content = found["audio"].partition(";base64,")
+    assert kind == "data:audio/mpeg"
+    heard, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
+    assert len(heard) / rate == pytest.approx(30, abs=0.1)

@@ -207,6 +207,7 @@ BAD = [
     ({"audio_filepath": "long.wav"}, "longer than data.longest"),
     ({"text": "\u00fcber"}, "outside the vocabulary"),
     ({"audio_filepath": "silent.wav"}, "is silent"),
+    ({"audio_filepath": "half.wav", "offset": 1.0, "duration": 0.5}, r"half\.wav@1 is silent"),
 ]
 
 
@@ -219,6 +220,7 @@ def test_a_line_that_cannot_be_used_is_refused_or_skipped_with_a_list(change, re
     record(root / "long.wav", 3)
     record(root / "new.wav")
     soundfile.write(root / "silent.wav", torch.zeros(RATE // 2).numpy(), RATE)
+    soundfile.write(root / "half.wav", torch.cat([torch.ones(RATE), torch.zeros(RATE)]).numpy() / 2, RATE)
     line = {"audio_filepath": "new.wav", "text": "say", "speaker": "ann"} | change
     with (root / "all.json").open("a") as file:
         file.write("\n" + json.dumps(line))

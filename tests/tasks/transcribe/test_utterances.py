@@ -91,6 +91,21 @@ def test_an_utterance_lies_within_its_recording(tmp_path):
     assert torch.equal(inputs.varied(0, None), inputs[0])  # nothing says how it changes
 
 
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_no_more_of_a_recording_is_read_than_the_utterance(kind, tmp_path, monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    wave = torch.randn(80_000, generator=torch.Generator().manual_seed(0)) / 9
+    soundfile.write(tmp_path / f"a.{kind}", wave.numpy(), 8000)
+    whole = torch.from_numpy(soundfile.read(tmp_path / f"a.{kind}", dtype="float32")[0])
+    read, plain = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *of: read.append(plain(*of)) or read[-1])
+    one = dataclasses.replace(ALL[0], file=tmp_path / f"a.{kind}", offset=7.1234, seconds=1.5)
+    assert torch.equal(read_utterance(one)[0], whole[56_987:68_987])
+    assert sum(map(len, read)) == 12_000
+    nearly = dataclasses.replace(one, offset=0.0, seconds=9.991)  # a list rounds
+    assert torch.equal(read_utterance(nearly)[0], whole)
+
+
 def test_inputs_beyond_the_memory_for_them_are_read_each_time(tmp_path, monkeypatch):
     soundfile = pytest.importorskip("soundfile")
     soundfile.write(tmp_path / "a.wav", torch.linspace(-0.5, 0.5, 800).numpy(), 8000)
