@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import check_gradient, checked
 from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
 from conservtl.engine.held import Held
-from conservtl.engine.lost_workers import between_steps
+from conservtl.engine.lost_workers import Deaths
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.schedule import schedule_factor
 from conservtl.engine.session import Session
@@ -85,6 +85,8 @@ class Learner:
     def go_on_from(self, state: State) -> None:
         """Continue from a state, new or restored."""
         self.state = state
+        if state.epoch and isinstance(self.batches, Streamed):
+            self.batches.start_workers()
         self.losses = Losses(state, self.session.device, self.batches, self._parameters)
         timed = self.settings.threads == "auto" and self.session.device.type == "cpu"
         self._timer = ThreadTimer(state.threads, torch.get_num_threads()) if timed else None
@@ -111,7 +113,7 @@ class Learner:
             )
             self.ever_cached |= self._prefix is not None
 
-    def epoch(self) -> Iterator[None]:
+    def epoch(self) -> Generator[None]:
         """Run the remaining steps of an epoch; yield after each, when the state is complete.
 
         Raises:
@@ -121,11 +123,17 @@ class Learner:
         state = self.state
         self.session.train()
         self._settle()
-        for group in self._steps_left():
-            with between_steps():
+        steps = self._steps_left()
+        first = next(steps, None)
+        with Deaths() as deaths:
+            for group in chain([] if first is None else [first], steps):
+                deaths.running = True
                 self._step(group)
-            self._settle()
-            yield
+                deaths.running = False
+                if deaths.heard:
+                    deaths.tell()
+                self._settle()
+                yield
         if not state.batch:
             raise DataError(
                 "train: the data gave no batches. Pass a non-empty iterable that can be iterated repeatedly."

@@ -20,6 +20,7 @@ from conservtl.errors import SpecError, counted
 __all__ = ["Execution", "decide", "in_tf32"]
 
 _IMAGES = (nn.Conv2d, nn.ConvTranspose2d)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def decide(training: Training, model: nn.Module, device: torch.device, precision
         device=str(device),
         precision=precision,
         channels_last=_channels_last(training, model, cuda=cuda),
-        fused=_fused(training, made, device),
+        fused=_fused(training, model, device, made),
         compile=training.compile,
         tf32=_tf32(training, precision, cuda=cuda),
         checkpointing=training.checkpointing,
@@ -99,20 +100,23 @@ def _channels_last(training: Training, model: nn.Module, *, cuda: bool) -> bool:
     wanted = training.channels_last
     if wanted is False or (wanted == "auto" and not cuda):
         return False
-    found = any(isinstance(module, _IMAGES) for module in model.modules())
-    if wanted is True and not found:
+    if any(isinstance(module, _IMAGES) for module in model.modules()):
+        return True
+    if wanted == "auto":
+        return False
+    if not any(one.ndim == 4 for one in model.parameters()):  # scripted modules and a user's own have weights alone
         raise SpecError(
             f"training.channels_last is true, which is a layout for 2-D convolutions; {type(model).__name__} has none. "
             "Set it to auto or false."
         )
-    return found
+    return True
 
 
-def _fused(training: Training, made: Made, device: torch.device) -> bool:
+def _fused(training: Training, model: nn.Module, device: torch.device, made: Made) -> bool:
     if training.fused is False or (training.fused == "auto" and device.type != "cuda"):
         return False
     cls, options = made
-    reason = _no_fused(cls, options, device)
+    reason = _no_fused(cls, options, device, model)
     if reason is not None and training.fused is True:
         raise SpecError(
             f"training.fused is true, but {class_name(cls)} makes no fused step on {device.type}: {reason}. Set it to "
@@ -121,8 +125,8 @@ def _fused(training: Training, made: Made, device: torch.device) -> bool:
     return reason is None
 
 
-def _no_fused(cls: Any, options: dict[str, Any], device: torch.device) -> str | None:
-    """Return why an optimizer has no fused step on a device; None if it has one, which trying alone shows."""
+def _no_fused(cls: Any, options: dict[str, Any], device: torch.device, model: nn.Module) -> str | None:
+    """Return why an optimizer has no fused step for a model; None if it has one, which trying alone shows."""
     given = getattr(cls, "keywords", {})
     if "fused" in given or given.get("foreach"):
         return "its arguments say how it steps"
@@ -130,8 +134,15 @@ def _no_fused(cls: Any, options: dict[str, Any], device: torch.device) -> str | 
         return "torch's fused step with dampening takes no parameters that are trained later than others"
     if "fused" not in inspect.signature(cls.func if isinstance(cls, functools.partial) else cls).parameters:
         return "it takes no argument fused"
+    types = {one.dtype for one in model.parameters() if one.is_floating_point() or one.is_complex()}
+    sparse = any(isinstance(one, _TABLES) and one.sparse for one in model.modules())
+    weights = [nn.Parameter(torch.zeros(1, dtype=dtype, device=device)) for dtype in types]
     try:
-        cls([nn.Parameter(torch.zeros(1, device=device))], **{**options, "fused": True})
+        optimizer = cls(weights, **{**options, "fused": True})
+        if sparse or any(map(torch.is_complex, weights)):  # at which some classes look in the step
+            for one in weights:
+                one.grad = torch.zeros_like(one).to_sparse() if sparse else torch.zeros_like(one)
+            optimizer.step()
     except Exception as error:  # noqa: BLE001 - a class may raise anything
         return f"{error}".splitlines()[0].rstrip(".") if f"{error}" else type(error).__name__
     return None

@@ -7,11 +7,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from conservtl.errors import ConservtlError, DataError, LostWorkerError
 
-__all__ = ["between_steps", "named_worker_errors", "worker_error"]
+__all__ = ["Deaths", "between_steps", "named_worker_errors", "worker_error"]
 
 _CHILD: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
 _DIED = re.compile(
@@ -22,31 +22,50 @@ _MEMORY = "If memory ran out, lower training.num_workers, or the size of a batch
 _GO_ON = "The last good checkpoint is kept: continue with resume"
 
 
-class between_steps:  # noqa: N801 - a context
-    """Hold back, until the block ends, that a process which loads data has died.
+class Deaths:
+    """Hold back, while ``running``, that a process which loads data has died; inside the block of this context.
 
     Torch raises wherever the main thread is when it hears of that, in the middle of an optimizer's step too. Held back,
-    it leaves the run in a state to continue from.
+    it leaves the run in a state to continue from. Torch must have begun to listen before the block: when the first
+    batch is loaded.
     """
 
-    def __enter__(self) -> None:
-        self._handler: Any = None if _CHILD is None else signal.getsignal(_CHILD)
-        self._heard = False
-        if not callable(self._handler) or threading.current_thread() is not threading.main_thread():
-            self._handler = None
-        else:
+    running = heard = False
+
+    def __enter__(self) -> Self:
+        handler: Any = None if _CHILD is None else signal.getsignal(_CHILD)
+        main = threading.current_thread() is threading.main_thread()
+        self._handler: Any = handler if callable(handler) and main else None
+        if self._handler is not None:
             signal.signal(_CHILD, self._hear)
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._handler is None:
-            return
-        if signal.getsignal(_CHILD) == self._hear:  # torch may have put its own handler over it meanwhile
+    def __exit__(self, *_: object) -> None:
+        # Torch may have put its own handler over it meanwhile.
+        if self._handler is not None and signal.getsignal(_CHILD) == self._hear:
             signal.signal(_CHILD, self._handler)
-        if self._heard and kind is None:
-            self._handler(_CHILD, None)
 
-    def _hear(self, *_: Any) -> None:
-        self._heard = True
+    def tell(self) -> None:
+        """Let torch raise for what was held back."""
+        self.heard = False
+        self._handler(_CHILD, None)
+
+    def _hear(self, *happened: Any) -> None:
+        if self.running:
+            self.heard = True
+        else:
+            self._handler(*happened)
+
+
+@contextmanager
+def between_steps() -> Iterator[None]:
+    """Hold back, until the block ends, that a process which loads data has died."""
+    with Deaths() as deaths:
+        deaths.running = True
+        yield
+        deaths.running = False
+        if deaths.heard:
+            deaths.tell()
 
 
 def worker_error(error: BaseException) -> ConservtlError | None:

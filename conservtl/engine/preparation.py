@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.bounds import as_path
@@ -129,6 +129,11 @@ def training_batches(session: Session, train: Any, together: int | None = None) 
     processes, settings = session.processes, session.training
     size = settings.known_batch_size
     cut: int | Cut = size
+    if isinstance(train, IterableDataset) and settings.num_workers not in ("auto", 0):
+        raise SpecError(
+            f"training.num_workers is {settings.num_workers}, but an IterableDataset divides its examples among "
+            "processes itself. Pass DataLoader(dataset, batch_size, num_workers=...)."
+        )
     if processes.many or size != (together or size):
         if isinstance(train, DataLoader):
             # Batches are moved one at a time when they are used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -105,9 +106,10 @@ def run_epochs(
             try:
                 while continues(learner, phases):
                     learner.begin(phases[state.epoch])
-                    for _ in learner.epoch():
-                        bar.advance()
-                        saving.within_epoch(stop)
+                    with closing(learner.epoch()) as steps:
+                        for _ in steps:
+                            bar.advance()
+                            saving.within_epoch(stop)
                     with between_steps():
                         close_epoch(learner, sets, time.perf_counter() - begun)
                     bar.show(state.history[-1])

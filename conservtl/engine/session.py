@@ -158,7 +158,7 @@ class Session:
         content: Any,
         source: View | None = None,
         share: float | None = None,
-        terms: float = 1.0,
+        terms: float | Tensor = 1.0,
     ) -> Tensor:
         """Return the loss of a batch with the plan's terms.
 
@@ -170,27 +170,28 @@ class Session:
                 as it is. A loss that is a mean over positions is weighed by these instead.
             terms: factor on the plan's terms in a loss that is not shared.
         """
+        outputs, loss = self._pass(functions, content)
+        if source is None and self.adaptation.bound.terms.needs_source:
+            source = self.source_view(functions, content)
+        factor: float | Tensor | None = None
+        if share is not None and self.processes.many:
+            factor, terms = self._factors(counted(functions.loss, outputs, content), share)
         try:
-            return self._loss(functions, content, source, share, terms)
+            whole = self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
         except ChangedOutputError:
-            if self.processes.many:  # they make their passes together
+            if self.sharded or getattr(self.eager, "broadcast_buffers", False):  # processes make their passes together
                 raise
-            return self._loss(functions, content, source, share, terms)  # it is copied now
+            outputs, loss = self._pass(functions, content)  # what was written into is copied now
+            whole = self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
+        return whole if factor is None else factor * whole
 
-    def _loss(
-        self, functions: Functions, content: Any, source: View | None, share: float | None, terms: float
-    ) -> Tensor:
+    def _pass(self, functions: Functions, content: Any) -> tuple[Any, Tensor]:
+        """Return the outputs of a forward pass and their loss."""
         if self.device.type == "cuda" and self.execution.compile in GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with self.recomputation:
             outputs = functions.forward(self.model, content)
-        loss = functions.loss(outputs, content)
-        if source is None and self.adaptation.bound.terms.needs_source:
-            source = self.source_view(functions, content)
-        if share is None or not self.processes.many:
-            return self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
-        factor, weight = self._factors(counted(functions.loss, outputs, content), share)
-        return factor * self.adaptation.loss(loss, outputs, source=source, batch=content, share=weight)
+        return outputs, functions.loss(outputs, content)
 
     def _factors(self, count: Tensor | None, share: float) -> tuple[float | Tensor, float | Tensor]:
         """Return the factor on a batch's loss, and that on its terms beside it.

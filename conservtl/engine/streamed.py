@@ -15,6 +15,7 @@ from conservtl.engine.buckets import BucketedBatches, StepShare
 from conservtl.engine.cuts import Cut, Order
 from conservtl.engine.prefetch import ahead
 from conservtl.engine.processes import ALONE, Processes
+from conservtl.engine.randomness import preserve_rng
 
 __all__ = ["Streamed"]
 
@@ -60,6 +61,12 @@ class Streamed:
     def plain(self) -> Streamed:
         """Return the same batches of inputs that do not change at random, where these were made here."""
         return Streamed(self.loader.plain(), self.device) if isinstance(self.loader, BucketedBatches) else self
+
+    def start_workers(self) -> None:
+        """Start workers that stay for all epochs, in a later epoch than the first, in which they drew their seed."""
+        if getattr(self.loader, "persistent_workers", False):
+            with preserve_rng(self.generators):
+                iter(self.loader)
 
     def count(self) -> int | None:
         """Return the number of batches per epoch, None for an iterable without a length."""

@@ -19,9 +19,9 @@ SAME_DECAY = ctl.DiscriminativeLR(groups={"*": 1.0}, decay_biases_and_norms=True
 
 
 @pytest.fixture(autouse=True)
-def _no_processes_that_load_data():
-    """Take away the handler that torch leaves once there were some: each step of ``fit`` then asks it."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _processes_that_load_data():
+    """Put in place the handler that torch leaves once there were some: no step asks it."""
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
     yield
     signal.signal(signal.SIGCHLD, before)
 
@@ -57,7 +57,7 @@ def fit(model, data, *strategies):
     ctl.fit(adaptation, data, training=settings)
 
 
-@pytest.mark.parametrize(("strategies", "most"), [((), 70), ((ctl.L2SP(on="all"),), 95)])
+@pytest.mark.parametrize(("strategies", "most"), [((), 66), ((ctl.L2SP(on="all"),), 92)])
 def test_on_held_data(strategies, most):
     indices = torch.arange(24).split(4)
     hand = calls_of(lambda model: by_hand(model, lambda: ((DATA[0][index], DATA[1][index]) for index in indices)))
@@ -67,4 +67,4 @@ def test_on_held_data(strategies, most):
 def test_over_a_loader():
     loader = DataLoader(TensorDataset(*DATA), 4)
     hand = calls_of(lambda model: by_hand(model, lambda: loader))
-    assert calls_of(lambda model: fit(model, loader, SAME_DECAY)) <= hand + 65
+    assert calls_of(lambda model: fit(model, loader, SAME_DECAY)) <= hand + 56

@@ -53,8 +53,32 @@ def port():
         return free.getsockname()[1]
 
 
+class _Writing(nn.Sequential):
+    """In one process of two, a later pass writes into an output that no pass before wrote into."""
+
+    late, passes = False, 0
+
+    def forward(self, inputs):
+        hidden = self[0](inputs)
+        self.passes += self.training
+        hidden = hidden.tanh_() if self.late and self.passes > 3 else hidden.tanh()
+        return self[2](hidden)
+
+
+def _writing(*, late=False):
+    torch.manual_seed(0)
+    model = _Writing(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    strategies = [ctl.FeatureConservation(layers=("0",), alpha=0.5), ctl.L2SP(alpha=0.5)]
+    adaptation = ctl.adapt(model, copy.deepcopy(model), strategies)
+    model.late = late
+    return adaptation
+
+
 def _process(rank, port, folder):
     _join(rank, port)
+    writing = _writing(late=rank == 1)
+    _train(writing, 4)
+    torch.save((writing.model.state_dict(), writing.model.passes), f"{folder}/writing{rank}.pt")
     adaptation = _adaptation()
     result = _train(adaptation, 4, out=folder)
     loader = DataLoader(TensorDataset(*_data()), 4, shuffle=True)
@@ -168,6 +192,13 @@ def test_two_processes_equal_one(side_by_side, port, tmp_path):
     side_by_side(_process, (port, str(tmp_path)))
     alone = _adaptation()
     result = _train(alone, 8)
+    _train(writing := _writing(), 8)
+    for rank, repeated in ((0, 0), (1, 1)):
+        weights, passes = torch.load(tmp_path / f"writing{rank}.pt")
+        assert passes == writing.model.passes + repeated
+        for name, tensor in writing.model.state_dict().items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        (tmp_path / f"writing{rank}.pt").unlink()
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     weighed = _adaptation(ctl.FisherSP(alpha=0.5))
     weighed.measure([_data()])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import conservtl as ctl
 from conservtl.batches import take_rows
 from conservtl.compat import tf32_settings
-from conservtl.engine.execution import Execution, decide, in_tf32
+from conservtl.engine.execution import Execution, _no_fused, decide, in_tf32
 from conservtl.engine.layout import channels_last, follow_layout
 from conservtl.errors import SpecError
 
@@ -98,8 +98,12 @@ class TestDecisions:
         off = {"channels_last": False, "fused": False, "tf32": False}
         assert self.decided(device=CUDA, precision="bf16", **off) == Execution("cuda", "bf16", tf32=False)
 
-    def test_transposed_convolutions_count(self):
-        assert self.decided(nn.ConvTranspose2d(2, 2, 1), channels_last=True).channels_last
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+    def test_transposed_scripted_and_own_convolutions_count(self):
+        own = nn.ParameterDict({"weight": torch.zeros(2, 2, 1, 1)})
+        for model in (nn.ConvTranspose2d(2, 2, 1), torch.jit.script(nn.Conv2d(2, 2, 1)), own):
+            assert self.decided(model, channels_last=True).channels_last
+        assert not self.decided(own, device=CUDA, fused=False).channels_last
 
     @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
     def test_optimizers_of_the_settings_have_a_fused_step_on_a_cpu(self, optimizer):
@@ -155,6 +159,27 @@ class TestRefused:
             self.fit(pictures(), DATA, partial(torch.optim.AdamW, foreach=True), fused=True)
         with pytest.raises(SpecError, match=r"makes no fused step on cpu: .*differentiable"):
             self.fit(pictures(), DATA, partial(torch.optim.AdamW, differentiable=True), fused=True)
+
+    @pytest.mark.parametrize(
+        ("kind", "cls"),
+        [(torch.complex64, torch.optim.AdamW), (torch.complex64, torch.optim.Adagrad), ("sparse", torch.optim.SGD)],
+    )
+    def test_fused_for_a_model_that_it_does_not_take(self, kind, cls):
+        """Auto leaves such a model to the plain step, also on a GPU."""
+
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(4, 4, sparse=kind == "sparse", dtype=None if kind == "sparse" else kind)
+                self.head = nn.Linear(4, 2)
+
+            def forward(self, places):
+                return self.head(self.table(places).abs())
+
+        data = torch.arange(8) % 4, torch.arange(8) % 2
+        assert _no_fused(cls, {"lr": 0.1}, CPU, Odd()) is not None
+        with pytest.raises(SpecError, match=rf"{cls.__name__} makes no fused step on cpu: .*(sparse|complex)"):
+            self.fit(Odd(), data, cls, fused=True)
 
     def test_tf32_without_cuda(self):
         with pytest.raises(SpecError, match=r"training.tf32 is true.*this run is on a CPU"):

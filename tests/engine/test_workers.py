@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import conservtl as ctl
 from conservtl.engine.batching import as_batches
@@ -66,6 +68,37 @@ class TestWorkers:
             found.append([torch.cat([batch.content[1] for batch in batches.epoch()]), torch.rand(3)])
         assert torch.equal(found[0][0], found[1][0])
         assert torch.equal(found[0][1], found[1][1])
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_loader_whose_workers_stay_goes_on_in_the_same_order(self, plain, data, same, tmp_path):
+        """It draws a seed for them in the first epoch alone, from the generator that its order comes from."""
+
+        def trained(**options):
+            adaptation = plain()
+            training = ctl.Training(epochs=3, lr=0.05, device="cpu")
+            loader = DataLoader(TensorDataset(*data), 16, shuffle=True, num_workers=1, persistent_workers=True)
+            with suppress(InterruptedError):
+                ctl.fit(adaptation, loader, training=training, seed=3, **options)
+            return adaptation.model
+
+        def stop(line):
+            if line["epoch"] == 1:
+                raise InterruptedError
+
+        trained(out=tmp_path, tell=stop)
+        assert same(trained(out=tmp_path, resume=True), trained())
+
+    def test_a_stream_that_divides_itself_is_refused(self, plain, data):
+        """Each of many workers would load all of it."""
+
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return zip(*data, strict=True)
+
+        for number in ("auto", 0):
+            ctl.fit(plain(), Stream(), training=ctl.Training(epochs=1, device="cpu", num_workers=number))
+        with pytest.raises(ctl.SpecError, match=r"num_workers is 2, but an IterableDataset .* Pass DataLoader"):
+            ctl.fit(plain(), Stream(), training=ctl.Training(epochs=1, device="cpu", num_workers=2))
 
     def test_auto_is_none_on_a_cpu(self):
         assert number_of_workers("auto", CPU) is None
