@@ -14,7 +14,7 @@ from conservtl.errors import DataError
 from conservtl.extras import require
 from conservtl.tasks.bad_files import shown_name
 
-__all__ = ["digest", "duration_of", "header_of", "loudest_stretch", "read_audio"]
+__all__ = ["cut_short", "digest", "duration_of", "header_of", "loudest_stretch", "read_audio", "silence"]
 
 _MOST_VALUES = 2**28  # samples times channels: 1 GB as float32, 90 minutes of one channel at 48 kHz
 _MOST_RATE = 768_000  # Hz; beyond every recorder, and a second of it fits in memory
@@ -72,11 +72,8 @@ def _samples(opened: Any, first: int, last: int | None) -> tuple[Tensor, str | N
     if last is not None and first == 0 and last >= opened.frames - _NEARLY_ALL * opened.samplerate:
         last = None
     blocks, promised, count = [], min(opened.frames, last or opened.frames) - first, 0
-    if cut := _CUT_SHORT.search(opened.extra_info):
-        size, held = map(int, cut.groups())
-        if held < size and not any(size in sizes for sizes in _STREAMED):
-            fault = f"is cut short: its header promises {size:,} bytes of samples, and it has {held:,}"
-            return torch.empty(0, 1), fault
+    if (fault := cut_short(opened)) is not None:
+        return torch.empty(0, 1), fault
     if first:
         opened.seek(first)
     size = max(1, _BLOCK // opened.channels)
@@ -90,6 +87,15 @@ def _samples(opened: Any, first: int, last: int | None) -> tuple[Tensor, str | N
     return torch.cat(blocks) if blocks else torch.empty(0, opened.channels), None
 
 
+def cut_short(opened: Any) -> str | None:
+    """Return that an open file has fewer bytes of samples than its header promises; None if it has them."""
+    if cut := _CUT_SHORT.search(opened.extra_info):
+        size, held = map(int, cut.groups())
+        if held < size and not any(size in sizes for sizes in _STREAMED):
+            return f"is cut short: its header promises {size:,} bytes of samples, and it has {held:,}"
+    return None
+
+
 def _fault(channels: Tensor, wave: Tensor) -> str | None:
     if wave.numel() == 0:
         return "has no samples"
@@ -97,6 +103,11 @@ def _fault(channels: Tensor, wave: Tensor) -> str | None:
         return "has samples that are not finite"
     if channels.abs().max() > _MOST_LEVEL:
         return f"has samples beyond {_MOST_LEVEL:,.0f}, the largest of any format"
+    return silence(channels, wave)
+
+
+def silence(channels: Tensor, wave: Tensor) -> str | None:
+    """Return why nothing is heard in samples, (frames, channels) and mixed (frames,); None if something is."""
     centred, mixed = channels - channels.mean(dim=0), wave - wave.mean()
     if centred.abs().max() <= _STEP:
         return "is silent: no sample differs from the mean by more than one step of 16 bits"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conservtl.errors import DataError
 from conservtl.extras import require
+from conservtl.tasks.audio.reading import cut_short, silence
 from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["Window", "windows_of"]
@@ -37,16 +38,21 @@ def windows_of(file: Path, seconds: float, overlap: float) -> Iterator[Window]:
     """Yield windows of so many seconds, each beginning ``overlap`` before the one before ends; the last may be shorter.
 
     Raises:
-        DataError: the file cannot be read, or has samples that are not finite.
+        DataError: the file cannot be read or is cut short, has samples that are not finite, or is silent to its end.
     """
     soundfile = require("soundfile", "speech")
-    kept, start = torch.empty(0), 0
+    kept, start, fault = torch.empty(0), 0, None
     try:
         with soundfile.SoundFile(str(file)) as opened:
             rate = int(opened.samplerate)
             size, shared = int(seconds * rate), int(overlap * rate)
+            if (cut := cut_short(opened)) is not None:
+                raise DataError(f"{shown_name(file)} {cut}. Replace or remove it.")
             while len(block := opened.read(size - len(kept), dtype="float32", always_2d=True)):
-                wave = torch.cat([kept, torch.from_numpy(block).mean(1)])
+                channels = torch.from_numpy(block)
+                if start == 0 or fault is not None:
+                    fault = silence(channels, channels.mean(1))
+                wave = torch.cat([kept, channels.mean(1)])
                 if not bool(wave.isfinite().all()):
                     raise DataError(
                         f"{shown_name(file)} must have finite samples; some between {start / rate:.1f} and "
@@ -56,7 +62,9 @@ def windows_of(file: Path, seconds: float, overlap: float) -> Iterator[Window]:
                 kept = wave[size - shared :]
                 start += size - shared
                 if len(wave) < size:
-                    return
+                    break
+            if fault is not None:
+                raise DataError(f"{shown_name(file)} {fault}. Replace or remove it.")
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # of soundfile
         if isinstance(error, DataError):
             raise

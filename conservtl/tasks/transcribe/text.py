@@ -19,7 +19,12 @@ _ONES = (
 )
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SCALES = ((10**9, "billion"), (10**6, "million"), (1000, "thousand"))
-_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+")
+_IRREGULAR = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
+_ORDINALS = _IRREGULAR | {"twelve": "twelfth"}
+_WHOLE = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
+_NUMBER = re.compile(_WHOLE)
+_ORDINAL = re.compile(rf"\b({_WHOLE})(?:st|nd|rd|th)\b", re.IGNORECASE)
+_DECIMAL = re.compile(rf"(?<![\d.])({_WHOLE})\.(\d+)(?!\.?\d)")
 _MOST_DIGITS = 12  # longer numbers are read digit by digit
 
 
@@ -36,7 +41,8 @@ class Normalisation(FrozenModel):
     punctuation: Literal["remove", "keep"] = "remove"
     """Whether to replace punctuation and symbols by spaces; apostrophes within words are letters."""
     numbers: Literal["words", "digits", "keep"] = "words"
-    """`words`: English words for whole numbers; `digits`: digits with spaces between them; `keep`: as written."""
+    """`words`: English words for numbers, `3rd` and `2.5` among them; `digits`: digits with spaces between them;
+    `keep`: as written."""
     apostrophes: Literal["keep", "remove"] = "keep"
     """Apostrophes within words, typographic ones as `'`."""
 
@@ -46,6 +52,9 @@ class Normalisation(FrozenModel):
         text = "".join(
             letter for letter in text if letter.isspace() or letter in _JOINERS or category(letter) not in _UNSEEN
         )
+        if self.numbers == "words":
+            text = _DECIMAL.sub(lambda match: f"{match[1]} point {' '.join(match[2])} ", text)
+            text = _ORDINAL.sub(lambda match: f" {_ordinal(self._number(match[1].replace(',', '')))} ", text)
         if self.numbers != "keep":
             text = _NUMBER.sub(lambda match: f" {self._number(match[0].replace(',', ''))} ", text)
         if self.apostrophes == "remove":
@@ -80,6 +89,12 @@ def in_words(number: int) -> str:
     if number < len(_ONES):
         return _ONES[number]
     return _TENS[number // 10 - 2] + (f" {_ONES[number % 10]}" if number % 10 else "")
+
+
+def _ordinal(words: str) -> str:
+    """Return the ordinal of a number in words: "twenty one" -> "twenty first"."""
+    before, _, last = words.rpartition(" ")
+    return f"{before} {_ORDINALS.get(last, f'{last}th'.replace('yth', 'ieth'))}"
 
 
 def _is_punctuation(letter: str) -> bool:

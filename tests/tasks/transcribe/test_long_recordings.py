@@ -100,6 +100,19 @@ def test_samples_that_are_not_finite_are_refused_with_their_place(tmp_path):
         list(windows_of(tmp_path / "nan.wav", 30.0, 6.0))
 
 
+def test_a_long_recording_that_is_silent_or_cut_short_is_refused_as_a_short_one_is(tmp_path):
+    wave = torch.randn(40 * RATE, generator=torch.Generator().manual_seed(0)) / 9
+    later = torch.where(torch.arange(40 * RATE) < 35 * RATE, 0.0, wave)
+    for name, channels in {"silent": 0 * wave, "inverted": torch.stack([wave, -wave], 1), "later": later}.items():
+        soundfile.write(tmp_path / f"{name}.wav", channels.numpy(), RATE)
+    content = (tmp_path / "later.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(content[: len(content) * 9 // 10])
+    for name, fault in {"silent": "no sample differs", "inverted": "they cancel", "cut": "promises 160,000 b"}.items():
+        with pytest.raises(ctl.DataError, match=rf"{name}\.wav is .*{fault}"):
+            adapted(Steps()).predict(tmp_path / f"{name}.wav")
+    assert adapted(Steps()).predict(tmp_path / "later.wav")
+
+
 def test_frames_are_cut_at_the_middle_of_the_overlap():
     """Windows 0 to 10 and 8 to 12 s, a frame each tenth: the cut is at 9 s."""
     whole = torch.arange(120.0).view(1, 120, 1)

@@ -19,6 +19,9 @@ from conservtl.tasks.transcribe.tokens import Characters, SentencePiece
         ("Cafe\u0301", "caf\u00e9"),
         ("42 and 1,205; 007", "forty two and one thousand two hundred five zero zero seven"),
         ("2,000,019", "two million nineteen"),
+        ("3.5, 1,200.05.", "three point five one thousand two hundred point zero five"),
+        ("1.2.3 on 12.05.", "one two three on twelve point zero five"),
+        ("The 1st, 22nd, 30TH and 112th", "the first twenty second thirtieth and one hundred twelfth"),
         ("well-known", "well known"),
         ("\ufeffco\u00adoperate\u200b\u00a0now\0", "cooperate now"),
         ("\u0645\u06cc\u200c\u0631\u0648\u0645", "\u0645\u06cc\u200c\u0631\u0648\u0645"),  # a joiner is a letter
