@@ -44,12 +44,14 @@ def run(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
 ) -> None:
     """Adapt the source model to the target domain and report gains and losses."""
-    from conservtl.cli._tables import run_table
+    from conservtl.cli._tables import rich_table
     from conservtl.engine.processes import is_main_process
     from conservtl.experiments.run.runner import run as run_spec
     from conservtl.experiments.spec.spec import load_spec
     from conservtl.report.text.examples import skipped_notes
+    from conservtl.report.text.metrics import headline
     from conservtl.report.text.summary import left_out_notes, rows_notes
+    from conservtl.report.text.tables import gain_table
 
     loaded = load_spec(spec, overrides or ())
     progress = Console(stderr=True).is_terminal
@@ -65,7 +67,8 @@ def run(
     report = run_spec(loaded, out, resume=resume, progress=progress, tensorboard=tensorboard, show=show)
     if not is_main_process():
         return
-    Console().print(run_table(report))
+    gained = gain_table(report, {domain: [headline(report)] for domain in ("target", "source")})
+    Console().print(rich_table(gained))
     sys.stdout.write(
         "\n".join([report["sentence"], *left_out_notes(report), *rows_notes(report), *skipped_notes(report)]) + "\n"
     )

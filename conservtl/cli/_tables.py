@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 from rich.text import Text
 
-from conservtl.report.text.gains import GAINS, gain_rows
 from conservtl.report.text.html_table import HtmlTable
-from conservtl.report.text.metrics import headline
 
-__all__ = ["rich_table", "run_table"]
-
-
-def run_table(report: Mapping[str, Any]) -> Table:
-    """Return the headline metric of both domains before and after, and the agreement with the source model."""
-    table, metric = Table(box=None, header_style="bold", pad_edge=False), headline(report)
-    for place, name in enumerate(GAINS):
-        table.add_column(name, justify="right" if place else "left")
-    for row in gain_rows(report, {domain: [metric] for domain in ("target", "source")}):
-        table.add_row(*row)
-    return table
+__all__ = ["rich_table"]
 
 
 def rich_table(table: HtmlTable) -> Table:

@@ -16,14 +16,15 @@ from conservtl.engine.evaluation import evaluate as score
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import SpecError
 from conservtl.experiments.own.paired import BEFORE, SHARED, Pair, named
-from conservtl.fragments import fragment, html_table, text_table
+from conservtl.fragments import fragment
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import named_parameters, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.plan.row import Row
-from conservtl.report.text.gains import GAINS, gain_rows
+from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import metrics_of
+from conservtl.report.text.tables import gain_table
 from conservtl.runtime.preserve import preserve_buffers
 from conservtl.runtime.source_head import SourceHead
 
@@ -56,16 +57,16 @@ class Gains(Mapping[str, Any]):
     def __len__(self) -> int:
         return 3
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
+    def _table(self) -> HtmlTable:
         every = {name: metrics_of(self, name) for name in self.after}
         shown = {name: [one for one in each if one.key != "loss"] or each for name, each in every.items()}
-        return gain_rows(self, shown, "fresh")
+        return gain_table(self, shown, "fresh")
 
     def __str__(self) -> str:
-        return "\n".join([text_table(GAINS, self._rows()), *self.notes])
+        return "\n".join([str(self._table()), *self.notes])
 
     def _repr_html_(self) -> str:
-        return fragment(html_table(GAINS, self._rows()), notes=self.notes)
+        return fragment(self._table()._repr_html_(), notes=self.notes)
 
 
 def evaluate(

@@ -27,21 +27,13 @@ _DECADES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _RHOS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A way to transfer layers, by Yosinski's name: from the source (A) or the target itself (B), frozen or not."""
-
-    name: str
-    control: bool
-    freeze: bool
-
-
-_FORMS = (
-    _Form("AnB", control=False, freeze=True),
-    _Form("AnB+", control=False, freeze=False),
-    _Form("BnB", control=True, freeze=True),
-    _Form("BnB+", control=True, freeze=False),
-)
+_FORMS: dict[str, tuple[How, bool]] = {
+    "AnB": ("adapt", True),
+    "AnB+": ("adapt", False),
+    "BnB": ("control", True),
+    "BnB+": ("control", False),
+}
+"""Ways to transfer layers, by Yosinski's names: from the source (A) or the target itself (B), frozen or not."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +125,7 @@ def summarise(
             if isinstance(point, StrengthPoint)
         ],
         "path": _path(by_point.get("path", []), spec.problem.headline.metric),
-        "before": {
-            name: interval([run["before"][name] for run in runs if run["before"][name] is not None])
-            for name in ("target", "source")
-        },
+        "before": _figures(runs, "before"),
         "shots": spec.model_dump(mode="json")["data"]["shots"],
         "taken": taken_over(runs),
         "classes": spec.problem.has_classes,
@@ -157,17 +146,14 @@ def plan_trials(spec: Spec, layers: TransferableLayers) -> list[tuple[Trial, Poi
     if beyond := [n for n in numbers if n > count]:
         raise SpecError(f"sweep.layers: {beyond[0]} is more than the model has ({count}). Ask for fewer.")
     method, field, strengths = _strengths(spec, section)
-    forms = [form for form in _FORMS if section.controls or not form.control]
+    forms = [form for form, (how, _) in _FORMS.items() if section.controls or how != "control"]
     trials: list[tuple[Trial, Point]] = []
     for target in section.targets or spec.problem.targets(spec.data):
         for seed in range(spec.seed, spec.seed + section.seeds):
             plain = with_fields(on_target(spec, target), {"seed": seed, "strategies": []})
             for side in section.sides:
                 trials += [
-                    (
-                        _transferring(plain, target, side, layers.from_side(side, n), form),
-                        LayerPoint(side, form.name, n),
-                    )
+                    (_transferring(plain, target, side, layers.from_side(side, n), form), LayerPoint(side, form, n))
                     for n in numbers
                     for form in forms
                 ]
@@ -179,13 +165,13 @@ def plan_trials(spec: Spec, layers: TransferableLayers) -> list[tuple[Trial, Poi
     return trials
 
 
-def _transferring(spec: Spec, target: str, side: str, layers: int | tuple[str, ...], form: _Form) -> Trial:
+def _transferring(spec: Spec, target: str, side: str, layers: int | tuple[str, ...], form: str) -> Trial:
     number = layers if isinstance(layers, int) else len(layers)
-    name = f"{form.name} from the {side} side, {counted(number, 'layer')}"
+    name = f"{form} from the {side} side, {counted(number, 'layer')}"
     if number == 0:
         return Trial(name, target, spec, "scratch")
-    strategy = {"kind": "layer_transfer", "side": side, "layers": layers, "rest": "fresh", "freeze": form.freeze}
-    how: How = "control" if form.control else "adapt"
+    how, freeze = _FORMS[form]
+    strategy = {"kind": "layer_transfer", "side": side, "layers": layers, "rest": "fresh", "freeze": freeze}
     return Trial(name, target, with_fields(spec, {"strategies": [strategy]}), how)
 
 
@@ -240,9 +226,9 @@ def _curves(by_point: Mapping[Point, Sequence[Mapping[str, Any]]]) -> list[dict[
     ]
 
 
-def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _figures(runs: Sequence[Mapping[str, Any]], when: str = "after") -> dict[str, Any]:
     return {
-        name: interval([run["after"][name] for run in runs if run["after"][name] is not None])
+        name: interval([run[when][name] for run in runs if run[when][name] is not None])
         for name in ("target", "source")
     }
 

@@ -1,4 +1,4 @@
-"""The tables of a run's page."""
+"""The tables of a run, and the small one of what it gained."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from conservtl.errors import counted
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import HEADER, beside, lines, named, rows_by_label
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
-from conservtl.report.text.metrics import metrics_of, number, pair, signed
+from conservtl.report.text.metrics import Metric, metrics_of, number, pair, signed
 from conservtl.report.text.summary import read_plan
 
-__all__ = ["agreement_rows", "agreement_table", "detail_tables", "metric_table", "plan_tables"]
+__all__ = ["agreement_rows", "agreement_table", "detail_tables", "gain_table", "metric_table", "plan_tables"]
 
 
 def metric_table(report: Mapping[str, Any]) -> HtmlTable:
@@ -33,6 +33,34 @@ def metric_table(report: Mapping[str, Any]) -> HtmlTable:
             rows.append(TableRow(cells, "" if place else "strong"))
     header = ["", "metric", "before", "after", "difference", ""]
     return HtmlTable("", "", header, rows, frozenset({0, 1, 5}), look="numbers")
+
+
+def gain_table(
+    report: Mapping[str, Any], metrics: Mapping[str, Iterable[Metric]], unknown: str | None = None
+) -> HtmlTable:
+    """Return the small table of an adaptation: metrics before and after, and the agreement with the source model.
+
+    Args:
+        report: ``before`` and ``after``, and ``agreement`` or None.
+        metrics: set -> its metrics, in the order of the rows.
+        unknown: shown in the place of a value before that was not measured; None: such rows are left out.
+    """
+    rows = []
+    for name, metric in ((name, metric) for name, each in metrics.items() for metric in each):
+        values = pair(report, name, metric.key)
+        if values.after is None or (values.before is None and unknown is None):
+            continue
+        before, change = str(unknown), ""
+        if values.before is not None:
+            before = metric.show(values.before)
+            change = f"{metric.scaled(values.after) - metric.scaled(values.before):+.{metric.digits}f}"
+        rows.append((f"{name} {metric.name}", before, metric.show(values.after), change))
+    after = (report["agreement"] or {}).get("after", {})
+    if "agreement" in after:
+        rows.append(("answers as the source, on the target", "", f"{100 * after['agreement']:.1f} %", ""))
+    if "kl" in after:
+        rows.append(("KL divergence from it", "", f"{after['kl']:.3f}", "nats"))
+    return HtmlTable("", "", ["", "before", "after", "change"], _plain(rows))
 
 
 def agreement_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
