@@ -14,7 +14,7 @@ from conservtl.report.figures.marks import error_bar
 from conservtl.report.text.intervals import MeanInterval
 from conservtl.report.text.metrics import ACCURACY, Metric, true_minus
 
-__all__ = ["PlanePoint", "Window", "metric_axis", "paint_plane", "window", "window_of"]
+__all__ = ["PlanePoint", "Window", "metric_axis", "paint_plane", "window_of"]
 
 _MARGIN = 0.6  # of the means' own range, that intervals may add on each side
 _LEAST_SPAN = 4.0  # percentage points that an axis spans at least: less is noise
@@ -62,14 +62,16 @@ class Window:
         return value if value >= self.cut else self.low + 0.03 * (self.high - self.low)
 
 
-def window(
-    spans: Sequence[MeanInterval],
-    to_scale: Sequence[MeanInterval] = (),
-    bottom: float = 0.0,
-    top: float = 100.0,
-    least: float = _LEAST_SPAN,
-) -> Window:
-    """Return the range of an axis, so that one value far below does not squash the others."""
+def window_of(spans: Sequence[MeanInterval], metric: Metric, to_scale: Sequence[MeanInterval] = ()) -> Window:
+    """Return the range of an axis of this metric, so that one value far below does not squash the others.
+
+    Higher is better on the axis: values are mirrored if lower is better (see ``metric_axis``). Those of ``to_scale``
+    must not be cut off.
+    """
+    bottom, top = metric.bounds
+    if metric.better == "lower":
+        bottom, top = -top, -bottom
+    least = _LEAST_SPAN if metric.share else _LEAST_SHARE * max(abs(span.mean) for span in spans) or 1.0
     means = sorted(span.mean for span in spans)
     lowest = min((span.mean for span in to_scale), default=means[-1])
     cut = means[0]
@@ -85,18 +87,6 @@ def window(
     if cut > means[0]:
         pad *= 2.5  # room for the marks at the edge
     return Window(max(low - pad, bottom - 0.02 * reach), min(high + pad, top + 0.02 * reach), cut)
-
-
-def window_of(spans: Sequence[MeanInterval], metric: Metric, to_scale: Sequence[MeanInterval] = ()) -> Window:
-    """Return the range of an axis of this metric, on which higher is better (see ``metric_axis``).
-
-    Values are mirrored if lower is better; those of ``to_scale`` must not be cut off.
-    """
-    low, high = metric.bounds
-    if metric.better == "lower":
-        low, high = -high, -low
-    least = _LEAST_SPAN if metric.share else _LEAST_SHARE * max(abs(span.mean) for span in spans)
-    return window(spans, to_scale, low, high, least or 1.0)
 
 
 def metric_axis(axis: Any, metric: Metric) -> None:

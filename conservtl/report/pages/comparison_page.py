@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,6 @@ from conservtl.report.text.summary import duration, left_out_notes, rows_notes
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
 __all__ = ["comparison_parts", "comparison_table", "write_compare"]
-
-_MISSING = Cell("–")
 
 
 def write_compare(result: Mapping[str, Any], path: Path) -> None:
@@ -83,11 +81,20 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool,
     sourced = any(row.source is not None for row in rows)
     scored = not brief and any(row.constrained is not None for row in rows)
     compared = any(row.difference is not None for row in rows)
-    header = ["", metric.with_unit("target")]
-    header += [metric.kept, metric.with_unit(metric.combination)] if sourced else []
-    header += ["constrained score"] if scored else []
-    header += [f"against the best baseline{' (points)' if metric.share else ''}"] if compared else []
-    header += [] if brief else ["time a run", "runs"]
+    columns: list[tuple[str, Callable[[VariantResult], Cell]]] = [
+        ("", lambda row: Cell(row.name, row.note, colour=row.colour, mark=row.sign)),
+        (metric.with_unit("target"), lambda row: interval_cell(row.target)),
+    ]
+    if sourced:
+        columns.append((metric.kept, lambda row: interval_cell(row.source)))
+        columns.append((metric.with_unit(metric.combination), _combined))
+    if scored:
+        columns.append(("constrained score", lambda row: _number(row.constrained, "{:.2f}".format)))
+    if compared:
+        columns.append((f"against the best baseline{' (points)' if metric.share else ''}", _difference))
+    if not brief:
+        columns.append(("time a run", lambda row: _number(row.seconds and row.seconds.mean, duration)))
+        columns.append(("runs", lambda row: Cell(str(row.target.count))))
     notes = [] if metric.key == "accuracy" else [f"{metric.direction}."]
     if any(row.target.certain for row in rows):
         notes.append("Beneath each mean its 95 % interval.")
@@ -99,24 +106,17 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool,
             "Constrained score: the share of target errors corrected, scaled down by the source's loss "
             "(to 0 at a loss of 3 points)."
         )
-    lines = [
-        TableRow(_cells(row, sourced, scored, compared)[: len(header)], "quiet" if row.baseline else "strong")
-        for row in rows
-    ]
+    lines = [TableRow([cell(row) for _, cell in columns], "quiet" if row.baseline else "strong") for row in rows]
     where = shots_text(table["shots"], classes=classes, taken=taken_of(table))
-    return HtmlTable(f"In numbers, {where}", " ".join(notes), header, lines)
+    return HtmlTable(f"In numbers, {where}", " ".join(notes), [name for name, _ in columns], lines)
 
 
-def _cells(row: VariantResult, sourced: bool, scored: bool, compared: bool) -> list[Cell]:
-    cells = [Cell(row.name, row.note, colour=row.colour, mark=row.sign), interval_cell(row.target)]
-    if sourced:
-        cells += [interval_cell(row.source), interval_cell(row.combined, "" if row.baseline else "strong")]
-    if scored:
-        cells.append(_MISSING if row.constrained is None else Cell(f"{row.constrained:.2f}"))
-    if compared:
-        cells.append(_difference(row))
-    time = _MISSING if row.seconds is None else Cell(duration(row.seconds.mean))
-    return [*cells, time, Cell(str(row.target.count))]
+def _combined(row: VariantResult) -> Cell:
+    return interval_cell(row.combined, "" if row.baseline else "strong")
+
+
+def _number(value: float | None, shown: Callable[[float], str]) -> Cell:
+    return Cell("–" if value is None else shown(value))
 
 
 def _difference(row: VariantResult) -> Cell:

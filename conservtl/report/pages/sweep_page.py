@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,21 +179,17 @@ def strengths_table(result: Mapping[str, Any]) -> HtmlTable | None:
     if not steps:
         return None
     best = best_step(steps)
-    sourced = any(step.source is not None for step in steps)
-    both = [metric.kept, metric.with_unit(f"{metric.combination} of both")]
-    header = ["strength", metric.with_unit("target"), *(both if sourced else [])]
-    rows = [
-        TableRow(_row(step, sourced=sourced, best=step == best), "strong" if step == best else "") for step in steps
+    columns: list[tuple[str, Callable[[StrengthStep], Cell]]] = [
+        ("strength", lambda step: Cell(f"{step.at:g}", "the best" if step == best else "")),
+        (metric.with_unit("target"), lambda step: interval_cell(step.target)),
     ]
-    return HtmlTable(f"Strengths of {swept_method(result)}", _note([step.target for step in steps]), header, rows)
-
-
-def _row(step: StrengthStep, *, sourced: bool, best: bool) -> list[Cell]:
-    cells = [Cell(f"{step.at:g}", "the best" if best else ""), interval_cell(step.target)]
-    if not sourced:
-        return cells
-    score = interval_cell(single(step.score, step.metric), "strong" if best else "")
-    return [*cells, interval_cell(step.source), score]
+    if any(step.source is not None for step in steps):
+        both = metric.with_unit(f"{metric.combination} of both")
+        columns.append((metric.kept, lambda step: interval_cell(step.source)))
+        columns.append((both, lambda step: interval_cell(single(step.score, metric), "strong" if step == best else "")))
+    rows = [TableRow([cell(step) for _, cell in columns], "strong" if step == best else "") for step in steps]
+    note = _note([step.target for step in steps])
+    return HtmlTable(f"Strengths of {swept_method(result)}", note, [name for name, _ in columns], rows)
 
 
 def _note(spans: list[MeanInterval]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,37 +129,37 @@ def trials_table(result: Mapping[str, Any]) -> HtmlTable | None:
     if not shown:
         return None
     fields = list(result["fields"])
-    apart = len(fields) <= _COLUMNS
-    sourced = any(trial.source is not None for trial in shown)
-    kept = [metric.kept, metric.with_unit(metric.combination)]
-    measured = [metric.with_unit("target"), *(kept if sourced else [])]
-    header = ["trial", *measured, *(fields if apart else ["settings"]), "time"]
+    columns: list[tuple[str, Callable[[SearchTrial], Cell]]] = [
+        ("trial", lambda trial: Cell(f"#{trial.number}")),
+        (metric.with_unit("target"), lambda trial: _cell(trial.target, metric)),
+    ]
+    if any(trial.source is not None for trial in shown):
+        columns.append((metric.kept, lambda trial: _cell(trial.source, metric)))
+        columns.append((metric.with_unit(metric.combination), _combined))
+    if apart := len(fields) <= _COLUMNS:
+        columns += [(name, partial(_setting, name)) for name in fields]
+    else:
+        columns.append(("settings", lambda trial: Cell(", ".join(f"{n} = {_setting(n, trial).text}" for n in fields))))
+    columns.append(("time", lambda trial: Cell("–" if trial.seconds is None else duration(trial.seconds))))
     rows = [
-        TableRow(
-            _cells(trial, fields, metric, sourced=sourced, apart=apart), "strong" if trial.best and not both else ""
-        )
-        for trial in shown
+        TableRow([cell(trial) for _, cell in columns], "strong" if trial.best and not both else "") for trial in shown
     ]
     title = "On the Pareto front" if both else "The best trials"
-    return HtmlTable(title, "", header, rows, frozenset({0} if apart else {0, len(header) - 2}))
-
-
-def _cells(trial: SearchTrial, fields: Sequence[str], metric: Metric, *, sourced: bool, apart: bool) -> list[Cell]:
-    cells = [Cell(f"#{trial.number}"), _cell(trial.target, metric)]
-    if sourced:
-        known = trial.target is not None and trial.source is not None
-        both = metric.combined(trial.target or 0, trial.source or 0) if known else None
-        cells += [_cell(trial.source, metric), _cell(both, metric)]
-    values = [_value(trial.params[name]) if name in trial.params else "–" for name in fields]
-    if apart:
-        cells += [Cell(value) for value in values]
-    else:
-        cells.append(Cell(", ".join(f"{name} = {value}" for name, value in zip(fields, values, strict=True))))
-    return [*cells, Cell("–" if trial.seconds is None else duration(trial.seconds))]
+    text_columns = frozenset({0} if apart else {0, len(columns) - 2})
+    return HtmlTable(title, "", [name for name, _ in columns], rows, text_columns)
 
 
 def _cell(value: float | None, metric: Metric) -> Cell:
     return interval_cell(None if value is None else single(value, metric))
+
+
+def _combined(trial: SearchTrial) -> Cell:
+    known = trial.target is not None and trial.source is not None
+    return _cell(trial.metric.combined(trial.target or 0, trial.source or 0) if known else None, trial.metric)
+
+
+def _setting(name: str, trial: SearchTrial) -> Cell:
+    return Cell(_value(trial.params[name]) if name in trial.params else "–")
 
 
 def _value(value: Any) -> str:

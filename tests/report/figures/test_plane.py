@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from conservtl.report.figures.frontier import _marks
-from conservtl.report.figures.plane import PlanePoint, paint_plane, window
+from conservtl.report.figures.plane import PlanePoint, paint_plane, window_of
 from conservtl.report.text.intervals import MeanInterval
-from conservtl.report.text.metrics import Metric, headline
+from conservtl.report.text.metrics import ACCURACY, Metric, headline
 from conservtl.report.text.variants import variants
 
 
@@ -20,33 +20,33 @@ def spans(*means, half=0.5):
 class TestWindow:
     def test_one_value_far_below_is_cut_off(self):
         """From scratch at 30 % leaves the methods between 93 and 97 % most of the axis."""
-        seen = window(spans(30, 93, 95, 96, 97))
+        seen = window_of(spans(30, 93, 95, 96, 97), ACCURACY)
         assert seen.cut == 93
         assert seen.low > 88
         assert seen.low < seen.edge(30) < 93 < seen.high
 
     def test_values_to_scale_stand_where_they_are(self):
-        seen = window(spans(80, 85, 90, 95))
+        seen = window_of(spans(80, 85, 90, 95), ACCURACY)
         assert seen.cut == 80
         assert [seen.edge(mean) for mean in (80, 95)] == [80, 95]
         assert seen.low <= 79.5
         assert seen.high >= 95.5
 
     def test_what_must_be_to_scale_is(self):
-        assert window(spans(30, 93, 95, 96), to_scale=spans(30)).cut == 30
+        assert window_of(spans(30, 93, 95, 96), ACCURACY, to_scale=spans(30)).cut == 30
 
     def test_most_values_are_to_scale(self):
         """One good method does not push all others off the axis."""
-        assert window(spans(30, 31, 32, 97)).cut == 30
+        assert window_of(spans(30, 31, 32, 97), ACCURACY).cut == 30
 
     def test_wide_intervals_do_not_squash_the_means(self):
         """Two runs have intervals of tens of points."""
-        seen = window([MeanInterval(mean, mean - 40, 100, 2) for mean in (94.0, 95.0, 97.0)])
+        seen = window_of([MeanInterval(mean, mean - 40, 100, 2) for mean in (94.0, 95.0, 97.0)], ACCURACY)
         assert seen.low > 85
 
     def test_equal_values_and_one_alone_have_an_axis(self):
         for means in ((100, 100), (0,), (50,)):
-            seen = window(spans(*means, half=0))
+            seen = window_of(spans(*means, half=0), ACCURACY)
             assert seen.low < min(means) < seen.high or seen.low < means[0] <= seen.high
 
 
