@@ -93,7 +93,7 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool,
     if compared:
         columns.append((f"against the best baseline{' (points)' if metric.share else ''}", _difference))
     if not brief:
-        columns.append(("time a run", lambda row: _number(row.seconds and row.seconds.mean, duration)))
+        columns.append(("time a run", lambda row: _number(row.seconds.mean if row.seconds else None, duration)))
         columns.append(("runs", lambda row: Cell(str(row.target.count))))
     notes = [] if metric.key == "accuracy" else [f"{metric.direction}."]
     if any(row.target.certain for row in rows):
