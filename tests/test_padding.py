@@ -123,6 +123,17 @@ def test_positions_behind_strides_are_counted_by_their_arithmetic():
         assert mask.sum(1).tolist() == [alone, frames]
 
 
+def test_positions_are_followed_into_each_of_two_branches():
+    """A convolution and a pooling of the same 11 frames give 6 and 5; of 7 they give 4 and 3."""
+    conv, pool = nn.Conv1d(4, 4, 3, stride=2, padding=1), nn.AvgPool1d(2)
+    model = nn.ModuleDict({"conv": conv, "pool": pool})
+    model.forward = lambda inputs, lengths: (conv(inputs.transpose(1, 2)), pool(inputs.transpose(1, 2)))
+    with PaddingWatch(model) as watch:
+        model(inputs=torch.randn(2, 11, 4), lengths=torch.tensor([7, 11]))
+    for frames, short in ((6, 4), (5, 3)):
+        assert watch.padding.mask((2, 4, frames), 1, "it").sum(1).tolist() == [short, frames]
+
+
 def test_shares_are_of_the_axis_that_a_layer_shares_with_the_inputs():
     """Shares 1/2 and 1 are whole numbers of 20 and of 30 positions."""
     shares = torch.tensor([0.5, 1.0])

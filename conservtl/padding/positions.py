@@ -209,15 +209,14 @@ class Padding:
         return None
 
     def _followed(self, start: int, size: int, axis: int) -> Tensor | None:
-        lengths, now = self.lengths, start
+        """Return the lengths at a number of positions that modules made of others, one after or beside another."""
+        known = {start: self.lengths}
         for one in self.resamplings:
             place = min(axis, len(one.sizes) - 1)
             before, after = one.sizes[place]
-            if before == now:
-                lengths, now = one.lengths[place](lengths).clamp(1, after), after
-            if now == size:
-                return lengths
-        return None
+            if before in known:
+                known.setdefault(after, one.lengths[place](known[before]).clamp(1, after))
+        return known.get(size)
 
     def _proportional(self, size: int) -> Tensor | None:
         """Return the mask at a whole multiple or fraction of the positions."""

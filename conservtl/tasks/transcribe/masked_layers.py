@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MaskedBatchNorm1d", "MaskedConv1d", "MaskedGroupNorm1d", "mask_norms", "tell"]
+__all__ = ["MaskedBatchNorm1d", "MaskedConv1d", "MaskedGroupNorm1d", "mask_layers", "tell", "tell_samples"]
 
 
 class MaskedConv1d(nn.Conv1d):
@@ -83,27 +83,21 @@ class MaskedGroupNorm1d(nn.GroupNorm):
         return (normalised * self.weight.unsqueeze(-1) + self.bias.unsqueeze(-1)).to(inputs.dtype)
 
 
-def mask_norms(network: nn.Module) -> None:
-    """Replace group norms over time behind convolutions, and tell them the samples of each utterance at each call."""
+def mask_layers(network: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Replace layers of these kinds over several frames by ones that leave out padding.
+
+    A convolution with a parametrised weight stays: transformers and torchaudio give it zeros in the place of padding.
+    """
     for module in list(network.modules()):
-        for name, norm in list(module.named_children()):
-            if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels and _conv_of(module) is not None:
-                setattr(module, name, MaskedGroupNorm1d(norm))
-    network.register_forward_pre_hook(_tell_samples, with_kwargs=True)
+        for name, layer in list(module.named_children()):
+            if type(layer) in kinds and getattr(layer, "kernel_size", (2,)) != (1,):
+                setattr(module, name, _MASKED[type(layer)](layer))
 
 
-def _conv_of(module: nn.Module) -> nn.Conv1d | None:
-    conv = getattr(module, "conv", None)
-    return conv if isinstance(conv, nn.Conv1d) else None
-
-
-def _tell_samples(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    samples = kwargs.get("lengths", args[1] if len(args) > 1 else None)
-    for module in network.modules():
-        for norm in module.children():
-            if isinstance(norm, MaskedGroupNorm1d) and (conv := _conv_of(module)) is not None:
-                frames = None if samples is None else (samples - conv.kernel_size[0]) // conv.stride[0] + 1
-                norm.lengths = None if frames is None else frames.clamp_min(1)
+def tell_samples(extractor: Any, samples: Tensor) -> None:
+    """Tell the norms behind the first convolution of a feature extractor the samples of each utterance, (N,)."""
+    first = extractor.conv_layers[0].conv
+    tell(extractor, ((samples - first.kernel_size[0]) // first.stride[0] + 1).clamp_min(1))
 
 
 def tell(network: nn.Module, lengths: Tensor) -> None:
@@ -111,6 +105,13 @@ def tell(network: nn.Module, lengths: Tensor) -> None:
     for module in network.modules():
         if isinstance(module, (MaskedConv1d, MaskedBatchNorm1d, MaskedGroupNorm1d)):
             module.lengths = lengths
+
+
+_MASKED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: MaskedConv1d,
+    nn.BatchNorm1d: MaskedBatchNorm1d,
+    nn.GroupNorm: MaskedGroupNorm1d,
+}
 
 
 def _valid(inputs: Tensor, lengths: Tensor | None) -> Tensor | None:

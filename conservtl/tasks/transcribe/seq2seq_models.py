@@ -12,7 +12,7 @@ from conservtl.errors import DataError, SpecError, counted
 from conservtl.extras import require
 from conservtl.functions import IGNORED
 from conservtl.tasks.transcribe.features import Features
-from conservtl.tasks.transcribe.masked_layers import MaskedConv1d
+from conservtl.tasks.transcribe.masked_layers import mask_layers
 from conservtl.tasks.transcribe.pretrained_tokens import DecoderTokens
 from conservtl.tasks.transcribe.recognizers import Decoded
 from conservtl.tasks.transcribe.waveform_models import of_transformers
@@ -42,9 +42,7 @@ class TransformersSeq2Seq(nn.Module):
         self.network, self.tokens = network, tokens
         self._is_whisper = network.config.model_type == "whisper"
         if not self._is_whisper:
-            convs = network.model.encoder.conv.conv_layers
-            for place, conv in enumerate(convs):
-                convs[place] = MaskedConv1d(conv)
+            mask_layers(network.model.encoder.conv, nn.Conv1d)
 
     def teacher(self, labels: Tensor) -> dict[str, Tensor]:
         """Return ``decoder_input_ids``, the beginning and the texts, and ``decoder_attention_mask``.

@@ -13,7 +13,7 @@ from conservtl.bounds import ProperShare
 from conservtl.extras import require
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.conformer import Subsampling
-from conservtl.tasks.transcribe.masked_layers import MaskedBatchNorm1d, MaskedConv1d, MaskedGroupNorm1d, tell
+from conservtl.tasks.transcribe.masked_layers import mask_layers, tell
 
 __all__ = ["TorchaudioConformer", "TorchaudioConformerArgs"]
 
@@ -72,9 +72,7 @@ class TorchaudioConformer(nn.Module):
         self.network: Any = require("torchaudio.models", "torchaudio").Conformer(**sizes)
         layers = self.network.conformer_layers
         for place, block in enumerate(layers):
-            parts = block.conv_module.sequential
-            parts[2] = MaskedConv1d(parts[2])  # 0 and 5 see one frame, which padding does not change
-            parts[3] = (MaskedGroupNorm1d if args.use_group_norm else MaskedBatchNorm1d)(parts[3])
+            mask_layers(block.conv_module, nn.Conv1d, nn.BatchNorm1d, nn.GroupNorm)
             layers[place] = _Block(block)
         self.head = nn.Linear(args.input_dim, tokens)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conservtl.errors import SpecError, hint
 from conservtl.extras import require
-from conservtl.tasks.transcribe.masked_layers import mask_norms
+from conservtl.tasks.transcribe.masked_layers import mask_layers, tell, tell_samples
 
 __all__ = [
     "TorchaudioCTC",
@@ -36,19 +36,19 @@ class TorchaudioCTC(nn.Module):
         network: takes samples and lengths, and returns logits and lengths.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
-        mask_norms(self)
+        mask_layers(network.feature_extractor, nn.GroupNorm)
 
     def checkpointed_blocks(self) -> Iterable[nn.Module]:
         """Return the blocks that ``training.checkpointing`` computes again."""
-        encoder: Any = self.network.encoder
-        blocks: Iterable[nn.Module] = encoder.transformer.layers
+        blocks: Iterable[nn.Module] = self.network.encoder.transformer.layers
         return blocks
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, frames, tokens) logits and the frames of each utterance, (N,), for (N, samples) and (N,)."""
+        tell_samples(self.network.feature_extractor, lengths)
         return self.network(inputs, lengths)  # type: ignore[no-any-return]
 
 
@@ -62,23 +62,37 @@ class TransformersCTC(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
-        mask_norms(self)
+        base, config = network.base_model, network.config
+        mask_layers(base.feature_extractor, nn.GroupNorm)
+        mask_layers(base.encoder, nn.Conv1d, nn.BatchNorm1d)
+        self._convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self._squeezed = getattr(config, "squeeze_factor", 1)
+        self._adapts = getattr(base, "adapter", None) is not None
+        if self._adapts:
+            mask_layers(base.adapter, nn.Conv1d)
+            base.adapter.layerdrop = 0.0  # its layers halve the frames: none can be left out
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, frames, tokens) logits and the frames of each utterance, (N,), for (N, samples) and (N,)."""
-        valid = torch.arange(inputs.shape[1], device=inputs.device) < lengths.to(inputs.device).unsqueeze(1)
-        logits = self.network(inputs, attention_mask=valid.long()).logits
-        return logits, self.frames(lengths)
+        base = self.network.base_model
+        frames = self._encoded(lengths)
+        tell_samples(base.feature_extractor, lengths)
+        tell(base.encoder, frames)
+        samples = frames
+        for kernel, stride in reversed(self._convolutions):
+            samples = (samples - 1) * stride + kernel
+        if self._adapts:
+            for layer in base.adapter.layers:
+                tell(layer, frames)
+                frames = (frames - 1) // layer.conv.stride[0] + 1
+        valid = torch.arange(inputs.shape[1], device=inputs.device) < samples.to(inputs.device).unsqueeze(1)
+        return self.network(inputs, attention_mask=valid.long()).logits, frames
 
-    def frames(self, lengths: Tensor) -> Tensor:
-        """Return the frames that the convolutions make of these numbers of samples."""
-        config = self.network.config
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+    def _encoded(self, lengths: Tensor) -> Tensor:
+        """Return the frames that the encoder reads of these numbers of samples; it may squeeze several into one."""
+        for kernel, stride in self._convolutions:
             lengths = (lengths - kernel) // stride + 1
-        if getattr(config, "add_adapter", False):
-            for _ in range(config.num_adapter_layers):
-                lengths = (lengths - 1) // config.adapter_stride + 1
-        return lengths
+        return lengths // self._squeezed * self._squeezed
 
 
 def torchaudio_names() -> list[str]:

@@ -87,6 +87,45 @@ def test_an_utterance_has_the_same_outputs_alone_and_padded(network):
     torch.testing.assert_close(both[1, :42], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "args", "frames"),
+    [
+        ("data2vec-audio", {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5}, [89, 43]),
+        ("wav2vec2-conformer", {"conv_depthwise_kernel_size": 5, "conformer_conv_dropout": 0.0}, [89, 43]),
+        ("wav2vec2-conformer", {"conv_depthwise_kernel_size": 5, "position_embeddings_type": "rotary"}, [89, 43]),
+        ("hubert", {"conv_pos_batch_norm": True}, [89, 43]),
+        ("sew", {"squeeze_factor": 2}, [88, 42]),  # the last frame of an odd number has no output
+        ("wav2vec2", {"add_adapter": True, "num_adapter_layers": 2, "layerdrop": 1.0}, [23, 11]),
+    ],
+)
+def test_convolutions_and_norms_within_an_encoder_leave_out_padding(kind, args, frames):
+    """Also where transformers lets padding in, and in the statistics of a batch norm that is trained."""
+    torch.manual_seed(0)
+    network = build(ModelSpec(name=f"transformers/{kind}", args={**TINY, **args}), WAVES, 7).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    waves = torch.randn(2, 900)
+    lengths = torch.tensor([900, 445])
+    with torch.no_grad():
+        both, counts = network(waves, lengths)
+        alone, _ = network(waves[1:, :445], lengths[1:])
+    assert counts.tolist() == frames
+    assert alone.std() > 0.01
+    torch.testing.assert_close(both[1, : frames[1]], alone[0, : frames[1]], rtol=1e-3, atol=1e-5)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+    means = []
+    for padding in (0, 300):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        with torch.no_grad():
+            network(nn.functional.pad(waves, (0, padding), value=9.0), lengths)
+        means.append([norm.running_mean.clone() for norm in norms])
+    torch.testing.assert_close(means[0], means[1])
+    assert network.train()(waves, lengths)[0].shape[1] - frames[0] in (0, 1)  # no layer that halves them is dropped
+
+
 def test_layers_run_from_the_convolutions_to_the_head(network):
     layers = find_layers(network, {"inputs": torch.zeros(2, 900), "lengths": torch.tensor([900, 500])})
     assert "conv_layers.0" in layers[0].name
