@@ -48,3 +48,15 @@ class SourceHooks:
             SpecError: the section contradicts them.
         """
         return data
+
+    def architecture(self, model: Any, weights: Any) -> Any:  # noqa: ARG002
+        """Return the ``model`` section with what it leaves open set as the files beside the source's weights say.
+
+        Args:
+            model: the spec's ``model`` section.
+            weights: as for ``beside``.
+
+        Raises:
+            SpecError: the section contradicts them.
+        """
+        return model

@@ -12,7 +12,7 @@ from conservtl.errors import SourceError, listed
 from conservtl.experiments.spec.spec import Spec
 from conservtl.source.run_header import OWN, read_header
 
-__all__ = ["check_preprocessing", "earlier_run"]
+__all__ = ["check_preprocessing", "earlier_run", "model_as_saved"]
 
 _ABSENT = "nothing"
 
@@ -34,7 +34,7 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
             f"{where} were saved by a run of task {header['task']!r}, and the spec has {spec.task!r}. Give weights of "
             "the spec's task."
         )
-    differences = _differences(_section(spec, header["model"]), _section(spec, spec.model))
+    differences = _differences(_section(spec, header["model"]), _section(spec, model_as_saved(spec, header)))
     if different := [one for one in differences if "drop" not in one[0]]:  # dropout changes no trained model
         raise SourceError(_message(where, "model", different))
     labels, said = tuple(header["labels"]), spec.source.labels
@@ -44,6 +44,12 @@ def earlier_run(spec: Spec) -> dict[str, Any] | None:
             "Leave source.labels out."
         )
     return header
+
+
+def model_as_saved(spec: Spec, header: Mapping[str, Any]) -> Any:
+    """Return the spec's ``model`` section, with the run's arguments of the network where it gives none."""
+    model, args = spec.model, header["model"].get("args")
+    return model if getattr(model, "args", True) or not args else model.model_copy(update={"args": args})
 
 
 def check_preprocessing(spec: Spec, header: Mapping[str, Any], preprocessing: Any) -> None:

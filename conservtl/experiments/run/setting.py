@@ -14,7 +14,7 @@ from conservtl.adaptation.prepare import adapt
 from conservtl.data import Data, Domains, first_batch
 from conservtl.engine import Criterion, FitResult, Training, fit
 from conservtl.engine.progress import show_plainly
-from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run
+from conservtl.experiments.run.earlier_run import check_preprocessing, earlier_run, model_as_saved
 from conservtl.experiments.run.scoring import answered, in_order, on_source_head
 from conservtl.experiments.run.setting_checks import (
     check_densest,
@@ -269,12 +269,13 @@ def prepare(spec: Spec) -> Setting:
     check_source(spec)
     spec = spec.model_copy(update={"source": spec.source.pinned()})
     task = spec.problem
-    data, weights, header = spec.data, spec.source.weights, earlier_run(spec)
+    data, model, weights, header = spec.data, spec.model, spec.source.weights, earlier_run(spec)
     if header is not None:
-        data = task.adopt(data, header["preprocessing"])
+        data, model = task.adopt(data, header["preprocessing"]), model_as_saved(spec, header)
     elif weights is not None:
-        data = task.beside(data, weights)
-    spec = spec if data is spec.data else spec.model_copy(update={"data": data})
+        data, model = task.beside(data, weights), task.architecture(model, weights)
+    if data is not spec.data or model is not spec.model:
+        spec = spec.model_copy(update={"data": data, "model": model})
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=spec.source.data is not None)
     if header is not None:
         check_preprocessing(spec, header, domains.preprocessing)

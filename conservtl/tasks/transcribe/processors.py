@@ -1,20 +1,32 @@
-"""The processor that transformers saves beside weights: tokens and features that a spec leaves open, or contradicts."""
+"""What transformers saves beside weights: tokens, features and sizes that a spec leaves open, or contradicts."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from conservtl.errors import SpecError
+from conservtl.extras import require
 from conservtl.source.companions import companions
 from conservtl.tasks.transcribe.features import Features
 from conservtl.tasks.transcribe.pretrained_tokens import TOKENIZER_FILES, Pretrained
+from conservtl.tasks.transcribe.waveform_models import TRANSFORMERS
 
-__all__ = ["with_processor"]
+__all__ = ["with_architecture", "with_processor"]
 
 _SETTINGS = ("preprocessor_config.json", "processor_config.json")
 _COMPARED = ("kind", "sample_rate", "n_mels", "normalise")
+_CONFIG = "config.json"
+_OTHERS = re.compile(
+    r"^_|_tokens?(_id)?s?$|dtype|label|^output_(a|hidden_states)|^init|layerdrop|spec_augment|^ctc_"
+    r"|^(architectures|problem_type|transformers_version|model_type|vocab_size|return_dict|use_cache|is_encoder_decoder"
+    r"|num_mel_bins|input_feat_per_channel|max_source_positions)$"
+)
+"""Fields of a configuration that are no sizes, or that data, tokens and the spec decide."""
+_FREE = re.compile(r"drop|^mask_|layers$")
+"""Fields that a spec may change: they act in training alone, or the plan shows what is left out."""
 
 
 def with_processor(data: Any, weights: Any) -> Any:
@@ -33,6 +45,39 @@ def with_processor(data: Any, weights: Any) -> Any:
     elif trained is not None:
         _check(data.features, trained, weights)
     return data.model_copy(update=changed) if changed else data
+
+
+def with_architecture(model: Any, weights: Any) -> Any:
+    """Return a ``model`` section of transformers with the sizes of the weights' configuration, where it names none.
+
+    Raises:
+        SpecError: it names others, or another type. Many leave no trace in the weights, such as the number of heads.
+    """
+    kind = model.name.removeprefix(TRANSFORMERS)
+    file = companions(weights, (_CONFIG,)).get(_CONFIG) if model.name.startswith(TRANSFORMERS) else None
+    if file is None:
+        return model
+    configs = require("transformers", "transformers").AutoConfig
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        trained = found.pop("model_type")
+        usual, theirs = (configs.for_model(trained, **fields).to_dict() for fields in ({}, found))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"source.weights: {_CONFIG} beside them must be a model's configuration: {error}.") from error
+    if trained != kind:
+        raise SpecError(
+            f"model.name must be '{TRANSFORMERS}{trained}', as {_CONFIG} beside source.weights says; received "
+            f"{model.name!r}. Set it, or give weights of that type."
+        )
+    sizes = {name: theirs[name] for name in usual if not _OTHERS.search(name)}
+    for name, value in model.args.items():
+        if name in sizes and value != sizes[name] and not _FREE.search(name):
+            raise SpecError(
+                f"model.args.{name} must be {sizes[name]!r}, as {_CONFIG} beside source.weights {str(weights)!r} says; "
+                f"received {value!r}. Leave it out."
+            )
+    changed = {name: value for name, value in sizes.items() if value != usual[name]}
+    return model.model_copy(update={"args": {**changed, **model.args}})
 
 
 def _folder(weights: Any) -> str:

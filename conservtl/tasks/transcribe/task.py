@@ -25,7 +25,7 @@ from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_u
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.long_recordings import joined_frames, joined_words
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
-from conservtl.tasks.transcribe.processors import with_processor
+from conservtl.tasks.transcribe.processors import with_architecture, with_processor
 from conservtl.tasks.transcribe.recognizers import Decoded, Decoder, answered, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
 from conservtl.tasks.transcribe.spec_augment import SpecAugment
@@ -83,6 +83,10 @@ class Transcribe(NamedTarget, Task):
     def beside(self, data: Any, weights: Any) -> Any:
         """Return the data with the tokenizer and the features of the weights' processor, where it names none."""
         return with_processor(data, weights)
+
+    def architecture(self, model: Any, weights: Any) -> Any:
+        """Return the section with the sizes of the weights' configuration, where it names none."""
+        return with_architecture(model, weights)
 
     def completed(self, data: Any, domains: Domains, source: nn.Module, *, seed: int) -> Domains:
         """Return the domains with the source model's hypotheses for utterances without texts, if the data asks so."""
@@ -212,11 +216,15 @@ class Transcribe(NamedTarget, Task):
         return speakers(data)
 
     def adopt(self, data: Any, preprocessing: Mapping[str, Any]) -> Any:
-        """Return the data with the vocabulary of the run that saved the source's weights, where none is given."""
-        saved = (preprocessing.get("tokens") or {}).get("alphabet")
-        if saved is None or data.tokens.kind != "characters" or data.tokens.alphabet is not None:
-            return data
-        return data.model_copy(update={"tokens": data.tokens.model_copy(update={"alphabet": saved})})
+        """Return the data with features, rules for texts and tokens of the run that saved the source's weights.
+
+        Taken are those that it leaves out.
+        """
+        saved, given = TranscribePreprocessing.model_validate(preprocessing), data.model_fields_set
+        changed = {name: getattr(saved, name) for name in ("features", "text", "tokens") if name not in given}
+        if data.tokens == saved.tokens.model_copy(update={"alphabet": None}):
+            changed["tokens"] = saved.tokens
+        return data.model_copy(update=changed)
 
     def augmented(self, augmentation: Augmentation | None) -> Callable[[Any, torch.Generator], Any] | None:
         """Return the augmentation of a padded batch; None: no augmentation."""

@@ -256,8 +256,7 @@ def test_a_processor_beside_weights_brings_its_tokens_and_settles_the_features(r
     config = transformers.AutoConfig.for_model("wav2vec2", **TINY, vocab_size=len(names), pad_token_id=0)
     weights = transformers.AutoModelForCTC.from_config(config)
     weights.save_pretrained(tmp_path)
-    model = f"model={json.dumps({'name': 'transformers/wav2vec2', 'args': TINY})}"
-    given = overrides(root, model, f"source.weights={tmp_path}")
+    given = overrides(root, "model={name: transformers/wav2vec2}", f"source.weights={tmp_path}")
     setting = prepare(load_spec(EXAMPLE, given))
     assert setting.domains.labels == tuple(names)
     assert setting.shared
@@ -265,6 +264,17 @@ def test_a_processor_beside_weights_brings_its_tokens_and_settles_the_features(r
     batch = setting.domains.shots.batch([0])
     (text,) = setting.task.texts([batch["labels"][0].tolist()])
     assert text in ("A CAB", "BAD", "A BEE", "DEED", "CAB")
+    model = "model={name: transformers/wav2vec2, args: %s}"
+    with pytest.raises(
+        ctl.SpecError, match=r"args.num_attention_heads must be 2, as config.json .*; received 4. Leave"
+    ):
+        prepare(load_spec(EXAMPLE, [*given, model % "{num_attention_heads: 4}"]))
+    with pytest.raises(ctl.SpecError, match=r"model.name must be 'transformers/wav2vec2', as config.json"):
+        prepare(load_spec(EXAMPLE, [*given, "model={name: transformers/hubert}"]))
+    left = prepare(load_spec(EXAMPLE, [*given, model % "{num_hidden_layers: 1, hidden_dropout: 0.3}"])).spec.model.args
+    sizes = {name: left[name] for name in TINY if name in left}
+    assert left == {**sizes, "output_hidden_size": 16, "num_hidden_layers": 1, "hidden_dropout": 0.3}
+    assert {name: value for name, value in sizes.items() if value != TINY[name]} == {"num_hidden_layers": 1}
     rate = "data.features={kind: waveform, normalise: none, sample_rate: 8000}"
     with pytest.raises(ctl.SpecError, match=r"sample_rate must be 16000, as source.weights .* are resampled"):
         prepare(load_spec(EXAMPLE, [*given, rate]))
