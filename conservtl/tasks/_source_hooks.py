@@ -60,3 +60,12 @@ class SourceHooks:
             SpecError: the section contradicts them.
         """
         return model
+
+    def outputs(self, data: Any, labels: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, ...]:  # noqa: ARG002
+        """Return the labels of the weights' outputs, and the same in the order that the task needs.
+
+        Args:
+            data: the spec's ``data`` section.
+            labels: ``source.labels`` of the spec; None: the data's, unless the section says otherwise.
+        """
+        return labels, labels

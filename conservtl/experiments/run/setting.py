@@ -55,6 +55,7 @@ class Setting:
         example: a small batch of inputs; finds the order of layers.
         shared: whether source and target have the same labels in the same order. One head then serves both.
         headless: whether the source's weights have no head, so that the source has no labels of its own.
+        given: labels of the outputs of ``source.weights`` in their order; None: that of the domains.
     """
 
     spec: Spec
@@ -62,6 +63,7 @@ class Setting:
     example: Any
     shared: bool
     headless: bool = field(default=False, kw_only=True)
+    given: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     @cached_property
     def task(self) -> Task:
@@ -276,19 +278,20 @@ def prepare(spec: Spec) -> Setting:
         data, model = task.beside(data, weights), task.architecture(model, weights)
     if data is not spec.data or model is not spec.model:
         spec = spec.model_copy(update={"data": data, "model": model})
+    given, labels = task.outputs(spec.data, spec.source.labels) if header is None else (None, None)
     domains = task.load(spec.data, spec.model, seed=spec.seed, source=spec.source.data is not None)
     if header is not None:
         check_preprocessing(spec, header, domains.preprocessing)
         field = "the labels of the run that saved source.weights"
         fix = "Leave the source's data out (source.data: null), or give data with that run's labels."
         domains = with_source_labels(task, domains, header["labels"], trains=False, field=field, fix=fix)
-    elif spec.source.labels is not None:
+    elif labels is not None:
         trains = spec.source.weights is None
         fix = "List the labels of the source model's outputs in their order, or restrict the data to them."
-        domains = with_source_labels(task, domains, spec.source.labels, trains=trains, field="source.labels", fix=fix)
+        domains = with_source_labels(task, domains, labels, trains=trains, field="source.labels", fix=fix)
     check_shots(task, domains)
     example = task.inputs(first_batch(domains.shots, 2))
-    setting = Setting(spec, domains, example, domains.labels == domains.source_labels)
+    setting = Setting(spec, domains, example, domains.labels == domains.source_labels, given=given)
     note = shots_note(task, domains, setting.taken, spec.data.shots) + (
         (skipped_text(domains.skipped),) if domains.skipped else ()
     )

@@ -155,6 +155,9 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
             )
         model = setting.model(outputs)
         needed = own_tensors(model)
+    if (names := setting.given) is not None and names != setting.domains.source_labels:
+        order = [names.index(label) for label in setting.domains.source_labels]
+        tensors |= {name: tensors[name][order] for name in head if name in tensors}
     if matched.run is not None:
         identities = extend_model(model, matched.run)
         needed = own_tensors(model)

@@ -127,9 +127,8 @@ def _check_features(name: str, features: Features, kind: str) -> None:
 
 
 def _check_blank(name: str, tokens: Any) -> None:
-    if tokens.blank != 0:
+    if tokens.blank is None:
         raise SpecError(
-            f"data.tokens: output 0 of {name} must be CTC's blank, which the tokenizer calls padding; it has it at "
-            f"{tokens.blank}. Give data.tokens of kind characters, and the tokenizer's tokens in their order, with "
-            "<blank> for that one, in source.labels."
+            f"data.tokens: {name} needs a tokenizer of CTC, whose padding is the blank; this one has none. Give the "
+            "folder of a CTC model, or data.tokens of kind characters."
         )

@@ -20,7 +20,7 @@ from conservtl.extras import require
 from conservtl.source.companions import companions
 from conservtl.spec_model import FrozenModel
 
-__all__ = ["TOKENIZER_FILES", "DecoderTokens", "Pretrained", "numbers_of"]
+__all__ = ["TOKENIZER_FILES", "DecoderTokens", "Pretrained", "blank_first", "numbers_of"]
 
 _CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -84,19 +84,26 @@ class Pretrained(FrozenModel):
         return self.model_copy(update={"folder": _EMBEDDED + base64.b64encode(content.getvalue()).decode()})
 
     def vocabulary(self, texts: Iterable[str]) -> tuple[str, ...]:  # noqa: ARG002
-        """Return the names of the outputs, in the model's order."""
-        return self._read.names
+        """Return the names of the outputs, in the model's order, but CTC's blank first."""
+        return blank_first(self._read.names, self.blank)
 
     @property
-    def blank(self) -> int | None:
-        """Number of CTC's blank, which these tokenizers call padding; None: there is none."""
-        number: int | None = self._read.tokenizer.pad_token_id
-        return number
+    def order(self) -> tuple[str, ...] | None:
+        """Names of the outputs in the model's order, where that is another."""
+        names = self._read.names
+        return None if self.vocabulary(()) == names else names
 
     @property
-    def end(self) -> str:
-        """Name of the token behind a text of a decoder."""
-        return self._read.names[self.decoder().end]
+    def blank(self) -> str | None:
+        """Name of CTC's blank, which a tokenizer of CTC calls padding; None: there is none."""
+        name: str | None = self._read.tokenizer.pad_token
+        return name if self._read.is_ctc else None
+
+    @property
+    def end(self) -> str | None:
+        """Name of the token behind a text of a decoder; None: there is none."""
+        name: str | None = self._read.tokenizer.eos_token
+        return name
 
     def decoder(self) -> DecoderTokens:
         """Return the tokens by which a decoder begins and ends.
@@ -141,7 +148,7 @@ class Pretrained(FrozenModel):
         read = self._read
         names = [vocabulary[one] for one in tokens if one < len(vocabulary)]
         found = [read.numbers[name] for name in names if name in read.numbers]
-        options = {"group_tokens": False} if hasattr(read.tokenizer, "word_delimiter_token") else {}
+        options = {"group_tokens": False} if read.is_ctc else {}
         text = read.tokenizer.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False, **options)
         return " ".join(text.split())
 
@@ -167,6 +174,11 @@ class _Tokenizer:
     names: tuple[str, ...]
     numbers: dict[str, int]
     unused: frozenset[int]
+
+    @property
+    def is_ctc(self) -> bool:
+        """Whether it is made for CTC: words are divided by a token."""
+        return hasattr(self.tokenizer, "word_delimiter_token")
 
 
 @lru_cache(maxsize=4)
@@ -209,6 +221,11 @@ def _read(embedded: str, language: str | None) -> _Tokenizer:
     names = tuple(known.get(number, f"<unused {number}>") for number in range(size))
     numbers = {name: number for number, name in enumerate(names)}
     return _Tokenizer(tokenizer, config, names, numbers, frozenset(range(size)) - known.keys())
+
+
+def blank_first(labels: tuple[str, ...], blank: str | None) -> tuple[str, ...]:
+    """Return labels in their order, but the blank first, if it is one of them."""
+    return (blank, *(label for label in labels if label != blank)) if blank in labels else labels
 
 
 @lru_cache(maxsize=8)

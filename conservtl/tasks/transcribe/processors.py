@@ -61,7 +61,7 @@ def with_architecture(model: Any, weights: Any) -> Any:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         trained = found.pop("model_type")
-        usual, theirs = (configs.for_model(trained, **fields).to_dict() for fields in ({}, found))
+        usual, theirs = configs.for_model(trained).to_dict(), configs.for_model(trained, **found).to_dict()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(f"source.weights: {_CONFIG} beside them must be a model's configuration: {error}.") from error
     if trained != kind:

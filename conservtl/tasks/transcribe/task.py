@@ -25,6 +25,7 @@ from conservtl.tasks.transcribe.details import Transcript, error_tables, worst_u
 from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.long_recordings import joined_frames, joined_words
 from conservtl.tasks.transcribe.models import ModelSpec, build, with_alphabet_of
+from conservtl.tasks.transcribe.pretrained_tokens import blank_first
 from conservtl.tasks.transcribe.processors import with_architecture, with_processor
 from conservtl.tasks.transcribe.recognizers import Decoded, Decoder, answered, recognizer_of
 from conservtl.tasks.transcribe.sections import CorpusData, DataSpec
@@ -55,7 +56,7 @@ class Transcribe(NamedTarget, Task):
         conversion = preprocessing or TranscribePreprocessing()
         self._labels, self._tokens, self._decoding = labels, conversion.tokens, conversion.decoding
         self._text = conversion.text
-        self._end = labels.index(self._tokens.end) if labels else 0
+        self._end = labels.index(end) if (end := self._tokens.end) in labels else 0
 
     def within(self, labels: tuple[str, ...], preprocessing: Any) -> Transcribe:
         """Return the task with a vocabulary, so that it can write texts.
@@ -87,6 +88,11 @@ class Transcribe(NamedTarget, Task):
     def architecture(self, model: Any, weights: Any) -> Any:
         """Return the section with the sizes of the weights' configuration, where it names none."""
         return with_architecture(model, weights)
+
+    def outputs(self, data: Any, labels: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, ...]:
+        """Return the labels of the weights' outputs, or those of their tokenizer, and the same with the blank first."""
+        given = data.tokens.order if labels is None else labels
+        return given, given and blank_first(given, data.tokens.blank)
 
     def completed(self, data: Any, domains: Domains, source: nn.Module, *, seed: int) -> Domains:
         """Return the domains with the source model's hypotheses for utterances without texts, if the data asks so."""

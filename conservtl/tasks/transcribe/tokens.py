@@ -32,10 +32,13 @@ class _OwnTokens(FrozenModel):
     space: ClassVar[str]
     """What stands for a space in the names of tokens."""
 
+    order: ClassVar[None] = None
+    """Outputs stand in the order of the vocabulary."""
+
     @property
-    def blank(self) -> int | None:
-        """Number of CTC's blank."""
-        return 0
+    def blank(self) -> str:
+        """Name of CTC's blank."""
+        return BLANK
 
     @property
     def end(self) -> str:

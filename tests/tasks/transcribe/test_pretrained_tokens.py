@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import conservtl as ctl
 from conservtl.tasks.transcribe.features import Features, TranscribePreprocessing
@@ -107,15 +108,27 @@ def test_ctc_takes_the_tokenizers_padding_as_its_blank(wav2vec2):
         tokens.encode("DAD", labels)
 
 
-def test_ctc_with_its_blank_elsewhere_is_refused(tmp_path):
+def test_a_blank_of_ctc_that_stands_elsewhere_is_put_first(tmp_path):
+    """As many recipes write a vocabulary, without an end of text."""
     names = ["A", "B", "|", "<unk>", "<pad>"]
     (tmp_path / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
     transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None).save_pretrained(
         tmp_path
     )
-    preprocessing = TranscribePreprocessing(tokens=Pretrained(folder=str(tmp_path)))
-    with pytest.raises(ctl.SpecError, match=r"output 0 of conformer must be CTC's blank, .* it has it at 4"):
-        build(ModelSpec(), preprocessing, 5)
+    tokens = Pretrained(folder=str(tmp_path))
+    labels = tokens.vocabulary(())
+    assert labels == ("<pad>", "A", "B", "|", "<unk>")
+    assert tokens.order == tuple(names)
+    assert tokens.encode("AB B", labels) == [1, 2, 3, 2]
+    task = Transcribe(labels, TranscribePreprocessing(tokens=tokens, text=Normalisation(case="upper")))
+    logits = torch.eye(5)[[1, 0, 2, 2, 3, 2]].unsqueeze(0)
+    assert task.heard((logits, torch.tensor([6]))) == ["AB B"]
+    assert build(ModelSpec(), TranscribePreprocessing(tokens=tokens), 5).head.out_features == 5
+
+
+def test_a_tokenizer_without_a_blank_of_ctc_is_refused(whisper):
+    with pytest.raises(ctl.SpecError, match=r"conformer needs a tokenizer of CTC, .* this one has none. Give"):
+        build(ModelSpec(), TranscribePreprocessing(tokens=Pretrained(folder=str(whisper))), 5)
 
 
 @pytest.mark.parametrize(

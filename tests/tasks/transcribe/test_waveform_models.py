@@ -280,6 +280,34 @@ def test_a_processor_beside_weights_brings_its_tokens_and_settles_the_features(r
         prepare(load_spec(EXAMPLE, [*given, rate]))
 
 
+@pytest.mark.parametrize("by", ["the tokenizer", "source.labels"])
+def test_a_head_whose_blank_is_not_the_first_output_is_read_in_order(root, tmp_path, by):
+    """Rows are moved with their labels: outputs are those of the model beside, the blank first."""
+    names = ["|", "[PAD]", *"ABCDE", "[UNK]"]
+    order = [1, 0, 2, 3, 4, 5, 6, 7]
+    config = transformers.AutoConfig.for_model("wav2vec2", **TINY, vocab_size=8, pad_token_id=1)
+    weights = transformers.AutoModelForCTC.from_config(config).eval()
+    weights.save_pretrained(tmp_path)
+    given = overrides(root, "model={name: transformers/wav2vec2}", f"source.weights={tmp_path}")
+    if by == "the tokenizer":
+        (tmp_path / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+        special = {"bos_token": None, "eos_token": None, "unk_token": "[UNK]", "pad_token": "[PAD]"}
+        transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **special).save_pretrained(tmp_path)
+    else:
+        given.append(f"source.labels={json.dumps(['|', '<blank>', *names[2:]])}")
+    setting = prepare(load_spec(EXAMPLE, given))
+    assert setting.shared is (by == "the tokenizer")
+    blank = "[PAD]" if setting.shared else "<blank>"
+    assert setting.domains.source_labels == (blank, "|", *"ABCDE", "[UNK]")
+    source = obtain_source(setting)
+    wave = torch.randn(1, 900)
+    with torch.no_grad():
+        ours, _ = source.model(wave, torch.tensor([900]))
+        torch.testing.assert_close(ours, weights(wave).logits[..., order], rtol=1e-4, atol=1e-5)
+    plan = setting.adaptation(source.with_notes()).plan
+    assert not [row.name for row in plan.rows if row.origin == "fresh"]
+
+
 def test_the_characters_of_bundles_hold_the_space():
     assert bundle_labels("WAV2VEC2_ASR_BASE_960H").startswith(" ETAON")
     assert bundle_labels("wav2vec2_base") == ""
