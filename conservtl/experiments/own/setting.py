@@ -11,7 +11,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.experiments.own.maker import blank
-from conservtl.experiments.run.setting import Setting
+from conservtl.experiments.run.setting import TARGET_SEED, Setting
 from conservtl.source.itself import check_heads
 from conservtl.source.read import SourceLike
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from conservtl.experiments.own.problem import OwnProblem
 
 __all__ = ["OwnSetting"]
-
-_TARGET_SEED = 2**31  # beyond every seed that settings can have
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class OwnSetting(Setting):
     def model(self, outputs: int, *, target: bool = False) -> nn.Module:  # noqa: ARG002
         """Return a new model; ``model.random`` of the settings replaces the values that it holds."""
         with preserve_rng():
-            seed_all(self.spec.seed + _TARGET_SEED * target)
+            seed_all(self.spec.seed + TARGET_SEED * target)
             made = self.problem.make()
             return blank(made) if self.spec.model.random else made
 
@@ -50,7 +48,7 @@ class OwnSetting(Setting):
         if self.spec.model.random or not self.problem.filled:
             return made
         with preserve_rng():
-            seed_all(self.spec.seed + _TARGET_SEED)
+            seed_all(self.spec.seed + TARGET_SEED)
             return blank(made)
 
     def adaptation(self, source: SourceLike) -> Adaptation:

@@ -14,10 +14,11 @@ from conservtl.adaptation.origin import Structure
 from conservtl.bounds import as_path
 from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.adapted import Adapted
-from conservtl.experiments.run.bundle_header import extend_model, merged_model, read_header
+from conservtl.experiments.run.bundle_header import extend_model, merged_model
 from conservtl.experiments.run.own_model import OWN, load_own
 from conservtl.experiments.run.setting import Setting
 from conservtl.experiments.spec.spec import validated
+from conservtl.source.run_header import read_header
 from conservtl.storage.tensor_files import load_tensors, save_tensors
 from conservtl.tasks.registry import task_named
 

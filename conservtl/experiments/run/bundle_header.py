@@ -13,9 +13,8 @@ from conservtl.adaptation.origin import Structure
 from conservtl.layers import find_layers
 from conservtl.methods import extend_all
 from conservtl.runtime.extending import apply_extensions
-from conservtl.source.run_header import read_header
 
-__all__ = ["extend_model", "merged_model", "read_header"]
+__all__ = ["extend_model", "merged_model"]
 
 
 def merged_model(adaptation: Adaptation, structure: Structure) -> tuple[nn.Module, dict[str, Any]]:

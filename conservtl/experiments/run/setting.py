@@ -40,9 +40,10 @@ from conservtl.source.read import SourceLike, read_source
 from conservtl.tasks.bad_files import skipped_text
 from conservtl.tasks.base import Shift, Task
 
-__all__ = ["Setting", "prepare"]
+__all__ = ["TARGET_SEED", "Setting", "prepare"]
 
-_TARGET_SEED = 2**31  # beyond every seed that a spec can have
+TARGET_SEED = 2**31
+"""Beyond every seed that a spec can have."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Setting:
         the very head it began with.
         """
         with torch.random.fork_rng():
-            torch.manual_seed(self.spec.seed + _TARGET_SEED * target)
+            torch.manual_seed(self.spec.seed + TARGET_SEED * target)
             model = self.task.build(self.spec.model, self.domains.preprocessing, outputs)
         check_outputs(self.task, model, self.example, outputs)
         return model
@@ -233,14 +234,9 @@ class Setting:
 
     def _drawn(self, model: nn.Module) -> Plan:
         layers = self.spec.layers
-        if layers is not None:  # an earlier run may have added modules that no glob matches
-            unmatched = [name for name in named_parameters(model) if not any(matches(glob, name) for glob in layers)]
-            added = [
-                name
-                for name in dict.fromkeys(name.rpartition(".")[0] for name in unmatched)
-                if name == "input_transform"
-            ]
-            layers = (*added, *layers)
+        names = [name for name in named_parameters(model) if name.startswith("input_transform.")]
+        if layers is not None and not all(any(matches(glob, name) for glob in layers) for name in names):
+            layers = ("input_transform", *layers)  # added by an earlier run, so that no glob of the spec matches it
         return Plan.draw(find_layers(model, self.example, layers, self.head_globs), {}, {})
 
     def source_set(self, data: Data, source: nn.Module) -> Any:

@@ -20,7 +20,7 @@ from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
 from conservtl.experiments.studies.trial import Trial, on_target, over_all, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, left_out, variants_of
-from conservtl.report.text.examples import shots_text, taken_of
+from conservtl.report.text.examples import shots_of
 from conservtl.report.text.summary import NO_LABELS
 
 __all__ = ["compare", "plan_trials", "summarise"]
@@ -164,7 +164,7 @@ def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
 
 def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     """Return one sentence, plain where nothing wins."""
-    where = f"At {shots_text(table['shots'], classes=classes, taken=taken_of(table))}"
+    where = f"At {shots_of(table, classes=classes)}"
     methods = [row for row in table["rows"] if not row["baseline"]]
     if table["best_baseline"] is None or not methods:
         return f"{where} there is nothing to compare with."

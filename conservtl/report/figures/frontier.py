@@ -9,7 +9,7 @@ from conservtl.errors import counted
 from conservtl.report.figures.canvas import Picture, bare, draw, shorten
 from conservtl.report.figures.marks import CUT_OFF, error_bar, right_column
 from conservtl.report.figures.plane import PlanePoint, metric_axis, paint_plane, window_of
-from conservtl.report.text.examples import shots_text, taken_of
+from conservtl.report.text.examples import shots_of
 from conservtl.report.text.metrics import ACCURACY, Metric
 from conservtl.report.text.variants import VariantResult, variants
 
@@ -20,7 +20,7 @@ _NAME = 34  # characters of a method's name
 
 def frontier(table: Mapping[str, Any], name: str, metric: Metric = ACCURACY, *, classes: bool = True) -> Picture | None:
     """Draw one mark a method with its interval in both directions; of the target alone if the source has no data."""
-    rows, where = variants(table, metric), shots_text(table["shots"], classes=classes, taken=taken_of(table))
+    rows, where = variants(table, metric), shots_of(table, classes=classes)
     if not rows:
         return None
     marks = _marks(rows)

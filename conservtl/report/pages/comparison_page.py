@@ -11,7 +11,7 @@ from conservtl.report.figures.canvas import Picture
 from conservtl.report.figures.frontier import frontier
 from conservtl.report.figures.shots import error_by_shots
 from conservtl.report.pages.rendering import write_page
-from conservtl.report.text.examples import shots_text, taken_of
+from conservtl.report.text.examples import shots_of
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.metrics import Metric, Verdict, headline
 from conservtl.report.text.summary import duration, left_out_notes, rows_notes
@@ -107,7 +107,7 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool,
             "(to 0 at a loss of 3 points)."
         )
     lines = [TableRow([cell(row) for _, cell in columns], "quiet" if row.baseline else "strong") for row in rows]
-    where = shots_text(table["shots"], classes=classes, taken=taken_of(table))
+    where = shots_of(table, classes=classes)
     return HtmlTable(f"In numbers, {where}", " ".join(notes), [name for name, _ in columns], lines)
 
 

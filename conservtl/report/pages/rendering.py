@@ -12,11 +12,11 @@ import yaml
 
 from conservtl.extras import require
 from conservtl.report.figures.canvas import Picture
-from conservtl.report.text.examples import skipped_rows
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import Verdict
 from conservtl.report.text.report_json import plain
 from conservtl.storage.files import write_text
+from conservtl.tasks.bad_files import shown_name
 
 __all__ = ["write_page"]
 
@@ -52,7 +52,7 @@ def write_page(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(unbroken=_unbroken, breakable=_breakable)
+    environment.filters.update(unbroken=_unbroken, breakable=_breakable, shown=shown_name)
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     spec = report.get("spec")
     page = environment.from_string(template).render(
@@ -63,7 +63,7 @@ def write_page(
         more=more,
         notes=notes,
         parts=[part for part in parts if isinstance(part, Picture) or (part is not None and part.rows)],
-        **skipped_rows(report),
+        skipped=report.get("skipped") or {"files": (), "count": 0},
         examples=(report.get("details") or {}).get("examples") or [],
         facts=[entries for entries in facts if entries],
         spec=yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True) if spec else "",

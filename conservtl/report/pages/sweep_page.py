@@ -18,7 +18,7 @@ from conservtl.report.figures.strengths import (
     swept_method,
 )
 from conservtl.report.pages.rendering import write_page
-from conservtl.report.text.examples import shots_text, taken_of
+from conservtl.report.text.examples import shots_of
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
@@ -65,7 +65,7 @@ def sweep_parts(result: Mapping[str, Any]) -> list[Picture | HtmlTable | None]:
 def _shots(result: Mapping[str, Any]) -> list[str]:
     if result.get("shots") is None:
         return []
-    text = shots_text(result["shots"], classes=bool(result.get("classes")), taken=taken_of(result))
+    text = shots_of(result, classes=bool(result.get("classes")))
     return [f"Every run adapts to {text}."]
 
 

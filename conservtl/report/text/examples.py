@@ -7,14 +7,13 @@ from typing import Any
 
 from conservtl.data.shots import taken_text
 from conservtl.errors import counted, plural
-from conservtl.tasks.bad_files import shown_name, skipped_text
+from conservtl.tasks.bad_files import skipped_text
 
 __all__ = [
     "examples_notes",
+    "shots_of",
     "shots_text",
     "skipped_notes",
-    "skipped_rows",
-    "taken_of",
     "target_text",
     "unlabelled_text",
 ]
@@ -70,13 +69,6 @@ def skipped_notes(report: Mapping[str, Any]) -> list[str]:
     return [f"{skipped_text(named, int(skipped['count']))}."] if named else []
 
 
-def skipped_rows(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the files that a report lists as skipped, name and reason, and the count of all, for a page."""
-    skipped = report.get("skipped") or {}
-    rows = [(shown_name(entry["file"]), shown_name(entry["reason"])) for entry in skipped.get("files") or ()]
-    return {"skipped": rows, "skipped_count": int(skipped.get("count", 0))}
-
-
 def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken: Collection[int] = ()) -> str:
     """Return the shots of a spec in words, of each class if there are classes.
 
@@ -95,7 +87,7 @@ def shots_text(shots: Any, example: str = "shot", *, classes: bool = True, taken
     return f"{words} ({taken_text(taken)})" if taken else words
 
 
-def taken_of(study: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the fewest and the most examples that a class had in a study, or in one of its tables."""
+def shots_of(study: Mapping[str, Any], *, classes: bool) -> str:
+    """Return the shots of a study, or of one of its tables, in words, with the fewest and the most of a class."""
     taken = study.get("taken")
-    return (taken["fewest"], taken["most"]) if taken else ()
+    return shots_text(study["shots"], classes=classes, taken=(taken["fewest"], taken["most"]) if taken else ())
