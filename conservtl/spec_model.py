@@ -92,6 +92,12 @@ class FrozenModel(BaseModel):
             except ValidationError as error:
                 raise FieldError.of(error, type(self)) from None
 
+        def __delattr__(self, name: str) -> None:
+            raise SpecError(
+                f"{type(self).__name__}.{name}: no field can be deleted; received del. For its default make a new one "
+                "with the other fields."
+            )
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy, with other values of some fields, which are checked as in a new one.
 

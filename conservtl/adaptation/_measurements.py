@@ -57,6 +57,10 @@ class MeasurementMethods(AdaptationBase):
         """
         if on not in ("target", "source"):
             raise SpecError(f"on must be 'target' or 'source', the domain of the batches; received {on!r}.")
+        if not callable(forward):
+            raise SpecError(
+                f"forward must be a function (model, batch) -> outputs; received {forward!r:.60}. Pass one."
+            )
         self.bound.parameters()
         loss = as_loss(loss)
         for measurement in self.bound.unmeasured():

@@ -247,4 +247,13 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     """Call the model on inputs as a caller gives them."""
     if isinstance(inputs, Mapping):
         return plain_forward(model, inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    try:
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise SpecError(
+            "inputs must be all that the model is called with: a tensor, a tuple of positional or a dictionary of "
+            f"keyword arguments; with a {type(inputs).__name__} the source model raises TypeError: {error}. Write "
+            "adaptation.loss(loss, outputs, inputs=(a, b)) for model(a, b)."
+        ) from error

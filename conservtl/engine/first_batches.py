@@ -80,8 +80,7 @@ def _check(session: Session, functions: Functions, data: Held | Streamed) -> Non
     if data.count() == 0:
         raise DataError(NO_EXAMPLES)
     _check_signature(functions.metrics)
-    known = functions.loss is cross_entropy or (isinstance(functions.loss, LabelLoss) and functions.loss.of_labels)
-    if functions.forward is not plain_forward or not known:
+    if functions.forward is not plain_forward or not _takes_labels(functions.loss):
         return None
     model = session.adaptation.model
 
@@ -121,7 +120,27 @@ def _about(subject: str) -> Iterator[None]:
         raise type(error)(f"{subject}: {error}") from error
 
 
+def _takes_labels(loss: Loss) -> bool:
+    """Whether a loss is the default one or one of torch, which take the labels out of the batch."""
+    return loss is cross_entropy or (isinstance(loss, LabelLoss) and loss.of_labels)
+
+
+def _check_batch(functions: Functions, content: Any) -> None:
+    """Raise unless the default functions find inputs and labels in a batch."""
+    if functions.forward is not plain_forward or isinstance(content, Mapping):
+        return
+    parts = 2 if _takes_labels(functions.loss) else 1
+    short = isinstance(content, (tuple, list)) and (len(content) < parts or not tensors_of(content[0]))
+    if short or not hasattr(content, "__getitem__"):
+        received = f"a {type(content).__name__} of {counted(len(content), 'part')}" if short else f"{content!r:.60}"
+        raise DataError(
+            "a batch must be (inputs, labels), tensors, or a dictionary of the model's arguments and labels; received "
+            f"{received}. Give such batches, or pass forward(model, batch) and loss(outputs, batch) for others."
+        )
+
+
 def _forward(functions: Functions, model: nn.Module, content: Any) -> Any:
+    _check_batch(functions, content)
     try:
         return functions.forward(model, content)
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from conservtl.report.run_report import drawn
 from conservtl.report.text.examples import skipped_notes
 from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import headline
-from conservtl.report.text.summary import rows_notes
+from conservtl.report.text.summary import study_notes
 from conservtl.report.text.variants import best_method, main_table, variants
 
 __all__ = ["Comparison", "Sweep"]
@@ -67,7 +67,7 @@ class _Study(ABC):
     def notes(self) -> list[str]:
         """What was left out or could not be measured, rows copied by label, and skipped files."""
         left = [f"Left out: {text}." for text in self.result.get("left_out") or ()]
-        return [*left, *rows_notes(self.result), *skipped_notes(self.result)]
+        return [*left, *study_notes(self.result), *skipped_notes(self.result)]
 
     def __str__(self) -> str:
         parts = ["\n".join(self.sentences), *map(str, self.tables()), "\n".join(self.notes)]

@@ -11,7 +11,9 @@ from conservtl.errors import PlanError, SelectorError, SpecError
 from conservtl.layers import find_layers, matches
 from conservtl.methods.base import Strategy
 from conservtl.plan.extension import Extension
+from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
+from conservtl.plan.update import Update
 
 __all__ = ["apply_all", "extend_all", "record_all", "retract_all", "void_notes"]
 
@@ -45,14 +47,15 @@ def apply_all(plan: Plan, strategies: Iterable[Strategy], extensions: Iterable[E
 
 
 def void_notes(plan: Plan) -> list[str]:
-    """Return a note on each penalty and each comparison of features that acts on nothing that is trained."""
+    """Return a note on each penalty, update and comparison of features that acts on nothing that is trained."""
     trained = set(plan.trained)
     places = {layer: place for place, layer in enumerate(plan.layers)}
     first = min((places[plan[name].layer] for name in trained), default=0)
+    acting: tuple[Penalty | Update, ...] = (*plan.penalties, *plan.updates)
     notes = [
-        f"{penalty.by} acts on nothing: all parameters that its {penalty.kind} covers are frozen"
-        for penalty in plan.penalties
-        if not plan.factors and trained.isdisjoint(penalty.names)
+        f"{decision.by} acts on nothing: all parameters that its {decision.kind} covers are frozen"
+        for decision in acting
+        if not plan.factors and trained.isdisjoint(decision.names)
     ]
     return notes + [
         f"{term.by} adds nothing: no layer up to those that it compares is trained"

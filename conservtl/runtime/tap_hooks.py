@@ -95,7 +95,9 @@ class Start:
                 self.passes.modes = self._modes.get(modes, _UNKNOWN)
             self.passes.count += 1
             self.passes.running = True
-            first = max(1, self.passes.count - self.passes.keep + 1)
+            # One more of compiled passes, since only records tell which of them a loss comes from.
+            keep = self.passes.keep + 1 if torch.compiler.is_compiling() else self.passes.keep
+            first = self.passes.count - keep + 1
             for tap in self.taps:
                 tap.records = [record for record in tap.records if record.number >= first]
 
@@ -182,6 +184,13 @@ class Tap:
                 self.written[record.modes] = self.written.get(record.modes, False) or written
                 lost |= written and not record.copied
         return [tensor for record in records for tensor in record.tensors], lost
+
+    def note_passes(self) -> None:
+        """Note which pass each record comes from: the hook at a model's end cannot where the pass is compiled."""
+        for record in self.records:
+            for tensor in record.tensors:
+                if tensor.grad_fn is not None:
+                    note_of(tensor.grad_fn).setdefault(self.passes, self.passes.before + record.number)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"layer": self.layer, "passes": Passes(), "written": {}}

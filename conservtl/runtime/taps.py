@@ -109,7 +109,11 @@ class Taps:
         count, ended = self._passes.count, self._passes.before
         first = count - passes + 1 if count else 0
         # A pass that the loss is not computed from (a look at the outputs, a batch left out) is none of its own.
-        behind = self._passes.behind(of) if first > 1 else set()
+        behind: set[int] = set()
+        if first > 1:
+            for tap in taps:
+                tap.note_passes()
+            behind = self._passes.behind(of)
         self._passes.before, self._passes.count, self._passes.keep = ended + count, 0, passes
         taken = [tap.taken(first) for tap in taps]
         if earlier := [number for number in behind if 0 < number - ended < first]:

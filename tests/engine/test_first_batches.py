@@ -299,6 +299,24 @@ class TestLosses:
             (X.double(), Y), error=ctl.DataError,
         )  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("batch", "received"),
+        [
+            (1, "1"),
+            ((1, 2), "a tuple of 2 parts"),
+            ((X,), "a tuple of 1 part"),
+            ([X], "a list of 1 part"),
+        ],
+    )
+    def test_other_batches_than_inputs_and_labels(self, batch, received):
+        refused(
+            rf"the training data: a batch must be \(inputs, labels\), tensors, or .*; received {received}\. Give",
+            [batch], error=ctl.DataError,
+        )  # fmt: skip
+
+    def test_a_loss_of_ones_own_needs_no_labels(self):
+        assert fitted([(X,)], 1, loss=lambda outputs, _: outputs.square().mean()).isfinite().all()
+
 
 class TestMetrics:
     @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def reference(model, x, shares):
 
 
 class TestMeasured:
+    def test_a_forward_that_is_no_function(self):
+        adaptation = ctl.adapt(net(), net(1), [ctl.FisherSP()])
+        with pytest.raises(ctl.SpecError, match=r"forward must be a function \(model, batch\) -> outputs; received 3"):
+            adaptation.measure(BATCHES, forward=3)
+
     @pytest.mark.parametrize("fisher", ["empirical", "true"])
     def test_is_the_mean_over_examples_of_squared_gradients(self, fisher):
         """Of the labels' log-likelihood, or in expectation over the model's own outputs; in eval mode, whole."""

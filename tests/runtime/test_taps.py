@@ -213,6 +213,22 @@ class TestSeveralPasses:
             adaptation.loss((outputs[0] - outputs[1]).square().mean(), outputs[given], inputs[given])
         torch.testing.assert_close(loss_of(adaptation), torch.zeros(()))
 
+    @pytest.mark.parametrize("taken", [0, 1])
+    def test_they_are_told_apart_where_the_model_is_compiled(self, adaptation, taken):
+        """Also after a first loss, from which on a single pass is kept for each."""
+        torch.compiler.reset()
+        model = torch.compile(adaptation.model, backend="aot_eager")
+        for _ in range(taken):
+            outputs = model(X)
+            adaptation.loss(0 * outputs.sum(), outputs, X)
+        outputs = [model(one) for one in (X, 2 * X)]
+        with self.refused():
+            adaptation.loss((outputs[0] - outputs[1]).square().mean(), outputs[1], 2 * X)
+        model(2 * X)
+        outputs = model(X)
+        torch.testing.assert_close(adaptation.loss(0 * outputs.sum(), outputs, X), torch.zeros(()))
+        torch.compiler.reset()
+
     def test_outputs_of_the_first_are_refused(self, adaptation):
         outputs = adaptation.model(X)
         adaptation.model(2 * X)
@@ -238,6 +254,13 @@ class TestSeveralPasses:
             loss = adaptation.loss(0 * outputs.sum(), outputs, X)
             loss.backward()  # computes the model again
             torch.testing.assert_close(loss, torch.zeros(()))
+
+
+def test_inputs_that_the_source_model_cannot_be_called_with():
+    adaptation = ctl.adapt(make(Siamese, 1), make(Siamese, 2), [ctl.OutputConservation()], head=["head"])
+    outputs = adaptation.model(X, X)
+    with pytest.raises(ctl.SpecError, match=r"with a Tensor the source model raises .* 'b'\. Write .* inputs=\(a, b\)"):
+        adaptation.loss(nn.functional.cross_entropy(outputs, torch.arange(len(X)) % 3), outputs, X)
 
 
 class TestSeveralOutputs:

@@ -77,6 +77,7 @@ def test_a_term_without_a_gradient_is_found():
     ("strategy", "note"),
     [
         (ctl.L2SP(), "L2SP acts on nothing: all parameters that its l2_sp covers are frozen"),
+        (ctl.Mixout(p=0.5), "Mixout acts on nothing: all parameters that its mixout covers are frozen"),
         (ctl.FeatureConservation(), "FeatureConservation adds nothing: no layer up to those that it compares is"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from conservtl.data import length_of, spread
 from conservtl.data.sequences import Sequences
 from conservtl.errors import DataError, SpecError, counted
-from conservtl.experiments.advice.reason import Advice, Reason
+from conservtl.experiments.advice.reason import Advice, Reason, longer
 from conservtl.experiments.run.scoring import score_model
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.source_training import SourceModel
@@ -116,7 +116,7 @@ def gather_errors(setting: Setting, source: SourceModel) -> ErrorEvidence:
     if task.headline.better != "lower" or not isinstance(shots, Sequences):
         raise SpecError(
             f"recommend: LogME, LEEP and the count of examples need classes, and the task {task.name!r} has "
-            "none. Search with conservtl tune or compare instead."
+            "none. Compare strategies instead: ctl.compare, or conservtl compare and tune for a spec."
         )
     known = shots.labelled or (True,) * len(shots)
     told = shots.take([place for place, one in enumerate(known) if one])
@@ -176,7 +176,7 @@ def advise_by_errors(evidence: ErrorEvidence) -> Advice:
         strategies.append({"kind": "discriminative_lr", "decay": decay, "toward": toward})
         choices.append(Reason("rates", f"Rates fall by {decay:g} a layer away from the {toward} side."))
     else:
-        choices.append(Reason("rates", "The trained layers share one rate: there are few steps."))
+        choices.append(Reason("rates", "The trained layers share one rate."))
     t = FAR_T if distance == "far" or new else T
     strategies.append({"kind": "weight_interpolation", "t": t})
     choices.append(
@@ -185,8 +185,7 @@ def advise_by_errors(evidence: ErrorEvidence) -> Advice:
     choices += _without_texts(evidence, strategies)
     epochs = max(evidence.epochs, -(-STEPS // evidence.steps))
     if epochs > evidence.epochs:
-        few = f"{counted(evidence.epochs, 'epoch')} of {counted(evidence.steps, 'step')} are few"
-        choices.append(Reason("length", f"{few}: {counted(epochs, 'epoch', 'makes')} at least {STEPS}."))
+        choices.append(Reason("length", longer(evidence.epochs, evidence.steps, STEPS)))
     training = {"epochs": epochs, "schedule": "cosine", "warmup": 0.1, "clip": 1.0, "batch_norm": "eval"}
     return Advice(tuple(strategies), training, tuple(choices))
 

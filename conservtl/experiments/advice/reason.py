@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Advice", "Reason"]
+from conservtl.errors import counted
+
+__all__ = ["Advice", "Reason", "longer"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Reason:
     """One choice and its reason.
 
     Args:
-        what: features, side, amount, rates, conservation, norms, rate, length.
+        what: distance, side, features, amount, rates, conservation, norms, rate, length.
         reason: one sentence, with its numbers.
     """
 
@@ -34,3 +36,14 @@ class Advice:
     strategies: tuple[dict[str, Any], ...]
     training: dict[str, Any]
     choices: tuple[Reason, ...]
+
+
+def longer(epochs: int, steps: int, fewest: int) -> str:
+    """Return why training takes more epochs than the spec's, each of so many steps.
+
+    >>> print(longer(6, 3, 200))
+    The spec's 6 epochs make 18 steps, 3 steps an epoch. At least 200 are needed: 67 epochs.
+    """
+    made = f"The spec's {counted(epochs, 'epoch', 'makes')} {counted(epochs * steps, 'step')}"
+    enough = counted(-(-fewest // steps), "epoch")
+    return f"{made}, {counted(steps, 'step')} an epoch. At least {fewest} are needed: {enough}."

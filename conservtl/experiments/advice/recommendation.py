@@ -126,7 +126,7 @@ class Recommendation:
         found = self.evidence
         lines = [f"{choice.what:13} {choice.reason}" for choice in self.choices]
         lines += [f"{'left out':13} {what}" for what in found.left_out]
-        return "\n".join([*lines, "", str(found.table()), "", _short(self.spec).rstrip()])
+        return "\n".join([_short(self.spec), *lines, "", str(found.table())])
 
 
 def recommend(
@@ -256,10 +256,11 @@ def _short(spec: Spec) -> str:
 def _rate(lr: float, usual: float, seen: RangeTest | None) -> str:
     if seen is None:
         return f"{lr:.1e} is the spec's rate, within the usual {LOWEST_RATE:g} to {HIGHEST_RATE:g}."
-    tenth = f"{seen.suggestion:.1e}, a tenth of the rate where the range test's loss is lowest"
-    if _bounded(seen.suggestion) != seen.suggestion:
-        tenth = f"{_bounded(seen.suggestion):g}, the usual bound (the range test suggests {seen.suggestion:.1e})"
-    return f"{lr:.1e} is the geometric mean of the usual {usual:g} and {tenth}."
+    found, counts = f"{seen.suggestion:.1e}", f"{_bounded(seen.suggestion):.1e}"
+    lowest = f"The loss of the range test is lowest at {10 * seen.suggestion:.1e}, and a tenth of that is {found}."
+    if counts != found:
+        lowest += f" Usual rates {'end' if seen.suggestion > HIGHEST_RATE else 'begin'} at {counts}, which replaces it."
+    return f"{lowest} The geometric mean of {counts} and the task's usual rate, {usual:.1e}, is {lr:.1e}."
 
 
 def _bounded(rate: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from conservtl.data.shots import taken_text
 from conservtl.errors import counted
 from conservtl.experiments.advice.evidence import Evidence
-from conservtl.experiments.advice.reason import Advice, Reason
+from conservtl.experiments.advice.reason import Advice, Reason, longer
 from conservtl.experiments.advice.thresholds import (
     CONSERVATION,
     ENOUGH,
@@ -43,16 +43,19 @@ def advise(evidence: Evidence) -> Advice:
     amount, (distant, by) = size(evidence), far(evidence)
     each = counted(round(1 / evidence.per_parameter), "parameter")
     where = f"{amount} data ({_count(evidence)} a class, one for {each})"
-    apart = f"{'far' if distant else 'near'} ({by})"
+    measured = (
+        Reason("distance", f"The domains are {'far apart' if distant else 'near'}: {by}."),
+        Reason("side", _SIDES[evidence.shift]),
+    )
     if evidence.shift == "labels" and (amount == "little" or _features_suffice(evidence)):
-        return _frozen_features(evidence, amount, where, apart)
+        return _frozen_features(evidence, amount, where, measured)
     new = evidence.shift == "labels"
     strategies: list[dict[str, Any]] = []
-    choices = [Reason("side", _SIDES[evidence.shift])]
+    choices = list(measured)
     if new and amount == "medium":
         strategies.append(_in_stages(evidence) if distant else {"kind": "lp_ft", "epochs": _stage(evidence)})
         then = "then the blocks next to it, then the rest" if distant else "then everything"
-        choices.append(Reason("amount", f"With {where} and domains {apart}, the head is trained first, {then}."))
+        choices.append(Reason("amount", f"With {where}, the head is trained first, {then}."))
     elif amount == "little":
         kept = max(1, round(KEPT * (len(evidence.layers) + 1)))
         strategies.append({"kind": "layer_transfer", "side": "output", "layers": kept})
@@ -62,11 +65,11 @@ def advise(evidence: Evidence) -> Advice:
     else:
         choices.append(Reason("amount", f"With {where}, everything is trained."))
     if amount == "little":
-        reason = f"The domains are {apart}; the trained layers share one rate, since the others have none."
+        reason = "The trained layers share one rate."
     else:
         decay, side = FAR_DECAY if distant else NEAR_DECAY, "lower" if new else "upper"
         strategies.append({"kind": "discriminative_lr", "decay": decay, "toward": "output" if new else "input"})
-        reason = f"The domains are {apart}, so rates fall by {decay:g} a layer toward the {side} layers."
+        reason = f"Each layer's rate is {decay:g} of that of the next, toward the {side} layers."
     choices.append(Reason("rates", reason))
     strategies += CONSERVATION[evidence.shift]
     choices.append(Reason("conservation", _CONSERVATION[evidence.shift]))
@@ -74,8 +77,7 @@ def advise(evidence: Evidence) -> Advice:
         strategies.append(NORMS[evidence.shift])
     choices.append(_norms(evidence))
     if (epochs := _epochs(evidence)) > evidence.epochs:
-        few = f"{counted(evidence.epochs, 'epoch')} of {counted(evidence.steps, 'step')} are few"
-        choices.append(Reason("length", f"{few}: {counted(epochs, 'epoch', 'makes')} at least {STEPS}."))
+        choices.append(Reason("length", longer(evidence.epochs, evidence.steps, STEPS)))
     training = {
         "epochs": epochs,
         "schedule": "cosine",
@@ -85,7 +87,7 @@ def advise(evidence: Evidence) -> Advice:
     return Advice(tuple(strategies), training, tuple(choices))
 
 
-def _frozen_features(evidence: Evidence, amount: Size, where: str, apart: str) -> Advice:
+def _frozen_features(evidence: Evidence, amount: Size, where: str, measured: tuple[Reason, ...]) -> Advice:
     """Return a classifier on frozen features: with little data, or if they are good enough."""
     layers = evidence.best_layers
     names = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else layers[0]
@@ -96,12 +98,9 @@ def _frozen_features(evidence: Evidence, amount: Size, where: str, apart: str) -
             f"Frozen features are enough: an SVM on them is right on {evidence.features_accuracy:.0%} of the shots "
             f"held out of it ({ENOUGH:.0%} suffice), so training the body can gain little and would cost the source."
         )
-    source = (
-        f"They come from {names}, whose LogME is within the margin of the best ({best:.2f} nats an example); the "
-        f"domains are {apart}."
-    )
+    source = f"They come from {names}, whose LogME is within the margin of the best ({best:.2f} nats an example)."
     choices = (
-        Reason("side", _SIDES[evidence.shift]),
+        *measured,
         Reason("amount", reason),
         Reason("features", source),
         Reason("conservation", "The source's weights do not change, so the source loses nothing."),

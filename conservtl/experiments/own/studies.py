@@ -126,7 +126,8 @@ def compare(
         spec = spec.model_copy(update={"compare": section})
         result = comparison.summarise(spec, place.results(comparison.plan_trials(spec)))
     left = [f"{name}: {reason.rstrip('.')}" for name, reason in absent.items()]
-    return Comparison(place.kept(_shown(result | {"left_out": [*result["left_out"], *left]}), "compare"))
+    result |= {"left_out": [*result["left_out"], *left], "variants": comparison.trained_as(spec)}
+    return Comparison(place.kept(_shown(result), "compare"))
 
 
 def sweep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -43,9 +44,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, len(values))
 
 
-def interval(values: Sequence[float]) -> dict[str, float] | None:
-    """Return the mean with its interval as JSON; None if there are no values."""
-    return asdict(mean_interval(values)) if values else None
+def interval(values: Sequence[float], least: float = -math.inf) -> dict[str, float] | None:
+    """Return the mean with its interval, cut off at the least value there can be, as JSON; None without values."""
+    if not values:
+        return None
+    found = asdict(mean_interval(values))
+    return found | {"low": max(least, found["low"])}
 
 
 def bootstrap(differences: Sequence[Sequence[float]]) -> Interval:

@@ -11,19 +11,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from conservtl.errors import counted
+from conservtl.errors import agreeing, counted, joined
 from conservtl.experiments.spec.sections import CompareSection
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.studies.bootstrap import bootstrap, interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.trial import Trial, on_target, over_all, taken_over
-from conservtl.experiments.studies.variants import Role, baseline_ids, left_out, variants_of
+from conservtl.experiments.studies.trial import Trial, distinct, on_target, outcome, over_all, taken_over
+from conservtl.experiments.studies.variants import Role, baseline_ids, described, left_out, variants_of
 from conservtl.report.text.examples import shots_of
 from conservtl.report.text.summary import NO_LABELS
 
-__all__ = ["compare", "plan_trials", "summarise"]
+__all__ = ["compare", "plan_trials", "summarise", "trained_as"]
 
 _ENOUGH = 5  # pairs below which an interval says too little to call a winner
 
@@ -63,7 +63,12 @@ def compare(
     if dry_run:
         return estimate(trials, processes) | {"left_out": left}
     result = summarise(spec, ResultStore(Path(out), say).results(trials, processes, executor))
-    return result | {"left_out": [*left, *result["left_out"]]}
+    return result | {"left_out": [*left, *result["left_out"]], "variants": trained_as(spec)}
+
+
+def trained_as(spec: Spec) -> dict[str, str]:
+    """Return how each variant of a comparison is trained, in words, by its label."""
+    return {variant.label: described(variant, spec) for variant in variants_of(spec, spec.compare or CompareSection())}
 
 
 def plan_trials(spec: Spec) -> list[Trial]:
@@ -118,7 +123,7 @@ def summarise(spec: Spec, runs: Runs) -> dict[str, Any]:
 def _table(judge: Judge, shots: Any, variants: Mapping[str, Runs]) -> dict[str, Any]:
     kinds: dict[str, tuple[str, Role]] = {label: (label, "method") for label in variants}
     kinds |= {label: kind for label, kind in baseline_ids().items() if label in variants}
-    scores = {label: fmean(judge.score(run["after"]) for run in runs) for label, runs in variants.items()}
+    scores = {label: fmean(judge.score(run["after"]) for run in distinct(runs)) for label, runs in variants.items()}
     competing = [label for label, (_, role) in kinds.items() if role in ("source", "baseline")]
     best = max(competing, key=lambda label: judge.rank(scores[label])) if competing else None
     rows = []
@@ -132,29 +137,35 @@ def _table(judge: Judge, shots: Any, variants: Mapping[str, Runs]) -> dict[str, 
 
 
 def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
-    """Return the figures of a variant's runs, and their paired differences from those of the best baseline."""
-    sourced = [run for run in runs if run["after"]["source"] is not None]
+    """Return the figures of a variant's runs, and their paired differences from those of the best baseline.
+
+    A run that another seed repeats counts once, and so does a pair.
+    """
+    once = distinct(runs)
+    sourced = [run for run in once if run["after"]["source"] is not None]
     quadruples = [
         (run["before"]["target"], run["after"]["target"], run["before"]["source"], run["after"]["source"])
         for run in sourced
     ]
-    reference = {(run["target"], run["seed"]): judge.score(run["after"]) for run in best}
-    pairs: dict[str, list[float]] = defaultdict(list)
+    reference = {(run["target"], run["seed"]): run for run in best}
+    pairs: dict[str, dict[Any, float]] = defaultdict(dict)
     for run in runs:
-        if (key := (run["target"], run["seed"])) in reference:
-            pairs[run["target"]].append(judge.gain(judge.score(run["after"]), reference[key]))
-    difference = bootstrap(list(pairs.values())) if pairs and best and runs is not best else None
+        if other := reference.get((run["target"], run["seed"])):
+            gain = judge.gain(judge.score(run["after"]), judge.score(other["after"]))
+            pairs[run["target"]][outcome(run), outcome(other)] = gain
+    groups = [list(gains.values()) for gains in pairs.values()]
+    difference = bootstrap(groups) if groups and runs is not best else None
     return {
-        "target": interval([run["after"]["target"] for run in runs]),
+        "target": interval([run["after"]["target"] for run in once]),
         "source": interval([run["after"]["source"] for run in sourced]),
         "harmonic": interval([judge.score(run["after"]) for run in sourced]),
         "constrained": judge.constrained(quadruples),
-        "seconds": interval([run["seconds"] for run in runs]),
+        "seconds": interval([run["seconds"] for run in runs], least=0.0),
         "difference": asdict(difference) if difference is not None else None,
         "wins": bool(difference is not None and difference.low > 0 and difference.count >= _ENOUGH),
         "per_target": {
             target: {
-                when: interval([run[when]["target"] for run in runs if run["target"] == target])
+                when: interval([run[when]["target"] for run in once if run["target"] == target])
                 for when in ("before", "after")
             }
             for target in dict.fromkeys(run["target"] for run in runs)
@@ -168,19 +179,23 @@ def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     methods = [row for row in table["rows"] if not row["baseline"]]
     if table["best_baseline"] is None or not methods:
         return f"{where} there is nothing to compare with."
-    best = max(methods, key=lambda row: judge.rank((row["harmonic"] or row["target"])["mean"]))
+    means = [(row["harmonic"] or row["target"])["mean"] for row in methods]
+    best = methods[means.index(max(means, key=judge.rank))]
+    alike = [row["variant"] for row, mean in zip(methods, means, strict=True) if mean == means[methods.index(best)]]
+    near = f"{joined(alike)} {agreeing(len(alike), 'is')}"
     what = f"{judge.combination} of target and source" if best["harmonic"] else f"target {judge.headline.label}"
     gap = best["difference"]
     mean, low, high = (_difference(judge, gap[key]) for key in ("mean", "low", "high"))
-    figures = f"{mean}{' points' if judge.headline.share else ''} ({low} to {high}) in the {what}"
+    ends = f" ({low} to {high})" if gap["count"] > 1 else ""
+    figures = f"{mean}{' points' if judge.headline.share else ''}{ends} in the {what}"
     if best["wins"]:
         return f"{where} {best['variant']} beats the best baseline, {table['best_baseline']}: {figures}."
     if gap["count"] < _ENOUGH:
         few = f"{counted(gap['count'], 'paired run', 'is')} too few to tell"
-        return f"{where} {few}: {best['variant']} is nearest, {figures}."
+        return f"{where} {few}: {near} nearest, {figures}."
     return (
-        f"{where} nothing beats the best baseline, {table['best_baseline']}, beyond chance: the nearest is "
-        f"{best['variant']}, {figures}."
+        f"{where} nothing beats the best baseline, {table['best_baseline']}, beyond chance: the nearest "
+        f"{agreeing(len(alike), 'is')} {joined(alike)}, {figures}."
     )
 
 

@@ -16,7 +16,7 @@ from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.trial import How, Trial, on_target, over_all, taken_over
+from conservtl.experiments.studies.trial import How, Trial, distinct, on_target, over_all, taken_over
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 
@@ -124,7 +124,7 @@ def summarise(
             for point, found in by_point.items()
             if isinstance(point, StrengthPoint)
         ],
-        "path": _path(by_point.get("path", []), spec.problem.headline.metric),
+        "path": _path(distinct(by_point.get("path", [])), spec.problem.headline.metric),
         "before": _figures(runs, "before"),
         "shots": spec.model_dump(mode="json")["data"]["shots"],
         "taken": taken_over(runs),
@@ -228,7 +228,7 @@ def _curves(by_point: Mapping[Point, Sequence[Mapping[str, Any]]]) -> list[dict[
 
 def _figures(runs: Sequence[Mapping[str, Any]], when: str = "after") -> dict[str, Any]:
     return {
-        name: interval([run[when][name] for run in runs if run[when][name] is not None])
+        name: interval([run[when][name] for run in distinct(runs) if run[when][name] is not None])
         for name in ("target", "source")
     }
 

@@ -140,6 +140,13 @@ def _run_and_store(trial: Trial, folder: Path) -> None:
         write_json(result, path)
 
 
+def _source_of(trial: Trial) -> str:
+    """Return what the source model of a trial depends on: its place, without the choice of the target's examples."""
+    place = json.loads(trial.place)
+    place["data"] = {name: value for name, value in place["data"].items() if name not in ("shots", "validation")}
+    return json.dumps({name: value for name, value in place.items() if name != "fresh"})
+
+
 def estimate(trials: Sequence[Trial], processes: int = 1) -> dict[str, Any]:
     """Return the number of runs, and their time estimated from one measured epoch.
 
@@ -157,7 +164,7 @@ def estimate(trials: Sequence[Trial], processes: int = 1) -> dict[str, Any]:
     seconds = sum(epoch * trial.spec.training.epochs + overhead for trial in trials if trial.how != "source")
     return {
         "runs": len(trials),
-        "sources": len({trial.place for trial in trials}),
+        "sources": len({_source_of(trial) for trial in trials if trial.trains_source}),
         "seconds": seconds / processes,
         "variants": list(dict.fromkeys(trial.variant for trial in trials)),
         "targets": list(dict.fromkeys(trial.target for trial in trials)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -31,9 +32,10 @@ from conservtl.experiments.run.source_training import SourceModel, prepare_sourc
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.studies.judge import Judge
 from conservtl.plan.table import rows_by_label
+from conservtl.storage.tensor_files import digest_of
 from conservtl.tasks.bad_files import skipped_report
 
-__all__ = ["How", "Trial", "forget_shared", "on_target", "over_all", "run_trial", "taken_over"]
+__all__ = ["How", "Trial", "distinct", "forget_shared", "on_target", "outcome", "over_all", "run_trial", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
@@ -76,6 +78,11 @@ class Trial:
         """The data and the source model, which trials share, as JSON: every field that does not adapt."""
         return _Place.of(self.spec).key
 
+    @property
+    def trains_source(self) -> bool:
+        """Whether its source model is trained, unless it was before: the spec gives no weights."""
+        return self.spec.held is None and self.spec.source.weights is None
+
     def domains(self) -> Domains:
         """Return its data, read once for all trials that share it."""
         return _shared(_Place.of(self.spec))[0].domains
@@ -99,7 +106,8 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         ``after``, the headline metric of "target" and "source" (None without a source test part); ``harmonic``, the
         score of both afterwards; ``headless``, whether the source has no head; ``seconds`` of adapting;
         ``rows_by_label``, how many rows of a layer are copied by label; ``skipped`` files, as a report has them; number
-        of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it.
+        of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it;
+        ``weights``, a digest of those that the run ends with.
     """
     setting, source, before = _shared(_Place.of(trial.spec))
     setting = replace(setting, spec=trial.spec)
@@ -115,7 +123,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
             path=sets_to_watch(setting, source) if trial.path else None,
             tell=tell,
         )
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - begun if trial.how != "source" else 0.0
     after = before if trial.how == "source" else _headlines(setting, source, adaptation)
     both = after["target"] is not None and after["source"] is not None
     return {
@@ -128,6 +136,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "after": after,
         "harmonic": Judge(setting.task.headline).score(after) if both else None,
         "seconds": seconds,
+        "weights": digest_of({name: tensor.cpu() for name, tensor in adaptation.model.state_dict().items()}),
         "headless": setting.headless,
         "rows_by_label": list(rows_by_label(adaptation.plan).values()),
         "skipped": skipped_report(setting.domains.skipped),
@@ -144,17 +153,37 @@ def taken_over(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
     return {"fewest": min(counts), "most": max(counts), "mean": fmean(counts)} if counts else None
 
 
+def distinct(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return a variant's runs without those that repeat another with the same target, weights and scores."""
+    kept: dict[Any, Mapping[str, Any]] = {}
+    for run in runs:
+        kept.setdefault(outcome(run), run)
+    return list(kept.values())
+
+
+def outcome(run: Mapping[str, Any]) -> Any:
+    """Return a key that a run shares with those that repeat it; results of before have no weights, and none repeats."""
+    return json.dumps([run["target"], run["weights"], run["before"], run["after"]]) if "weights" in run else id(run)
+
+
 def over_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a study's result says of all its runs.
 
     Returns:
-        ``rows_by_label``, how many rows of a layer were copied by label in some of the runs; ``skipped``, the files
-        that some skipped; ``runs``, without these files.
+        ``rows_by_label``, how many rows of a layer were copied by label in some of the runs; ``repeated``, the
+        variants of which the seeds changed nothing; ``skipped``, the files that some runs skipped; ``runs``, without
+        these files.
     """
     reports = [run["skipped"] for run in runs if run.get("skipped")]
     files = {entry["file"]: entry["reason"] for report in reports for entry in report["files"]}
     skipped = skipped_report(files)
+    trained: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        if run.get("steps"):
+            trained[f"{run['variant']} {run['shots']}"].append(run)
+    repeated = (each[0]["variant"] for each in trained.values() if len(distinct(each)) < len(each))
     return {
+        "repeated": list(dict.fromkeys(repeated)),
         "rows_by_label": list(dict.fromkeys(said for run in runs for said in run.get("rows_by_label", ()))),
         "skipped": skipped | {"count": max([skipped["count"], *(report["count"] for report in reports)])},
         "runs": [{key: value for key, value in run.items() if key != "skipped"} for run in runs],

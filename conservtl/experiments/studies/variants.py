@@ -13,7 +13,7 @@ from conservtl.experiments.spec.sections import BASELINES, CompareSection
 from conservtl.experiments.spec.spec import Spec, with_fields, with_variant
 from conservtl.experiments.studies.trial import How
 
-__all__ = ["Role", "Variant", "baseline_ids", "early_stopping", "left_out", "variants_of"]
+__all__ = ["Role", "Variant", "baseline_ids", "described", "early_stopping", "left_out", "variants_of"]
 
 Role = Literal["source", "baseline", "bound", "method"]
 """source: the source model itself; baseline: what methods are compared with; bound: a baseline that uses source data,
@@ -75,6 +75,17 @@ def _lack_for_joint(spec: Spec) -> str:
     if spec.source.data is None:
         return "there are none"
     return "" if spec.problem.shares_labels(spec.data) else "the source has labels that the target lacks"
+
+
+def described(variant: Variant, spec: Spec) -> str:
+    """Return how a variant is trained, in words."""
+    if variant.how == "source":
+        return "the source model, not trained"
+    made = variant.make(spec)
+    begun = {"scratch": "random values, ", "joint": "source and target data together, "}.get(variant.how, "")
+    strategies = " + ".join(strategy.label for strategy in made.strategies) or "all layers, no strategy"
+    stops = ", stops early on a part of the shots" if made.training.patience and not spec.training.patience else ""
+    return f"{begun}{strategies}, rate {made.training.lr:g}{stops}"
 
 
 def baseline_ids() -> dict[str, tuple[str, Role]]:

@@ -14,7 +14,7 @@ from conservtl.report.pages.rendering import write_page
 from conservtl.report.text.examples import shots_of
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.metrics import Metric, Verdict, headline
-from conservtl.report.text.summary import duration, left_out_notes, rows_notes
+from conservtl.report.text.summary import duration, left_out_notes, study_notes
 from conservtl.report.text.variants import VariantResult, best_method, main_table, variants
 
 __all__ = ["comparison_parts", "comparison_table", "write_compare"]
@@ -36,7 +36,7 @@ def write_compare(result: Mapping[str, Any], path: Path) -> None:
         sentence=verdicts[first] if tables else "There are no runs to compare.",
         tone=_tone(tables[first], metric) if tables else "unknown",
         more=[verdicts[place] for place in others],
-        notes=left_out_notes(result) + rows_notes(result),
+        notes=left_out_notes(result) + study_notes(result),
         parts=comparison_parts(result),
     )
 
@@ -52,11 +52,18 @@ def comparison_parts(result: Mapping[str, Any]) -> list[Picture | HtmlTable | No
         comparison_table(tables[first], metric, classes=classes),
         error_by_shots(tables, tables[first], metric, classes=classes),
         by_target(tables[first], metric),
+        _trained_as(result.get("variants") or {}),
     ]
     for place in (place for place in range(len(tables)) if place != first):
         parts.append(frontier(tables[place], f"frontier{place}", metric, classes=classes))
         parts.append(comparison_table(tables[place], metric, classes=classes))
     return parts
+
+
+def _trained_as(variants: Mapping[str, str]) -> HtmlTable:
+    """Return how each variant is trained."""
+    rows = [TableRow([Cell(name), Cell(how)]) for name, how in variants.items()]
+    return HtmlTable("What is compared", "", ["", "trained"], rows, frozenset({0, 1}))
 
 
 def _tone(table: Mapping[str, Any], metric: Metric) -> Verdict:
@@ -93,7 +100,7 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool,
     if compared:
         columns.append((f"against the best baseline{' (points)' if metric.share else ''}", _difference))
     if not brief:
-        columns.append(("time a run", lambda row: _number(row.seconds.mean if row.seconds else None, duration)))
+        columns.append(("time a run", _time))
         columns.append(("runs", lambda row: Cell(str(row.target.count))))
     notes = [] if metric.key == "accuracy" else [f"{metric.direction}."]
     if any(row.target.certain for row in rows):
@@ -113,6 +120,10 @@ def comparison_table(table: Mapping[str, Any], metric: Metric, *, classes: bool,
 
 def _combined(row: VariantResult) -> Cell:
     return interval_cell(row.combined, "" if row.baseline else "strong")
+
+
+def _time(row: VariantResult) -> Cell:
+    return _number(None if row.seconds is None or row.untrained else row.seconds.mean, duration)
 
 
 def _number(value: float | None, shown: Callable[[float], str]) -> Cell:

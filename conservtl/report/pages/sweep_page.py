@@ -22,7 +22,7 @@ from conservtl.report.text.examples import shots_of
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow, interval_cell
 from conservtl.report.text.intervals import MeanInterval, single
 from conservtl.report.text.metrics import ACCURACY, Metric, headline
-from conservtl.report.text.summary import rows_notes
+from conservtl.report.text.summary import study_notes
 
 __all__ = ["free_layers", "layers_table", "strengths_table", "sweep_parts", "sweep_sentences", "write_sweep"]
 
@@ -45,7 +45,7 @@ def write_sweep(result: Mapping[str, Any], path: Path) -> None:
         notes=[
             *_shots(result),
             *(["Not measured: what the source keeps, because it has no data."] if unmeasured else []),
-            *rows_notes(result),
+            *study_notes(result),
         ],
         parts=sweep_parts(result),
     )
@@ -193,4 +193,6 @@ def strengths_table(result: Mapping[str, Any]) -> HtmlTable | None:
 
 
 def _note(spans: list[MeanInterval]) -> str:
-    return "Beneath each mean its 95 % interval." if any(span.certain for span in spans) else "One run each."
+    if any(span.certain for span in spans):
+        return "Beneath each mean its 95 % interval."
+    return "One run each." if all(span.count == 1 for span in spans) else "All runs of a row agree: no intervals."

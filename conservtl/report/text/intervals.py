@@ -14,7 +14,7 @@ __all__ = ["MeanInterval", "difference_span", "metric_span", "single", "time_spa
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean with its interval; both ends are the mean if there is one value only.
+    """A mean with its interval; both ends are the mean if there is one value only, or all values are the same.
 
     Args:
         mean: in the shown unit.
@@ -33,7 +33,7 @@ class MeanInterval:
     @property
     def certain(self) -> bool:
         """Whether there is an interval to show."""
-        return self.count > 1
+        return self.count > 1 and self.high > self.low
 
     def text(self) -> str:
         """Return the mean as text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conservtl.errors import counted
+from conservtl.errors import counted, joined
 from conservtl.plan.plan import Plan
 from conservtl.report.text.examples import target_text
 from conservtl.report.text.metrics import Verdict, headline, number, pair
@@ -19,10 +19,12 @@ __all__ = [
     "read_plan",
     "rows_notes",
     "sentence",
+    "study_notes",
     "verdict",
 ]
 
 
+_NAMED = 4  # variants that a note names
 NO_LABELS = "the source's weights have no head, so the source has no labels of its own"
 """Why nothing is known about a source's answers."""
 
@@ -77,6 +79,19 @@ def left_out_notes(result: Mapping[str, Any]) -> list[str]:
 def rows_notes(result: Mapping[str, Any]) -> list[str]:
     """Return sentences on rows of a head that a run, or some runs of a study, copied by label."""
     return [f"Rows copied by label, {said}." for said in result.get("rows_by_label") or ()]
+
+
+def study_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return sentences on all runs of a study: seeds that changed nothing, and rows of a head copied by label."""
+    notes = rows_notes(result)
+    if names := result.get("repeated"):
+        more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+        notes.append(
+            f"The seeds changed nothing for {joined([*names[:_NAMED], *more])}: runs that differ in the seed alone end "
+            "in the same weights, so they count as one run. Draw the shots by the seed (data.shots, in Python shots=), "
+            "use batches smaller than the data, or let fresh layers begin at random values."
+        )
+    return notes
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,8 @@ import torch
 import yaml
 
 import conservtl as ctl
+from conservtl.experiments.advice.lr_range_test import RangeTest
+from conservtl.experiments.advice.recommendation import _rate
 from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
@@ -122,3 +124,22 @@ def test_more_shots_than_recordings_are_refused(speech_fields):
 
 def test_numbers_are_those_of_json(speech_fields):
     assert yaml.safe_load(yaml.safe_dump(ctl.recommend(speech_fields, range_test=False).numbers["log_me"]))
+
+
+@pytest.mark.parametrize(
+    ("suggested", "rate", "said"),
+    [
+        # sqrt(5e-4 * 2e-4), and the same with the bounds 1e-3 and 1e-5
+        (2e-4, 3.2e-4, "a tenth of that is 2.0e-04. The geometric mean of 2.0e-04 and"),
+        (
+            2.3e-3,
+            7.1e-4,
+            "a tenth of that is 2.3e-03. Usual rates end at 1.0e-03, which replaces it. The geometric mean",
+        ),
+        (1e-6, 7.1e-5, "a tenth of that is 1.0e-06. Usual rates begin at 1.0e-05, which replaces it. The geometric"),
+    ],
+)
+def test_each_number_of_the_rate_follows_from_the_one_before(suggested, rate, said):
+    text = _rate(rate, 5e-4, RangeTest((), (), (), suggested, suggested, diverged=False))
+    assert text.startswith(f"The loss of the range test is lowest at {10 * suggested:.1e}, and {said}")
+    assert text.endswith(f"the task's usual rate, 5.0e-04, is {rate:.1e}.")

@@ -273,6 +273,8 @@ def test_a_field_that_is_assigned_to():
     assert isinstance(refused.value, ValidationError)
     with pytest.raises(SpecError, match=r"^Training\.lrr: there is no such field\. Did you mean 'lr'\?$"):
         training.lrr = 1
+    with pytest.raises(SpecError, match=r"^Training\.lr: no field can be deleted; received del\. For its default make"):
+        del training.lr
     assert training.model_copy(update={"lr": 0.1}) == ctl.Training(lr=0.1)
     assert training.model_copy(update={"lr": 0.1}).model_fields_set == {"lr"}
 

@@ -23,6 +23,7 @@ from conservtl.experiments.studies.result_store import ResultStore
 from conservtl.experiments.studies.trial import Trial, run_trial
 from conservtl.experiments.studies.tuning import tune
 from conservtl.experiments.studies.variants import left_out
+from conservtl.report.text.summary import study_notes
 
 
 @pytest.fixture
@@ -244,6 +245,14 @@ class TestCompare:
         with pytest.raises(ctl.SpecError, match=r"strategies\.3\.alpha: there is no field '3'"):
             plan_trials(parse_spec(fields))
 
+    def test_the_choice_of_examples_makes_no_other_source(self, fields):
+        """A source model for each target and seed; baselines that stop early take a validation part beside."""
+        fields["compare"] |= {"seeds": 2, "baselines": ["fine-tuning, low rate", "linear probe"], "shots": [2, 3]}
+        trials = plan_trials(parse_spec(fields))
+        assert len({trial.place for trial in trials}) == 2 * 2 * 2 * 2
+        assert len({result_store._source_of(trial) for trial in trials}) == 2 * 2
+        assert all(trial.trains_source for trial in trials)
+
     def test_dry_run_counts_and_keeps_nothing(self, fields, tmp_path):
         found = compare(parse_spec(fields), tmp_path / "out", dry_run=True)
         assert found["runs"] == 6
@@ -288,6 +297,33 @@ class TestSummary:
     def test_no_winner_is_said_plainly(self, fields):
         result = summarise(parse_spec(fields), self.runs([0.04, -0.05, 0.03, -0.03, 0.04, -0.03]))
         assert "nothing beats the best baseline" in result["verdict"][0]
+
+    @pytest.mark.parametrize(("seeds", "pairs"), [(5, 1), (6, 2)])
+    def test_runs_that_a_seed_does_not_change_count_once(self, fields, seeds, pairs):
+        """One run for each of the seeds, and one pair: no interval, and no winner by repeating it."""
+        runs = self.runs([0.04] * seeds)
+        for made in runs:
+            last = made["seed"] == 5
+            made |= {"target": "cleo", "steps": 3, "weights": f"{made['variant']} {last}"}
+            made["after"] = made["after"] | {"target": made["after"]["target"] + 0.02 * last}
+        result = summarise(parse_spec(fields), runs)
+        rows = result["tables"][0]["rows"]
+        assert [row["target"]["count"] for row in rows] == [pairs, pairs]
+        assert rows[1]["difference"]["count"] == pairs
+        assert not rows[1]["wins"]
+        score = [100 * 2 * target * 0.9 / (target + 0.9) for target in (0.84, 0.8)]
+        few = f"{pairs} paired run{'s are' if pairs > 1 else ' is'} too few to tell: mine is nearest"
+        assert few in result["verdict"][0]
+        if pairs == 1:
+            assert f"{few}, {score[0] - score[1]:+.1f} points in the harmonic mean" in result["verdict"][0]
+        assert result["repeated"] == ["fine-tuning, low rate", "mine"]
+        (note,) = study_notes(result)
+        assert note.startswith("The seeds changed nothing for fine-tuning, low rate and mine: ")
+
+    def test_methods_that_score_alike_are_named_together(self, fields):
+        runs = self.runs([0.04, 0.05])
+        result = summarise(parse_spec(fields), [*runs, *({**run, "variant": "other"} for run in runs[1::2])])
+        assert "2 paired runs are too few to tell: mine and other are nearest, +2." in result["verdict"][0]
 
     def test_without_source_data_the_target_decides_and_it_is_said(self, fields):
         result = summarise(parse_spec(fields), self.runs([0.04, 0.05, 0.06, 0.05, 0.04, 0.06], source=None))

@@ -21,7 +21,7 @@ def test_a_difference_keeps_its_sign():
 
 
 def test_one_value_has_no_interval():
-    for value in (0.5, {"mean": 0.5, "low": 0.5, "high": 0.5, "count": 1}):
+    for value in (0.5, *({"mean": 0.5, "low": 0.5, "high": 0.5, "count": count} for count in (1, 3))):
         span = metric_span(value)
         assert (span.text(), span.ends(), span.certain) == ("50.0", "", False)
 
