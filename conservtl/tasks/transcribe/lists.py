@@ -14,18 +14,10 @@ from conservtl.tasks.transcribe.utterances import Part
 
 __all__ = ["Line", "base_of", "is_missing", "lines_in", "part_of", "text_of"]
 
-_PARTS: dict[str, Part] = {
-    "train": "train",
-    "training": "train",
-    "validated": "train",
-    "dev": "dev",
-    "valid": "dev",
-    "validation": "dev",
-    "val": "dev",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+_PARTS: dict[Part, tuple[str, ...]] = {
+    "train": ("train", "training", "validated"),
+    "dev": ("dev", "valid", "validation", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
 
 
@@ -66,8 +58,8 @@ def part_of(*names: str) -> Part | None:
     >>> part_of("all", "test-clean"), part_of("manifest_dev"), part_of("testimony")
     ('test', 'dev', None)
     """
-    words = (word for name in names for word in re.split("[^a-z]+", name.lower()))
-    return next((_PARTS[word] for word in words if word in _PARTS), None)
+    words = (word for one in names for word in re.split("[^a-z]+", one.lower()))
+    return next((part for word in words for part, known in _PARTS.items() if word in known), None)
 
 
 def base_of(path: str | None, root: Path, folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from conservtl.extras import require
 
@@ -40,12 +41,12 @@ class Errors:
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Errors:
     """Return the word errors, pooled over pairs of texts."""
-    return _pooled(require("jiwer", "transcribe").process_words, references, hypotheses)
+    return _pooled(require("jiwer", "transcribe").process_words(list(references), list(hypotheses)))
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Errors:
     """Return the character errors, spaces included, pooled over pairs of texts."""
-    return _pooled(require("jiwer", "transcribe").process_characters, references, hypotheses)
+    return _pooled(require("jiwer", "transcribe").process_characters(list(references), list(hypotheses)))
 
 
 def changed_words(references: Sequence[str], hypotheses: Sequence[str]) -> Counter[tuple[str, str]]:
@@ -53,9 +54,6 @@ def changed_words(references: Sequence[str], hypotheses: Sequence[str]) -> Count
     jiwer = require("jiwer", "transcribe")
     counts: Counter[tuple[str, str]] = Counter()
     for reference, hypothesis in zip(references, hypotheses, strict=True):
-        if not reference:
-            counts.update(("", word) for word in hypothesis.split())
-            continue
         done = jiwer.process_words(reference, hypothesis)
         said, heard = done.references[0], done.hypotheses[0]
         for chunk in done.alignments[0]:
@@ -70,15 +68,6 @@ def changed_words(references: Sequence[str], hypotheses: Sequence[str]) -> Count
     return counts
 
 
-def _pooled(process: object, references: Sequence[str], hypotheses: Sequence[str]) -> Errors:
-    pairs = [pair for pair in zip(references, hypotheses, strict=True) if pair[0]]
-    inserted = sum(_size(process, heard) for said, heard in zip(references, hypotheses, strict=True) if not said)
-    if not pairs:
-        return Errors(0, 0, inserted, 0)
-    done = process([said for said, _ in pairs], [heard for _, heard in pairs])  # type: ignore[operator]
+def _pooled(done: Any) -> Errors:
     count = done.hits + done.substitutions + done.deletions
-    return Errors(done.substitutions, done.deletions, done.insertions + inserted, count)
-
-
-def _size(process: object, text: str) -> int:
-    return len(text.split()) if getattr(process, "__name__", "") == "process_words" else len(text)
+    return Errors(done.substitutions, done.deletions, done.insertions, count)
