@@ -264,6 +264,18 @@ def test_a_copy_of_a_recording_in_another_manifest_is_refused(tmp_path):
         load(CorpusData(root=tmp_path, target="cid", **QUICK), seed=0)
 
 
+@pytest.mark.parametrize("change", [{"audio_filepath": "copy.flac"}, {"audio_filepath": "long.wav", "offset": 0.5}])
+def test_a_recording_in_another_format_or_cut_out_of_a_longer_one_is_refused(change, tmp_path):
+    write_nemo(tmp_path)
+    line = json.loads((tmp_path / "all.json").read_text().splitlines()[0])
+    wave, _ = soundfile.read(tmp_path / line["audio_filepath"])
+    soundfile.write(tmp_path / "copy.flac", wave, RATE)
+    soundfile.write(tmp_path / "long.wav", torch.cat([torch.rand(RATE // 2) / 2, torch.from_numpy(wave)]).numpy(), RATE)
+    (tmp_path / "more.jsonl").write_text(json.dumps(line | change))
+    with pytest.raises(ctl.DataError, match=r"more\.jsonl, line 1: .* has the samples of ann0\.wav, all\.json, line 1"):
+        load(CorpusData(root=tmp_path, target="cid", **QUICK), seed=0)
+
+
 @pytest.mark.parametrize(("offset", "shared"), [(0.1, True), (0.6, False)])
 def test_stretches_of_one_recording_must_not_share_most_of_it(tmp_path, offset, shared):
     """Of 1 s each: 0.9 s in common are refused, 0.4 s are not, because cuts overlap a little."""
