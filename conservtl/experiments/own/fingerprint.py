@@ -33,7 +33,7 @@ def fingerprint(problem: Any) -> str:
     with preserve_rng():
         for seed in (0, 1):
             seed_all(seed)
-            digest.add(made := problem.make())
+            digest.add(made := problem.task.make())
         data = {"train": sets.train, "test": sets.test, "valid": sets.valid}
         for name, each in [(f"{n} {t}", d) for n, of in data.items() for t, d in of.items()]:
             digest.add(name)
@@ -49,7 +49,7 @@ def fingerprint(problem: Any) -> str:
     digest.add([task.functions.forward, task.functions.loss, task.functions.metrics, task.augment])
     digest.add(
         [
-            problem.make.given if problem.make.calls else None,
+            problem.task.make.given if problem.task.make.calls else None,
             problem.optimizer,
             problem.fresh,
             problem.headless,

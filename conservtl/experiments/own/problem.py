@@ -59,9 +59,8 @@ class OwnProblem:
 
     Args:
         number: of the problem in this process.
-        make: makes a new model; draws from the global generators alone.
-        filled: whether the model that ``make`` returns may hold trained values.
-        task: functions and data.
+        filled: whether the models that ``task.make`` returns may hold trained values.
+        task: functions and data, and how models are made.
         start: the source model and the source as it was read.
         fresh: globs of parameters or layers that do not start from the source -> reason.
         headless: parameters of the head that the source lacks -> reason.
@@ -72,7 +71,6 @@ class OwnProblem:
     """
 
     number: int
-    make: Maker
     filled: bool
     task: OwnTask
     start: SourceModel
@@ -174,7 +172,7 @@ def hold(
         headless = {name: missing.get(name, "not among the source's tensors") for name in lacking}
         outputs, metrics = tried(bare, functions, batch)
         try_sets(bare, functions, sets, tests)
-        start = SourceModel(source_model(bare, read, plan, fresh).eval(), 0, "given", read=read)
+        start = SourceModel(source_model(bare, read, plan, fresh).eval(), "given", read=read)
         theirs = None if headless else outputs_of(start.model, functions, batch)
     classes = bool(accuracy(outputs, batch)) and labels_of(batch).ndim == 1
     own_head = any(row.fresh for row in head)
@@ -196,10 +194,9 @@ def hold(
     )
     problem = OwnProblem(
         number=next(_NUMBERS),
-        make=make,
         filled=isinstance(model, nn.Module) or isinstance(source, Itself),
         task=task,
-        start=replace(start, outputs=len(labels[1])),
+        start=start,
         fresh=fresh,
         headless=headless,
         allow=allow,

@@ -80,7 +80,7 @@ def _parts(problem: OwnProblem) -> dict[str, Any]:
     """Return the parts of a problem by the names of the arguments that gave them."""
     functions, sets = problem.task.functions, problem.task.sets
     return {
-        "model": problem.make.given,
+        "model": problem.task.make.given,
         "source": problem.start,
         "train": sets.train,
         "held_out": [sets.test, sets.source_test],

@@ -35,7 +35,7 @@ class OwnSetting(Setting):
         """Return a new model; ``model.random`` of the settings replaces the values that it holds."""
         with preserve_rng():
             seed_all(self.spec.seed + TARGET_SEED * target)
-            made = self.problem.make()
+            made = self.problem.task.make()
             return blank(made) if self.spec.model.random else made
 
     def random_model(self) -> nn.Module:

@@ -202,7 +202,7 @@ def sweep(
         problem = hold(model, source, train, held_out, training, options)
         spec = settings_of(problem, training, seed=seed, stored=place.stores, options=options)
         if problem.filled:
-            blank(problem.make())  # refused before the first run
+            blank(problem.task.make())  # refused before the first run
         own = spec.model.model_copy(update={"random": problem.filled})
         spec = spec.model_copy(update={"model": own, "sweep": section})
         layers = layer_sweep.transferable_layers(spec)
@@ -225,7 +225,7 @@ def _no_scratch(problem: OwnProblem) -> str:
     if not problem.filled:
         return ""
     try:
-        blank(problem.make())
+        blank(problem.task.make())
     except SpecError as error:
         return str(error)
     return ""

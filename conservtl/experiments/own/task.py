@@ -15,6 +15,7 @@ from conservtl.data import Augmentation, Data, Domains, carve, draw_shots, take
 from conservtl.engine.evaluation import Functions
 from conservtl.errors import SpecError, counted
 from conservtl.experiments.own.data import class_numbers
+from conservtl.experiments.own.maker import Maker
 from conservtl.experiments.own.settings import OwnData, OwnModel
 from conservtl.functions import MetricValue
 from conservtl.spec_model import FrozenModel
@@ -86,7 +87,7 @@ class OwnTask(NamedTarget, Classification, registered=False):
         functions: Functions,
         sets: OwnSets,
         headline: Headline,
-        make: Callable[[], nn.Module],
+        make: Maker,
         augment: Augment | None,
         *,
         classes: bool,

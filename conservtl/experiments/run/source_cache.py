@@ -16,7 +16,7 @@ from conservtl.storage.files import remove_temporary
 from conservtl.storage.locks import wait_for_lock
 from conservtl.storage.tensor_files import load_tensors, save_tensors
 
-__all__ = ["CACHE_BYTES", "CacheEntry", "SourceCache"]
+__all__ = ["CACHE_BYTES", "CacheEntry", "cache_entry"]
 
 CACHE_BYTES = 4 * 2**30
 """Size that the cache is cut to after each new model; the models not used for longest go first."""
@@ -24,27 +24,22 @@ CACHE_BYTES = 4 * 2**30
 _DAY = 24 * 3600.0
 
 
-class SourceCache:
-    """A folder of source models, named by a hash of everything that each depends on.
+@contextmanager
+def cache_entry(folder: Path | None, name: str) -> Iterator[CacheEntry]:
+    """Hold one model's place: a second process that needs the same model waits, and then finds it.
+
+    Processes that train one model together hold it together: the first has the lock and stores the model.
 
     Args:
-        folder: None: ``~/.cache/conservtl``, which only its user may read.
+        folder: of source models; None: ``~/.cache/conservtl``, which only its user may read.
+        name: a hash of everything that the model depends on.
+
+    Raises:
+        WriteError: the folder cannot be created or written to.
     """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or Path.home() / ".cache" / "conservtl"
-
-    @contextmanager
-    def entry(self, name: str) -> Iterator[CacheEntry]:
-        """Hold one model's place: a second process that needs the same model waits, and then finds it.
-
-        Processes that train one model together hold it together: the first has the lock and stores the model.
-
-        Raises:
-            WriteError: the folder cannot be created or written to.
-        """
-        with wait_for_lock(self.folder / f".{name}.lock") if is_main_process() else nullcontext():
-            yield CacheEntry(self.folder, name)
+    folder = folder or Path.home() / ".cache" / "conservtl"
+    with wait_for_lock(folder / f".{name}.lock") if is_main_process() else nullcontext():
+        yield CacheEntry(folder, name)
 
 
 class CacheEntry:

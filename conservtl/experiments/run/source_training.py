@@ -19,7 +19,7 @@ from conservtl.engine.processes import current
 from conservtl.errors import SourceError, SpecError, agreeing, counted, listed
 from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.experiments.run.setting import Setting, prepare
-from conservtl.experiments.run.source_cache import SourceCache
+from conservtl.experiments.run.source_cache import cache_entry
 from conservtl.experiments.spec.spec import Spec
 from conservtl.source.coverage import unused_note
 from conservtl.source.itself import itself
@@ -40,7 +40,6 @@ class SourceModel:
 
     Args:
         model: in eval mode, on the CPU.
-        outputs: number of its outputs.
         origin: "given", "trained" or "cached".
         notes: remarks on the weights that were read.
         run: the header of the run that saved the weights, or None.
@@ -49,7 +48,6 @@ class SourceModel:
     """
 
     model: nn.Module
-    outputs: int
     origin: str
     notes: tuple[str, ...] = ()
     run: Mapping[str, Any] | None = None
@@ -98,14 +96,13 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
     if spec.source.weights is not None:
         return _given(setting, spec.source.weights)
     data = source_data(setting)
-    outputs = len(setting.domains.source_labels)
-    model = setting.model(outputs)
-    with SourceCache(spec.source.cache).entry(f"{spec.task}-{_key(setting, data)}") as entry:
+    model = setting.model(len(setting.domains.source_labels))
+    with cache_entry(spec.source.cache, f"{spec.task}-{_key(setting, data)}") as entry:
         processes = current()
         cached = entry.load() if processes.main else None  # the others wait for the lock that the first holds
         if processes.first(cached is not None):
             model.load_state_dict(cached or entry.load() or {})
-            return SourceModel(model.eval(), outputs, "cached")
+            return SourceModel(model.eval(), "cached")
         setting.fit(
             adapt(model, itself(missing=[]), example=setting.example, layers=spec.layers),
             data,
@@ -117,7 +114,7 @@ def obtain_source(setting: Setting, *, progress: bool = False) -> SourceModel:
         )
         model = model.cpu().eval()
         entry.store(model.state_dict())
-    return SourceModel(model, outputs, "trained")
+    return SourceModel(model, "trained")
 
 
 def source_data(setting: Setting) -> Data:
@@ -178,10 +175,10 @@ def _given(setting: Setting, given: Path | str) -> SourceModel:
     unused = unused_note([name for name in matched.tensors if name not in needed], matched.tensors, section.shown)
     notes = (*matched.notes, *moved, *unused)
     if not headless:
-        return SourceModel(model.eval(), outputs, "given", notes, matched.run)
+        return SourceModel(model.eval(), "given", notes, matched.run)
     notes = (*notes, "it has no head, so no labels of its own: its outputs are neither scored nor compared with")
     read = replace(read_source(model), tensors=tensors, module=None, notes=notes, run=matched.run)
-    return SourceModel(model.eval(), outputs, "given", notes, matched.run, read, headless=True)
+    return SourceModel(model.eval(), "given", notes, matched.run, read, headless=True)
 
 
 def _check_tensors(

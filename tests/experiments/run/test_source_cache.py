@@ -152,20 +152,19 @@ def test_an_interrupted_training_goes_on_where_it_stopped(speech_fields, tmp_pat
 def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path, monkeypatch):
     """Room for two models of 400 bytes with their headers; the second is not used again and goes."""
     monkeypatch.setattr(source_cache, "CACHE_BYTES", 1400)
-    cache = source_cache.SourceCache(tmp_path)
     for time, name in enumerate(["first", "second"]):
-        with cache.entry(name) as entry:
+        with source_cache.cache_entry(tmp_path, name) as entry:
             entry.store({"w": torch.full((100,), float(time))})
         os.utime(tmp_path / f"{name}.safetensors", (time, time))
-    with cache.entry("first") as entry:
+    with source_cache.cache_entry(tmp_path, "first") as entry:
         assert entry.load() is not None
-    with cache.entry("third") as entry:
+    with source_cache.cache_entry(tmp_path, "third") as entry:
         entry.store({"w": torch.zeros(100)})
     assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["first", "third"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions")
 def test_only_its_user_may_read_a_cache_that_is_made(tmp_path):
-    with source_cache.SourceCache(tmp_path / "cache").entry("model") as entry:
+    with source_cache.cache_entry(tmp_path / "cache", "model") as entry:
         assert entry.load() is None
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
