@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from conservtl.bounds import Count, Share
-from conservtl.data import Domains
+from conservtl.data import Domains, renumber
 from conservtl.data.sequences import Sequences, joined
-from conservtl.errors import agreeing, counted
+from conservtl.errors import DataError, agreeing, counted
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.transcribe.pseudo_labels import pseudo_labelled
 from conservtl.tasks.transcribe.recognizers import Decoder
@@ -71,7 +71,7 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     from what it answers to them.
 
     Raises:
-        DataError: the source model is sure of no hypothesis.
+        DataError: the source model is sure of no hypothesis, or of none in the target's tokens.
 
     Reference:
         Kim et al. 2023, "SGEM: Test-time adaptation for automatic speech recognition via sequential-level generalized
@@ -85,12 +85,13 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     if (rule := section.pseudo_labels) is not None:
         augment = None if rule.agreement is None else rule.agreement.of_batch
         heard = pseudo_labelled(source, bare, least=rule.least, augment=augment, seed=seed)
+        heard = _numbered(heard, domains)
         note += f", of which {len(heard)} {agreeing(len(heard), 'has')} hypotheses to train on"
         rejected = len(bare) - len(heard)
         note += f"; {rejected} rejected" if rejected else ""
         counts |= {"accepted": len(heard), "rejected": rejected}
     elif isinstance(source, Decoder):
-        heard = pseudo_labelled(source, bare, least=0.0, seed=seed)
+        heard = _numbered(pseudo_labelled(source, bare, least=0.0, seed=seed), domains)
         heard = replace(heard, labelled=(False,) * len(heard))
         note += f", of which the decoder reads {counted(len(heard), 'hypothesis')}"
     times = max(1, round(len(heard) / len(told))) if section.balance and len(told) else 1
@@ -98,3 +99,23 @@ def completed(section: Unlabelled, domains: Domains, source: nn.Module, seed: in
     copies = [replace(told, names=tuple(f"{name} ({number})" for name in told.names)) for number in range(2, times + 1)]
     parts: list[Sequences] = [told, *copies, heard] if len(told) else [heard]  # a copy's name draws its own changes
     return replace(domains, shots=joined(parts), notes=(*domains.notes, note), counts=counts)
+
+
+def _numbered(heard: Sequences, domains: Domains) -> Sequences:
+    """Return the source model's hypotheses by the target's numbers, without those of tokens that it does not have.
+
+    Raises:
+        DataError: none is left.
+    """
+    known, own = domains.labels, domains.source_labels or domains.labels
+    if known == own:
+        return heard
+    numbers = [known.index(label) if label in known else -1 for label in own]
+    kept = [place for place, labels in enumerate(heard.labels) if min(numbers[token] for token in labels.tolist()) >= 0]
+    if not kept:
+        raise DataError(
+            f"pseudo-labels: at least one of {counted(len(heard), 'hypothesis')} must have only tokens of the target's "
+            "vocabulary; none has. Keep the source's tokens (data.tokens), or give texts."
+        )
+    renumbered: Sequences = renumber(heard.take(kept), numbers)  # type: ignore[assignment]
+    return renumbered

@@ -16,6 +16,7 @@ from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import prepare_source
 from conservtl.experiments.spec.spec import load_spec, parse_spec, with_fields
+from conservtl.tasks.transcribe.features import TranscribePreprocessing
 from conservtl.tasks.transcribe.task import Transcribe
 from conservtl.tasks.transcribe.unlabelled import PseudoLabels, Unlabelled, completed
 
@@ -131,6 +132,39 @@ def utterances(count, labelled):
     return Sequences(inputs, labels, names, (), (0.1,) * count, () if all(labelled) else tuple(labelled))
 
 
+class Heard(torch.nn.Module):
+    """Inputs are logits already."""
+
+    def forward(self, inputs, lengths):
+        return inputs, lengths
+
+
+@pytest.mark.parametrize(
+    ("labels", "heard"),
+    [
+        (("<blank>", "a", "b"), [[1, 2], [1]]),  # the source's own
+        (("<blank>", "b", "c", "a"), [[3, 1], [3]]),
+        (("<blank>", "a", "c"), [[1]]),  # a hypothesis with another token is rejected
+        (("<blank>", "c"), None),
+    ],
+)
+def test_hypotheses_have_the_numbers_of_the_targets_tokens(labels, heard):
+    """The source model hears "ab" and "a" by <blank>, a, b."""
+    scores = tuple(9 * torch.eye(3)[list(path)] for path in ((1, 0, 2), (1, 1)))
+    nothing = (torch.tensor([], dtype=torch.long),) * 2
+    bare = Sequences(scores, nothing, ("u", "v"), (), (0.1, 0.1), (False, False))
+    own = ("<blank>", "a", "b")
+    domains = Domains(labels, own, bare, None, bare, None, None, TranscribePreprocessing())
+    section = Unlabelled(pseudo_labels={"least": 0.5})
+    if heard is None:
+        with pytest.raises(ctl.DataError, match=r"of 2 hypotheses must have only tokens of the target's vocabulary"):
+            completed(section, domains, Heard(), 0)
+        return
+    found = completed(section, domains, Heard(), 0)
+    assert [one.tolist() for one in found.shots.labels] == heard
+    assert found.counts["rejected"] == 2 - len(heard)
+
+
 class TestLoss:
     task = Transcribe(("<blank>", "a", "b"))
 
@@ -157,13 +191,6 @@ class TestLoss:
         assert (found.item(), found.requires_grad) == (0.0, True)
         found.backward()
         assert not logits.grad.any()
-
-
-class Heard(torch.nn.Module):
-    """Inputs are logits already."""
-
-    def forward(self, inputs, lengths):
-        return inputs, lengths
 
 
 def domains_of(shots):
