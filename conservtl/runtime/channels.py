@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -30,8 +31,8 @@ class Channels:
        norms and recurrent layers. A ``Permute`` behind it moves them. In a block (no ``nn.Sequential``) whose first
        module takes as many channels as the last gives, the first one's convention decides, because the block adds its
        input: a block of ConvNeXt begins with a convolution, ends with a linear map and has its channels second.
-    3. If none has it, channels are second if the last such module is a convolution for outputs of as many dimensions,
-       and last otherwise.
+    3. If none has it, the same goes for half of it, which a gated linear unit leaves. Else channels are second if the
+       last such module is a convolution for outputs of as many dimensions, and last otherwise.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,8 +46,8 @@ class Channels:
             return features.ndim - 1
         sizes = tuple(features.shape)
         declared = [(leaf, size) for leaf in self._leaves if (size := output_size(leaf)) is not None]
-        for leaf, size in reversed(declared):
-            axes = [axis for axis in range(1, len(sizes)) if sizes[axis] == size]
+        for share, (leaf, size) in itertools.product((1, 2), reversed(declared)):
+            axes = [axis for axis in range(1, len(sizes)) if sizes[axis] * share == size]
             if len(axes) == 1:
                 return self._known.setdefault(features.ndim, axes[0])
             if axes:

@@ -110,6 +110,12 @@ def test_an_output_that_told_decides_for_those_that_do_not():
         def forward(self, x):
             return self.linear(x).transpose(1, 2)
 
+    class Gated(Turns):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Conv1d(4, 16, 3)  # halved by a gated linear unit
+
+    assert Channels(Gated()).axis(torch.empty(2, 5, 8)) == 2
     channels = Channels(Turns())
     assert channels.axis(torch.empty(2, 8, 5)) == 1
     assert channels.axis(torch.empty(2, 8, 8)) == 1
