@@ -68,8 +68,9 @@ def overrides(root, weights, *more):
 
 
 def test_the_example_is_planned_from_the_weights_and_the_files_beside_them(root, weights):
-    spec = load_spec(EXAMPLE, overrides(root, weights))
+    spec = load_spec(EXAMPLE, overrides(root, weights)[1:])
     setting = prepare(spec)
+    assert setting.spec.model.args == SIZES  # those beside the weights
     assert setting.shared
     assert len(setting.domains.labels) == 27 + 1 + len(MARKS) + 3
     assert setting.domains.labels[-1].startswith("<unused")
