@@ -39,6 +39,21 @@ class ReportHooks:
         """
         return None
 
+    def errors(
+        self,
+        outputs: Sequence[Any],  # noqa: ARG002
+        labels: Sequence[Any],  # noqa: ARG002
+        records: Sequence[Any],  # noqa: ARG002
+    ) -> list[float] | None:
+        """Return how wrong the answer to each example of a set is; None: examples are not judged one by one.
+
+        Args:
+            outputs: a batch each.
+            labels: what ``labels`` gives for each batch.
+            records: what ``record`` gives for each batch.
+        """
+        return None
+
     def record(self, outputs: Any, batch: Any) -> Any:  # noqa: ARG002
         """Return what ``details`` needs of a batch and its outputs."""
         return None

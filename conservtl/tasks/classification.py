@@ -76,6 +76,11 @@ class Classification(Task, ABC):
                 table[when].append(right / count if count else None)
         return table
 
+    def errors(self, outputs: Sequence[Any], labels: Sequence[Any], records: Sequence[Any]) -> list[float]:  # noqa: ARG002
+        """Return 0 for each right answer and 1 for each wrong one."""
+        answers = torch.cat([logits_of(batch).argmax(-1) for batch in outputs])
+        return (answers != torch.cat([*labels])).float().tolist()
+
     def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:
         """Return the most probable class of each file."""
         probabilities, answers = logits_of(outputs).softmax(-1).max(-1)

@@ -27,7 +27,7 @@ from conservtl.experiments.run.evaluation_sets import (
     sets_to_select_on,
     sets_to_watch,
 )
-from conservtl.experiments.run.scoring import Scores, agreement
+from conservtl.experiments.run.scoring import Scores, agreement, turned
 from conservtl.experiments.run.setting import Setting, prepare
 from conservtl.experiments.run.setting_checks import check_labels
 from conservtl.experiments.run.source_training import SourceModel, prepare_source, source_data
@@ -211,6 +211,7 @@ def _report(
         "agreement": agreed,
         "left_out": [NO_SOURCE_HEAD] if setting.headless else [],
         "rows_by_label": list(rows_by_label(adaptation.plan).values()),
+        "turned": {name: turned(task, before[name], after[name]) if name in after else None for name in names},
         "per_class": {
             name: task.per_class(before[name].outputs, after[name].outputs, after[name].labels, names[name])
             if name in after

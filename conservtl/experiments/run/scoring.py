@@ -22,7 +22,7 @@ from conservtl.functions import MetricPool
 from conservtl.runtime.source_head import SourceHead
 from conservtl.tasks.base import Task
 
-__all__ = ["Scores", "agreement", "answered", "in_order", "on_source_head", "score_model"]
+__all__ = ["Scores", "agreement", "answered", "in_order", "on_source_head", "score_model", "turned"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,15 @@ def agreement(task: Task, adapted: Scores, source: Scores) -> dict[str, float] |
     for out, reference in zip(adapted.outputs, source.outputs, strict=True):
         pool.add(task.agreement(out, reference), size_of(out))
     return pool.result() or None
+
+
+def turned(task: Task, before: Scores, after: Scores) -> dict[str, int] | None:
+    """Return how many answers of a set became better and worse; None: its examples are not judged one by one."""
+    old, new = (task.errors(scores.outputs, after.labels, scores.records) for scores in (before, after))
+    if old is None or new is None:
+        return None
+    pairs = list(zip(old, new, strict=True))
+    return {"better": sum(a > b for a, b in pairs), "worse": sum(a < b for a, b in pairs), "of": len(pairs)}
 
 
 def answered(task: Task, sets: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from conservtl.report.pages.rendering import write_page
 from conservtl.report.run_report import run_figures
+from conservtl.report.text.chance import turned_notes
 from conservtl.report.text.examples import examples_notes
 from conservtl.report.text.metrics import number
 from conservtl.report.text.summary import costly, duration, left_out_notes, sentence, verdict
@@ -27,7 +28,7 @@ def write_html(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         title=f"Adapted to {report.get('target') or 'the target'}",
         sentence=str(report.get("sentence") or sentence(report)),
         tone="worse" if costly(report) else verdict(report),  # a gain that cost the source more counts as worse
-        notes=[*examples_notes(report), *left_out_notes(report)],
+        notes=[*examples_notes(report), *turned_notes(report), *left_out_notes(report)],
         parts=[
             metric_table(report),
             *run_figures(report, history),

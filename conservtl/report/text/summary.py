@@ -7,6 +7,7 @@ from typing import Any
 
 from conservtl.errors import counted, joined
 from conservtl.plan.plan import Plan
+from conservtl.report.text.chance import Turned, turned
 from conservtl.report.text.examples import target_text
 from conservtl.report.text.metrics import Verdict, headline, number, pair
 
@@ -56,9 +57,10 @@ source kept 98.9 % of 99.4 % (−0.5 points). Trained in 14 s.
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
-    """Return whether the target got better."""
+    """Return whether the target got better; a change within chance is none."""
     metric = headline(report)
-    return metric.verdict(pair(report, "target", metric.key))
+    found = metric.verdict(pair(report, "target", metric.key))
+    return "same" if found in ("better", "worse") and _by_chance(report, "target") else found
 
 
 def costly(report: Mapping[str, Any]) -> bool:
@@ -121,7 +123,11 @@ def _target(report: Mapping[str, Any]) -> str:
         when = "before (not measured after)" if values.after is None else "after (not measured before)"
         value = metric.show(values.before if values.after is None else values.after)
         return f"Adapted to {target}: target {metric.name} {value} {when}"
-    numbers = f"{metric.show(values.before)} → {metric.show(values.after)} ({metric.change(values)})"
+    numbers = f"{metric.show(values.before)} → {metric.show(values.after)} ({metric.change(values)}"
+    if (chance := _by_chance(report, "target")) and metric.verdict(values) != "same":
+        said = chance.text(str(report.get("example") or "example"))
+        return f"Adapted to {target}: target {metric.name} {numbers}, within chance: {said})"
+    numbers += ")"
     match metric.verdict(values):
         case "worse":
             return f"Adapting to {target} made the target worse: {metric.name} {numbers}"
@@ -140,10 +146,17 @@ def _source(report: Mapping[str, Any]) -> str:
         return _agreement(report)
     if source.before is None:
         return f"source {metric.name} {metric.show(source.after)} after (not measured before)"
-    numbers = f"({metric.change(source)})"
+    chance = ", within chance" if _by_chance(report, "source") and metric.verdict(source) != "same" else ""
+    numbers = f"({metric.change(source)}{chance})"
     if metric.better == "higher" and metric.verdict(source) != "better":
         return f"source kept {metric.show(source.after)} of {metric.show(source.before)} {numbers}"
     return f"source {metric.name} {metric.show(source.before)} → {metric.show(source.after)} {numbers}"
+
+
+def _by_chance(report: Mapping[str, Any], domain: str) -> Turned | None:
+    """Return the answers that changed on a domain if their difference is within chance."""
+    found = turned(report, domain)
+    return found if found is not None and found.within_chance else None
 
 
 def _agreement(report: Mapping[str, Any]) -> str:

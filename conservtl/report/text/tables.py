@@ -8,6 +8,7 @@ from typing import Any, Literal
 from conservtl.errors import counted
 from conservtl.plan.plan import Plan
 from conservtl.plan.table import HEADER, beside, lines, named, rows_by_label
+from conservtl.report.text.chance import turned
 from conservtl.report.text.html_table import Cell, HtmlTable, TableRow
 from conservtl.report.text.metrics import Metric, metrics_of, number, pair, signed
 from conservtl.report.text.summary import read_plan
@@ -22,13 +23,16 @@ def metric_table(report: Mapping[str, Any]) -> HtmlTable:
         for place, metric in enumerate(metrics_of(report, domain)):
             values, verdict = pair(report, domain, metric.key), metric.verdict(pair(report, domain, metric.key))
             kind: Literal["", "better", "worse"] = verdict if verdict in ("better", "worse") else ""
+            said: str = "" if verdict == "unknown" else verdict
+            if kind and not place and (changed := turned(report, domain)) and changed.within_chance:
+                kind, said = "", "within chance"
             cells = [
                 Cell("" if place else domain),
                 Cell(metric.name),
                 Cell(metric.show(values.before)),
                 Cell(metric.show(values.after), kind="" if place else "strong"),
                 Cell(metric.change(values), kind=kind),
-                Cell("" if verdict == "unknown" else verdict, kind=kind),
+                Cell(said, kind=kind),
             ]
             rows.append(TableRow(cells, "" if place else "strong"))
     header = ["", "metric", "before", "after", "difference", ""]

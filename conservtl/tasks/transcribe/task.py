@@ -204,6 +204,10 @@ class Transcribe(NamedTarget, Task):
         """Return name, reference and hypothesis of each utterance."""
         return list(zip(batch["names"], self.texts(tokens_of(batch["labels"])), self.heard(outputs), strict=True))
 
+    def errors(self, outputs: Sequence[Any], labels: Sequence[Any], records: Sequence[Any]) -> list[float]:  # noqa: ARG002
+        """Return the number of words wrong in each utterance."""
+        return [word_errors([said], [heard]).wrong for batch in records for _, said, heard in batch]
+
     def details(self, before: Mapping[str, Any], after: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return errors by kind, speaker and word, and the worst utterances of the target."""
         found = {}

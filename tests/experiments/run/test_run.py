@@ -54,6 +54,15 @@ def test_the_numbers_are_those_of_the_saved_model(done):
     assert report["after"]["target"]["accuracy"] == pytest.approx(right.float().mean().item())
 
 
+def test_answers_turned_by_the_adaptation_make_up_the_difference(done):
+    report, *_ = done
+    for domain, size in (("target", "target_test"), ("source", "source_test")):
+        turned, (before, after) = report["turned"][domain], (report[when][domain] for when in ("before", "after"))
+        assert turned["of"] == report["examples"][size]
+        difference = (turned["better"] - turned["worse"]) / turned["of"]
+        assert difference == pytest.approx(after["accuracy"] - before["accuracy"], abs=1e-6)
+
+
 def test_the_saved_model_predicts_files_with_its_labels(done, humming):
     _, out, _ = done
     adapted = ctl.load_adapted(out)
@@ -291,6 +300,7 @@ def test_accuracy_by_class_counts_each_class_on_its_own():
     assert found["after"] == [1.0, 0.0, None]
     assert (found["labels"], found["counts"]) == (["a", "b", "c"], [2, 1, 0])
     assert Speech().metrics(before, (None, labels))["accuracy"] == pytest.approx(2 / 3)
+    assert Speech().errors([before[:1], before[1:]], [labels[:1], labels[1:]], []) == [0, 1, 0]
 
 
 def test_a_new_run_does_not_leave_an_earlier_ones_results_beside_its_own(done, speech_fields):

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("jiwer")
 
 from conservtl.tasks.transcribe.details import Transcript, error_tables, interval, worst_utterances
+from conservtl.tasks.transcribe.task import Transcribe
 from conservtl.tasks.transcribe.word_errors import Errors, changed_words, character_errors, word_errors
 
 
@@ -21,6 +22,11 @@ def test_errors_by_hand():
     assert errors == Errors(substitutions=1, deletions=1, insertions=1, count=5)
     assert errors.rate == pytest.approx(3 / 5)
     assert character_errors(["abc"], ["abd"]) == Errors(1, 0, 0, 3)
+
+
+def test_the_errors_of_each_utterance():
+    records = [[("1.wav", "a b c", "a x c d")], [("2.wav", "e f", "e"), ("3.wav", "g", "g")]]
+    assert Transcribe().errors([], [], records) == [2, 1, 0]
 
 
 def test_an_empty_reference_counts_its_insertions():
