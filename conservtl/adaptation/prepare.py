@@ -65,7 +65,7 @@ def adapt(
     Args:
         model: built for the target task, on any device.
         source: a path, a state dict or a model; or a name of weights, such as ``"hf:ORG/NAME@REVISION"``; see
-            ``read_source``. ``ctl.itself()`` for a model that holds pretrained weights already.
+            ``conservtl.source.read_source``. ``ctl.itself()`` for a model that holds pretrained weights already.
         strategies: in any order; none is plain fine-tuning. Or a recipe (``ctl.recipe("vision")``), whose training
             settings are then those of ``adaptation.optimizer()``, ``adaptation.scheduler(steps=...)`` and ``fit``, and
             its treatment of batch norms that of the model.
@@ -82,8 +82,8 @@ def adapt(
             is the last weight used. If the model has several outputs from different weights, what needs the head (a
             linear probe, ``FeatureExtraction``) is refused without it. A head tied to an embedding is named by its own
             name, such as ``["proj_out"]``.
-        key: the entry of a checkpoint that holds the weights, such as ``"state_dict_ema"``; see ``read_source`` for
-            the order without it.
+        key: the entry of a checkpoint that holds the weights, such as ``"state_dict_ema"``; see
+            ``conservtl.source.read_source`` for the order without it.
         prefix: what the names of the wanted source tensors begin with; removed, and other tensors are left out.
         rename: regular expression -> replacement, for names of source tensors that differ from the model's.
         labels: of the head's outputs, for the target and for the source (``(["no", "yes", "stop"], ["yes", "no"])``).

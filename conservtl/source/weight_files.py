@@ -49,7 +49,8 @@ def load_weights(path: Path) -> Mapping[str, Any]:
             raise SourceError(
                 f"source {str(path)!r} must hold tensors and plain values; it holds an object of {found[1]}, whose "
                 "code would have to be executed. Save the state dict alone, with torch.save(model.state_dict(), path) "
-                "or as safetensors."
+                "or as safetensors; if you trust the file, adapt within torch.serialization.safe_globals([...]) of "
+                "that class."
             ) from error
         raise SourceError(
             f"source {str(path)!r} cannot be read as weights: {type(error).__name__}. The file is damaged, of another "

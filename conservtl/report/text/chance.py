@@ -38,7 +38,7 @@ class Turned:
         """
         changed = self.better + self.worse
         tail = sum(math.comb(changed, k) for k in range(min(self.better, self.worse) + 1))
-        return min(1.0, 2 * tail / 2**changed)
+        return min(1.0, 2 * tail / (1 << changed))
 
     @property
     def within_chance(self) -> bool:

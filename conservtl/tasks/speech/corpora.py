@@ -14,7 +14,7 @@ from torch import Tensor
 from conservtl.bounds import Count, NonNegativeInt, Place, ProperShare
 from conservtl.data import Domains
 from conservtl.data.shots import Shots
-from conservtl.errors import SpecError
+from conservtl.errors import DataError, SpecError
 from conservtl.tasks.audio.espeak import DIGITS, SOURCE_VOICES, TARGET_VOICES, speak, takes_of
 from conservtl.tasks.audio.reading import read_audio
 from conservtl.tasks.audio.speakers import Text, check_target
@@ -90,7 +90,7 @@ class FolderData(_SpeechData, FolderFiles):
     source_speakers: Annotated[tuple[Text, ...], MinLen(1)] | None = None
     """The speakers of the source model; null for all but the target."""
     held_out_takes: tuple[NonNegativeInt, ...] = (0, 1, 2, 3, 4)
-    """Takes of the source speakers that form the source's test part; never trained on."""
+    """Takes of the source speakers that form the source's test part; never trained on. Empty: there is none."""
     words: Words | None = None
     """Labels to use; null for all."""
     limit: Count | None = None
@@ -159,6 +159,8 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
     used = [r for r in recordings if r.speaker == data.target or _is_source(r, data, source=source)]
     bad = bad_among(data, bad, (Path(r.name) for r in used), read_audio, "audio")
     recordings = [r for r in recordings if Path(r.name) not in bad]
+    if isinstance(data, FolderData):
+        _check_held_out(data, [r for r in used if r.speaker != data.target])
     skipped = names_below(data.root, bad)
     preprocessing = SpeechPreprocessing(features=data.features)
     digests: dict[str, str] = {}
@@ -193,6 +195,17 @@ def _recordings(
         recordings = speech_commands_recordings(data.root, data.version, data.held_out, data.words)
         return recordings, (), {}
     return search(data.root, data.pattern, data.held_out_takes, data.words, follow_links=data.follow_links)
+
+
+def _check_held_out(data: FolderData, source: Sequence[Recording]) -> None:
+    """Raise if takes are to be held out, and the source has none of them."""
+    if source and data.held_out_takes and not any(recording.held_out for recording in source):
+        takes = sorted({recording.take for recording in source})
+        raise DataError(
+            f"data.held_out_takes must name takes of the source's speakers; received {list(data.held_out_takes)}, and "
+            f"theirs are {takes[0]} to {takes[-1]}. Name some of them, such as [{takes[0]}], to test on what the "
+            "source keeps, or [] to test on nothing of it."
+        )
 
 
 def _check_voices(data: EspeakData) -> None:

@@ -89,19 +89,20 @@ def search(
         also = f" ({counted(len(bad), 'bad file')} apart)" if bad else ""
         example = f"one of them is {paths[files[0]]!r}" if files else "there are no audio files"
         raise DataError(
-            f"data.pattern: {pattern!r} matches none of {counted(len(files), 'audio file')} under {root}; "
+            f"data.pattern: '{pattern}' matches the end of none of {counted(len(files), 'audio file')} under {root}; "
             f"{example}{also}. "
-            f"Write a pattern with the groups 'label', 'speaker' and optionally 'take'."
+            f"Write a pattern of the whole name, extension included, with the groups 'label', 'speaker' and optionally "
+            "'take'."
         )
     counts: Counter[tuple[str, str]] = Counter()
-    recordings: list[tuple[int, Recording]] = []
+    recordings: list[Recording] = []
     for file, match in matches:
         label, speaker = match["label"], match["speaker"]
         take = _take(file, match, counts[label, speaker])
         counts[label, speaker] += 1
-        recordings.append((take, Recording(str(file), label, speaker, held_out=take in held_out_takes)))
-    ordered = sorted(recordings, key=lambda item: (item[1].label, item[1].speaker, item[0], paths[Path(item[1].name)]))
-    return _of_words([recording for _, recording in ordered], words), _unmatched(matches, files, paths), bad
+        recordings.append(Recording(str(file), label, speaker, take in held_out_takes, take))
+    ordered = sorted(recordings, key=lambda one: (one.label, one.speaker, one.take, paths[Path(one.name)]))
+    return _of_words(ordered, words), _unmatched(matches, files, paths), bad
 
 
 def _match(expression: re.Pattern[str], path: str) -> re.Match[str] | None:

@@ -30,12 +30,14 @@ class Recording:
         label: the word.
         speaker: the speaker.
         held_out: whether it belongs to the source's test part.
+        take: its number among those of its word and speaker.
     """
 
     name: str
     label: str
     speaker: str
     held_out: bool = False
+    take: int = 0
 
 
 @dataclass(frozen=True)

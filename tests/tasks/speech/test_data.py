@@ -173,6 +173,7 @@ def test_pattern_is_checked(tmp_path, pattern, message):
         ({"source_speakers": ["bob"]}, r"'bob'.*'s1', 's2'"),
         ({"words": ["0", "eleven"]}, r"data\.words.*eleven"),
         ({"held_out_takes": list(range(10))}, "held out"),
+        ({"held_out_takes": [10, 11]}, r"received \[10, 11\], and theirs are 0 to 9\. .*such as \[0\]"),
     ],
 )
 def test_errors_say_what_to_do(digits, fields, message):
