@@ -22,6 +22,7 @@ __all__ = [
     "map_tensors",
     "replace_tensors",
     "row_count",
+    "rows_on",
     "take_rows",
     "tensors_of",
     "to_device",
@@ -133,6 +134,17 @@ def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return tensor.index_select(0, index)
+
+
+def rows_on(device: torch.device, tensor: Tensor, index: Tensor) -> Tensor:
+    """Return the rows at positions that the host knows on a device; the host waits for none of its work.
+
+    The tensor is on the device, or held by the host.
+    """
+    rows = take_rows(tensor, index.to(tensor.device, non_blocking=index.device.type == "cpu"))
+    if device.type == "cuda" and rows.device.type == "cpu":
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True)
 
 
 def _leaves(batch: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:

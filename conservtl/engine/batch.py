@@ -21,7 +21,7 @@ class Batch:
     Args:
         content: the batch as ``forward`` and ``loss`` take it, such as a tuple or a dictionary of tensors.
         size: number of examples that count; 0 for a stand-in, where a batch has fewer examples than processes.
-        index: (size,), positions of the examples in held data; None for streamed data.
+        index: (size,), positions of the examples in held data, which the host knows; None for streamed data.
         together: number of examples of all processes' parts, for their mean; None: the part is not known.
         processes: number of processes that share the batch.
         of_step: its share in its optimizer step, where that is not one of equal batches; None: it is.

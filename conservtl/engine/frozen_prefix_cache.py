@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.batches import take_rows, tensors_of
+from conservtl.batches import rows_on, tensors_of
 from conservtl.compat import forget_graphs, forward_hooks, outside_graphs
 from conservtl.engine.draws import Draws
 from conservtl.engine.held import Held
@@ -93,7 +93,7 @@ class FrozenPrefixCache:
         module.forward = outside_graphs(forward) if self._compiled else forward
 
     def _cached(self, index: Tensor) -> Tensor:
-        return take_rows(self.outputs, index.to(self.outputs.device)).to(self._device)
+        return rows_on(self._device, self.outputs, index)
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
         device = torch.device("meta") if self.light else self._device

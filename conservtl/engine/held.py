@@ -100,9 +100,11 @@ class Held:
 
     def waiting(self, skip: int = 0) -> Iterator[Waiting]:
         """Return the same batches as functions that put them on the device."""
-        parts = torch.split(self.cut.order(self.length).to(self._place), self._cuts)[skip:]
+        order = self.cut.order(self.length)
+        parts = torch.split(order, self._cuts)[skip:]
         if self._place.type == self.device.type:
-            return (partial(self._batch, index) for index in parts)
+            placed = torch.split(order.to(self._place), self._cuts)[skip:]
+            return map(partial, repeat(self._batch), parts, placed)
         read = ((index, self._rows(self.cut.part(index)[0], pinned=True)) for index in parts)
         return ahead(read, self._moved, self.device)
 
@@ -127,10 +129,10 @@ class Held:
             rows = [row.pin_memory() for row in rows]
         return tuple(rows) if self._names is None else dict(zip(self._names, rows, strict=True))
 
-    def _batch(self, index: Tensor) -> Batch:
+    def _batch(self, index: Tensor, placed: Tensor) -> Batch:
         if not self.processes.many:
-            return Batch(self.take(index), len(index), index)
-        return self._parted(index, self.take(self.cut.part(index)[0]))
+            return Batch(self.take(placed), len(index), index)
+        return self._parted(index, self.take(self.cut.part(placed)[0]))
 
     def _moved(self, batch: tuple[Tensor, Any]) -> Batch:
         index, content = batch

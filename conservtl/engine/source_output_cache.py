@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conservtl.batches import take_rows, tensors_of
+from conservtl.batches import rows_on, tensors_of
 from conservtl.engine.batch import Batch
 from conservtl.engine.draws import Draws
 from conservtl.engine.held import Held
@@ -55,13 +55,9 @@ class SourceOutputCache:
         index = batch.index
         if index is None:
             raise RuntimeError("a batch of held data has an index")
-
-        def rows(cached: Tensor) -> Tensor:
-            return take_rows(cached, index.to(cached.device)).to(self._device)
-
-        padding = None if self._padding is None else self._padding.take(index.to(self._padding.lengths.device))
-        features = {layer: rows(cached) for layer, cached in self._features.items()}
-        return View(rows(self._outputs), features, padding=padding)
+        padding = None if self._padding is None else self._padding.take(index)
+        features = {layer: rows_on(self._device, cached, index) for layer, cached in self._features.items()}
+        return View(rows_on(self._device, self._outputs, index), features, padding=padding)
 
 
 def cache_source_outputs(

@@ -19,7 +19,8 @@ def squared_change(a: Tensor, b: Tensor, scale: float) -> Tensor:
         scale: s.
     """
     a, b = a.flatten(1), b.flatten(1)
-    return scale**2 * ((b.mT @ b) * (a @ a.mT)).sum()
+    with torch.autocast(a.device.type, enabled=False):
+        return scale**2 * ((b.mT @ b) * (a @ a.mT)).sum()
 
 
 @torch.no_grad()

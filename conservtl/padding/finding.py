@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from conservtl.errors import SpecError, counted
-from conservtl.padding.positions import Padding
+from conservtl.padding.positions import Padding, ends
 
 __all__ = ["completed", "find_padding", "names_padding", "padding_of_outputs", "padding_of_rows"]
 
@@ -86,10 +86,9 @@ def padding_of_outputs(outputs: Any) -> Padding | None:
         return _from_mask(said, name)
     if said.ndim != 1:
         return None
-    lengths = _checked(said, len(logits), "the lengths among the outputs")
+    lengths, most = _checked(said, len(logits), "the lengths among the outputs")
     if lengths.is_floating_point():
         return Padding(lengths)
-    most = int(lengths.max())
     sizes = [size for size in logits.shape[1:] if size == most] or [size for size in logits.shape[1:] if size > most]
     if not sizes:
         raise SpecError(
@@ -156,7 +155,7 @@ def _is_input(name: str, value: Any) -> bool:
 
 
 def _from_lengths(lengths: Tensor, name: str, inputs: Sequence[Tensor]) -> Padding:
-    lengths = _checked(lengths, len(inputs[0]), repr(name))
+    lengths, most = _checked(lengths, len(inputs[0]), repr(name))
     sizes = list(dict.fromkeys(size for one in inputs for size in one.shape[1:]))
     if lengths.is_floating_point():
         numbers = {size: lengths * size for size in sizes}
@@ -168,7 +167,6 @@ def _from_lengths(lengths: Tensor, name: str, inputs: Sequence[Tensor]) -> Paddi
         if len(exact) == 1:
             return Padding(numbers[exact[0]].round().long(), (exact[0],))
         return Padding(lengths, tuple(exact) or None)  # shares of one of several axes: a tensor's own tell which
-    most = int(lengths.max())
     fitting = [size for size in sizes if size == most] or [size for size in sizes if size > most]
     if not fitting:
         raise SpecError(
@@ -179,22 +177,22 @@ def _from_lengths(lengths: Tensor, name: str, inputs: Sequence[Tensor]) -> Paddi
     return Padding(lengths, tuple(fitting))
 
 
-def _checked(lengths: Tensor, rows: int, subject: str) -> Tensor:
-    """Return lengths as integers, or as shares in (0, 1]."""
+def _checked(lengths: Tensor, rows: int, subject: str) -> tuple[Tensor, float]:
+    """Return lengths as integers, or as shares in (0, 1], and the largest."""
     if lengths.shape != (rows,):
         raise SpecError(
             f"{subject} must hold one length for each example; received shape {tuple(lengths.shape)} for "
             f"{counted(rows, 'example')}. Give a tensor of shape (N,)."
         )
-    low, high = float(lengths.min()), float(lengths.max())
+    low, high = ends(lengths)
     if lengths.is_floating_point() and low > 0 and high <= 1:
-        return lengths
+        return lengths, high
     if low < 1 or bool((lengths != lengths.round()).any() if lengths.is_floating_point() else False):
         raise SpecError(
             f"{subject} must be integers from 1 to the number of positions, or shares of it above 0 and up to 1; "
             f"received {low:g} to {high:g}. Give the number of positions of each example that are no padding."
         )
-    return lengths.long()
+    return lengths.long(), int(high)
 
 
 def _from_mask(mask: Tensor, name: str) -> Padding:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conservtl.errors import SpecError
 
-__all__ = ["Padding", "Resampling"]
+__all__ = ["Padding", "Resampling", "ends"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Padding:
         )
 
     def take(self, index: Tensor) -> Padding:
-        """Return the padding of these examples."""
+        """Return the padding of the examples at these positions, which the host knows."""
+        index = index.to(self.lengths.device, non_blocking=index.device.type == "cpu")
         return replace(
             self,
             lengths=self.lengths[index],
@@ -191,7 +192,7 @@ class Padding:
             return self.valid if self.valid.shape[1] == size else None
         if self.sizes is not None and size not in self.sizes:
             return None
-        low, high = (int(one) for one in (self.lengths.min(), self.lengths.max()))
+        low, high = ends(self.lengths)
         if not 1 <= low <= high <= size:
             raise SpecError(
                 f"lengths must be from 1 to the number of positions, {size}; received {low} to {high}. "
@@ -237,6 +238,12 @@ class Padding:
     def _contiguous(self) -> bool:
         """Whether each example's positions are the first ones."""
         return self.valid is None or bool((self.valid == _within(self.lengths, self.valid.shape[1])).all())
+
+
+def ends(lengths: Tensor) -> list[float]:
+    """Return the least and the largest length, read at once: each read waits for a GPU."""
+    found: list[float] = torch.stack(torch.aminmax(lengths)).tolist()
+    return found
 
 
 def _within(lengths: Tensor, size: int) -> Tensor:

@@ -82,6 +82,7 @@ class StepHook:
         with torch.inference_mode(mode=False), self.index:  # anchors placed here serve steps with gradients too
             self._context.anchors.follow()
             self._context.updates.prepare(self.index.moving, training=training)
+        torch.clear_autocast_cache()  # the caller's autocast may hold the weights of a pass before
 
     def drop_frozen(self) -> None:
         """Drop the gradients of parameters that this phase does not train."""

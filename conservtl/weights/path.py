@@ -47,6 +47,7 @@ class WeightPath:
         for name, tensor in self._live.items():
             end = self._end[name]
             tensor.copy_(between(place_like(self._start[name], end), end, share(name, t, self._batch_norm)))
+        torch.clear_autocast_cache()  # the caller's autocast may hold the weights of another point
         if self._refresh is not None and 0 < t < 1:
             self._refresh()
 

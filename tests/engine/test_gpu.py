@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
+from conservtl.batches import rows_on
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +128,18 @@ def test_kept_outputs(plain, data):
     assert result.kept_outputs
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_rows_of_what_host_or_device_hold_are_taken_without_a_wait():
+    index, held = torch.tensor([2, 0]), torch.arange(6.0).view(3, 2)
+    on_device = held.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = [rows_on(torch.device("cuda"), one, index) for one in (held, on_device)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [one.tolist() for one in rows] == [[[4.0, 5.0], [0.0, 1.0]]] * 2
 
 
 def test_a_loss_looked_at_late_is_named_all_the_same(plain, data):

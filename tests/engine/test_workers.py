@@ -142,6 +142,13 @@ class TestHolding:
         assert {one.device.type for batch in batches for one in batch.content} == {"meta"}
         assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(50))
 
+    def test_positions_of_data_on_a_device_are_known_to_the_host(self, data):
+        """What the host holds beside the data, such as cached outputs, is read by them without a wait."""
+        held = Held(data, 16, torch.device("meta"), shuffle=False, holding=Holding(memory=1.0))
+        batches = list(held.epoch())
+        assert {one.device.type for batch in batches for one in batch.content} == {"meta"}
+        assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(50))
+
     @pytest.mark.parametrize("hold", ["device", "host"])
     def test_on_a_cpu_the_run_is_the_same(self, plain, data, same, hold):
         models = []

@@ -236,6 +236,9 @@ def test_changes_of_low_rank(shape, dtype):
     torch.testing.assert_close(dense_change(a, b, 0.5), change)
     if dtype == torch.float64:
         torch.testing.assert_close(squared_change(a, b, 0.5), change.square().sum())
+        with torch.autocast("cpu", torch.bfloat16):  # in the caller's loss
+            found = squared_change(a.float(), b.float(), 0.5)
+        torch.testing.assert_close(found.double(), change.square().sum(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -142,6 +142,23 @@ def test_whoever_looks_in_the_middle_sees_plain_weights(look):
     assert all(torch.equal(p, before[name]) for name, p in found.named_parameters())
 
 
+def test_passes_in_one_autocast_see_the_weights_of_their_own():
+    """Autocast keeps weights in half precision until its block ends."""
+    adaptation, _ = adapted()
+
+    def run(training):
+        return adaptation.model.train(training)(X)
+
+    def alone(training):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(training)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [run(training) for training in (False, True, False)]
+    assert all(map(torch.equal, found, map(alone, (False, True, False))))
+    assert not torch.equal(found[0], found[1])
+
+
 def test_what_is_done_at_the_end_is_done_to_plain_weights():
     """Training may end with a forward pass that no step followed."""
     adaptation, _ = adapted(0.5, ctl.WeightInterpolation(t=0.5))

@@ -36,6 +36,17 @@ def test_a_model_is_moved_in_place_and_back_exactly():
         assert same(adapted.state_dict(), ctl.interpolate(source, end, t))
 
 
+def test_points_in_one_autocast_are_scored_by_their_own_weights():
+    """Autocast keeps weights in half precision until its block ends."""
+    source, adapted = (model.eval() for model in pair())
+    line, inputs = WeightPath(adapted, {n: t.clone() for n, t in source.state_dict().items()}), torch.ones(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = source(inputs)
+        adapted(inputs)
+        line.move(0.0)
+        assert torch.equal(adapted(inputs), expected)
+
+
 def test_tied_weights_are_moved_once():
     """The second name of a tensor must not bring the trained value back."""
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "out": nn.Linear(3, 4, bias=False)})
