@@ -25,19 +25,9 @@ _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Execution:
-    """Choices by which a run computes.
+    """Choices by which a run computes: settings of ``Training`` without ``auto``.
 
-    Args:
-        device: of the model and the batches.
-        precision: fp32, bf16 or fp16.
-        checkpointing: whether blocks are computed again in the backward pass.
-        channels_last: whether weights and activations of 2-D convolutions are in the layout (N, H, W, C).
-        fused: whether one kernel makes the optimizer's step.
-        compile: whether the model is compiled in training, or the mode in which it is.
-        tf32: whether matrix products and convolutions in fp32 round their inputs to TF32; None: as torch is set.
-        batch_size: examples per batch and process; None: the data came in batches.
-        accumulate: batches per step.
-        batch_seconds: duration of a batch at most; None: not bounded.
+    ``batch_size`` is None if the data came in batches, and ``tf32`` if it is as torch is set.
     """
 
     device: str

@@ -20,10 +20,7 @@ def ahead(
 ) -> Iterator[Callable[[], Moved]]:
     """Return functions that return moved batches; on a GPU the next one's copy begins before it is asked for.
 
-    Args:
-        contents: batches in the host's memory; pinned ones are copied without the host's waiting.
-        move: content -> batch on the device.
-        device: the device.
+    The host does not wait for copies of pinned batches.
     """
     if device.type != "cuda":
         return (partial(move, content) for content in contents)
@@ -35,9 +32,6 @@ class Side:
 
     A copy begins when the work that the current stream was given before is done. So the memory of an earlier batch may
     be used again, and nothing needs to know the tensors in a batch, which may hide in objects that move themselves.
-
-    Args:
-        device: the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,13 +51,7 @@ class Side:
 
 
 class Ahead(Generic[Content, Moved]):
-    """Iterator over functions that return batches, of which at most one is copied before it is asked for.
-
-    Args:
-        contents: batches in the host's memory.
-        move: content -> batch on the device.
-        side: the stream of the copies.
-    """
+    """Iterator over functions that return batches, of which at most one is copied before it is asked for."""
 
     def __init__(self, contents: Iterator[Content], move: Callable[[Content], Moved], side: Any) -> None:
         self._contents, self._move, self._side = contents, move, side
@@ -95,14 +83,15 @@ class Ahead(Generic[Content, Moved]):
 
 
 class _Copy:
-    """A batch that is copied, or will be."""
+    """A batch that is copied, or will be; the host's batch is dropped once the copy has begun."""
+
+    begun = False
 
     def __init__(self, copy: Callable[[], Any]) -> None:
-        self.begun = False
-        self._copy: Callable[[], Any] | None = copy
+        self._copy = copy
 
     def begin(self, side: Any) -> None:
-        """Begin the copy; the host's batch is no longer needed once it has ended."""
-        if self._copy is not None:
-            self.result, self.mark = side.run(self._copy)
-        self.begun, self._copy = True, None
+        """Begin the copy."""
+        self.result, self.mark = side.run(self._copy)
+        self.begun = True
+        del self._copy

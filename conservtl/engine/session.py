@@ -33,14 +33,7 @@ _TORCH = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # types for which gradients a
 
 
 class Session:
-    """A model and its optimizer on a device, for one run. ``open_session`` makes it.
-
-    Args:
-        adaptation: its model is moved to the device.
-        training: clipping, batch norms.
-        accelerator: decides device, precision and processes.
-        made: the optimizer's class and arguments; None: the settings'.
-    """
+    """A model and its optimizer on the accelerator's device, for one run. ``open_session`` makes it."""
 
     model: nn.Module
     """Trained: prepared by Accelerate, and compiled if the settings say so."""

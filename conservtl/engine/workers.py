@@ -51,8 +51,8 @@ class WorkerLoader:
         pinned: bool,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._order, self._generator = order, generator
-        self._seed = 0
+        self.order, self._generator = order, generator
+        self.seed = 0
         self._loader: DataLoader[Any] = DataLoader(
             _Seeded(dataset),
             batch_sampler=_Tagged(self),
@@ -63,18 +63,12 @@ class WorkerLoader:
         )
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.order)
 
     def __iter__(self) -> Iterator[Any]:
-        self._seed = int(
-            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        )  # as a DataLoader without workers would
+        # As a DataLoader without workers would.
+        self.seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
         return iter(self._loader)
-
-    def tagged(self) -> Iterator[list[tuple[int, int]]]:
-        """Return the positions of each batch with the epoch's seed."""
-        seed = self._seed
-        return ([(seed, position) for position in batch] for batch in self._order)
 
 
 class _Tagged:
@@ -87,7 +81,8 @@ class _Tagged:
         return len(self._owner)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._owner.tagged()
+        seed = self._owner.seed
+        return ([(seed, position) for position in batch] for batch in self._owner.order)
 
 
 class _Seeded(Dataset[Any]):

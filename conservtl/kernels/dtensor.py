@@ -41,12 +41,9 @@ def by_rows(tensor: Any) -> bool:
 
 
 def over_parts(values: Tensor, parameters: Sequence[Any], *, largest: bool = False) -> Tensor:
-    """Return sums over all parts of each parameter, given those over this process's part; all processes call it.
+    """Return sums over all parts of each parameter, or the ``largest``, given those over this process's part.
 
-    Args:
-        values: one number for each parameter, (parameters,), computed on this process's parts.
-        parameters: the parameters; the number of one that is not sharded stays as it is.
-        largest: whether to return maxima instead of sums.
+    All processes call it. Numbers of parameters that are not sharded stay.
     """
     alike: dict[Any, list[int]] = {}
     for at, parameter in enumerate(parameters):

@@ -22,14 +22,7 @@ def identity(name: str) -> int:
 
 
 def words(count: int, seed: int, step: int, tensor: int, device: torch.device | None = None) -> Tensor:
-    """Return random numbers of 32 bits, (count,), int64: those that Triton's programs draw.
-
-    Args:
-        count: number of elements.
-        seed: key of the generator.
-        step: number of the step.
-        tensor: ``identity`` of the tensor.
-        device: of the result.
+    """Return random numbers of 32 bits, (count,), int64: those that Triton's programs draw for an ``identity``.
 
     Reference:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10).

@@ -65,11 +65,7 @@ class Pull:
 
     On the CPU, one tensor after the other goes through a small buffer that stays in the cache; large tensors go
     through it slice by slice. That is as fast as flattening many small tensors into one, and leaves the caller's
-    memory as it is. Elsewhere many tensors share a kernel launch.
-
-    Args:
-        items: at least one.
-        buffers: type -> buffer, shared by all pulls; filled as needed.
+    memory as it is. Elsewhere many tensors share a kernel launch. All pulls share ``buffers``, filled as needed.
     """
 
     def __init__(self, items: Sequence[Pulled], buffers: dict[Any, Tensor]) -> None:

@@ -2,7 +2,10 @@
 
 Names mean the same in all of them: ``members`` are the parameters. ``amounts`` and ``thresholds`` hold one number for
 each. ``scale`` is a scalar tensor, None for 1; ``skip`` is one that is not zero if nothing is to move. ``parts`` are
-blocks with the addresses of their anchors, in turn; None: all blocks with the members' own.
+blocks with the addresses of their anchors, in turn; None: all blocks with the members' own. ``lengths`` are those of
+the rows of each tensor, and ``shape`` is whether all are multiples of 16 at aligned addresses, and the rows and columns
+that a program handles at once. Masks are drawn by ``identities``, a number for each parameter, ``seed`` and ``step``;
+``dropped`` of 65,536 levels mean the source value, and ``plains`` are the addresses of copies of the plain weights.
 """
 
 from __future__ import annotations
@@ -133,12 +136,10 @@ def decay_shares(
 
 
 def ratios(norms: Tensor, scale: Tensor | None, sums: Tensor | None) -> Tensor:
-    """Return ratios of two norms and 1, added to earlier sums: (layers + 1,). They stay if a ratio is not finite.
+    """Return ratios of norms, (2, layers), and 1, added to earlier sums: (layers + 1,).
 
-    Args:
-        norms: those below and above, (2, layers); if the one below is 0 the ratio is -1.
-        scale: scalar tensor by which those above are divided; None: 1.
-        sums: of earlier calls; None: 0.
+    The second of a layer is divided by the scale and by the first; if that is 0 the ratio is -1. The sums stay if a
+    ratio is not finite.
     """
     count = norms.shape[1]
     out = torch.empty(count + 1, dtype=norms.dtype, device=norms.device)
@@ -151,16 +152,9 @@ def ratios(norms: Tensor, scale: Tensor | None, sums: Tensor | None) -> Tensor:
 def row_norms(
     members: Members, blocks: Blocks, lengths: Tensor, bases: Tensor, out: Tensor, shape: tuple[bool, int, int]
 ) -> None:
-    """Write the sums of absolute values of rows of w - w0, and of w0.
+    """Write the sums of absolute values of rows of w - w0, and of w0, to ``out``, (2, rows).
 
-    Args:
-        members: the tensors.
-        blocks: of rows.
-        lengths: elements of a row, for each tensor.
-        bases: place of each tensor's first row in ``out``.
-        out: (2, rows).
-        shape: whether all lengths are multiples of 16 at aligned addresses; rows and columns that a program handles
-            at once.
+    The rows of a tensor begin at its place in ``bases``.
     """
     tensors = lengths, bases, members.weight_table, members.anchor_table, out
     _run(programs.row_norms, blocks, tensors, (out.shape[1],), (*members.types[:2], members.accumulated, True, *shape))
@@ -170,26 +164,14 @@ def move_rows(
     members: Members, blocks: Blocks, lengths: Tensor, amounts: Amounts, shape: tuple[bool, int, int], *,
     skip: Tensor | None = None, ball: bool = False, absolute: bool = False, relative: bool = False,
 ) -> None:  # fmt: skip
-    """Move rows toward their anchors by amount × root of the length and no further, or into balls around them.
-
-    Other arguments as above, and as for ``RowBlocks.into_balls``.
-    """
+    """Move rows toward their anchors by amount × root of the length and no further, or as ``RowBlocks.into_balls``."""
     tensors = lengths, members.weight_table, members.anchor_table, amounts[0], _beside(skip, members, amounts)
     constants = (*members.types[:2], members.accumulated, absolute, ball, relative, skip is not None, *shape)
     _run(programs.shrink_rows, blocks, tensors, parted(amounts[1]), constants)
 
 
 def mix(members: Members, identities: Tensor, plains: Tensor, seed: int, step: int, dropped: int) -> None:
-    """Put the mixed weights in place of the plain ones, which are copied.
-
-    Args:
-        members: the parameters with their anchors.
-        identities: a number for each parameter by which its mask is drawn, (parameters,), int64.
-        plains: addresses of the copies.
-        seed: of the masks.
-        step: number of the step.
-        dropped: number of 65,536 levels that mean the source value.
-    """
+    """Put the mixed weights in place of the plain ones, which are copied."""
     tensors = identities, members.weight_table, members.anchor_table, plains
     constants = (*members.types[:2], members.accumulated, members.aligned, DRAWN)
     _run(programs.mix, members.drawn, tensors, (seed, step, dropped), constants)
@@ -199,11 +181,7 @@ def unmix(
     members: Members, identities: Tensor, plains: Tensor | None, which: Sequence[bool] | None, seed: int, step: int,
     dropped: int,
 ) -> None:  # fmt: skip
-    """Multiply the gradients of those that were mixed by their masks, and put back the plain weights.
-
-    Arguments as for ``mix``. ``plains`` None: the plain weights are in place. ``which``: whether a parameter was mixed;
-    None: all were.
-    """
+    """Multiply the gradients of ``which`` were mixed, or of all, by their masks; put back ``plains`` if given."""
     gradients, aligned = members.gradients(made=False, which=which)
     table = members.weight_table
     tensors = identities, table, table if plains is None else plains, gradients

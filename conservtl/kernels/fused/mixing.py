@@ -41,7 +41,7 @@ class Mixing:
         return self._plain.values()
 
     def mix(self, seed: int, step: int, dropped: int) -> Mapping[str, Tensor]:
-        """Mix the weights, and return the plain ones by name; arguments as for ``launch.mix``."""
+        """Mix the weights, and return the plain ones by name."""
         plains = self._addresses.to(list(self._plain.values()))
         launch.mix(self._members, self._identities, plains, seed, step, dropped)
         return self._plain

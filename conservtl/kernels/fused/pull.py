@@ -18,8 +18,7 @@ __all__ = ["FusedPull"]
 class FusedPull:
     """Parameters of one device and type that are pulled together, whatever their strengths and rates.
 
-    Args:
-        items: at least one; all with an anchor, of one type and device, or none with one, and the same for importances.
+    All have anchors of one type and device, or none has one, and so for importances.
     """
 
     def __init__(self, items: Sequence[Pulled]) -> None:

@@ -60,12 +60,9 @@ class RowBlocks:
             launch.lerp(long, (shares, 1.0), skip)
 
     def into_balls(self, radii: launch.Amounts, *, absolute: bool, relative: bool) -> None:
-        """Move each row into a ball around its anchor.
+        """Move each row into a ball around its anchor, of its tensor's radius.
 
-        Args:
-            radii: radius for each tensor, or its ratio to the norm of the anchor's row.
-            absolute: whether the norm is the sum of absolute values instead of the root of the sum of squares.
-            relative: whether radii are ratios.
+        The norm is the sum of absolute values if ``absolute``; radii are ratios to the anchor's row if ``relative``.
         """
         for blocks, shape in self._blocks:
             launch.move_rows(
