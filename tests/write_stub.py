@@ -19,7 +19,7 @@ import typer.main
 
 import conservtl
 import conservtl.experiments.spec.spec
-from conservtl.cli._app import app
+from conservtl.cli._main import app
 
 STUB = Path(conservtl.__file__).with_suffix(".pyi")
 PUBLIC = Path(__file__).with_name("api") / "public.txt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from conservtl.cli._app import app
-from conservtl.cli._main import main
+from conservtl.cli._main import app, main
 
 __all__ = ["app", "main"]

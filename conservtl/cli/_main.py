@@ -1,4 +1,4 @@
-"""The entry point: runs a command, prints errors as one message, sets the exit code."""
+"""The application with all its commands, and its entry point: errors are one message, and set the exit code."""
 
 from __future__ import annotations
 
@@ -10,14 +10,32 @@ from typing import Any
 
 import typer
 
-from conservtl.cli._app import app
+from conservtl.cli import _advice, _ending, _runs, _studies
 from conservtl.errors import ConservtlError, InputError, ProcessLostError, Terminated
 
-__all__ = ["main"]
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Rich's help gives flags a value: --resume <bool>
+    help="Domain adaptation with regularized transfer.",
+)
+app.command()(_runs.plan)
+app.command()(_runs.run)
+app.command()(_runs.predict)
+app.command()(_studies.compare)
+app.command()(_studies.sweep)
+app.command()(_studies.tune)
+app.command()(_advice.recommend)
+app.command("lr-find")(_advice.lr_find)
+app.command()(_ending.merge)
+app.command()(_ending.methods)
+app.command()(_ending.push)
+app.command()(_runs.schema)
 
 _INTERRUPTED = "interrupted. To continue, repeat the command with the same --out (run: with --resume)."
-
-
 _RANK, _WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
 
 

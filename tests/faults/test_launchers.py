@@ -150,7 +150,7 @@ class TestLost:
 
 
 def test_the_first_process_alone_tells_of_a_wrong_command_line(monkeypatch, capsys):
-    from conservtl.cli._app import app
+    from conservtl.cli._main import app
 
     for rank in (0, 1):
         monkeypatch.setattr(_main, "_RANK", rank)

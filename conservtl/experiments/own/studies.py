@@ -10,11 +10,11 @@ from typing import Any, Unpack
 from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng
 from conservtl.errors import DataError, SpecError
-from conservtl.experiments.own.arguments import Variant, fields_of, section_of
 from conservtl.experiments.own.maker import blank
 from conservtl.experiments.own.options import ModelLike, ProblemOptions
 from conservtl.experiments.own.place import Place
 from conservtl.experiments.own.problem import OwnProblem, hold, settings_of
+from conservtl.experiments.own.settings import Variant, fields_of, section_of
 from conservtl.experiments.results import Comparison, Sweep
 from conservtl.experiments.spec.sections import BASELINES, Baseline, CompareSection, SweepSection
 from conservtl.experiments.studies import comparison, layer_sweep
