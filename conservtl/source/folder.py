@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from conservtl.errors import SourceError
 
-__all__ = ["INDEX", "SINGLE", "files_by_tensor", "read_folder", "shards", "weights_in_folder"]
+__all__ = ["INDEX", "SINGLE", "files_by_tensor", "read_shards", "shards", "weights_at"]
 
 SINGLE = "model.safetensors"
 """Name of the weights in one file."""
@@ -20,21 +21,8 @@ INDEX = "model.safetensors.index.json"
 
 _PREFERRED = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _OTHERS = ("*.safetensors", "*.safetensors.index.json")  # of other libraries, if there is only one
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<ending>safetensors|bin)")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def read_folder(folder: Path, read: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the weights in a folder. Files are mapped into memory, so that tensors are read as they are copied.
-
-    Taken is the first of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index, or else the only file
-    of safetensors or index of such files.
-
-    Raises:
-        SourceError: the folder holds no weights, an adapter alone or several files without an index; a file of the
-            index is missing or lacks a tensor.
-    """
-    chosen = weights_in_folder(folder)
-    return _sharded(chosen, read) if chosen.suffix == ".json" else read(chosen)
 
 
 def shards(index: Path) -> list[str]:
@@ -42,8 +30,32 @@ def shards(index: Path) -> list[str]:
     return list(dict.fromkeys(files_by_tensor(index).values()))
 
 
-def weights_in_folder(folder: Path) -> Path:
-    """Return the file of weights in a folder, or the index of such files; chosen as by ``read_folder``."""
+def weights_at(path: Path) -> Path:
+    """Return the file of weights that a path means, or the index of several; a path of neither as it is.
+
+    Of a folder this is the first of ``model.safetensors``, its index, ``pytorch_model.bin`` and its index, or else the
+    only file of safetensors or index of such files.
+
+    Raises:
+        SourceError: a folder holds no weights, an adapter alone or several files without an index; or the file is one
+            of several that hold a model's weights together.
+    """
+    chosen = _weights_in_folder(path) if path.is_dir() else path
+    part = _PART.fullmatch(chosen.name)
+    if part is not None and int(part["total"]) > 1 and chosen.is_file():
+        index = chosen.with_name(f"{part['stem']}.{part['ending']}.index.json")
+        give = f"Give the folder {str(chosen.parent)!r}"
+        if not index.is_file():
+            give = f"Put all files and their index {index.name} into one folder, and give that"
+        raise SourceError(
+            f"source {str(chosen)!r} must hold all of a model's weights; it is file {int(part['number'])} of "
+            f"{int(part['total'])}, and what the others hold would be missing. {give}; or pass the tensors of this "
+            "file alone as a dictionary."
+        )
+    return chosen
+
+
+def _weights_in_folder(folder: Path) -> Path:
     for name in _PREFERRED:
         if (folder / name).is_file():
             return folder / name
@@ -63,8 +75,14 @@ def weights_in_folder(folder: Path) -> Path:
     )
 
 
-def _sharded(index: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return the tensors that an index lists, each from its file."""
+def read_shards(index: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the tensors that an index lists, each from its file.
+
+    Files are mapped into memory, so that tensors are read as they are copied.
+
+    Raises:
+        SourceError: the index cannot be read; a file of it is missing or lacks a tensor.
+    """
     files = files_by_tensor(index)
     tensors: dict[str, Tensor] = {}
     for file in shards(index):

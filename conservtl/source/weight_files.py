@@ -12,24 +12,27 @@ from zipfile import ZipFile, is_zipfile
 import torch
 
 from conservtl.errors import SourceError, did_you_mean
-from conservtl.source.folder import read_folder
+from conservtl.source.folder import read_shards, weights_at
 from conservtl.source.run_header import weights_file
 from conservtl.storage.tensor_files import load_tensors
 
-__all__ = ["load_weights"]
+__all__ = ["load_file", "load_weights"]
 
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")  # of torch.load with weights_only=True
 
 
 def load_weights(path: Path) -> Mapping[str, Any]:
-    """Return the entries of a file of weights, read without executing code, or of a folder of such files.
+    """Return the entries of a file of weights, read without executing code, or of a folder or an index of such files.
 
     Raises:
         SourceError: the file is missing, damaged, of another kind, or would take far more memory than it has bytes.
     """
-    path = weights_file(path)
-    if path.is_dir():
-        return read_folder(path, load_weights)
+    path = weights_at(weights_file(path))
+    return read_shards(path, load_file) if path.suffix == ".json" and path.is_file() else load_file(path)
+
+
+def load_file(path: Path) -> Mapping[str, Any]:
+    """Return the entries of one file, as ``load_weights`` does, whether or not it is one of several."""
     if not path.is_file():
         files = [file.name for file in path.parent.glob("*") if file.is_file()]
         raise SourceError(

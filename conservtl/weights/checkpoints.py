@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from conservtl.errors import SourceError
 from conservtl.layers import canonical, unwrap
 from conservtl.source.entries import tensors_of, weights_in
-from conservtl.source.folder import files_by_tensor, weights_in_folder
+from conservtl.source.folder import files_by_tensor, weights_at
 from conservtl.source.read import SourceLike
 from conservtl.source.references import reference_of
 from conservtl.source.renaming import check_unique, known_prefixes
 from conservtl.source.run_header import read_header
-from conservtl.source.weight_files import load_weights
+from conservtl.source.weight_files import load_file
 from conservtl.storage.tensor_files import check_digest, opened
 from conservtl.storage.tensor_writer import CODES, Entry
 
@@ -121,17 +121,15 @@ def _opened(source: SourceLike, files: ExitStack, key: str | None) -> Checkpoint
         )
     path = Path(source)
     where = f"source {path.name or str(path)}"
-    if not path.is_dir():
-        return replace(_file(path, where, files, key), run=read_header(path))
-    chosen = weights_in_folder(path)
-    if chosen.suffix != ".json":
-        return replace(_file(chosen, where, files, key), folder=path, run=read_header(chosen))
-    return replace(_shards(chosen, where, files, key), folder=path, index=chosen.name)
+    chosen = weights_at(path)
+    if chosen.suffix == ".json" and chosen.is_file():
+        return replace(_shards(chosen, where, files, key), folder=chosen.parent, index=chosen.name)
+    return replace(_file(chosen, where, files, key), folder=path if path.is_dir() else None, run=read_header(chosen))
 
 
 def _file(path: Path, where: str, files: ExitStack, key: str | None) -> Checkpoint:
     if path.suffix != ".safetensors" or not path.is_file():
-        found = _in_memory(load_weights(path), where, key)
+        found = _in_memory(load_file(path), where, key)
         return replace(found, files=dict.fromkeys(found.entries, path.name))
     check_digest(path)
     file = files.enter_context(opened(path))

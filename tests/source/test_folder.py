@@ -10,6 +10,7 @@ from torch import nn
 
 import conservtl as ctl
 from conservtl.source.read import read_source
+from conservtl.weights.checkpoints import open_checkpoint
 
 
 def network():
@@ -40,9 +41,46 @@ def write(folder, state, ending="safetensors", weight_map=None):
 def test_shards(tmp_path, state, ending, as_text):
     write(tmp_path, state, ending)
     (tmp_path / "config.json").write_text("{}")
-    adaptation = ctl.adapt(network(), str(tmp_path) if as_text else tmp_path)
-    assert all(torch.equal(adaptation.model.state_dict()[name], tensor) for name, tensor in state.items())
-    assert adaptation.plan.fresh == ()
+    (index,) = tmp_path.glob("*.index.json")
+    for path in (tmp_path, index):
+        adaptation = ctl.adapt(network(), str(path) if as_text else path)
+        assert all(torch.equal(adaptation.model.state_dict()[name], tensor) for name, tensor in state.items())
+        assert adaptation.plan.fresh == ()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_one_of_several_files_is_no_source(tmp_path, state, ending):
+    first = tmp_path / min(set(write(tmp_path, state, ending).values()))
+    (index,) = tmp_path.glob("*.index.json")
+    with pytest.raises(ctl.SourceError, match=rf"it is file 1 of 2, .*Give the folder {str(tmp_path)!r}; or pass"):
+        ctl.adapt(network(), first)
+    with pytest.raises(ctl.SourceError, match="it is file 1 of 2"), open_checkpoint(first):
+        pass
+    for other in sorted(tmp_path.iterdir()):
+        if other != first:
+            other.unlink()
+    for path in (first, tmp_path) if ending == "safetensors" else (first,):
+        with pytest.raises(ctl.SourceError, match=rf"Put all files and their index {index.name} into one folder"):
+            read_source(path)
+    whole = first.with_name(f"model-00001-of-00001.{ending}")
+    first.rename(whole)
+    assert set(read_source(whole).tensors) < set(state)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_checkpoint_opened_by_its_index(tmp_path, state, ending):
+    write(tmp_path, state, ending)
+    (index,) = tmp_path.glob("*.index.json")
+    for path in (tmp_path, index):
+        with open_checkpoint(path) as checkpoint:
+            assert (checkpoint.folder, checkpoint.index) == (tmp_path, index.name)
+            assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in state.items())
+
+
+def test_a_missing_index(tmp_path, state):
+    write(tmp_path, state)
+    with pytest.raises(ctl.SourceError, match=r"is not a file\. Did you mean .*model\.safetensors\.index\.json"):
+        read_source(tmp_path / "model.safetensor.index.json")
 
 
 @pytest.mark.parametrize(
