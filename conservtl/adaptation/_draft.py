@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from conservtl.errors import SelectorError
 from conservtl.layers import Layer, matches, named_parameters, select, unwrap
+from conservtl.layers.names import owner
 from conservtl.plan.plan import Plan
-from conservtl.runtime.freezing import found_frozen
+from conservtl.runtime.freezing import found_frozen, handed_in_frozen
 from conservtl.runtime.source_model import build_source_model
 from conservtl.source.by_label import HeadLabels
 from conservtl.source.positions import resample_positions
@@ -68,6 +69,7 @@ def draw(
     shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
     fixed = [name for name, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
     frozen = found_frozen(model)
+    frozen |= {name for name in added if handed_in_frozen(owner(name), layers, frozen, added)}
     fresh = dict(declared)
     plan = Plan.draw(layers, shapes, fresh | added, fixed, added, frozen)
     if labels is not None:

@@ -58,7 +58,9 @@ def adapt(
     A parameter that asks for no gradient (``requires_grad`` is False) is frozen throughout, and the plan says ``frozen
     as found``; a strategy trains it only if it names it or its layer (``LayerTransfer(layers=["encoder.0"],
     freeze=False)``, ``SurgicalFineTuning(block="encoder.0")``, a stage of ``GradualUnfreezing``, the new head of
-    ``FeatureExtraction``). A norm whose parameters are all frozen keeps its running statistics. A parameter that is
+    ``FeatureExtraction``). Factors and amplitudes that a strategy adds to a frozen module are frozen with it, unless
+    their strategy names it (``LoRA(on=["encoder.0"])``) or another does; ``InputTransform`` is a layer of its own in
+    front of the model, and is trained. A norm whose parameters are all frozen keeps its running statistics. A parameter that is
     frozen by hand later stays frozen too, unless a phase has frozen it already at that moment: then torch sees no
     change, and a later phase trains it. Freeze before ``adapt`` what no phase is to train.
 
@@ -199,14 +201,15 @@ def _adapter_note(model: nn.Module, read: Source) -> tuple[str, ...]:
 
 def _check_trained(plan: Plan) -> None:
     """Raise if parameters were handed in frozen, and nothing is trained, measured or fitted."""
-    found = [row for row in plan.rows if row.as_found and row.found == "frozen"]
+    own = [row for row in plan.rows if not row.added]
+    found = [row for row in own if row.as_found and row.found == "frozen"]
     if plan.trained or plan.searches or not found:
         return
     acts = any(type(measure).use is not Measure.use for measure in plan.measures)
     if not acts and all(type(after).interpolates for after in plan.after):
-        rest = "" if len(found) == len(plan.rows) else ", and the strategies freeze the others"
+        rest = "" if len(found) == len(own) else ", and the strategies freeze the others"
         raise SpecError(
-            f"model: {len(found)} of its {counted(len(plan.rows), 'parameter')} {agreeing(len(found), 'asks')} for no "
+            f"model: {len(found)} of its {counted(len(own), 'parameter')} {agreeing(len(found), 'asks')} for no "
             f"gradient (requires_grad is False){rest}, so nothing would be trained. Call requires_grad_(True) on those "
             "to train before adapt, or name them in a strategy, such as LayerTransfer(layers=[...], freeze=False)."
         )

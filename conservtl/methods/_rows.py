@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Literal
 
+from conservtl.layers import matches
+from conservtl.layers.names import owner
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
 
@@ -16,6 +18,7 @@ __all__ = [
     "fresh_rows",
     "names_something",
     "source_parameters",
+    "train_added",
     "train_named",
 ]
 
@@ -57,6 +60,20 @@ def names_something(glob: str) -> bool:
     return bool(glob.strip("*?."))
 
 
+def train_added(plan: Plan, by: str, globs: Iterable[str] | None, names: Iterable[str]) -> Plan:
+    """Return the plan in which parameters that a strategy added are trained where its globs name a frozen part."""
+    telling = [glob for glob in globs or () if names_something(glob)]
+    return train_named(
+        plan,
+        by,
+        (
+            name
+            for name in names
+            if any(matches(glob, one) for glob in telling for one in (plan[name].layer, owner(name)))
+        ),
+    )
+
+
 def train_named(plan: Plan, by: str, names: Iterable[str]) -> Plan:
     """Return the plan in which these parameters are trained although they were frozen when the model was handed in.
 
@@ -68,6 +85,7 @@ def train_named(plan: Plan, by: str, names: Iterable[str]) -> Plan:
     free = [
         row.name
         for row in rows
-        if row.layer not in by_factors and ("frozen" not in row.chosen or not row.chosen["frozen"].explicit)
+        if (row.layer not in by_factors or row.name in plan.factors)
+        and ("frozen" not in row.chosen or not row.chosen["frozen"].explicit)
     ]
     return plan.choose(by, "frozen", {name: {"frozen": False} for name in free})

@@ -73,10 +73,10 @@ class LayerTransfer(Strategy):
         inside = [row.name for row in plan.rows if row.layer in chosen and not row.added and row.name not in factors]
         plan = plan.choose(self.label, "origin", {name: {"origin": "source", "reason": None} for name in inside})
         kept = set() if self.freeze else self._kept_as_found(plan)
-        frozen = {name: {"frozen": self.freeze} for name in inside if name not in kept}
-        if self.freeze:
-            frozen |= {name: {"frozen": True} for name in factors}
-        plan = plan.choose(self.label, "frozen", frozen)
+        changed = [*inside, *factors] if self.freeze else [*inside, *(name for name in factors if plan[name].as_found)]
+        plan = plan.choose(
+            self.label, "frozen", {name: {"frozen": self.freeze} for name in changed if name not in kept}
+        )
         if self.rest == "fresh":
             fields = {"origin": "fresh", "reason": f"declared fresh by {self.label}"}
             others = [row for row in plan.rows if row.layer not in chosen and row.origin == "source"]
@@ -87,12 +87,16 @@ class LayerTransfer(Strategy):
     def _kept_as_found(self, plan: Plan) -> set[str]:
         """Return the parameters that were frozen when the model was handed in, but for those in layers named here.
 
-        A layer with factors of low rank is trained by these.
+        Of a layer with factors of low rank these are trained, and nothing else.
         """
         globs = [glob for glob in self.layers if names_something(glob)] if isinstance(self.layers, tuple) else []
         named = {layer for matched in plan.select_layers(globs, plan.own_layers).values() for layer in matched}
-        named -= changed_layers(plan)
-        return {row.name for row in plan.rows if row.as_found and row.layer not in named}
+        by_factors = changed_layers(plan)
+        return {
+            row.name
+            for row in plan.rows
+            if row.as_found and (row.layer not in named or (row.layer in by_factors and row.name not in plan.factors))
+        }
 
     def transferred(self, plan: Plan) -> frozenset[str]:
         """Return the names of the transferred layers; layers that a strategy added do not count."""

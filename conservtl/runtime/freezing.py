@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from conservtl.compat import BatchNormBase, NormBase, after_loading
 from conservtl.errors import SpecError
 from conservtl.layers import Layer, canonical, layer_of, named_parameters, unwrap
-from conservtl.layers.names import own_parameters
+from conservtl.layers.names import own_parameters, owner
 from conservtl.plan.row import Row
 
 __all__ = [
     "found_frozen",
     "freeze",
+    "handed_in_frozen",
     "held_norms",
     "hold_statistics",
     "holds",
@@ -119,6 +120,26 @@ def found_frozen(model: nn.Module) -> frozenset[str]:
     return frozenset(still) if by_hand and len(still) == len(owners) else by_hand
 
 
+def handed_in_frozen(
+    module: str, layers: Sequence[Layer], frozen: Collection[str], added: Collection[str] = ()
+) -> bool:
+    """Return whether a module is frozen as found, so that what a strategy adds to it is too.
+
+    Its weights tell, or else its other parameters, or else those of its layer.
+
+    Args:
+        module: its canonical name.
+        layers: the model's layers.
+        frozen: parameters that were frozen when the model was handed in.
+        added: parameters that strategies added.
+    """
+    layer = layer_of(layers, module)
+    inside = [info for info in layer.parameters if info.name not in added] if layer else []
+    own = [info for info in inside if owner(info.name) == module]
+    telling = [info for info in own if info.kind == "weight"] or own or inside
+    return bool(telling) and all(info.name in frozen for info in telling)
+
+
 def let_train(model: nn.Module, names: Collection[str]) -> None:
     """Leave it to ``freeze`` whether these parameters are trained, although the user froze them before."""
     for name, (module, key) in parameter_owners(model).items():
@@ -129,8 +150,10 @@ def let_train(model: nn.Module, names: Collection[str]) -> None:
 def thaw(model: nn.Module) -> None:
     """Let all parameters ask for a gradient that a plan froze; those that the user froze stay as they are."""
     for module in model.modules():
+        own = own_parameters(module)
         for key in list(_marked(module)):
-            own_parameters(module)[key].requires_grad_(True)
+            if key in own:  # a merged factor is not
+                own[key].requires_grad_(True)
             _unmark(module, key)
 
 

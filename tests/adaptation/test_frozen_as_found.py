@@ -93,6 +93,78 @@ def test_it_is_trained_only_if_it_is_named(strategies, expected):
     assert {name for name, p in model.named_parameters() if p.requires_grad} <= set(adaptation.plan.trained)
 
 
+LORA, LHUC = ctl.LoRA(rank=2), ctl.LHUC()
+ADDED = {
+    "factors": ([LORA], {2}),
+    "factors by name": ([ctl.LoRA(rank=2, on=["0", "2"])], {0, 2}),
+    "factors everywhere": ([ctl.LoRA(rank=2, on=["*"])], {2, 3}),
+    "factors in a named block": ([ctl.LoRA(rank=2, on=["1"]), ctl.SurgicalFineTuning(block="1")], {1}),
+    "amplitudes": ([LHUC], {2}),
+    "amplitudes by name": ([ctl.LHUC(on=["1"])], {1}),
+    "amplitudes beside weights": ([ctl.LHUC(on=["*"], freeze=False)], {2, 3}),
+    "a transform of the input": ([ctl.InputTransform(dim=-1)], set()),
+}
+
+
+@pytest.mark.parametrize(("strategies", "expected"), ADDED.values(), ids=ADDED)
+def test_what_is_added_to_a_frozen_layer_changes_it_only_if_it_is_named(strategies, expected):
+    """Layers 0 and 1 are handed in frozen; the exported weights of the others move."""
+    model = handed_in(0, 1)
+    adaptation = ctl.adapt(model, source(model), strategies)
+    start = {name: t.clone() for name, t in source(network()).items()}
+    train(adaptation, adaptation.optimizer(torch.optim.SGD, lr=0.1))
+    after = adaptation.export().state_dict()
+    assert {int(name[0]) for name in start if not torch.equal(after[name], start[name])} == expected
+    assert {row.layer for row in adaptation.plan.rows if row.as_found} >= {"0", "1"} - {str(one) for one in expected}
+
+
+@pytest.mark.parametrize("strategy", [LORA, LHUC])
+def test_frozen_layers_get_nothing_where_others_do(strategy):
+    model = handed_in(0)
+    added = {row.layer for row in ctl.adapt(model, source(model), [strategy]).plan.rows if row.added}
+    assert added == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("others", "trained"),
+    [
+        ((ctl.LayerTransfer(layers=["1"], freeze=False),), {"1"}),
+        ((ctl.GradualUnfreezing(phases=[{"train": ["0"], "epochs": 1}, {"train": ["0", "1"]}]),), {"0", "1"}),
+    ],
+)
+def test_factors_of_a_frozen_model_are_trained_where_another_strategy_names_the_layer(others, trained):
+    model = network().requires_grad_(False)
+    plan = ctl.adapt(model, source(model), [LORA, *others]).plan
+    assert {row.layer for row in plan.rows if row.name in plan.trained} == trained
+    assert set(plan.trained) <= set(plan.factors)
+
+
+@pytest.mark.parametrize("strategy", [LORA, LHUC, ctl.LoRA(rank=2, on=["*"])])
+def test_a_frozen_model_is_changed_by_nothing_that_is_added(strategy):
+    model = network().requires_grad_(False)
+    with pytest.raises(ctl.SpecError, match="8 of its 8 parameters ask for no gradient"):
+        ctl.adapt(model, source(model), [strategy])
+    assert len(list(model.parameters())) == 8
+
+
+def test_amplitudes_of_a_frozen_norm_and_of_one_without_parameters():
+    """A norm has no weight of two axes: its own parameters tell, or else its layer."""
+    for affine in (True, False):
+        parts = (nn.Linear(4, 4), nn.BatchNorm1d(4, affine=affine), nn.Linear(4, 4), nn.Linear(4, 2))
+        model = nn.Sequential(*parts)
+        model[:2].requires_grad_(False)
+        assert ctl.adapt(model, source(model), [LHUC]).plan.trained == ("2.lhuc",)
+
+
+def test_factors_of_weights_that_are_frozen_alone():
+    """The biases are trained by hand: nothing else of the layer is."""
+    model = network()
+    for layer in model[:3]:
+        layer.weight.requires_grad_(False)
+    with pytest.raises(ctl.SpecError, match="3 of its 8 parameters ask for no gradient"):
+        ctl.adapt(model, source(model), [LORA])
+
+
 def test_the_plan_says_why():
     """In the row, in the table and in its summary; a plan survives JSON."""
     model = handed_in(0)

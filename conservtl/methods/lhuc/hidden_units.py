@@ -14,6 +14,7 @@ from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import glob_hint
 from conservtl.runtime.channels import output_size
+from conservtl.runtime.freezing import found_frozen, handed_in_frozen
 
 __all__ = ["channel_dim", "find_hidden_units", "is_recurrent", "unit_count"]
 
@@ -34,7 +35,8 @@ def find_hidden_units(
     """Return the names of the modules whose outputs are hidden units.
 
     By default each linear map, convolution and recurrent layer of every layer but the last, and of those with another
-    head but the head itself; if a norm follows it, that norm instead, whose output the activation takes.
+    head but the head itself; if a norm follows it, that norm instead, whose output the activation takes. Those that
+    were handed in frozen are left out; if all were, another strategy may name some, or the plan trains nothing.
 
     ``example`` shows the order of modules; None: their order of registration.
     """
@@ -53,7 +55,8 @@ def find_hidden_units(
                 f"LHUC: {type(model).__name__} has no hidden linear map, convolution or recurrent layer whose units "
                 "could be scaled, nothing but its head. Adapt it by another strategy."
             )
-        return hidden
+        frozen = found_frozen(model)
+        return [name for name in hidden if not handed_in_frozen(name, layers, frozen)] or hidden
     chosen: dict[str, None] = {}
     for glob in on:
         inside = [name for name, layer in units.items() if matches(glob, layer)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from conservtl.errors import PlanError
 from conservtl.layers import Layer
-from conservtl.methods._rows import freeze_all_but
+from conservtl.methods._rows import freeze_all_but, train_added
 from conservtl.methods.base import Order, Strategy
 from conservtl.methods.lhuc.amplitudes import (
     PARAMETER,
@@ -72,7 +72,7 @@ class LHUC(Strategy):
     order: ClassVar[Order] = Order.HEAD
     on: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Globs of the layers or modules whose units are scaled. None: all layers but the last,
-    and of several parallel heads all but these."""
+    and of several parallel heads all but these; without modules that were frozen when the model was handed in."""
     freeze: bool = True
     """Whether everything is frozen except the amplitudes and other fresh parameters."""
 
@@ -83,8 +83,10 @@ class LHUC(Strategy):
 
     def apply(self, plan: Plan) -> Plan:
         """Choose the parameters that are frozen."""
-        if not any(row.added and row.name.rpartition(".")[2] == PARAMETER for row in plan.rows):
+        own = [row.name for row in plan.rows if row.added and row.name.rpartition(".")[2] == PARAMETER]
+        if not own:
             raise PlanError(f"{self.label}: the plan's model has no amplitudes. Let adapt(model, ...) add them.")
+        plan = train_added(plan, self.label, self.on, own)
         return freeze_all_but(plan, self.label, plan.fresh) if self.freeze else plan
 
     def extend(self, model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from conservtl.errors import PlanError, SpecError
 from conservtl.layers import Layer, unwrap
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import owner
-from conservtl.methods._rows import freeze_all_but
+from conservtl.methods._rows import freeze_all_but, train_added
 from conservtl.methods.base import Order, Span, Strategy, TestFields
 from conservtl.methods.lora.factors import FACTORS, add_factors, has_factors, merge_factors, remove_factors
 from conservtl.methods.lora.targets import find_targets
@@ -76,7 +76,8 @@ class LoRA(Strategy):
     """Probability with which A reads 0 in the place of an input, in training."""
     on: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Globs of the layers or modules whose weights are changed. None: all linear maps and convolutions outside the
-    head that have no fewer inputs and outputs than the rank; with an ``example``, those that the model calls."""
+    head that have no fewer inputs and outputs than the rank and whose weight was not frozen when the model was handed
+    in; with an ``example``, those that the model calls."""
 
     @property
     def extends(self) -> bool:
@@ -100,6 +101,7 @@ class LoRA(Strategy):
                 f"{self.label} must change a weight from the source; those that it names are fresh, such as that of "
                 f"{owner(pairs[0][0])!r}, and are trained themselves. Name others in on, or leave it out."
             )
+        plan = train_added(plan, self.label, self.on, plan.factors)
         plan = freeze_all_but(plan, self.label, {*plan.fresh} - idle)
         if moving := [name for name in plan.factors.values() if not plan[name].frozen]:
             raise PlanError(

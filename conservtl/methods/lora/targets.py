@@ -13,6 +13,7 @@ from conservtl.layers.attention import outside_attention
 from conservtl.layers.extended import own_class
 from conservtl.layers.names import glob_hint, holder_counts, named_modules, own_parameters, owner
 from conservtl.plan.plan import Plan
+from conservtl.runtime.freezing import found_frozen, handed_in_frozen
 
 __all__ = ["find_targets"]
 
@@ -22,7 +23,8 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def find_targets(model: nn.Module, layers: Sequence[Layer], on: Sequence[str] | None, rank: int) -> list[str]:
     """Return the names of the modules whose weight is changed.
 
-    By default each linear map and convolution outside the head that has no fewer inputs and outputs than the rank.
+    By default each linear map and convolution outside the head that has no fewer inputs and outputs than the rank and
+    was not handed in frozen. If all were, these: another strategy may name some, or the plan trains nothing.
 
     Raises:
         SpecError: the model has none, or a module that a glob names cannot be changed so.
@@ -44,7 +46,8 @@ def find_targets(model: nn.Module, layers: Sequence[Layer], on: Sequence[str] | 
                 f"inputs and outputs than rank, {rank}; it has none. Lower rank, name modules in on, or adapt it by "
                 "another strategy."
             )
-        return found
+        frozen = found_frozen(bare)
+        return [name for name in found if not handed_in_frozen(name, layers, frozen)] or found
     named: dict[str, None] = {}
     for glob in on:
         named |= dict.fromkeys(_matched(glob, faults, layers))
