@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from conservtl.errors import SpecError
-from conservtl.labels import call
+from conservtl.labels import call_with
 from conservtl.padding import find_padding, padding_of_outputs
 
 __all__ = [
@@ -76,9 +76,10 @@ class MetricPool:
 def forward(model: nn.Module, batch: Any) -> Any:
     """Return the model's outputs for (inputs, labels), or for a dictionary of its arguments and ``labels``.
 
-    Labels in a dictionary reach a model that needs them (``conservtl.labels``), and no other.
+    Several inputs are a tuple or list, as a ``DataLoader`` makes of ((a, b), label). Labels in a dictionary reach a
+    model that needs them (``conservtl.labels``), and no other.
     """
-    return call(model, batch) if isinstance(batch, Mapping) else model(batch[0])
+    return call_with(model, batch if isinstance(batch, Mapping) else batch[0])
 
 
 def inputs_of(batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Labels in a batch of a model's arguments: they reach the models that need them.
+"""Calls of a model with inputs as users pass them; labels among these reach the models that need them.
 
 A model needs its labels if
 
@@ -14,6 +14,7 @@ The first two are read from the signature, the others tried on the first batch.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -21,10 +22,12 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from conservtl.errors import SpecError
 from conservtl.layers import unwrap
 
-__all__ = ["argument_names", "call", "give_labels", "labels_for_loss", "takes_labels"]
+__all__ = ["argument_names", "call", "call_with", "give_labels", "labels_for_loss", "takes_labels"]
 
+_LISTS = re.compile(r"(<class ')?(typing\.|collections\.abc\.)?(list|tuple|sequence|iterable)\b", re.IGNORECASE)
 _NEED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -64,6 +67,40 @@ def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
             raise error from None
         give_labels(model)
         return outputs
+
+
+def call_with(model: nn.Module, inputs: Any) -> Any:
+    """Return the model's outputs for inputs: a tensor, a tuple or list of positional arguments, or a dictionary.
+
+    A tuple or list is one argument of a model that needs one input, if it takes no others, or this one as a list by its
+    annotation. Arguments with a default (``scale=1.0``), unlike optional inputs (``mask=None``), take no tensor.
+
+    Raises:
+        SpecError: the model needs several inputs, and there is another number of them.
+    """
+    if isinstance(inputs, Mapping):
+        return call(model, inputs)
+    if not isinstance(inputs, (tuple, list)):
+        return model(inputs)
+    try:
+        parameters = list(inspect.signature(unwrap(model).forward).parameters.values())
+    except (ValueError, TypeError):
+        return model(*inputs)
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return model(*inputs)
+    places = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    needed = sum(one.default is one.empty for one in places)
+    given = zip(places, inputs, strict=False)
+    setting = any(isinstance(value, Tensor) and one.default not in (one.empty, None) for one, value in given)
+    whole = setting or (bool(places) and bool(_LISTS.match(str(places[0].annotation))))
+    if needed <= len(inputs) <= len(places) and (needed > 1 or not whole):
+        return model(*inputs)
+    if needed > 1:
+        raise SpecError(
+            f"inputs: {type(unwrap(model)).__name__} takes {', '.join(one.name for one in places)}; received a "
+            f"{type(inputs).__name__} of {len(inputs)}. Give all that it needs, in this order, or a dictionary by name."
+        )
+    return model(inputs)
 
 
 def give_labels(model: nn.Module) -> None:

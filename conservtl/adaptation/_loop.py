@@ -112,7 +112,7 @@ class LoopMethods(AdaptationBase):
         Args:
             loss: the task's loss, a scalar, the mean over the batch unless ``share`` says otherwise.
             outputs: the model's outputs in the forward pass just made.
-            inputs: the model's inputs in that pass: a tensor, a tuple of positional or a dictionary of keyword
+            inputs: the model's inputs in that pass: a tensor, a tuple or list of positional or a dictionary of keyword
                 arguments; ``labels`` among these reach a source model that needs them, and no other
                 (``conservtl.labels``). The source model is run on them in eval mode, under the autocast that is active
                 here.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from conservtl.adaptation.preset import optimizer_of
 from conservtl.compat import forget_graphs, guard_hooks
 from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward
-from conservtl.functions import forward as plain_forward
+from conservtl.labels import call_with
 from conservtl.layers import Layer, named_parameters, unwrap
 from conservtl.methods import apply_all
 from conservtl.plan.measure import Measure
@@ -245,15 +245,13 @@ class BoundPlan:
 
 def _call(model: nn.Module, inputs: Any) -> Any:
     """Call the model on inputs as a caller gives them."""
-    if isinstance(inputs, Mapping):
-        return plain_forward(model, inputs)
     try:
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return call_with(model, inputs)
     except TypeError as error:
         if "argument" not in str(error):
             raise
         raise SpecError(
-            "inputs must be all that the model is called with: a tensor, a tuple of positional or a dictionary of "
-            f"keyword arguments; with a {type(inputs).__name__} the source model raises TypeError: {error}. Write "
+            "inputs must be all that the model is called with: a tensor, a tuple or list of positional or a dictionary of"
+            f" keyword arguments; with a {type(inputs).__name__} the source model raises TypeError: {error}. Write "
             "adaptation.loss(loss, outputs, inputs=(a, b)) for model(a, b)."
         ) from error

@@ -60,9 +60,9 @@ def adapt(
     freeze=False)``, ``SurgicalFineTuning(block="encoder.0")``, a stage of ``GradualUnfreezing``, the new head of
     ``FeatureExtraction``). Factors and amplitudes that a strategy adds to a frozen module are frozen with it, unless
     their strategy names it (``LoRA(on=["encoder.0"])``) or another does; ``InputTransform`` is a layer of its own in
-    front of the model, and is trained. A norm whose parameters are all frozen keeps its running statistics. A parameter that is
-    frozen by hand later stays frozen too, unless a phase has frozen it already at that moment: then torch sees no
-    change, and a later phase trains it. Freeze before ``adapt`` what no phase is to train.
+    front of the model, and is trained. A norm whose parameters are all frozen keeps its running statistics. A parameter
+    that is frozen by hand later stays frozen too, unless a phase has frozen it already at that moment: then torch sees
+    no change, and a later phase trains it. Freeze before ``adapt`` what no phase is to train.
 
     Args:
         model: built for the target task, on any device.

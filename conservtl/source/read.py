@@ -208,11 +208,11 @@ def read_source(
 
     Args:
         source: a path (``.safetensors``, or ``.pt``, ``.pth``, ``.th``, ``.bin`` read with ``weights_only=True``; a
-            folder as ``save_pretrained`` writes it, or its index), a state dict, a dictionary that wraps one, or a model. Or a name:
-            ``"torchvision:ResNet18_Weights.DEFAULT"`` or the entry itself, ``"timm:resnet18.a1_in1k"`` or a model's
-            ``pretrained_cfg``, ``"torchaudio:WAV2VEC2_BASE"`` or the bundle, ``"hf:ORG/NAME@REVISION"`` (safetensors
-            only), or a URL with ``#sha256=...`` or a hash in the file's name, as torch publishes weights. A download is
-            announced on stderr with its size.
+            folder as ``save_pretrained`` writes it, or its index), a state dict, a dictionary that wraps one, or a
+            model. Or a name: ``"torchvision:ResNet18_Weights.DEFAULT"`` or the entry itself,
+            ``"timm:resnet18.a1_in1k"`` or a model's ``pretrained_cfg``, ``"torchaudio:WAV2VEC2_BASE"`` or the bundle,
+            ``"hf:ORG/NAME@REVISION"`` (safetensors only), or a URL with ``#sha256=...`` or a hash in the file's name,
+            as torch publishes weights. A download is announced on stderr with its size.
         key: the entry of a checkpoint to take, such as ``"state_dict_ema"``; dots lead to nested entries.
         prefix: what the names of the wanted tensors begin with; removed. Other tensors are left out.
         rename: regular expression -> replacement, applied to the names in order, after ``prefix``.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.batches import map_tensors, tensors_of
+from conservtl.labels import call_with
 from conservtl.layers import canonical, named_parameters, unwrap
 from conservtl.runtime.freezing import tracks_statistics
 
@@ -30,7 +31,7 @@ def measured(adaptation: Adaptation, example: Any) -> bool:
     """Make the plan's measurements on the example; return whether none is outstanding."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
-        return _call(model, batch[0])
+        return call_with(model, batch[0])
 
     def loss(outputs: Any, _: Any) -> Tensor:
         return sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
@@ -51,11 +52,11 @@ def objective(adaptation: Adaptation, example: Any, seed: int = 0, share: float 
         trained = [one for one in model.parameters() if one.requires_grad]
         noise = [torch.randn(one.shape, generator=generator).to(one) for one in trained]
         return sum(((one * factor).sum() for one, factor in zip(trained, noise, strict=True)), torch.zeros(()))
-    outputs = _call(model, example)
+    outputs = call_with(model, example)
     loss = sum((tensor.square().mean() for tensor in _tensors(outputs)), torch.zeros(()))
     if not loss.requires_grad:
         return loss
-    return adaptation.loss(loss, outputs, tuple(example) if isinstance(example, list) else example, share=share)
+    return adaptation.loss(loss, outputs, example, share=share)
 
 
 def backward(adaptation: Adaptation, example: Any, step: int) -> None:
@@ -91,13 +92,7 @@ def _lengths(tensors: list[Tensor]) -> set[int]:
 @torch.no_grad()
 def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
     """Return the outputs of a model for an example; none without an example."""
-    return [] if example is None else _tensors(_call(model, example))
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+    return [] if example is None else _tensors(call_with(model, example))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
