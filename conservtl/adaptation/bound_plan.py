@@ -251,7 +251,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
         if "argument" not in str(error):
             raise
         raise SpecError(
-            "inputs must be all that the model is called with: a tensor, a tuple or list of positional or a dictionary of"
-            f" keyword arguments; with a {type(inputs).__name__} the source model raises TypeError: {error}. Write "
+            "inputs must be all that the model is called with: a tensor, a tuple or list of positional or a dictionary "
+            f"of keyword arguments; with a {type(inputs).__name__} the source model raises TypeError: {error}. Write "
             "adaptation.loss(loss, outputs, inputs=(a, b)) for model(a, b)."
         ) from error
