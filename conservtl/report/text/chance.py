@@ -11,7 +11,7 @@ from conservtl.errors import counted
 
 __all__ = ["Turned", "turned", "turned_notes"]
 
-_LEVEL = 0.05
+_LEVEL, _SMALL = 0.05, 0.001
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,6 @@ def turned_notes(report: Mapping[str, Any]) -> list[str]:
     for domain in ("target", "source"):
         if (found := turned(report, domain)) is not None:
             judged = "within chance" if found.within_chance else "more than chance"
-            notes.append(f"{domain.capitalize()}: {found.text(example)}: {judged} (sign test, p = {found.p:.2g}).")
+            p = f"p = {found.p:.2g}" if found.p >= _SMALL else f"p < {_SMALL}"
+            notes.append(f"{domain.capitalize()}: {found.text(example)}: {judged} (sign test, {p}).")
     return notes
