@@ -22,7 +22,6 @@ __all__ = [
     "HEADER",
     "add_to_digest",
     "check_digest",
-    "digest_of",
     "load_tensors",
     "opened",
     "read_header",
@@ -46,7 +45,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, header: Mappin
     }
     with atomic_path(path) as temporary:
         # One entry: safetensors writes several in an order of its own, and equal runs must give equal files.
-        save_file(copies, temporary, {HEADER: json.dumps({**(header or {}), DIGEST: digest_of(copies)})})
+        save_file(copies, temporary, {HEADER: json.dumps({**(header or {}), DIGEST: _digest(copies)})})
 
 
 def read_header(path: str | Path) -> dict[str, Any] | None:
@@ -96,7 +95,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     with opened(path) as file:
         expected = _parted(file.metadata())[1]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    if expected is not None and digest_of(tensors) != expected:
+    if expected is not None and _digest(tensors) != expected:
         raise _damaged(path)
     return tensors
 
@@ -124,7 +123,7 @@ def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

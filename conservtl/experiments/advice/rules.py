@@ -44,8 +44,8 @@ def advise(evidence: Evidence) -> Advice:
     each = counted(round(1 / evidence.per_parameter), "parameter")
     where = f"{amount} data ({_count(evidence)} a class, one for {each})"
     measured = (
-        Reason("distance", f"The domains are {'far apart' if distant else 'near'}: {by}."),
         Reason("side", _SIDES[evidence.shift]),
+        Reason("distance", f"The domains are {'far apart' if distant else 'near'}: {by}."),
     )
     if evidence.shift == "labels" and (amount == "little" or _features_suffice(evidence)):
         return _frozen_features(evidence, amount, where, measured)

@@ -68,8 +68,11 @@ def far(evidence: Evidence) -> tuple[bool, str]:
     The figure is the proxy A-distance if it was measured, else the shift of the norms' statistics, else LEEP.
     """
     if (distance := evidence.distance) is not None:
-        return distance >= FAR_DISTANCE, f"proxy A-distance {distance:.2f}, far from {FAR_DISTANCE} on"
+        return distance >= FAR_DISTANCE, f"their proxy A-distance is {distance:.2f} ({FAR_DISTANCE} and more is far)"
     if (shift := evidence.statistics) is not None:
-        return shift >= FAR_STATISTICS, f"the norms' statistics shift by {shift:.2f}, far from {FAR_STATISTICS} on"
+        return shift >= FAR_STATISTICS, f"the norms' statistics shift by {shift:.2f} ({FAR_STATISTICS} and more is far)"
     left = -evidence.leep / evidence.entropy
-    return left >= FAR_LEEP, f"the source's outputs leave {left:.0%} of the labels open, far from {FAR_LEEP:.0%} on"
+    return (
+        left >= FAR_LEEP,
+        f"the source's outputs leave {left:.0%} of the labels open ({FAR_LEEP:.0%} and more is far)",
+    )

@@ -18,7 +18,7 @@ from conservtl.experiments.studies.bootstrap import bootstrap, interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.trial import Trial, distinct, on_target, outcome, over_all, taken_over
+from conservtl.experiments.studies.trial import Trial, distinct, on_target, over_all, repeats, taken_over
 from conservtl.experiments.studies.variants import Role, baseline_ids, described, left_out, variants_of
 from conservtl.report.text.examples import shots_of
 from conservtl.report.text.summary import NO_LABELS
@@ -148,13 +148,15 @@ def _figures(judge: Judge, runs: Runs, best: Runs) -> dict[str, Any]:
         for run in sourced
     ]
     reference = {(run["target"], run["seed"]): run for run in best}
-    pairs: dict[str, dict[Any, float]] = defaultdict(dict)
+    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for run in runs:
-        if other := reference.get((run["target"], run["seed"])):
-            gain = judge.gain(judge.score(run["after"]), judge.score(other["after"]))
-            pairs[run["target"]][outcome(run), outcome(other)] = gain
-    groups = [list(gains.values()) for gains in pairs.values()]
-    difference = bootstrap(groups) if groups and runs is not best else None
+        other = reference.get((run["target"], run["seed"]))
+        if other and not any(repeats(run, one) and repeats(other, two) for one, two in pairs):
+            pairs.append((run, other))
+    gains: dict[str, list[float]] = defaultdict(list)
+    for run, other in pairs:
+        gains[run["target"]].append(judge.gain(judge.score(run["after"]), judge.score(other["after"])))
+    difference = bootstrap(list(gains.values())) if gains and runs is not best else None
     return {
         "target": interval([run["after"]["target"] for run in once]),
         "source": interval([run["after"]["source"] for run in sourced]),
@@ -186,7 +188,7 @@ def _verdict(judge: Judge, table: Mapping[str, Any], *, classes: bool) -> str:
     what = f"{judge.combination} of target and source" if best["harmonic"] else f"target {judge.headline.label}"
     gap = best["difference"]
     mean, low, high = (_difference(judge, gap[key]) for key in ("mean", "low", "high"))
-    ends = f" ({low} to {high})" if gap["count"] > 1 else ""
+    ends = f" ({low} to {high})" if best["wins"] or low != high else ""
     figures = f"{mean}{' points' if judge.headline.share else ''}{ends} in the {what}"
     if best["wins"]:
         return f"{where} {best['variant']} beats the best baseline, {table['best_baseline']}: {figures}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,15 +33,15 @@ from conservtl.experiments.run.source_training import SourceModel, prepare_sourc
 from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.studies.judge import Judge
 from conservtl.plan.table import rows_by_label
-from conservtl.storage.tensor_files import digest_of
 from conservtl.tasks.bad_files import skipped_report
 
-__all__ = ["How", "Trial", "distinct", "forget_shared", "on_target", "outcome", "over_all", "run_trial", "taken_over"]
+__all__ = ["How", "Trial", "distinct", "forget_shared", "on_target", "over_all", "repeats", "run_trial", "taken_over"]
 
 Tell = Callable[[Mapping[str, Any]], None]
 How = Literal["adapt", "source", "scratch", "joint", "control"]
 
 _FORMAT = 3  # of a stored result
+_ROUNDING = 1e-3  # relative: sums in another order differ by less after training, other batches by more
 _SHARED = {"task", "model", "source", "data", "seed", "layers", "fresh"}
 """Fields that say what data and which source model a run has."""
 
@@ -107,7 +108,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         score of both afterwards; ``headless``, whether the source has no head; ``seconds`` of adapting;
         ``rows_by_label``, how many rows of a layer are copied by label; ``skipped`` files, as a report has them; number
         of ``trained`` parameters; ``steps``; ``path`` as ``FitResult`` has it;
-        ``weights``, a digest of those that the run ends with.
+        ``weights``, how far each layer moved from the source and the norm of each fresh parameter.
     """
     setting, source, before = _shared(_Place.of(trial.spec))
     setting = replace(setting, spec=trial.spec)
@@ -136,7 +137,7 @@ def run_trial(trial: Trial, *, judge: bool = False, tell: Tell | None = None) ->
         "after": after,
         "harmonic": Judge(setting.task.headline).score(after) if both else None,
         "seconds": seconds,
-        "weights": digest_of({name: tensor.cpu() for name, tensor in adaptation.model.state_dict().items()}),
+        "weights": _weights(adaptation),
         "headless": setting.headless,
         "rows_by_label": list(rows_by_label(adaptation.plan).values()),
         "skipped": skipped_report(setting.domains.skipped),
@@ -154,16 +155,43 @@ def taken_over(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
 
 
 def distinct(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return a variant's runs without those that repeat another with the same target, weights and scores."""
-    kept: dict[Any, Mapping[str, Any]] = {}
+    """Return a variant's runs without those that repeat another."""
+    kept: list[Mapping[str, Any]] = []
     for run in runs:
-        kept.setdefault(outcome(run), run)
-    return list(kept.values())
+        if not any(repeats(run, one) for one in kept):
+            kept.append(run)
+    return kept
 
 
-def outcome(run: Mapping[str, Any]) -> Any:
-    """Return a key that a run shares with those that repeat it; results of before have no weights, and none repeats."""
-    return json.dumps([run["target"], run["weights"], run["before"], run["after"]]) if "weights" in run else id(run)
+def repeats(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two runs of a variant on one target end in the same weights and scores, but for rounding.
+
+    Results of before do not say where their weights ended, and count as different.
+    """
+    if run is other:
+        return True
+    if run["target"] != other["target"] or not {"weights"} <= run.keys() & other.keys():
+        return False
+    ends = [
+        one["weights"] | {f"{when} {name}": one[when][name] for when in ("before", "after") for name in one[when]}
+        for one in (run, other)
+    ]
+    return ends[0].keys() == ends[1].keys() and all(
+        value == ends[1][name]
+        or (None not in (value, ends[1][name]) and math.isclose(value, ends[1][name], rel_tol=_ROUNDING))
+        for name, value in ends[0].items()
+    )
+
+
+def _alike(runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether several runs of a variant are one run for each target."""
+    return len(distinct(runs)) == len({run["target"] for run in runs}) < len(runs)
+
+
+def _weights(adaptation: Adaptation) -> dict[str, float]:
+    """Return the drift of each layer, and the norm of each fresh parameter, which has none."""
+    parameters = adaptation.bound.parameters()
+    return adaptation.drift() | {name: float(parameters[name].detach().norm()) for name in adaptation.plan.fresh}
 
 
 def over_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,7 +209,7 @@ def over_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for run in runs:
         if run.get("steps"):
             trained[f"{run['variant']} {run['shots']}"].append(run)
-    repeated = (each[0]["variant"] for each in trained.values() if len(distinct(each)) < len(each))
+    repeated = (each[0]["variant"] for each in trained.values() if _alike(each))
     return {
         "repeated": list(dict.fromkeys(repeated)),
         "rows_by_label": list(dict.fromkeys(said for run in runs for said in run.get("rows_by_label", ()))),
