@@ -78,7 +78,8 @@ class Penalty(Decision):
     """Factor on the penalty over the steps; None: 1."""
     every: Count = 1
     """Steps from one act to the next, which has the strength of all of them: times this if coupled; decoupled, a share
-    s of the way to the target becomes 1 - (1 - s)^every."""
+    s of the way to the target becomes 1 - (1 - s)^every. A step that a scaler skips counts if the optimizer is fused,
+    because the host does not hear of it."""
     anchor: Literal["fp32", "bf16", "cpu"] = "fp32"
     """Storage of the starting values. fp32: on the device, as the parameters. bf16: in half the memory. cpu: sent to
     the device at each step."""
