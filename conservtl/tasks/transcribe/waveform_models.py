@@ -40,6 +40,9 @@ class TorchaudioCTC(nn.Module):
         super().__init__()
         self.network = network
         mask_layers(network.feature_extractor, nn.GroupNorm)
+        for module in network.modules():
+            if hasattr(module, "rel_attn_embed"):
+                module.register_forward_pre_hook(_with_keys_masked, with_kwargs=True)
 
     def checkpointed_blocks(self) -> Iterable[nn.Module]:
         """Return the blocks that ``training.checkpointing`` computes again."""
@@ -93,6 +96,18 @@ class TransformersCTC(nn.Module):
         for kernel, stride in self._convolutions:
             lengths = (lengths - kernel) // stride + 1
         return lengths // self._squeezed * self._squeezed
+
+
+def _with_keys_masked(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give the attention of torchaudio's WavLM padding as it takes it; the encoder gives it a mask that it refuses."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return args, kwargs
+    bias = kwargs.get("position_bias")
+    if bias is None and attention.rel_attn_embed is None:  # the first layer was dropped, and with it the biases
+        bias = mask.new_zeros(len(mask), attention.num_heads, *mask.shape[2:])
+    changed = {"attention_mask": None, "key_padding_mask": mask[:, 0, 0] < 0, "position_bias": bias}
+    return args, {**kwargs, **changed}
 
 
 def torchaudio_names() -> list[str]:

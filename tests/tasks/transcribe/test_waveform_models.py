@@ -65,6 +65,7 @@ NETWORKS = {
     "transformers/wavlm": TINY,
     "transformers/data2vec-audio": {**TINY, "num_conv_pos_embeddings": 1},
     "wav2vec2_model": TINY_AUDIO,
+    "wavlm_model": {**TINY_AUDIO, "encoder_num_buckets": 8, "encoder_max_distance": 20},
 }
 
 
@@ -124,6 +125,22 @@ def test_convolutions_and_norms_within_an_encoder_leave_out_padding(kind, args, 
         means.append([norm.running_mean.clone() for norm in norms])
     torch.testing.assert_close(means[0], means[1])
     assert network.train()(waves, lengths)[0].shape[1] - frames[0] in (0, 1)  # no layer that halves them is dropped
+
+
+def test_padding_is_no_key_of_torchaudios_wavlm_whose_first_layer_is_dropped(monkeypatch):
+    """The first layer gives the others their biases of positions; without it they see no padding either."""
+    torch.manual_seed(0)
+    args = {**NETWORKS["wavlm_model"], "encoder_layer_drop": 0.5}
+    network = build(ModelSpec(name="wavlm_model", args=args), WAVES, 7).train()
+    waves, lengths = torch.randn(2, 900), torch.tensor([900, 431])
+
+    def outputs(*batch):
+        draws = iter((0.1, 0.9))
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(torch, "rand", lambda *_: torch.tensor([next(draws)]))
+            return network(*batch)[0][-1, :42]
+
+    torch.testing.assert_close(outputs(waves, lengths), outputs(waves[1:, :431], lengths[1:]), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_run_from_the_convolutions_to_the_head(network):
