@@ -40,9 +40,10 @@ class TorchaudioCTC(nn.Module):
         super().__init__()
         self.network = network
         mask_layers(network.feature_extractor, nn.GroupNorm)
-        for module in network.modules():
-            if hasattr(module, "rel_attn_embed"):
-                module.register_forward_pre_hook(_with_keys_masked, with_kwargs=True)
+        blocks = network.encoder.transformer.layers
+        for place, block in enumerate(blocks):
+            if hasattr(block.attention, "rel_attn_embed"):
+                blocks[place] = _WavLMBlock(block)
 
     def checkpointed_blocks(self) -> Iterable[nn.Module]:
         """Return the blocks that ``training.checkpointing`` computes again."""
@@ -53,6 +54,33 @@ class TorchaudioCTC(nn.Module):
         """Return (N, frames, tokens) logits and the frames of each utterance, (N,), for (N, samples) and (N,)."""
         tell_samples(self.network.feature_extractor, lengths)
         return self.network(inputs, lengths)  # type: ignore[no-any-return]
+
+
+class _WavLMBlock(nn.Module):
+    """torchaudio's block with its modules, for a batch with padding: the attention refuses the mask of the encoder."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.attention: Any = block.attention
+        self.dropout: Any = block.dropout
+        self.layer_norm: Any = block.layer_norm
+        self.layer_norm_first: bool = block.layer_norm_first
+        self.feed_forward: Any = block.feed_forward
+        self.final_layer_norm: Any = block.final_layer_norm
+
+    def forward(self, x: Tensor, attention_mask: Tensor, position_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (N, frames, width) and biases for the same, a mask to be added to scores, and biases of positions."""
+        attention = self.attention
+        if position_bias is None and attention.rel_attn_embed is None:  # the first block was dropped, and its biases
+            position_bias = attention_mask.new_zeros(len(x), attention.num_heads, *attention_mask.shape[2:])
+        padded = attention_mask[:, 0, 0] < 0
+        query = self.layer_norm(x) if self.layer_norm_first else x
+        mixed, position_bias = attention(query, key_padding_mask=padded, position_bias=position_bias)
+        x = x + self.dropout(mixed)
+        if self.layer_norm_first:
+            return x + self.feed_forward(self.final_layer_norm(x)), position_bias
+        x = self.layer_norm(x)
+        return self.final_layer_norm(x + self.feed_forward(x)), position_bias
 
 
 class TransformersCTC(nn.Module):
@@ -96,18 +124,6 @@ class TransformersCTC(nn.Module):
         for kernel, stride in self._convolutions:
             lengths = (lengths - kernel) // stride + 1
         return lengths // self._squeezed * self._squeezed
-
-
-def _with_keys_masked(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give the attention of torchaudio's WavLM padding as it takes it; the encoder gives it a mask that it refuses."""
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        return args, kwargs
-    bias = kwargs.get("position_bias")
-    if bias is None and attention.rel_attn_embed is None:  # the first layer was dropped, and with it the biases
-        bias = mask.new_zeros(len(mask), attention.num_heads, *mask.shape[2:])
-    changed = {"attention_mask": None, "key_padding_mask": mask[:, 0, 0] < 0, "position_bias": bias}
-    return args, {**kwargs, **changed}
 
 
 def torchaudio_names() -> list[str]:

@@ -141,6 +141,10 @@ def test_padding_is_no_key_of_torchaudios_wavlm_whose_first_layer_is_dropped(mon
             return network(*batch)[0][-1, :42]
 
     torch.testing.assert_close(outputs(waves, lengths), outputs(waves[1:, :431], lengths[1:]), rtol=1e-4, atol=1e-5)
+    plain = torchaudio.models.wavlm_model(**args, aux_num_out=7).eval()
+    plain.load_state_dict(network.network.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(waves, torch.tensor([900, 900]))[0], plain(waves)[0])
 
 
 def test_layers_run_from_the_convolutions_to_the_head(network):
