@@ -55,7 +55,7 @@ from conservtl.methods.lp_ft import LPFT as LPFT
 from conservtl.methods.mixout import Mixout as Mixout
 from conservtl.methods.norm_adaptation.strategy import NormAdaptation as NormAdaptation
 from conservtl.methods.output_conservation.strategy import OutputConservation as OutputConservation
-from conservtl.methods.projection.strategy import Projection as Projection
+from conservtl.methods.projection import Projection as Projection
 from conservtl.methods.selective_decay import SelectiveDecay as SelectiveDecay
 from conservtl.methods.spectral_shrinkage import SpectralShrinkage as SpectralShrinkage
 from conservtl.methods.surgical_fine_tuning import SurgicalFineTuning as SurgicalFineTuning

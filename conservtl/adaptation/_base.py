@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from conservtl.adaptation.bound_plan import BoundPlan
 from conservtl.adaptation.origin import Origin
 from conservtl.layers import Layer
 from conservtl.plan.plan import Plan
+from conservtl.runtime.bound_plan import BoundPlan
 from conservtl.source.transfer import TransferReport
 
 __all__ = ["AdaptationBase"]
@@ -21,8 +21,9 @@ class AdaptationBase:
     def __init__(
         self, model: nn.Module, plan: Plan, transfer: TransferReport, layers: tuple[Layer, ...], origin: Origin
     ) -> None:
-        self.transfer = transfer
-        self.bound = BoundPlan(model, plan, layers, origin)
+        self.transfer, self._origin = transfer, origin
+        eval_norms = origin.training is not None and origin.training.batch_norm == "eval"
+        self.bound = BoundPlan(model, plan, layers, origin.source_model, origin.heads, norms_in_eval=eval_norms)
 
     @property
     def model(self) -> nn.Module:
@@ -42,7 +43,7 @@ class AdaptationBase:
     @property
     def origin(self) -> Origin:
         """What the plan was drawn up from."""
-        return self.bound.origin
+        return self._origin
 
     @property
     def training(self) -> Any:

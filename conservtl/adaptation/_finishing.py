@@ -1,23 +1,31 @@
-"""Methods that end training: the plan's ``after`` decisions, and a model without what belongs to training."""
+"""Methods that end training: the plan's ``after`` decisions, and copies of the model: merged, plain, at its start."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conservtl.adaptation import _export
 from conservtl.adaptation._base import AdaptationBase
 from conservtl.batches import check_batches
+from conservtl.compat import hook_tables, load_hook_tables
 from conservtl.errors import SpecError
 from conservtl.functions import Forward, cross_entropy
 from conservtl.functions import forward as plain_forward
-from conservtl.layers import unwrap
-from conservtl.plan.after import FinishContext
+from conservtl.kernels.dtensor import sharded
+from conservtl.layers import canonical, named_parameters, unwrap
+from conservtl.layers.copying import deep_copy
+from conservtl.layers.extended import extended_modules
+from conservtl.layers.plain import replace_module
+from conservtl.plan.decision import FinishContext, apply_extensions
+from conservtl.runtime.freezing import thaw
 
 __all__ = ["FinishingMethods"]
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 def mean_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -82,8 +90,14 @@ class FinishingMethods(AdaptationBase):
 
         Additions that cannot be merged stay. Without additions it is a plain copy.
         """
-        return _export.merged(self.bound)
+        self.bound.endings.exported()
+        self.bound.restore_weights()
+        model = deep_copy(unwrap(self.model))
+        for strategy in sorted(self.origin.strategies, key=lambda strategy: not strategy.merges_first):
+            strategy.merge(model)
+        return model
 
+    @torch.no_grad()
     def at_start(self) -> nn.Module:
         """Return a copy of the model with its starting values and statistics, in eval mode: the source as it is.
 
@@ -100,8 +114,24 @@ class FinishingMethods(AdaptationBase):
             >>> torch.equal(adaptation.at_start().weight, source.weight)
             True
         """
-        return _export.at_start(self.bound)
+        parameters = self.bound.parameters()
+        if cut := next((name for name, parameter in parameters.items() if sharded(parameter)), None):
+            raise SpecError(
+                f"at_start copies whole weights; {cut!r} is sharded over processes. Evaluate before you shard the "
+                "model, or export the trained weights and evaluate them in one process."
+            )
+        self.bound.restore_weights()
+        model: nn.Module = deep_copy(unwrap(self.model))
+        apply_extensions(model, self.origin.extensions, self.layers)
+        anchors = self.bound.anchors
+        start = {**anchors.buffers, **anchors.added, **anchors.start(self.model, self.plan)}
+        buffers = {canonical(name): buffer for name, buffer in model.named_buffers()}
+        for name, tensor in {**named_parameters(model), **buffers}.items():
+            if name in start and start[name].shape == tensor.shape:
+                tensor.copy_(start[name])
+        return model.eval()
 
+    @torch.no_grad()
     def export(self) -> nn.Module:
         """Return a plain copy of the model in eval mode, which needs torch and your own code only.
 
@@ -124,4 +154,41 @@ class FinishingMethods(AdaptationBase):
             >>> torch.export.export(plain, (torch.zeros(1, 4),)).module()(torch.zeros(1, 4)).shape
             torch.Size([1, 2])
         """
-        return _export.export(self.bound)
+        model: nn.Module = self.merged()
+        for strategy in self.origin.inherited:
+            strategy.merge(model)
+        unload: Any = getattr(model, "merge_and_unload", None)  # an adapter's model
+        if callable(unload):
+            model = unload()
+        for strategy in (*self.origin.strategies, *self.origin.inherited):
+            model = strategy.plain(model)
+        while extended := extended_modules(model):
+            first = next(iter(extended.values()))
+            model = replace_module(model, first, first.plain())
+        thaw(model)
+        for module in model.modules():
+            _strip(module)
+        return unwrap(model).eval()
+
+
+def _strip(module: nn.Module) -> None:
+    """Remove hooks and replaced methods of this package from a module."""
+    tables = [*hook_tables(module), *load_hook_tables(module)]
+    ours = {key for table in tables for key, hook in table.items() if _is_ours(hook)}
+    for table in tables:
+        for key in ours.intersection(table):
+            if _is_ours(table[key]) or isinstance(table[key], bool):
+                del table[key]
+    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
+        del vars(module)[name]
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether an object, or what it wraps, is of this package."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    value = getattr(value, "__self__", getattr(value, "hook", value))
+    if isinstance(value, (nn.Module, type)):
+        return False
+    where = getattr(value, "__module__", None) or type(value).__module__
+    return str(where).partition(".")[0] == _PACKAGE

@@ -11,13 +11,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
 from conservtl.adaptation._base import AdaptationBase
-from conservtl.adaptation.preset import schedule_of
+from conservtl.adaptation.origin import optimizer_of, schedule_of
 from conservtl.errors import SpecError
 from conservtl.functions import Forward
 from conservtl.plan.term import View
 from conservtl.runtime.extra_groups import add_extra_groups
-from conservtl.runtime.penalty_runner import total_penalty
-from conservtl.runtime.plan_scheduler import PlanScheduler
+from conservtl.runtime.rates_over_time import PlanScheduler
+from conservtl.runtime.runners import total_penalty
 
 __all__ = ["LoopMethods"]
 
@@ -56,6 +56,8 @@ class LoopMethods(AdaptationBase):
             >>> adaptation = ctl.adapt(model, source, [ctl.L2SP(alpha=0.1)])
             >>> optimizer = adaptation.optimizer(torch.optim.AdamW, lr=1e-3)
         """
+        if cls is None:
+            cls, options = optimizer_of(self.training, options)
         optimizer = self.bound.make_optimizer(cls, options, pull=pull)
         if extra is not None:
             scale = self.plan.phases[self.phase].scale

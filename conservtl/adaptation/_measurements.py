@@ -9,13 +9,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from conservtl.adaptation._base import AdaptationBase
-from conservtl.errors import SpecError
+from conservtl.errors import PlanError, SpecError
 from conservtl.functions import Forward, Loss, cross_entropy
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import unwrap
 from conservtl.losses import as_loss
-from conservtl.plan.measure import Measure
-from conservtl.plan.search import Search
+from conservtl.methods import apply_all
+from conservtl.plan.decision import Measure, Search
 from conservtl.runtime.measuring import check_importance, measure
 from conservtl.source.by_label import rows_by_label
 from conservtl.source.shared import SharedModel
@@ -108,4 +108,8 @@ class MeasurementMethods(AdaptationBase):
         Raises:
             PlanError: the new plan copies other layers than were copied.
         """
-        self.bound.replan(**facts)
+        drawn = self.origin.drawn.with_facts({**self.plan.facts, **facts}).with_notes(self.plan.notes)
+        plan = apply_all(drawn, self.origin.strategies, self.origin.extensions)
+        if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
+            raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
+        self.bound.bind_again(plan)

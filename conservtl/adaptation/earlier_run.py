@@ -15,7 +15,7 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.layers import unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, as_strategy
-from conservtl.plan.extension import Extension, Extensions
+from conservtl.plan.decision import Extension, Extensions
 from conservtl.plan.plan import Plan
 from conservtl.source.read import Source, own_tensors
 

@@ -16,13 +16,12 @@ from conservtl.adaptation.earlier_run import (
     saved_example,
     saved_extensions,
 )
-from conservtl.adaptation.origin import Origin, Structure, named_source
-from conservtl.adaptation.preset import Preset
+from conservtl.adaptation.origin import Origin, Preset, Structure, named_source
 from conservtl.errors import SourceError, SpecError, agreeing, counted
 from conservtl.layers import canonical, check_globs, find_layers, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.methods import Strategy, apply_all, as_strategies, extend_all, record_all, retract_all, void_notes
-from conservtl.plan.measure import Measure
+from conservtl.plan.decision import Measure
 from conservtl.plan.plan import Plan
 from conservtl.source.by_label import HeadLabels
 from conservtl.source.coverage import check_coverage, kept_note, missed_note, unused_note

@@ -10,12 +10,11 @@ import torch
 
 from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
+from conservtl.engine.batch import Batches
 from conservtl.engine.evaluation import Functions
-from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.resizing import resized, sizes_of
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
 from conservtl.engine.training import with_found
 from conservtl.errors import MemoryLimitError, SpecError
 from conservtl.runtime.preserve import preserve_buffers, preserve_modes
@@ -26,7 +25,7 @@ _SPARE = 0.1  # share of a GPU's memory that must stay free: later batches may b
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
-def find_batch_size(session: Session, functions: Functions, train: Any, batches: Held | Streamed) -> Held | Streamed:
+def find_batch_size(session: Session, functions: Functions, train: Any, batches: Batches) -> Batches:
     """Find the batch size if the settings leave it open; set it in the session's settings with ``accumulate``.
 
     A step is made of forward pass, loss with the plan's terms and backward pass, beside memory as large as the

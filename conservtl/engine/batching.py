@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from conservtl.batches import as_tensor
 from conservtl.data import Examples, Sequences
+from conservtl.engine.batch import Batches, Cut, Order
 from conservtl.engine.buckets import BucketedBatches
-from conservtl.engine.cuts import Cut, Order
 from conservtl.engine.held import Held
 from conservtl.engine.holding import Holding
 from conservtl.engine.processes import ALONE
 from conservtl.engine.randomness import preserve_rng
-from conservtl.engine.streamed import Streamed
-from conservtl.engine.workers import WorkerLoader
+from conservtl.engine.streamed import Bucketed, Streamed
+from conservtl.engine.workers import worker_loader
 from conservtl.errors import DataError, SpecError
 
 __all__ = ["Contents", "as_batches", "undivided"]
@@ -32,8 +32,8 @@ _MOST_SECONDS = 600.0  # of a batch of sequences without a bound of its own
 class Contents:
     """Iterable over the contents of batches as they are, without advancing the random generators of training."""
 
-    def __init__(self, batches: Held | Streamed) -> None:
-        self._batches = batches.plain() if isinstance(batches, Streamed) else batches
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches.plain()
 
     def __iter__(self) -> Iterator[Any]:
         with preserve_rng():
@@ -51,7 +51,7 @@ def as_batches(
     step_seconds: float | None = None,
     holding: Holding | None = None,
     workers: int | None = None,
-) -> Held | Streamed:
+) -> Batches:
     """Return the batches of data of any supported kind.
 
     Args:
@@ -73,7 +73,7 @@ def as_batches(
         DataError: the data is of another kind, or empty.
     """
     cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
-    if isinstance(data, (Held, Streamed)):
+    if isinstance(data, Batches):
         return data
     if isinstance(data, Sequences):
         return _by_length(data, cut, device, seconds, step_seconds, holding)
@@ -107,14 +107,14 @@ def _by_length(
     seconds: float | None,
     step_seconds: float | None,
     holding: Holding | None,
-) -> Streamed:
+) -> Bucketed:
     if not data:
         raise DataError("data: the sequences hold no examples.")
     bound = min(_MOST_SECONDS, step_seconds or _MOST_SECONDS) if seconds is None else seconds
     part = (cut.processes.rank, cut.processes.world) if cut.shuffle else (0, 1)
     most = max(1, cut.size // cut.processes.world)
     data = data.on(device, (holding or Holding()).place)
-    return Streamed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part, step=step_seconds), device)
+    return Bucketed(BucketedBatches(data, most, bound, shuffle=cut.shuffle, part=part, step=step_seconds), device)
 
 
 def _rows(data: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -149,21 +149,21 @@ def _loaded(data: Any, cut: Cut, device: torch.device, workers: int | None) -> S
     if workers is None:
         loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, generator=cut.generator)
     else:
-        loader = WorkerLoader(data, order, workers, pinned=pinned, generator=cut.generator)
+        loader = worker_loader(data, order, workers, pinned=pinned)
     return Streamed(loader, device, order)
 
 
-def undivided(batches: Held | Streamed) -> Held | Streamed:
+def undivided(batches: Batches) -> Batches:
     """Return the batches of all processes' parts."""
-    if not batches.processes.many:
+    if batches.cut is None or not batches.processes.many:
         return batches
+    cut = replace(batches.cut, processes=ALONE)
     if isinstance(batches, Held):
         held = copy.copy(batches)
-        held.cut = replace(batches.cut, processes=ALONE)
+        held.cut = cut
         return held
-    loader: Any = batches.loader
-    order = loader.batch_sampler
-    return as_batches(loader.dataset, replace(order.cut, processes=ALONE), batches.device, shuffle=False)
+    streamed: Any = batches
+    return as_batches(streamed.loader.dataset, cut, batches.device, shuffle=False)
 
 
 def _no_tensors(parts: Iterable[tuple[Any, Any]]) -> dict[Any, str]:

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from conservtl.engine.batch import Batch, Waiting
+from conservtl.engine.batch import Batch, Batches, Waiting
 from conservtl.engine.batch_size import is_out_of_memory, out_of_memory
 from conservtl.engine.buckets import StepShare
 from conservtl.engine.divergence import Losses, check_scale, check_weights, gradient_error
 from conservtl.engine.evaluation import Functions
+from conservtl.engine.execution import ThreadTimer
 from conservtl.engine.first_batches import check_gradient, checked
 from conservtl.engine.frozen_prefix_cache import FrozenPrefixCache, cache_frozen_prefix
 from conservtl.engine.held import Held
@@ -25,7 +26,6 @@ from conservtl.engine.session import Session
 from conservtl.engine.snapshot import State
 from conservtl.engine.source_output_cache import SourceOutputCache, cache_source_outputs
 from conservtl.engine.streamed import Streamed
-from conservtl.engine.threads import ThreadTimer
 from conservtl.errors import DataError
 from conservtl.layers import named_parameters
 from conservtl.losses import counts_positions
@@ -52,7 +52,7 @@ class Learner:
         self,
         session: Session,
         functions: Functions,
-        batches: Held | Streamed,
+        batches: Batches,
         steps: int,
         augment: Augment | None,
         caches: bool,

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conservtl.engine.batch import Batch, examples_of
+from conservtl.engine.batch import Batch, Batches, examples_of
 from conservtl.engine.batching import as_batches
-from conservtl.engine.held import Held
-from conservtl.engine.nonfinite import Glance, glance
+from conservtl.engine.divergence import Glance, glance
 from conservtl.engine.randomness import preserve_rng
-from conservtl.engine.streamed import Streamed
 from conservtl.errors import DataError, SpecError, TrainingDivergedError
 from conservtl.functions import Forward, Loss, MetricPool, Metrics
 from conservtl.labels import labels_for_loss
@@ -167,9 +165,7 @@ def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
-def _not_finite(
-    losses: Sequence[tuple[Tensor, Batch, Glance | None]], name: str, batches: Held | Streamed
-) -> str | None:
+def _not_finite(losses: Sequence[tuple[Tensor, Batch, Glance | None]], name: str, batches: Batches) -> str | None:
     """Return a message if the loss of a batch is not finite: a score would silently keep earlier weights."""
     for number, (loss, batch, seen) in enumerate(losses, 1):
         if not math.isfinite(value := float(loss)):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.engine.batch import Batches
 from conservtl.engine.batching import Contents, undivided
 from conservtl.engine.criterion import ACCURACY, Criterion, score
 from conservtl.engine.evaluation import Functions, Holdout, evaluate
 from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
 from conservtl.functions import accuracy
 from conservtl.layers import unwrap
 from conservtl.runtime.preserve import eval_mode
@@ -47,7 +47,7 @@ class Ended:
 def finish(
     session: Session,
     functions: Functions,
-    batches: Held | Streamed,
+    batches: Batches,
     valid: Mapping[str, Holdout],
     shown: Mapping[str, Holdout],
 ) -> Ended:
@@ -113,7 +113,7 @@ def _margin(session: Session, target: Holdout, functions: Functions, select: Cri
     """Return half of what one example of the target changes in the accuracy; 0 for another metric."""
     if select not in (None, ACCURACY):
         return 0.0
-    data: Held | Streamed = target.data
+    data: Batches = target.data
     model = session.model
     if (target.metrics or functions.metrics) is accuracy:  # not defined for all outputs and labels
         with eval_mode(model), preserve_rng(), torch.no_grad():

@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from conservtl.batches import map_tensors, tensors_of
 from conservtl.compat import without_graphs
+from conservtl.engine.batch import Batches
 from conservtl.engine.evaluation import NO_EXAMPLES, Functions, Holdout
 from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
 from conservtl.errors import DataError, SpecError, counted
 from conservtl.functions import IGNORED, Loss, cross_entropy, labels_of, logits_of
 from conservtl.functions import forward as plain_forward
@@ -32,7 +32,7 @@ _SAME_SHAPE = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
 
 
 def check_first_batches(
-    session: Session, functions: Functions, batches: Held | Streamed, sets: Mapping[str, Mapping[str, Holdout]]
+    session: Session, functions: Functions, batches: Batches, sets: Mapping[str, Mapping[str, Holdout]]
 ) -> None:
     """Raise unless the sets have examples, and outputs and labels that the loss takes; everything is restored.
 
@@ -47,7 +47,7 @@ def check_first_batches(
                     _check(session, functions.of(data), data.data)
 
 
-def checked(functions: Functions, batches: Held | Streamed) -> Functions:
+def checked(functions: Functions, batches: Batches) -> Functions:
     """Return the functions with checks of inputs, outputs, labels and loss, for the first batch of training.
 
     Args:
@@ -75,7 +75,7 @@ def check_gradient(loss: Tensor, model: nn.Module) -> None:
         )
 
 
-def _check(session: Session, functions: Functions, data: Held | Streamed) -> None:
+def _check(session: Session, functions: Functions, data: Batches) -> None:
     """Try the loss on a few examples if no function of the user's own is called."""
     if data.count() == 0:
         raise DataError(NO_EXAMPLES)
@@ -168,7 +168,7 @@ def _forward_of_set(functions: Functions, model: nn.Module, content: Any) -> Any
         ) from error
 
 
-def _loss(loss: Loss, outputs: Any, content: Any, data: Held | Streamed | None = None) -> Tensor:
+def _loss(loss: Loss, outputs: Any, content: Any, data: Batches | None = None) -> Tensor:
     """Return the loss if outputs and labels fit each other, and it is one finite number."""
     if loss is cross_entropy or (isinstance(loss, LabelLoss) and loss.of_classes):
         ignored = loss.ignored if isinstance(loss, LabelLoss) else IGNORED

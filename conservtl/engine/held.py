@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from conservtl.batches import take_rows, to_device
-from conservtl.engine.batch import Batch, Waiting, in_steps
-from conservtl.engine.cuts import Cut
+from conservtl.engine.batch import Batch, Batches, Cut, Waiting
 from conservtl.engine.holding import Holding
 from conservtl.engine.prefetch import ahead
-from conservtl.engine.processes import Processes
 from conservtl.errors import DataError
 
 __all__ = ["Held"]
 
 
-class Held:
+class Held(Batches):
     """Tensors on the device, batched by index.
 
     Each epoch is shuffled with one ``torch.randperm`` from the global generator, like a loop written by hand; with many
@@ -42,9 +40,6 @@ class Held:
         DataError: the tensors differ in length, or are empty.
     """
 
-    sized = True
-    """Whether the batches have the size of the settings."""
-
     def __init__(
         self,
         content: tuple[Tensor, ...] | dict[str, Tensor],
@@ -60,8 +55,8 @@ class Held:
         if len(set(lengths)) != 1 or 0 in lengths:
             raise DataError(f"data: tensors must have one common length above 0; received lengths {lengths}.")
         self.length = lengths[0]
-        self.device = device
-        self.cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
+        self.cut: Cut = batch_size if isinstance(batch_size, Cut) else Cut(batch_size, shuffle)
+        super().__init__(device, self.cut)
         self._cuts = self.cut.sizes(self.length)
         self.holding = holding or Holding()
         self._place = self.holding.place(sum(tensor.nbytes for tensor in tensors), device)
@@ -76,16 +71,6 @@ class Held:
         return other
 
     @property
-    def generators(self) -> tuple[torch.Generator, ...]:
-        """The generator that orders are drawn from, if it is not the global one."""
-        return self.cut.generators
-
-    @property
-    def processes(self) -> Processes:
-        """The processes that share each batch."""
-        return self.cut.processes
-
-    @property
     def content(self) -> Any:
         """All examples, where they are held."""
         return tuple(self._tensors) if self._names is None else dict(zip(self._names, self._tensors, strict=True))
@@ -94,12 +79,8 @@ class Held:
         """Return the number of batches per epoch."""
         return len(self._cuts)
 
-    def epoch(self, skip: int = 0) -> Iterator[Batch]:
-        """Return the batches of an epoch but the first ``skip``; their order is drawn when this is called."""
-        return (make() for make in self.waiting(skip))
-
     def waiting(self, skip: int = 0) -> Iterator[Waiting]:
-        """Return the same batches as functions that put them on the device."""
+        """Return the batches of an epoch as functions, in an order that is drawn now."""
         order = self.cut.order(self.length)
         parts = torch.split(order, self._cuts)[skip:]
         if self._place.type == self.device.type:
@@ -107,14 +88,6 @@ class Held:
             return map(partial, repeat(self._batch), parts, placed)
         read = ((index, self._rows(self.cut.part(index)[0], pinned=True)) for index in parts)
         return ahead(read, self._moved, self.device)
-
-    def step_count(self, accumulate: int) -> int:
-        """Return the number of optimizer steps in an epoch."""
-        return -(-len(self._cuts) // accumulate)
-
-    def steps(self, accumulate: int, skip: int = 0) -> Iterator[list[Waiting]]:
-        """Return the batches of each step of an epoch, as functions."""
-        return in_steps(self.waiting(skip), repeat(accumulate))
 
     def take(self, index: Tensor) -> Any:
         """Return the examples at these positions, on the device."""

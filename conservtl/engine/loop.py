@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.batch import Batches
 from conservtl.engine.batch_size import find_batch_size
 from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.criterion import ACCURACY, check_metric
 from conservtl.engine.epoch import Augment, Learner
-from conservtl.engine.epoch_end import evaluate_sets
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.finalize import Ended, finish
 from conservtl.engine.first_batches import check_first_batches
 from conservtl.engine.fit_result import FitResult
-from conservtl.engine.held import Held
+from conservtl.engine.kept_weights import check_selection
 from conservtl.engine.lost_workers import named_worker_errors
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.open_session import open_session
@@ -33,18 +33,16 @@ from conservtl.engine.preparation import (
     training_batches,
     with_sizes,
 )
-from conservtl.engine.progress import Progress, ShowMetric, show_plainly
+from conservtl.engine.progress import Progress, ShowMetric, Tracker, show_plainly, tracking
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.resizing import resized
-from conservtl.engine.running import Tell, load_selected, run_epochs
+from conservtl.engine.running import Tell, evaluate_sets, load_selected, run_epochs
 from conservtl.engine.schedule import phase_of_epoch, total_steps
 from conservtl.engine.search import Trial, run_searches
-from conservtl.engine.selection import check_selection
 from conservtl.engine.session import Session
 from conservtl.engine.snapshot import State, restore
-from conservtl.engine.source_precision import unused_half
+from conservtl.engine.stored_weights import unused_half
 from conservtl.engine.streamed import Streamed
-from conservtl.engine.trackers import Tracker, tracking
 from conservtl.engine.training import Training
 from conservtl.functions import Forward, Loss, Metrics, accuracy, cross_entropy
 from conservtl.functions import forward as plain_forward
@@ -209,7 +207,7 @@ def fit(
 def _untrained(
     session: Session,
     functions: Functions,
-    batches: Held | Streamed,
+    batches: Batches,
     sets: Sets,
     store: Checkpoints,
     begun: float,
@@ -258,7 +256,7 @@ def trial_of(
 
 
 def _result(
-    session: Session, batches: Held | Streamed, state: State, ended: Ended, begun: float, *, kept_outputs: bool
+    session: Session, batches: Batches, state: State, ended: Ended, begun: float, *, kept_outputs: bool
 ) -> FitResult:
     """Return the result of a run that began at ``begun``."""
     execution = str(session.execution.with_batches(session.training, made_here=batches.sized))

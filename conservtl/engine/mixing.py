@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conservtl.engine.batch import Batches
 from conservtl.engine.evaluation import Functions
-from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.extras import require
@@ -25,9 +24,7 @@ __all__ = ["Augment", "with_mixing"]
 Augment = Callable[[Any, torch.Generator], Any]
 
 
-def with_mixing(
-    session: Session, functions: Functions, batches: Held | Streamed, augment: Augment | None
-) -> Augment | None:
+def with_mixing(session: Session, functions: Functions, batches: Batches, augment: Augment | None) -> Augment | None:
     """Return the augmentation of a run: the given one, then the settings' mixup or CutMix, by torchvision.
 
     The functions are tried on one mixed batch, because its labels are probabilities.

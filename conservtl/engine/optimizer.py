@@ -1,18 +1,63 @@
-"""The optimizer of a run: one that the settings name, or a class of the caller's."""
+"""The optimizer of a run: one that the settings name, one of a package imported by hand, or a class of the caller's."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_serializer
+from pydantic_core import PydanticCustomError
 
-from conservtl.engine.training import Training
 from conservtl.errors import SpecError
+from conservtl.plugins import IMPORTABLE, named_callable
+from conservtl.spec_model import FrozenModel, checked
+from conservtl.spec_scalars import Arguments
 
-__all__ = ["Made", "choose_optimizer", "class_name", "made_of"]
+if TYPE_CHECKING:
+    from conservtl.engine.training import Training
+
+__all__ = ["Made", "NamedOptimizer", "OptimizerName", "choose_optimizer", "class_name", "made_of"]
+
+_FORM = "'adamw', 'adam' or 'sgd', or {import: package.module:Class, args: {...}}"
+
+
+class NamedOptimizer(FrozenModel):
+    """An optimizer class by name."""
+
+    own: Annotated[str, Field(pattern=IMPORTABLE, alias="import", examples=["package.module:Class"])]
+    """The class, as ``package.module:Class``. It is called with the parameters, ``lr`` and ``args`` by keyword. Nothing
+    is imported unless ``--import package`` is on the command line."""
+    args: Arguments = Field(default_factory=dict)
+    """Further arguments."""
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"import": self.own, "args": self.args}
+
+    def load(self) -> functools.partial[Any]:
+        """Return the class with its arguments."""
+        return functools.partial(named_callable(self.own, "training.optimizer"), **self.args)
+
+
+def _checked(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError as error:
+        why = ""
+        if isinstance(value, Mapping):
+            try:
+                checked(NamedOptimizer, value, "")
+            except SpecError as inner:
+                why = "; " + "; ".join(str(inner).splitlines())
+        raise PydanticCustomError("optimizer", "Input should be {form}{why}", {"form": _FORM, "why": why}) from error
+
+
+OptimizerName = Annotated[Literal["adamw", "adam", "sgd"] | NamedOptimizer, WrapValidator(_checked)]
+"""One of torch's usual optimizers, or a class by name."""
+
 
 Made = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
 """An optimizer class, or a partial of one, and keyword arguments for it."""

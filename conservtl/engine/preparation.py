@@ -13,13 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.bounds import as_path
+from conservtl.engine.batch import Batches, Cut
 from conservtl.engine.batching import Contents, as_batches
-from conservtl.engine.cuts import Cut
 from conservtl.engine.evaluation import Functions, Holdout
-from conservtl.engine.held import Held
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
 from conservtl.engine.tracing import check_traceable
 from conservtl.engine.training import Training, with_found
 from conservtl.engine.workers import number_of_workers
@@ -120,7 +118,7 @@ def with_sizes(training: Training, saved: Mapping[str, Any]) -> Training:
     return with_found(training, {name: saved[name] for name in names})
 
 
-def training_batches(session: Session, train: Any, together: int | None = None) -> Held | Streamed:
+def training_batches(session: Session, train: Any, together: int | None = None) -> Batches:
     """Return the batches of the training data, of this process's part if there are many.
 
     ``together`` examples make a step of all processes, as when the run that is resumed began; None: as the settings
@@ -158,7 +156,7 @@ def training_batches(session: Session, train: Any, together: int | None = None) 
     )
 
 
-def part_generators(session: Session, batches: Held | Streamed) -> None:
+def part_generators(session: Session, batches: Batches) -> None:
     """Let the order of the data be drawn as in one process, and everything else differently in each process."""
     processes = session.processes
     if not processes.many:
@@ -192,7 +190,7 @@ def place_sets(
     return Sets(placed(valid), placed(watch), placed(path))
 
 
-def learn_labels(session: Session, functions: Functions, batches: Held | Streamed) -> None:
+def learn_labels(session: Session, functions: Functions, batches: Batches) -> None:
     """Learn on the first batch which models need its labels: the adapted one for the loss, the source for its outputs.
 
     Random generators, modes and buffers are restored.
@@ -212,7 +210,7 @@ def learn_labels(session: Session, functions: Functions, batches: Held | Streame
                 adaptation.bound.source_view(batch.content, functions.forward, outputs)
 
 
-def check_compiler(session: Session, functions: Functions, batches: Held | Streamed) -> None:
+def check_compiler(session: Session, functions: Functions, batches: Batches) -> None:
     """Raise unless the model can be compiled, if the settings ask for that; everything is restored."""
     mode = session.execution.compile
     if not mode:
@@ -226,7 +224,7 @@ def check_compiler(session: Session, functions: Functions, batches: Held | Strea
             with session.autocast():
                 return functions.forward(model, batch.content)
 
-        extended = any(strategy.extends for strategy in session.adaptation.bound.origin.strategies)
+        extended = any(strategy.extends for strategy in session.adaptation.origin.strategies)
         check_traceable(model, run, mode, whole=not (extended or session.adaptation.plan.extensions))
 
 

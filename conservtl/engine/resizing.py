@@ -12,13 +12,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from conservtl.batches import to_device
 from conservtl.data import Sequences
+from conservtl.engine.batch import Batches
 from conservtl.engine.batching import as_batches
 from conservtl.engine.buckets import BucketedBatches
 from conservtl.engine.held import Held
 from conservtl.engine.preparation import training_batches
 from conservtl.engine.randomness import generator_states, restore_generators
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
+from conservtl.engine.streamed import Bucketed, Streamed
 from conservtl.engine.training import with_found
 from conservtl.errors import SpecError
 
@@ -46,13 +47,13 @@ class Sizes:
     unit: str = "example"
 
 
-def sizes_of(session: Session, train: Any, batches: Held | Streamed) -> Sizes:
+def sizes_of(session: Session, train: Any, batches: Batches) -> Sizes:
     """Return the sizes that training data can be batched by.
 
     Raises:
         SpecError: the data has batches of its own, or the settings do not fit it or the number of processes.
     """
-    if isinstance(batches, Streamed) and isinstance(batches.loader, BucketedBatches):
+    if isinstance(batches, Bucketed):
         return _of_sequences(session, batches.loader)
     training, world, cuda = session.training, session.processes.world, session.device.type == "cuda"
     together = training.global_batch_size
@@ -76,7 +77,7 @@ def sizes_of(session: Session, train: Any, batches: Held | Streamed) -> Sizes:
     return Sizes(_candidates(most, share), lambda size: [partial(one, size)], settings)
 
 
-def resized(session: Session, train: Any, batches: Held | Streamed | None = None) -> Held | Streamed:
+def resized(session: Session, train: Any, batches: Batches | None = None) -> Batches:
     """Return the training data in batches of the size that was found and is in the session's settings."""
     size = session.training.known_batch_size
     if isinstance(batches, Held):

@@ -1,4 +1,4 @@
-"""The epochs of a run, with its checkpoints and interruptions."""
+"""The epochs of a run: evaluations and the line in the history at the end of each, checkpoints, interruptions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,65 @@ from torch import Tensor
 
 from conservtl.engine.checkpoint import Checkpoints
 from conservtl.engine.epoch import Learner
-from conservtl.engine.epoch_end import close_epoch, continues
+from conservtl.engine.evaluation import Functions, evaluate
 from conservtl.engine.interruption import Interruption, interruptible
+from conservtl.engine.kept_weights import decides
 from conservtl.engine.lost_workers import between_steps, worker_error
 from conservtl.engine.preparation import Sets
 from conservtl.engine.processes import lost_processes
 from conservtl.engine.progress import Progress
 from conservtl.engine.randomness import generator_states
 from conservtl.engine.session import Session
-from conservtl.engine.snapshot import gather_generators, snapshot
+from conservtl.engine.snapshot import State, gather_generators, snapshot
 from conservtl.kernels.dtensor import local
 from conservtl.layers import unwrap
 
-__all__ = ["Tell", "load_selected", "run_epochs"]
+__all__ = ["Tell", "evaluate_sets", "load_selected", "run_epochs"]
+
+
+def _continues(learner: Learner, phases: Sequence[int]) -> bool:
+    """Whether epochs are left, and the last phase has not exhausted the patience."""
+    state, patience = learner.state, learner.settings.patience
+    stale = patience is not None and state.selection.stale >= patience and phases[state.epoch - 1] == phases[-1]
+    return state.epoch < len(phases) and not stale
+
+
+def _close_epoch(learner: Learner, sets: Sets, seconds: float) -> None:
+    """Append the epoch's line to the history, with evaluations if they are due."""
+    session, settings, state = learner.session, learner.settings, learner.state
+    epoch = state.epoch + 1
+    total, seen = session.summed(state.total, state.seen)
+    line: dict[str, Any] = {
+        "epoch": epoch,
+        "step": state.step,
+        "phase": session.adaptation.plan.phases[session.adaptation.phase].name,
+        "loss": total / seen,
+        "lr": max(group["lr"] for group in session.raw.param_groups),
+        "seconds": seconds,
+    }
+    if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
+        session.average_statistics()
+        with session.averaged():
+            line |= evaluate_sets(session, learner.functions, state, sets)
+    state.history.append(line)
+    state.epoch, state.batch, state.total, state.seen = epoch, 0, 0.0, 0
+
+
+def evaluate_sets(session: Session, functions: Functions, state: State, sets: Sets) -> dict[str, Any]:
+    """Return the metrics of all sets for a line of the history, and update the selection by the validation sets."""
+    valid, watch = (
+        {
+            name: evaluate(session.eager, data, functions, session.device, selects=name if selects else None)
+            for name, data in each.items()
+        }
+        for each, selects in ((sets.valid, True), (sets.watch, False))
+    )
+    if not valid:
+        return watch
+    adaptation, settings = session.adaptation, session.training
+    state.selection.look(valid, adaptation.model, settings, decides=decides(settings, adaptation.plan))
+    return valid | watch | {"valid": valid}
+
 
 _PERIOD = 600.0  # seconds after which many processes write a checkpoint within an epoch: a lost shard cannot be saved
 
@@ -104,19 +150,19 @@ def run_epochs(
     try:
         with bar, interruptible(store.folder is not None, shared=processes.many) as stop:
             try:
-                while continues(learner, phases):
+                while _continues(learner, phases):
                     learner.begin(phases[state.epoch])
                     with closing(learner.epoch()) as steps:
                         for _ in steps:
                             bar.advance()
                             saving.within_epoch(stop)
                     with between_steps():
-                        close_epoch(learner, sets, time.perf_counter() - begun)
+                        _close_epoch(learner, sets, time.perf_counter() - begun)
                     bar.show(state.history[-1])
                     store.write_history(state.history)
                     if store.folder is not None:
                         stop.agree(processes)
-                    saving.together(now=stop.asked or not continues(learner, phases))
+                    saving.together(now=stop.asked or not _continues(learner, phases))
                     if stop.asked:
                         stop.stop()
                     for tell in tells:

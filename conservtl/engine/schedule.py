@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from conservtl.engine.training import Training
 
 __all__ = ["phase_of_epoch", "schedule_factor", "total_steps"]
 

@@ -11,7 +11,7 @@ from conservtl.engine.randomness import preserve_rng
 from conservtl.engine.training import Training
 from conservtl.errors import PlanError, SpecError
 from conservtl.layers.copying import deep_copy
-from conservtl.plan.search import Search
+from conservtl.plan.decision import Search
 
 __all__ = ["Scores", "Trial", "run_searches"]
 

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from conservtl.adaptation.adaptation import Adaptation
-from conservtl.engine.distribution import check_divisible, shards
+from conservtl.engine.distribution import check_divisible, shard, shards, unshard
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.execution import decide
 from conservtl.engine.holding import Holding
+from conservtl.engine.kept_weights import WeightAverage
 from conservtl.engine.optimizer import Made
 from conservtl.engine.processes import ALONE, current
 from conservtl.engine.recomputation import Recomputation
-from conservtl.engine.sharding import shard, unshard
 from conservtl.engine.tracing import GRAPHS, compiled
 from conservtl.engine.training import Training
-from conservtl.engine.weight_average import WeightAverage
 from conservtl.layers import unwrap
 from conservtl.losses import counted
 from conservtl.plan.term import View

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from conservtl.engine.cuts import Cut
-from conservtl.engine.layout import follow_layout
+from conservtl.engine.batch import Cut
+from conservtl.engine.distribution import load_whole, whole_on_cpu, with_placed_state
+from conservtl.engine.kept_weights import Selection
 from conservtl.engine.optimizer import class_name
 from conservtl.engine.randomness import generator_states, restore_generators, seed_all
-from conservtl.engine.selection import Selection
 from conservtl.engine.session import Session
-from conservtl.engine.sharding import load_whole, whole_on_cpu, with_placed_state
+from conservtl.engine.stored_weights import follow_layout
 from conservtl.engine.training import Training
 from conservtl.errors import SpecError
 from conservtl.kernels.dtensor import from_part, part_of, place_like

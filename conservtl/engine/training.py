@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 
 from conservtl.engine.criterion import Criterion
-from conservtl.engine.named_optimizer import OptimizerName
+from conservtl.engine.optimizer import OptimizerName, made_of
+from conservtl.engine.schedule import schedule_factor
 from conservtl.spec_model import FrozenModel
 
 __all__ = ["Training", "with_found"]
@@ -184,8 +185,6 @@ class Training(FrozenModel):
             step: 0 to ``steps`` - 1.
             steps: optimizer steps of the whole training.
         """
-        from conservtl.engine.schedule import schedule_factor  # which reads these settings
-
         return schedule_factor(self, step, steps)
 
     def make(self) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
@@ -194,8 +193,6 @@ class Training(FrozenModel):
         Raises:
             SpecError: a class that is named was not imported by hand, or cannot be called as the settings say.
         """
-        from conservtl.engine.optimizer import made_of  # which reads these settings
-
         named = self.optimizer
         cls, options = made_of(self, _CLASSES[named] if isinstance(named, str) else named.load())
         return cls, options | ({"momentum": 0.9} if named == "sgd" else {})

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from conservtl.adaptation.adaptation import Adaptation
+from conservtl.engine.batch import Batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
-from conservtl.engine.held import Held
 from conservtl.engine.loop import trial_of
 from conservtl.engine.preparation import check_arguments
 from conservtl.engine.search import run_searches
@@ -64,9 +64,7 @@ def best_block(
     """
     settings = training or Training()
     check_arguments(adaptation, settings, {"valid": valid}, accelerator=accelerator)
-    generators = (
-        train.generators if isinstance(train, Held | Streamed) else Streamed(train, torch.device("cpu")).generators
-    )
+    generators = train.generators if isinstance(train, Batches) else Streamed(train, torch.device("cpu")).generators
     trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator, optimizer)
     results = run_searches(adaptation, valid, settings, generators, trial)
     return {candidate: score for scores in results.values() for candidate, score in scores.items()}

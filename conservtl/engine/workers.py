@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from conservtl.engine.batch import Order
 from conservtl.engine.randomness import preserve_rng, seed_all
 
-__all__ = ["WorkerLoader", "number_of_workers"]
+__all__ = ["number_of_workers", "worker_loader"]
 
 _MOST = 8  # workers that are started unless the settings say otherwise
 
@@ -28,61 +29,42 @@ def number_of_workers(setting: int | str, device: torch.device) -> int | None:
     return min(_MOST, os.cpu_count() or 1)
 
 
-class WorkerLoader:
-    """Batches of a dataset's examples in an order that is drawn by another.
+def worker_loader(dataset: Dataset[Any], order: Order, workers: int, *, pinned: bool) -> DataLoader[Any]:
+    """Return a DataLoader of a dataset's examples in an order that is drawn by another.
 
     Random numbers that an example draws come from a seed of the epoch and its position, so neither batches nor the
     generators of training depend on the number of processes.
 
     Args:
         dataset: of examples by position.
-        order: yields the positions of each batch.
+        order: yields the positions of each batch; its generator gives the seeds of epochs too.
         workers: number of processes; 0: this one loads.
         pinned: whether batches are put into pinned memory.
-        generator: gives the seeds of epochs; None: torch's global one.
     """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        order: Any,
-        workers: int,
-        *,
-        pinned: bool,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.order, self._generator = order, generator
-        self.seed = 0
-        self._loader: DataLoader[Any] = DataLoader(
-            _Seeded(dataset),
-            batch_sampler=_Tagged(self),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # the loader's own draws: with workers that stay they happen once
-        )
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[Any]:
-        # As a DataLoader without workers would.
-        self.seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
-        return iter(self._loader)
+    return DataLoader(
+        _Seeded(dataset),
+        batch_sampler=_Tagged(order),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pinned,
+        generator=torch.Generator(),  # the loader's own draws: with workers that stay they happen once
+    )
 
 
 class _Tagged:
     """Batch sampler of positions with the seed of their epoch."""
 
-    def __init__(self, owner: WorkerLoader) -> None:
-        self._owner = owner
+    def __init__(self, order: Order) -> None:
+        self._order = order
 
     def __len__(self) -> int:
-        return len(self._owner)
+        return len(self._order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        seed = self._owner.seed
-        return ([(seed, position) for position in batch] for batch in self._owner.order)
+        # Drawn with the first batch, because a DataLoader with workers asks twice for its first iterator.
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._order.cut.generator))
+        for batch in self._order:
+            yield [(seed, position) for position in batch]
 
 
 class _Seeded(Dataset[Any]):

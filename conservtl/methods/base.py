@@ -49,8 +49,8 @@ class Strategy(FrozenModel, ABC):
 
     A subclass has a constant ``kind``, fields with bounds in their types, an ``order`` and ``apply``. ``apply``
     touches no tensor and does no input or output. A subclass registers itself by its ``kind``, so that specs can name
-    it. A strategy that adds parameters to the model or replaces its head sets ``extends`` and implements ``extend``,
-    ``retract`` and ``merge``. ``conservtl.testing.check_strategy`` checks the whole contract.
+    it. A strategy that adds parameters to the model or replaces its head implements ``extend``, ``retract`` and
+    ``merge``. ``conservtl.testing.check_strategy`` checks the whole contract.
     """
 
     kind: str
@@ -79,8 +79,8 @@ class Strategy(FrozenModel, ABC):
 
     @property
     def extends(self) -> bool:
-        """Whether ``extend`` adds parameters to the model or replaces its head."""
-        return False
+        """Whether ``extend`` adds parameters to the model or replaces its head: so it does where it is implemented."""
+        return type(self).extend is not Strategy.extend
 
     @abstractmethod
     def apply(self, plan: Plan) -> Plan:

@@ -10,7 +10,7 @@ from torch import nn
 from conservtl.errors import PlanError, SelectorError, SpecError
 from conservtl.layers import find_layers, matches
 from conservtl.methods.base import Strategy
-from conservtl.plan.extension import Extension
+from conservtl.plan.decision import Extension
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update

@@ -15,10 +15,10 @@ from conservtl.bounds import Count, NonNegative
 from conservtl.errors import SourceError, SpecError, counted
 from conservtl.functions import logits_of
 from conservtl.layers import named_parameters
-from conservtl.methods._quadratic import Quadratic, with_decay, with_quadratic
+from conservtl.methods._pulls import Quadratic, with_decay, with_quadratic
 from conservtl.methods._rows import Coverage, covered_rows, fresh_rows
 from conservtl.methods.base import Aliases, Span, Strategy, TestFields
-from conservtl.plan.measure import Measure, MeasureContext
+from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.per_example import PerExample
 

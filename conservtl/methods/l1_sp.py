@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from conservtl.bounds import NonNegative
-from conservtl.methods._proximal import Proximal, with_proximal
+from conservtl.methods._pulls import Proximal, with_proximal
 from conservtl.methods._rows import Coverage
 from conservtl.methods.base import Span, Strategy, TestFields
 from conservtl.plan.plan import Plan

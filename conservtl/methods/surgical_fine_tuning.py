@@ -10,8 +10,8 @@ from conservtl.bounds import Count
 from conservtl.errors import PlanError, SpecError, counted
 from conservtl.methods._rows import names_something, train_named
 from conservtl.methods.base import Order, Strategy, TestFields
+from conservtl.plan.decision import Search
 from conservtl.plan.plan import Plan
-from conservtl.plan.search import Search
 
 __all__ = ["FACT", "BestBlock", "SurgicalFineTuning"]
 

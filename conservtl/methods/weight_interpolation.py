@@ -9,7 +9,7 @@ from pydantic import Field
 from conservtl.bounds import Share
 from conservtl.errors import SpecError
 from conservtl.methods.base import Aliases, Strategy
-from conservtl.plan.after import After, FinishContext
+from conservtl.plan.decision import After, FinishContext
 from conservtl.plan.plan import Plan
 from conservtl.weights.interpolation import Statistics
 from conservtl.weights.path import WeightPath

@@ -1,13 +1,9 @@
 """The plan: every decision about a model, readable before anything is trained."""
 
-from conservtl.plan.after import After, FinishContext
-from conservtl.plan.decision import Decision
-from conservtl.plan.extension import Extension
-from conservtl.plan.measure import Measure, MeasureContext
+from conservtl.plan.decision import After, Decision, Extension, FinishContext, Measure, MeasureContext, Search
 from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row
-from conservtl.plan.search import Search
 from conservtl.plan.term import Term, View
 from conservtl.plan.update import Moving, Step, Update
 

@@ -7,13 +7,9 @@ from typing import Any, Self
 
 from conservtl.errors import PlanError
 from conservtl.plan._fields import PlanFields
-from conservtl.plan.after import After
-from conservtl.plan.extension import Extension
-from conservtl.plan.measure import Measure
+from conservtl.plan.decision import After, Extension, Measure, Search
 from conservtl.plan.penalty import Penalty
-from conservtl.plan.row import Phase, changed
-from conservtl.plan.rows import fill_column
-from conservtl.plan.search import Search
+from conservtl.plan.row import COLUMNS, Choice, Phase, Row, changed
 from conservtl.plan.term import Term
 from conservtl.plan.update import Update
 
@@ -43,7 +39,34 @@ class FillablePlan(PlanFields):
         Raises:
             PlanError: another strategy has chosen the column, and both are named; or a row cannot hold a value.
         """
-        return self._with(rows=fill_column(self.rows, by, column, values, explicit=explicit))
+        known = {row.name for row in self.rows}
+        for name, fields in values.items():
+            if name not in known or not fields.keys() <= set(COLUMNS.get(column, ())):
+                raise PlanError(
+                    f"{by} chooses the {column} of {name!r} as {dict(fields)}. It must name a parameter of the plan, a "
+                    f"column of {tuple(COLUMNS)} and fields of that column {COLUMNS.get(column, ())}."
+                )
+        choice = Choice(by=by, explicit=explicit)
+        defaults = {field: Row.model_fields[field].default for field in COLUMNS.get(column, ())}
+        filled = []
+        for row in self.rows:
+            earlier, chosen = row.chosen.get(column), values.get(row.name)
+            overruled = earlier is not None and earlier.explicit and not explicit
+            if chosen is None or overruled or _stays_frozen(row, chosen, explicit=explicit):
+                filled.append(row)
+                continue
+            fields = {**defaults, **chosen}
+            if fields.get("origin") == "fresh":
+                fields["source_rows"] = None
+            if earlier is not None and earlier.explicit == explicit:
+                agree = all(getattr(row, field) == value for field, value in fields.items())
+                if explicit or not agree:
+                    raise PlanError(
+                        f"{by} and {earlier.by} both choose the {column} of {row.name!r} (layer {row.layer!r}). "
+                        f"{'Name each parameter in one of them only, or l' if explicit else 'L'}eave one strategy out."
+                    )
+            filled.append(changed(row, by, {**fields, "chosen": {**row.chosen, column: choice}}))
+        return self._with(rows=tuple(filled))
 
     def with_source_rows(self, numbers: Mapping[str, Sequence[int | None]]) -> Self:
         """Return the plan in which parameters are copied row by row, before any strategy.
@@ -109,3 +132,9 @@ class FillablePlan(PlanFields):
     def with_notes(self, notes: Iterable[str]) -> Self:
         """Return the plan with these remarks on the source instead of those it had."""
         return self._with(notes=tuple(notes))
+
+
+def _stays_frozen(row: Row, chosen: Mapping[str, Any], *, explicit: bool) -> bool:
+    """Return whether a row stays frozen, as it was found, although a strategy would train it."""
+    trains = chosen.get("frozen", True) is False and row.frozen
+    return trains and (row.found == "fixed" or (row.found == "frozen" and not explicit))

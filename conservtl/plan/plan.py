@@ -9,18 +9,16 @@ from typing import Any, Literal
 
 from conservtl.layers import Layer, matches, select
 from conservtl.plan._filling import FillablePlan
-from conservtl.plan._head import PlanWithHead
 from conservtl.plan.decision import Decision
 from conservtl.plan.invariants import check_plan
 from conservtl.plan.penalty import Penalty
-from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row
-from conservtl.plan.rows import draw_rows
+from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, like_bias
 from conservtl.plan.upgrade import upgrade
 
 __all__ = ["COLUMNS", "Anneal", "Choice", "Phase", "Plan", "Row"]
 
 
-class Plan(PlanWithHead, FillablePlan):
+class Plan(FillablePlan):
     """All decisions about a model, before anything is trained. ``print(plan)`` is a table by layer.
 
     Raises:
@@ -54,9 +52,35 @@ class Plan(PlanWithHead, FillablePlan):
             added: parameters that a strategy added to the model.
             frozen: parameters that asked for no gradient when the model was handed in, and so are frozen.
         """
+        rows = []
+        for number, layer in enumerate(layers):
+            for info in layer.parameters:
+                source_shape = shapes.get(info.name)
+                reason = fresh.get(info.name)
+                if reason is None and source_shape is None:
+                    reason = "missing in the source"
+                elif reason is None and source_shape != info.shape:
+                    reason = f"shape differs: {info.shape} here, {source_shape} in the source"
+                rows.append(
+                    Row(
+                        name=info.name,
+                        layer=layer.name,
+                        aliases=info.aliases,
+                        depth=number / max(1, len(layers) - 1),
+                        shape=info.shape,
+                        kind=info.kind,
+                        source_shape=source_shape,
+                        added=info.name in added,
+                        origin="source" if reason is None else "fresh",
+                        reason=reason,
+                        found="fixed" if info.name in fixed else "frozen" if info.name in frozen else "trained",
+                        weight_decay=not like_bias(info.name, info.kind, info.shape),
+                        frozen=info.name in fixed or info.name in frozen,
+                    )
+                )
         infos = [info for layer in layers for info in layer.parameters]
         return cls(
-            rows=draw_rows(layers, shapes, fresh, fixed, added, frozen),
+            rows=tuple(rows),
             heads=tuple(dict.fromkeys(info.head for info in infos if info.head is not None)),
             head_candidates=tuple(dict.fromkeys(info.candidate for info in infos if info.candidate is not None)),
             outputs=tuple(dict.fromkeys(info.output for info in infos if info.output is not None)),

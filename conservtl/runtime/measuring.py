@@ -15,7 +15,7 @@ from conservtl.functions import Forward, Loss
 from conservtl.labels import labels_for_loss, takes_labels
 from conservtl.layers import named_parameters
 from conservtl.layers.names import named_modules
-from conservtl.plan.measure import Measure, MeasureContext
+from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers, preserve_gradients
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,7 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from conservtl.compat import outside_graphs
 
-__all__ = ["ForwardEnded", "ForwardHook", "Listener", "StateDictHook", "hooked", "remove_hooks"]
+if TYPE_CHECKING:
+    from conservtl.runtime.bound_plan import BoundPlan
+
+__all__ = ["ForwardEnded", "ForwardHook", "StateDictHook", "hooked", "remove_hooks"]
 
 
 class ForwardEnded(Exception):  # noqa: N818 - not an error
@@ -37,20 +40,10 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-class Listener(Protocol):
-    """Object that a hook calls."""
-
-    def before_forward(self, *, training: bool) -> None:
-        """Prepare for a forward pass; ``training``: in train mode and with gradients."""
-
-    def restore_weights(self) -> None:
-        """Prepare for a read of the weights."""
-
-
 class ForwardHook:
     """Forward pre-hook that calls its listener, held by a weak reference. A copy, in a copied model, does nothing."""
 
-    def __init__(self, listener: Listener | None) -> None:
+    def __init__(self, listener: BoundPlan | None) -> None:
         self._listener = None if listener is None else weakref.ref(listener)
         # Outside the graph of a compiled model, which would hold the weights of one pass and a generator's first draw.
         self._call = self._announce if listener is None else outside_graphs(self._announce)
@@ -64,7 +57,7 @@ class ForwardHook:
         if listener is not None:
             self.act(listener, module)
 
-    def act(self, listener: Listener, module: nn.Module) -> None:
+    def act(self, listener: BoundPlan, module: nn.Module) -> None:
         """Announce a forward pass."""
         listener.before_forward(training=module.training and torch.is_grad_enabled())
 
@@ -78,6 +71,6 @@ class ForwardHook:
 class StateDictHook(ForwardHook):
     """Hook that calls its listener before the model's state dict is made."""
 
-    def act(self, listener: Listener, _: nn.Module) -> None:
+    def act(self, listener: BoundPlan, _: nn.Module) -> None:
         """Announce a read of the weights."""
         listener.restore_weights()

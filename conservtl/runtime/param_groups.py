@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conservtl.bounds import is_number
 from conservtl.errors import SpecError, counted
 from conservtl.kernels.dtensor import by_rows, sharded
-from conservtl.plan.after import After
+from conservtl.plan.decision import After
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from conservtl.plan.penalty import Penalty, PenaltyKernel
 from conservtl.plan.row import Row
 from conservtl.plan.update import Moving, Prepared, Update
 from conservtl.runtime.model_check import check_precision
-from conservtl.runtime.step_context import StepContext
+
+if TYPE_CHECKING:
+    from conservtl.runtime.bound_plan import BoundPlan
 
 __all__ = ["ParameterIndex", "penalised"]
 
@@ -29,7 +31,7 @@ class ParameterIndex:
     takes a hundred times as long.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, context: StepContext) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, context: BoundPlan) -> None:
         self._optimizer, self._context = optimizer, context
         self._planned = len(optimizer.param_groups)  # groups that follow hold parameters outside the model
         self._revision = -1
@@ -133,7 +135,7 @@ class ParameterIndex:
 _requires_grad = attrgetter("requires_grad")
 
 
-def penalised(penalty: Penalty, context: StepContext, row: Row, parameter: Tensor, group: dict[str, Any]) -> Moving:
+def penalised(penalty: Penalty, context: BoundPlan, row: Row, parameter: Tensor, group: dict[str, Any]) -> Moving:
     """Return a parameter as a penalty receives it: its anchor stored as the penalty says, and its measurements.
 
     Plain L2 on a parameter with new rows gets an anchor too: 0 on these rows, and the parameter itself on the others.

@@ -1,30 +1,99 @@
-"""The source model: frozen, run beside the adapted model on the same inputs."""
+"""The source model: frozen, run beside the adapted model on the same inputs; outputs where the labels differ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conservtl.compat import version_of
-from conservtl.errors import SourceError
+from conservtl.errors import SourceError, SpecError, counted
 from conservtl.layers import canonical, unwrap
 from conservtl.layers.copying import deep_copy
 from conservtl.layers.names import named_modules
-from conservtl.plan.term import View, numbered
-from conservtl.runtime.extending import apply_extensions
-from conservtl.runtime.layer_outputs import all_tensors_of
+from conservtl.plan.decision import apply_extensions
+from conservtl.plan.term import CLASS_AXIS, View, numbered
+from conservtl.runtime.layer_features import all_tensors_of
 from conservtl.runtime.model_hooks import hooked
 from conservtl.runtime.padding_watch import PaddingWatch
 from conservtl.runtime.preserve import eval_mode
-from conservtl.runtime.source_head import SourceHead
 from conservtl.source.read import Source
 from conservtl.source.shared import SharedModel
 
-__all__ = ["SourceModelRunner", "build_source_model"]
+__all__ = ["CommonLabels", "SourceHead", "SourceModelRunner", "build_source_model"]
+
+
+class SourceHead:
+    """The head of a source model."""
+
+    def __init__(self, source: nn.Module, name: str) -> None:
+        self.name = name
+        self.module = named_modules(source)[name]
+        self._copies: dict[torch.device, nn.Module] = {}
+
+    def outputs(self, entering: Tensor) -> Any:
+        """Return the head's outputs for the features that enter it, with gradient to them.
+
+        Features in half precision come from a pass under autocast, which may be over: then the head runs under it too.
+        """
+        own = next(self.module.parameters(), entering)
+        mixed = entering.dtype in (torch.bfloat16, torch.float16) and own.dtype != entering.dtype
+        with torch.autocast(entering.device.type, entering.dtype) if mixed else nullcontext():
+            return self.module(entering)
+
+    @contextmanager
+    def replacing(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Put the source's head into the place of a model's own for a while; yields the model, unwrapped.
+
+        The whole module is replaced, not its weights alone: the model's own head may be fed from other layers.
+        """
+        bare = unwrap(model)
+        parent, _, key = self.name.rpartition(".")
+        holder = bare.get_submodule(parent)
+        head = holder.get_submodule(key)
+        setattr(holder, key, self._on(next(bare.parameters()).device))
+        try:
+            yield bare
+        finally:
+            setattr(holder, key, head)
+
+    def _on(self, device: torch.device) -> nn.Module:
+        if device not in self._copies:
+            self._copies[device] = deep_copy(self.module).to(device)
+        return self._copies[device]
+
+
+class CommonLabels:
+    """The outputs of labels that the adapted model and the source model both have.
+
+    Args:
+        numbers: for each output of the adapted model that of the source with its label, or None.
+    """
+
+    def __init__(self, numbers: Sequence[int | None]) -> None:
+        self._size = len(numbers)
+        pairs = [(place, number) for place, number in enumerate(numbers) if number is not None]
+        self._adapted, self._source = (torch.tensor(one) for one in zip(*pairs, strict=True))
+
+    def of(self, adapted: Tensor, source: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return both models' outputs for these labels, in one order."""
+        axes = [axis, CLASS_AXIS.get(adapted.ndim), *range(1, adapted.ndim)]
+        found = next((one for one in axes if one is not None and self._fits(adapted.shape, source.shape, one)), None)
+        if found is None:
+            raise SpecError(
+                f"labels: outputs must have one axis of {counted(self._size, 'label')}, the target's, and be "
+                "like the source's on "
+                f"all others; received shape {tuple(adapted.shape)}, and {tuple(source.shape)} of the source."
+            )
+        places, numbers = (one.to(adapted.device) for one in (self._adapted, self._source))
+        return adapted.index_select(found, places), source.to(adapted.device).index_select(found, numbers)
+
+    def _fits(self, adapted: torch.Size, source: torch.Size, axis: int) -> bool:
+        others = [[size for place, size in enumerate(shape) if place != axis] for shape in (adapted, source)]
+        return axis < len(adapted) == len(source) and adapted[axis] == self._size and others[0] == others[1]
 
 
 class SourceModelRunner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from conservtl.errors import SpecError
 from conservtl.kernels.backend import capturing
 from conservtl.runtime.model_check import check_conversion
 from conservtl.runtime.parameter_index import ParameterIndex
-from conservtl.runtime.penalty_runner import PenaltyRunner
-from conservtl.runtime.phase_rates import PhaseRates
-from conservtl.runtime.step_context import StepContext
+from conservtl.runtime.rates_over_time import PhaseRates
+from conservtl.runtime.runners import PenaltyRunner
+
+if TYPE_CHECKING:
+    from conservtl.runtime.bound_plan import BoundPlan
 
 __all__ = ["StepHook"]
 
@@ -39,7 +41,7 @@ class StepHook:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        context: StepContext,
+        context: BoundPlan,
         *,
         inner: torch.optim.Optimizer | None = None,
         penalties: bool = True,
@@ -129,7 +131,7 @@ class StepHook:
         self.rates.check()
         self.drop_frozen()
         if context.plan.terms and any(parameter.grad is not None for _, parameter, _ in self.index):
-            context.check_terms()
+            context.terms.check_added()
         added, self._added = self._added, None
         context.anchors.follow()
         if not context.plan.penalties and not context.updates.updates:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conservtl.batches import tensors_of
 from conservtl.compat import guard_hooks, hooks_are_guarded, in_backward, note_of, version_of
-from conservtl.runtime.layer_outputs import all_tensors_of, tensor_of
+from conservtl.runtime.layer_features import all_tensors_of, tensor_of
 
 __all__ = ["End", "Passes", "Start", "Tap"]
 

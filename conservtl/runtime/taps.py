@@ -13,7 +13,7 @@ from conservtl.errors import SelectorError, SpecError, counted
 from conservtl.layers import unwrap
 from conservtl.layers.names import named_modules
 from conservtl.plan.term import numbered
-from conservtl.runtime.channels import Channels
+from conservtl.runtime.layer_features import Channels
 from conservtl.runtime.model_hooks import remove_hooks
 from conservtl.runtime.tap_hooks import End, Passes, Start, Tap
 

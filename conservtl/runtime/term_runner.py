@@ -18,8 +18,7 @@ from conservtl.layers.copying import deep_copy
 from conservtl.padding import completed, padding_of_outputs
 from conservtl.plan.plan import Plan
 from conservtl.plan.term import Term, View, all_of
-from conservtl.runtime.common_labels import CommonLabels
-from conservtl.runtime.source_model import SourceModelRunner
+from conservtl.runtime.source_model import CommonLabels, SourceModelRunner
 from conservtl.runtime.taps import Taken, Taps
 from conservtl.runtime.task_loss import read_task_loss
 from conservtl.source.shared import SharedModel

@@ -85,23 +85,22 @@ class Source:
         """
         own = own_tensors(model)
         migration = Migration(unwrap(model)) if isinstance(model, nn.Module) else None
-        best, matches, tensors = "", -1, self.tensors
-        notes: tuple[str, ...] = ()
+        candidates = []
         for prefix in known_prefixes(self.tensors):
-            stripped = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()}
-            migrated = migration.run(stripped, self._versions(prefix)) if migration else stripped
-            if (count := len(migrated.keys() & own.keys())) > matches:
-                best, matches, tensors = prefix, count, migrated
-                notes = migration.notes if migration else ()
+            names = {name: name.removeprefix(prefix) for name in self.tensors}
+            notes = [f"stripped the prefix {prefix!r}"] if prefix else []
+            candidates.append((names, self._migrated(names, self._versions(prefix), notes, migration)))
+        names, best = max(candidates, key=lambda one: len(one[1].tensors.keys() & own.keys()))
         fitting = sum(  # a nested tensor has no shape; it is refused later
-            name in own and (tensor.is_nested or own[name].shape == tensor.shape) for name, tensor in tensors.items()
+            name in own and (tensor.is_nested or own[name].shape == tensor.shape)
+            for name, tensor in best.tensors.items()
         )
         if 2 * fitting < min(len(self.tensors), len(own)):
             shaped = {name: tensor for name, tensor in self.tensors.items() if not tensor.is_nested}
             placement = find_placement(shaped, own, tensor_numbers(model), self.where)
             if placement is not None:
                 return self._placed(placement, own, migration)
-        if matches <= 0:
+        if not best.tensors.keys() & own.keys():
             fit = best_fit(self.tensors, own)
             raise SourceError(
                 f"{self.where}: its {counted(len(self.tensors), 'tensor')} must share names with the model; none "
@@ -114,11 +113,8 @@ class Source:
                     "that model."
                 )
             )
-        if best:
-            notes = (f"stripped the prefix {best!r}", *notes)
-        names = {name: name.removeprefix(best) for name in self.tensors}
         check_unique(names, self.where)
-        return _migrated(self._under(names, (*self.notes, *notes), self._versions(best)), tensors)
+        return best
 
     def _placed(self, placement: Placement, own: Mapping[str, Tensor], migration: Migration | None) -> Source:
         """Return the source with its names under a prefix, as the model's hooks migrate."""
@@ -128,11 +124,23 @@ class Source:
         versions = {f"{placement.put}{name}".removesuffix("."): fields for name, fields in versions.items()}
         stripped = [f"stripped the prefix {placement.strip!r}{self._without(names)}"] if placement.strip else []
         put = [f"put the names under {placement.put!r}"] if placement.put else []
-        placed = self._under(names, (*self.notes, *stripped, *put), versions)
+        return self._migrated(names, versions, [*stripped, *put], migration)
+
+    def _migrated(
+        self, names: Mapping[str, str], versions: Mapping[str, Any], notes: Sequence[str], migration: Migration | None
+    ) -> Source:
+        """Return the source under other names, as the model's hooks migrate them."""
+        placed = self._under(names, (*self.notes, *notes), versions)
         if migration is None:
             return placed
         tensors = migration.run(placed.tensors, versions)
-        return _migrated(replace(placed, notes=(*placed.notes, *migration.notes)), tensors)
+        before = {id(tensor): name for name, tensor in placed.tensors.items()}
+        old = {}
+        for name, tensor in tensors.items():
+            former = name if placed.tensors.get(name) is tensor else before.get(id(tensor))
+            if former is not None:
+                old[name] = placed.old_names.get(former, former)
+        return replace(placed, tensors=tensors, old_names=old, notes=(*placed.notes, *migration.notes))
 
     def _without(self, names: Collection[str]) -> str:
         """Return a remark on the tensors that are not among these names; empty if all are."""
@@ -261,17 +269,6 @@ def _read(source: SourceLike, key: str | None) -> Source:
         f"source must be a path, a state dict or a torch.nn.Module; received {type(source).__name__}. Names of "
         "published weights are texts, such as 'timm:resnet18.a1_in1k'."
     )
-
-
-def _migrated(source: Source, tensors: dict[str, Tensor]) -> Source:
-    """Return the source with the tensors that a model's hooks made of its own."""
-    before = {id(tensor): name for name, tensor in source.tensors.items()}
-    old = {}
-    for name, tensor in tensors.items():
-        former = name if source.tensors.get(name) is tensor else before.get(id(tensor))
-        if former is not None:
-            old[name] = source.old_names.get(former, former)
-    return replace(source, tensors=tensors, old_names=old)
 
 
 def _source_in(entries: Mapping[str, Any], where: str, key: str | None) -> Source:

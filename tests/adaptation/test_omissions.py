@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 import conservtl as ctl
-from conservtl.plan.after import After
+from conservtl.plan.decision import After
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 HALF = ctl.WeightInterpolation(t=0.5)

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import conservtl as ctl
 from conservtl.data import Examples
-from conservtl.engine.batch import Batch
+from conservtl.engine.batch import Batch, Cut
 from conservtl.engine.batching import as_batches
-from conservtl.engine.cuts import Cut
 from conservtl.engine.divergence import Losses
 from conservtl.engine.held import Held
 from conservtl.engine.processes import Processes

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.engine.batch import Batch
-from conservtl.engine.divergence import Losses, check_scale
+from conservtl.engine.divergence import Losses, check_scale, finite_rows, where_not_finite
 from conservtl.engine.held import Held
-from conservtl.engine.nonfinite import finite_rows, where_not_finite
 from conservtl.engine.snapshot import State
 from conservtl.plan import Penalty
 

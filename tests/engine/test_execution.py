@@ -15,7 +15,7 @@ import conservtl as ctl
 from conservtl.batches import take_rows
 from conservtl.compat import tf32_settings
 from conservtl.engine.execution import Execution, _no_fused, decide, in_tf32
-from conservtl.engine.layout import channels_last, follow_layout
+from conservtl.engine.stored_weights import channels_last, follow_layout
 from conservtl.errors import SpecError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import conservtl as ctl
-from conservtl.plan.after import After
+from conservtl.plan.decision import After
 
 SETTINGS = {"device": "cpu", "epochs": 2, "lr": 0.05, "batch_size": 16}
 TENTHS = [number / 10 for number in range(11)]

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from conservtl.engine.nonfinite import finite_rows, where_not_finite
+from conservtl.engine.divergence import finite_rows, where_not_finite
 
 NAN = float("nan")
 ROWS = torch.tensor([[1.0, 2.0], [NAN, 0.0], [1.0, NAN]])

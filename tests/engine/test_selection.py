@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 import conservtl as ctl
 from conservtl.engine import Criterion, harmonic_mean, score
-from conservtl.engine.selection import Selection
+from conservtl.engine.kept_weights import Selection
 
 ONE = (torch.zeros(1, 3, 12), torch.zeros(1, dtype=torch.long))
 

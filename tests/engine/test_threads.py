@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 import conservtl as ctl
-from conservtl.engine import threads
-from conservtl.engine.threads import ThreadTimer
+from conservtl.engine import execution as threads
+from conservtl.engine.execution import ThreadTimer
 
 SETTINGS = {"epochs": 5, "batch_size": 16, "lr": 0.01, "device": "cpu", "threads": "auto"}
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import conservtl as ctl
 from conservtl.methods.feature_conservation.distance import delta, ldifs
-from conservtl.runtime.channels import channel_axis
+from conservtl.runtime.layer_features import channel_axis
 
 X = torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])

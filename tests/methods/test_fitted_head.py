@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conservtl as ctl
-from conservtl.methods.feature_extraction.fitted_head import _standardised, nearest_means
-from conservtl.methods.feature_extraction.row_store import RowStore
+from conservtl.methods.feature_extraction.fitted_head import RowStore, _standardised, nearest_means
 
 sklearn = pytest.importorskip("sklearn")
 

@@ -12,7 +12,7 @@ from conservtl.methods.feature_conservation.attention import _first_changed, _Oc
 from conservtl.methods.fisher_sp import FisherMeasure
 from conservtl.methods.input_transform.affine import _close, _transformed, plain_transform
 from conservtl.methods.lhuc.hidden_units import unit_count
-from conservtl.methods.projection.learned_projection import LearnedProjection
+from conservtl.methods.projection import LearnedProjection
 from conservtl.methods.selective_decay import SelectiveDecayUpdate
 from conservtl.methods.weight_interpolation import BestInterpolation
 

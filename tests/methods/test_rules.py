@@ -14,7 +14,7 @@ from conservtl.methods.feature_conservation.distance import ldifs
 from conservtl.methods.feature_extraction.probe_head import depth_of
 from conservtl.methods.input_transform.affine import _close, _pads_with_zeros
 from conservtl.methods.lhuc.hidden_units import channel_dim, is_recurrent, unit_count
-from conservtl.methods.lora.targets import _fault, _has_rank
+from conservtl.methods.lora.factors import _fault, _has_rank
 
 
 def test_the_order_of_application():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import conservtl as ctl
 from conservtl.experiments.advice.layer_features import features_of
 from conservtl.layers import find_layers
-from conservtl.runtime.channels import Channels, channel_axis
+from conservtl.runtime.layer_features import Channels, channel_axis
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 0])

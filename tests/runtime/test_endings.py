@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import conservtl as ctl
-from conservtl.runtime.endings import Endings
+from conservtl.runtime.omissions import Endings
 
 
 def endings(*strategies):

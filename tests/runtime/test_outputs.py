@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.runtime.channels import Channels, output_size
-from conservtl.runtime.common_labels import CommonLabels
-from conservtl.runtime.layer_outputs import all_tensors_of
+from conservtl.runtime.layer_features import Channels, all_tensors_of, output_size
+from conservtl.runtime.source_model import CommonLabels
 from conservtl.runtime.task_loss import _name, _positions, _signed, read_task_loss
 
 

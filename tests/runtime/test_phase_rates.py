@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import conservtl as ctl
-from conservtl.runtime.phase_rates import PhaseRates
+from conservtl.runtime.rates_over_time import PhaseRates
 
 
 def optimizer(*rates):

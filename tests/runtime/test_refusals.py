@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import conservtl as ctl
+from conservtl.engine.execution import ThreadTimer
 from conservtl.engine.schedule import total_steps
-from conservtl.engine.threads import ThreadTimer
 from conservtl.plan.term import View
-from conservtl.runtime.common_labels import CommonLabels
-from conservtl.runtime.endings import Endings, ExportHook
-from conservtl.runtime.layer_outputs import tensor_of
+from conservtl.runtime.layer_features import tensor_of
+from conservtl.runtime.omissions import Endings, ExportHook
+from conservtl.runtime.source_model import CommonLabels
 from conservtl.runtime.task_loss import read_task_loss
 from conservtl.source.by_label import _normalised_together
 from conservtl.source.downloads import _shown

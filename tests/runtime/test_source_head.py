@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import conservtl as ctl
-from conservtl.runtime.source_head import SourceHead
+from conservtl.runtime.source_model import SourceHead
 
 
 @pytest.mark.parametrize(

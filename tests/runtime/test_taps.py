@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import conservtl as ctl
-from conservtl.runtime.layer_outputs import all_tensors_of
+from conservtl.runtime.layer_features import all_tensors_of
 from conservtl.runtime.taps import Taps
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))

@@ -14,7 +14,7 @@ import conservtl as ctl
 from conservtl.methods import apply_all
 from conservtl.plan.update import Update
 from conservtl.runtime.inner_optimizer import check_moves
-from conservtl.runtime.update_runner import UpdateRunner
+from conservtl.runtime.runners import UpdateRunner
 from conservtl.testing.choices import whole_plan
 
 STRATEGIES = [ctl.L1SP(), ctl.SelectiveDecay(), ctl.Mixout(), ctl.AutoRGN(), ctl.GroupLassoSP(), ctl.Projection()]

@@ -18,8 +18,8 @@ from conservtl.functions import Forward, labels_of, logits_of
 from conservtl.functions import forward as plain_forward
 from conservtl.layers import Layer, unwrap
 from conservtl.layers.names import named_modules
-from conservtl.runtime.channels import Channels, pooled
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.layer_features import Channels, pooled
 from conservtl.runtime.model_hooks import hooked
 from conservtl.runtime.preserve import eval_mode
 

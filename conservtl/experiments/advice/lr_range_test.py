@@ -11,19 +11,18 @@ from torch import Tensor
 
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.engine import Training, best_block
+from conservtl.engine.batch import Batches
 from conservtl.engine.batch_size import find_batch_size
 from conservtl.engine.batching import as_batches
 from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.first_batches import checked
-from conservtl.engine.held import Held
 from conservtl.engine.mixing import with_mixing
 from conservtl.engine.open_session import open_session
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import check_arguments, make_measurements
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
-from conservtl.engine.streamed import Streamed
 from conservtl.errors import DataError, SpecError
 from conservtl.experiments.advice.range_curve import RangeTest, diverges, read_curve
 from conservtl.experiments.run.evaluation_sets import sets_to_select_on
@@ -216,7 +215,7 @@ def _losses(
     return losses
 
 
-def _endless(batches: Held | Streamed) -> Iterator[Any]:
+def _endless(batches: Batches) -> Iterator[Any]:
     while True:
         batch = None
         for batch in batches.epoch():

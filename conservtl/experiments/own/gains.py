@@ -26,7 +26,7 @@ from conservtl.report.text.html_table import HtmlTable
 from conservtl.report.text.metrics import metrics_of
 from conservtl.report.text.tables import gain_table
 from conservtl.runtime.preserve import preserve_buffers
-from conservtl.runtime.source_head import SourceHead
+from conservtl.runtime.source_model import SourceHead
 
 __all__ = ["Gains", "evaluate"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from conservtl.adaptation.preset import Preset
+from conservtl.adaptation.origin import Preset
 from conservtl.data.shots import Shots
 from conservtl.engine import Training
 from conservtl.errors import SpecError

@@ -12,7 +12,7 @@ from conservtl.adaptation.earlier_run import describe_example, saved_example, sa
 from conservtl.adaptation.origin import Structure
 from conservtl.layers import find_layers
 from conservtl.methods import extend_all
-from conservtl.runtime.extending import apply_extensions
+from conservtl.plan.decision import apply_extensions
 
 __all__ = ["extend_model", "merged_model"]
 

@@ -14,12 +14,12 @@ from conservtl.batches import batch_size as size_of
 from conservtl.batches import map_tensors
 from conservtl.data import Data
 from conservtl.engine import Functions, Holdout, evaluate
+from conservtl.engine.batch import Cut
 from conservtl.engine.batching import as_batches
-from conservtl.engine.cuts import Cut
 from conservtl.engine.processes import current
 from conservtl.errors import SpecError
 from conservtl.functions import MetricPool
-from conservtl.runtime.source_head import SourceHead
+from conservtl.runtime.source_model import SourceHead
 from conservtl.tasks.base import Task
 
 __all__ = ["Scores", "agreement", "answered", "in_order", "on_source_head", "score_model", "turned"]

@@ -35,7 +35,7 @@ from conservtl.experiments.run.source_labels import (
 from conservtl.experiments.spec.spec import Spec
 from conservtl.layers import find_layers, matches, named_parameters
 from conservtl.plan.plan import Plan
-from conservtl.runtime.source_head import SourceHead
+from conservtl.runtime.source_model import SourceHead
 from conservtl.source.read import SourceLike, read_source
 from conservtl.tasks.bad_files import skipped_text
 from conservtl.tasks.base import Shift, Task

@@ -10,7 +10,7 @@ from torch import nn
 from conservtl.batches import to_device
 from conservtl.data import Domains, Sequences
 from conservtl.engine import Training
-from conservtl.engine.selection import deciders
+from conservtl.engine.kept_weights import deciders
 from conservtl.errors import SourceError, SpecError, counted
 from conservtl.experiments.spec.spec import Spec
 from conservtl.plan.plan import Plan

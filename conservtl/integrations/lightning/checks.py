@@ -9,7 +9,7 @@ from typing import Any
 from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import SpecError
 from conservtl.extras import require
-from conservtl.runtime.plan_scheduler import PlanScheduler
+from conservtl.runtime.rates_over_time import PlanScheduler
 
 __all__ = ["PACKAGES", "check_callbacks", "check_schedulers"]
 

@@ -8,8 +8,7 @@ from conservtl.adaptation.adaptation import Adaptation
 from conservtl.errors import SpecError
 from conservtl.integrations.peft.lora import Pair
 from conservtl.methods import Strategy
-from conservtl.methods.l2_sp import L2SP, L2Penalty
-from conservtl.methods.merged_pull import MergedL2Penalty
+from conservtl.methods.l2_sp import L2SP, L2Penalty, MergedL2Penalty
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.plan import Plan
 from conservtl.plan.update import Update

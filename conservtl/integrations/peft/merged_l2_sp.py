@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from conservtl.bounds import NonNegative
 from conservtl.methods.base import Strategy, TestFields
-from conservtl.methods.merged_pull import Factors, MergedL2Penalty, with_merged_pull
+from conservtl.methods.l2_sp import Factors, MergedL2Penalty, with_merged_pull
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Anneal
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from conservtl.batches import map_tensors, replace_tensors, row_count, tensors_of
 from conservtl.errors import SpecError, counted
-from conservtl.plan.measure import Measure, MeasureContext
-from conservtl.runtime.channels import Channels
+from conservtl.plan.decision import Measure, MeasureContext
+from conservtl.runtime.layer_features import Channels
 
 __all__ = ["AttentionMeasure"]
 

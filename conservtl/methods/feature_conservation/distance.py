@@ -1,9 +1,9 @@
-"""Distances of features to the source's, as a term of the loss."""
+"""Distances of features to the source's, as a term of the loss; without copies kept for the backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,10 @@ from torch import Tensor
 from conservtl.bounds import NonNegative
 from conservtl.errors import SpecError, counted
 from conservtl.kernels.deviation import together
-from conservtl.methods.feature_conservation.squares import EPSILON, squared_distance, unit_distance
 from conservtl.padding.masked import comparable, masked_mean
 from conservtl.plan.term import Term, View, all_of
 
-__all__ = ["FeatureConservationTerm", "delta", "ldifs"]
+__all__ = ["EPSILON", "FeatureConservationTerm", "delta", "ldifs", "squared_distance", "unit_distance"]
 
 
 class FeatureConservationTerm(Term):
@@ -123,3 +122,74 @@ def _positions(features: Tensor, axis: int) -> int:
 def _unit(features: Tensor, axis: int) -> Tensor:
     # Added under the root, so that features that are all 0 have a finite gradient.
     return features / (features.square().sum(axis, keepdim=True) + EPSILON).sqrt()
+
+
+EPSILON = 1e-10  # added to the squared norm of a feature vector, as in LPIPS
+
+
+def squared_distance(features: Tensor, source: Tensor) -> Tensor:
+    """Return the sum of (features - source)², a scalar in single precision or more.
+
+    Differences are in that precision too, but are computed again in the backward pass instead of kept.
+
+    Args:
+        features: of any shape.
+        source: alike; no gradient reaches it.
+    """
+    total: Tensor = _SquaredDistance.apply(features, source.detach())  # type: ignore[no-untyped-call]
+    return total
+
+
+def unit_distance(features: Tensor, source: Tensor, axis: int) -> Tensor:
+    """Return the sum of squared differences of feature vectors scaled to length 1; arguments as above."""
+    total: Tensor = _UnitDistance.apply(features, source.detach(), axis)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SquaredDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(features, source)
+        return _difference(features, source).square_().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        features, source = ctx.saved_tensors
+        return _difference(features, source).mul_(2 * upstream).to(features.dtype), None
+
+
+class _UnitDistance(torch.autograd.Function):
+    """With a = 1 / |z| and u = a z - b t: |u|², whose gradient is 2 a (u - a z <a z, u>)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, source: Tensor, axis: int) -> Tensor:
+        ours, theirs = _inverse_length(features, axis), _inverse_length(source, axis)
+        ctx.save_for_backward(features, source, ours, theirs)
+        ctx.axis = axis
+        return _unit_difference(features, source, ours, theirs).square_().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        features, source, ours, theirs = ctx.saved_tensors
+        difference = _unit_difference(features, source, ours, theirs)
+        along = (difference * features).sum(ctx.axis, keepdim=True) * ours.square()
+        gradient = difference.sub_(features * along).mul_(2 * upstream * ours)
+        return gradient.to(features.dtype), None, None
+
+
+def _difference(features: Tensor, source: Tensor) -> Tensor:
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return features.to(wide, copy=True).sub_(source)
+
+
+def _unit_difference(features: Tensor, source: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    return (features * ours).sub_(source * theirs)
+
+
+def _inverse_length(features: Tensor, axis: int) -> Tensor:
+    """Return 1 / |z|, in single precision or more; under the root a number is added, so that z = 0 has a gradient."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    squares: Tensor = torch.linalg.vector_norm(features, dim=axis, keepdim=True, dtype=wide).square_()
+    return squares.add_(EPSILON).rsqrt_()

@@ -41,9 +41,9 @@ class FeatureConservation(Strategy):
     other positions than the inputs, they follow the strides of the convolutions and poolings before it.
 
     The axis of the channels, second in (N, C, ...) and last in (N, frames, C) or (N, H, W, C), is found from the sizes
-    that a layer's modules declare (``runtime.channels``). A layer that does not run in a step (layerdrop, stochastic
-    depth) is left out of that step's sum. If a layer runs more than once in a forward pass (Siamese and shared layers)
-    or returns several tensors, the mean of their distances is taken.
+    that a layer's modules declare (``runtime.layer_features``). A layer that does not run in a step (layerdrop,
+    stochastic depth) is left out of that step's sum. If a layer runs more than once in a forward pass (Siamese and
+    shared layers) or returns several tensors, the mean of their distances is taken.
 
     Attention is measured once, on the model at its start. A fresh head cannot yet tell which channels matter: leave
     ``attention`` off then.

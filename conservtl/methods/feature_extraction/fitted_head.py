@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -18,13 +20,12 @@ from conservtl.functions import Forward, labels_of, logits_of
 from conservtl.layers import unwrap
 from conservtl.layers.names import named_modules
 from conservtl.methods.feature_extraction.probe_head import ProbeHead
-from conservtl.methods.feature_extraction.row_store import RowStore
-from conservtl.plan.after import After, FinishContext
-from conservtl.runtime.channels import pooled
+from conservtl.plan.decision import After, FinishContext
+from conservtl.runtime.layer_features import pooled
 from conservtl.runtime.measuring import Placed
 from conservtl.runtime.preserve import eval_mode
 
-__all__ = ["Classifier", "FittedHead", "nearest_means"]
+__all__ = ["Classifier", "FittedHead", "RowStore", "nearest_means"]
 
 Classifier = Literal["svm", "logistic", "ncm"]
 
@@ -203,3 +204,42 @@ def _gathered(features: Any, labels: Any) -> tuple[Any, Any]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, (features, labels))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+_LIMIT = 2 << 30  # bytes
+
+
+class RowStore:
+    """A matrix that grows by rows.
+
+    Args:
+        limit: bytes to keep in memory. Above it all rows are written to an unnamed temporary file, which is deleted
+            with the matrix.
+    """
+
+    def __init__(self, limit: int = _LIMIT) -> None:
+        self._limit = limit
+        self._buffer: list[Any] = []
+        self._shape = (0, 0)
+        self._file: Any = None
+
+    def add(self, rows: Tensor) -> None:
+        """Append rows (n, D); half precision becomes single."""
+        wide = rows.detach() if rows.itemsize >= 4 else rows.detach().float()
+        self._buffer.append(np.ascontiguousarray(wide.cpu().numpy()))
+        self._shape = (self._shape[0] + len(wide), wide.shape[1])
+        self._dtype = self._buffer[-1].dtype
+        if self._dtype.itemsize * self._shape[0] * self._shape[1] > self._limit:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="conservtl-")  # noqa: SIM115 - closed with this object
+                weakref.finalize(self, self._file.close)
+            for block in self._buffer:
+                self._file.write(block.data)
+            self._buffer = []
+
+    def matrix(self) -> Any:
+        """Return all rows as a writable array."""
+        if self._file is None:
+            return np.concatenate(self._buffer)
+        self._file.flush()
+        return np.memmap(self._file, self._dtype, "r+", shape=self._shape)

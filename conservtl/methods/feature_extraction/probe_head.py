@@ -18,8 +18,7 @@ from conservtl.layers.copying import deep_copy
 from conservtl.layers.first_use import calls
 from conservtl.layers.names import named_modules
 from conservtl.plan.plan import Plan
-from conservtl.runtime.channels import Channels, channel_axis, pooled
-from conservtl.runtime.layer_outputs import tensor_of
+from conservtl.runtime.layer_features import Channels, channel_axis, pooled, tensor_of
 
 __all__ = ["ProbeHead", "ProbeTap", "add_probe_head", "refuse_tied", "remove_probe_head", "remove_taps"]
 

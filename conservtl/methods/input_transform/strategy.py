@@ -84,11 +84,6 @@ class InputTransform(Strategy):
             raise ValueError("dim=0 is the batch: give the axis of the features, 1 or -1 say")
         return self
 
-    @property
-    def extends(self) -> bool:
-        """True: a transform is added."""
-        return True
-
     def apply(self, plan: Plan) -> Plan:
         """Choose the parameters that are frozen."""
         if not any(row.added and row.layer == NAME for row in plan.rows):

@@ -13,8 +13,8 @@ from conservtl.layers.attention import outside_attention
 from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import glob_hint
-from conservtl.runtime.channels import output_size
 from conservtl.runtime.freezing import found_frozen, handed_in_frozen
+from conservtl.runtime.layer_features import output_size
 
 __all__ = ["channel_dim", "find_hidden_units", "is_recurrent", "unit_count"]
 

@@ -76,11 +76,6 @@ class LHUC(Strategy):
     freeze: bool = True
     """Whether everything is frozen except the amplitudes and other fresh parameters."""
 
-    @property
-    def extends(self) -> bool:
-        """True: amplitudes are added."""
-        return True
-
     def apply(self, plan: Plan) -> Plan:
         """Choose the parameters that are frozen."""
         own = [row.name for row in plan.rows if row.added and row.name.rpartition(".")[2] == PARAMETER]

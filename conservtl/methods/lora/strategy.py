@@ -15,8 +15,14 @@ from conservtl.layers.first_use import first_use
 from conservtl.layers.names import owner
 from conservtl.methods._rows import freeze_all_but, train_added
 from conservtl.methods.base import Order, Span, Strategy, TestFields
-from conservtl.methods.lora.factors import FACTORS, add_factors, has_factors, merge_factors, remove_factors
-from conservtl.methods.lora.targets import find_targets
+from conservtl.methods.lora.factors import (
+    FACTORS,
+    add_factors,
+    find_targets,
+    has_factors,
+    merge_factors,
+    remove_factors,
+)
 from conservtl.plan.plan import Plan
 
 __all__ = ["LoRA"]
@@ -78,11 +84,6 @@ class LoRA(Strategy):
     """Globs of the layers or modules whose weights are changed. None: all linear maps and convolutions outside the
     head that have no fewer inputs and outputs than the rank and whose weight was not frozen when the model was handed
     in; with an ``example``, those that the model calls."""
-
-    @property
-    def extends(self) -> bool:
-        """True: factors are added."""
-        return True
 
     def apply(self, plan: Plan) -> Plan:
         """Freeze everything but the factors and other fresh parameters.

@@ -16,7 +16,7 @@ from conservtl.layers import Layer, canonical, layer_of, named_parameters
 from conservtl.layers.extended import ExtendedModule, extend_module, restore_module
 from conservtl.layers.plain import plain_module
 from conservtl.padding import names_padding
-from conservtl.plan.extension import Extension
+from conservtl.plan.decision import Extension
 from conservtl.runtime.freezing import keeps_batch_statistics
 from conservtl.runtime.padding_watch import PaddingWatch
 

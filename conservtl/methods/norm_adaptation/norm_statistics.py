@@ -15,7 +15,7 @@ from conservtl.bounds import NonNegativeInt
 from conservtl.compat import InstanceNormBase
 from conservtl.errors import DataError, SpecError, counted
 from conservtl.layers import canonical, unwrap
-from conservtl.plan.measure import Measure, MeasureContext
+from conservtl.plan.decision import Measure, MeasureContext
 from conservtl.runtime.freezing import tracks_statistics
 from conservtl.runtime.model_hooks import ForwardEnded, hooked
 from conservtl.runtime.padding_watch import PaddingWatch

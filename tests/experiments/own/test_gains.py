@@ -191,6 +191,6 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 def test_sharded_parameters_are_refused(monkeypatch):
-    monkeypatch.setattr("conservtl.adaptation._export.sharded", lambda _: True)
+    monkeypatch.setattr("conservtl.adaptation._finishing.sharded", lambda _: True)
     with pytest.raises(ctl.SpecError, match=r"'0\.weight' is sharded over processes"):
         ctl.evaluate(trained(steps=0)[0], {"target": TARGET})

@@ -17,7 +17,7 @@ from conservtl.experiments.run.runner import run
 from conservtl.experiments.run.setting import prepare
 from conservtl.experiments.run.source_training import obtain_source
 from conservtl.experiments.spec.spec import parse_spec
-from conservtl.runtime.source_head import SourceHead
+from conservtl.runtime.source_model import SourceHead
 from conservtl.storage.tensor_files import save_tensors
 from conservtl.testing.weights import random_weights
 

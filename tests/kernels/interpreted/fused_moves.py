@@ -13,10 +13,10 @@ from torch import nn
 from conservtl.kernels import backend
 from conservtl.kernels.fused import row_blocks
 from conservtl.kernels.philox import identity, words
-from conservtl.methods._proximal import Proximal
+from conservtl.methods._pulls import Proximal
 from conservtl.methods.auto_rgn import AutoRGNUpdate
 from conservtl.methods.mixout import MixoutUpdate
-from conservtl.methods.projection.strategy import ProjectionUpdate
+from conservtl.methods.projection import ProjectionUpdate
 from conservtl.methods.selective_decay import SelectiveDecayUpdate
 from conservtl.plan.update import Moving, Prepared, Step
 

@@ -1,12 +1,12 @@
-"""The source model's weights in the half precision in which a run computes with them anyway."""
+"""How a run stores weights: their memory format, and the source's in half precision; as found afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conservtl.engine.training import Training
 from conservtl.layers import canonical
@@ -14,7 +14,44 @@ from conservtl.layers.names import holder_counts
 from conservtl.plan.plan import Plan
 from conservtl.runtime.source_model import SourceModelRunner
 
-__all__ = ["source_in", "unused_half"]
+__all__ = ["channels_last", "follow_layout", "source_in", "unused_half"]
+
+
+@contextmanager
+def channels_last(models: Iterable[nn.Module], *, active: bool = True) -> Iterator[None]:
+    """Hold the weights of models in the layout (N, H, W, C) inside the block, if ``active``.
+
+    Names, shapes and values stay; strides are restored at the end, because files and other programs expect them.
+    """
+    models = list(models) if active else []
+    before = [{name: tensor.stride() for name, tensor in _images(model)} for model in models]
+    try:
+        for model in models:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        yield
+    finally:
+        for model, strides in zip(models, before, strict=True):
+            for name, tensor in _images(model):
+                if name in strides and tensor.stride() != strides[name]:
+                    tensor.data = _strided(tensor.detach(), strides[name])
+
+
+def follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out an optimizer's state as its parameters are: fused steps take both as flat memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = _strided(value, parameter.stride())
+
+
+def _images(model: nn.Module) -> list[tuple[str, Tensor]]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in tensors if tensor.ndim == 4]
+
+
+def _strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
 
 _CASTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

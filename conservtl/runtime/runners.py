@@ -1,9 +1,9 @@
-"""The plan's penalties in a step: annealed, signed, and added to the gradients or steps of their own."""
+"""The plan's penalties and updates in a step: annealed, signed, in order, with the state that updates keep."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,19 @@ from conservtl.kernels.deviation import together
 from conservtl.kernels.dtensor import local, over_parts, sharded, whole
 from conservtl.kernels.gradient import as_handed
 from conservtl.plan.penalty import Penalty
-from conservtl.plan.update import Moving, NamingFresh
+from conservtl.plan.update import Moving, NamingFresh, Step, Update
 from conservtl.runtime.parameter_index import ParameterIndex, penalised
-from conservtl.runtime.step_context import StepContext
 
-__all__ = ["PenaltyRunner", "total_penalty"]
+if TYPE_CHECKING:
+    from conservtl.runtime.bound_plan import BoundPlan
+
+__all__ = ["PenaltyRunner", "UpdateRunner", "total_penalty"]
 
 
 class PenaltyRunner:
     """The plan's penalties on the parameters of one optimizer; called without gradients."""
 
-    def __init__(self, index: ParameterIndex, context: StepContext) -> None:
+    def __init__(self, index: ParameterIndex, context: BoundPlan) -> None:
         self._index, self._context = index, context
 
     def add_gradients(self, scale: Tensor | None, *, maximize: bool) -> None:
@@ -49,7 +51,7 @@ class PenaltyRunner:
         return _factor(penalty, self._context) if due else 0.0
 
 
-def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+def total_penalty(context: BoundPlan, parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """Return the sum of the penalties' values on what is trained now, a scalar with gradient.
 
     The context is told when its gradient is added to those of the parameters. If parameters are sharded, all processes
@@ -71,7 +73,7 @@ def total_penalty(context: StepContext, parameters: Mapping[str, nn.Parameter]) 
     return total
 
 
-def _note(context: StepContext, parameter: Tensor, gradient: Tensor) -> None:
+def _note(context: BoundPlan, parameter: Tensor, gradient: Tensor) -> None:
     """Note that a penalty's gradient is added to that of a parameter, and not only returned by ``autograd.grad``."""
     context.penalty_in_gradients |= bool(gradient) and accumulates(parameter)
 
@@ -98,6 +100,56 @@ def _value_of(penalty: Penalty, moving: Sequence[Moving]) -> Tensor:
         return penalty.value(moving)
 
 
-def _factor(penalty: Penalty, context: StepContext) -> float:
+def _factor(penalty: Penalty, context: BoundPlan) -> float:
     """Return the annealing's factor at this step."""
     return 1.0 if penalty.anneal is None else penalty.anneal.factor(context.updates.number)
+
+
+Lookup = Callable[[Update], list[Moving]]
+"""From an update to its parameters that are trained now."""
+
+
+class UpdateRunner:
+    """Runs updates and counts steps."""
+
+    def __init__(self, updates: tuple[Update, ...]) -> None:
+        self.updates = tuple(sorted(updates, key=lambda update: (type(update).precedence, update.name)))
+        self.number = 0
+        self.state: dict[str, dict[str, Tensor]] = {update.name: {} for update in updates}
+
+    @property
+    def listens(self) -> bool:
+        """Whether an update acts before each forward pass."""
+        return any(update.forward for update in self.updates)
+
+    def act(
+        self,
+        moment: Literal["gradients", "before", "after"],
+        moving: Lookup,
+        skip: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Call the method ``moment`` of all updates, without gradients."""
+        for update in reversed(self.updates) if moment == "after" else self.updates:
+            if getattr(type(update), moment) is not getattr(Update, moment):
+                step = Step(moving(update), self.number, skip, scale)
+                with NamingFresh(update, step.moving):
+                    getattr(update, moment)(step, self.state[update.name])
+
+    @torch.no_grad()
+    def prepare(self, moving: Lookup, *, training: bool) -> None:
+        """Let updates act before a forward pass."""
+        for update in self.updates:
+            if update.forward:
+                step = Step(moving(update), self.number)
+                with NamingFresh(update, step.moving):
+                    update.prepare(step, self.state[update.name], training)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps done and the state of each update."""
+        return {"number": self.number, "state": {name: dict(state) for name, state in self.state.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state that ``state_dict`` returned."""
+        self.number = int(state["number"])
+        self.state = {update.name: dict(state["state"].get(update.name, {})) for update in self.updates}

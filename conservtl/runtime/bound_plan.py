@@ -11,31 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from conservtl.adaptation.origin import Origin
-from conservtl.adaptation.preset import optimizer_of
 from conservtl.compat import forget_graphs, guard_hooks
-from conservtl.errors import PlanError, SpecError
+from conservtl.errors import SpecError
 from conservtl.functions import Forward
 from conservtl.labels import call_with
 from conservtl.layers import Layer, named_parameters, unwrap
-from conservtl.methods import apply_all
-from conservtl.plan.measure import Measure
+from conservtl.plan.decision import Measure, Search, apply_extensions
 from conservtl.plan.plan import Plan
 from conservtl.plan.row import Row
-from conservtl.plan.search import Search
 from conservtl.plan.term import View
 from conservtl.runtime.anchors import Anchors
-from conservtl.runtime.endings import Endings, ExportHook, SaveHook
-from conservtl.runtime.extending import apply_extensions
-from conservtl.runtime.foreign_steps import ForeignSteps, recognise
 from conservtl.runtime.freezing import freeze, hold_statistics, holds, let_train, norms_with_rows
 from conservtl.runtime.measuring import check_importance
 from conservtl.runtime.model_check import ModelRecord, check_members, checked_parameters
 from conservtl.runtime.model_hooks import ForwardHook, StateDictHook, remove_hooks
+from conservtl.runtime.omissions import Endings, ExportHook, ForeignSteps, SaveHook, recognise
 from conservtl.runtime.param_groups import build_optimizer
+from conservtl.runtime.runners import UpdateRunner
 from conservtl.runtime.step_hook import StepHook
 from conservtl.runtime.term_runner import TermRunner
-from conservtl.runtime.update_runner import UpdateRunner
+from conservtl.source.shared import SharedModel
 
 __all__ = ["BoundPlan"]
 
@@ -43,23 +38,45 @@ __all__ = ["BoundPlan"]
 class BoundPlan:
     """A plan bound to a model's tensors: phases, freezing, anchors, terms, updates and the optimizer's step hook.
 
-    Args, and what a copy is: as for ``Adaptation``.
+    A copy is as for ``Adaptation``.
+
+    Args:
+        model: already at its starting point.
+        plan: the decisions.
+        layers: the model's layers.
+        source_model: computes the source's function, if a term needs it.
+        heads: names of the head's modules if the target has labels of its own.
+        norms_in_eval: whether batch norms keep their statistics in loops other than ``fit``.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, layers: tuple[Layer, ...], origin: Origin) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        layers: tuple[Layer, ...],
+        source_model: nn.Module | SharedModel | None,
+        heads: tuple[str, ...],
+        *,
+        norms_in_eval: bool,
+    ) -> None:
         self.model = model
         self.layers = layers
-        self.origin = origin
+        self._source_model, self._heads = source_model, heads
         self.measured: dict[str, dict[str, Tensor]] = {}
+        """Measurements: name -> their tensors on the CPU."""
         self.anchors = Anchors(model)
         self._handed_in = ModelRecord(model)
         self._optimized = self._handed_in
         self.hook: StepHook | None = None
         self.endings = Endings()
-        self._norms_in_eval = origin.training is not None and origin.training.batch_norm == "eval"
+        self._norms_in_eval = norms_in_eval
         self.penalty_in_gradients = False
+        """Whether the gradients hold that of ``penalty()`` already."""
         self._revision = 0
         self._handles: list[RemovableHandle] = []
+        self.phase = 0
+        self.frozen: frozenset[str] = frozenset()
+        """Parameters that the current phase does not train."""
         self._bind(plan)
         self._watch()
 
@@ -74,18 +91,14 @@ class BoundPlan:
         self.anchors.keep(self.model, plan)
         self.plan = plan
         let_train(self.model, [row.name for row in plan.rows if row.found == "frozen" and not row.frozen])
-        self.terms = TermRunner(plan, self.model, self.modules(), self.origin.source_model, self.origin.heads)
+        self.terms = TermRunner(plan, self.model, self.modules(), self._source_model, self._heads)
         self.updates = UpdateRunner(plan.updates)
         self.endings.bind(plan)
         self.register_hooks()
         self.start_phase(0)
 
-    def replan(self, **facts: str) -> None:
-        """Draw up the plan again with new facts, before an optimizer is made."""
-        drawn = self.origin.drawn.with_facts({**self.plan.facts, **facts}).with_notes(self.plan.notes)
-        plan = apply_all(drawn, self.origin.strategies, self.origin.extensions)
-        if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
-            raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
+    def bind_again(self, plan: Plan) -> None:
+        """Take another plan of the same origins, before an optimizer is made."""
         self.terms.detach()
         self._bind(plan)
 
@@ -105,11 +118,9 @@ class BoundPlan:
             raise SpecError(f"{first.by} needs a {kind} first ({first.describe()}). {first.remedy}")
 
     def make_optimizer(
-        self, cls: Callable[..., torch.optim.Optimizer] | None, options: dict[str, Any], *, pull: bool
+        self, cls: Callable[..., torch.optim.Optimizer], options: dict[str, Any], *, pull: bool
     ) -> torch.optim.Optimizer:
         """Return an optimizer with the plan's groups, and hook the pull and the updates into its step."""
-        if cls is None:
-            cls, options = optimizer_of(self.origin.training, options)
         parameters = self.parameters()
         self._handed_in.check_copied(self.plan, self.model, self.anchors.parameters)
         self.check_measured()
@@ -128,7 +139,7 @@ class BoundPlan:
         """Take modules that replaced others since adapt, with their parameters, for those of the plan."""
         theirs = {row.name for row in self.plan.rows if row.as_found}
         moved = self._handed_in.moved(self.model)
-        let_train(self.model, [name for name in moved if name in self._frozen and name not in theirs])
+        let_train(self.model, [name for name in moved if name in self.frozen and name not in theirs])
         self.terms.follow(self.model)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -139,7 +150,7 @@ class BoundPlan:
         """Raise if the model has changed since the optimizer was made; called at its first step."""
         check_members(members, self.parameters())
         self.terms.check_taps(self.model)
-        held = any(holds(rows, self._frozen) for rows in self._norms().values())
+        held = any(holds(rows, self.frozen) for rows in self._norms().values())
         does = [*(["statistics held"] if held else []), *(extension.by for extension in self.plan.extensions)]
         self._optimized.check_norms(self.model, does)
 
@@ -148,15 +159,6 @@ class BoundPlan:
         """A number that grows whenever the plan, the phase, the anchors or a measurement changes."""
         return self._revision + self.anchors.revision
 
-    def check_terms(self) -> None:
-        """Raise if the gradients lack the plan's terms."""
-        self.terms.check_added()
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Parameters that the current phase does not train."""
-        return self._frozen
-
     def start_phase(self, phase: int) -> None:
         """Begin a phase: freeze what it freezes, train the rest, scale the optimizer's rates."""
         phases = self.plan.phases
@@ -164,7 +166,7 @@ class BoundPlan:
             raise SpecError(f"phase must be one of 0 to {len(phases) - 1}; received {phase!r}.")
         self.restore_weights()
         self.phase = phase
-        self._frozen = self.plan.frozen_in(phase)
+        self.frozen = self.plan.frozen_in(phase)
         self._revision += 1
         self.keep_frozen()
         self.endings.started(phase)
@@ -175,10 +177,10 @@ class BoundPlan:
         """Freeze again what the current phase freezes, after other code has changed it."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         keep = self.plan.trained if distributed and torch.distributed.get_world_size() > 1 else ()
-        if freeze(self.model, self._frozen, keep):
+        if freeze(self.model, self.frozen, keep):
             forget_graphs()  # those made before give no gradient to what is trained from now on
         model, norms = unwrap(self.model), self._norms()
-        held = [norm for norm, rows in norms.items() if self._norms_in_eval or holds(rows, self._frozen)]
+        held = [norm for norm, rows in norms.items() if self._norms_in_eval or holds(rows, self.frozen)]
         hold_statistics(norms, held, model.training)
         apply_extensions(model, self.plan.extensions, self.layers)  # again: norms may have been converted since
 
@@ -212,8 +214,7 @@ class BoundPlan:
 
     def restore_weights(self) -> None:
         """Restore plain weights if an update (Mixout) replaced them for a forward pass."""
-        if self.hook is not None:
-            self.hook.prepare(training=False)
+        self.before_forward(training=False)
 
     def modules(self) -> dict[str, str]:
         """Layer -> name of the module whose output is the layer's: the last of its modules."""

@@ -1,5 +1,0 @@
-"""``Projection``."""
-
-from conservtl.methods.projection.strategy import Projection
-
-__all__ = ["Projection"]
