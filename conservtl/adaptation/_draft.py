@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from conservtl.errors import SelectorError
+from conservtl.errors import SelectorError, SpecError
 from conservtl.layers import Layer, matches, named_parameters, select, unwrap
 from conservtl.layers.names import owner
 from conservtl.plan.plan import Plan
@@ -109,7 +109,14 @@ def declared_fresh(layers: Sequence[Layer], fresh: str | Sequence[str] | Mapping
     inside = {layer.name: [info.name for info in layer.parameters] for layer in layers}
     named = {name for names in inside.values() for name in names}
     if "head" in reasons and "head" not in inside and not any(matches("head", name) for name in named):
-        inside["head"] = list(Plan.draw(layers, {}, {}).head)
+        drawn = Plan.draw(layers, {}, {})
+        inside["head"] = list(drawn.head)
+        if tied := drawn.tied_head:
+            other = drawn.names_outside_head(tied[0])[0]
+            raise SpecError(
+                f"fresh: the head's weight is one tensor with {other!r}, so 'head' would start both anew. Untie them "
+                f"(tie_word_embeddings=False), or say fresh={[other]} if both are to be."
+            )
     globs = [glob for glob in reasons if glob not in inside]
     aliases = {info.name: info.aliases for layer in layers for info in layer.parameters}
     try:

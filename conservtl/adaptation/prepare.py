@@ -75,7 +75,7 @@ def adapt(
         layers: globs of parameter names, input side first, that define the layers.
         fresh: globs, or one glob, of parameters or layers not to copy although they fit, such as a head for other
             labels; or a mapping glob -> reason, which the plan shows. ``"head"`` means the head, unless a layer or
-            parameter is called so.
+            parameter is called so; one that is tied to an embedding is refused.
         allow: globs of modules that the model may lack, or build differently, if the source is a model; and of
             parameters that the source may lack, if it has almost none of the model's.
         head: globs of the parameters or modules that are the head. None: the model is asked

@@ -110,4 +110,12 @@ class LayerTransfer(Strategy):
                 f"{self.label}: layers={count} asks for more than the model has ({len(layers)}: "
                 f"{', '.join(layers)}). Ask for at most {len(layers)}."
             )
-        return frozenset(layers[:count] if self.side == "input" else layers[-count:])
+        chosen = frozenset(layers[:count] if self.side == "input" else layers[-count:])
+        tied = next((name for name in plan.tied_head if plan[name].layer not in chosen), None)
+        if self.side == "output" and tied is not None:
+            raise SpecError(
+                f"{self.label}: the layers of the output side include the head, and its weight is one tensor with "
+                f"{plan.names_outside_head(tied)[0]!r}, in layer {plan[tied].layer!r} at the input side. Name layers: "
+                f"layers={[plan[tied].layer, *layers[-count:]]}, or without {plan[tied].layer!r}."
+            )
+        return chosen

@@ -17,7 +17,8 @@ class LPFT(Strategy):
 
     A head that starts at random sends large gradients into the body and distorts good features; a fitted head does
     not. The head is all fresh parameters, or the classifier if there are none. Parameters that another strategy
-    freezes throughout stay frozen.
+    freezes throughout stay frozen. A head that shares its weight with an embedding is no
+    probe of fixed features: the first phase trains both.
 
     Measured: docs/methods.md.
 

@@ -132,14 +132,23 @@ class PlanFields(FrozenModel):
     @property
     def possible_head(self) -> frozenset[str]:
         """Parameters of all modules that may be the head."""
-        modules = set(self.head_candidates if not self.heads and self.head_candidates else self.head_modules)
+        modules = self._possible_modules
         return frozenset(row.name for row in self.rows if modules & set(_owners(row)))
 
     @property
     def tied_head(self) -> tuple[str, ...]:
-        """Parameters of the head that a module outside it holds too: an embedding, of a language model."""
-        modules = set(self.head_modules)
-        return tuple(name for name in self.head if set(_owners(self[name])) - modules)
+        """Parameters of modules that may be the head that another holds too: an embedding, of a language model."""
+        modules = self._possible_modules
+        return tuple(row.name for row in self.rows if modules & set(_owners(row)) and set(_owners(row)) - modules)
+
+    def names_outside_head(self, name: str) -> tuple[str, ...]:
+        """Return the names of a tied parameter in modules that cannot be the head."""
+        names = (name, *self[name].aliases)
+        return tuple(one for one in names if owner(one) not in self._possible_modules)
+
+    @property
+    def _possible_modules(self) -> set[str]:
+        return set(self.head_candidates if not self.heads and self.head_candidates else self.head_modules)
 
     def __getitem__(self, name: str) -> Row:
         """Return the row of a parameter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from conservtl.errors import counted
+from conservtl.errors import agreeing, counted
 from conservtl.fragments import fragment, html_table
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def summary(plan: Plan) -> list[str]:
     ]
     text += [f"rows copied by label  {said}" for said in rows_by_label(plan).values()]
     text += [f"fresh  {layer}: {'; '.join(reasons)}" for layer, rows in plan.by_layer() if (reasons := _reasons(rows))]
+    text += [f"tied  {said}" for said in _tied(plan)]
     text += [f"frozen as found  {_as_found(plan)}"] if any(row.as_found for row in plan.rows) else []
     text += [f"data  {note[6:]}" if note.startswith("data: ") else f"source  {note}" for note in plan.notes]
     if len(plan.phases) > 1:
@@ -160,6 +161,19 @@ def _as_found(plan: Plan) -> str:
     layers = list(dict.fromkeys(row.layer for row in rows))
     where = named(layers, 3)
     return f"{counted(sum(row.size for row in rows), 'parameter')} in {where}: no gradient was asked for when handed in"
+
+
+def _tied(plan: Plan) -> list[str]:
+    """Return which tensors have several names, those of the head first; a line for each of the first three."""
+    heads = set(plan.tied_head) if any(row.aliases for row in plan.rows) else set()
+    rows = sorted((row for row in plan.rows if row.aliases), key=lambda row: row.name not in heads)
+    said = []
+    for row in rows[:3]:
+        also = " (the head)" if row.name in heads else ""
+        names = " and ".join(row.aliases)
+        said.append(f"{row.name} is {names}{also}: one tensor, with the rate, the pull and the phases of {row.layer}")
+    more = len(rows) - len(said)
+    return said + ([f"{counted(more, 'more tensor')} {agreeing(more, 'has')} several names"] if more else [])
 
 
 def _rate(row: Row) -> str:
