@@ -149,11 +149,7 @@ class LoopMethods(AdaptationBase):
                     f"{by} compares with the source model on the same inputs: pass loss(loss, outputs, inputs)."
                 )
             source = self.bound.source_view(inputs, outputs=outputs)
-        total = terms.objective(loss, outputs, source, self.measured, inputs if batch is None else batch, share)
-        if terms.found is not None:
-            self.bound.plan = self.plan.with_notes((*self.plan.notes, terms.found))
-            terms.found = None
-        return total
+        return self.bound.objective(loss, outputs, source, inputs if batch is None else batch, share)
 
     def source_view(self, inputs: Any, forward: Forward | None = None) -> View | None:
         """Return the source model's outputs and tapped features for a batch; None unless a term needs them.

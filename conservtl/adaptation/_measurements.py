@@ -109,7 +109,7 @@ class MeasurementMethods(AdaptationBase):
             PlanError: the new plan copies other layers than were copied.
         """
         drawn = self.origin.drawn.with_facts({**self.plan.facts, **facts}).with_notes(self.plan.notes)
-        plan = apply_all(drawn, self.origin.strategies, self.origin.extensions)
+        plan = apply_all(drawn, self.origin.strategies, self.origin.extensions).with_proxies(self.plan.proxies)
         if [row.origin for row in plan.rows] != [row.origin for row in self.plan.rows]:
             raise PlanError(f"the facts {facts} change which layers are copied, but they are copied already.")
         self.bound.bind_again(plan)

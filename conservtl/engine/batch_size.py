@@ -116,7 +116,8 @@ def _fits(session: Session, functions: Functions, make: Callable[[], Any], *, re
     """Return whether forward and backward pass of a batch fit into memory; everything is restored."""
     model, cuda = session.adaptation.model, session.device.type == "cuda"
     failed = False
-    with preserve_modes(model), preserve_buffers(model), preserve_rng():
+    generators = [] if session.proxies is None else [session.proxies.generator]
+    with preserve_modes(model), preserve_buffers(model), preserve_rng(generators):
         session.train()
         try:
             _try(session, functions, make, reserve=reserve)
@@ -138,8 +139,10 @@ def _try(session: Session, functions: Functions, make: Callable[[], Any], *, res
         torch.cuda.reset_peak_memory_stats(session.device)
     trained = [one for one in session.adaptation.model.parameters() if one.requires_grad]
     state = [torch.empty_like(one) for one in trained for _ in range(2)] if reserve else []
+    content = make()
+    others = None if session.proxies is None else session.proxies(content)
     with session.autocast():
-        loss = session.loss(functions, make())
+        loss = session.loss(functions, content, others=others)
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     if reserve and session.device.type == "cuda":

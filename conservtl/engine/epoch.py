@@ -65,7 +65,9 @@ class Learner:
             self.augmenting = torch.Generator(session.device)
             self.augmenting.manual_seed(int(torch.randint(2**62, ())) + session.processes.rank)
             self.generators.append(self.augmenting)
-        caches = caches and self.settings.hold != "never"
+        if session.proxies is not None:
+            self.generators.append(session.proxies.generator)
+        caches = caches and session.proxies is None and self.settings.hold != "never"
         self._caches = caches and augment is None and not session.processes.many
         self._prefix: FrozenPrefixCache | None = None
         self._source: SourceOutputCache | None = None
@@ -218,9 +220,11 @@ class Learner:
         failed = None
         try:
             content = batch.content
+            others = None if self.session.proxies is None else self.session.proxies(content)
             if self.augment is not None and self.augmenting is not None:
                 content = self.augment(content, self.augmenting)
-            loss = self._loss(batch, content, checked(self.functions, self.batches) if first else self.functions)
+            functions = checked(self.functions, self.batches) if first else self.functions
+            loss = self._loss(batch, content, functions, others)
             self.losses.add(loss, batch, self.state.batch + number, self.state.step + 1, content)
             if first:
                 self.losses.look()
@@ -235,12 +239,12 @@ class Learner:
         if failed is not None:  # outside the handler, which keeps the step's tensors
             raise out_of_memory(self.session, self.functions, batch.content, failed)
 
-    def _loss(self, batch: Batch, content: Any, functions: Functions) -> Tensor:
+    def _loss(self, batch: Batch, content: Any, functions: Functions, others: Any) -> Tensor:
         source = self._source.of(batch) if self._source is not None else None
         share = None if batch.together is None else batch.share
         terms = 1.0 if batch.of_step is None else self._factors(batch.of_step)[1]
         if self._prefix is None:
-            return self.session.loss(functions, content, source, share, terms)
+            return self.session.loss(functions, content, source, share, terms, others)
         with self._prefix.serving(batch.index):
             return self.session.loss(functions, content, source, share, terms)
 

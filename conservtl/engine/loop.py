@@ -34,6 +34,7 @@ from conservtl.engine.preparation import (
     with_sizes,
 )
 from conservtl.engine.progress import Progress, ShowMetric, Tracker, show_plainly, tracking
+from conservtl.engine.proxies import Proxies, check_proxies
 from conservtl.engine.randomness import seed_all
 from conservtl.engine.resizing import resized
 from conservtl.engine.running import Tell, evaluate_sets, load_selected, run_epochs
@@ -64,6 +65,7 @@ def fit(
     path: Mapping[str, Any] | None = None,
     source: Any = None,
     augment: Augment | None = None,
+    proxies: Augment | None = None,
     optimizer: Any = None,
     keep_frozen_outputs: bool = True,
     out: str | Path | None = None,
@@ -102,11 +104,15 @@ def fit(
         path: the same, evaluated after training at 11 points between the starting point and the trained weights.
         source: source data, for measurements on it such as a Fisher. Data as for ``train``.
         augment: (batch, generator) -> batch, drawn anew for each batch from that generator alone.
+        proxies: (batch, generator) -> batch of inputs unlike the examples, such as other voices, perhaps of other
+            lengths. Strategies that compare the model with the source compare on these in the place of the batch, so
+            that the source's behaviour is kept there while the task's loss learns the examples. Made of each batch
+            before ``augment``; costs a second forward and backward pass, from which norms learn no statistics.
         optimizer: an optimizer class, such as ``torch.optim.RMSprop``, or a ``functools.partial`` of one with its other
             arguments, in the place of ``training.optimizer``; ``training.lr`` is its rate.
         keep_frozen_outputs: whether to compute a frozen input side, and the source model's outputs that a strategy
-            compares with, only once, if that changes nothing but rounding: on held data, without ``augment``, without
-            random layers in the input side.
+            compares with, only once, if that changes nothing but rounding: on held data, without ``augment`` or
+            ``proxies``, without random layers in the input side.
         out: folder for ``history.jsonl`` and ``checkpoint.pt``.
         resume: whether to continue from the checkpoint in ``out``; on a CPU bit for bit as if never interrupted.
         seed: seed of torch, NumPy and Python; None leaves the generators as they are.
@@ -144,6 +150,8 @@ def fit(
     settings = training or adaptation.training or Training()
     sets_given = {"valid": valid, "watch": watch, "path": path}
     check_arguments(adaptation, settings, sets_given, seed=seed, out=out, accelerator=accelerator)
+    check_proxies(proxies)
+    adaptation.bound.plan = adaptation.plan.with_proxies(proxies is not None)
     made = choose_optimizer(settings, optimizer, recommended=training is None)
     functions = Functions(forward, loss, metrics)
     check_trained(functions.loss, adaptation.model.parameters())
@@ -157,6 +165,8 @@ def fit(
         open_session(adaptation, settings, accelerator, made) as session,
         tracking(session, (settings.log or None) if log is None else log, folder, accelerator) as track,
     ):
+        if proxies is not None:
+            session.proxies = Proxies(proxies, session.device, session.processes)
         main = session.processes.main
         store = Checkpoints(folder, main)
         saved = store.load() if resume else None
@@ -176,7 +186,7 @@ def fit(
         make_measurements(session, functions, measured, source)
         if adaptation.plan.searches:
             again = train if settings.batch_size == "auto" and isinstance(batches, Streamed) else batches
-            trial = trial_of(again, sets.valid, functions, augment, accelerator, optimizer)
+            trial = trial_of(again, sets.valid, functions, augment, accelerator, optimizer, proxies)
             run_searches(adaptation, sets.valid, settings, batches.generators, trial)
             make_measurements(session, functions, measured, source)  # those that the choice needs
         if not adaptation.plan.trained:
@@ -231,6 +241,7 @@ def trial_of(
     augment: Augment | None,
     accelerator: Any,
     optimizer: Any = None,
+    proxies: Augment | None = None,
 ) -> Trial:
     """Return a function that trains an adaptation and returns its best validation score; arguments as for ``fit``."""
 
@@ -244,6 +255,7 @@ def trial_of(
             loss=functions.loss,
             metrics=functions.metrics,
             augment=augment,
+            proxies=proxies,
             accelerator=accelerator,
             optimizer=optimizer,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from conservtl.engine.holding import Holding
 from conservtl.engine.kept_weights import WeightAverage
 from conservtl.engine.optimizer import Made
 from conservtl.engine.processes import ALONE, current
+from conservtl.engine.proxies import Proxies
 from conservtl.engine.recomputation import Recomputation
 from conservtl.engine.tracing import GRAPHS, compiled
 from conservtl.engine.training import Training
@@ -24,7 +26,9 @@ from conservtl.layers import unwrap
 from conservtl.losses import counted
 from conservtl.plan.term import View
 from conservtl.runtime.freezing import tracks_statistics
+from conservtl.runtime.preserve import preserve_statistics
 from conservtl.runtime.taps import ChangedOutputError
+from conservtl.runtime.term_runner import OtherPass
 
 __all__ = ["Session"]
 
@@ -40,6 +44,8 @@ class Session:
     """The same, not compiled, for evaluations."""
     raw: torch.optim.Optimizer
     average: WeightAverage | None = None
+    proxies: Proxies | None = None
+    """Makes the inputs on which terms compare the model with the source; None: they compare on the batches."""
 
     def __init__(self, adaptation: Adaptation, training: Training, accelerator: Any, made: Made | None = None) -> None:
         self.adaptation, self.training, self.accelerator = adaptation, training, accelerator
@@ -151,6 +157,7 @@ class Session:
         source: View | None = None,
         share: float | None = None,
         terms: float | Tensor = 1.0,
+        others: Any = None,
     ) -> Tensor:
         """Return the loss of a batch with the plan's terms.
 
@@ -161,21 +168,35 @@ class Session:
             share: factor that makes the mean over processes that over all examples of their batches; None: the loss
                 as it is. A loss that is a mean over positions is weighed by these instead.
             terms: factor on the plan's terms in a loss that is not shared.
+            others: a batch of other inputs, on which terms compare with the source; None: on the batch itself.
         """
         outputs, loss = self._pass(functions, content)
-        if source is None and self.adaptation.bound.terms.needs_source:
+        if source is None and others is None and self.adaptation.bound.terms.needs_source:
             source = self.source_view(functions, content)
         factor: float | Tensor | None = None
         if share is not None and self.processes.many:
             factor, terms = self._factors(counted(functions.loss, outputs, content), share)
-        try:
-            whole = self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
-        except ChangedOutputError:
-            if self.sharded or getattr(self.eager, "broadcast_buffers", False):  # processes make their passes together
-                raise
-            outputs, loss = self._pass(functions, content)  # what was written into is copied now
-            whole = self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
-        return whole if factor is None else factor * whole
+        repeats = 1 if others is None else 2  # of the batch's pass and of the others'
+        while True:
+            try:
+                if others is None:
+                    whole = self.adaptation.loss(loss, outputs, source=source, batch=content, share=terms)
+                else:
+                    elsewhere = partial(self._other_pass, functions, others)
+                    whole = self.adaptation.bound.objective(loss, outputs, None, content, terms, elsewhere)
+                return whole if factor is None else factor * whole
+            except ChangedOutputError:
+                together = self.sharded or getattr(self.eager, "broadcast_buffers", False)
+                if together or not repeats:  # processes make their passes together
+                    raise
+                repeats -= 1
+                outputs, loss = self._pass(functions, content)  # what was written into is copied now
+
+    def _other_pass(self, functions: Functions, others: Any) -> OtherPass:
+        """Make a forward pass on other inputs, from which norms learn no statistics."""
+        with preserve_statistics(unwrap(self.model)), self.recomputation:
+            outputs = functions.forward(self.model, others)
+        return outputs, self.source_view(functions, others), others
 
     def _pass(self, functions: Functions, content: Any) -> tuple[Any, Tensor]:
         """Return the outputs of a forward pass and their loss."""

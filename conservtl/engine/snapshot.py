@@ -88,6 +88,7 @@ def snapshot(
         "optimizer": session.raw.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "average": session.average.state_dict() if session.average is not None else None,
+        "proxies": session.proxies is not None,
         "generators": dict(generators),
         "processes": [dict(states) for states in gathered],
         "world": session.processes.world,
@@ -116,7 +117,7 @@ def restore(
     the same. The order of the data goes on as it was in any case.
 
     With many processes, the first of ``generators`` is that of the order of the data, if there is one; ``augmenting``
-    is one of them.
+    and that of the session's proxies are among them.
     """
     settings = session.training.model_dump(mode="json")
     previous = Training().model_dump(mode="json") | saved["settings"]  # an older version may not have had all of them
@@ -130,6 +131,12 @@ def restore(
     if (before := saved.get("optimizer_class", made)) != made:
         raise SpecError(
             f"resume: the checkpoint was made with the optimizer {before}, but now it is {made}. Use the same."
+        )
+    with_proxies, has = saved.get("proxies", False), session.proxies is not None
+    if with_proxies != has:
+        raise SpecError(
+            f"resume: the checkpoint was made {'with' if with_proxies else 'without'} proxies, but now there are "
+            f"{'some' if has else 'none'}. {'Leave them out' if has else 'Pass the same'}."
         )
     written, world = saved.get("world", 1), session.processes.world
     if saved.get("batch", 1) is None and written != world:
@@ -173,7 +180,8 @@ def _restore_generators(
     if len(saved.get("processes", ())) == world == written:
         restore_generators(saved["processes"][rank], generators)
         return
-    ordered = sum(one is not augmenting for one in generators) > 0
+    drawing = [augmenting, None if session.proxies is None else session.proxies.generator]
+    ordered = not all(any(one is other for other in drawing) for one in generators)
     own, drawn = saved["generators"], state.drawn
     if written == 1 and world > 1 and ordered:  # one process draws orders from torch's global generator
         own, drawn = ({**one, "own": [one["torch"], *one["own"]]} if one else one for one in (own, drawn))
@@ -182,10 +190,10 @@ def _restore_generators(
     restore_generators(own, generators)
     state.drawn = dict(drawn)
     if rank > 0:
-        before = augmenting.initial_seed() if augmenting is not None else 0
         seed_all((torch.initial_seed() + rank * (state.step + 1)) % 2**62)
-        if augmenting is not None:
-            augmenting.manual_seed(before + rank * (state.step + 1))
+        for one in drawing:
+            if one is not None:
+                one.manual_seed(one.initial_seed() + rank * (state.step + 1))
 
 
 def _alike(key: str, before: Any, now: Any) -> bool:

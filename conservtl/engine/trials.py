@@ -13,6 +13,7 @@ from conservtl.engine.epoch import Augment
 from conservtl.engine.evaluation import Functions
 from conservtl.engine.loop import trial_of
 from conservtl.engine.preparation import check_arguments
+from conservtl.engine.proxies import check_proxies
 from conservtl.engine.search import run_searches
 from conservtl.engine.streamed import Streamed
 from conservtl.engine.training import Training
@@ -32,6 +33,7 @@ def best_block(
     loss: Loss = cross_entropy,
     metrics: Metrics = accuracy,
     augment: Augment | None = None,
+    proxies: Augment | None = None,
     accelerator: Any = None,
     optimizer: Any = None,
 ) -> dict[str, float]:
@@ -50,6 +52,7 @@ def best_block(
         loss: as for ``fit``.
         metrics: as for ``fit``.
         augment: as for ``fit``.
+        proxies: as for ``fit``.
         accelerator: as for ``fit``.
         optimizer: as for ``fit``.
 
@@ -63,8 +66,9 @@ def best_block(
         Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution shifts".
     """
     settings = training or Training()
+    check_proxies(proxies)
     check_arguments(adaptation, settings, {"valid": valid}, accelerator=accelerator)
     generators = train.generators if isinstance(train, Batches) else Streamed(train, torch.device("cpu")).generators
-    trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator, optimizer)
+    trial = trial_of(train, valid, Functions(forward, loss, metrics), augment, accelerator, optimizer, proxies)
     results = run_searches(adaptation, valid, settings, generators, trial)
     return {candidate: score for scores in results.values() for candidate, score in scores.items()}

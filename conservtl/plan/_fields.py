@@ -40,6 +40,9 @@ class PlanFields(FrozenModel):
     """Choices made before training by trying candidates."""
     after: Afters = ()
     """Changes of the weights once training is over, in order."""
+    proxies: bool = False
+    """Whether the terms that compare with the source see changed copies of the inputs in the place of the inputs. It
+    belongs to the run, not to the strategies: plans are equal whatever it is."""
     facts: dict[str, str] = Field(default_factory=dict)
     """Results found before training, for strategies to read."""
     notes: tuple[str, ...] = ()

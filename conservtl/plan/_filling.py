@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from conservtl.errors import PlanError
+from conservtl.errors import PlanError, SpecError
 from conservtl.plan._fields import PlanFields
 from conservtl.plan.decision import After, Extension, Measure, Search
 from conservtl.plan.penalty import Penalty
@@ -128,6 +128,19 @@ class FillablePlan(PlanFields):
     def with_facts(self, facts: Mapping[str, str]) -> Self:
         """Return the plan with results found before training; a new fact replaces an old one of its name."""
         return self._with(facts={**self.facts, **facts})
+
+    def with_proxies(self, proxies: bool) -> Self:
+        """Return the plan of a run whose comparisons with the source are made on changed copies of the inputs, or not.
+
+        Raises:
+            SpecError: no term compares with the source.
+        """
+        if proxies and not any(term.source for term in self.terms):
+            raise SpecError(
+                "proxies are inputs on which strategies compare the model with the source, and no strategy here does. "
+                "Add OutputConservation or FeatureConservation, or leave proxies out."
+            )
+        return self if proxies == self.proxies else self._with(proxies=proxies)
 
     def with_notes(self, notes: Iterable[str]) -> Self:
         """Return the plan with these remarks on the source instead of those it had."""

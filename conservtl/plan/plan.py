@@ -13,6 +13,7 @@ from conservtl.plan.decision import Decision
 from conservtl.plan.invariants import check_plan
 from conservtl.plan.penalty import Penalty
 from conservtl.plan.row import COLUMNS, Anneal, Choice, Phase, Row, like_bias
+from conservtl.plan.term import Term
 from conservtl.plan.upgrade import upgrade
 
 __all__ = ["COLUMNS", "Anneal", "Choice", "Phase", "Plan", "Row"]
@@ -116,7 +117,7 @@ class Plan(FillablePlan):
         )
 
     def __eq__(self, other: object) -> bool:
-        fields = type(self).model_fields.keys() - {"notes", "heads", "head_candidates", "outputs"}
+        fields = type(self).model_fields.keys() - {"notes", "proxies", "heads", "head_candidates", "outputs"}
         return isinstance(other, Plan) and all(getattr(self, name) == getattr(other, name) for name in fields)
 
     __hash__ = None  # type: ignore[assignment]
@@ -180,6 +181,10 @@ class Plan(FillablePlan):
         """Yield layers with their rows, input side first."""
         for layer, rows in groupby(self.rows, lambda row: row.layer):
             yield layer, tuple(rows)
+
+    def on_proxies(self, decision: Decision) -> bool:
+        """Return whether a decision is a term that compares with the source on changed copies of the inputs."""
+        return self.proxies and isinstance(decision, Term) and decision.source
 
     def frozen_in(self, phase: int) -> frozenset[str]:
         """Return the parameters that a phase does not train."""

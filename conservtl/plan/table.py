@@ -76,7 +76,11 @@ def beside(plan: Plan) -> list[tuple[str, str]]:
         ("each step", plan.updates),
         ("after", plan.after),
     )
-    return [(moment, f"{each.by}: {each.describe()}") for moment, decisions in moments for each in decisions]
+    return [
+        (moment, f"{each.by}: {each.describe()}{', on changed copies of the inputs' * plan.on_proxies(each)}")
+        for moment, decisions in moments
+        for each in decisions
+    ]
 
 
 def as_text(plan: Plan) -> str:

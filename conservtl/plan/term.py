@@ -35,12 +35,14 @@ class TaskLoss:
         axis: the class axis, if the loss says it.
         counted: shape of the outputs without their class axis, false for positions that the loss ignores; None: all
             count.
+        aligned: whether labels have positions of their own, as for CTC, which say nothing of the outputs'.
     """
 
     form: OutputForm | None
     why: str = ""
     axis: int | None = None
     counted: Tensor | None = None
+    aligned: bool = False
 
 
 @dataclass(frozen=True)

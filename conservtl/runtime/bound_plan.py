@@ -29,7 +29,7 @@ from conservtl.runtime.omissions import Endings, ExportHook, ForeignSteps, SaveH
 from conservtl.runtime.param_groups import build_optimizer
 from conservtl.runtime.runners import UpdateRunner
 from conservtl.runtime.step_hook import StepHook
-from conservtl.runtime.term_runner import TermRunner
+from conservtl.runtime.term_runner import OtherPass, TermRunner
 from conservtl.source.shared import SharedModel
 
 __all__ = ["BoundPlan"]
@@ -206,6 +206,25 @@ class BoundPlan:
         """
         device = next(iter(named_parameters(self.model).values())).device
         return self.terms.source_view(lambda model: (forward or _call)(model, inputs), device, inputs, outputs)
+
+    def objective(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        source: View | None,
+        batch: Any,
+        share: float | Tensor,
+        others: Callable[[], OtherPass] | None = None,
+    ) -> Tensor:
+        """Return the loss with the plan's terms, and note how the terms took the outputs.
+
+        Arguments as for ``TermRunner.objective``.
+        """
+        total = self.terms.objective(loss, outputs, source, self.measured, batch, share, others)
+        if self.terms.found is not None:
+            self.plan = self.plan.with_notes((*self.plan.notes, self.terms.found))
+            self.terms.found = None
+        return total
 
     def before_forward(self, *, training: bool) -> None:
         """Let updates act before a forward pass; called by a hook of the model if an update needs it."""

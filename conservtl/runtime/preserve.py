@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["eval_mode", "preserve_buffers", "preserve_gradients", "preserve_modes"]
+__all__ = ["eval_mode", "preserve_buffers", "preserve_gradients", "preserve_modes", "preserve_statistics"]
 
 
 @contextmanager
@@ -40,6 +40,27 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+
+@contextmanager
+def preserve_statistics(model: nn.Module) -> Iterator[None]:
+    """Let passes in training mode compute as always, but learn no running statistics inside the block.
+
+    Others are put in their place meanwhile: the backward pass of an earlier forward pass may need the very tensors.
+    """
+    running = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if module.training and (name.startswith("running_") or name == "num_batches_tracked")
+    ]
+    for module, name, buffer in running:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in running:
+            setattr(module, name, buffer)
 
 
 @contextmanager

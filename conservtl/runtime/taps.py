@@ -80,16 +80,17 @@ class Taps:
 
         weakref.finalize(self, remove_hooks, self._handles)
 
-    def take(self, passes: int = 1, of: Iterable[Tensor] = ()) -> Taken:
+    def take(self, passes: int = 1, loss: Iterable[Tensor] = (), outputs: Iterable[Tensor] = ()) -> Taken:
         """Return the records of the last forward passes, once. A layer that ran in none of them has no entry.
 
         Args:
             passes: forward passes of the whole model for one loss.
-            of: the loss and the outputs that the records are for.
+            loss: the task's loss: of the same passes, or of others alone if the outputs are of other inputs.
+            outputs: those that the records are for.
 
         Raises:
-            SpecError: there was no forward pass since the last call, ``of`` was computed from an earlier one too, or a
-                layer ran in a reentrant checkpoint.
+            SpecError: there was no forward pass since the last call, outputs or loss were computed from an earlier one
+                too, or a layer ran in a reentrant checkpoint.
             ChangedOutputError: an output was written into that never was before.
         """
         taps = [*self._taps.values(), *self._inputs.values()]
@@ -113,7 +114,9 @@ class Taps:
         if first > 1:
             for tap in taps:
                 tap.note_passes()
-            behind = self._passes.behind(of)
+            behind, of_loss = self._passes.behind(outputs), self._passes.behind(loss)
+            if not behind or behind & of_loss:  # else the loss is of other inputs
+                behind |= of_loss
         self._passes.before, self._passes.count, self._passes.keep = ended + count, 0, passes
         taken = [tap.taken(first) for tap in taps]
         if earlier := [number for number in behind if 0 < number - ended < first]:

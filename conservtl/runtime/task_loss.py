@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from conservtl.compat import saved_by_node
 from conservtl.functions import labels_of
 from conservtl.plan.term import OutputForm, TaskLoss
 
-__all__ = ["read_task_loss"]
+__all__ = ["on_other_inputs", "read_task_loss"]
 
 _SOFTMAX = {"NllLoss", "LogSoftmax", "Softmax", "CtcLoss", "CudnnCtcLoss", "MultiMarginLoss", "Logsumexp"}
 _SIGMOID = {
@@ -57,9 +58,17 @@ def read_task_loss(loss: Tensor, logits: Any, batch: Any = None) -> TaskLoss:
     if form in ("softmax", "sigmoid") and linked and not _direct(nodes, names, ends, logits):
         form, axis = "squared", None  # classes of a head outside the model: its outputs are features
     counted = _counted(nodes, names, logits, axis) if form == "softmax" else None
-    if counted is None and form != "squared" and not _ALIGNED.intersection(names):  # labels have positions of their own
+    aligned = form == "squared" or bool(_ALIGNED.intersection(names))
+    if counted is None and not aligned:
         counted = _counted_in(batch, logits, axis)
-    return TaskLoss(form, why, axis, counted)
+    return TaskLoss(form, why, axis, counted, aligned)
+
+
+def on_other_inputs(task: TaskLoss, logits: Any, batch: Any) -> TaskLoss:
+    """Return the form of a loss for outputs that it was not computed on: their own labels say which count."""
+    if task.aligned or not isinstance(logits, Tensor):
+        return replace(task, counted=None)
+    return replace(task, counted=_counted_in(batch, logits, task.axis))
 
 
 def _name(node: Node) -> str:

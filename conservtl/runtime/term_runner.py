@@ -17,13 +17,16 @@ from conservtl.labels import give_labels, takes_labels
 from conservtl.layers.copying import deep_copy
 from conservtl.padding import completed, padding_of_outputs
 from conservtl.plan.plan import Plan
-from conservtl.plan.term import Term, View, all_of
+from conservtl.plan.term import TaskLoss, Term, View, all_of
 from conservtl.runtime.source_model import CommonLabels, SourceModelRunner
 from conservtl.runtime.taps import Taken, Taps
-from conservtl.runtime.task_loss import read_task_loss
+from conservtl.runtime.task_loss import on_other_inputs, read_task_loss
 from conservtl.source.shared import SharedModel
 
-__all__ = ["TermRunner"]
+__all__ = ["OtherPass", "TermRunner"]
+
+OtherPass = tuple[Any, View | None, Any]
+"""Outputs of a forward pass on other inputs, the source model's view of these, and the batch that they are from."""
 
 _FORMS = {
     "softmax": "classes that exclude each other",
@@ -138,6 +141,7 @@ class TermRunner:
         measured: Mapping[str, Mapping[str, Tensor]],
         batch: Any = None,
         share: float | Tensor = 1.0,
+        others: Callable[[], OtherPass] | None = None,
     ) -> Tensor:
         """Return the loss with all terms.
 
@@ -148,18 +152,50 @@ class TermRunner:
             measured: measurements by name.
             batch: the batch; its labels say which positions do not count where the loss does not.
             share: factor on the terms: the batch's share of the step that the loss is a part of.
+            others: makes a forward pass on other inputs, for the terms that compare with the source; None: they compare
+                on the batch.
         """
         if not loss.requires_grad:
             return loss
         self.added += 1
-        passes = source.passes if source is not None else 1
-        taken = self._taps.take(passes, (loss, *tensors_of(outputs))) if self._taps is not None else Taken()
         # Read before the source's head replaces the outputs: labels and padding belong to the task's outputs.
         compares = any(term.heads for term in self.terms)
         task = read_task_loss(loss, logits_of(outputs), batch) if compares else None
         if self._by_loss and task is not None and task.form is not None:
             self.found = f"{' and '.join(self._by_loss)}: the task's loss takes the outputs as {_FORMS[task.form]}"
             self._by_loss = []
+        if others is None:
+            view, known = self._views(outputs, source, task, (loss,))
+            elsewhere = view
+        else:
+            of_batch = any(not term.source for term in self.terms)
+            here = self._views(outputs, None, task, (loss,))[0] if of_batch else None
+            outputs, source, batch = others()
+            task = None if task is None else on_other_inputs(task, logits_of(outputs), batch)
+            elsewhere, known = self._views(outputs, source, task)
+            view = here or elsewhere
+        total = loss
+        for term in self.terms:
+            total = total * term.task
+        for term in self.terms:
+            measurements = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
+            compared = (elsewhere, known) if term.source else (view, None)
+            total = total + share * term.value(*compared, measurements)
+        return total
+
+    def _views(
+        self, outputs: Any, source: View | None, task: TaskLoss | None, loss: Sequence[Tensor] = ()
+    ) -> tuple[View, View | None]:
+        """Return the adapted model's view of the pass just made, and the source's with the labels that both have.
+
+        Args:
+            outputs: of the adapted model.
+            source: the source's view of the same inputs; None if no term needs it.
+            task: how the task's loss takes the outputs; None if no term compares them.
+            loss: the task's loss, if it was computed in the same pass.
+        """
+        passes = source.passes if source is not None else 1
+        taken = self._taps.take(passes, loss, tensors_of(outputs)) if self._taps is not None else Taken()
         output_padding = padding_of_outputs(outputs)
         if self._heads and self.source_model is not None:
             entered = {name: all_of(taken.entering, name) for name in self._heads}
@@ -168,9 +204,8 @@ class TermRunner:
             self.source_model.move(entered[self._heads[0]][0].device)
             outputs = self.source_model.head(entered)
         padding = None if source is None else source.padding
-        if self._labels is not None and compares and source is not None:
-            axis = None if task is None else task.axis
-            adapted, known = self._labels.of(logits_of(outputs), logits_of(source.outputs), axis)
+        if self._labels is not None and task is not None and source is not None:
+            adapted, known = self._labels.of(logits_of(outputs), logits_of(source.outputs), task.axis)
             outputs, source = adapted, replace(source, outputs=known)
         view = View(
             outputs,
@@ -183,13 +218,7 @@ class TermRunner:
             passes=passes,
             of_heads=bool(self._heads),
         )
-        total = loss
-        for term in self.terms:
-            total = total * term.task
-        for term in self.terms:
-            measurements = {name: self._on(loss.device, name, measured[name]) for name in term.reads}
-            total = total + share * term.value(view, source if term.source else None, measurements)
-        return total
+        return view, source
 
     def check_added(self) -> None:
         """Raise if the gradients of a step lack the terms."""

@@ -21,6 +21,7 @@ from conservtl.engine.mixing import with_mixing
 from conservtl.engine.open_session import open_session
 from conservtl.engine.optimizer import choose_optimizer
 from conservtl.engine.preparation import check_arguments, make_measurements
+from conservtl.engine.proxies import Proxies, check_proxies
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.engine.session import Session
 from conservtl.errors import DataError, SpecError
@@ -69,6 +70,7 @@ def lr_find(
     metrics: Metrics = accuracy,
     source: Any = None,
     augment: Augment | None = None,
+    proxies: Augment | None = None,
     optimizer: Any = None,
     seed: int = 0,
     lowest: float = 1e-6,
@@ -95,6 +97,7 @@ def lr_find(
         metrics: as for ``fit``.
         source: source data, for the plan's measurements on it.
         augment: as for ``fit``.
+        proxies: as for ``fit``.
         optimizer: as for ``fit``.
         seed: seeds the order of batches and the model's own randomness.
         lowest: the first rate.
@@ -134,17 +137,21 @@ def lr_find(
     given = training or adaptation.training or Training()
     settings = given.model_copy(update={"lr": highest, "schedule": "constant", "warmup": 0.0})
     made = choose_optimizer(settings, optimizer, recommended=training is None)
+    check_proxies(proxies)
     trained = deep_copy(adaptation)
+    trained.bound.plan = trained.plan.with_proxies(proxies is not None)
     functions = Functions(forward, loss, metrics)
     check_trained(functions.loss, adaptation.model.parameters())
     with preserve_rng(), open_session(trained, settings, made=made) as session:
         seed_all(seed)
+        if proxies is not None:
+            session.proxies = Proxies(proxies, session.device, session.processes)
         batches = as_batches(
             train, settings.known_batch_size, session.device, shuffle=True, seconds=settings.batch_seconds
         )
         make_measurements(session, functions, batches, source)
         trial = session.training.model_copy(update={"lr": 1e-3, "epochs": 5})
-        best_block(trained, batches, valid or {}, trial, **vars(functions))
+        best_block(trained, batches, valid or {}, trial, **vars(functions), proxies=proxies)
         batches = find_batch_size(session, functions, train, batches)
         session.begin()
         session.start_phase(len(trained.plan.phases) - 1)
@@ -203,7 +210,9 @@ def _losses(
     for number, rate in enumerate(rates, 1):
         session.rate(rate / session.training.lr)
         batch = next(batches)
-        loss = session.loss(functions[number > 1], batch if augment is None else augment(batch, generator))
+        others = None if session.proxies is None else session.proxies(batch)
+        content = batch if augment is None else augment(batch, generator)
+        loss = session.loss(functions[number > 1], content, others=others)
         waiting.append(loss.detach())
         session.backward(loss)
         session.step()
