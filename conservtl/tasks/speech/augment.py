@@ -10,10 +10,11 @@ from torch import Tensor
 
 from conservtl.bounds import Share
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.audio.spectra import BatchDraws, tilt, warp
 from conservtl.tasks.audio.waves import WaveAugment, WaveChange
 from conservtl.tasks.speech.features import fit_length
 
-__all__ = ["SpeechAugment", "mask", "mix_noise", "warp"]
+__all__ = ["SpeechAugment", "mask", "mix_noise"]
 
 
 class SpeechAugment(FrozenModel):
@@ -64,7 +65,7 @@ class SpeechAugment(FrozenModel):
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of ``inputs``, (N, bands, frames) or (N, samples), on the same device."""
-        draw = _BatchDraws(generator, inputs)
+        draw = BatchDraws(generator, inputs)
         if inputs.ndim == 2:
             if self._change is not None:
                 inputs = _changed(inputs, self._change, generator)
@@ -72,7 +73,7 @@ class SpeechAugment(FrozenModel):
             return mix_noise(mask(shifted, -1, self.time_masks, self.time_mask, draw), self.noise, draw)
         return self._spectrogram(inputs, draw)
 
-    def _spectrogram(self, inputs: Tensor, draw: _BatchDraws) -> Tensor:
+    def _spectrogram(self, inputs: Tensor, draw: BatchDraws) -> Tensor:
         n = len(inputs)
         out = warp(
             inputs,
@@ -92,43 +93,6 @@ def _changed(inputs: Tensor, change: WaveChange, generator: torch.Generator) -> 
     return torch.stack(rows).to(inputs)
 
 
-class _BatchDraws:
-    """Random numbers for one batch, drawn on the generator's device and moved to the inputs' device."""
-
-    def __init__(self, generator: torch.Generator, like: Tensor) -> None:
-        self.generator, self.like = generator, like
-
-    def uniform(self, *shape: int) -> Tensor:
-        drawn = torch.rand(*shape, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.like)
-
-    def symmetric(self, *shape: int) -> Tensor:
-        return 2 * self.uniform(*shape) - 1
-
-    def normal(self, *shape: int) -> Tensor:
-        drawn = torch.randn(*shape, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.like)
-
-
-def warp(inputs: Tensor, time: tuple[Tensor, Tensor], frequency: tuple[Tensor, Tensor]) -> Tensor:
-    """Stretch spectrograms about their centre and shift them, along both axes; edge values are repeated outside.
-
-    Args:
-        inputs: (N, bands, frames).
-        time: (N,) relative changes of speed and (N,) shifts as a share of the length.
-        frequency: the same for the mel axis.
-    """
-    matrix = inputs.new_zeros(len(inputs), 2, 3)
-    matrix[:, 0, 0], matrix[:, 0, 2] = 1 + time[0], 2 * time[1]
-    matrix[:, 1, 1], matrix[:, 1, 2] = 1 + frequency[0], 2 * frequency[1]
-    size = [len(inputs), 1, *inputs.shape[1:]]
-    grid = torch.nn.functional.affine_grid(matrix, size, align_corners=False)
-    warped = torch.nn.functional.grid_sample(
-        inputs.unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return warped.squeeze(1)
-
-
 def shift_wave(inputs: Tensor, shares: Tensor) -> Tensor:
     """Shift (N, samples) by (N,) shares of the length; the gap becomes silence."""
     samples = inputs.shape[-1]
@@ -137,7 +101,7 @@ def shift_wave(inputs: Tensor, shares: Tensor) -> Tensor:
     return torch.where(inside, inputs.gather(1, at.clamp(0, samples - 1)), inputs.new_zeros(()))
 
 
-def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _BatchDraws) -> Tensor:
+def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: BatchDraws) -> Tensor:
     """Replace ``count`` random spans along ``dim``, each at most the share ``widest`` of it, by the example's mean."""
     if count == 0 or widest == 0:
         return inputs
@@ -152,17 +116,7 @@ def mask(inputs: Tensor, dim: int, count: int, widest: float, draw: _BatchDraws)
     return torch.where(masked.view(shape), mean, inputs)
 
 
-def tilt(inputs: Tensor, strength: float, draw: _BatchDraws) -> Tensor:
-    """Add to each band a smooth random offset: a sum of three cosines along the mel axis."""
-    if strength == 0:
-        return inputs
-    bands = inputs.shape[1]
-    position = (torch.arange(bands, device=inputs.device, dtype=inputs.dtype) + 0.5) / bands
-    waves = torch.stack([torch.cos(torch.pi * k * position) / k for k in (1, 2, 3)])
-    return inputs + (strength * draw.normal(len(inputs), 3) @ waves).unsqueeze(-1)
-
-
-def mix_noise(inputs: Tensor, strongest: float, draw: _BatchDraws) -> Tensor:
+def mix_noise(inputs: Tensor, strongest: float, draw: BatchDraws) -> Tensor:
     """Add white noise whose standard deviation is drawn between 0 and ``strongest`` for each example."""
     if strongest == 0:
         return inputs
