@@ -20,9 +20,15 @@ batches of ten only if it is ahead by half a point over both speakers and two se
 Batches of five are: at t = 0.4 the harmonic mean was 90.3, against 88.4 of batches of ten at 0.35. With KL by frame
 beside them the rule gives 89.6, with the output side held 89.4. Candidates that were behind after two runs were left at
 these, and at the points up to the first that cost the source more than five. Means of the weights over the last third
-of the steps, with a constant rate or the usual one, were no better than the last weights. It is the third recipe that
-ran on the reported strings: before it were t = 0.4 and t = 0.5 of 60 steps at 1e-3 in batches of ten, chosen by other
-rules. There its results are those of the first: the gain by small batches is one of the strings for tuning.
+of the steps, with a constant rate or the usual one, were no better than the last weights. KL on copies
+that sound like other voices, in the place of the strings, is ahead of batches of five alone by 5.8 points at the same
+source WER, over both speakers and four seeds; with it the rule gives t = 0.85.
+
+It is the fourth recipe that ran on the reported strings: before it were t = 0.4 and t = 0.5 of 60 steps at 1e-3 in
+batches of ten, chosen by other rules, and t = 0.4 of batches of five without KL, whose results there were those of the
+first. This one was chosen by the same rule on the strings for tuning, and confirmed on fresh strings of the same two
+speakers (seeds 1002 and 1003) before the reported ones were run. About 30 other candidates were tried beside it; those
+without copies were ahead of batches of five by 2.3 points at most (equaliser curves as augmentation).
 
 Baselines have fixed settings, plain fine-tuning three rates. Unlabelled strings are of the training takes; nothing of
 their texts is read, and their settings were not tuned. On the strings for tuning, hypotheses of a model that was
@@ -104,6 +110,9 @@ SMALL_BATCHES = {**QUICK, "batch_size": 5}
 SGD = {**SMALL_BATCHES, "optimizer": "sgd"}
 RATES = {"kind": "discriminative_lr", "decay": 0.7, "toward": "input"}
 SPEEDS = {"augment": {"waves": {"speeds": [0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15]}}}
+VOICES_KL = {"kind": "output_conservation", "weight": 1.0, "temperature": 1.0}
+_BENT = {"speed": 0.25, "frequency_stretch": 0.25, "frequency_shift": 0.1, "tilt": 0.5}
+VOICES = {"proxies": {"time_masks": 0, "frequency_masks": 0, **_BENT}}
 CANDIDATES: dict[str, Method] = {
     "60 steps at 1e-3, speed": ([], QUICK, SPEED),
     "60 steps at 1e-3, KL by frame, speed": ([KL], QUICK, SPEED),
@@ -120,6 +129,7 @@ CANDIDATES: dict[str, Method] = {
         SPEED,
     ),
     "60 epochs at 1e-3 in batches of 5, twice the speed": ([], SMALL_BATCHES, {"augment": {"speed": 0.2}}),
+    "60 epochs at 1e-3 in batches of 5, KL on other voices, speed": ([VOICES_KL], SMALL_BATCHES, {**SPEED, **VOICES}),
     "60 epochs of SGD at 0.03 in batches of 5, speed": ([], {**SGD, "lr": 3e-2}, SPEED),
     "60 epochs of SGD at 0.1 in batches of 5, speed": ([], {**SGD, "lr": 1e-1}, SPEED),
     "60 epochs of LoRA at 3e-3 in batches of 5, speed": (
@@ -136,7 +146,11 @@ def recipe_method() -> Method:
     """Return the recipe `recognizer`."""
     found = recipe("recognizer")
     strategies = [one.model_dump(mode="json") for one in found.strategies]
-    return strategies, found.training.model_dump(exclude_unset=True), {"augment": found.augment}
+    return (
+        strategies,
+        found.training.model_dump(exclude_unset=True),
+        {"augment": found.augment, "proxies": found.proxies},
+    )
 
 
 ENTROPY: Method = (
@@ -189,7 +203,9 @@ class Bench:
         mine = replace(
             own,
             spec=with_fields(own.spec, {"training.epochs": epochs}),
-            domains=replace(setting.domains, shots=chosen.shots, augmentation=chosen.augmentation),
+            domains=replace(
+                setting.domains, shots=chosen.shots, augmentation=chosen.augmentation, proxies=chosen.proxies
+            ),
         )
         begun = time.process_time()
         adaptation = mine.adaptation(source.with_notes())

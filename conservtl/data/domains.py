@@ -56,6 +56,7 @@ class Domains:
         preprocessing: makes inputs of files.
         augmentation: for adapting from a few examples, or None.
         source_augmentation: for training a source model, or None.
+        proxies: makes inputs unlike the shots, on which strategies compare the model with the source, or None.
         notes: remarks on the data for the plan: what was left out.
         skipped: names of the files that were left out because they cannot be used -> why.
         counts: numbers of examples where the parts' lengths do not tell them, for the report: ``shots``, those with
@@ -73,6 +74,7 @@ class Domains:
     preprocessing: Preprocessing
     augmentation: Augmentation | None = None
     source_augmentation: Augmentation | None = None
+    proxies: Augmentation | None = None
     notes: tuple[str, ...] = ()
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -33,7 +33,7 @@ KEPT = 0.4
 HEARD = 0.5
 """Error rate up to which hypotheses of the source model are worth training on."""
 T, FAR_T = 0.4, 0.7
-"""How far the end is from the source: as the recipe `recognizer` has it; where less of the source is worth keeping."""
+"""How far the end is from the source: as was best where nothing compares with it; where less of it is worth keeping."""
 STEPS = 120
 """Fewest optimizer steps: the recipe's on ten sentences."""
 _MOST = 200  # source utterances that are transcribed

@@ -49,13 +49,14 @@ def lr_find_for(spec: Spec, *, steps: int = 100) -> RangeTest:
         SpecError: nothing is trained, or the loss is not finite at any rate.
     """
     setting, source = prepare_source(spec)
+    adaptation = setting.adaptation(source.with_notes())
     return lr_find(
-        setting.adaptation(source.with_notes()),
+        adaptation,
         setting.domains.shots,
         setting.selecting(spec.training),
         valid=sets_to_select_on(setting, source, both=False),
         steps=steps,
-        **setting.fit_arguments(),
+        **setting.fit_arguments(adaptation.plan),
     )
 
 

@@ -47,6 +47,8 @@ def fingerprint(problem: Any) -> str:
     digest.add(dict(problem.start.read.tensors))
     digest.add(problem.start.model)
     digest.add([task.functions.forward, task.functions.loss, task.functions.metrics, task.augment])
+    if task.proxies is not None:  # results without them keep their names
+        digest.add(task.proxies)
     digest.add(
         [
             problem.task.make.given if problem.task.make.calls else None,

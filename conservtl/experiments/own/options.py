@@ -59,6 +59,8 @@ class ProblemOptions(TypedDict, total=False):
     """As for ``fit``; ``training.select`` names the one that runs are judged by, if it is not the accuracy."""
     augment: Callable[[Any, torch.Generator], Any] | None
     """As for ``fit``."""
+    proxies: Callable[[Any, torch.Generator], Any] | None
+    """As for ``fit``; variants that compare nothing with the source go without."""
     optimizer: Any
     """As for ``fit``."""
     shift: Shift
@@ -76,9 +78,9 @@ def check_options(training: Any, options: ProblemOptions) -> None:
         raise SpecError(
             f"training must be a ctl.Training; received {type(training).__name__}. Write ctl.Training(epochs=...)."
         )
-    for name in ("forward", "loss", "metrics", "augment"):
+    for name in ("forward", "loss", "metrics", "augment", "proxies"):
         value = options.get(name)
-        if not callable(value) and (value is not None or (name != "augment" and name in options)):
+        if not callable(value) and (value is not None or (name not in ("augment", "proxies") and name in options)):
             raise SpecError(
                 f"{name} must be a function, as for fit; received {value!r:.60}. Pass one, or leave it out."
             )

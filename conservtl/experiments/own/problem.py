@@ -188,6 +188,7 @@ def hold(
         headline(training, metrics),
         make,
         options.get("augment"),
+        options.get("proxies"),
         classes=classes,
         shift=options.get("shift", "input"),
         usual_lr=options.get("usual_lr", OwnTask.usual_lr),

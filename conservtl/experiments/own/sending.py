@@ -90,6 +90,7 @@ def _parts(problem: OwnProblem) -> dict[str, Any]:
         "loss": functions.loss,
         "metrics": functions.metrics,
         "augment": problem.task.augment,
+        "proxies": problem.task.proxies,
         "optimizer": problem.optimizer,
         "example": problem.example,
     }

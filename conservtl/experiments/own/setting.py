@@ -12,6 +12,7 @@ from conservtl.engine import Training
 from conservtl.engine.randomness import preserve_rng, seed_all
 from conservtl.experiments.own.maker import blank
 from conservtl.experiments.run.setting import TARGET_SEED, Setting
+from conservtl.plan.plan import Plan
 from conservtl.source.itself import check_heads
 from conservtl.source.read import SourceLike
 
@@ -78,7 +79,7 @@ class OwnSetting(Setting):
             return settings
         return Training.model_validate(settings.model_dump(exclude={"optimizer"}))
 
-    def fit_arguments(self) -> dict[str, Any]:
+    def fit_arguments(self, plan: Plan) -> dict[str, Any]:
         """Return the arguments of ``fit`` that follow from problem and seed; losses are checked by ``fit``."""
         functions = vars(self.problem.task.functions)
-        return super().fit_arguments() | functions | {"optimizer": self.problem.optimizer}
+        return super().fit_arguments(plan) | functions | {"optimizer": self.problem.optimizer}

@@ -81,9 +81,9 @@ def compare(
         progress: whether to write the number of finished runs to stderr.
         options: further arguments, as for ``adapt`` and ``fit``: ``valid``, ``source_data``, ``shots``, ``labels``,
             ``fresh``, ``allow``, ``layers``, ``head``, ``example``, ``key``, ``prefix``, ``rename``, ``forward``,
-            ``loss``, ``metrics``, ``augment``, ``optimizer``. ``valid`` are examples to select on, or the part of
-            ``train`` to select on; ``source_data`` source examples to train with; ``shots`` the number of examples of
-            each class, drawn by the seed.
+            ``loss``, ``metrics``, ``augment``, ``proxies``, ``optimizer``. ``valid`` are examples to select on, or the
+            part of ``train`` to select on; ``source_data`` source examples to train with; ``shots`` the number of
+            examples of each class, drawn by the seed.
 
     Returns:
         Tables, figures and a verdict; ``best`` is the name of the best variant.

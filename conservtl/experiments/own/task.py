@@ -71,6 +71,7 @@ class OwnTask(NamedTarget, Classification, registered=False):
         headline: the metric that runs are judged by.
         make: makes a model.
         augment: of the training batches; None: none.
+        proxies: as for ``fit``; None: none.
         classes: whether each example has one class.
         shift: how the target differs from a source of the same labels.
         usual_lr: a rate that fits the model, for a recommendation.
@@ -89,12 +90,14 @@ class OwnTask(NamedTarget, Classification, registered=False):
         headline: Headline,
         make: Maker,
         augment: Augment | None,
+        proxies: Augment | None,
         *,
         classes: bool,
         shift: Shift,
         usual_lr: float,
     ) -> None:
-        self.functions, self.sets, self.make, self.augment = functions, sets, make, augment
+        self.functions, self.sets, self.make = functions, sets, make
+        self.augment, self.proxies = augment, proxies
         # Other tasks have these for all their problems, as attributes of the class.
         vars(self).update(headline=headline, has_classes=classes, shift=shift, usual_lr=usual_lr)
 
@@ -121,6 +124,8 @@ class OwnTask(NamedTarget, Classification, registered=False):
             source_train=sets.source_train if source else None,
             source_test=sets.source_test,
             preprocessing=_AsHeld(),
+            augmentation=self.augment,  # type: ignore[arg-type]
+            proxies=self.proxies,  # type: ignore[arg-type]
         )
 
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:  # noqa: ARG002
@@ -143,9 +148,9 @@ class OwnTask(NamedTarget, Classification, registered=False):
         """Return the class of each example; None without classes."""
         return super().labels(batch) if self.has_classes else None
 
-    def augmented(self, augmentation: Augmentation | None) -> Augment | None:  # noqa: ARG002
-        """Return the program's augmentation."""
-        return self.augment
+    def augmented(self, augmentation: Augmentation | None) -> Augment | None:
+        """Return the program's function, which takes batches."""
+        return augmentation
 
     def targets(self, data: Any) -> tuple[str, ...]:  # noqa: ARG002
         """Return the names of the targets."""

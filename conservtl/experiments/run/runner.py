@@ -29,7 +29,7 @@ from conservtl.experiments.run.evaluation_sets import (
 )
 from conservtl.experiments.run.scoring import Scores, agreement, turned
 from conservtl.experiments.run.setting import Setting, prepare
-from conservtl.experiments.run.setting_checks import check_labels
+from conservtl.experiments.run.setting_checks import check_labels, check_proxies
 from conservtl.experiments.run.source_training import SourceModel, prepare_source, source_data
 from conservtl.experiments.spec.spec import Spec, dump_spec
 from conservtl.extras import require
@@ -58,10 +58,13 @@ def plan_of(spec: Spec) -> Plan:
     """Return the plan of a spec; reads the data and the shapes of the source, trains nothing."""
     if spec.source.weights is not None:
         setting, source = prepare_source(spec)
-        return setting.adaptation(source.with_notes()).plan
-    setting = prepare(spec)
-    source_data(setting)
-    return setting.adaptation(setting.model(len(setting.domains.source_labels))).plan
+        plan = setting.adaptation(source.with_notes()).plan
+    else:
+        setting = prepare(spec)
+        source_data(setting)
+        plan = setting.adaptation(setting.model(len(setting.domains.source_labels))).plan
+    check_proxies(setting.domains, plan)
+    return plan
 
 
 def run(
@@ -120,6 +123,7 @@ def _run(
     ready = time.perf_counter()
     adaptation = setting.adaptation(source.with_notes())
     check_labels(setting.domains.shots, adaptation.plan, all_of_them=True)
+    check_proxies(setting.domains, adaptation.plan)
     with ExitStack() as stack:
         processes.in_first(lambda: stack.enter_context(lock_folder(folder)))
         again = restarted(processes)

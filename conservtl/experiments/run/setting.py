@@ -149,6 +149,8 @@ class Setting:
             torch.manual_seed(spec.seed)
             chosen = labels if overlap else None
             adaptation = adapt(model, source, spec.strategies, fresh=fresh, labels=chosen, **self.adapt_options)
+        if self.domains.proxies is not None and any(term.source for term in adaptation.plan.terms):
+            adaptation.bound.plan = adaptation.plan.with_proxies(True)
         if self.headless:
             check_headless(spec, adaptation.plan)
         if not self.shared:
@@ -197,7 +199,8 @@ class Setting:
         if options.get("progress"):
             options["progress"] = self.show_metric
         sets = {name: answered(self.task, options[name]) for name in ("watch", "path") if name in options}
-        return fit(adaptation, train, answered(self.task, valid), settings, **self.fit_arguments() | options | sets)
+        given = self.fit_arguments(adaptation.plan) | options | sets
+        return fit(adaptation, train, answered(self.task, valid), settings, **given)
 
     def show_metric(self, metric: str, value: float) -> str:
         """Return a metric for the progress bar, the task's headline one as the task writes it."""
@@ -212,13 +215,14 @@ class Setting:
         select = Criterion(metric=headline.metric, direction=headline.better)
         return training.model_copy(update={"select": select})
 
-    def fit_arguments(self) -> dict[str, Any]:
-        """Return the arguments of ``fit`` that follow from task, domains and seed."""
+    def fit_arguments(self, plan: Plan) -> dict[str, Any]:
+        """Return the arguments of ``fit`` that follow from task, domains and seed; no proxies if nothing compares."""
         return {
             "forward": self.task.forward,
             "loss": self.task.loss,
             "metrics": self.task.metrics,
             "augment": self.task.augmented(self.domains.augmentation),
+            "proxies": self.task.augmented(self.domains.proxies if plan.proxies else None),
             "source": None if self.headless else self.domains.source_train,
             "seed": self.spec.seed,
         }

@@ -17,7 +17,7 @@ from conservtl.plan.plan import Plan
 from conservtl.runtime.preserve import eval_mode, preserve_buffers
 from conservtl.tasks.base import Task
 
-__all__ = ["check_densest", "check_headless", "check_labels", "check_source", "check_validation"]
+__all__ = ["check_densest", "check_headless", "check_labels", "check_proxies", "check_source", "check_validation"]
 
 _DENSEST = 8  # sequences that the loss is tried on
 
@@ -76,6 +76,14 @@ def check_labels(train: Any, plan: Plan, *, all_of_them: bool = False) -> None:
         "learns from such. Set data.unlabelled.pseudo_labels, add the strategy entropy_minimisation, or leave "
         "data.unlabelled out."
     )
+
+
+def check_proxies(domains: Domains, plan: Plan) -> None:
+    """Raise unless the plan compares with the source, if the data makes inputs to compare on."""
+    try:
+        plan.with_proxies(domains.proxies is not None)
+    except SpecError as error:
+        raise SpecError(f"data.{error}") from error
 
 
 def check_densest(task: Task, model: nn.Module, data: Any) -> None:

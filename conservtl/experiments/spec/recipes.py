@@ -11,6 +11,7 @@ from conservtl.methods import AnyStrategy
 from conservtl.methods.feature_conservation.strategy import FeatureConservation
 from conservtl.methods.l2_sp import L2SP
 from conservtl.methods.norm_adaptation.strategy import NormAdaptation
+from conservtl.methods.output_conservation import OutputConservation
 from conservtl.methods.weight_interpolation import WeightInterpolation
 from conservtl.spec_model import FrozenModel
 
@@ -31,6 +32,8 @@ class Recipe(FrozenModel):
     """For ``fit``."""
     augment: dict[str, Any] | None = None
     """Augmentation of the shots, as a spec's ``data.augment``; None: the usual one for the data."""
+    proxies: dict[str, Any] | None = None
+    """Changes that make inputs to compare on of the shots, as a spec's ``data.proxies``; None: the shots themselves."""
 
     def __str__(self) -> str:
         """Return the strategies, the settings, and a loop with all that they need."""
@@ -38,6 +41,7 @@ class Recipe(FrozenModel):
         cls, options = training.make()
         norms = "; batch norms keep their statistics" if training.batch_norm == "eval" else ""
         spread = f" / {training.accumulate}" if training.accumulate > 1 else ""
+        compared = "outputs, inputs" if self.proxies is None else "model(others), others"
         calls = [
             ("adaptation = ctl.adapt(model, source, recipe)", f"the strategies{norms}"),
             ("adaptation.measure(batches)", "if adaptation.outstanding() names a measurement"),
@@ -47,7 +51,8 @@ class Recipe(FrozenModel):
             ("    model.train()", "after each evaluation"),
             ("    adaptation.start_phase(i)", "where phase i of adaptation.plan.phases begins"),
             *([] if self.augment is None else [("    change the examples", f"augment: {_listed(self.augment)}")]),
-            (f"    loss = adaptation.loss(loss, outputs, inputs){spread}", "adds what the strategies compare"),
+            *([] if self.proxies is None else [("    others = changed copies", f"proxies: {_listed(self.proxies)}")]),
+            (f"    loss = adaptation.loss(loss, {compared}){spread}", "adds what the strategies compare"),
             ("    loss.backward()", f"in {training.accumulate} batches a step" if spread else ""),
             *([] if training.clip is None else [("    adaptation.pull(); clip", f"norm {training.clip:g}")]),
             ("    optimizer.step(); scheduler.step(); optimizer.zero_grad()", ""),
@@ -80,7 +85,7 @@ RECIPES = {
     ),
     "recognizer": Recipe(
         task="transcribe",
-        strategies=(WeightInterpolation(t=0.4),),
+        strategies=(OutputConservation(weight=1.0, temperature=1.0), WeightInterpolation(t=0.85)),
         training=Training(
             epochs=60,
             batch_size=5,
@@ -92,6 +97,14 @@ RECIPES = {
             evaluate_every=60,
         ),
         augment={"speed": 0.1},
+        proxies={
+            "time_masks": 0,
+            "frequency_masks": 0,
+            "speed": 0.25,
+            "frequency_stretch": 0.25,
+            "frequency_shift": 0.1,
+            "tilt": 0.5,
+        },
     ),
     "vision": Recipe(
         task="vision",
@@ -119,8 +132,9 @@ def recipe(name: str) -> Recipe:
     other voices and rooms, and the features of four layers are kept near the source's for the same recordings (DELTA).
 
     ``recognizer``: a recognizer of utterances adapts to a new speaker from a few sentences. It is trained in all layers
-    at a large rate in small batches, on utterances masked and changed in speed, and the final weights are a point on
-    the line between the source and the trained weights.
+    at a large rate in small batches, on utterances masked and changed in speed. On copies of these that sound like
+    other voices its answers stay near the source's, and the final weights are a point on the line between the source
+    and the trained weights. It is for log-mel features, of which the copies are made.
 
     ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
     of each image, every layer is trained at a large rate and pulled back to the source (decoupled L2-SP), and the
@@ -130,7 +144,8 @@ def recipe(name: str) -> Recipe:
     raise the epochs; for a large network find a rate with ``conservtl lr-find``. Without batch norms their part is
     left out.
 
-    ``fit(adapt(model, source, recipe), data)`` carries out all of a recipe but its augmentation. In a training loop of
+    ``fit(adapt(model, source, recipe), data)`` carries out all of a recipe but its augmentation and proxies, which it
+    takes as functions. In a training loop of
     your own, call what ``print(recipe)`` lists: ``adaptation.optimizer()`` and ``adaptation.scheduler(steps=...)`` have
     its rates and schedule, batch norms its treatment, ``adaptation.loss(...)`` adds its terms and
     ``adaptation.finish(batches)`` is its last step.
@@ -183,11 +198,15 @@ def fill(content: Mapping[str, Any]) -> Mapping[str, Any]:
     filled["strategies"] = [one.model_dump(mode="json") for one in chosen.strategies]
     filled["training"] = chosen.training.model_dump(exclude_unset=True) | dict(training)
     data = content.get("data")
-    if chosen.augment is not None and isinstance(data, Mapping):
-        augment = data.get("augment", {})
-        merged = {**chosen.augment, **augment} if isinstance(augment, Mapping) else augment
-        filled["data"] = {**data, "augment": merged}
+    if isinstance(data, Mapping):
+        changes = {"augment": chosen.augment, "proxies": chosen.proxies}
+        filled["data"] = {**data, **{name: _merged(one, data.get(name, {})) for name, one in changes.items() if one}}
     return filled
+
+
+def _merged(chosen: Mapping[str, Any], given: Any) -> Any:
+    """Return a recipe's fields with those that a spec gives; anything else than fields wins."""
+    return {**chosen, **given} if isinstance(given, Mapping) else given
 
 
 def offer(schema: dict[str, Any]) -> None:

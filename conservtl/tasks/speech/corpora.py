@@ -52,12 +52,15 @@ class _SpeechData(ClassData):
     """Conversion of a recording to an input of the network."""
     augment: SpeechAugment | None = SpeechAugment()
     """Augmentation of the shots during adaptation; null for none."""
+    proxies: SpeechAugment | None = None
+    """Changes that turn the shots into recordings as of other speakers, on which strategies compare the model with the
+    source; null: they compare on the shots as augmented."""
     source_augment: SpeechAugment | None = _SOURCE_AUGMENT
     """Augmentation of the source's recordings while a source model is trained; null for none."""
 
     @model_validator(mode="after")
     def _on_samples(self) -> _SpeechData:
-        for name in ("augment", "source_augment"):
+        for name in ("augment", "source_augment", "proxies"):
             waves = getattr(getattr(self, name), "waves", None)
             if waves is not None and self.features.kind != "waveform":
                 raise ValueError(
@@ -170,7 +173,7 @@ def load(data: FolderData | EspeakData | SpeechCommandsData, *, seed: int, sourc
             data.protocol(data.target, seed, data.source_speakers, data.limit, source=source),
             lambda chosen: preprocessing.read([Path(r.name) for r in chosen], digests),
             preprocessing,
-            *_augmentations(data),
+            **_augmentations(data),
         )
     if isinstance(data, FolderData):  # a published set is as it is
         notes += find_copies(recordings, digests, data.target)
@@ -236,13 +239,15 @@ def _load_espeak(data: EspeakData, seed: int, *, source: bool) -> Domains:
         return preprocessing.transform(speak([by_name[r.name] for r in chosen]))
 
     protocol = data.protocol(data.target, seed, data.voices, None, source=source)
-    return domains(recordings, protocol, read, preprocessing, *_augmentations(data))
+    return domains(recordings, protocol, read, preprocessing, **_augmentations(data))
 
 
-def _augmentations(data: _SpeechData) -> tuple[SpeechAugment | None, SpeechAugment | None]:
-    """Return the augmentations of the shots and of the source at the sample rate of the features."""
+def _augmentations(data: _SpeechData) -> dict[str, SpeechAugment | None]:
+    """Return the augmentations of the shots and of the source, and the proxies, at the features' sample rate."""
     rate = data.features.sample_rate
-    return (
-        None if data.augment is None else data.augment.at(rate),
-        None if data.source_augment is None else data.source_augment.at(rate),
-    )
+    given = {
+        "augmentation": data.augment,
+        "source_augmentation": data.source_augment,
+        "proxies": data.proxies,
+    }
+    return {name: None if one is None else one.at(rate) for name, one in given.items()}

@@ -71,6 +71,7 @@ def domains(
     preprocessing: Preprocessing,
     augmentation: Augmentation | None,
     source_augmentation: Augmentation | None,
+    proxies: Augmentation | None = None,
 ) -> Domains:
     """Split recordings into the target's shots and test part and the source's training and test parts.
 
@@ -109,6 +110,7 @@ def domains(
         preprocessing=preprocessing,
         augmentation=augmentation,
         source_augmentation=source_augmentation,
+        proxies=proxies,
     )
 
 

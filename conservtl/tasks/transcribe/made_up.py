@@ -132,6 +132,7 @@ def domains_of(
         preprocessing=data.preprocessing(labels),
         augmentation=data.augment,
         source_augmentation=data.source_augment,
+        proxies=data.proxies,
         skipped=skipped or {},
         counts={"shots": len(split.shots), "unlabelled": len(split.unlabelled)} if split.unlabelled else {},
     )

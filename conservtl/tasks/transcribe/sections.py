@@ -46,8 +46,20 @@ class UtteranceData(DataSection):
     """How outputs become a text: `{kind: greedy}`, or `{kind: beam}` with a lexicon, a language model or both."""
     augment: SpecAugment | None = SpecAugment()
     """Augmentation of the shots during adaptation; null for none."""
+    proxies: SpecAugment | None = None
+    """Changes that turn the shots into utterances as of other speakers, on which strategies compare the model with the
+    source; null: they compare on the shots as augmented. Without `waves`, which change recordings."""
     source_augment: SpecAugment | None = SpecAugment()
     """Augmentation of the source's utterances while a source model is trained; null for none."""
+
+    @model_validator(mode="after")
+    def _of_features(self) -> Self:
+        if self.proxies is not None and self.proxies.waves is not None:
+            raise ValueError(
+                "proxies are made of the shots' features, and waves change recordings. Leave proxies.waves out, and "
+                "take speed, frequency_stretch, frequency_shift and tilt"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -10,19 +10,21 @@ from torch import Tensor
 
 from conservtl.bounds import Share
 from conservtl.spec_model import FrozenModel
+from conservtl.tasks.audio.spectra import BatchDraws, tilt, warp
 from conservtl.tasks.audio.waves import WaveAugment
 
 __all__ = ["SpecAugment"]
 
 
 class SpecAugment(FrozenModel):
-    """Masks spans of frames and of mel bands of each utterance. Padding counts in no share.
+    """Masks spans of frames and of mel bands of each utterance, and changes its voice. Padding counts in no share.
 
     ``waves`` changes recordings before, where the data has them: speed, room and noise.
 
     Reference:
         Park et al., "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition",
-        Interspeech 2019.
+        Interspeech 2019. Jaitly and Hinton, "Vocal Tract Length Perturbation (VTLP) improves speech recognition", 2013
+        (stretch of the mel axis).
     """
 
     time_masks: Annotated[int, Field(ge=0, le=20)] = 2
@@ -36,6 +38,14 @@ class SpecAugment(FrozenModel):
     speed: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Largest change of speed: 0.1 draws a factor between 0.9 and 1.1 for each batch. Log-mel inputs only; the pitch
     stays."""
+    frequency_stretch: Annotated[float, Field(ge=0, lt=0.9)] = 0.0
+    """Largest stretch of the mel axis, as by another vocal tract: 0.2 draws a factor between 0.8 and 1.2 for each
+    utterance. Log-mel inputs only."""
+    frequency_shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest shift along the mel axis, as a share of the bands. Log-mel inputs only."""
+    tilt: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Standard deviation of a smooth random offset of the bands (another voice, another microphone), in units of the
+    input. Log-mel inputs only."""
     noise: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Largest standard deviation of the added noise, in units of the input."""
     waves: WaveAugment | None = None
@@ -59,6 +69,8 @@ class SpecAugment(FrozenModel):
             frames = max(1, round(inputs.shape[1] / factor))
             lengths = (lengths.double() * frames / inputs.shape[1]).floor().long().clamp(1, frames)
             inputs = torch.nn.functional.interpolate(inputs.transpose(1, 2), frames, mode="linear").transpose(1, 2)
+        if inputs.ndim == 3 and (self.frequency_stretch or self.frequency_shift or self.tilt):
+            inputs = self._voiced(inputs.transpose(1, 2), BatchDraws(generator, inputs)).transpose(1, 2)
         at = torch.arange(inputs.shape[1], device=inputs.device)
         valid = at < lengths.unsqueeze(1)
         if self.noise:
@@ -74,6 +86,15 @@ class SpecAugment(FrozenModel):
         dropped = hidden | ~valid
         inputs = inputs.masked_fill(dropped.unsqueeze(-1) if inputs.ndim == 3 else dropped, 0.0)
         return {**batch, "inputs": inputs, "lengths": lengths}
+
+    def _voiced(self, bands: Tensor, draw: BatchDraws) -> Tensor:
+        """Return (N, bands, frames) as of other voices; frames stay where they are."""
+        n = len(bands)
+        if self.frequency_stretch or self.frequency_shift:
+            still = bands.new_zeros(n)
+            bent = draw.symmetric(n) * self.frequency_stretch, draw.symmetric(n) * self.frequency_shift
+            bands = warp(bands, time=(still, still), frequency=bent)
+        return tilt(bands, self.tilt, draw)
 
 
 def _spans(uniform: Any, n: int, count: int, widest: Tensor, size: Tensor, at: Tensor) -> Tensor:

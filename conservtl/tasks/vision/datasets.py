@@ -38,6 +38,10 @@ class _Images(ClassData):
     augment: VisionAugment | bool = True
     """Augmentation: true for the usual one at the images' size, false for none."""
 
+    proxies: VisionAugment | None = None
+    """Changes that turn the shots into images of another kind, on which strategies compare the model with the source;
+    null: they compare on the shots as augmented."""
+
     images: ImageSettings | None = None
     """Size and normalisation; null for those of the model's published weights. The defaults of its fields are those of
     ImageNet, for every model."""
@@ -83,11 +87,13 @@ class DigitsData(_Split):
                 f"data.source and data.target must not share or repeat a digit; received {self.source} and "
                 f"{self.target}. List each digit once."
             )
-        if isinstance(self.augment, VisionAugment) and self.augment.flip:
-            raise ValueError(
-                "data.augment.flip must be false for digits (a mirrored digit is another sign); received true. "
-                "Set data.augment.flip to false."
-            )
+        for name in ("augment", "proxies"):
+            change = getattr(self, name)
+            if isinstance(change, VisionAugment) and change.flip:
+                raise ValueError(
+                    f"data.{name}.flip must be false for digits (a mirrored digit is another sign); received true. "
+                    f"Set data.{name}.flip to false."
+                )
         return self
 
     def _flips(self) -> bool:

@@ -64,6 +64,7 @@ def load(data: DataSpec, *, model: ModelSpec, seed: int, source: bool = True) ->
         preprocessing=preprocessing,
         augmentation=augmentation,
         source_augmentation=augmentation,
+        proxies=data.proxies,
         skipped=parts.skipped,
     )
 

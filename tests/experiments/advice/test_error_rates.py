@@ -35,10 +35,10 @@ def advised(**changes):
     )
 
 
-def test_the_usual_case_is_the_recipe():
+def test_the_usual_case():
     advice, said, strategies = advised()
     assert advice.strategies == ({"kind": "weight_interpolation", "t": T},)
-    assert ctl.recipe("recognizer").strategies == (ctl.WeightInterpolation(t=T),)
+    assert ctl.recipe("recognizer").strategies[-1].t > T, "which compares with the source too"
     assert "word error rate of 40.0% on the shots, and 3.0% on its own training data" in said["distance"]
     assert "apart" in said["distance"]
     assert (advice.training["epochs"], STEPS) == (120, 120)

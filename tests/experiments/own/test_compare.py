@@ -255,3 +255,21 @@ def test_a_function_that_returns_the_same_model_is_refused(source, held_out, qui
 def test_a_model_is_no_source_of_itself_without_a_word(source, held_out, quick, examples):
     with pytest.raises(ctl.SourceError, match="the source is the model itself, and nothing in it is fresh"):
         ctl.compare(source, source, {"a": []}, examples(), held_out, quick, seeds=1)
+
+
+def test_proxies_reach_the_variants_that_compare(network, source, examples, held_out, quick):
+    """And no other: a baseline trains without."""
+    seen = []
+
+    def other(batch, generator):
+        seen.append(torch.rand((), generator=generator))
+        return 2 * batch[0], batch[1]
+
+    def found(variants):
+        seen.clear()
+        options = {"baselines": ["fine-tuning, low rate"], "seeds": 1, "proxies": other}
+        ctl.compare(network, source, variants, examples(20, 1.0), held_out, quick, **options)
+        return len(seen)
+
+    assert found({"KL": [ctl.OutputConservation(weight=1.0)]}) == 2 * -(-20 // quick.known_batch_size)
+    assert found({"L2-SP": [ctl.L2SP()]}) == 0

@@ -54,9 +54,22 @@ def test_the_speakers_recordings_are_changed_as_the_recipe_says():
 def test_an_utterance_changes_in_speed_as_the_recipe_says_and_is_masked_as_usual():
     spec = parse_spec(fields_of("recognizer"))
     assert spec.data.augment == type(spec.data.augment)(speed=0.1)
-    assert spec.strategies == (ctl.WeightInterpolation(t=0.4),)
+    assert spec.strategies == (ctl.OutputConservation(weight=1.0, temperature=1.0), ctl.WeightInterpolation(t=0.85))
     with pytest.raises(ctl.SpecError, match=r"'speaker' is for speech, and the task is transcribe. Use recognizer"):
         parse_spec({**fields_of("recognizer"), "strategies": {"recipe": "speaker"}})
+
+
+def test_the_recognizer_compares_on_other_voices():
+    chosen = ctl.recipe("recognizer").proxies
+    spec = parse_spec(fields_of("recognizer"))
+    assert spec.data.proxies == type(spec.data.augment)(**chosen)
+    fields = fields_of("recognizer")
+    fields["data"]["proxies"] = {"tilt": 0.2}
+    assert parse_spec(fields).data.proxies == type(spec.data.augment)(**{**chosen, "tilt": 0.2})
+    fields["data"]["proxies"] = None
+    assert parse_spec(fields).data.proxies is None
+    said = str(ctl.recipe("recognizer"))
+    assert "others = changed copies  " in said
 
 
 def test_an_override_reaches_into_what_the_recipe_sets():
@@ -173,8 +186,9 @@ class TestInALoop:
     @pytest.mark.parametrize("name", RECIPES)
     def test_it_says_what_must_be_called(self, name):
         text = str(ctl.recipe(name))
+        compared = "outputs, inputs" if ctl.recipe(name).proxies is None else "model(others), others"
         for call in ("ctl.adapt(model, source, recipe)", "adaptation.optimizer()", "adaptation.scheduler(steps=steps)",
-                     "adaptation.loss(loss, outputs, inputs)", "adaptation.finish(batches)"):  # fmt: skip
+                     f"adaptation.loss(loss, {compared})", "adaptation.finish(batches)"):  # fmt: skip
             assert call in text
         assert f"for each of {ctl.recipe(name).training.epochs} epochs" in text
         assert "batch norms keep their statistics" in text

@@ -127,3 +127,33 @@ def test_augmentation_keeps_padding_zero_and_draws_from_its_generator_alone():
         assert not row[int(length) :].any()
     assert int(first["lengths"][0]) == first["inputs"].shape[1] != 40
     assert (first["inputs"][0] == 0).any()
+
+
+def test_another_voice_by_hand():
+    """Bands move along the mel axis and get smooth offsets; frames stay where they are, and padding zero."""
+    ramp = torch.arange(8.0).expand(2, 5, 8).contiguous()
+    batch = {"inputs": ramp, "lengths": torch.tensor([5, 3]), "labels": torch.ones(2, 2)}
+    still = {"time_masks": 0, "frequency_masks": 0}
+    shifted = SpecAugment(**still, frequency_shift=0.25).of_batch(batch, torch.Generator().manual_seed(1))["inputs"]
+    draws = torch.rand(4, generator=torch.Generator().manual_seed(1))
+    moves = (2 * draws[2:] - 1) * 0.25 * 8  # behind those of the stretch
+    for row, move, length in zip(shifted, moves, (5, 3), strict=True):
+        expected = (torch.arange(8.0) + move).clamp(0, 7).expand(length, 8)
+        torch.testing.assert_close(row[:length], expected, atol=1e-5, rtol=0)
+        assert not row[length:].any()
+    tilted = SpecAugment(**still, tilt=0.5).of_batch(batch, torch.Generator().manual_seed(1))["inputs"]
+    offset = (tilted - ramp)[0]
+    torch.testing.assert_close(offset, offset[:1].expand(5, 8))
+    assert offset[0].std() > 0.05
+    same = SpecAugment(**still).of_batch(batch, torch.Generator())["inputs"]
+    assert torch.equal(same[0], ramp[0])
+    stretched = SpecAugment(**still, frequency_stretch=0.5).of_batch(batch, torch.Generator().manual_seed(1))["inputs"]
+    factor = 1 + 0.5 * (2 * draws[0] - 1)
+    expected = (3.5 + factor * (torch.arange(8.0) - 3.5)).clamp(0, 7)
+    torch.testing.assert_close(stretched[0, 0], expected, atol=1e-5, rtol=0)
+
+
+def test_samples_have_no_voice_to_change():
+    batch = {"inputs": torch.ones(2, 9), "lengths": torch.tensor([9, 4]), "labels": torch.ones(2, 2)}
+    voices = SpecAugment(time_masks=0, speed=0.2, frequency_stretch=0.2, frequency_shift=0.1, tilt=1.0)
+    assert torch.equal(voices.of_batch(batch, torch.Generator())["inputs"][0], torch.ones(9))

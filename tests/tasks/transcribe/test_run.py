@@ -91,6 +91,28 @@ def test_a_run_reports_the_word_error_rate_as_lower_is_better(done):
     assert "word error rate" in (out / "report.html").read_text()
 
 
+VOICES = {"time_masks": 0, "frequency_masks": 0, "speed": 0.25, "frequency_stretch": 0.25, "tilt": 0.5}
+
+
+def test_a_run_that_compares_on_other_voices(spec, tmp_path):
+    """Of another length, with padding of their own; said by plan and card, kept in the resolved spec."""
+    chosen = with_fields(spec, {"data.proxies": VOICES, "training.epochs": 2, "training.evaluate_every": 2})
+    assert "on changed copies of the inputs" in str(plan_of(chosen))
+    assert "on changed copies of the inputs" not in str(plan_of(spec))
+    run(chosen, tmp_path / "run")
+    assert load_spec(tmp_path / "run" / "spec.yaml").data.proxies == chosen.data.proxies
+    assert "on changed copies of the inputs" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_proxies_that_nothing_compares_on_are_refused(spec, tmp_path):
+    chosen = with_fields(spec, {"data.proxies": VOICES, "strategies": [{"kind": "l2_sp"}]})
+    for begin in (plan_of, lambda one: run(one, tmp_path / "run")):
+        with pytest.raises(ctl.SpecError, match=r"data\.proxies are inputs on which .* no strategy here does"):
+            begin(chosen)
+    with pytest.raises(ctl.SpecError, match=r"proxies are made of the shots' features, and waves change recordings"):
+        with_fields(spec, {"data.proxies": {"waves": {}}})
+
+
 def test_the_error_rate_is_that_of_the_files_transcripts_pooled_over_words(done, spec, root):
     """jiwer on all transcripts at once: errors and words summed, no mean of utterances."""
     report, out = done
