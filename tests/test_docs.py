@@ -53,6 +53,15 @@ def test_the_code_of_a_page_runs(capsys, page, shown):
     assert shown in capsys.readouterr().out
 
 
+def test_other_inputs_in_a_plain_loop():
+    """The plan of the loop holds the term, and the model moves by the loss of the batch and that on others."""
+    text = (DOCS / "trainers" / "plain-loops.md").read_text()
+    (code,) = [one for one in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "others" in one]
+    names = {}
+    exec(compile(code, "docs/trainers/plain-loops.md", "exec"), names)
+    assert any(drift > 0 for drift in names["adaptation"].drift().values())
+
+
 def test_the_sections_of_studies_are_those_of_a_spec():
     pytest.importorskip("sklearn")
     text = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "studies.md").read_text(), re.MULTILINE | re.DOTALL)[0]
