@@ -74,8 +74,20 @@ def _writing(*, late=False):
     return adaptation
 
 
+def _compared():
+    model = _model()
+    strategies = [ctl.OutputConservation(weight=2.0), ctl.FeatureConservation(layers=("0",), alpha=0.5)]
+    return ctl.adapt(model, copy.deepcopy(model), strategies)
+
+
+def _others(batch, _):
+    return torch.cat([2 * batch[0], batch[0] + 1]), torch.cat([batch[1], batch[1]])
+
+
 def _process(rank, port, folder):
     _join(rank, port)
+    _train(compared := _compared(), 4, proxies=_others)
+    torch.save(compared.model.state_dict(), f"{folder}/compared{rank}.pt")
     writing = _writing(late=rank == 1)
     _train(writing, 4)
     torch.save((writing.model.state_dict(), writing.model.passes), f"{folder}/writing{rank}.pt")
@@ -193,6 +205,12 @@ def test_two_processes_equal_one(side_by_side, port, tmp_path):
     alone = _adaptation()
     result = _train(alone, 8)
     _train(writing := _writing(), 8)
+    _train(compared := _compared(), 8, proxies=_others)
+    for rank in (0, 1):
+        weights = torch.load(tmp_path / f"compared{rank}.pt")
+        for name, tensor in compared.model.state_dict().items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        (tmp_path / f"compared{rank}.pt").unlink()
     for rank, repeated in ((0, 0), (1, 1)):
         weights, passes = torch.load(tmp_path / f"writing{rank}.pt")
         assert passes == writing.model.passes + repeated
