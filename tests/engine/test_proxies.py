@@ -266,3 +266,80 @@ def test_the_range_test_takes_them():
 
     ctl.lr_find(moved(KL), (X, Y), ONE, proxies=noted, steps=10)
     assert 3 <= len(seen) <= 10
+
+
+class Frames(nn.Module):
+    """A network of sequences (N, T, 3) that is told their lengths."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.head = nn.Linear(3, 4).double()
+
+    def forward(self, inputs, lengths):
+        return self.head(inputs)
+
+
+@pytest.mark.parametrize("frames", [4, 6, 9])
+def test_padding_and_labels_are_those_of_the_proxies(frames):
+    """Labels of -100 leave positions of the batch out, and of proxies only where these have labels of their own."""
+    batch = {
+        "inputs": torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+        "lengths": torch.tensor([6, 4]),
+        "labels": torch.tensor([[0, 1, 2, 3, 0, -100], [1, -100, 2, 3, -100, -100]]),
+    }
+    others = torch.randn(2, frames, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    lengths = torch.tensor([frames, 3])
+
+    def longer(batch, generator):
+        return {**batch, "inputs": others, "lengths": lengths}
+
+    def loss(outputs, batch):
+        return F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten())
+
+    model, source = Frames(1), Frames(2)
+    adaptation = ctl.adapt(copy.deepcopy(model), source, [KL], example=(batch["inputs"], batch["lengths"]))
+    reference = adaptation.model.state_dict()
+    model.load_state_dict(reference)
+    with torch.no_grad():
+        for one in (adaptation.model, model):
+            one.head.weight.add_(torch.linspace(-0.5, 0.5, 12, dtype=torch.float64).view(4, 3))
+    ctl.fit(adaptation, [batch], training=ONE, loss=loss, proxies=longer, seed=0)
+    counts = torch.arange(frames) < lengths.unsqueeze(1)
+    if frames == 6:
+        counts &= batch["labels"] != -100
+    new, old = model.head(others)[counts].log_softmax(-1), source.head(others)[counts].log_softmax(-1).detach()
+    kl = (old.exp() * (old - new)).sum(-1).mean()
+    close_after(adaptation.model, model, loss(model.head(batch["inputs"]), batch) + 1.5 * kl)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"clip": 0.1},
+        {"batch_size": "auto", "epochs": 2},
+        {"ema": 0.9},
+        {"hold": "never"},
+        {"mixup": 0.5},
+        {"accumulate": 2, "batch_size": 5},
+    ],
+)
+def test_beside_other_settings(changes):
+    """The proxies are of the batch as it is: mixed images keep their copies unmixed."""
+    if "mixup" in changes:
+        pytest.importorskip("torchvision")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    adaptation = ctl.adapt(model, copy.deepcopy(model), [ctl.OutputConservation(weight=1.0)])
+    images, seen = torch.randn(12, 3, 2, 2), []
+
+    def noted(batch, generator):
+        seen.append(all(any(torch.equal(one, image) for image in images) for one in batch[0]))
+        return doubled(batch, generator)
+
+    training = ctl.Training(**{**ONE.model_dump(exclude_unset=True), **changes})
+    result = ctl.fit(adaptation, (images, Y), training=training, proxies=noted, seed=0)
+    assert seen
+    assert all(seen)
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in result.history)
+    assert not result.kept_outputs
