@@ -139,7 +139,7 @@ CANDIDATES: dict[str, Method] = {
     ),
 }
 """Trainings of the recipe that are compared, each at all POINTS between the source and the trained weights."""
-POINTS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
+POINTS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.85, 0.9, 1.0)
 
 
 def recipe_method() -> Method:

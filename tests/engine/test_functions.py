@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import conservtl as ctl
 from conservtl.engine import Functions, accuracy, cross_entropy, evaluate, forward
+from conservtl.engine.criterion import score
 
 CPU = torch.device("cpu")
 
@@ -204,7 +205,7 @@ def test_a_metric_on_two_sets(plain, data):
     with torch.no_grad():
         adaptation.model.eval()
         right = source_view(adaptation.model, source).argmax(-1) == source[1]
-    best = max(result.history, key=lambda line: ctl.engine.selection.score(line["valid"], "harmonic"))
+    best = max(result.history, key=lambda line: score(line["valid"], "harmonic"))
     assert best["source"]["accuracy"] == pytest.approx(float(right.float().mean()))
     assert set(best["valid"]) == {"target", "source"}
 
