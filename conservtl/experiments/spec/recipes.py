@@ -134,7 +134,7 @@ def recipe(name: str) -> Recipe:
     ``recognizer``: a recognizer of utterances adapts to a new speaker from a few sentences. It is trained in all layers
     at a large rate in small batches, on utterances masked and changed in speed. On copies of these that sound like
     other voices its answers stay near the source's, and the final weights are a point on the line between the source
-    and the trained weights. It is for log-mel features, of which the copies are made.
+    and the trained weights. It was measured on log-mel features; copies of samples differ in speed and pitch alone.
 
     ``vision``: the same labels, images of another quality. Each batch norm mixes the source's statistics with those
     of each image, every layer is trained at a large rate and pulled back to the source (decoupled L2-SP), and the

@@ -118,13 +118,14 @@ class WaveChange:
         return babble(waves, samples, generator)
 
 
-def at_speed(wave: Tensor, speed: float) -> Tensor:
-    """Return a recording, (samples,), played at a multiple of its speed: ceil(samples / speed) samples.
+def at_speed(waves: Tensor, speed: float) -> Tensor:
+    """Return recordings, (..., samples), played at a multiple of their speed: ceil(samples / speed) samples.
 
-    It is resampled, as by ``torchaudio.functional.speed``; the speed is rounded to a fraction of small numbers.
+    They are resampled, as by ``torchaudio.functional.speed``; the speed is rounded to a fraction of small numbers.
     """
     ratio = Fraction(speed).limit_denominator(100)
-    return resample(wave.unsqueeze(0), ratio.numerator, ratio.denominator)[0]
+    changed = resample(waves.reshape(-1, waves.shape[-1]), ratio.numerator, ratio.denominator)
+    return changed.view(*waves.shape[:-1], -1)
 
 
 def _files(name: str, spec: object) -> list[Path]:

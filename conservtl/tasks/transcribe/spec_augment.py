@@ -11,7 +11,7 @@ from torch import Tensor
 from conservtl.bounds import Share
 from conservtl.spec_model import FrozenModel
 from conservtl.tasks.audio.spectra import BatchDraws, tilt, warp
-from conservtl.tasks.audio.waves import WaveAugment
+from conservtl.tasks.audio.waves import WaveAugment, at_speed
 
 __all__ = ["SpecAugment"]
 
@@ -36,8 +36,8 @@ class SpecAugment(FrozenModel):
     frequency_mask: Share = 0.2
     """Widest span, as a share of the bands."""
     speed: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Largest change of speed: 0.1 draws a factor between 0.9 and 1.1 for each batch. Log-mel inputs only; the pitch
-    stays."""
+    """Largest change of speed: 0.1 draws a factor between 0.9 and 1.1 for each batch. The pitch stays in log-mel
+    inputs; samples are resampled, so it changes too."""
     frequency_stretch: Annotated[float, Field(ge=0, lt=0.9)] = 0.0
     """Largest stretch of the mel axis, as by another vocal tract: 0.2 draws a factor between 0.8 and 1.2 for each
     utterance. Log-mel inputs only."""
@@ -64,11 +64,8 @@ class SpecAugment(FrozenModel):
             return torch.rand(*shape, generator=generator, device=generator.device).to(inputs.device)
 
         n = len(inputs)
-        if self.speed and inputs.ndim == 3:
-            factor = 1 + self.speed * (2 * float(uniform(1)) - 1)
-            frames = max(1, round(inputs.shape[1] / factor))
-            lengths = (lengths.double() * frames / inputs.shape[1]).floor().long().clamp(1, frames)
-            inputs = torch.nn.functional.interpolate(inputs.transpose(1, 2), frames, mode="linear").transpose(1, 2)
+        if self.speed:
+            inputs, lengths = _at_speed(inputs, lengths, 1 + self.speed * (2 * float(uniform(1)) - 1))
         if inputs.ndim == 3 and (self.frequency_stretch or self.frequency_shift or self.tilt):
             inputs = self._voiced(inputs.transpose(1, 2), BatchDraws(generator, inputs)).transpose(1, 2)
         at = torch.arange(inputs.shape[1], device=inputs.device)
@@ -95,6 +92,17 @@ class SpecAugment(FrozenModel):
             bent = draw.symmetric(n) * self.frequency_stretch, draw.symmetric(n) * self.frequency_shift
             bands = warp(bands, time=(still, still), frequency=bent)
         return tilt(bands, self.tilt, draw)
+
+
+def _at_speed(inputs: Tensor, lengths: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Return (N, frames, bands) stretched in time, or (N, samples) resampled, and the lengths of the utterances."""
+    if inputs.ndim == 3:
+        frames = max(1, round(inputs.shape[1] / factor))
+        changed = torch.nn.functional.interpolate(inputs.transpose(1, 2), frames, mode="linear").transpose(1, 2)
+    else:
+        changed = at_speed(inputs, factor)
+    now = changed.shape[1]
+    return changed, (lengths.double() * now / inputs.shape[1]).floor().long().clamp(1, now)
 
 
 def _spans(uniform: Any, n: int, count: int, widest: Tensor, size: Tensor, at: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import conservtl as ctl
+from conservtl.tasks.audio.waves import at_speed
 from conservtl.tasks.transcribe import ModelSpec, SpecAugment, Transcribe, TranscribePreprocessing, build
 from conservtl.tasks.transcribe.conformer import ConformerArgs, ConformerCTC
 from conservtl.tasks.transcribe.decoding import frames_needed
@@ -129,6 +130,19 @@ def test_augmentation_keeps_padding_zero_and_draws_from_its_generator_alone():
     assert (first["inputs"][0] == 0).any()
 
 
+def test_samples_at_another_speed_are_resampled_and_padding_stays_zero():
+    augment = SpecAugment(time_masks=0, frequency_masks=0, speed=0.25)
+    waves, lengths = torch.randn(2, 4000), torch.tensor([4000, 1500])
+    waves[1, 1500:] = 0
+    changed = augment.of_batch({"inputs": waves, "lengths": lengths}, torch.Generator().manual_seed(3))
+    factor = 1 + 0.25 * (2 * float(torch.rand(1, generator=torch.Generator().manual_seed(3))) - 1)
+    torch.testing.assert_close(changed["inputs"][0], at_speed(waves[0], factor))
+    samples = changed["inputs"].shape[1]
+    assert samples == pytest.approx(4000 / factor, rel=1e-2)
+    assert changed["lengths"].tolist() == [samples, 1500 * samples // 4000]
+    assert not changed["inputs"][1, changed["lengths"][1] :].any()
+
+
 def test_another_voice_by_hand():
     """Bands move along the mel axis and get smooth offsets; frames stay where they are, and padding zero."""
     ramp = torch.arange(8.0).expand(2, 5, 8).contiguous()
@@ -153,7 +167,7 @@ def test_another_voice_by_hand():
     torch.testing.assert_close(stretched[0, 0], expected, atol=1e-5, rtol=0)
 
 
-def test_samples_have_no_voice_to_change():
+def test_samples_have_no_mel_axis_to_bend():
     batch = {"inputs": torch.ones(2, 9), "lengths": torch.tensor([9, 4]), "labels": torch.ones(2, 2)}
-    voices = SpecAugment(time_masks=0, speed=0.2, frequency_stretch=0.2, frequency_shift=0.1, tilt=1.0)
+    voices = SpecAugment(time_masks=0, frequency_stretch=0.2, frequency_shift=0.1, tilt=1.0)
     assert torch.equal(voices.of_batch(batch, torch.Generator())["inputs"][0], torch.ones(9))
