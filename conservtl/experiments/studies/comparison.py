@@ -18,7 +18,8 @@ from conservtl.experiments.studies.bootstrap import bootstrap, interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.judge import Judge
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.trial import Trial, distinct, on_target, over_all, repeats, taken_over
+from conservtl.experiments.studies.run_results import distinct, over_all, repeats, taken_over
+from conservtl.experiments.studies.trial import Trial, on_target
 from conservtl.experiments.studies.variants import Role, baseline_ids, described, left_out, variants_of
 from conservtl.report.text.examples import shots_of
 from conservtl.report.text.summary import NO_LABELS

@@ -16,7 +16,8 @@ from conservtl.experiments.spec.spec import Spec, with_fields
 from conservtl.experiments.studies.bootstrap import interval
 from conservtl.experiments.studies.executors.names import PROCESSES, check_executor
 from conservtl.experiments.studies.result_store import ResultStore, estimate
-from conservtl.experiments.studies.trial import How, Trial, distinct, on_target, over_all, taken_over
+from conservtl.experiments.studies.run_results import distinct, over_all, taken_over
+from conservtl.experiments.studies.trial import How, Trial, on_target
 from conservtl.layers import find_layers
 from conservtl.plan.plan import Plan
 

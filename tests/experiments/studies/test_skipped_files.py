@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from conservtl.cli import main
-from conservtl.experiments.studies.trial import over_all
+from conservtl.experiments.studies.run_results import over_all
 from conservtl.report import write_range_test
 
 pytest.importorskip("jinja2")
