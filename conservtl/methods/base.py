@@ -104,7 +104,7 @@ class Strategy(FrozenModel, ABC):
             Name of each added parameter -> its description, shown in the plan as the reason why it is fresh. Empty if
             the head was replaced under the same names.
         """
-        raise NotImplementedError(f"{self.label} sets extends, so it needs extend().")
+        raise NotImplementedError(f"{self.label} adds nothing to a model: it has no extend().")
 
     def record(self, plan: Plan) -> Plan:
         """Return the plan with facts about what ``extend`` added, before any strategy is applied.

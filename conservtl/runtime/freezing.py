@@ -14,6 +14,7 @@ from conservtl.layers.names import own_parameters, owner
 from conservtl.plan.row import Row
 
 __all__ = [
+    "extendable",
     "found_frozen",
     "freeze",
     "handed_in_frozen",
@@ -138,6 +139,12 @@ def handed_in_frozen(
     own = [info for info in inside if owner(info.name) == module]
     telling = [info for info in own if info.kind == "weight"] or own or inside
     return bool(telling) and all(info.name in frozen for info in telling)
+
+
+def extendable(model: nn.Module, modules: Sequence[str], layers: Sequence[Layer]) -> list[str]:
+    """Return the modules that a strategy adds to by itself: those not frozen as found, or all if each of them is."""
+    frozen = found_frozen(model)
+    return [name for name in modules if not handed_in_frozen(name, layers, frozen)] or list(modules)
 
 
 def let_train(model: nn.Module, names: Collection[str]) -> None:

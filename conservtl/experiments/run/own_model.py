@@ -13,7 +13,6 @@ from conservtl.errors import SourceError, SpecError
 from conservtl.experiments.run.adapted import Adapted
 from conservtl.experiments.run.bundle_header import extend_model
 from conservtl.source.run_header import OWN
-from conservtl.tasks.base import Prediction
 from conservtl.tasks.classification import Classification
 
 __all__ = ["OWN", "Declared", "load_own"]
@@ -46,15 +45,12 @@ class Declared:
 
 
 class _OwnTask(Classification):
-    """The task of a model that was saved from Python: outputs alone."""
+    """The task of a model that was saved from Python: outputs alone; its data and network are the user's."""
 
     def load(self, data: Any, model: Any, *, seed: int, source: bool) -> Any:
         raise NotImplementedError
 
     def build(self, model: Any, preprocessing: Any, outputs: int) -> nn.Module:
-        raise NotImplementedError
-
-    def predictions(self, outputs: Any, labels: tuple[str, ...], files: Sequence[Path]) -> list[Prediction]:
         raise NotImplementedError
 
 

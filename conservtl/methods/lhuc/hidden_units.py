@@ -13,7 +13,7 @@ from conservtl.layers.attention import outside_attention
 from conservtl.layers.extended import own_class
 from conservtl.layers.first_use import first_use
 from conservtl.layers.names import glob_hint
-from conservtl.runtime.freezing import found_frozen, handed_in_frozen
+from conservtl.runtime.freezing import extendable
 from conservtl.runtime.layer_features import output_size
 
 __all__ = ["channel_dim", "find_hidden_units", "is_recurrent", "unit_count"]
@@ -55,8 +55,7 @@ def find_hidden_units(
                 f"LHUC: {type(model).__name__} has no hidden linear map, convolution or recurrent layer whose units "
                 "could be scaled, nothing but its head. Adapt it by another strategy."
             )
-        frozen = found_frozen(model)
-        return [name for name in hidden if not handed_in_frozen(name, layers, frozen)] or hidden
+        return extendable(model, hidden, layers)
     chosen: dict[str, None] = {}
     for glob in on:
         inside = [name for name, layer in units.items() if matches(glob, layer)]

@@ -17,7 +17,7 @@ from conservtl.layers.attention import outside_attention
 from conservtl.layers.extended import own_class
 from conservtl.layers.names import glob_hint, holder_counts, named_modules, own_parameters, owner
 from conservtl.plan.plan import Plan
-from conservtl.runtime.freezing import found_frozen, handed_in_frozen
+from conservtl.runtime.freezing import extendable
 
 __all__ = ["FACTORS", "add_factors", "find_targets", "has_factors", "merge_factors", "remove_factors"]
 
@@ -50,8 +50,7 @@ def find_targets(model: nn.Module, layers: Sequence[Layer], on: Sequence[str] | 
                 f"inputs and outputs than rank, {rank}; it has none. Lower rank, name modules in on, or adapt it by "
                 "another strategy."
             )
-        frozen = found_frozen(bare)
-        return [name for name in found if not handed_in_frozen(name, layers, frozen)] or found
+        return extendable(bare, found, layers)
     named: dict[str, None] = {}
     for glob in on:
         named |= dict.fromkeys(_matched(glob, faults, layers))
